@@ -1,0 +1,1 @@
+"""The ``tpirt`` command: arguments to options, everything below composed, errors to exit codes."""

@@ -1,0 +1,82 @@
+"""``tpirt generate``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tpirt.cli.options import (
+    Commands,
+    add_engine_options,
+    add_parser,
+    add_sampling_options,
+    engine_options,
+    run_async,
+    sampling_params,
+)
+from tpirt.errors import RequestError
+from tpirt.types import Message
+
+if TYPE_CHECKING:
+    from tpirt.engine.engine import Prompt
+
+
+def add_command(commands: Commands) -> None:
+    """Add ``generate`` and its options."""
+    parser = add_parser(
+        commands,
+        "generate",
+        "continue one prompt and exit",
+        "tpirt generate --local 2 --chat --prompt 'What is 3 + 4?' --json",
+    )
+    add_engine_options(parser)
+    add_sampling_options(parser)
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the prompt; - reads standard input")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file")
+    parser.add_argument("--chat", action="store_true", help="apply the model's chat template")
+    parser.add_argument("--json", action="store_true", help="print one JSON object with figures")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    text = _prompt(arguments)
+    run_async(_generate(arguments, [Message("user", text)] if arguments.chat else text))
+
+
+def _prompt(arguments: argparse.Namespace) -> str:
+    name = arguments.prompt_file or "standard input"
+    try:
+        if arguments.prompt_file is not None:
+            text = Path(arguments.prompt_file).read_text(encoding="utf-8")
+        elif arguments.prompt == "-":
+            text = sys.stdin.buffer.read().decode("utf-8")
+        else:
+            text = arguments.prompt
+    except OSError as exc:
+        raise RequestError(f"{name}: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise RequestError(f"{name}: not UTF-8 text (byte {exc.start})") from exc
+    if not text:
+        raise RequestError("the prompt is empty: give at least one character of text")
+    return text
+
+
+async def _generate(arguments: argparse.Namespace, prompt: Prompt) -> None:
+    from tpirt.chat.progress import ConsoleProgress
+    from tpirt.engine import Engine
+
+    progress = ConsoleProgress(quiet=arguments.quiet)
+    async with Engine.connect(**engine_options(arguments, progress)) as engine:
+        params = sampling_params(arguments, engine.defaults.sampling)
+        if arguments.json:
+            completion = await engine.complete(prompt, params, progress)
+            print(json.dumps(asdict(completion)))
+            return
+        async for token in engine.generate(prompt, params, progress):
+            print(token.text, end="", flush=True)
+        print()

@@ -1,0 +1,220 @@
+"""Options that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Coroutine
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from tpirt.errors import ConfigError
+from tpirt.types import SamplingParams
+from tpirt.units import parse_bytes
+
+if TYPE_CHECKING:
+    from tpirt.chat.progress import ConsoleProgress
+    from tpirt.engine.engine import PlanCallback
+
+Commands = Any  # argparse's subparsers object, which has no public type
+
+
+def add_parser(
+    commands: Commands, name: str, help_text: str, example: str
+) -> argparse.ArgumentParser:
+    """Add a command whose help ends with an example."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help_text,
+        description=help_text[0].upper() + help_text[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def add_model_option(parser: argparse.ArgumentParser) -> None:
+    """``--model``; absent, the bundled model is meant."""
+    parser.add_argument(
+        "--model", metavar="DIR", help="Hugging Face model directory (default: the bundled model)"
+    )
+
+
+def add_ratio_option(parser: argparse.ArgumentParser) -> None:
+    """``--ratio``: a comma-separated share per rank."""
+    parser.add_argument(
+        "--ratio",
+        type=_ratio,
+        metavar="A,B,...",
+        help="share of the work per rank, the master first, such as 2,1,1 (default: even)",
+    )
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Where the model runs and within what bounds."""
+    add_model_option(parser)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--local", type=int, default=1, metavar="N", help="run N ranks on this machine (default 1)"
+    )
+    where.add_argument(
+        "--peers",
+        type=_addresses,
+        default=(),
+        metavar="HOST:PORT,...",
+        help="worker peers to use; this process is rank 0 and computes too",
+    )
+    add_ratio_option(parser)
+    parser.add_argument(
+        "--window", type=int, metavar="N", help="most blocks in memory per rank, at least 2"
+    )
+    parser.add_argument(
+        "--memory", type=size, metavar="SIZE", help="most memory per rank's process, such as 900M"
+    )
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add_process_options(parser)
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="longest silence of a peer during a step, in seconds (default 60)",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no plan and no progress on stderr")
+
+
+def add_process_options(parser: argparse.ArgumentParser) -> None:
+    """``--threads`` and ``--store``."""
+    parser.add_argument(
+        "--threads", type=count, metavar="N", help="compute threads per process (default: cores)"
+    )
+    parser.add_argument(
+        "--store", metavar="DIR", help="where slices are kept (default ~/.cache/tpirt/slices)"
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """How tokens are chosen; what is not given is the model's own default."""
+    group = parser.add_argument_group("sampling (default: the model's generation_config.json)")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="default 256")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    group.add_argument("--top-k", type=int, metavar="K")
+    group.add_argument("--top-p", type=float, metavar="P")
+    group.add_argument("--min-p", type=float, metavar="P")
+    group.add_argument("--repetition-penalty", type=float, metavar="R")
+    group.add_argument("--seed", type=int, metavar="N")
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end at this text; may be repeated"
+    )
+
+
+def sampling_params(arguments: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
+    """Lay the given options over the model's defaults.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+    from tpirt.engine.sampler import check_params
+
+    names = (
+        "max_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "seed",
+    )
+    given = {name: getattr(arguments, name) for name in names}
+    changes = {name: value for name, value in given.items() if value is not None}
+    if arguments.stop:
+        changes["stop"] = tuple(arguments.stop)
+    params = replace(defaults, **changes)
+    check_params(params)
+    return params
+
+
+def engine_options(arguments: argparse.Namespace, progress: ConsoleProgress) -> dict[str, Any]:
+    """The keyword arguments of ``Engine.connect`` that the options stand for."""
+    return {
+        "model": arguments.model,
+        "local": arguments.local,
+        "peers": arguments.peers,
+        "ratio": arguments.ratio,
+        "window": arguments.window,
+        "memory_bytes": arguments.memory,
+        "dtype": arguments.dtype,
+        "threads": arguments.threads,
+        "store": arguments.store,
+        "timeout_s": arguments.timeout,
+        "progress": progress,
+        "on_plan": _plan_callback(arguments.quiet),
+    }
+
+
+def run_async(main: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine on uvloop where there is one."""
+    try:
+        import uvloop
+    except ImportError:
+        import asyncio
+
+        asyncio.run(main)
+    else:
+        uvloop.run(main)
+
+
+def _plan_callback(quiet: bool) -> PlanCallback | None:
+    if quiet:
+        return None
+    import sys
+
+    from tpirt.chat.plan_view import show_plan
+
+    return lambda plan: show_plan(plan, sys.stderr)
+
+
+def _ratio(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected numbers with commas between them, such as 2,1,1"
+        ) from None
+
+
+def _addresses(text: str) -> tuple[str, ...]:
+    addresses = tuple(part.strip() for part in text.split(","))
+    for address in addresses:
+        split_address(address)
+    return addresses
+
+
+def split_address(text: str, lowest_port: int = 1) -> tuple[str, int]:
+    """Split ``host:port``; an IPv6 host stands in brackets.
+
+    Raises:
+        argparse.ArgumentTypeError: not of that form.
+    """
+    host, _, port = text.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    well_formed = bare and (":" not in bare or host.startswith("["))
+    if not (well_formed and port.isdecimal() and lowest_port <= int(port) <= 65535):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected HOST:PORT with a port from {lowest_port} to 65535"
+        )
+    return bare, int(port)
+
+
+def size(text: str) -> int:
+    """Argument type of a number of bytes."""
+    try:
+        return parse_bytes(text)
+    except ConfigError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc
+
+
+def count(text: str) -> int:
+    """Argument type of a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 on")
+    return int(text)

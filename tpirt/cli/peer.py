@@ -1,0 +1,62 @@
+"""``tpirt peer``."""
+
+from __future__ import annotations
+
+import argparse
+
+from tpirt.cli.options import (
+    Commands,
+    add_parser,
+    add_process_options,
+    run_async,
+    size,
+    split_address,
+)
+
+
+def add_command(commands: Commands) -> None:
+    """Add ``peer`` and its options."""
+    parser = add_parser(
+        commands,
+        "peer",
+        "run a worker that serves one master after another",
+        "tpirt peer --listen 192.168.1.7:50051 --memory 2G",
+    )
+    parser.add_argument(
+        "--listen",
+        type=lambda text: split_address(text, lowest_port=0),
+        required=True,
+        metavar="HOST:PORT",
+        help="address to listen on; port 0 takes a free one",
+    )
+    parser.add_argument(
+        "--memory", type=size, metavar="SIZE", help="most memory of this process, such as 900M"
+    )
+    add_process_options(parser)
+    parser.add_argument(
+        "--until-stdin-closes",
+        action="store_true",
+        help="end when standard input does: ties the peer to whoever started it",
+    )
+    parser.add_argument("--quiet", action="store_true", help="do not report sessions on stderr")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from tpirt.cluster.machine import default_threads
+    from tpirt.peer.process import PeerOptions, run_peer
+    from tpirt.weights.store import SliceStore, default_store
+
+    host, port = arguments.listen
+    options = PeerOptions(
+        host=host,
+        port=port,
+        memory_bytes=arguments.memory,
+        threads=arguments.threads or default_threads(),
+        store=SliceStore(Path(arguments.store) if arguments.store else default_store()),
+        until_stdin_closes=arguments.until_stdin_closes,
+        quiet=arguments.quiet,
+    )
+    run_async(run_peer(options))

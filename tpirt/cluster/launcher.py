@@ -1,0 +1,98 @@
+"""Worker peers as child processes of this one, on loopback, ended with it however it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from types import TracebackType
+
+from tpirt.errors import PeerUnreachableError
+
+_START_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 5.0
+READY_PREFIX = "listening on "
+
+
+class LocalPeers:
+    """Starts ``count`` workers and knows their addresses; an async context manager.
+
+    Each worker holds the reading end of a pipe whose writing end only this process has: when this
+    process ends, even by SIGKILL, the worker sees the pipe close and ends too. Workers are in a
+    session of their own, so that Ctrl-C at the terminal reaches the master alone.
+    """
+
+    def __init__(self, count: int, threads: int, store: str | None = None):
+        self.addresses: list[str] = []
+        self._count = count
+        self._options = ["--threads", str(threads), *(["--store", store] if store else [])]
+        self._processes: list[asyncio.subprocess.Process] = []
+
+    async def __aenter__(self) -> LocalPeers:
+        try:
+            for _ in range(self._count):
+                self._processes.append(await self._start())
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                for process in self._processes:
+                    self.addresses.append(await _address(process))
+        except TimeoutError as exc:
+            await self.aclose()
+            raise PeerUnreachableError(
+                f"a local worker did not start within {_START_TIMEOUT_S:g} s"
+            ) from exc
+        except BaseException:
+            await self.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids, by rank from 1 on."""
+        return [process.pid for process in self._processes]
+
+    async def aclose(self) -> None:
+        """End all workers and wait until they are gone."""
+        for process in self._processes:
+            if process.stdin is not None:
+                process.stdin.close()
+        for process in self._processes:
+            try:
+                async with asyncio.timeout(_STOP_TIMEOUT_S):
+                    await process.wait()
+            except TimeoutError:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+        self._processes.clear()
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        pipe = asyncio.subprocess.PIPE
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "tpirt",
+            "peer",
+            "--listen",
+            "127.0.0.1:0",
+            "--until-stdin-closes",
+            "--quiet",
+            *self._options,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=None,
+            start_new_session=True,
+        )
+
+
+async def _address(process: asyncio.subprocess.Process) -> str:
+    assert process.stdout is not None
+    while line := (await process.stdout.readline()).decode(errors="replace"):
+        if line.startswith(READY_PREFIX):
+            return line.removeprefix(READY_PREFIX).split()[0]
+    code = await process.wait()
+    raise PeerUnreachableError(f"a local worker ended at its start with exit code {code}")

@@ -1,0 +1,94 @@
+"""What this machine and process have: memory, threads, bfloat16, identity."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import uuid
+from pathlib import Path
+
+import psutil
+
+
+def host_id() -> str:
+    """Return an id that is equal for processes sharing one machine's memory."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return f"{uuid.getnode():x}"
+
+
+def host_name() -> str:
+    """Return the machine's name, for messages."""
+    return socket.gethostname()
+
+
+def has_bfloat16() -> bool:
+    """Tell whether the CPU multiplies bfloat16 natively (AVX-512 BF16, AMX, Arm BF16).
+
+    Where that cannot be known, float32 is the safe answer: emulated bfloat16 is slower.
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    flags = {
+        flag
+        for line in text.splitlines()
+        if line.lower().startswith(("flags", "features"))
+        for flag in line.partition(":")[2].split()
+    }
+    return not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def available_bytes() -> int:
+    """Return the memory that processes here can still take, cgroup limits included."""
+    free = psutil.virtual_memory().available
+    return min(free, _cgroup_free())
+
+
+def _cgroup_free() -> int:
+    pairs = (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
+    )
+    for limit, usage in pairs:
+        try:
+            return int(Path(limit).read_text()) - int(Path(usage).read_text())
+        except (OSError, ValueError):
+            continue
+    return sys.maxsize
+
+
+def default_threads(processes: int = 1) -> int:
+    """Return how many compute threads each of ``processes`` on this machine should use."""
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    return max(1, cores // processes)
+
+
+def resident_bytes() -> int:
+    """Return this process's resident memory."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_resident_bytes() -> int:
+    """Return the most resident memory this process has had.
+
+    ``VmHWM`` where there is a /proc: unlike ``ru_maxrss`` it does not begin at the parent's peak.
+    """
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,133 @@
+"""One rank at work: its window, its decoder and its memory limit, on master and workers alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from tpirt.cluster.machine import peak_resident_bytes, resident_bytes
+from tpirt.collectives.base import Communicator
+from tpirt.config import ModelConfig
+from tpirt.errors import MemoryLimitError
+from tpirt.model.decoder import Decoder
+from tpirt.model.memory import SLACK_BYTES, activation_bytes
+from tpirt.parallel.sharding import rank_blocks
+from tpirt.types import ProgressCallback, RankStats
+from tpirt.units import format_bytes
+from tpirt.weights.store import StoredSlice
+from tpirt.weights.window import Window
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one rank; None means no bound. ``memory_bytes`` is of the whole process."""
+
+    window_blocks: int | None
+    memory_bytes: int | None
+    chunk_tokens: int
+    timeout_s: float
+
+
+class RankRuntime:
+    """Executes steps for one rank of one session."""
+
+    def __init__(
+        self, config: ModelConfig, stored: StoredSlice, comm: Communicator, limits: Limits
+    ):
+        """Begin reading weights.
+
+        Raises:
+            MemoryLimitError: the limit is below what two blocks and a step need.
+        """
+        self.comm = comm
+        self._config = config
+        self._limits = limits
+        manifest = stored.manifest
+        dtype = DTYPES[manifest.dtype]
+        _warm_up(dtype)
+        self._fixed_bytes = (
+            resident_bytes()
+            + SLACK_BYTES
+            + activation_bytes(config, manifest.shard, comm.world_size, limits.chunk_tokens)
+        )
+        blocks = rank_blocks(config, manifest.shard, dtype)
+        self.window = Window(
+            stored,
+            blocks,
+            max_blocks=limits.window_blocks,
+            budget_bytes=self._budget(0),
+        )
+        self.decoder = Decoder(config, manifest.shard, dtype, self.window, comm)
+
+    async def load(self, progress: ProgressCallback) -> None:
+        """Wait until what stays in memory is there.
+
+        Raises:
+            StoreError: a block could not be read.
+        """
+        await self.window.preload(progress, detail=f"rank {self.comm.rank}")
+
+    async def step(
+        self, step: int, hidden: torch.Tensor, start: int, rope_length: int
+    ) -> torch.Tensor | None:
+        """Run all layers over ``hidden`` (T, H) float32; see :meth:`Decoder.forward`.
+
+        Raises:
+            MemoryLimitError: the longer KV cache no longer fits beside two blocks.
+        """
+        self._make_room(start + hidden.shape[0])
+        self.comm.begin(step)
+        return await self.decoder.forward(hidden, start, rope_length)
+
+    def stats(self, reset: bool = False) -> RankStats:
+        """Measure since the last reset; see :class:`tpirt.types.RankStats`."""
+        stats = RankStats(
+            rank=self.comm.rank,
+            peak_rss_bytes=peak_resident_bytes(),
+            weights_bytes=self.window.weights_bytes,
+            bytes_read=self.window.bytes_read,
+            io_ms=self.window.clock.seconds * 1e3,
+            compute_ms=self.decoder.clock.seconds * 1e3,
+            comm_ms=self.comm.clock.seconds * 1e3,
+        )
+        if reset:
+            self.window.bytes_read = 0
+            for clock in (self.window.clock, self.decoder.clock, self.comm.clock):
+                clock.seconds = 0.0
+        return stats
+
+    async def aclose(self) -> None:
+        """Stop the threads and let go of the memory."""
+        self.decoder.close()
+        await self.window.aclose()
+
+    def _budget(self, kv_bytes: int) -> int | None:
+        limit = self._limits.memory_bytes
+        return None if limit is None else limit - self._fixed_bytes - kv_bytes
+
+    def _make_room(self, tokens: int) -> None:
+        """Let the KV cache grow at the expense of pinned blocks, never of the limit."""
+        kv = self.decoder.kv
+        needed = kv.bytes_for(tokens)
+        budget = self._budget(needed)
+        if budget is None or needed == kv.nbytes:
+            return
+        try:
+            self.window.set_budget(budget)
+        except MemoryLimitError as exc:
+            raise MemoryLimitError(
+                f"rank {self.comm.rank}: {tokens} tokens of context need {format_bytes(needed)} "
+                f"of KV cache, and then {exc}; raise --memory or shorten the conversation"
+            ) from exc
+
+
+def _warm_up(dtype: torch.dtype) -> None:
+    """Have torch's kernels allocate what they keep, so that it counts as this process's base."""
+    x = torch.ones(16, 64, dtype=dtype)
+    x = F.silu(F.linear(x, torch.ones(64, 64, dtype=dtype)))
+    heads = x.view(1, 1, 16, 64)
+    F.scaled_dot_product_attention(heads, heads, heads, is_causal=True).float().sum().item()

@@ -1,0 +1,224 @@
+"""A worker: waits for a master, takes its slice, runs steps, and waits again when it leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
+
+from tpirt.cluster.machine import (
+    available_bytes,
+    has_bfloat16,
+    host_id,
+    resident_bytes,
+)
+from tpirt.cluster.rank import Limits, RankRuntime
+from tpirt.collectives.base import StepAborted
+from tpirt.collectives.star import StarWorker
+from tpirt.config import ModelConfig
+from tpirt.errors import HandshakeError, PeerLostError, StoreError, TpirtError, TransportError
+from tpirt.transport.base import Channel
+from tpirt.transport.codec import PROTOCOL_VERSION, Frame, read_tensor
+from tpirt.transport.pb import tpirt_pb2 as pb
+from tpirt.types import Progress
+from tpirt.version import __version__
+from tpirt.weights.store import Manifest, SliceStore, SliceWriter
+
+Log = Callable[[str], None]
+
+_LONGEST_SILENCE_S = 5.0  # a loading worker reports at least this often
+
+
+class Worker:
+    """See :class:`tpirt.transport.base.PeerService`.
+
+    ``memory_bytes`` is the peer's own limit; a master may ask for less, never for more.
+    """
+
+    def __init__(
+        self, peer_id: str, store: SliceStore, memory_bytes: int | None, threads: int, log: Log
+    ):
+        self.peer_id = peer_id
+        self._store = store
+        self._memory_bytes = memory_bytes
+        self._threads = threads
+        self._log = log
+        self._master: str | None = None  # whom it serves now
+
+    async def hello(self, request: pb.HelloRequest) -> pb.HelloReply:
+        """See :class:`tpirt.transport.base.PeerService`."""
+        return pb.HelloReply(
+            protocol_version=PROTOCOL_VERSION,
+            tpirt_version=__version__,
+            peer_id=self.peer_id,
+            host_id=host_id(),
+            memory_bytes=self._memory_bytes or 0,
+            available_bytes=available_bytes() + resident_bytes(),
+            threads=self._threads,
+            bfloat16=has_bfloat16(),
+            busy=self._master is not None,
+            has_slice=bool(request.slice_id) and self._holds(request.slice_id),
+        )
+
+    async def put_slice(self, chunks: AsyncIterator[pb.SliceChunk]) -> pb.PutSliceReply:
+        """See :class:`tpirt.transport.base.PeerService`."""
+        first = await anext(aiter(chunks), None)
+        if first is None or first.WhichOneof("body") != "manifest":
+            raise TransportError("a slice must begin with its manifest")
+        manifest = Manifest.from_json(first.manifest)
+        with await asyncio.to_thread(self._store.write, manifest) as writer:
+            async for message in chunks:
+                await asyncio.to_thread(_write_chunk, writer, message.chunk)
+            stored = await asyncio.to_thread(writer.commit)
+        self._log(f"received slice {manifest.slice_id} of {manifest.model}: {stored.path}")
+        return pb.PutSliceReply(bytes_written=manifest.nbytes)
+
+    async def session(self, channel: Channel) -> None:
+        """See :class:`tpirt.transport.base.PeerService`."""
+        if self._master is not None:
+            await _report(channel, 0, HandshakeError(f"it serves {self._master} already"))
+            return
+        self._master = channel.peer_id
+        self._log(f"serving {channel.peer_id}")
+        try:
+            await self._serve(channel)
+        except PeerLostError:
+            pass  # the ordinary end: the master left
+        except TpirtError as exc:
+            self._log(f"session ended: {exc}")
+            raise
+        finally:
+            self._master = None
+            self._log("waiting for a master")
+
+    async def _serve(self, channel: Channel) -> None:
+        frame = await channel.recv(_LONGEST_SILENCE_S)
+        try:
+            setup = _check_setup(frame)
+            runtime = self._prepare(setup, channel)
+        except TpirtError as exc:
+            await _report(channel, 0, exc)
+            return
+        try:
+            await _load(runtime, channel)
+            await _serve_steps(runtime, channel)
+        finally:
+            await runtime.aclose()
+
+    def _prepare(self, setup: pb.Setup, channel: Channel) -> RankRuntime:
+        config = ModelConfig.from_json(setup.model_config)
+        stored = self._store.find(setup.slice_id)
+        if stored is None:
+            raise StoreError(f"its store holds no slice {setup.slice_id}")
+        if stored.manifest.fingerprint != setup.model_fingerprint:
+            raise HandshakeError(
+                f"its slice is of model {stored.manifest.fingerprint}, the master runs "
+                f"{setup.model_fingerprint}; remove {stored.path}"
+            )
+        own, asked = self._memory_bytes, setup.memory_bytes or None
+        limits = Limits(
+            window_blocks=setup.window_blocks or None,
+            memory_bytes=min(own, asked) if own and asked else own or asked,
+            chunk_tokens=setup.chunk_tokens,
+            timeout_s=setup.timeout_ms / 1e3,
+        )
+        comm = StarWorker(setup.rank, setup.world_size, channel, limits.timeout_s)
+        return RankRuntime(config, stored, comm, limits)
+
+    def _holds(self, slice_id: str) -> bool:
+        try:
+            return self._store.find(slice_id) is not None
+        except StoreError as exc:  # damaged: have it sent anew
+            self._log(str(exc))
+            return False
+
+
+async def serve_step(runtime: RankRuntime, channel: Channel, frame: Frame) -> None:
+    """Run one step; a failure of this rank's own is reported and the session goes on.
+
+    Raises:
+        PeerLostError: the master left.
+        TransportError: the master's messages make no sense; the session must end.
+    """
+    step = frame.header.step
+    try:
+        shape = (step.tokens, runtime.decoder.config.hidden_size)
+        hidden = read_tensor(frame.payload, pb.FLOAT32, shape)
+        await runtime.step(step.step, hidden, step.start, step.rope_length)
+    except StepAborted:
+        pass
+    except (PeerLostError, TransportError):
+        raise
+    except TpirtError as exc:
+        await _report(channel, step.step, exc)
+
+
+async def _serve_steps(runtime: RankRuntime, channel: Channel) -> None:
+    while True:
+        frame = await channel.recv()
+        match frame.kind:
+            case "step":
+                await serve_step(runtime, channel, frame)
+            case "stats_request":
+                stats = asdict(runtime.stats(frame.header.stats_request.reset))
+                del stats["peer_id"]
+                stats["bytes_sent"] = channel.bytes_sent
+                stats["bytes_received"] = channel.bytes_received
+                if frame.header.stats_request.reset:
+                    channel.bytes_sent = channel.bytes_received = 0
+                await channel.send(Frame(pb.FrameHeader(stats=pb.Stats(**stats))))
+            case "abort":
+                pass  # the step was over here already
+            case kind:
+                raise TransportError(f"{channel.peer_id}: {kind} between steps")
+
+
+async def _load(runtime: RankRuntime, channel: Channel) -> None:
+    """Load, telling the master how far; its errors go to the master too."""
+    done = Progress("", 0, runtime.window.weights_bytes)
+
+    def remember(progress: Progress) -> None:
+        nonlocal done
+        done = progress
+
+    loading = asyncio.ensure_future(runtime.load(remember))
+    try:
+        while not (await asyncio.wait({loading}, timeout=0.25))[0]:
+            header = pb.FrameHeader(
+                loading=pb.Loading(done_bytes=done.done, total_bytes=done.total)
+            )
+            await channel.send(Frame(header))
+        await loading
+    except TpirtError as exc:
+        if not isinstance(exc, PeerLostError):
+            await _report(channel, 0, exc)
+        raise PeerLostError(f"{channel.peer_id}: loading failed") from exc
+    finally:
+        loading.cancel()
+    window = runtime.window
+    ready = pb.Ready(weights_bytes=window.weights_bytes, resident_bytes=window.held_bytes)
+    await channel.send(Frame(pb.FrameHeader(ready=ready)))
+
+
+def _check_setup(frame: Frame) -> pb.Setup:
+    if frame.kind != "setup":
+        raise TransportError(f"a session must begin with its setup, got {frame.kind}")
+    setup = frame.header.setup
+    if setup.protocol_version != PROTOCOL_VERSION:
+        raise HandshakeError(
+            f"it speaks protocol {PROTOCOL_VERSION}, the master {setup.protocol_version}; "
+            "install the same tpirt on both"
+        )
+    return setup
+
+
+def _write_chunk(writer: SliceWriter, chunk: pb.BlockChunk) -> None:
+    if zlib.crc32(chunk.data) != chunk.crc32:
+        raise TransportError(f"slice block {chunk.block} at {chunk.offset}: checksum mismatch")
+    writer.write(chunk.block, chunk.offset, chunk.data)
+
+
+async def _report(channel: Channel, step: int, exc: TpirtError) -> None:
+    error = pb.Error(step=step, kind=type(exc).__name__, message=str(exc))
+    await channel.send(Frame(pb.FrameHeader(error=error)))

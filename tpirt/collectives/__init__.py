@@ -1,0 +1,1 @@
+"""Combining partial results of all ranks, over channels of any transport."""

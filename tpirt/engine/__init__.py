@@ -1,0 +1,6 @@
+"""Generation on the master: text to ids, prefill, decode, sampling, conversations."""
+
+from tpirt.engine.conversation import Conversation
+from tpirt.engine.engine import Engine
+
+__all__ = ["Conversation", "Engine"]

@@ -1,0 +1,72 @@
+"""A conversation of several turns whose keys and values stay cached between them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from tpirt.engine.engine import Engine
+from tpirt.text import continue_chat
+from tpirt.types import (
+    Message,
+    ProgressCallback,
+    SamplingParams,
+    Token,
+    ignore_progress,
+)
+
+
+class Conversation:
+    """Messages so far, and the ids that stand for them in the cache."""
+
+    def __init__(self, engine: Engine, system: str | None = None):
+        self.system = system
+        self.turns: list[Message] = []
+        self._engine = engine
+        self._ids: list[int] = []
+        self._text = ""
+
+    @property
+    def messages(self) -> list[Message]:
+        """All messages, the system's first."""
+        head = [Message("system", self.system)] if self.system else []
+        return head + self.turns
+
+    @property
+    def used_tokens(self) -> int:
+        """Tokens of context taken so far."""
+        return len(self._ids)
+
+    def reset(self) -> None:
+        """Begin anew; the system message stays."""
+        self.turns.clear()
+        self._ids, self._text = [], ""
+
+    async def send(
+        self,
+        text: str,
+        params: SamplingParams | None = None,
+        progress: ProgressCallback = ignore_progress,
+    ) -> AsyncIterator[Token]:
+        """Add a user's message and yield the answer's tokens.
+
+        Cancelled or left early, what was answered so far stays as the answer. A request that
+        fails before its first token leaves the conversation as it was.
+
+        Raises: as :meth:`Engine.generate` and :meth:`Tokenizer.render_chat`.
+        """
+        asked = [*self.messages, Message("user", text)]
+        prompt_ids, prompt_text = continue_chat(
+            self._engine.tokenizer, self._ids, self._text, asked
+        )
+        ids: list[int] = []
+        answer = ""
+        try:
+            async for token in self._engine.generate(prompt_ids, params, progress):
+                ids.append(token.id)
+                answer += token.text
+                yield token
+        finally:
+            if ids:
+                self.turns += [Message("user", text), Message("assistant", answer)]
+                self._ids = prompt_ids + ids
+                self._text = prompt_text + self._engine.tokenizer.decode(ids)

@@ -1,0 +1,68 @@
+"""What a model directory says about generating with it: end tokens and sampling defaults."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tpirt.errors import CheckpointError
+from tpirt.types import SamplingParams
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """``eos_ids`` end an answer; ``sampling`` holds where the user gave nothing else."""
+
+    eos_ids: frozenset[int]
+    sampling: SamplingParams
+
+    @classmethod
+    def from_dir(cls, path: Path, tokenizer_eos: int | None) -> GenerationDefaults:
+        """Read ``generation_config.json``; end tokens else from ``config.json``, the tokenizer.
+
+        Sampling is greedy unless the file says ``do_sample: true``, as in transformers.
+
+        Raises:
+            CheckpointError: a file is not valid JSON or an end token is not a number.
+        """
+        generation = _read(path / "generation_config.json")
+        eos = generation.get("eos_token_id")
+        if eos is None:
+            eos = _read(path / "config.json").get("eos_token_id")
+        if eos is None:
+            eos = [] if tokenizer_eos is None else tokenizer_eos
+        ids = eos if isinstance(eos, list) else [eos]
+        if not all(isinstance(i, int) for i in ids):
+            raise CheckpointError(f"{path}: eos_token_id: expected numbers, got {eos!r}")
+        return cls(frozenset(ids), _sampling(path, generation))
+
+
+def _sampling(path: Path, generation: dict[str, Any]) -> SamplingParams:
+    values: dict[str, float] = {"repetition_penalty": 1.0}
+    if generation.get("do_sample"):
+        # transformers' own defaults of what the file leaves out
+        values |= {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
+    for name in values:
+        value = generation.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise CheckpointError(
+                f"{path / 'generation_config.json'}: {name}: expected a number, got {value!r}"
+            )
+        values[name] = int(value) if name == "top_k" else float(value)
+    return SamplingParams(**values)  # type: ignore[arg-type]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as exc:
+        raise CheckpointError(f"{path}: {exc}; copy the file again") from exc
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return content

@@ -1,0 +1,36 @@
+"""Choosing the dtype that weights are kept and multiplied in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tpirt.cluster.group import PeerInfo
+from tpirt.config import ModelConfig
+from tpirt.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ChosenDtype:
+    """``float32`` or ``bfloat16``, and why."""
+
+    name: str
+    reason: str
+
+
+def choose_dtype(config: ModelConfig, asked: str, peers: Sequence[PeerInfo]) -> ChosenDtype:
+    """Take what was asked for, or what the checkpoint and every peer's CPU suggest.
+
+    Raises:
+        ConfigError: an unknown dtype.
+    """
+    if asked in ("float32", "bfloat16"):
+        return ChosenDtype(asked, "as asked")
+    if asked != "auto":
+        raise ConfigError(f"dtype {asked!r}: expected auto, float32 or bfloat16")
+    if config.dtype == "float32":
+        return ChosenDtype("float32", "the checkpoint's own")
+    lacking = [peer.peer_id for peer in peers if not peer.bfloat16]
+    if lacking:
+        return ChosenDtype("float32", f"no native bfloat16 on {', '.join(lacking)}")
+    return ChosenDtype("bfloat16", f"checkpoint in {config.dtype}, all CPUs have bfloat16")

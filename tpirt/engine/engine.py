@@ -1,0 +1,401 @@
+"""The engine: a model on one or many peers, and the tokens that come out of it.
+
+This is the public Python API; the command line is a thin layer over it. Text, token ids and
+sampling stay in here, on the master; what leaves is hidden states.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tpirt.cluster.group import Group, PeerInfo, meet_peers, memory_limits
+from tpirt.cluster.launcher import LocalPeers
+from tpirt.cluster.machine import default_threads
+from tpirt.cluster.rank import DTYPES, Limits
+from tpirt.cluster.slices import SliceMaker
+from tpirt.config import ModelConfig
+from tpirt.engine.defaults import GenerationDefaults
+from tpirt.engine.dtype import ChosenDtype, choose_dtype
+from tpirt.engine.sampler import Sampler, check_params
+from tpirt.errors import ConfigError, RequestError
+from tpirt.model.memory import RankPlan, choose_chunk_tokens, plan_rank
+from tpirt.parallel.partition import make_plan
+from tpirt.text import StopMatcher, Tokenizer
+from tpirt.transport.base import PeerClient
+from tpirt.transport.grpc import GrpcPeerClient
+from tpirt.types import (
+    Completion,
+    Message,
+    Progress,
+    ProgressCallback,
+    RankStats,
+    SamplingParams,
+    Token,
+    ignore_progress,
+)
+from tpirt.weights.checkpoint import Checkpoint, check_tensors, resolve_tied
+from tpirt.weights.store import SliceStore, default_store
+
+Prompt = str | Sequence[int] | Sequence[Message]
+
+BUNDLED_MODEL = Path(__file__).parent.parent / "demo"
+DEFAULT_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model directory, opened: what it is, its weights, its text side."""
+
+    config: ModelConfig
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    defaults: GenerationDefaults
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """What will be loaded where, known before anything is; entry ``r`` is rank ``r``'s."""
+
+    dtype: ChosenDtype
+    ranks: tuple[RankPlan, ...]
+    peers: tuple[PeerInfo, ...]
+    limits: tuple[Limits, ...]
+
+
+PlanCallback = Callable[[LoadPlan], None]
+
+
+class Engine:
+    """A loaded model, ready to generate; made by :meth:`connect`. One request runs at a time."""
+
+    def __init__(
+        self,
+        model: Model,
+        group: Group,
+        peers: Sequence[PeerInfo],
+        chunk_tokens: int,
+    ):
+        self.config = model.config
+        self.tokenizer = model.tokenizer
+        self.defaults = model.defaults
+        self.peers = peers
+        self._checkpoint = model.checkpoint
+        self._embedding, _ = resolve_tied(model.checkpoint, model.config)
+        self._group = group
+        self._chunk_tokens = chunk_tokens
+        self._cached: list[int] = []  # ids whose keys and values every rank holds
+        self._busy = asyncio.Lock()
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(
+        cls,
+        model: str | Path | None = None,
+        *,
+        local: int = 1,
+        peers: Sequence[str | PeerClient] = (),
+        ratio: Sequence[float] | None = None,
+        window: int | None = None,
+        memory_bytes: int | None = None,
+        dtype: str = "auto",
+        threads: int | None = None,
+        chunk_tokens: int | None = None,
+        store: str | Path | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        progress: ProgressCallback = ignore_progress,
+        on_plan: PlanCallback | None = None,
+    ) -> AsyncIterator[Engine]:
+        """Load a model over this process and its workers; an async context manager.
+
+        Leaving it dismisses remote workers and ends local ones, whatever happened.
+
+        Args:
+            model: Hugging Face model directory; the bundled model when absent.
+            local: world size on this machine; ``local - 1`` worker processes are started.
+            peers: addresses ``host:port`` of running workers, or clients of another transport
+                than gRPC (closed on leaving), instead of ``local``.
+            ratio: relative share of each rank, this process first; even when absent.
+            window: most blocks in memory per rank.
+            memory_bytes: most memory of each rank's process; a share of what is free when absent.
+            dtype: ``auto``, ``float32`` or ``bfloat16``.
+            threads: compute threads per process; the machine's cores shared out when absent.
+            chunk_tokens: most tokens of a prefill step; chosen by ``memory_bytes`` when absent.
+            store: folder of this machine's slices; ``~/.cache/tpirt/slices`` when absent.
+            timeout_s: longest silence of a rank during a step before it is given up.
+            progress: called with progress reports, also from other threads.
+            on_plan: called with what each rank will hold, before anything is loaded.
+
+        Raises:
+            ConfigError, CheckpointError, TokenizerError: the model or an option is at fault.
+            MemoryLimitError: a limit is too low; says how much is needed.
+            StoreError: slices cannot be written or read.
+            HandshakeError: a peer is of another version, or busy.
+            PeerUnreachableError, PeerLostError: a peer does not answer or went away.
+        """
+        path = Path(model) if model is not None else BUNDLED_MODEL
+        if peers and local != 1:
+            raise ConfigError("local and peers exclude each other: give one of them")
+        world_size = len(peers) + 1 if peers else local
+        async with AsyncExitStack() as stack:
+            model_dir = await asyncio.to_thread(open_model, path)
+            config = model_dir.config
+            stack.enter_context(model_dir.checkpoint)
+            plan = make_plan(config, world_size, ratio)
+            threads = threads or default_threads(local)
+            stack.enter_context(_compute_threads(threads))
+            if local > 1:
+                progress(Progress("starting peers", 0, local - 1, "peers"))
+                started = LocalPeers(local - 1, threads, str(store) if store else None)
+                peers = (await stack.enter_async_context(started)).addresses
+            clients = [GrpcPeerClient(p) if isinstance(p, str) else p for p in peers]
+            group = Group(clients, timeout_s)
+            stack.push_async_callback(group.aclose)
+            infos = await meet_peers(clients, threads)
+            chosen = choose_dtype(config, dtype, infos)
+            maker = SliceMaker(model_dir.checkpoint, config, chosen.name)
+            limits = memory_limits(infos, memory_bytes)
+            chunk = chunk_tokens or choose_chunk_tokens(config, plan.shards, memory_bytes)
+            bounds = tuple(Limits(window, limit, chunk, timeout_s) for limit in limits)
+            if on_plan is not None:
+                kind = DTYPES[chosen.name]
+                ranks = (plan_rank(config, plan, r, kind, chunk) for r in range(world_size))
+                on_plan(LoadPlan(chosen, tuple(ranks), tuple(infos), bounds))
+            slices = SliceStore(Path(store) if store else default_store())
+            await group.distribute(maker, plan, slices, progress)
+            await group.start(maker, plan, slices, bounds, progress)
+            yield cls(model_dir, group, infos, chunk)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks, this process included."""
+        return self._group.world_size
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self.config.context_length
+
+    @property
+    def cached_tokens(self) -> int:
+        """How many tokens' keys and values are kept for the next request."""
+        return len(self._cached)
+
+    @property
+    def broken(self) -> Exception | None:
+        """Why no request can succeed any more (a lost peer); None while all is well."""
+        return self._group.broken
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Turn a prompt into ids: text with BOS as the tokenizer says, messages by the template.
+
+        Raises:
+            TokenizerError: there is no template, or it refuses the messages.
+        """
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if prompt and isinstance(prompt[0], Message):
+            return self.tokenizer.encode_chat([m for m in prompt if isinstance(m, Message)])
+        return [i for i in prompt if isinstance(i, int)]
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        progress: ProgressCallback = ignore_progress,
+    ) -> AsyncIterator[Token]:
+        """Yield tokens until an end token, a stop string or ``max_tokens``.
+
+        What the prompt shares with the previous request's tokens is not computed again. Cancelled
+        or left early, all ranks stop after the block at hand, and the next request can follow.
+
+        Raises:
+            RequestError: the prompt is empty or longer than the context.
+            ConfigError: a sampling parameter is out of range.
+            PeerLostError: a peer died or fell silent; names it. The engine is broken then.
+            TpirtError: a rank failed (disk, memory); the engine lives on.
+        """
+        params = params or self.defaults.sampling
+        check_params(params)
+        ids = self._checked(self.encode(prompt))
+        limit = min(params.max_tokens, self.context_length - len(ids))
+        async with self._busy:
+            await self._group.stats(reset=True)
+            writer = _Writer(self.tokenizer, ids, params, self.defaults.eos_ids, limit)
+            sampler = Sampler(params)
+            history = list(ids)
+            hidden = await self._prefill(ids, progress)
+            while True:
+                logits = await self._group.logits(hidden)
+                token = writer.push(sampler.next(logits[0], history))
+                history.append(token.id)
+                yield token
+                if token.finish_reason is not None:
+                    return
+                hidden = await self._forward([token.id], len(history))
+
+    async def complete(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        progress: ProgressCallback = ignore_progress,
+    ) -> Completion:
+        """Generate to the end and measure; see :meth:`generate` for what is raised."""
+        ids = self.encode(prompt)
+        started = time.perf_counter()
+        times: list[float] = []
+        tokens: list[Token] = []
+        async for token in self.generate(ids, params, progress):
+            times.append(time.perf_counter())
+            tokens.append(token)
+        steps = max(1, len(times) - 1)
+        return Completion(
+            text="".join(token.text for token in tokens),
+            prompt_token_ids=ids,
+            token_ids=[token.id for token in tokens],
+            finish_reason=tokens[-1].finish_reason or "",
+            ttft_ms=(times[0] - started) * 1e3,
+            tpot_ms=(times[-1] - times[0]) / steps * 1e3,
+            world_size=self.world_size,
+            ranks=await self.stats(),
+        )
+
+    async def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """Return the logits after each of ``ids``, (T, V) float32; forgets what was cached.
+
+        Raises:
+            RequestError: ``ids`` is empty or longer than the context.
+        """
+        ids = self._checked(list(ids), room=0)
+        async with self._busy:
+            self._cached.clear()
+            parts = []
+            for start in range(0, len(ids), self._chunk_tokens):
+                chunk = ids[start : start + self._chunk_tokens]
+                hidden = await self._forward(chunk, len(ids))
+                parts.append(await self._group.logits(hidden))
+            return torch.cat(parts)
+
+    async def stats(self) -> list[RankStats]:
+        """What each rank used and did since the last request began."""
+        return await self._group.stats()
+
+    def reset(self) -> None:
+        """Forget the cached tokens."""
+        self._cached.clear()
+
+    def _checked(self, ids: list[int], room: int = 1) -> list[int]:
+        if not ids:
+            raise RequestError("the prompt is empty: give at least one token of text")
+        if len(ids) + room > self.context_length:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens, but the model's context is "
+                f"{self.context_length} for prompt and answer together; shorten the prompt"
+            )
+        for token_id in ids:
+            if not 0 <= token_id < self.config.vocab_size:
+                raise RequestError(
+                    f"token id {token_id} is outside the model's vocabulary of "
+                    f"{self.config.vocab_size}; do tokenizer and model belong together?"
+                )
+        return ids
+
+    async def _prefill(self, ids: Sequence[int], progress: ProgressCallback) -> torch.Tensor:
+        """Compute what is not cached yet; returns the last position, (1, H)."""
+        start = self._reusable(ids)
+        del self._cached[start:]
+        todo = len(ids) - start
+        while True:
+            chunk = ids[len(self._cached) : len(self._cached) + self._chunk_tokens]
+            hidden = await self._forward(chunk, len(ids))
+            done = len(self._cached) - start
+            progress(Progress("prefill", done, todo, "tokens"))
+            if done == todo:
+                return hidden[-1:]
+
+    def _reusable(self, ids: Sequence[int]) -> int:
+        """Count leading ids whose keys and values can be kept; the last id is always computed."""
+        rope = self.config.rope
+        if rope.kind == "dynamic" and len(ids) > self.config.max_position_embeddings:
+            return 0  # every length beyond the trained one rotates all keys differently
+        shared = 0
+        for cached, wanted in zip(self._cached, ids[:-1], strict=False):
+            if cached != wanted:
+                break
+            shared += 1
+        return shared
+
+    async def _forward(self, ids: Sequence[int], rope_length: int) -> torch.Tensor:
+        start = len(self._cached)
+        hidden = self._checkpoint.gather_rows(self._embedding, ids).float()
+        out = await self._group.step(hidden, start, rope_length)
+        self._cached.extend(ids)
+        return out
+
+
+class _Writer:
+    """Turns generated ids into tokens with printable text, and decides when to stop."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        eos_ids: frozenset[int],
+        limit: int,
+    ):
+        self._detokenizer = tokenizer.detokenizer(prompt_ids)
+        self._stops = StopMatcher(params.stop)
+        self._eos_ids = eos_ids
+        self._left = limit
+
+    def push(self, token_id: int) -> Token:
+        """Account for one more token."""
+        self._left -= 1
+        if token_id in self._eos_ids:
+            return Token(token_id, self._rest(), "stop")
+        text, stopped = self._stops.push(self._detokenizer.push(token_id))
+        if stopped:
+            return Token(token_id, text, "stop")
+        if self._left == 0:
+            return Token(token_id, text + self._rest(), "length")
+        return Token(token_id, text)
+
+    def _rest(self) -> str:
+        text, stopped = self._stops.push(self._detokenizer.flush())
+        return text if stopped else text + self._stops.flush()
+
+
+def open_model(path: Path) -> Model:
+    """Open a model directory and check that it is whole; reads no weights.
+
+    Raises:
+        ConfigError, CheckpointError, TokenizerError: something is missing, damaged, unsupported.
+    """
+    config = ModelConfig.from_dir(path)
+    tokenizer = Tokenizer.from_dir(path)
+    defaults = GenerationDefaults.from_dir(path, tokenizer.eos_id)
+    checkpoint = Checkpoint.open(path)
+    try:
+        check_tensors(checkpoint, config)
+        _ = checkpoint.fingerprint
+    except BaseException:
+        checkpoint.close()
+        raise
+    return Model(config, checkpoint, tokenizer, defaults)
+
+
+@contextmanager
+def _compute_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

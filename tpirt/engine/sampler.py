@@ -1,0 +1,90 @@
+"""Choosing the next token, in the order and with the definitions of transformers' processors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tpirt.errors import ConfigError
+from tpirt.types import SamplingParams
+
+_REMOVED = -float("inf")
+
+
+def check_params(params: SamplingParams) -> None:
+    """Refuse values outside their ranges.
+
+    Raises:
+        ConfigError: names the parameter, its range and what came.
+    """
+    ranges = (
+        ("max_tokens", params.max_tokens >= 1, "at least 1"),
+        ("temperature", 0 <= params.temperature < float("inf"), "0 (greedy) or more"),
+        ("top_k", params.top_k >= 0, "0 (off) or more"),
+        ("top_p", 0 < params.top_p <= 1, "above 0, at most 1 (off)"),
+        ("min_p", 0 <= params.min_p <= 1, "from 0 (off) to 1"),
+        (
+            "repetition_penalty",
+            0 < params.repetition_penalty < float("inf"),
+            "above 0; 1 is off",
+        ),
+        ("seed", params.seed is None or 0 <= params.seed < 1 << 63, "0 to 2^63 - 1"),
+        ("stop", all(params.stop), "texts that are not empty"),
+    )
+    for name, ok, expected in ranges:
+        if not ok:
+            raise ConfigError(f"{name}: expected {expected}, got {getattr(params, name)!r}")
+
+
+class Sampler:
+    """Draws token after token; the same seed and logits give the same tokens."""
+
+    def __init__(self, params: SamplingParams):
+        self._params = params
+        self._generator = torch.Generator()
+        if params.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(params.seed)
+
+    def next(self, logits: torch.Tensor, history: Sequence[int]) -> int:
+        """Choose a token.
+
+        Args:
+            logits: (V,) float32; overwritten.
+            history: prompt and generated ids so far, which repetition_penalty looks at.
+        """
+        params = self._params
+        if params.repetition_penalty != 1:
+            _penalise(logits, history, params.repetition_penalty)
+        if params.temperature == 0:
+            return int(logits.argmax())
+        logits /= params.temperature
+        if params.top_k:
+            _keep_top_k(logits, params.top_k)
+        if params.top_p < 1:
+            _keep_top_p(logits, params.top_p)
+        if params.min_p:
+            probabilities = logits.softmax(-1)
+            logits[probabilities < params.min_p * probabilities.max()] = _REMOVED
+        drawn = torch.multinomial(logits.softmax(-1), 1, generator=self._generator)
+        return int(drawn)
+
+
+def _penalise(logits: torch.Tensor, history: Sequence[int], penalty: float) -> None:
+    ids = torch.tensor(sorted(set(history)))
+    scores = logits[ids]
+    logits[ids] = torch.where(scores < 0, scores * penalty, scores / penalty)
+
+
+def _keep_top_k(logits: torch.Tensor, k: int) -> None:
+    smallest = logits.topk(min(k, len(logits))).values[-1]
+    logits[logits < smallest] = _REMOVED
+
+
+def _keep_top_p(logits: torch.Tensor, p: float) -> None:
+    ascending, order = logits.sort()
+    removed = ascending.softmax(-1).cumsum(-1) <= 1 - p
+    removed[-1] = False
+    logits[order[removed]] = _REMOVED

@@ -1,0 +1,95 @@
+"""How much memory one rank needs, foretold from the shapes alone.
+
+Axes: T tokens of a step, R ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tpirt.config import ModelConfig
+from tpirt.ops.nn import MASK_ELEMENTS
+from tpirt.parallel.partition import Plan, Shard
+from tpirt.parallel.sharding import rank_blocks
+
+DEFAULT_CHUNK_TOKENS = 256
+_MIN_CHUNK_TOKENS = 16
+
+# Resident memory of a peer before it holds anything of a model: Python, torch, gRPC (measured).
+PROCESS_BYTES = 270 << 20
+
+# What a running process takes beyond what is counted: allocator slack, thread stacks, gRPC.
+SLACK_BYTES = 32 << 20
+
+
+def activation_bytes(config: ModelConfig, shard: Shard, world_size: int, tokens: int) -> int:
+    """Most bytes of a step of ``tokens`` tokens on one rank, frames on the wire included."""
+    hidden = 4 * tokens * config.hidden_size
+    heads = shard.q_heads.size + 2 * shard.kv_heads.size
+    qkv = 4 * tokens * heads * config.head_dim
+    mlp = 4 * tokens * shard.columns.size
+    mask = 5 * min(tokens * config.context_length, MASK_ELEMENTS) if tokens > 1 else 0
+    logits = 8 * config.vocab_size if shard.first else 0
+    senders = world_size - 1 if shard.first else 1
+    return (6 + 3 * senders) * hidden + 4 * qkv + 4 * mlp + mask + logits
+
+
+def kv_bytes(config: ModelConfig, shard: Shard, dtype: torch.dtype, tokens: int) -> int:
+    """Bytes of the keys and values of ``tokens`` positions on one rank."""
+    per_layer = 2 * shard.kv_heads.size * config.head_dim * dtype.itemsize
+    return config.num_hidden_layers * per_layer * tokens
+
+
+def choose_chunk_tokens(
+    config: ModelConfig, shards: tuple[Shard, ...], memory_bytes: int | None
+) -> int:
+    """Choose how many tokens a prefill step takes at most.
+
+    Without a memory bound the default; otherwise halved until a step's activations take at most
+    an eighth of the bound on the neediest rank.
+    """
+    tokens = DEFAULT_CHUNK_TOKENS
+    if memory_bytes is None:
+        return tokens
+
+    def need(tokens: int) -> int:
+        return max(activation_bytes(config, shard, len(shards), tokens) for shard in shards)
+
+    while tokens > _MIN_CHUNK_TOKENS and need(tokens) > memory_bytes // 8:
+        tokens //= 2
+    return tokens
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """What one rank will hold and need."""
+
+    rank: int
+    shard: Shard
+    dtype: str
+    block_bytes: tuple[int, ...]  # in the order of use
+    kv_token_bytes: int
+    activation_bytes: int
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of all blocks."""
+        return sum(self.block_bytes)
+
+
+def plan_rank(
+    config: ModelConfig, plan: Plan, rank: int, dtype: torch.dtype, chunk_tokens: int
+) -> RankPlan:
+    """Foretell one rank's memory from the shapes alone."""
+    shard = plan.shards[rank]
+    blocks = rank_blocks(config, shard, dtype)
+    return RankPlan(
+        rank=rank,
+        shard=shard,
+        dtype=str(dtype).removeprefix("torch."),
+        block_bytes=tuple(block.nbytes for block in blocks),
+        kv_token_bytes=kv_bytes(config, shard, dtype, 1),
+        activation_bytes=activation_bytes(config, shard, plan.world_size, chunk_tokens),
+    )

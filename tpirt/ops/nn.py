@@ -1,0 +1,123 @@
+"""The transformer's small functions: normalisation, activation, attention.
+
+Axes: T new tokens, S cached and new tokens, H hidden, D head_dim, Q query heads, K KV heads,
+G query heads per KV head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+# Most elements of an attention mask: bounds what a chunk allocates, whatever the context's length.
+MASK_ELEMENTS = 1 << 22
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """``x / rms(x) * weight`` over the last axis, computed in float32; returns float32."""
+    x = x.float()
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+
+
+def gated_mlp(
+    gate_up: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """``activation(gate) * up`` of ``gate_up`` (T, 2 I); returns (T, I)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return activation(gate) * up
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    groups: list[int],
+    window: int | None,
+) -> torch.Tensor:
+    """Causal attention of the last T of S positions, ``softmax(q k^T / sqrt(D)) v``.
+
+    Memory is linear in S: queries go through in pieces whose mask stays below 4 Mi elements.
+
+    Args:
+        q: (Q, T, D), the newest positions' queries.
+        k: (K, S, D), all positions' keys; ``v`` likewise.
+        groups: number of query heads that read each KV head, K of them, summing to Q.
+        window: a query sees itself and the ``window - 1`` positions before it; None for all.
+
+    Returns:
+        (Q, T, D).
+    """
+    tokens, past = q.shape[1], k.shape[1] - q.shape[1]
+    piece = max(1, min(tokens, MASK_ELEMENTS // k.shape[1]))
+    out = torch.empty_like(q)
+    for start in range(0, tokens, piece):
+        stop = min(start + piece, tokens)
+        first = 0 if window is None else max(0, past + start - window + 1)
+        keys = slice(first, past + stop)
+        mask = _mask(past + start, stop - start, first, window)
+        out[:, start:stop] = _grouped(q[:, start:stop], k[:, keys], v[:, keys], groups, mask)
+    return out
+
+
+def _mask(start: int, tokens: int, first: int, window: int | None) -> torch.Tensor | None:
+    """True where the query at ``start + row`` sees the key at ``first + column``.
+
+    None where plain causality says the same: a single query, or no keys before the queries.
+    """
+    if tokens == 1 or (first == start and (window is None or window >= tokens)):
+        return None
+    query = torch.arange(start, start + tokens).unsqueeze(1)
+    key = torch.arange(first, start + tokens).unsqueeze(0)
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
+
+
+def _grouped(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    groups: list[int],
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    if len(set(groups)) == 1:
+        return _attend(q, k, v, groups[0], mask)
+    # More ranks than KV heads: this rank's query heads read unequal shares of them.
+    parts, start = [], 0
+    for kv, count in enumerate(groups):
+        heads = q[start : start + count]
+        parts.append(_attend(heads, k[kv : kv + 1], v[kv : kv + 1], count, mask))
+        start += count
+    return torch.cat(parts)
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: int, mask: torch.Tensor | None
+) -> torch.Tensor:
+    kv_heads, tokens, dim = k.shape[0], q.shape[1], q.shape[2]
+    if tokens == 1:
+        # The group's queries stand in for tokens, so each KV head is read once.
+        grouped = q.view(1, kv_heads, group, dim)
+        out = F.scaled_dot_product_attention(grouped, k.unsqueeze(0), v.unsqueeze(0))
+        return out.reshape(q.shape)
+    grouped = q.view(kv_heads, group, tokens, dim)
+    shape = (kv_heads, group, k.shape[1], dim)
+    # expand, not repeat: keys and values are not copied per query head.
+    out = F.scaled_dot_product_attention(
+        grouped,
+        k.unsqueeze(1).expand(shape),
+        v.unsqueeze(1).expand(shape),
+        attn_mask=mask,
+        is_causal=mask is None,
+    )
+    return out.reshape(q.shape)

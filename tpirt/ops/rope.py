@@ -1,0 +1,70 @@
+"""Rotary position embedding and its scalings, as transformers' ``modeling_rope_utils`` has them.
+
+Axes: T tokens, D head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from tpirt.config import ModelConfig, RopeConfig
+
+
+def inverse_frequencies(config: ModelConfig, length: int) -> torch.Tensor:
+    """Return the rotation frequencies, (D / 2,) float32.
+
+    Args:
+        config: the model.
+        length: sequence length that ``dynamic`` scaling is computed for; others ignore it.
+    """
+    rope, dim = config.rope, config.head_dim
+    theta = rope.theta
+    if rope.kind == "dynamic":
+        theta = _dynamic_theta(config, max(length, config.max_position_embeddings))
+    exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+    frequencies = 1.0 / (theta**exponents)
+    if rope.kind == "linear":
+        return frequencies / rope.factor
+    if rope.kind == "llama3":
+        return _llama3(frequencies, rope)
+    return frequencies
+
+
+def _dynamic_theta(config: ModelConfig, length: int) -> float:
+    # NTK-aware: https://www.reddit.com/r/LocalLLaMA/comments/14mrgpr
+    rope, dim = config.rope, config.head_dim
+    trained = config.max_position_embeddings
+    stretch = rope.factor * length / trained - (rope.factor - 1)
+    return float(rope.theta * stretch ** (dim / (dim - 2)))
+
+
+def _llama3(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
+    trained = rope.original_max_position_embeddings
+    wavelength = 2 * math.pi / frequencies
+    longest = trained / rope.low_freq_factor
+    shortest = trained / rope.high_freq_factor
+    smooth = (trained / wavelength - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    blended = (1 - smooth) * frequencies / rope.factor + smooth * frequencies
+    scaled = torch.where(wavelength > longest, frequencies / rope.factor, blended)
+    return torch.where(wavelength < shortest, frequencies, scaled)
+
+
+def rotation(
+    frequencies: torch.Tensor, start: int, tokens: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cos and sin, each (T, D), for positions start, start + 1, ..."""
+    positions = torch.arange(start, start + tokens, dtype=torch.float32)
+    angles = torch.outer(positions, frequencies)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate heads ``x`` (heads, T, D) by their positions' angles, halves paired."""
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos + turned * sin

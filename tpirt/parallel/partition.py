@@ -1,0 +1,141 @@
+"""Partition arithmetic: attention heads and MLP columns over ranks, even or by ratio."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tpirt.config import ModelConfig
+from tpirt.errors import PlanError
+
+
+class Span(NamedTuple):
+    """The half-open range ``[start, stop)``."""
+
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def scaled(self, unit: int) -> Span:
+        """The same range counted in elements, ``unit`` of them each."""
+        return Span(self.start * unit, self.stop * unit)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one rank computes: its heads and columns.
+
+    ``first`` marks rank 0, which alone adds the row-parallel biases and holds the LM head.
+    """
+
+    q_heads: Span
+    kv_heads: Span
+    columns: Span
+    first: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The shards of all ranks, by rank; together they cover the model exactly once."""
+
+    shards: tuple[Shard, ...]
+
+    @property
+    def world_size(self) -> int:
+        return len(self.shards)
+
+
+def apportion(total: int, weights: Sequence[float], minimum: int = 1) -> list[int]:
+    """Split ``total`` units in proportion to ``weights``, at least ``minimum`` each.
+
+    Largest remainder; ties go to the lower rank, so the result is deterministic.
+    """
+    scale = total / sum(weights)
+    quotas = [weight * scale for weight in weights]
+    counts = [max(minimum, int(quota)) for quota in quotas]
+    ranks = range(len(counts))
+    while sum(counts) < total:
+        counts[max(ranks, key=lambda r: (quotas[r] - counts[r], -r))] += 1
+    while sum(counts) > total:
+        shrinkable = [r for r in ranks if counts[r] > minimum]
+        counts[max(shrinkable, key=lambda r: (counts[r] - quotas[r], r))] -= 1
+    return counts
+
+
+def make_plan(config: ModelConfig, world_size: int, ratio: Sequence[float] | None = None) -> Plan:
+    """Decide each rank's heads and MLP columns.
+
+    KV-head groups (a KV head with its query heads) are dealt out whole while there are at least
+    as many as ranks. With more ranks than KV heads, query heads are dealt out one by one and each
+    rank holds a copy of the KV heads that its query heads read.
+
+    Args:
+        config: the model.
+        world_size: number of ranks, 1 to ``num_attention_heads``.
+        ratio: relative amount of work per rank; even when absent.
+
+    Raises:
+        PlanError: the world size or the ratio does not fit the model.
+    """
+    weights = _check(config, world_size, ratio)
+    q_spans = _split_heads(config, weights)
+    unit = _column_unit(config.intermediate_size, world_size)
+    columns = _spans(apportion(config.intermediate_size // unit, weights), unit)
+    group = config.num_attention_heads // config.num_key_value_heads
+    return Plan(
+        tuple(
+            Shard(q, Span(q.start // group, (q.stop - 1) // group + 1), c, first=rank == 0)
+            for rank, (q, c) in enumerate(zip(q_spans, columns, strict=True))
+        )
+    )
+
+
+def _check(config: ModelConfig, world_size: int, ratio: Sequence[float] | None) -> Sequence[float]:
+    most = min(config.num_attention_heads, config.intermediate_size)
+    if not 1 <= world_size <= most:
+        raise PlanError(
+            f"world size {world_size}: this model can be split over 1 to {most} ranks "
+            f"({config.num_attention_heads} attention heads); use fewer peers"
+        )
+    if ratio is None:
+        return [1.0] * world_size
+    if len(ratio) != world_size:
+        raise PlanError(
+            f"ratio {','.join(f'{r:g}' for r in ratio)}: expected {world_size} numbers, "
+            f"one per rank, got {len(ratio)}"
+        )
+    for rank, share in enumerate(ratio):
+        if not 0 < share < float("inf"):
+            raise PlanError(
+                f"ratio: rank {rank} has {share:g}; every share must be a number above 0 "
+                "(leave the peer out if it should hold nothing)"
+            )
+    return ratio
+
+
+def _split_heads(config: ModelConfig, weights: Sequence[float]) -> list[Span]:
+    groups = config.num_key_value_heads
+    if len(weights) <= groups:
+        return _spans(apportion(groups, weights), config.num_attention_heads // groups)
+    return _spans(apportion(config.num_attention_heads, weights), 1)
+
+
+def _column_unit(columns: int, world_size: int) -> int:
+    # Aligned slices keep matrix kernels on their fast path, but never at the price of balance:
+    # every rank gets at least eight units.
+    for unit in (128, 64, 32, 16, 8):
+        if columns % unit == 0 and columns // unit >= 8 * world_size:
+            return unit
+    return 1
+
+
+def _spans(counts: Sequence[int], unit: int) -> list[Span]:
+    spans, start = [], 0
+    for count in counts:
+        spans.append(Span(start * unit, (start + count) * unit))
+        start += count
+    return spans

@@ -1,0 +1,215 @@
+"""How each weight is split, stated once, as data.
+
+Slicing, loading, block files and memory estimates all read the two tables below. A *stored* tensor
+is what a rank keeps on disk and in memory: one or several checkpoint tensors, sliced and laid one
+after another along their rows, so that projections of the same input are one matrix product.
+
+The window's unit is the *block*: one layer's attention, one layer's MLP, or a piece of the LM head
+(rank 0 only) no larger than the largest of those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from tpirt.config import ModelConfig
+from tpirt.parallel.partition import Shard, Span
+
+
+class Split(Enum):
+    """Which part of a weight ``(out_features, in_features)`` a rank holds."""
+
+    Q_ROWS = "colwise by query head"
+    KV_ROWS = "colwise by KV head"
+    MLP_ROWS = "colwise by MLP column"
+    Q_COLUMNS = "rowwise by query head"
+    MLP_COLUMNS = "rowwise by MLP column"
+    REPLICATED = "whole on every rank"
+    FIRST_RANK = "whole on rank 0: a row-parallel bias is added once"
+
+
+Condition = Callable[[ModelConfig], bool]
+
+
+def _always(_: ModelConfig) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A stored tensor: its name, the checkpoint tensors it is made of, how they are split."""
+
+    name: str
+    parts: tuple[tuple[str, Split], ...]
+    present: Condition = _always
+
+
+_Q, _K, _V, _O = (f"self_attn.{p}_proj" for p in "qkvo")
+_GATE, _UP, _DOWN = (f"mlp.{p}_proj" for p in ("gate", "up", "down"))
+
+
+def _qkv(kind: str) -> tuple[tuple[str, Split], ...]:
+    return (
+        (f"{_Q}.{kind}", Split.Q_ROWS),
+        (f"{_K}.{kind}", Split.KV_ROWS),
+        (f"{_V}.{kind}", Split.KV_ROWS),
+    )
+
+
+def _gate_up(kind: str) -> tuple[tuple[str, Split], ...]:
+    return ((f"{_GATE}.{kind}", Split.MLP_ROWS), (f"{_UP}.{kind}", Split.MLP_ROWS))
+
+
+ATTENTION = (
+    Rule("norm.weight", (("input_layernorm.weight", Split.REPLICATED),)),
+    Rule("q_norm.weight", (("self_attn.q_norm.weight", Split.REPLICATED),), lambda c: c.qk_norm),
+    Rule("k_norm.weight", (("self_attn.k_norm.weight", Split.REPLICATED),), lambda c: c.qk_norm),
+    Rule("qkv_proj.weight", _qkv("weight")),
+    Rule("qkv_proj.bias", _qkv("bias"), lambda c: c.qkv_bias),
+    Rule("o_proj.weight", ((f"{_O}.weight", Split.Q_COLUMNS),)),
+    Rule("o_proj.bias", ((f"{_O}.bias", Split.FIRST_RANK),), lambda c: c.o_bias),
+)
+
+MLP = (
+    Rule("norm.weight", (("post_attention_layernorm.weight", Split.REPLICATED),)),
+    Rule("gate_up_proj.weight", _gate_up("weight")),
+    Rule("gate_up_proj.bias", _gate_up("bias"), lambda c: c.mlp_bias),
+    Rule("down_proj.weight", ((f"{_DOWN}.weight", Split.MLP_COLUMNS),)),
+    Rule("down_proj.bias", ((f"{_DOWN}.bias", Split.FIRST_RANK),), lambda c: c.mlp_bias),
+)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of a checkpoint tensor; ``columns`` is None for a vector.
+
+    ``source`` is the name without the ``model.`` prefix; ``lm_head.weight`` and ``norm.weight``
+    are global, the others begin with ``layers.N.``.
+    """
+
+    source: str
+    rows: Span
+    columns: Span | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows.size,) if self.columns is None else (self.rows.size, self.columns.size)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a block as a rank stores it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: tuple[Piece, ...]
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Block:
+    """The unit that the window loads and gives up, with what it holds on one rank."""
+
+    name: str
+    tensors: tuple[StoredTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def rank_blocks(config: ModelConfig, shard: Shard, dtype: torch.dtype) -> tuple[Block, ...]:
+    """List the blocks of one rank in the order in which a step uses them.
+
+    Layer ``i`` is blocks ``2 i`` (attention) and ``2 i + 1`` (MLP); on rank 0 the LM head's
+    pieces follow. Norm weights are float32, all else is ``dtype``.
+    """
+    blocks = layer_blocks(config, shard, dtype)
+    if shard.first:
+        blocks += tuple(_head_blocks(config, dtype, max(block.nbytes for block in blocks)))
+    return blocks
+
+
+def layer_blocks(config: ModelConfig, shard: Shard, dtype: torch.dtype) -> tuple[Block, ...]:
+    """List the blocks of the decoder layers alone; see :func:`rank_blocks`."""
+    return tuple(
+        Block(f"layers.{layer}.{kind}", _stored(config, shard, dtype, layer, rules))
+        for layer in range(config.num_hidden_layers)
+        for kind, rules in (("attention", ATTENTION), ("mlp", MLP))
+    )
+
+
+def _stored(
+    config: ModelConfig, shard: Shard, dtype: torch.dtype, layer: int, rules: tuple[Rule, ...]
+) -> tuple[StoredTensor, ...]:
+    tensors = []
+    for rule in rules:
+        if not rule.present(config) or (rule.parts[0][1] is Split.FIRST_RANK and not shard.first):
+            continue
+        pieces = tuple(
+            _piece(config, shard, f"layers.{layer}.{source}", split) for source, split in rule.parts
+        )
+        rows = sum(piece.rows.size for piece in pieces)
+        columns = pieces[0].columns
+        shape = (rows,) if columns is None else (rows, columns.size)
+        kept = torch.float32 if "norm" in rule.name else dtype
+        tensors.append(StoredTensor(rule.name, shape, kept, pieces))
+    # Wide elements first: every tensor then starts at a multiple of its own element size.
+    return tuple(sorted(tensors, key=lambda t: -t.dtype.itemsize))
+
+
+def _piece(config: ModelConfig, shard: Shard, source: str, split: Split) -> Piece:
+    head = config.head_dim
+    rows, columns = _whole(config, source)
+    match split:
+        case Split.Q_ROWS:
+            rows = shard.q_heads.scaled(head)
+        case Split.KV_ROWS:
+            rows = shard.kv_heads.scaled(head)
+        case Split.MLP_ROWS:
+            rows = shard.columns
+        case Split.Q_COLUMNS:
+            columns = shard.q_heads.scaled(head)
+        case Split.MLP_COLUMNS:
+            columns = shard.columns
+    return Piece(source, rows, None if source.endswith((".bias", "norm.weight")) else columns)
+
+
+def _whole(config: ModelConfig, source: str) -> tuple[Span, Span]:
+    """Rows and columns of the part that is not split, from the tensor's role."""
+    if source.endswith(("q_norm.weight", "k_norm.weight")):
+        return Span(0, config.head_dim), Span(0, 0)
+    return Span(0, config.hidden_size), Span(0, config.hidden_size)
+
+
+def _head_blocks(config: ModelConfig, dtype: torch.dtype, limit_bytes: int) -> Iterator[Block]:
+    norm_bytes = config.hidden_size * torch.float32.itemsize
+    row_bytes = config.hidden_size * dtype.itemsize
+    rows_per_block = max(1, (limit_bytes - norm_bytes) // row_bytes)
+    whole = Span(0, config.hidden_size)
+    for index, start in enumerate(range(0, config.vocab_size, rows_per_block)):
+        rows = Span(start, min(start + rows_per_block, config.vocab_size))
+        head = StoredTensor(
+            "lm_head.weight",
+            (rows.size, config.hidden_size),
+            dtype,
+            (Piece("lm_head.weight", rows, whole),),
+        )
+        norm = StoredTensor(
+            "norm.weight",
+            (config.hidden_size,),
+            torch.float32,
+            (Piece("norm.weight", whole, None),),
+        )
+        yield Block(f"head.{index}", (norm, head) if index == 0 else (head,))

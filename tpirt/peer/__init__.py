@@ -1,0 +1,1 @@
+"""One worker peer's process: listens, serves masters one after another, ends cleanly."""

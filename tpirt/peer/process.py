@@ -1,0 +1,74 @@
+"""The body of ``tpirt peer``."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from tpirt.cluster.launcher import READY_PREFIX
+from tpirt.cluster.machine import host_name
+from tpirt.cluster.worker import Worker
+from tpirt.transport.grpc import GrpcPeerServer
+from tpirt.weights.store import SliceStore
+
+
+@dataclass(frozen=True)
+class PeerOptions:
+    """How a worker peer runs; ``until_stdin_closes`` ties its life to its starter's."""
+
+    host: str
+    port: int
+    memory_bytes: int | None
+    threads: int
+    store: SliceStore
+    until_stdin_closes: bool
+    quiet: bool
+
+
+async def run_peer(options: PeerOptions) -> None:
+    """Listen and serve until a signal, or the end of standard input, says stop.
+
+    Prints one line with the address once it accepts masters, then one line per event.
+
+    Raises:
+        TransportError: the address cannot be listened on.
+    """
+    torch.set_num_threads(options.threads)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    log = (lambda _: None) if options.quiet else _log
+    worker = Worker("", options.store, options.memory_bytes, options.threads, log)
+    server = GrpcPeerServer(worker)
+    port = await server.start(options.host, options.port)
+    worker.peer_id = f"{host_name()}:{port}"
+    print(f"{READY_PREFIX}{options.host}:{port} (store {options.store.root})", flush=True)
+    try:
+        if options.until_stdin_closes:
+            await _stdin_closed(stop)
+        await stop.wait()
+    finally:
+        await server.aclose()
+
+
+async def _stdin_closed(stop: asyncio.Event) -> None:
+    """Set ``stop`` when whoever holds the other end of standard input is gone."""
+    loop = asyncio.get_running_loop()
+    handle = sys.stdin.fileno()
+
+    def readable() -> None:
+        if not os.read(handle, 4096):
+            loop.remove_reader(handle)
+            stop.set()
+
+    loop.add_reader(handle, readable)
+
+
+def _log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

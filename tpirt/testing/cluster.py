@@ -1,0 +1,172 @@
+"""A tensor-parallel group within one process: real workers and engine, channels in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+
+from tpirt.cluster.worker import Worker
+from tpirt.engine.engine import Engine, PlanCallback
+from tpirt.errors import TpirtError
+from tpirt.transport.base import Channel, PeerService
+from tpirt.transport.memory import memory_pair
+from tpirt.transport.pb import tpirt_pb2 as pb
+from tpirt.types import ProgressCallback, ignore_progress
+from tpirt.weights.store import SliceStore
+
+# Gets a worker's rank and one end of its session; returns what is used in its place.
+ChannelHook = Callable[[int, Channel], Channel]
+
+TIMEOUT_S = 20.0
+
+
+def same_channel(_: int, channel: Channel) -> Channel:
+    """The hook that changes nothing."""
+    return channel
+
+
+class MemoryPeerClient:
+    """See :class:`tpirt.transport.base.PeerClient`: leads to a service in this process.
+
+    Every message is serialised and parsed on its way, as if it had crossed a network. A session
+    runs as a task; an error of our tree ends its channel, as it would end the RPC. Any other error
+    is a bug and raised by :meth:`aclose`.
+
+    Attributes:
+        session_errors: the errors of our tree that ended sessions, oldest first.
+    """
+
+    def __init__(
+        self,
+        service: PeerService,
+        rank: int = 1,
+        *,
+        master_side: ChannelHook = same_channel,
+        worker_side: ChannelHook = same_channel,
+    ):
+        self.address = f"memory:{rank}"
+        self.peer_id = self.address
+        self.session_errors: list[TpirtError] = []
+        self._service = service
+        self._rank = rank
+        self._master_side = master_side
+        self._worker_side = worker_side
+        self._channels: list[Channel] = []
+        self._sessions: list[asyncio.Task[None]] = []
+
+    async def hello(self, request: pb.HelloRequest, timeout_s: float) -> pb.HelloReply:
+        """See :class:`tpirt.transport.base.PeerClient`."""
+        async with asyncio.timeout(timeout_s):
+            reply = await self._service.hello(
+                pb.HelloRequest.FromString(request.SerializeToString())
+            )
+        return pb.HelloReply.FromString(reply.SerializeToString())
+
+    async def put_slice(self, chunks: AsyncIterator[pb.SliceChunk]) -> pb.PutSliceReply:
+        """See :class:`tpirt.transport.base.PeerClient`."""
+
+        async def received() -> AsyncIterator[pb.SliceChunk]:
+            async for chunk in chunks:
+                yield pb.SliceChunk.FromString(chunk.SerializeToString())
+
+        return await self._service.put_slice(received())
+
+    async def open_session(self) -> Channel:
+        """See :class:`tpirt.transport.base.PeerClient`."""
+        mine, theirs = memory_pair(self.peer_id, "master")
+        self._sessions.append(
+            asyncio.create_task(self._serve(self._worker_side(self._rank, theirs)))
+        )
+        channel = self._master_side(self._rank, mine)
+        self._channels.append(channel)
+        return channel
+
+    async def aclose(self) -> None:
+        """See :class:`tpirt.transport.base.PeerClient`; waits until the sessions have ended."""
+        for channel in self._channels:
+            await channel.aclose()
+        self._channels.clear()
+        sessions, self._sessions = self._sessions, []
+        if not sessions:
+            return
+        _, late = await asyncio.wait(sessions, timeout=TIMEOUT_S)
+        for session in late:
+            session.cancel()
+        results = await asyncio.gather(*sessions, return_exceptions=True)
+        assert not late, f"the session of rank {self._rank} did not end"
+        for result in results:
+            if result is not None:
+                raise result
+
+    async def _serve(self, channel: Channel) -> None:
+        try:
+            await self._service.session(channel)
+        except TpirtError as exc:
+            self.session_errors.append(exc)
+        finally:
+            await channel.aclose()
+
+
+@asynccontextmanager
+async def memory_engine(
+    path: Path,
+    world_size: int = 1,
+    *,
+    ratio: Sequence[float] | None = None,
+    window: int | None = None,
+    memory_bytes: int | None = None,
+    dtype: str = "float32",
+    threads: int = 1,
+    chunk_tokens: int | None = None,
+    store: Path | None = None,
+    timeout_s: float = TIMEOUT_S,
+    progress: ProgressCallback = ignore_progress,
+    on_plan: PlanCallback | None = None,
+    master_side: ChannelHook = same_channel,
+    worker_side: ChannelHook = same_channel,
+) -> AsyncIterator[Engine]:
+    """Load a model over ``world_size`` ranks in this process; see :meth:`Engine.connect`.
+
+    Args:
+        path: model directory.
+        world_size: number of ranks.
+        store: folder of every rank's slices; a temporary one when absent.
+        master_side: changes the master's end of each worker's session, such as into a
+            :class:`~tpirt.testing.faults.FaultyChannel`.
+        worker_side: likewise the worker's end.
+
+    The other arguments are those of :meth:`Engine.connect`.
+    """
+    with ExitStack() as stack:
+        folder = store or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        clients = [
+            MemoryPeerClient(
+                Worker(f"rank{rank}", SliceStore(folder), None, threads, _log_nothing),
+                rank,
+                master_side=master_side,
+                worker_side=worker_side,
+            )
+            for rank in range(1, world_size)
+        ]
+        async with Engine.connect(
+            path,
+            peers=clients,
+            ratio=ratio,
+            window=window,
+            memory_bytes=memory_bytes,
+            dtype=dtype,
+            threads=threads,
+            chunk_tokens=chunk_tokens,
+            store=folder,
+            timeout_s=timeout_s,
+            progress=progress,
+            on_plan=on_plan,
+        ) as engine:
+            yield engine
+
+
+def _log_nothing(_: str) -> None:
+    pass

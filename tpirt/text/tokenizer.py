@@ -1,0 +1,400 @@
+"""A model directory's tokenizer: text to ids and back as the model was trained.
+
+What ``transformers`` 5.23 does, and where this differs on purpose. For ``LlamaTokenizer``,
+``Qwen2Tokenizer``, ``GPT2Tokenizer`` and ``GemmaTokenizer`` it takes only the vocabulary, the
+merges and the post-processor from ``tokenizer.json`` and builds normalizer, pre-tokenizer and
+decoder anew from class defaults; version 4 used the file. That changes ids: Llama 2's ``Prepend``
+(``legacy: false`` in its configuration) becomes a space before the very first word only, so that
+``<s>[INST]`` loses the prefix space the model was trained with, and SmolLM's ``Digits`` splitter
+is dropped. Here the published ``tokenizer.json`` is what counts. It also drops ``add_bos_token``
+and ``add_eos_token`` wherever there is a ``tokenizer.json``; here, as in version 4, an explicit
+one counts for Llama-style classes. Where file and configuration agree, all three are the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, processors
+from tokenizers import Tokenizer as FastTokenizer
+
+from tpirt.errors import TokenizerError
+from tpirt.text.detokenizer import Detokenizer
+from tpirt.text.template import ChatTemplate, find_chat_template, read_json, read_text
+from tpirt.types import Message
+
+# Without a tokenizer_config.json the model type says which class's defaults hold.
+_CLASS_OF_MODEL = {"llama": "LlamaTokenizer", "qwen2": "Qwen2Tokenizer", "gpt2": "GPT2Tokenizer"}
+_CLASS_OF_MODEL |= {"qwen3": "Qwen2Tokenizer"}
+_LLAMA_STYLE = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
+_DEFAULT_TOKENS: dict[str, dict[str, str]] = {
+    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
+    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+}
+_OTHER_FORMATS = ("tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json", "merges.txt")
+
+
+class Tokenizer:
+    """The tokenizer of one model: ids, special tokens, chat template, streaming decode.
+
+    Made by ``from_dir``. ``vocab_size`` counts added tokens and may be less than the model's.
+    """
+
+    def __init__(
+        self,
+        fast: FastTokenizer,
+        special_tokens: Mapping[str, str],
+        template: ChatTemplate | None = None,
+        origin: str = "tokenizer",
+    ) -> None:
+        self._fast = fast
+        self._special_tokens = dict(special_tokens)
+        self._template = template
+        self._origin = origin
+        fast.no_truncation()  # tokenizer.json may carry the limits of somebody's training
+        fast.no_padding()
+        added = fast.get_added_tokens_decoder()
+        self.added_ids: frozenset[int] = frozenset(added)
+        self.special_ids: frozenset[int] = frozenset(i for i, t in added.items() if t.special)
+        self.vocab_size: int = fast.get_vocab_size(with_added_tokens=True)
+        self.bos_token = self._special_tokens.get("bos_token")
+        self.eos_token = self._special_tokens.get("eos_token")
+        self.bos_id: int | None = None if not self.bos_token else fast.token_to_id(self.bos_token)
+        self.eos_id: int | None = None if not self.eos_token else fast.token_to_id(self.eos_token)
+
+    @classmethod
+    def from_dir(cls, path: Path) -> Tokenizer:
+        """Load ``tokenizer.json`` and what stands beside it in a Hugging Face model directory.
+
+        Reads ``tokenizer_config.json``, ``special_tokens_map.json``, ``added_tokens.json`` and the
+        chat template where present. Nothing else is opened and no code of the model is run.
+
+        Raises:
+            TokenizerError: there is no ``tokenizer.json`` (the message says what there is and how
+                to convert it), or a file is damaged; the message names it.
+        """
+        path = Path(path)
+        text = _read_fast(path)
+        config = _optional_json(path / "tokenizer_config.json")
+        class_name = _class_name(path, config)
+        fast = _load_fast(path / "tokenizer.json", text, config, class_name)
+        try:
+            config = _with_legacy_files(path, config)
+            named = _named_tokens(config, class_name, fast)
+            _add_tokens(fast, config, named)
+            _follow_flags(fast, config, class_name, named)
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as exc:
+            raise TokenizerError(
+                f"{path / 'tokenizer_config.json'}: its special tokens make no sense: {exc}"
+            ) from exc
+        return cls(fast, named, find_chat_template(path, config), str(path))
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of a text, never truncated or padded.
+
+        Special tokens written in the text become their ids. ``add_special_tokens`` adds BOS or EOS
+        where the model's own tokenizer does.
+
+        Raises:
+            TokenizerError: the text is not valid Unicode (a lone surrogate from broken input).
+        """
+        return self._encode(text, add_special_tokens)[0]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Return the text of a sequence of ids; bytes that are no UTF-8 become U+FFFD."""
+        text: str = self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model came with a chat template."""
+        return self._template is not None
+
+    def render_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+    ) -> str:
+        """Render a conversation with the model's chat template.
+
+        Raises:
+            TokenizerError: the model has no template, or the template refuses the messages.
+        """
+        if self._template is None:
+            raise TokenizerError(
+                f"{self._origin}: the model has no chat template (a base model?); give a plain "
+                "prompt instead, or put a chat_template.jinja into the directory"
+            )
+        return self._template.render(
+            messages, self._special_tokens, add_generation_prompt=add_generation_prompt
+        )
+
+    def encode_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Render a conversation and encode it; BOS comes from the template, not from here."""
+        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
+        return self.encode(text, add_special_tokens=False)
+
+    def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
+        """Return a streaming decoder for ids generated after ``prompt_ids``."""
+        return Detokenizer(self._fast, self.special_ids, prompt_ids)
+
+    def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encode without BOS/EOS; also each id's (start, end) in characters of ``text``."""
+        return self._encode(text, False)
+
+    def _encode(
+        self, text: str, add_special_tokens: bool
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        try:
+            encoding = self._fast.encode(text, add_special_tokens=add_special_tokens)
+        except (TypeError, UnicodeError) as exc:
+            raise TokenizerError(
+                "the text is not valid Unicode (a lone surrogate): was it read as UTF-8?"
+            ) from exc
+        except Exception as exc:  # tokenizers raises a bare Exception, e.g. no unknown token
+            raise TokenizerError(f"{self._origin}: the text cannot be encoded: {exc}") from exc
+        return encoding.ids, encoding.offsets
+
+
+def continue_chat(
+    tokenizer: Tokenizer, cached_ids: list[int], cached_text: str, messages: Sequence[Message]
+) -> tuple[list[int], str]:
+    """Encode a conversation so that the ids already in the KV cache stay as they are.
+
+    The ids a model generated need not be those that encoding its text gives. If the rendered
+    conversation R begins with ``cached_text`` and a special or added token stands at the border,
+    the ids are ``cached_ids`` and then those of the rest *as encoded within R*: added tokens split
+    the text before anything else looks at it, so nothing before the border changes them, and
+    taking them from R gives them the prefix space, or none, that they have there. Otherwise (a
+    template that rewrites history, a border within a word) all of R is encoded.
+
+    Args:
+        tokenizer: the model's.
+        cached_ids: ids in the cache: earlier prompts and what was generated.
+        cached_text: their exact text, special tokens included.
+        messages: the whole conversation.
+
+    Returns:
+        The ids of the whole conversation with a generation prompt, and R.
+
+    Raises:
+        TokenizerError: as ``Tokenizer.render_chat``.
+    """
+    text = tokenizer.render_chat(messages)
+    ids, spans = tokenizer.encode_spans(text)
+    if cached_ids and cached_text and text.startswith(cached_text):
+        at = _border(tokenizer.added_ids, cached_ids[-1], ids, spans, len(cached_text))
+        if at is not None:
+            return cached_ids + ids[at:], text
+    return ids, text
+
+
+def _border(
+    added_ids: frozenset[int],
+    last_cached: int,
+    ids: Sequence[int],
+    spans: Sequence[tuple[int, int]],
+    border: int,
+) -> int | None:
+    """Index of the first id after ``border`` if an added token begins or ends exactly there."""
+    for at, (token_id, (start, end)) in enumerate(zip(ids, spans, strict=True)):
+        if token_id in added_ids and start < end:
+            if start == border:
+                return at
+            # Ends there: only if the cache ends in it too (the model may have spelt its text).
+            if end == border and token_id == last_cached:
+                return at + 1
+        if start > border:
+            break
+    return None
+
+
+def _read_fast(path: Path) -> str:
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        found = [name for name in _OTHER_FORMATS if (path / name).is_file()]
+        if not found:
+            raise TokenizerError(f"{file}: no such file; is {path} a complete model directory?")
+        raise TokenizerError(
+            f"{file}: no such file (found {', '.join(found)}); convert once with: python -c "
+            f'"from transformers import AutoTokenizer as A; '
+            f"A.from_pretrained('{path}').save_pretrained('{path}')\""
+        )
+    return read_text(file)
+
+
+def _load_fast(file: Path, text: str, config: Mapping[str, Any], class_name: str) -> FastTokenizer:
+    try:
+        return FastTokenizer.from_str(_with_prefix_space(text, config, class_name))
+    except Exception as exc:  # tokenizers raises a bare Exception for whatever is wrong
+        raise TokenizerError(
+            f"{file}: not a tokenizer this version reads ({exc}); it may be cut short, "
+            "download it again"
+        ) from exc
+
+
+def _with_prefix_space(text: str, config: Mapping[str, Any], class_name: str) -> str:
+    """Follow an explicit ``add_prefix_space`` where transformers 4 and 5 both do, over the file.
+
+    That is: either value for GPT-2's byte-level splitter, ``false`` for Llama's Metaspace.
+    """
+    flag = config.get("add_prefix_space")
+    if not isinstance(flag, bool) or class_name not in ("GPT2Tokenizer", "LlamaTokenizer"):
+        return text
+    data = json.loads(text)
+    if class_name == "GPT2Tokenizer" and (data["pre_tokenizer"] or {}).get("type") == "ByteLevel":
+        data["pre_tokenizer"]["add_prefix_space"] = flag
+    elif class_name == "LlamaTokenizer" and not flag:
+        for key in ("normalizer", "pre_tokenizer", "decoder"):
+            data[key] = _without_prefix(data[key])
+    return json.dumps(data)
+
+
+def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normalizer, pre-tokenizer or decoder less whatever adds or strips the prefix space."""
+    if part is None or part["type"] in ("Prepend", "Strip"):
+        return None
+    if part["type"] == "Metaspace":
+        return part | {"prepend_scheme": "never"}
+    for key in ("normalizers", "pretokenizers", "decoders"):
+        if key in part:
+            kept = [_without_prefix(inner) for inner in part[key]]
+            part = part | {key: [inner for inner in kept if inner is not None]}
+    return part
+
+
+def _optional_json(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
+
+
+def _class_name(path: Path, config: Mapping[str, Any]) -> str:
+    """Tokenizer class without "Fast": as configured, else the one of the model's type."""
+    name = config.get("tokenizer_class")
+    if name is None:
+        model = _optional_json(path / "config.json")
+        name = model.get("tokenizer_class") or _CLASS_OF_MODEL.get(str(model.get("model_type")))
+    return str(name or "").removesuffix("Fast")
+
+
+def _with_legacy_files(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Merge the older files in; like transformers, only where there is no added_tokens_decoder."""
+    if "added_tokens_decoder" in config:
+        return config
+    config = config | _optional_json(path / "special_tokens_map.json")
+    special = {_content(v) for v in _token_entries(config).values() if v is not None}
+    special |= {_content(v) for v in _extra_tokens(config)}
+    added = _optional_json(path / "added_tokens.json")
+    config["added_tokens_decoder"] = {
+        str(index): {"content": token, "special": token in special, "normalized": None}
+        for token, index in added.items()
+    }
+    return config
+
+
+def _named_tokens(
+    config: Mapping[str, Any], class_name: str, fast: FastTokenizer
+) -> dict[str, str]:
+    """``bos_token`` and the like by name; class defaults only where the vocabulary has them.
+
+    transformers 5 adds a missing default to the vocabulary, with an id the model has no row for.
+    """
+    defaults = _DEFAULT_TOKENS.get(class_name, {})
+    named = {k: v for k, v in defaults.items() if fast.token_to_id(v) is not None}
+    for key, value in _token_entries(config).items():
+        if value is None:  # an explicit null: the model has none
+            named.pop(key, None)
+        else:
+            named[key] = _content(value)
+    extra = config.get("extra_special_tokens")
+    if isinstance(extra, dict):
+        named |= {key: _content(value) for key, value in extra.items()}
+    return named
+
+
+def _token_entries(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``..._token`` entries; not ``add_bos_token: true`` and its like."""
+    return {k: v for k, v in config.items() if k.endswith("_token") and not isinstance(v, bool)}
+
+
+def _extra_tokens(config: Mapping[str, Any]) -> list[Any]:
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    return list(extra.values() if isinstance(extra, dict) else extra)
+
+
+def _content(value: Any) -> str:
+    """The string of a token given as a string or as an AddedToken's fields."""
+    content = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(content, str):
+        raise TypeError(f"expected a string or {{'content': ...}}, got {value!r}")
+    return content
+
+
+def _added_token(value: Mapping[str, Any], special: bool) -> AddedToken:
+    special = special or bool(value.get("special", False))
+    normalized = value.get("normalized")
+    return AddedToken(
+        _content(value),
+        lstrip=bool(value.get("lstrip", False)),
+        rstrip=bool(value.get("rstrip", False)),
+        single_word=bool(value.get("single_word", False)),
+        normalized=not special if normalized is None else bool(normalized),
+        special=special,
+    )
+
+
+def _add_tokens(fast: FastTokenizer, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
+    """Add the configuration's tokens in transformers' order: declared ones, then named ones.
+
+    A declared token replaces one of ``tokenizer.json`` whose flags differ.
+    """
+    present = {t.content: repr(t) for t in fast.get_added_tokens_decoder().values()}
+    names = set(named.values())
+    declared = config["added_tokens_decoder"] or {}
+    tokens: list[AddedToken] = []
+    for _, value in sorted(declared.items(), key=lambda item: int(item[0])):
+        if repr(_added_token(value, False)) not in present.values():
+            tokens.append(_added_token(value, _content(value) in names))
+    known = present.keys() | {t.content for t in tokens}
+    for value in (*named.values(), *_extra_tokens(config)):
+        content = _content(value)
+        if content not in known:
+            known = known | {content}
+            fields = value if isinstance(value, dict) else {"content": content}
+            tokens.append(_added_token(fields, True))
+    if tokens:
+        fast.add_tokens(tokens)
+
+
+def _follow_flags(
+    fast: FastTokenizer, config: Mapping[str, Any], class_name: str, named: Mapping[str, str]
+) -> None:
+    """Let an explicit ``add_bos_token``/``add_eos_token`` of a Llama-style class win.
+
+    Everywhere else, and where it says what ``tokenizer.json`` does anyway, the post-processor of
+    the file stays.
+    """
+    if class_name not in _LLAMA_STYLE:
+        return
+    bos, eos = named.get("bos_token"), named.get("eos_token")
+    frame = fast.encode("", add_special_tokens=True).ids
+    has_bos = bool(frame) and bos is not None and frame[0] == fast.token_to_id(bos)
+    rest = frame[1:] if has_bos else frame
+    has_eos = bool(rest) and eos is not None and rest[-1] == fast.token_to_id(eos)
+    want_bos = bool(_flag(config, "add_bos_token", has_bos) and bos)
+    want_eos = bool(_flag(config, "add_eos_token", has_eos) and eos)
+    if (want_bos, want_eos) == (has_bos, has_eos):
+        return
+    used = [token for token, on in ((bos, want_bos), (eos, want_eos)) if on and token]
+    single = [token for token, on in ((bos, want_bos), ("$A", True), (eos, want_eos)) if on]
+    fast.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[(token, fast.token_to_id(token)) for token in used]
+    )
+
+
+def _flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = config.get(key)
+    return value if isinstance(value, bool) else default

@@ -1,0 +1,84 @@
+"""The seam between what ranks say and what carries it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from tpirt.transport.codec import Frame
+from tpirt.transport.pb import tpirt_pb2 as pb
+
+
+class Channel(Protocol):
+    """An ordered, reliable, two-way stream of frames to one other peer.
+
+    One coroutine may send while one other receives. A cancelled ``recv`` may close the channel:
+    cancel only what is being given up.
+    """
+
+    peer_id: str
+    bytes_sent: int
+    bytes_received: int
+
+    async def send(self, frame: Frame) -> None:
+        """Hand ``frame`` over, in order.
+
+        Raises:
+            PeerLostError: the other side is gone.
+        """
+
+    async def recv(self, timeout_s: float | None = None) -> Frame:
+        """Wait for the next frame.
+
+        Raises:
+            PeerLostError: the other side is gone, or said nothing for ``timeout_s``.
+            TransportError: what came is not a frame.
+        """
+
+    async def aclose(self) -> None:
+        """End the stream; the other side's ``recv`` fails. Safe to call twice."""
+
+
+class PeerService(Protocol):
+    """What a worker answers; a transport's server calls it."""
+
+    async def hello(self, request: pb.HelloRequest) -> pb.HelloReply:
+        """Tell who this peer is."""
+
+    async def put_slice(self, chunks: AsyncIterator[pb.SliceChunk]) -> pb.PutSliceReply:
+        """Store a slice."""
+
+    async def session(self, channel: Channel) -> None:
+        """Serve one master until it leaves."""
+
+
+class PeerClient(Protocol):
+    """A master's way to one worker."""
+
+    peer_id: str
+    address: str
+
+    async def hello(self, request: pb.HelloRequest, timeout_s: float) -> pb.HelloReply:
+        """Ask who it is.
+
+        Raises:
+            PeerUnreachableError: nobody answers within ``timeout_s``.
+        """
+
+    async def put_slice(self, chunks: AsyncIterator[pb.SliceChunk]) -> pb.PutSliceReply:
+        """Upload a slice.
+
+        Raises:
+            PeerLostError: the peer is gone.
+            StoreError: the peer could not keep it.
+        """
+
+    async def open_session(self) -> Channel:
+        """Begin a session.
+
+        Raises:
+            HandshakeError: the peer serves another master.
+        """
+
+    async def aclose(self) -> None:
+        """Close the connection."""

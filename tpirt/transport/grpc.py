@@ -1,0 +1,235 @@
+"""gRPC as transport: the worker's server, the master's client, and their channels.
+
+Reference for the options: gRPC core's channel arguments and its keepalive guide. Keepalive pings
+are answered by gRPC's own threads, so a peer that computes for a long time is not taken for dead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+
+from tpirt.errors import (
+    HandshakeError,
+    PeerLostError,
+    PeerUnreachableError,
+    StoreError,
+    TpirtError,
+    TransportError,
+)
+from tpirt.transport.base import PeerService
+from tpirt.transport.codec import Frame, decode_frame, encode_frame
+from tpirt.transport.pb import tpirt_pb2 as pb
+
+_T = TypeVar("_T")
+_SERVICE = "tpirt.v1.Peer"
+_MAX_MESSAGE_BYTES = 1 << 30  # far above any step; a bound against a peer gone mad
+_KEEPALIVE_MS = 2_000
+_KEEPALIVE_TIMEOUT_MS = 4_000
+
+_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server beside it
+    ("grpc.enable_http_proxy", 0),  # peers are on the local network
+)
+
+
+class GrpcChannel:
+    """A session's stream; the same on the master's and the worker's side.
+
+    ``call`` is the client's stream call or the server's servicer context: both have ``read`` and
+    ``write`` coroutines and ``cancel``.
+    """
+
+    def __init__(self, peer_id: str, call: Any):
+        self.peer_id = peer_id
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self._call = call
+
+    async def send(self, frame: Frame) -> None:
+        """See :class:`tpirt.transport.base.Channel`."""
+        data = encode_frame(frame)
+        try:
+            await self._call.write(data)
+        except (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.BaseError) as exc:
+            raise PeerLostError(f"{self.peer_id}: {await self._reason(exc)}") from exc
+        self.bytes_sent += len(data)
+
+    async def recv(self, timeout_s: float | None = None) -> Frame:
+        """See :class:`tpirt.transport.base.Channel`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                data = await self._call.read()
+        except TimeoutError as exc:
+            raise PeerLostError(
+                f"{self.peer_id}: said nothing for {timeout_s:g} s; it hangs, or its link does"
+            ) from exc
+        except (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.BaseError) as exc:
+            raise PeerLostError(f"{self.peer_id}: {await self._reason(exc)}") from exc
+        if data is grpc.aio.EOF:
+            raise PeerLostError(f"{self.peer_id}: {await self._reason(None)}")
+        self.bytes_received += len(data)
+        return decode_frame(data)
+
+    async def aclose(self) -> None:
+        """See :class:`tpirt.transport.base.Channel`."""
+        cancel = getattr(self._call, "cancel", None)
+        if cancel is not None:
+            cancel()
+
+    async def _reason(self, exc: BaseException | None) -> str:
+        code = getattr(self._call, "code", None)
+        if isinstance(exc, grpc.aio.AioRpcError):
+            return _explain(exc)
+        if code is not None and asyncio.iscoroutinefunction(code) and self._call.done():
+            status, details = await code(), await self._call.details()
+            return f"connection lost ({details or status.name.lower()})"
+        return "connection lost"
+
+
+class GrpcPeerClient:
+    """See :class:`tpirt.transport.base.PeerClient`."""
+
+    def __init__(self, address: str):
+        self.address = address
+        self.peer_id = address
+        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._calls: list[GrpcChannel] = []
+
+    async def hello(self, request: pb.HelloRequest, timeout_s: float) -> pb.HelloReply:
+        """See :class:`tpirt.transport.base.PeerClient`."""
+        call = self._channel.unary_unary(
+            f"/{_SERVICE}/Hello",
+            request_serializer=pb.HelloRequest.SerializeToString,
+            response_deserializer=pb.HelloReply.FromString,
+        )
+        try:
+            reply = await call(request, timeout=timeout_s, wait_for_ready=True)
+        except grpc.aio.AioRpcError as exc:
+            if exc.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INTERNAL):
+                raise HandshakeError(
+                    f"{self.address}: something else than a tpirt peer answers there "
+                    f"({exc.details()})"
+                ) from exc
+            raise PeerUnreachableError(
+                f"{self.address}: no peer answers within {timeout_s:g} s; is `tpirt peer --listen "
+                "...` running there, and the port open?"
+            ) from exc
+        assert isinstance(reply, pb.HelloReply)
+        return reply
+
+    async def put_slice(self, chunks: AsyncIterator[pb.SliceChunk]) -> pb.PutSliceReply:
+        """See :class:`tpirt.transport.base.PeerClient`."""
+        call = self._channel.stream_unary(
+            f"/{_SERVICE}/PutSlice",
+            request_serializer=pb.SliceChunk.SerializeToString,
+            response_deserializer=pb.PutSliceReply.FromString,
+        )(chunks)
+        try:
+            reply = await call
+        except grpc.aio.AioRpcError as exc:
+            if exc.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                raise StoreError(f"{self.peer_id}: {exc.details()}") from exc
+            raise PeerLostError(f"{self.peer_id}: {_explain(exc)}") from exc
+        assert isinstance(reply, pb.PutSliceReply)
+        return reply
+
+    async def open_session(self) -> GrpcChannel:
+        """See :class:`tpirt.transport.base.PeerClient`."""
+        call = self._channel.stream_stream(f"/{_SERVICE}/Session")()
+        channel = GrpcChannel(self.peer_id, call)
+        self._calls.append(channel)
+        return channel
+
+    async def aclose(self) -> None:
+        """See :class:`tpirt.transport.base.PeerClient`."""
+        for call in self._calls:
+            await call.aclose()
+        await self._channel.close(grace=None)
+
+
+class GrpcPeerServer:
+    """Serves a :class:`~tpirt.transport.base.PeerService` on one address."""
+
+    def __init__(self, service: PeerService):
+        self._service = service
+        self._server = grpc.aio.server(options=_OPTIONS)
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(_SERVICE, self._handlers()),)
+        )
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen; port 0 takes a free one. Returns the port.
+
+        Raises:
+            TransportError: the address is in use or not this machine's.
+        """
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            bound: int = self._server.add_insecure_port(address)
+        except RuntimeError as exc:
+            raise TransportError(
+                f"cannot listen on {address}: the port is in use, or the address is not this "
+                "machine's; choose another with --listen"
+            ) from exc
+        await self._server.start()
+        return bound
+
+    async def aclose(self) -> None:
+        """Stop listening and end every session."""
+        await self._server.stop(grace=None)
+
+    def _handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+        async def hello(request: pb.HelloRequest, _: Any) -> pb.HelloReply:
+            return await self._service.hello(request)
+
+        async def put_slice(chunks: AsyncIterator[pb.SliceChunk], context: Any) -> Any:
+            return await _guarded(lambda: self._service.put_slice(chunks), context)
+
+        async def session(_: Any, context: Any) -> None:
+            channel = GrpcChannel("master " + context.peer(), context)
+            await _guarded(lambda: self._service.session(channel), context)
+
+        return {
+            "Hello": grpc.unary_unary_rpc_method_handler(
+                hello,
+                request_deserializer=pb.HelloRequest.FromString,
+                response_serializer=pb.HelloReply.SerializeToString,
+            ),
+            "PutSlice": grpc.stream_unary_rpc_method_handler(
+                put_slice,
+                request_deserializer=pb.SliceChunk.FromString,
+                response_serializer=pb.PutSliceReply.SerializeToString,
+            ),
+            "Session": grpc.stream_stream_rpc_method_handler(session),
+        }
+
+
+async def _guarded(work: Callable[[], Awaitable[_T]], context: Any) -> _T | None:
+    """Run a handler; an error of our tree becomes an RPC status with its message."""
+    try:
+        return await work()
+    except PeerLostError:
+        return None  # the master left: nobody is there to be told
+    except TpirtError as exc:
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(exc))
+        return None
+
+
+def _explain(exc: grpc.aio.AioRpcError) -> str:
+    if exc.code() is grpc.StatusCode.FAILED_PRECONDITION:
+        return exc.details() or "refused"
+    return f"connection lost ({exc.details() or exc.code().name.lower()})"

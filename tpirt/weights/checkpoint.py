@@ -1,0 +1,498 @@
+"""A Hugging Face safetensors checkpoint, read by byte range.
+
+Nothing is mapped and nothing kept: memory is bounded by what a call returns, and a file that
+shrinks or vanishes under us is an error, not a signal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Self
+
+import torch
+
+from tpirt.config import ModelConfig
+from tpirt.errors import CheckpointError
+from tpirt.ops.buffers import tensor_bytes
+from tpirt.weights.header import (
+    TensorInfo,
+    checkpoint_error,
+    open_file,
+    parse_header,
+    read_error,
+    read_header,
+)
+from tpirt.weights.names import (
+    EMBEDDING,
+    LM_HEAD,
+    PREFIX,
+    expected_tensors,
+    head_shape,
+    is_model_part,
+    name_prefix,
+    unprefixed_name,
+)
+
+__all__ = [
+    "Checkpoint",
+    "TensorInfo",
+    "check_tensors",
+    "checkpoint_error",
+    "read_header",
+    "resolve_tied",
+]
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+PIECE_BYTES = 4 << 20  # whole rows held at once while columns are cut out of them
+# Skipping less than this between reads costs more than reading on: a cold read of its own takes as
+# long as some 170 KiB in sequence (NVMe, 60 us against 2.8 GB/s), and warm ones are no faster.
+SKIP_BYTES = 128 << 10
+_READ_BYTES = 1 << 28  # one system call (the kernels' own limits are just below 2 GiB)
+_SAMPLE_WHOLE_BYTES = 64 << 10
+_SAMPLE_PIECE_BYTES = 1 << 10
+
+
+class Checkpoint:
+    """The tensors of a model directory: one safetensors file or an index and its shards.
+
+    Reads are safe from several threads at once; closing is not, while a read is under way. Use
+    it as a context manager or call :meth:`close`.
+
+    Attributes:
+        path: the model directory.
+        tensors: every tensor in it, by the name the files use.
+        prefix: what decoder tensor names begin with, ``model.`` or nothing.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], fds: dict[Path, int]):
+        self.path = path
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
+        self.prefix = name_prefix(self.tensors)
+        self._fds = fds
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Open a model directory and check every file's header.
+
+        ``model.safetensors`` is taken first, then ``model.safetensors.index.json`` with its
+        shards, then the only other ``*.safetensors`` file. One descriptor per file stays open.
+
+        Raises:
+            CheckpointError: no such directory, no safetensors in it, an index that does not fit
+                its shards, a damaged or unreadable file; the message says what to do.
+        """
+        path = Path(path)
+        files, index = _weight_files(path)
+        fds: dict[Path, int] = {}
+        tensors: dict[str, TensorInfo] = {}
+        with ExitStack() as on_error:
+            for file in files:
+                fds[file] = open_file(file)
+                on_error.callback(os.close, fds[file])
+                for name, info in parse_header(fds[file], file).items():
+                    if name in tensors:
+                        raise checkpoint_error(
+                            file, f"{name}: is in {tensors[name].path.name} as well"
+                        )
+                    tensors[name] = info
+            _check_index(path / INDEX_FILE, index, tensors)
+            on_error.pop_all()
+        return cls(path, tensors, fds)
+
+    def close(self) -> None:
+        """Close the files; a second call does nothing."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identify the model's content: 32 hex digits of a SHA-256.
+
+        Covers what :class:`ModelConfig` reads of config.json, every tensor's name, dtype and
+        shape, and samples of its data (all of it up to 64 KiB, else 1 KiB at start, middle and
+        end). The same weights sharded differently have the same fingerprint. Costs at most three
+        small reads a tensor; computed when first asked for.
+
+        Raises:
+            CheckpointError: config.json missing or broken; a read failed.
+            ConfigError: config.json is not supported.
+        """
+        digest = hashlib.sha256(ModelConfig.from_dir(self.path).to_json().encode())
+        for name in sorted(self.tensors):
+            info = self.tensors[name]
+            digest.update(json.dumps([name, str(info.dtype), info.shape]).encode())
+            for start, count in _samples(info.nbytes):
+                digest.update(self._read_bytes(info, start, count))
+        return digest.hexdigest()[:32]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read a whole tensor, in the checkpoint's dtype.
+
+        Raises:
+            CheckpointError: no such tensor; a read failed or came short.
+        """
+        info = self._info(name)
+        out = torch.empty(info.shape, dtype=info.dtype)
+        self._fill(info, 0, tensor_bytes(out))
+        return out
+
+    def read_rows(
+        self, name: str, start: int, stop: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Read rows ``start <= i < stop`` of dimension 0: one contiguous range of bytes.
+
+        Args:
+            name: the checkpoint's name of the tensor, 1-D or more.
+            start: first row.
+            stop: row after the last.
+            out: contiguous CPU tensor of the result's shape and dtype to read into.
+
+        Returns:
+            ``out``, or a new tensor in the checkpoint's dtype.
+
+        Raises:
+            CheckpointError: no such tensor or rows; a read failed or came short, ``out`` then
+                holds rubbish.
+        """
+        info = self._info(name)
+        _check_range(info, 0, start, stop)
+        shape = (stop - start, *info.shape[1:])
+        if out is None:
+            out = torch.empty(shape, dtype=info.dtype)
+        assert (out.shape, out.dtype) == (shape, info.dtype), (name, out.shape, out.dtype)
+        self._fill(info, start * _row_bytes(info), tensor_bytes(out))
+        return out
+
+    def read_columns(
+        self, name: str, row_start: int, row_stop: int, col_start: int, col_stop: int
+    ) -> torch.Tensor:
+        """Read a rectangle of a matrix, in the checkpoint's dtype.
+
+        The columns are cut out of whole rows read in pieces; only where 128 KiB or more of a row
+        would be read in vain are the rows' parts read one by one. Memory: the result and 4 MiB.
+
+        Raises:
+            CheckpointError: no such tensor, not a matrix, no such rows or columns; a read failed
+                or came short.
+        """
+        info = self._info(name)
+        _check_matrix(info)
+        _check_range(info, 0, row_start, row_stop)
+        _check_range(info, 1, col_start, col_stop)
+        if (col_start, col_stop) == (0, info.shape[1]):
+            return self.read_rows(name, row_start, row_stop)
+        out = torch.empty((row_stop - row_start, col_stop - col_start), dtype=info.dtype)
+        segment, row = out.shape[1] * info.dtype.itemsize, _row_bytes(info)
+        if row - segment >= SKIP_BYTES or row > PIECE_BYTES:
+            self._fill_segments(info, row_start, col_start, out)
+        elif out.numel():
+            self._fill_from_rows(info, row_start, col_start, out)
+        return out
+
+    def gather_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
+        """Read single rows of a matrix by number, as an embedding look-up.
+
+        Args:
+            name: the checkpoint's name of the matrix.
+            rows: row numbers, in any order, repeats allowed.
+
+        Returns:
+            (len(rows), columns), in the checkpoint's dtype; memory: that only.
+
+        Raises:
+            CheckpointError: no such tensor, not a matrix, no such row; a read failed.
+        """
+        info = self._info(name)
+        _check_matrix(info)
+        out = torch.empty((len(rows), info.shape[1]), dtype=info.dtype)
+        memory, row_bytes = tensor_bytes(out), _row_bytes(info)
+        for index, row in enumerate(rows):
+            _check_range(info, 0, row, row + 1)
+            target = memory[index * row_bytes : (index + 1) * row_bytes]
+            self._fill(info, row * row_bytes, target)
+        return out
+
+    def _fill_segments(
+        self, info: TensorInfo, row_start: int, col_start: int, out: torch.Tensor
+    ) -> None:
+        memory, row_bytes = tensor_bytes(out), _row_bytes(info)
+        segment = out.shape[1] * info.dtype.itemsize
+        first = row_start * row_bytes + col_start * info.dtype.itemsize
+        for row in range(out.shape[0]):
+            target = memory[row * segment : (row + 1) * segment]
+            self._fill(info, first + row * row_bytes, target)
+
+    def _fill_from_rows(
+        self, info: TensorInfo, row_start: int, col_start: int, out: torch.Tensor
+    ) -> None:
+        step = max(1, PIECE_BYTES // _row_bytes(info))
+        rows, columns = out.shape
+        piece = torch.empty((min(step, rows), info.shape[1]), dtype=info.dtype)
+        for start in range(0, rows, step):
+            part = piece[: min(step, rows - start)]
+            self._fill(info, (row_start + start) * _row_bytes(info), tensor_bytes(part))
+            out[start : start + step] = part[:, col_start : col_start + columns]
+
+    def _info(self, name: str) -> TensorInfo:
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise checkpoint_error(self.path, f"{name}: no such tensor") from None
+
+    def _read_bytes(self, info: TensorInfo, start: int, count: int) -> bytearray:
+        content = bytearray(count)
+        self._fill(info, start, memoryview(content))
+        return content
+
+    def _fill(self, info: TensorInfo, start: int, target: memoryview) -> None:
+        """Read the tensor's bytes from ``start`` on until ``target`` is full."""
+        fd = self._fds.get(info.path)
+        if fd is None:
+            raise CheckpointError(f"{info.path}: {info.name}: read after the checkpoint's close")
+        done = 0
+        while done < len(target):
+            part = target[done : done + _READ_BYTES]
+            try:
+                count = os.preadv(fd, [part], info.offset + start + done)
+            except OSError as exc:
+                raise read_error(info.path, info.name, exc) from exc
+            if count == 0:
+                raise checkpoint_error(
+                    info.path,
+                    f"{info.name}: the file was truncated while open",
+                    expected=f"{len(target)} bytes at {info.offset + start}",
+                    got=done,
+                )
+            done += count
+
+
+def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Check that the checkpoint holds the model that the configuration describes.
+
+    Every needed tensor is there, in float32, float16 or bfloat16, with its shape. Tensors of
+    other modules and stored rotary buffers are ignored; a tensor in the decoder's own modules
+    that the configuration knows nothing of (a bias, a norm, a further layer) would change the
+    result and is refused.
+
+    Raises:
+        CheckpointError: names the first tensor that is missing, extra or of another shape or
+            dtype, and how many more there are.
+    """
+    _check_prefix(checkpoint)
+    embedding, head = resolve_tied(checkpoint, config)
+    expected = {unprefixed_name(name): shape for name, shape in expected_tensors(config).items()}
+    expected = {checkpoint.prefix + name: s for name, s in expected.items() if name != LM_HEAD}
+    expected.pop(checkpoint.prefix + EMBEDDING)
+    expected |= {embedding: head_shape(config), head: head_shape(config)}
+    _check_none(
+        checkpoint,
+        [name for name in expected if name not in checkpoint.tensors],
+        "missing from the checkpoint",
+        "config.json describes another model, or files are missing; download both again",
+    )
+    for name, shape in expected.items():
+        _check_tensor(checkpoint.tensors[name], shape)
+    _check_none(
+        checkpoint,
+        [n for n, i in checkpoint.tensors.items() if n not in expected and _matters(i)],
+        "in the checkpoint but unknown to its config.json, and it would change the result",
+        "config.json describes another model; download both again",
+    )
+
+
+def resolve_tied(checkpoint: Checkpoint, config: ModelConfig) -> tuple[str, str]:
+    """Find the tensors that serve as embedding and as LM head.
+
+    With tied embeddings one of the two is enough and serves as both; where the file has both,
+    each serves as itself, as transformers does.
+
+    Returns:
+        (embedding, LM head), by the checkpoint's names.
+
+    Raises:
+        CheckpointError: untied and one is missing, or both are.
+    """
+    embedding = checkpoint.prefix + EMBEDDING
+    there = [name for name in (embedding, LM_HEAD) if name in checkpoint.tensors]
+    if len(there) == 2:
+        return embedding, LM_HEAD
+    if len(there) == 1 and config.tie_word_embeddings:
+        return there[0], there[0]
+    missing = [name for name in (embedding, LM_HEAD) if name not in there]
+    tied = "true" if config.tie_word_embeddings else "false"
+    raise checkpoint_error(
+        checkpoint.path,
+        f"{missing[0]}: missing from the checkpoint (tie_word_embeddings is {tied})",
+        advice="config.json describes another model, or files are missing; download both again",
+    )
+
+
+# -- finding the files -----------------------------------------------------------------------
+
+
+def _weight_files(path: Path) -> tuple[list[Path], Mapping[str, str]]:
+    """Return the files to open and, if there is an index, its tensor name -> file name."""
+    names = _list_directory(path)
+    if SINGLE_FILE in names:
+        return [path / SINGLE_FILE], {}
+    if INDEX_FILE in names:
+        index = _read_index(path / INDEX_FILE)
+        for name in sorted(set(index.values()) - names):
+            raise checkpoint_error(
+                path / INDEX_FILE,
+                f"{name}: this shard is missing",
+                advice="copy or download it into the same directory",
+            )
+        return [path / name for name in sorted(set(index.values()))], index
+    files = sorted(name for name in names if name.endswith(".safetensors"))
+    if len(files) == 1:
+        return [path / files[0]], {}
+    raise checkpoint_error(path, _why_no_weights(files, names), advice=_what_to_do(names))
+
+
+def _list_directory(path: Path) -> set[str]:
+    try:
+        return set(os.listdir(path))
+    except FileNotFoundError as exc:
+        raise CheckpointError(f"{path}: no such model directory") from exc
+    except NotADirectoryError as exc:
+        raise CheckpointError(f"{path}: expected a model directory, got a file") from exc
+    except OSError as exc:
+        raise read_error(path, "the directory", exc) from exc
+
+
+def _why_no_weights(files: list[str], names: Iterable[str]) -> str:
+    if files:
+        return f"{len(files)} safetensors files but neither {SINGLE_FILE} nor {INDEX_FILE}"
+    others = sorted(n for n in names if n.endswith((".bin", ".pth", ".pt", ".gguf")))
+    return f"no safetensors files, found only {others[0]}" if others else "no safetensors files"
+
+
+def _what_to_do(names: Iterable[str]) -> str:
+    if any(name.endswith(".safetensors") for name in names):
+        return f"download {INDEX_FILE} as well"
+    if any(name.endswith((".bin", ".pth", ".pt")) for name in names):
+        return "convert it with transformers' save_pretrained, or download the safetensors files"
+    return f"a model directory has config.json, tokenizer and {SINGLE_FILE} (or shards)"
+
+
+def _read_index(path: Path) -> Mapping[str, str]:
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as exc:
+        raise read_error(path, "the index", exc) from exc
+    except (ValueError, RecursionError) as exc:
+        raise checkpoint_error(path, f"not valid JSON ({exc})") from exc
+    index = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(index, dict) or not index:
+        raise checkpoint_error(path, "weight_map", expected="tensor names and files", got="none")
+    for name, file in index.items():
+        if not isinstance(file, str) or os.path.basename(file) != file or not file:
+            raise checkpoint_error(
+                path, name, expected="a file name without a directory", got=repr(file)[:80]
+            )
+    return index
+
+
+def _check_index(path: Path, index: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
+    for name, file in index.items():
+        if name not in tensors or tensors[name].path.name != file:
+            got = tensors[name].path.name if name in tensors else "no such tensor in any shard"
+            raise checkpoint_error(
+                path, name, expected=f"in {file}", got=got, advice="download the shards again"
+            )
+
+
+# -- reading and checking --------------------------------------------------------------------
+
+
+def _row_bytes(info: TensorInfo) -> int:
+    return info.nbytes // info.shape[0] if info.shape[0] else 0
+
+
+def _samples(nbytes: int) -> Iterator[tuple[int, int]]:
+    if nbytes <= _SAMPLE_WHOLE_BYTES:
+        yield 0, nbytes
+        return
+    size = _SAMPLE_PIECE_BYTES
+    for start in (0, (nbytes - size) // 2, nbytes - size):
+        yield start, size
+
+
+def _check_matrix(info: TensorInfo) -> None:
+    if len(info.shape) != 2:
+        raise checkpoint_error(info.path, info.name, expected="a matrix", got=info.shape)
+
+
+def _check_range(info: TensorInfo, dim: int, start: int, stop: int) -> None:
+    if len(info.shape) <= dim or not 0 <= start <= stop <= info.shape[dim]:
+        kind = ("rows", "columns")[dim]
+        raise checkpoint_error(
+            info.path,
+            f"{info.name}: {kind}",
+            expected=f"a range within its shape {info.shape}",
+            got=f"{start} to {stop}",
+            advice="the request does not fit the model",
+        )
+
+
+def _check_prefix(checkpoint: Checkpoint) -> None:
+    parts = [name for name in checkpoint.tensors if is_model_part(name)]
+    prefixed = [name for name in parts if name.startswith(PREFIX)]
+    bare = [name for name in parts if not name.startswith((PREFIX, "lm_head."))]
+    if prefixed and bare:
+        raise checkpoint_error(
+            checkpoint.path,
+            f"names with and without the prefix model. are mixed ({prefixed[0]}, {bare[0]})",
+            advice="use one model's files only",
+        )
+
+
+def _check_tensor(info: TensorInfo, shape: tuple[int, ...]) -> None:
+    if info.shape != shape:
+        raise checkpoint_error(
+            info.path,
+            info.name,
+            expected=shape,
+            got=info.shape,
+            advice="config.json describes another model; download both again",
+        )
+    if info.dtype not in WEIGHT_DTYPES:
+        raise checkpoint_error(
+            info.path,
+            info.name,
+            expected="float32, float16 or bfloat16",
+            got=str(info.dtype).removeprefix("torch."),
+            advice="use the original, not a quantized checkpoint",
+        )
+
+
+def _matters(info: TensorInfo) -> bool:
+    return is_model_part(info.name) and info.dtype.is_floating_point
+
+
+def _check_none(checkpoint: Checkpoint, names: list[str], problem: str, advice: str) -> None:
+    if names:
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        raise checkpoint_error(checkpoint.path, f"{names[0]}{more}: {problem}", advice=advice)

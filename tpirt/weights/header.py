@@ -1,0 +1,244 @@
+"""The head of a safetensors file: 8 bytes length, JSON, then the data without gaps.
+
+Format: https://huggingface.co/docs/safetensors. Read here rather than with the ``safetensors``
+package because that one maps the file: a file that shrinks under a map kills the process.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tpirt.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000
+RECOPY = "copy or download the file again"
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+
+# What else tends to lie under a weight file's name, by its first bytes.
+_IMPOSTORS = {
+    b"version https://git-lfs": "a git-lfs pointer, not the weights; run `git lfs pull`",
+    b"PK\x03\x04": "a PyTorch .bin file; convert it to safetensors",
+    b"GGUF": "a GGUF file; use the original safetensors checkpoint",
+    b"<!DOCTYPE": "a web page, not the weights; download the file again",
+    b"<html": "a web page, not the weights; download the file again",
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: ``nbytes`` bytes from ``offset``, absolute in the file ``path``."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    nbytes: int
+
+
+def checkpoint_error(
+    path: Path, problem: str, *, expected: object = None, got: object = None, advice: str = RECOPY
+) -> CheckpointError:
+    """Word an error: ``path: problem: expected .., got ..; advice``."""
+    difference = "" if expected is None else f": expected {expected}, got {got}"
+    return CheckpointError(f"{path}: {problem}{difference}; {advice}")
+
+
+def read_error(path: Path, subject: str, exc: OSError) -> CheckpointError:
+    """Word an operating system's error."""
+    denied = isinstance(exc, PermissionError)
+    advice = "allow reading it (chmod)" if denied else "check the disk"
+    return checkpoint_error(path, f"{subject} cannot be read ({exc.strerror})", advice=advice)
+
+
+def open_file(path: Path) -> int:
+    """Open a regular file for reading and return its descriptor.
+
+    Raises:
+        CheckpointError: missing, unreadable, or not a regular file.
+    """
+    try:
+        # Without O_NONBLOCK a FIFO of that name would wait for a writer.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError as exc:
+        raise checkpoint_error(path, "no such file") from exc
+    except OSError as exc:
+        raise read_error(path, "the file", exc) from exc
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise checkpoint_error(path, "not a regular file")
+    return fd
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Read and check the header of a safetensors file.
+
+    Every tensor's bytes are within the file, match its shape and dtype, and together they fill
+    the data exactly. Costs two reads; no tensor data is touched.
+
+    Returns:
+        The tensors by name, in the file's order.
+
+    Raises:
+        CheckpointError: missing or unreadable file; another kind of file (git-lfs pointer, ...);
+            truncated; header too long, not JSON or not as the format says.
+    """
+    fd = open_file(path)
+    try:
+        return parse_header(fd, path)
+    finally:
+        os.close(fd)
+
+
+def parse_header(fd: int, path: Path) -> dict[str, TensorInfo]:
+    """Do :func:`read_header`'s work on an open file."""
+    file_bytes = os.fstat(fd).st_size
+    header_bytes = _header_bytes(_read(fd, path, 64, 0), path, file_bytes)
+    content = _json_object(_read(fd, path, header_bytes, 8), path)
+    content.pop("__metadata__", None)
+    data_start = 8 + header_bytes
+    tensors = {name: _tensor(path, name, entry, data_start) for name, entry in content.items()}
+    _check_layout(path, list(tensors.values()), data_start, file_bytes)
+    return tensors
+
+
+def _read(fd: int, path: Path, count: int, offset: int) -> bytes:
+    try:
+        return os.pread(fd, count, offset)
+    except OSError as exc:
+        raise read_error(path, "the header", exc) from exc
+
+
+def _header_bytes(head: bytes, path: Path, file_bytes: int) -> int:
+    for magic, what in _IMPOSTORS.items():
+        if head.startswith(magic):
+            raise CheckpointError(f"{path}: this is {what}")
+    if len(head) < 8:
+        raise checkpoint_error(path, "file too short", expected="8 bytes or more", got=len(head))
+    header_bytes = int.from_bytes(head[:8], "little")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise checkpoint_error(
+            path,
+            "header length (is this a safetensors file?)",
+            expected=f"at most {MAX_HEADER_BYTES} bytes",
+            got=header_bytes,
+        )
+    if 8 + header_bytes > file_bytes:
+        raise checkpoint_error(
+            path,
+            "truncated within its header",
+            expected=f"{8 + header_bytes} bytes or more",
+            got=file_bytes,
+        )
+    return header_bytes
+
+
+def _json_object(text: bytes, path: Path) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in content:
+                raise checkpoint_error(path, f"{name}: listed twice in the header")
+            content[name] = value
+        return content
+
+    try:
+        content = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as exc:
+        raise checkpoint_error(path, f"header is not valid JSON ({exc})") from exc
+    if not isinstance(content, dict):
+        raise checkpoint_error(path, "header", expected="a JSON object", got=type(content).__name__)
+    return content
+
+
+def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
+    if not isinstance(entry, dict):
+        raise checkpoint_error(path, name, expected="a JSON object", got=repr(entry)[:80])
+    dtype = DTYPES.get(str(entry.get("dtype")))
+    if dtype is None:
+        raise checkpoint_error(
+            path,
+            f"{name}: dtype",
+            expected=f"one of {', '.join(DTYPES)}",
+            got=repr(entry.get("dtype"))[:80],
+            advice="use a float32, float16 or bfloat16 checkpoint",
+        )
+    shape = _counts(path, f"{name}: shape", entry.get("shape"))
+    offsets = _counts(path, f"{name}: data_offsets", entry.get("data_offsets"))
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise checkpoint_error(
+            path, f"{name}: data_offsets", expected="[begin, end]", got=list(offsets)
+        )
+    nbytes = offsets[1] - offsets[0]
+    needed = math.prod(shape) * dtype.itemsize
+    if nbytes != needed:
+        raise checkpoint_error(
+            path,
+            f"{name}: size of {entry['dtype']} {shape}",
+            expected=f"{needed} bytes",
+            got=nbytes,
+        )
+    return TensorInfo(name, dtype, shape, path, data_start + offsets[0], nbytes)
+
+
+def _counts(path: Path, subject: str, value: object) -> tuple[int, ...]:
+    def is_count(each: object) -> bool:
+        return isinstance(each, int) and not isinstance(each, bool) and 0 <= each < 2**63
+
+    if not isinstance(value, list) or not all(is_count(each) for each in value):
+        raise checkpoint_error(
+            path, subject, expected="a list of whole numbers", got=repr(value)[:80]
+        )
+    return tuple(value)
+
+
+def _check_layout(path: Path, tensors: list[TensorInfo], start: int, file_bytes: int) -> None:
+    """Check that the tensors' data lie one after another and fill the file."""
+    ordered = sorted(tensors, key=lambda info: (info.offset, info.nbytes))
+    end = ordered[-1].offset + ordered[-1].nbytes if ordered else start
+    for before, info in pairwise(ordered):
+        if info.offset < before.offset + before.nbytes:
+            raise checkpoint_error(path, f"{info.name}: its data overlap those of {before.name}")
+        if info.offset > before.offset + before.nbytes:
+            raise checkpoint_error(path, f"{info.name}: a hole in the data before it")
+    if ordered and ordered[0].offset != start:
+        raise checkpoint_error(path, f"{ordered[0].name}: a hole in the data before it")
+    if end > file_bytes:
+        name = next(info.name for info in ordered if info.offset + info.nbytes > file_bytes)
+        raise checkpoint_error(
+            path, f"{name}: file is truncated", expected=f"{end} bytes", got=file_bytes
+        )
+    if end < file_bytes:
+        raise checkpoint_error(
+            path, "file is longer than its header says", expected=f"{end} bytes", got=file_bytes
+        )

@@ -1,0 +1,85 @@
+"""Names and shapes of the checkpoint tensors a decoder needs, as the sharding table has them.
+
+Canonical names carry the ``model.`` prefix of the causal-LM classes; a checkpoint of the base
+model has none (:func:`source_name` maps). Axes: V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+from tpirt.config import ModelConfig
+from tpirt.parallel.partition import make_plan
+from tpirt.parallel.sharding import layer_blocks
+
+if TYPE_CHECKING:
+    from tpirt.weights.checkpoint import Checkpoint
+
+PREFIX = "model."
+EMBEDDING = "embed_tokens.weight"
+FINAL_NORM = "norm.weight"
+LM_HEAD = "lm_head.weight"
+
+_MODEL_PART = re.compile(r"(layers\.\d+|embed_tokens|norm|lm_head)\.")
+# Old checkpoints store buffers that the model computes itself.
+_HARMLESS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """List the tensors the model needs, by canonical name, with their shapes.
+
+    What a single rank would hold is the whole model, so the sharding table says it all. A model
+    with tied embeddings needs no ``lm_head.weight``, so it is not listed.
+    """
+    expected: dict[str, tuple[int, ...]] = {
+        canonical_name(EMBEDDING): head_shape(config),
+        canonical_name(FINAL_NORM): (config.hidden_size,),
+    }
+    if not config.tie_word_embeddings:
+        expected[LM_HEAD] = head_shape(config)
+    (whole,) = make_plan(config, 1).shards
+    for block in layer_blocks(config, whole, torch.float32):
+        for tensor in block.tensors:
+            for piece in tensor.pieces:
+                expected[canonical_name(piece.source)] = piece.shape
+    return expected
+
+
+def head_shape(config: ModelConfig) -> tuple[int, ...]:
+    """Shape of the embedding and of the LM head: (V, H)."""
+    return (config.vocab_size, config.hidden_size)
+
+
+def canonical_name(name: str) -> str:
+    """Add the ``model.`` prefix to an unprefixed name, except to ``lm_head.weight``."""
+    return name if name.startswith("lm_head.") else PREFIX + name
+
+
+def unprefixed_name(name: str) -> str:
+    """Remove the ``model.`` prefix if there is one."""
+    return name.removeprefix(PREFIX)
+
+
+def is_model_part(name: str) -> bool:
+    """Tell whether a tensor lies in a module of the decoder and takes part in its result."""
+    return bool(_MODEL_PART.match(unprefixed_name(name))) and not _HARMLESS.search(name)
+
+
+def name_prefix(names: Iterable[str]) -> str:
+    """Return the prefix a checkpoint's decoder tensors carry: ``model.`` or nothing."""
+    return PREFIX if any(n.startswith(PREFIX) and is_model_part(n) for n in names) else ""
+
+
+def source_name(checkpoint: Checkpoint, name: str, head_name: str) -> str:
+    """Map an unprefixed name to the checkpoint's own.
+
+    Args:
+        checkpoint: whose spelling counts.
+        name: such as ``layers.0.mlp.up_proj.weight``, ``norm.weight`` or ``lm_head.weight``.
+        head_name: tensor that serves as LM head, from ``resolve_tied``.
+    """
+    return head_name if name == LM_HEAD else checkpoint.prefix + name

@@ -1,0 +1,288 @@
+"""The slice store: a folder with one folder per slice, a manifest and its block files in each.
+
+A slice is written beside its final place and renamed when it is whole and on disk; a crash at any
+moment leaves the old store or the new one. Its id says which bytes it holds, so it is found again
+whatever the plan that asks for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import psutil
+
+from tpirt.errors import StoreError
+from tpirt.parallel.partition import Shard, Span
+from tpirt.parallel.sharding import Block
+from tpirt.weights.layout import file_bytes
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+_PARTIAL = ".partial-"
+
+
+@dataclass(frozen=True)
+class BlockFile:
+    """One block file of a slice; ``sha256`` is empty until it was written."""
+
+    name: str
+    nbytes: int
+    sha256: str = ""
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}.safetensors"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a slice holds; ``dtype`` is the one that the weights are stored and computed in."""
+
+    slice_id: str
+    fingerprint: str
+    model: str
+    dtype: str
+    shard: Shard
+    blocks: tuple[BlockFile, ...]
+
+    @classmethod
+    def plan(
+        cls, fingerprint: str, model: str, dtype: str, shard: Shard, blocks: Iterable[Block]
+    ) -> Manifest:
+        """Describe a slice that is yet to be written."""
+        files = tuple(BlockFile(block.name, file_bytes(block)) for block in blocks)
+        identity = json.dumps([FORMAT_VERSION, fingerprint, dtype, asdict(shard)])
+        slice_id = hashlib.sha256(identity.encode()).hexdigest()[:24]
+        return cls(slice_id, fingerprint, model, dtype, shard, files)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(block.nbytes for block in self.blocks)
+
+    def to_json(self) -> str:
+        """Serialise; :meth:`from_json` gives an equal manifest back."""
+        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Manifest:
+        """Parse a manifest.
+
+        Raises:
+            StoreError: not a manifest, or one of another format version.
+        """
+        try:
+            fields: dict[str, Any] = json.loads(text)
+            version = fields.pop("format_version")
+            if version != FORMAT_VERSION:
+                raise StoreError(
+                    f"slice manifest of format {version}, this tpirt reads {FORMAT_VERSION}"
+                )
+            shard = dict(fields.pop("shard"))
+            first = bool(shard.pop("first"))
+            spans = {name: Span(*map(int, span)) for name, span in shard.items()}
+            blocks = tuple(BlockFile(**block) for block in fields.pop("blocks"))
+            manifest = cls(shard=Shard(**spans, first=first), blocks=blocks, **fields)
+        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+            raise StoreError(f"not a slice manifest: {exc}") from exc
+        for block in manifest.blocks:
+            if Path(block.file).name != block.file or block.name.startswith("."):
+                raise StoreError(f"slice manifest names a file outside its folder: {block.file!r}")
+        return manifest
+
+
+@dataclass(frozen=True)
+class StoredSlice:
+    """A whole slice on disk."""
+
+    path: Path
+    manifest: Manifest
+
+    def block_path(self, index: int) -> Path:
+        """The file of the block with this index."""
+        return self.path / self.manifest.blocks[index].file
+
+
+def default_store() -> Path:
+    """``$XDG_CACHE_HOME/tpirt/slices``, by default under ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tpirt" / "slices"
+
+
+class SliceStore:
+    """Finds and writes slices under one folder."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def find(self, slice_id: str) -> StoredSlice | None:
+        """Look a slice up by id, in the store's folder itself and in the folders within it.
+
+        Files are checked by presence and size.
+
+        Raises:
+            StoreError: the slice is there but a file of it is missing or of a wrong size.
+        """
+        for folder in (self.root / slice_id, self.root, *self._folders()):
+            manifest = _read_manifest(folder)
+            if manifest is not None and manifest.slice_id == slice_id:
+                _check_files(folder, manifest)
+                return StoredSlice(folder, manifest)
+        return None
+
+    def write(self, manifest: Manifest) -> SliceWriter:
+        """Begin a new slice; use as a context manager, then :meth:`SliceWriter.commit`.
+
+        Raises:
+            StoreError: the folder cannot be written, or the disk has too little room.
+        """
+        return SliceWriter(self, manifest)
+
+    def _folders(self) -> list[Path]:
+        try:
+            return sorted(p for p in self.root.iterdir() if not p.name.startswith("."))
+        except OSError:
+            return []
+
+
+class SliceWriter:
+    """Writes one slice, block after block; nothing of it is visible before ``commit``."""
+
+    def __init__(self, store: SliceStore, manifest: Manifest):
+        self.manifest = manifest
+        self._root = store.root
+        self._path = store.root / f"{_PARTIAL}{manifest.slice_id}-{os.getpid()}"
+        self._done: list[BlockFile] = []
+        self._file: BinaryIO | None = None
+        self._digest = hashlib.sha256()
+        self._offset = 0
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            _remove_stale(self._root)
+            free = shutil.disk_usage(self._root).free
+            if free < manifest.nbytes:
+                raise StoreError(
+                    f"{self._root}: the slice needs {manifest.nbytes:,} bytes, the disk has "
+                    f"{free:,} free; make room or choose another --store"
+                )
+            shutil.rmtree(self._path, ignore_errors=True)
+            self._path.mkdir()
+        except OSError as exc:
+            raise _write_error(self._root, exc) from exc
+
+    def __enter__(self) -> SliceWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+        shutil.rmtree(self._path, ignore_errors=True)
+
+    def write(self, block: int, offset: int, data: bytes | memoryview) -> None:
+        """Append ``data``, the bytes of block file ``block`` from ``offset`` on.
+
+        Raises:
+            StoreError: out of order, beyond the block's size, or the disk refused.
+        """
+        expected = (len(self._done), self._offset)
+        if (block, offset) != expected or block >= len(self.manifest.blocks):
+            raise StoreError(f"slice data out of order: expected {expected}, got {block, offset}")
+        entry = self.manifest.blocks[block]
+        if offset + len(data) > entry.nbytes:
+            raise StoreError(f"{entry.name}: more than {entry.nbytes} bytes came")
+        try:
+            if self._file is None:
+                self._file = open(self._path / entry.file, "wb")  # noqa: SIM115
+            self._file.write(data)
+            self._digest.update(data)
+            self._offset += len(data)
+            if self._offset == entry.nbytes:
+                self._end_block(entry)
+        except OSError as exc:
+            raise _write_error(self._root, exc) from exc
+
+    def commit(self) -> StoredSlice:
+        """Make the slice visible, after everything of it is on disk.
+
+        Raises:
+            StoreError: blocks are missing, or the disk refused.
+        """
+        if len(self._done) != len(self.manifest.blocks):
+            missing = self.manifest.blocks[len(self._done)].name
+            raise StoreError(f"the slice ends early: {missing} is missing")
+        manifest = Manifest(**{**vars(self.manifest), "blocks": tuple(self._done)})
+        target = self._root / manifest.slice_id
+        try:
+            with open(self._path / MANIFEST, "w", encoding="utf-8") as file:
+                file.write(manifest.to_json())
+                file.flush()
+                os.fsync(file.fileno())
+            _sync_folder(self._path)
+            if target.exists():  # damaged, or written by someone else meanwhile
+                shutil.rmtree(target)
+            os.rename(self._path, target)
+            _sync_folder(self._root)
+        except OSError as exc:
+            raise _write_error(self._root, exc) from exc
+        return StoredSlice(target, manifest)
+
+    def _end_block(self, entry: BlockFile) -> None:
+        assert self._file is not None
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._done.append(BlockFile(entry.name, entry.nbytes, self._digest.hexdigest()))
+        self._file, self._offset, self._digest = None, 0, hashlib.sha256()
+
+
+def _read_manifest(folder: Path) -> Manifest | None:
+    try:
+        return Manifest.from_json((folder / MANIFEST).read_bytes())
+    except OSError:
+        return None
+    except StoreError as exc:
+        raise StoreError(
+            f"{folder / MANIFEST}: {exc}; remove the folder, it will be made anew"
+        ) from exc
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
+    for block in manifest.blocks:
+        path = folder / block.file
+        try:
+            size = path.stat().st_size
+        except OSError as exc:
+            raise StoreError(f"{path}: {exc.strerror}; remove {folder} and start again") from exc
+        if size != block.nbytes:
+            raise StoreError(
+                f"{path}: expected {block.nbytes} bytes, got {size}; "
+                f"remove {folder} and start again"
+            )
+
+
+def _remove_stale(root: Path) -> None:
+    """Remove what writers left that no longer live."""
+    for path in root.glob(f"{_PARTIAL}*"):
+        pid = path.name.rpartition("-")[2]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_error(root: Path, exc: OSError) -> StoreError:
+    return StoreError(f"{root}: cannot write the slice: {exc.strerror}; nothing of it was kept")

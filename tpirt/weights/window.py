@@ -1,0 +1,372 @@
+"""The sliding-window memory scheduler: blocks come from disk just in time and go when used.
+
+A background thread reads ahead, in the order of use and around the end of a step into the next,
+while the model computes and while it waits for the network. What a memory budget can hold beyond
+the ring of read-ahead buffers is pinned: read once, kept. (TPI-LLM, arXiv 2410.00531, section 3.3,
+with the block retention that the paper describes.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tpirt.errors import MemoryLimitError, StoreError, TpirtError
+from tpirt.ops.buffers import page_buffer, tensor_bytes
+from tpirt.parallel.sharding import Block
+from tpirt.stopwatch import Stopwatch
+from tpirt.types import Progress, ProgressCallback
+from tpirt.units import format_bytes
+from tpirt.weights.layout import view_tensors
+from tpirt.weights.store import StoredSlice
+
+MIN_SLOTS = 2  # one block in use, one being read
+_BEST_SLOTS = 3  # one more hides the jitter of reads; further ones were not faster
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """Which blocks stay (``pinned``) and how many buffers the others pass through."""
+
+    pinned: frozenset[int]
+    slots: int
+    slot_bytes: int
+
+    def held_bytes(self, sizes: Sequence[int]) -> int:
+        """Most bytes held at once, given the blocks' sizes."""
+        return sum(sizes[i] for i in self.pinned) + self.slots * self.slot_bytes
+
+
+def plan_window(
+    sizes: Sequence[int], max_blocks: int | None = None, budget_bytes: int | None = None
+) -> WindowPlan:
+    """Divide a budget between pinned blocks and the ring.
+
+    Args:
+        sizes: bytes of each block in the order of use.
+        max_blocks: most blocks held at once; None for no bound.
+        budget_bytes: most bytes held at once; None for no bound.
+
+    Raises:
+        MemoryLimitError: fewer than two blocks fit; says how much is needed.
+    """
+    everything = WindowPlan(frozenset(range(len(sizes))), 0, 0)
+    if max_blocks is not None and max_blocks >= len(sizes):
+        max_blocks = None
+    if max_blocks is None and (budget_bytes is None or sum(sizes) <= budget_bytes):
+        return everything
+    slot = max(sizes)
+    slots = _BEST_SLOTS if max_blocks is None else max_blocks
+    if slots < MIN_SLOTS:
+        raise MemoryLimitError(
+            f"window of {max_blocks} blocks: at least {MIN_SLOTS} are needed, "
+            "one in use and one being read"
+        )
+    if budget_bytes is None:
+        return WindowPlan(frozenset(), slots, slot)
+    slots = min(slots, budget_bytes // slot)
+    if slots < MIN_SLOTS:
+        raise MemoryLimitError(
+            f"{format_bytes(max(0, budget_bytes))} are left for weights, but two blocks of up to "
+            f"{format_bytes(slot)} need {format_bytes(MIN_SLOTS * slot)}"
+        )
+    spare = budget_bytes - slots * slot if max_blocks is None else 0
+    return WindowPlan(_pin(sizes, spare), slots, slot)
+
+
+def _pin(sizes: Sequence[int], spare_bytes: int) -> frozenset[int]:
+    """Choose blocks to keep, spread over the step so that reading never pauses for long.
+
+    The order is that of bit-reversed indices: any prefix of it is spread evenly, and a smaller
+    budget keeps a subset of what a larger one keeps.
+    """
+    bits = max(1, (len(sizes) - 1).bit_length())
+    order = sorted(range(len(sizes)), key=lambda i: int(f"{i:0{bits}b}"[::-1], 2))
+    pinned: set[int] = set()
+    for index in order:
+        spare_bytes -= sizes[index]
+        if spare_bytes < 0:
+            break
+        pinned.add(index)
+    return frozenset(pinned)
+
+
+@dataclass
+class _Entry:
+    """A block on its way through the ring, or a pinned one being read."""
+
+    index: int
+    buffer: torch.Tensor
+    done: bool = False
+    wanted: bool = True
+    error: TpirtError | None = None
+
+
+class Window:
+    """Serves one rank's blocks, in memory or streamed; the same bits either way.
+
+    The consumer acquires blocks in the order of use, each once per step, and releases each when
+    done with it. Skipping ahead or starting over costs what was read in vain.
+    """
+
+    def __init__(
+        self,
+        stored: StoredSlice,
+        blocks: Sequence[Block],
+        *,
+        max_blocks: int | None = None,
+        budget_bytes: int | None = None,
+    ):
+        """Plan and start reading.
+
+        Raises:
+            MemoryLimitError: see :func:`plan_window`.
+        """
+        self.blocks = blocks
+        self.bytes_read = 0
+        self.clock = Stopwatch()
+        self._stored = stored
+        self._max_blocks = max_blocks
+        self._sizes = [block.nbytes for block in blocks]
+        self._condition = threading.Condition()
+        self._resident: dict[int, Tensors] = {}
+        self._errors: dict[int, TpirtError] = {}
+        self._ring: deque[_Entry] = deque()  # streamed blocks, in the order of reading
+        self._in_use: dict[int, _Entry] = {}
+        self._free: list[torch.Tensor] = []
+        self._current: _Entry | None = None  # what the thread is reading
+        self._waiters: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Event]] = {}
+        self._cursor = 0
+        self._position = 0
+        self._closing = False
+        self.plan = plan_window(self._sizes, max_blocks, budget_bytes)
+        self._apply(self.plan)
+        self._thread = threading.Thread(target=self._run, name="tpirt-window", daemon=True)
+        self._thread.start()
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of all blocks, wherever they are."""
+        return sum(self._sizes)
+
+    @property
+    def held_bytes(self) -> int:
+        """Most bytes of memory that the window takes under its plan."""
+        return self.plan.held_bytes(self._sizes)
+
+    async def acquire(self, index: int) -> Tensors:
+        """Wait for a block and take it into use.
+
+        Raises:
+            StoreError: the file could not be read; names file and block.
+        """
+        tensors = self._resident.get(index)
+        if tensors is not None:
+            self._position = index
+            return tensors
+        with self.clock.running():
+            while (entry := self._claim(index)) is None:
+                await self._wait(index)
+        return entry
+
+    def release(self, index: int) -> None:
+        """Give a block up; its tensors must not be used any more unless it is pinned."""
+        if index in self._resident:
+            return
+        with self._condition:
+            entry = self._in_use.pop(index)
+            self._free.append(entry.buffer)
+            self._condition.notify()
+
+    def set_budget(self, budget_bytes: int) -> None:
+        """Hold no more than this from now on; call it while no block is in use.
+
+        Raises:
+            MemoryLimitError: see :func:`plan_window`; the old plan stays in force.
+        """
+        plan = plan_window(self._sizes, self._max_blocks, budget_bytes)
+        if plan == self.plan:
+            return
+        assert not self._in_use
+        with self._condition:
+            while self._current is not None:
+                self._condition.wait()
+            self._apply(plan)
+            self._condition.notify()
+
+    async def preload(self, progress: ProgressCallback, detail: str = "") -> None:
+        """Wait until everything pinned is in memory.
+
+        Raises:
+            StoreError: a block could not be read.
+        """
+        order = sorted(self.plan.pinned)
+        total = sum(self._sizes[i] for i in order)
+        done = 0
+        for index in order:
+            await self.acquire(index)
+            done += self._sizes[index]
+            progress(Progress("loading weights", done, total, detail=detail))
+        self._position = 0
+
+    async def aclose(self) -> None:
+        """Stop reading and let go of all memory."""
+        with self._condition:
+            self._closing = True
+            self._condition.notify_all()
+        await asyncio.to_thread(self._thread.join)
+        self._resident.clear()
+        self._ring.clear()
+        self._in_use.clear()
+        self._free.clear()
+
+    # -- the consumer's side ---------------------------------------------------------------
+
+    def _claim(self, index: int) -> Tensors | None:
+        """Take a block if it is there; otherwise see to it that it comes, and register."""
+        with self._condition:
+            self._position = index
+            if (error := self._errors.pop(index, None)) is not None:
+                raise error
+            if index in self.plan.pinned:
+                found = self._resident.get(index)
+            else:
+                found = self._claim_streamed(index)
+            if found is None:
+                self._waiters[index] = (asyncio.get_running_loop(), asyncio.Event())
+                self._condition.notify()
+            return found
+
+    def _claim_streamed(self, index: int) -> Tensors | None:
+        while self._ring and self._ring[0].index != index:  # skipped by the consumer
+            self._discard(self._ring.popleft())
+        if not self._ring:
+            self._cursor = index
+            return None
+        entry = self._ring[0]
+        if not entry.done:
+            return None
+        self._ring.popleft()
+        if entry.error is not None:
+            self._free.append(entry.buffer)
+            raise entry.error
+        self._in_use[index] = entry
+        return view_tensors(self.blocks[index], entry.buffer)
+
+    async def _wait(self, index: int) -> None:
+        waiter = self._waiters.get(index)
+        if waiter is not None:
+            await waiter[1].wait()
+
+    def _discard(self, entry: _Entry) -> None:
+        entry.wanted = False
+        if entry.done:
+            self._free.append(entry.buffer)
+
+    # -- the reader thread -----------------------------------------------------------------
+
+    def _apply(self, plan: WindowPlan) -> None:
+        self.plan = plan
+        for index in list(self._resident):
+            if index not in plan.pinned:
+                del self._resident[index]
+        self._ring.clear()
+        self._free = [page_buffer(plan.slot_bytes) for _ in range(plan.slots)]
+        self._cursor = 0
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                while not self._closing and (entry := self._next()) is None:
+                    self._condition.wait()
+                if self._closing:
+                    return
+                assert entry is not None
+                self._current = entry
+            try:
+                self._read(entry)
+            except TpirtError as exc:
+                entry.error = exc
+            with self._condition:
+                self._finish(entry)
+
+    def _next(self) -> _Entry | None:
+        """Choose what is needed first: a pinned block not read yet, or the next streamed one."""
+        count = len(self.blocks)
+        pinned = min(
+            (
+                i
+                for i in self.plan.pinned
+                if i not in self._resident and i not in self._errors
+            ),
+            key=lambda i: (i - self._position) % count,
+            default=None,
+        )
+        streamed = self._next_streamed() if self._free else None
+        if pinned is not None and (
+            streamed is None
+            or (pinned - self._position) % count < (streamed - self._position) % count
+        ):
+            return _Entry(pinned, page_buffer(self._sizes[pinned]))
+        if streamed is None:
+            return None
+        self._cursor = (streamed + 1) % count
+        entry = _Entry(streamed, self._free.pop())
+        self._ring.append(entry)
+        return entry
+
+    def _next_streamed(self) -> int | None:
+        count = len(self.blocks)
+        for step in range(count):
+            index = (self._cursor + step) % count
+            if index not in self.plan.pinned:
+                return index
+        return None
+
+    def _read(self, entry: _Entry) -> None:
+        path = self._stored.block_path(entry.index)
+        block = self.blocks[entry.index]
+        start = self._stored.manifest.blocks[entry.index].nbytes - block.nbytes
+        target = tensor_bytes(entry.buffer)[: block.nbytes]
+        done = 0
+        try:
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                while done < block.nbytes:
+                    count = os.preadv(handle, [target[done:]], start + done)
+                    if count == 0:
+                        raise StoreError(
+                            f"{path}: block {block.name} ends after {done} of {block.nbytes} "
+                            "bytes; remove the slice's folder and start again"
+                        )
+                    done += count
+            finally:
+                os.close(handle)
+        except OSError as exc:
+            raise StoreError(f"{path}: block {block.name}: {exc.strerror}") from exc
+        self.bytes_read += block.nbytes
+
+    def _finish(self, entry: _Entry) -> None:
+        entry.done = True
+        self._current = None
+        if entry.index in self.plan.pinned:
+            if entry.error is not None:
+                self._errors[entry.index] = entry.error
+            else:
+                block = self.blocks[entry.index]
+                self._resident[entry.index] = view_tensors(block, entry.buffer)
+        elif not entry.wanted:
+            self._free.append(entry.buffer)
+        waiter = self._waiters.pop(entry.index, None)
+        if waiter is not None:
+            loop, event = waiter
+            loop.call_soon_threadsafe(event.set)
+        self._condition.notify_all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from tpirt.cli.options import (
     Commands,
@@ -13,6 +14,9 @@ from tpirt.cli.options import (
     run_async,
     sampling_params,
 )
+
+if TYPE_CHECKING:
+    from tpirt.engine.engine import LoadPlan
 
 
 def add_command(commands: Commands) -> None:
@@ -36,6 +40,15 @@ async def _run(arguments: argparse.Namespace) -> None:
     from tpirt.engine import Engine
 
     progress = ConsoleProgress(quiet=arguments.quiet)
-    async with Engine.connect(**engine_options(arguments, progress)) as engine:
-        params = sampling_params(arguments, engine.defaults.sampling)
-        await run_chat(engine, ChatOptions(params, arguments.system, arguments.prompt))
+    plans: list[LoadPlan] = []
+    options = engine_options(arguments, progress, plans)
+    async with Engine.connect(**options) as engine:
+        chat = ChatOptions(
+            params=sampling_params(arguments, engine.defaults.sampling),
+            system=arguments.system,
+            prompt=arguments.prompt,
+            plan=plans[0],
+            model_name=engine.name,
+            progress=progress,
+        )
+        await run_chat(engine, chat)

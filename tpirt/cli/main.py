@@ -19,8 +19,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 2 for bad input; 3 for a lost or unreachable peer; 130 after Ctrl-C.
     """
-    # gRPC's own log lines (a peer's goodbye, say) mean nothing to a user. Before grpc is loaded.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     parser = build_parser()
     arguments = parser.parse_args(argv)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Coroutine
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from tpirt.units import parse_bytes
 
 if TYPE_CHECKING:
     from tpirt.chat.progress import ConsoleProgress
-    from tpirt.engine.engine import PlanCallback
+    from tpirt.engine.engine import LoadPlan, PlanCallback
 
 Commands = Any  # argparse's subparsers object, which has no public type
 
@@ -133,8 +134,13 @@ def sampling_params(arguments: argparse.Namespace, defaults: SamplingParams) -> 
     return params
 
 
-def engine_options(arguments: argparse.Namespace, progress: ConsoleProgress) -> dict[str, Any]:
-    """The keyword arguments of ``Engine.connect`` that the options stand for."""
+def engine_options(
+    arguments: argparse.Namespace, progress: ConsoleProgress, plans: list[LoadPlan] | None = None
+) -> dict[str, Any]:
+    """The keyword arguments of ``Engine.connect`` that the options stand for.
+
+    The plan is shown on stderr before anything is loaded, and appended to ``plans``.
+    """
     return {
         "model": arguments.model,
         "local": arguments.local,
@@ -147,7 +153,7 @@ def engine_options(arguments: argparse.Namespace, progress: ConsoleProgress) -> 
         "store": arguments.store,
         "timeout_s": arguments.timeout,
         "progress": progress,
-        "on_plan": _plan_callback(arguments.quiet),
+        "on_plan": _plan_callback(arguments.quiet, plans),
     }
 
 
@@ -163,14 +169,16 @@ def run_async(main: Coroutine[Any, Any, None]) -> None:
         uvloop.run(main)
 
 
-def _plan_callback(quiet: bool) -> PlanCallback | None:
-    if quiet:
-        return None
-    import sys
+def _plan_callback(quiet: bool, plans: list[LoadPlan] | None) -> PlanCallback:
+    def take(plan: LoadPlan) -> None:
+        from tpirt.chat.plan_view import show_plan
 
-    from tpirt.chat.plan_view import show_plan
+        if not quiet:
+            show_plan(plan, sys.stderr)
+        if plans is not None:
+            plans.append(plan)
 
-    return lambda plan: show_plan(plan, sys.stderr)
+    return take
 
 
 def _ratio(text: str) -> tuple[float, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import cast
 
 from tpirt.engine.engine import Engine
 from tpirt.text import continue_chat
@@ -46,7 +48,7 @@ class Conversation:
         text: str,
         params: SamplingParams | None = None,
         progress: ProgressCallback = ignore_progress,
-    ) -> AsyncIterator[Token]:
+    ) -> AsyncGenerator[Token, None]:
         """Add a user's message and yield the answer's tokens.
 
         Cancelled or left early, what was answered so far stays as the answer. A request that
@@ -61,10 +63,12 @@ class Conversation:
         ids: list[int] = []
         answer = ""
         try:
-            async for token in self._engine.generate(prompt_ids, params, progress):
-                ids.append(token.id)
-                answer += token.text
-                yield token
+            answering = self._engine.generate(prompt_ids, params, progress)
+            async with aclosing(cast("AsyncGenerator[Token, None]", answering)) as tokens:
+                async for token in tokens:
+                    ids.append(token.id)
+                    answer += token.text
+                    yield token
         finally:
             if ids:
                 self.turns += [Message("user", text), Message("assistant", answer)]

@@ -91,6 +91,7 @@ class Engine:
         self._group = group
         self._chunk_tokens = chunk_tokens
         self._cached: list[int] = []  # ids whose keys and values every rank holds
+        self._rope_length = 0  # the longest that their keys were rotated for
         self._busy = asyncio.Lock()
 
     @classmethod
@@ -171,6 +172,11 @@ class Engine:
             await group.distribute(maker, plan, slices, progress)
             await group.start(maker, plan, slices, bounds, progress)
             yield cls(model_dir, group, infos, chunk)
+
+    @property
+    def name(self) -> str:
+        """The model directory's name."""
+        return self._checkpoint.path.resolve().name
 
     @property
     def world_size(self) -> int:
@@ -321,8 +327,8 @@ class Engine:
 
     def _reusable(self, ids: Sequence[int]) -> int:
         """Count leading ids whose keys and values can be kept; the last id is always computed."""
-        rope = self.config.rope
-        if rope.kind == "dynamic" and len(ids) > self.config.max_position_embeddings:
+        longest = max(len(ids), self._rope_length)
+        if self.config.rope.kind == "dynamic" and longest > self.config.max_position_embeddings:
             return 0  # every length beyond the trained one rotates all keys differently
         shared = 0
         for cached, wanted in zip(self._cached, ids[:-1], strict=False):
@@ -335,6 +341,7 @@ class Engine:
         start = len(self._cached)
         hidden = self._checkpoint.gather_rows(self._embedding, ids).float()
         out = await self._group.step(hidden, start, rope_length)
+        self._rope_length = max(self._rope_length if start else 0, rope_length)
         self._cached.extend(ids)
         return out
 

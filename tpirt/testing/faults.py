@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from enum import Enum
-from typing import cast
+from typing import Any, cast
 
 from tpirt.errors import PeerLostError
 from tpirt.transport.base import Channel
@@ -148,7 +148,7 @@ def spoil(frame: Frame, fault: Fault) -> Frame:
     header = pb.FrameHeader()
     header.CopyFrom(frame.header)
     payload = bytes(frame.payload)
-    body = getattr(header, frame.kind, None)
+    body: Any = getattr(header, frame.kind, None)
     match fault:
         case Fault.TRUNCATE:
             return Frame(header, payload[: len(payload) // 2])

@@ -7,8 +7,13 @@ are answered by gRPC's own threads, so a peer that computes for a long time is n
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
+
+# gRPC's core reads this once, when it is loaded. Its own log lines (a peer's goodbye, say) mean
+# nothing to a user; what matters arrives as our errors.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
 import grpc.aio

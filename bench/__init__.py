@@ -1,0 +1,1 @@
+"""Benchmarks: the physical floor beside every figure, a table first, one JSON line last."""

@@ -1,0 +1,132 @@
+"""What begins with ``/``."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tpirt.chat import saved, settings
+from tpirt.chat.console import columns
+from tpirt.chat.session import Session
+from tpirt.chat.status import peers_table, stats_table
+from tpirt.errors import RequestError
+
+_ASSIGNMENT = re.compile(r"([\w-]+)(?:\s*=\s*|\s+)?(.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Command:
+    """``run`` gets the session and what stood behind the name."""
+
+    usage: str
+    about: str
+    run: Callable[[Session, str], Awaitable[None]]
+
+
+async def run_command(session: Session, line: str) -> None:
+    """Execute a line that begins with ``/``.
+
+    Raises:
+        TpirtError: no such command, or it could not do what was asked.
+    """
+    name, *rest = line.split(maxsplit=1)
+    command = COMMANDS.get(name.lower())
+    if command is None:
+        near = difflib.get_close_matches(name.lower(), COMMANDS, 1, 0.4)
+        hint = f"did you mean {near[0]}?" if near else "/help lists them."
+        raise RequestError(f"no command {name}: {hint} Write // to begin a message with /.")
+    await command.run(session, "".join(rest).strip())
+
+
+async def _help(session: Session, _: str) -> None:
+    shown = {id(command): command for command in COMMANDS.values()}.values()
+    rows = [(command.usage, command.about) for command in shown]
+    rows.append(("//TEXT", "send a message that begins with /"))
+    rows.append(("Ctrl-C", "stop the answer, or clear the line"))
+    rows.append(("Alt-Enter", "a new line within the message"))
+    session.console.say(*columns(rows, left=2))
+
+
+async def _reset(session: Session, _: str) -> None:
+    session.talk.reset()
+    session.engine.reset()
+    session.console.note("A new conversation begins.")
+
+
+async def _system(session: Session, text: str) -> None:
+    if session.is_base:
+        raise RequestError("a base model knows no system message")
+    if not text:
+        session.console.say(session.talk.system or "There is no system message.")
+        return
+    session.talk.system = None if text == "-" else text
+    session.console.note("Holds from the next message on, for the whole conversation.")
+
+
+async def _set(session: Session, text: str) -> None:
+    match = _ASSIGNMENT.fullmatch(text)
+    if match is not None and match[2]:
+        session.params = settings.change(session.params, match[1], match[2])
+    elif text and match is None:
+        raise RequestError("usage: /set NAME VALUE")
+    names = (settings.canonical(match[1]),) if match else settings.NAMES
+    session.console.say(*columns([(n, settings.shown(session.params, n)) for n in names], left=2))
+
+
+async def _stats(session: Session, _: str) -> None:
+    session.console.say(*stats_table(await session.engine.stats()))
+    if session.timing is not None:
+        session.console.say(f"last answer: {session.timing.tokens} tokens, {session.timing}")
+
+
+async def _peers(session: Session, _: str) -> None:
+    engine = session.engine
+    session.console.say(*peers_table(engine.peers, session.options.plan, engine.broken))
+
+
+async def _save(session: Session, name: str) -> None:
+    if not name:
+        raise RequestError("usage: /save FILE")
+    talk = session.talk
+    saved.save(Path(name), saved.SavedConversation(talk.system, talk.turns))
+    session.console.note(f"{len(talk.turns)} messages saved.")
+
+
+async def _load(session: Session, name: str) -> None:
+    if not name:
+        raise RequestError("usage: /load FILE")
+    if session.is_base:
+        raise RequestError("a base model continues texts, it has no conversation to go on with")
+    found = saved.load(Path(name))
+    session.talk.reset()
+    session.talk.system = found.system
+    session.talk.turns.extend(found.messages)
+    session.console.note(
+        f"{len(found.messages)} messages loaded; the next answer reads them first."
+    )
+
+
+async def _exit(session: Session, _: str) -> None:
+    session.leaving = True
+
+
+_EXIT = Command("/exit", "leave; so do /quit and Ctrl-D", _exit)
+
+COMMANDS = {
+    "/help": Command("/help", "this list", _help),
+    "/reset": Command("/reset", "begin a new conversation; the system message stays", _reset),
+    "/system": Command("/system [TEXT]", "show or set the system message; - removes it", _system),
+    "/set": Command("/set [NAME VALUE]", "show or set how tokens are chosen", _set),
+    "/stats": Command("/stats", "memory, traffic and times of the last answer by rank", _stats),
+    "/peers": Command("/peers", "who computes what, and who is lost", _peers),
+    "/save": Command("/save FILE", "write the conversation to a file", _save),
+    "/load": Command("/load FILE", "go on with a saved conversation", _load),
+    "/exit": _EXIT,
+    "/quit": _EXIT,
+}
+
+# For completion: what can follow a command.
+WORDS = {name: settings.NAMES if name == "/set" else () for name in COMMANDS}

@@ -1,0 +1,98 @@
+"""Writing to the two output streams without one getting in the other's way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TextIO
+
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+
+# C0 but newline and tab, DEL, C1: what a terminal would obey instead of showing.
+_CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")})
+
+
+def printable(text: str) -> str:
+    """Drop everything that a terminal would take for a command."""
+    return text.translate(_CONTROLS)
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Tell whether a person is on the other side; a closed stream has nobody."""
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+def is_capable(stream: TextIO | None) -> bool:
+    """Tell whether the stream is a terminal that can do more than print lines."""
+    return is_terminal(stream) and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
+
+
+def columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Align rows as lines of text; the first ``left`` columns to the left, others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = (
+            cell.ljust(width) if at < left else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+class Console:
+    """Answers and what was asked for go to ``out``, remarks about them to ``err``.
+
+    Both may be the same terminal: a remark never begins in the middle of an answer's line. On a
+    terminal, control characters from the model or a peer are dropped; characters that the
+    stream's encoding lacks become question marks.
+    """
+
+    def __init__(self, out: TextIO, err: TextIO):
+        self._out = out
+        self._err = err
+        self._within_line = False
+
+    def stream(self, text: str) -> None:
+        """Write a piece of an answer at once."""
+        if text := self._put(self._out, text):
+            self._within_line = not text.endswith("\n")
+
+    def end_line(self) -> None:
+        """See to it that what follows begins on a line of its own."""
+        if self._within_line:
+            self._put(self._out, "\n")
+            self._within_line = False
+
+    def say(self, *lines: str) -> None:
+        """Write lines that the user asked for."""
+        self.end_line()
+        self._put(self._out, "".join(line + "\n" for line in lines))
+
+    def note(self, text: str) -> None:
+        """Write a quiet remark."""
+        self.end_line()
+        self._put(self._err, text, dim=is_capable(self._err) and "NO_COLOR" not in os.environ)
+
+    def status(self, text: str) -> None:
+        """Write a quiet remark that only a person at a terminal cares for."""
+        if is_terminal(self._err):
+            self.note(text)
+
+    def complain(self, error: object) -> None:
+        """Write one line about something that went wrong."""
+        self.end_line()
+        self._put(self._err, f"error: {error}".replace("\n", " ") + "\n")
+
+    @staticmethod
+    def _put(stream: TextIO, text: str, dim: bool = False) -> str:
+        if is_terminal(stream):
+            text = printable(text)
+        encoding = stream.encoding or "utf-8"
+        text = text.encode(encoding, "replace").decode(encoding)
+        if dim:
+            stream.write(f"{_DIM}{text}{_PLAIN}\n")
+        else:
+            stream.write(text)
+        stream.flush()
+        return text

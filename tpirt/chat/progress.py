@@ -1,0 +1,225 @@
+"""Progress on standard error: bars on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.text import Text
+
+from tpirt.chat.console import is_capable
+from tpirt.types import Progress
+from tpirt.units import format_bytes
+
+_PATIENCE_S = 1.0  # what is over sooner is not shown
+_FIRST_LINE_S, _NEXT_LINE_S = 3.0, 5.0
+_MOST_BARS = 8
+
+_Clock = Callable[[], float]
+_Key = tuple[str, str]
+
+
+class ConsoleProgress:
+    """Shows progress reports; a :data:`tpirt.types.ProgressCallback` and a context manager.
+
+    On a terminal, what lasts longer than a second has bars, one per ``detail``, that vanish when
+    all have come to their end, when it is closed, or when :meth:`close` is called before
+    other output. Elsewhere there is a plain line every few seconds. Callable from any thread.
+
+    Args:
+        quiet: show nothing.
+        stream: where to; standard error when absent.
+        clock: seconds, for tests.
+    """
+
+    def __init__(
+        self, quiet: bool = False, stream: TextIO | None = None, clock: _Clock = time.monotonic
+    ):
+        stream = stream or sys.stderr
+        self.quiet = quiet
+        self._show: _Bars | _Lines | None = None
+        if not quiet:
+            self._show = _Bars(stream, clock) if is_capable(stream) else _Lines(stream, clock)
+
+    def __call__(self, progress: Progress) -> None:
+        """Take a report."""
+        if self._show is not None:
+            self._show.update(progress)
+
+    def close(self) -> None:
+        """Take back what is on the screen; nothing is written until the next report."""
+        if self._show is not None:
+            self._show.close()
+
+    def __enter__(self) -> ConsoleProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Lines:
+    """At most one plain line per stage every few seconds."""
+
+    def __init__(self, stream: TextIO, clock: _Clock):
+        self._stream = stream
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._stage = ""
+        self._due_s = 0.0
+
+    def update(self, progress: Progress) -> None:
+        with self._lock:
+            now = self._clock()
+            if progress.stage != self._stage:
+                self._stage, self._due_s = progress.stage, now + _FIRST_LINE_S
+            if now < self._due_s:
+                return
+            self._due_s = now + _NEXT_LINE_S
+            self._stream.write(f"{_title(progress)}: {_amount(progress)}\n")
+            self._stream.flush()
+
+    def close(self) -> None:
+        with self._lock:
+            self._stage = ""
+
+
+class _Bars:
+    """Bars that are drawn again in place by a thread of rich's."""
+
+    def __init__(self, stream: TextIO, clock: _Clock):
+        self._console = _QuietConsole(file=stream)
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._bars: RichProgress | None = None
+        self._tasks: dict[_Key, TaskID] = {}
+        self._stage = ""
+        self._shown = False
+        self._timer: threading.Timer | None = None
+        self._shown_until_s = -_PATIENCE_S
+
+    def update(self, progress: Progress) -> None:
+        with self._lock:
+            bars = self._bars or self._begin()
+            if progress.stage != self._stage:
+                self._stage = progress.stage
+                for old in self._tasks.values():
+                    bars.remove_task(old)
+                self._tasks.clear()
+            self._put(bars, progress)
+            if bars.finished:
+                self._end()
+
+    def close(self) -> None:
+        with self._lock:
+            self._end()
+            self._shown_until_s = -_PATIENCE_S
+
+    def _begin(self) -> RichProgress:
+        self._bars = RichProgress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(24),
+            _Amount(),
+            _Rate(),
+            _Remaining(),
+            console=self._console,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        if self._clock() - self._shown_until_s < _PATIENCE_S:
+            self._start(self._bars)  # the next stage of what was on the screen a moment ago
+        else:
+            self._timer = threading.Timer(_PATIENCE_S, self._on_timer, [self._bars])
+            self._timer.daemon = True
+            self._timer.start()
+        return self._bars
+
+    def _put(self, bars: RichProgress, progress: Progress) -> None:
+        key = (progress.stage, progress.detail)
+        if key not in self._tasks:
+            self._tasks[key] = bars.add_task(_title(progress), total=None)
+        task = bars.tasks[bars.task_ids.index(self._tasks[key])]
+        others = sum(other.visible for other in bars.tasks if other is not task)
+        done = 0 < progress.total <= progress.done
+        bars.update(
+            task.id,
+            completed=progress.done,
+            total=progress.total or None,
+            visible=not done and others < _MOST_BARS,
+            unit=progress.unit,
+        )
+
+    def _on_timer(self, bars: RichProgress) -> None:
+        with self._lock:
+            if self._bars is bars and not self._shown:
+                self._start(bars)
+
+    def _start(self, bars: RichProgress) -> None:
+        self._shown = True
+        bars.start()
+
+    def _end(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._bars is not None and self._shown:
+            self._bars.stop()
+            self._shown_until_s = self._clock()
+        self._bars, self._shown, self._stage = None, False, ""
+        self._tasks.clear()
+
+
+class _QuietConsole(RichConsole):
+    """Leaves the cursor alone: a process that is killed could not bring it back."""
+
+    def show_cursor(self, show: bool = True) -> bool:
+        return False
+
+
+class _Amount(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        if task.total is None:
+            return Text(f"{task.elapsed or 0:.0f} s")
+        unit = task.fields["unit"]
+        return Text(_amount(Progress("", int(task.completed), int(task.total), unit)))
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        if not task.speed:
+            return Text("")
+        if task.fields["unit"] == "bytes":
+            return Text(f"{format_bytes(task.speed)}/s")
+        return Text(f"{task.speed:.3g} {task.fields['unit']}/s")
+
+
+class _Remaining(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        left = task.time_remaining
+        if left is None or task.finished:
+            return Text("")
+        if left < 100:
+            return Text(f"{left:.0f} s left")
+        return Text(f"{left / 60:.0f} min left")
+
+
+def _title(progress: Progress) -> str:
+    return f"{progress.stage}, {progress.detail}" if progress.detail else progress.stage
+
+
+def _amount(progress: Progress) -> str:
+    if progress.total <= 0:
+        return "..."
+    if progress.unit == "bytes":
+        return f"{format_bytes(progress.done)} of {format_bytes(progress.total)}"
+    return f"{progress.done} of {progress.total} {progress.unit}"

@@ -1,0 +1,149 @@
+"""Reading what the user types on a capable terminal: editing, history, completion."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+from prompt_toolkit.data_structures import Size
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output import Output, create_output
+from prompt_toolkit.output.vt100 import Vt100_Output
+from prompt_toolkit.shortcuts import CompleteStyle
+
+from tpirt.chat.reader import PROMPT
+
+
+class PromptReader:
+    """See :class:`tpirt.chat.reader.Reader`.
+
+    Args:
+        out: the terminal to draw on.
+        words: command names with what can follow them, for completion.
+        history: file of earlier input; None keeps none.
+    """
+
+    def __init__(self, out: TextIO, words: Mapping[str, Sequence[str]], history: Path | None):
+        self._session: PromptSession[str] = PromptSession(
+            history=open_history(history),
+            completer=CommandCompleter(words),
+            complete_style=CompleteStyle.READLINE_LIKE,  # no menu that pushes the text upwards
+            complete_while_typing=False,
+            key_bindings=_bindings(),
+            prompt_continuation="  ",
+            output=_output(out),
+        )
+
+    async def read(self) -> str | None:
+        """See :class:`Reader`."""
+        try:
+            text = await self._session.prompt_async(PROMPT, handle_sigint=False)
+        except EOFError:
+            return None
+        return clean(text)
+
+    def interrupt(self) -> None:
+        """See :class:`Reader`; Ctrl-C itself arrives as a key, this is a signal from outside."""
+        if self._session.app.is_running:
+            self._session.app.exit(exception=KeyboardInterrupt())
+
+
+class CommandCompleter(Completer):
+    """Completes ``/`` commands and their first word."""
+
+    def __init__(self, words: Mapping[str, Sequence[str]]):
+        self._words = words
+
+    def get_completions(self, document: Document, event: CompleteEvent) -> Iterable[Completion]:
+        """See :class:`prompt_toolkit.completion.Completer`."""
+        text = document.text_before_cursor
+        command, space, rest = text.partition(" ")
+        choices: Iterable[str] = self._words.get(command, ()) if space else self._words
+        typed = rest if space else command
+        if text.startswith("/"):
+            for word in choices:
+                if word.startswith(typed):
+                    yield Completion(word, start_position=-len(typed))
+
+
+class _SafeHistory(FileHistory):
+    """A file that cannot be written any more costs the history, not the chat."""
+
+    def store_string(self, string: str) -> None:
+        with contextlib.suppress(OSError):
+            super().store_string(string)
+
+
+def clean(text: str) -> str:
+    """Turn bytes that were typed but are no UTF-8 into U+FFFD."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def history_file() -> Path:
+    """Where input is remembered: ``$XDG_STATE_HOME/tpirt/history`` or its default."""
+    given = Path(os.environ.get("XDG_STATE_HOME", ""))
+    state = given if given.is_absolute() else Path("~/.local/state").expanduser()
+    return state / "tpirt" / "history"
+
+
+def open_history(path: Path | None) -> History:
+    """Open the history, made readable by its owner only; in memory where that is impossible."""
+    if path is None:
+        return InMemoryHistory()
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600))
+    except OSError:
+        return InMemoryHistory()
+    return _SafeHistory(path)
+
+
+@contextlib.contextmanager
+def echo_off() -> Iterator[None]:
+    """Keep what is typed within the block off the screen; the next prompt shows it."""
+    try:
+        import termios
+
+        handle = sys.stdin.fileno()
+        before = termios.tcgetattr(handle)
+    except (ImportError, OSError, ValueError, AttributeError):
+        yield
+        return
+    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(handle, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(handle, termios.TCSADRAIN, before)
+
+
+def _bindings() -> KeyBindings:
+    bindings = KeyBindings()
+
+    @bindings.add("escape", "enter")
+    def newline(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return bindings
+
+
+def _output(out: TextIO) -> Output:
+    if sys.platform == "win32":
+        return create_output(out)
+
+    def size() -> Size:
+        columns, lines = 0, 0
+        with contextlib.suppress(OSError):
+            columns, lines = os.get_terminal_size(out.fileno())
+        return Size(rows=lines or 24, columns=columns or 80)
+
+    # Asking where the cursor is would only be needed for menus; some terminals never answer.
+    return Vt100_Output(out, size, term=os.environ.get("TERM"), enable_cpr=False)

@@ -1,0 +1,108 @@
+"""Reading what the user types: plain lines, from anything, beside a running event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import threading
+from typing import Protocol, TextIO
+
+PROMPT = "> "
+LEAVE_HINT = "/exit or Ctrl-D leaves"
+
+
+class Reader(Protocol):
+    """Where messages come from."""
+
+    async def read(self) -> str | None:
+        """Wait for the next message; None at the end.
+
+        Raises:
+            KeyboardInterrupt: the line was given up with Ctrl-C.
+        """
+        ...
+
+    def interrupt(self) -> None:
+        """Take note of a SIGINT during :meth:`read`."""
+        ...
+
+
+class PlainReader:
+    """Lines from a pipe, a file, or a terminal that can only print lines.
+
+    Bytes that are not UTF-8 become U+FFFD. A thread waits for input: neither a blocked read nor a
+    kind of file that the event loop cannot poll stops anything else.
+
+    Args:
+        handle: file descriptor to read; None reads as empty.
+        prompt_to: where to show a prompt; None for nowhere.
+    """
+
+    def __init__(self, handle: int | None, prompt_to: TextIO | None = None):
+        self._handle = handle
+        self._prompt_to = prompt_to
+        self._buffer = bytearray()
+        self._searched = 0  # bytes of the buffer that hold no newline
+        self._ended = handle is None
+
+    async def read(self) -> str | None:
+        """See :class:`Reader`."""
+        self._prompt(PROMPT)
+        while (line := self._take_line()) is None and not self._ended:
+            chunk = await self._chunk()
+            self._ended = not chunk
+            self._buffer += chunk
+        if line is None and self._buffer:  # the last line, without a newline
+            line, self._buffer = bytes(self._buffer), bytearray()
+        if line is None:
+            self._prompt("\n")
+            return None
+        return line.decode("utf-8", "replace").removesuffix("\r")
+
+    def interrupt(self) -> None:
+        """See :class:`Reader`; the terminal itself has dropped what was typed."""
+        self._prompt(f"\n({LEAVE_HINT})\n{PROMPT}")
+
+    def _prompt(self, text: str) -> None:
+        if self._prompt_to is not None:
+            self._prompt_to.write(text)
+            self._prompt_to.flush()
+
+    def _take_line(self) -> bytes | None:
+        end = self._buffer.find(b"\n", self._searched)
+        if end < 0:
+            self._searched = len(self._buffer)
+            return None
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        self._searched = 0
+        return line
+
+    async def _chunk(self) -> bytes:
+        """Read in a thread that nobody need wait for: a terminal's read cannot be called off."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[bytes] = loop.create_future()
+
+        def deliver(chunk: bytes) -> None:
+            if not future.done():
+                future.set_result(chunk)
+
+        def work() -> None:
+            chunk = _read_some(self._handle or 0)
+            with contextlib.suppress(RuntimeError):  # the loop is closed by now
+                loop.call_soon_threadsafe(deliver, chunk)
+
+        threading.Thread(target=work, name="tpirt-input", daemon=True).start()
+        return await future
+
+
+def _read_some(handle: int) -> bytes:
+    while True:
+        try:
+            return os.read(handle, 1 << 16)
+        except BlockingIOError:
+            select.select([handle], [], [])
+        except OSError:
+            return b""  # the terminal is gone

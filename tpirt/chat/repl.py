@@ -1,0 +1,109 @@
+"""The chat on the master: read a message, stream the answer, again."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+
+from tpirt.chat.commands import WORDS, run_command
+from tpirt.chat.console import Console, is_capable, is_terminal
+from tpirt.chat.interrupts import Interrupts
+from tpirt.chat.reader import LEAVE_HINT, PlainReader, Reader
+from tpirt.chat.session import Around, ChatOptions, Session
+from tpirt.engine import Engine
+from tpirt.errors import TpirtError
+
+__all__ = ["ChatOptions", "run_chat"]
+
+
+async def run_chat(engine: Engine, options: ChatOptions) -> None:
+    """Chat on this process's terminal, or answer what is piped in, until the input ends.
+
+    On a terminal, errors are shown and the chat goes on, and Ctrl-C stops the answer. Otherwise,
+    and with ``options.prompt``, an error ends the chat, and SIGINT is left to the caller.
+
+    Raises:
+        TpirtError: an answer or command failed, and nobody is there to see it.
+    """
+    console = Console(sys.stdout, sys.stderr)
+    session = Session(engine, options, console)
+    session.progress.close()
+    if options.prompt is not None:
+        await session.answer(options.prompt, Interrupts())
+    elif is_terminal(sys.stdin):
+        await _talk(session)
+    else:
+        await _work_off(session)
+
+
+async def _talk(session: Session) -> None:
+    """Converse with a person."""
+    _greet(session)
+    interrupts = Interrupts()
+    reader, around = _terminal_reader()
+    with interrupts.installed():
+        while not session.leaving:
+            try:
+                with interrupts.to(reader.interrupt):
+                    text = await reader.read()
+            except KeyboardInterrupt:
+                session.console.note(f"({LEAVE_HINT})")
+                continue
+            if text is None:
+                return
+            try:
+                await _handle(session, text, interrupts, around)
+            except TpirtError as exc:
+                session.complain(exc)
+
+
+async def _work_off(session: Session) -> None:
+    """Handle piped input line by line."""
+    _warn_of_base(session)
+    closed = sys.stdin is None or sys.stdin.closed
+    reader = PlainReader(None if closed else sys.stdin.fileno())
+    while not session.leaving and (text := await reader.read()) is not None:
+        await _handle(session, text, Interrupts(), nullcontext)
+
+
+async def _handle(session: Session, text: str, interrupts: Interrupts, around: Around) -> None:
+    if not text.strip():
+        return
+    if text.startswith("/") and not text.startswith("//"):
+        await run_command(session, text)
+    else:
+        await session.answer(text.removeprefix("/"), interrupts, around)
+
+
+def _terminal_reader() -> tuple[Reader, Around]:
+    """Choose how to read from the terminal, and what to do to it while an answer runs."""
+    streams = (sys.stdout, sys.stderr)
+    out = next(filter(is_capable, streams), None)
+    if out is None:
+        return PlainReader(
+            sys.stdin.fileno(), next(filter(is_terminal, streams), None)
+        ), nullcontext
+    from tpirt.chat.prompt import PromptReader, echo_off, history_file
+
+    return PromptReader(out, WORDS, history_file()), echo_off
+
+
+def _greet(session: Session) -> None:
+    engine, options = session.engine, session.options
+    if not session.progress.quiet:
+        ranks = f"{engine.world_size} rank" + "s" * (engine.world_size > 1)
+        parts = [options.model_name or engine.config.model_type, ranks]
+        if options.plan is not None:
+            parts.append(options.plan.dtype.name)
+        parts.append(f"context {engine.context_length} tokens")
+        session.console.note(", ".join(parts))
+        session.console.note("/help for commands, Ctrl-C stops an answer, Ctrl-D leaves")
+    _warn_of_base(session)
+
+
+def _warn_of_base(session: Session) -> None:
+    if session.is_base:
+        session.console.note(
+            "This is a base model (it has no chat template): it does not answer, it continues "
+            "your text, each time from the beginning."
+        )

@@ -1,0 +1,160 @@
+"""One chat: the conversation, the settings, and the answer at hand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AbstractContextManager, aclosing, nullcontext
+from dataclasses import dataclass
+
+from tpirt.chat.base_model import Continuation
+from tpirt.chat.console import Console
+from tpirt.chat.interrupts import Interrupts
+from tpirt.chat.progress import ConsoleProgress
+from tpirt.chat.status import Timing
+from tpirt.engine import Conversation, Engine
+from tpirt.engine.engine import LoadPlan
+from tpirt.errors import MemoryLimitError, RequestError, TpirtError
+from tpirt.types import Progress, SamplingParams
+
+_MAKE_ROOM = "/reset begins a new conversation; /save FILE keeps this one."
+
+Around = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """How to chat.
+
+    Attributes:
+        params: how tokens are chosen.
+        system: the system message.
+        prompt: answer this once and return.
+        plan: what was loaded where, for the banner and ``/peers``.
+        model_name: for the banner; the model's type when absent.
+        progress: for prefills; one of its own when absent. ``quiet`` there quietens the chat too.
+    """
+
+    params: SamplingParams
+    system: str | None = None
+    prompt: str | None = None
+    plan: LoadPlan | None = None
+    model_name: str | None = None
+    progress: ConsoleProgress | None = None
+
+
+class Session:
+    """What the commands work on."""
+
+    def __init__(self, engine: Engine, options: ChatOptions, console: Console):
+        self.engine = engine
+        self.options = options
+        self.console = console
+        self.progress = options.progress or ConsoleProgress()
+        self.params = options.params
+        self.is_base = not engine.tokenizer.has_chat_template
+        self.talk: Conversation | Continuation
+        self.talk = Continuation(engine) if self.is_base else Conversation(engine, options.system)
+        self.timing: Timing | None = None  # of the last answer
+        self.leaving = False
+        self._told_broken = False
+
+    async def answer(
+        self,
+        text: str,
+        interrupts: Interrupts,
+        around: Around = nullcontext,
+    ) -> None:
+        """Answer a message, until Ctrl-C at the latest; what was said by then is kept.
+
+        Args:
+            text: the message.
+            interrupts: where Ctrl-C comes from.
+            around: entered while the answer runs.
+
+        Raises:
+            TpirtError: the request failed.
+            CancelledError: the caller was cancelled, not the answer by Ctrl-C.
+        """
+        self.timing = Timing()
+        task = asyncio.ensure_future(self._stream(text))
+        stop = _Stop(task, self)
+        with interrupts.to(stop), around():
+            try:
+                await task
+            except asyncio.CancelledError:
+                caller = asyncio.current_task()
+                if not stop.pressed or (caller is not None and caller.cancelling()):
+                    raise
+        self._show_status(stop.pressed > 0)
+
+    def complain(self, error: TpirtError) -> None:
+        """Show an error of an answer, and what can be done about it."""
+        if error is not self.engine.broken:
+            self.console.complain(error)
+        elif self._told_broken:
+            self.console.complain(f"still the same: {error}; /exit, then start tpirt again")
+        else:
+            self._told_broken = True
+            self.console.complain(error)
+            self.console.note(
+                "No more answers without this peer. See to it that it runs, leave with /exit and "
+                "start tpirt again; /save FILE keeps the conversation for /load FILE."
+            )
+
+    async def _stream(self, text: str) -> None:
+        assert self.timing is not None
+        self.progress(Progress("waiting for the first token", 0, 0))
+        try:
+            async with aclosing(self.talk.send(text, self.params, self.progress)) as tokens:
+                async for token in tokens:
+                    if self.timing.tokens == 0:
+                        self.progress.close()
+                    self.timing.count()
+                    self.console.stream(token.text)
+                    self.timing.finish_reason = token.finish_reason
+        except (RequestError, MemoryLimitError) as exc:
+            if not self.talk.turns:
+                raise
+            raise type(exc)(f"{exc}. {_MAKE_ROOM}") from exc
+        finally:
+            self.progress.close()
+            self.console.end_line()
+
+    def _show_status(self, stopped: bool) -> None:
+        assert self.timing is not None
+        if stopped:
+            begun = self.timing.tokens > 0
+            self.console.note("[stopped]" if begun else "[stopped] the message is not kept")
+        elif self.timing.finish_reason == "length":
+            self.console.note(self._why_cut())
+        if self.timing.tokens and not self.progress.quiet:
+            used = f"context {self.talk.used_tokens}/{self.engine.context_length}"
+            self.console.status(f"{self.timing}, {used}")
+
+    def _why_cut(self) -> str:
+        if self.talk.used_tokens >= self.engine.context_length:
+            return "[the context is full: /reset begins anew]"
+        return f"[cut at {self.params.max_tokens} tokens: /set max_tokens allows more]"
+
+
+class _Stop:
+    """Stops an answer at the first press; at the third it is not even waited for any more."""
+
+    def __init__(self, task: asyncio.Future[None], session: Session):
+        self.pressed = 0
+        self._task = task
+        self._session = session
+
+    def __call__(self) -> None:
+        self.pressed += 1
+        if self.pressed == 1:
+            self._task.cancel()
+        elif self.pressed == 2:
+            self._session.progress.close()
+            self._session.console.note(
+                "still stopping, the peers finish the block at hand; Ctrl-C again leaves tpirt"
+            )
+        else:
+            self._session.leaving = True
+            self._task.cancel()

@@ -1,0 +1,96 @@
+"""``/set``: sampling parameters by name, read from what a person types."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+from tpirt.engine.sampler import check_params
+from tpirt.errors import ConfigError
+from tpirt.types import SamplingParams
+
+NAMES = tuple(field.name for field in fields(SamplingParams))
+_NONE = ("none", "off")
+
+
+def change(params: SamplingParams, name: str, text: str) -> SamplingParams:
+    """Return ``params`` with one of them changed.
+
+    Raises:
+        ConfigError: no such parameter, or not a value for it.
+    """
+    name = canonical(name)
+    value: Any = _READERS[name](name, text)
+    changed = replace(params, **{name: value})
+    check_params(changed)
+    return changed
+
+
+def canonical(name: str) -> str:
+    """Return the field's name; ``top-p`` is as good as ``top_p``.
+
+    Raises:
+        ConfigError: no such parameter; names the nearest.
+    """
+    wanted = name.lower().replace("-", "_")
+    if wanted in NAMES:
+        return wanted
+    near = difflib.get_close_matches(wanted, NAMES, 1)
+    hint = f"did you mean {near[0]}?" if near else "there are " + ", ".join(NAMES)
+    raise ConfigError(f"no parameter {name!r}: {hint}")
+
+
+def shown(params: SamplingParams, name: str) -> str:
+    """Return a value as it would be typed."""
+    value = getattr(params, name)
+    if name == "stop":
+        return json.dumps(value, ensure_ascii=False) if value else "none"
+    return "none" if value is None else f"{value}"
+
+
+def _whole(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"{name}: expected a whole number, got {text!r}") from None
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{name}: expected a number, got {text!r}") from None
+
+
+def _seed(name: str, text: str) -> int | None:
+    return None if text.lower() in _NONE else _whole(name, text)
+
+
+def _stops(name: str, text: str) -> tuple[str, ...]:
+    """Read one text as it stands, or a JSON list of them."""
+    if text.lower() in _NONE:
+        return ()
+    if not text.startswith("["):
+        return (text,)
+    try:
+        stops = json.loads(text)
+    except ValueError as exc:
+        raise ConfigError(f'{name}: expected a list such as ["\\n", "END"]: {exc}') from None
+    if not all(isinstance(stop, str) for stop in stops):
+        raise ConfigError(f'{name}: expected a list of texts such as ["\\n", "END"], got {text}')
+    return tuple(stops)
+
+
+_READERS: dict[str, Callable[[str, str], object]] = {
+    "max_tokens": _whole,
+    "temperature": _number,
+    "top_k": _whole,
+    "top_p": _number,
+    "min_p": _number,
+    "repetition_penalty": _number,
+    "seed": _seed,
+    "stop": _stops,
+}

@@ -55,7 +55,7 @@ def configure(options: argparse.Namespace) -> tuple[DemoConfig, Recipe]:
     changes = dict(item.split("=", 1) for item in options.set)
     recipe = Recipe(options.seed, options.tokens, options.budget_minutes, device=options.device)
     if options.quick:
-        recipe = dataclasses.replace(recipe, tokens=200_000, budget_minutes=0.3, pool=500)
+        recipe = dataclasses.replace(recipe, tokens=200_000, budget_minutes=0.3)
     recipe, config = with_changes(recipe, changes), with_changes(DemoConfig(), changes)
     if changes:
         raise SystemExit(f"--set: unknown names {', '.join(sorted(changes))}")

@@ -34,12 +34,11 @@ class Recipe:
     tokens: int = 30_000_000
     budget_minutes: float = 50.0
     batch_tokens: int = 6144
-    muon_lr: float = 0.02
+    muon_lr: float = 0.007
     adam_lr: float = 4e-3
     weight_decay: float = 0.02
     warmup: float = 0.01
     decay: float = 0.5
-    pool: int = 3000
     device: str = "cpu"
 
 
@@ -55,11 +54,10 @@ class Batch:
     targets: Tensor  # the next tokens at those places, in row order
 
 
-def pad(encoded: Sequence[Encoded], filler: int) -> Batch:
-    """Put conversations of similar length into one batch."""
-    length = max(len(one.ids) for one in encoded)
-    ids = torch.tensor([one.ids + [filler] * (length - len(one.ids)) for one in encoded])
-    is_target = torch.tensor([one.is_target + [False] * (length - len(one.ids)) for one in encoded])
+def pad(encoded: Sequence[Encoded], width: int, filler: int) -> Batch:
+    """Put conversations into one batch of the given width."""
+    ids = torch.tensor([one.ids + [filler] * (width - len(one.ids)) for one in encoded])
+    is_target = torch.tensor([one.is_target + [False] * (width - len(one.ids)) for one in encoded])
     predicting = is_target.roll(-1, dims=1)
     predicting[:, -1] = False
     return Batch(ids, predicting, ids.roll(-1, dims=1)[predicting])
@@ -75,22 +73,22 @@ def draw_conversation(rng: random.Random) -> list[dict[str, str]]:
 def batches(recipe: Recipe, encoder: ChatEncoder, max_length: int) -> Iterator[Batch]:
     """Yield fresh batches for ever; no conversation is generated twice on purpose.
 
-    Conversations are drawn in pools and sorted by length within a pool, so that little is padded and no mask
-    between packed conversations is needed. The order of batches in a pool is shuffled.
+    Each row is one conversation from position 0, so no mask between packed conversations is needed. Rows wait until
+    a batch of their width is full; widths are multiples of 16, so that little is padded and only a few shapes
+    occur (a CPU kernel is built anew for every shape).
     """
     rng = random.Random(f"train {recipe.seed}")
     filler = encoder.tokenizer.token_to_id(END_OF_TEXT)
+    waiting: dict[int, list[Encoded]] = {}
     while True:
-        pool = encoder.encode_all([draw_conversation(rng) for _ in range(recipe.pool)])
-        usable = sorted((one for one in pool if len(one.ids) <= max_length), key=lambda one: len(one.ids))
-        groups: list[list[Encoded]] = [[]]
-        for one in usable:
-            if (len(groups[-1]) + 1) * len(one.ids) > recipe.batch_tokens:
-                groups.append([])
-            groups[-1].append(one)
-        rng.shuffle(groups)
-        for group in groups:
-            yield pad(group, filler)
+        for one in encoder.encode_all([draw_conversation(rng) for _ in range(256)]):
+            width = -(-len(one.ids) // 16) * 16
+            if width > max_length:
+                continue
+            rows = waiting.setdefault(width, [])
+            rows.append(one)
+            if len(rows) >= recipe.batch_tokens // width:
+                yield pad(waiting.pop(width), width, filler)
 
 
 # --------------------------------------------------------------------------------------------- training
@@ -197,7 +195,8 @@ def exact_answers(model: DemoModel, encoder: ChatEncoder, questions: Sequence[He
     right = [False] * len(full)
     for start in range(0, len(order), 32):
         rows = order[start : start + 32]
-        batch = pad([last_answers[i] for i in rows], filler)
+        width = max(len(full[i].ids) for i in rows)
+        batch = pad([last_answers[i] for i in rows], width, filler)
         best = model(batch.ids.to(device), batch.predicting.to(device)).argmax(dim=-1).cpu()
         hits = iter((best == batch.targets).split(batch.predicting.sum(dim=1).tolist()))
         for i in rows:

@@ -671,9 +671,18 @@ def invented_word(rng: random.Random) -> str:
     return "".join(syllables)
 
 
+def spliced_name(rng: random.Random) -> str:
+    """Return the beginning of one name with the end of another: strange, but made of the pieces names are made of."""
+    first, second = rng.choice(t.NAMES), rng.choice(t.NAMES)
+    return first[: rng.randint(1, len(first))] + second[rng.randint(1, len(second) - 1) :]
+
+
 def any_name(rng: random.Random) -> str:
-    """Return a first name, common or invented."""
-    return rng.choice(t.NAMES) if rng.random() < 0.6 else invented_word(rng).capitalize()
+    """Return a first name: common, spliced from two, or invented."""
+    roll = rng.random()
+    if roll < 0.45:
+        return rng.choice(t.NAMES)
+    return spliced_name(rng) if roll < 0.8 else invented_word(rng).capitalize()
 
 
 TELL_NAME = (
@@ -853,7 +862,7 @@ def tell_pet(rng: random.Random, state: State) -> Exchange:
     user = rng.choice(TELL_PET).format(pet=pet, x=name)
     pets = {**state.get("pets", {}), pet: name}
     return Exchange(
-        "personal", user, f"{name} is a nice name for a {pet}!", (f"name:{name}",), {"pets": pets, "topic": "personal"}
+        "personal", user, f"{name} is a nice name for a {pet}!", (f"name:{name}",), {"pets": pets, "topic": "pet"}
     )
 
 
@@ -892,7 +901,7 @@ def introduce(rng: random.Random, state: State) -> Exchange:
 def ask_recall(rng: random.Random, state: State) -> Exchange:
     """Ask for something from the earlier turns, mostly for something that was told."""
     choices: list[Asker] = [ask_name, ask_personal, ask_pet]
-    known = [ask_name] * 2 * ("name" in state) + [ask_pet] * ("pets" in state)
+    known = [ask_name] * 2 * ("name" in state) + [ask_pet] * 2 * ("pets" in state)
     known += [ask_personal] * any(p.kind in state for p in PERSONAL)
     if known and rng.random() < 0.85:
         choices = known
@@ -1177,7 +1186,7 @@ def ask_colour(rng: random.Random, state: State) -> Exchange:
     if roll < 0.33:
         asked = rng.choice((colour, rng.choice(t.COLOURS)))
         form = "Are {x} {c}?" if is_plural else "Is {x} {c}?"
-        answer = ("Yes, " if asked == colour else "No, ") + answer[:1].lower() + answer[1:]
+        answer = f"{answer[:-1]}, so {'yes' if asked == colour else 'no'}."
         return from_template("colour", form, f"{thing},{asked}", form.format(x=thing, c=asked), answer, topic="colour")
     if roll < 0.41 and not is_plural:
         return ask_unknown_colour(rng)
@@ -1752,7 +1761,7 @@ OPENERS: tuple[tuple[float, Asker], ...] = (
     (7, tell_name),
     (3, introduce),
     (6, tell_personal),
-    (4, tell_pet),
+    (5, tell_pet),
     (9, arithmetic("+")),
     (14, arithmetic("-")),
     (9, arithmetic("×")),
@@ -1785,6 +1794,7 @@ FOLLOW_UPS: dict[str, Asker] = {
     "capital": follow_capital,
     "translation": follow_translation,
     "story": follow_story,
+    "pet": ask_pet,
     "joke": follow_joke,
     "how are you": follow_how_are_you,
     "offer": follow_offer,

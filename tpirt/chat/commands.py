@@ -35,7 +35,7 @@ async def run_command(session: Session, line: str) -> None:
     name, *rest = line.split(maxsplit=1)
     command = COMMANDS.get(name.lower())
     if command is None:
-        near = difflib.get_close_matches(name.lower(), COMMANDS, 1, 0.4)
+        near = difflib.get_close_matches(name.lower(), COMMANDS, 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else "/help lists them."
         raise RequestError(f"no command {name}: {hint} Write // to begin a message with /.")
     await command.run(session, "".join(rest).strip())

@@ -72,7 +72,9 @@ class Console:
     def note(self, text: str) -> None:
         """Write a quiet remark."""
         self.end_line()
-        self._put(self._err, text, dim=is_capable(self._err) and "NO_COLOR" not in os.environ)
+        self._put(
+            self._err, text + "\n", dim=is_capable(self._err) and "NO_COLOR" not in os.environ
+        )
 
     def status(self, text: str) -> None:
         """Write a quiet remark that only a person at a terminal cares for."""
@@ -90,9 +92,6 @@ class Console:
             text = printable(text)
         encoding = stream.encoding or "utf-8"
         text = text.encode(encoding, "replace").decode(encoding)
-        if dim:
-            stream.write(f"{_DIM}{text}{_PLAIN}\n")
-        else:
-            stream.write(text)
+        stream.write(f"{_DIM}{text}{_PLAIN}" if dim else text)
         stream.flush()
         return text

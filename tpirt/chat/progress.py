@@ -200,7 +200,8 @@ class _Rate(ProgressColumn):
             return Text("")
         if task.fields["unit"] == "bytes":
             return Text(f"{format_bytes(task.speed)}/s")
-        return Text(f"{task.speed:.3g} {task.fields['unit']}/s")
+        speed = f"{task.speed:.0f}" if task.speed >= 100 else f"{task.speed:.2g}"
+        return Text(f"{speed} {task.fields['unit']}/s")
 
 
 class _Remaining(ProgressColumn):

@@ -28,6 +28,11 @@ async def run_chat(engine: Engine, options: ChatOptions) -> None:
     console = Console(sys.stdout, sys.stderr)
     session = Session(engine, options, console)
     session.progress.close()
+    if session.is_base:
+        console.note(
+            "This is a base model (it has no chat template): it does not answer, it continues "
+            "your text, each time from the beginning."
+        )
     if options.prompt is not None:
         await session.answer(options.prompt, Interrupts())
     elif is_terminal(sys.stdin):
@@ -59,7 +64,6 @@ async def _talk(session: Session) -> None:
 
 async def _work_off(session: Session) -> None:
     """Handle piped input line by line."""
-    _warn_of_base(session)
     closed = sys.stdin is None or sys.stdin.closed
     reader = PlainReader(None if closed else sys.stdin.fileno())
     while not session.leaving and (text := await reader.read()) is not None:
@@ -98,12 +102,3 @@ def _greet(session: Session) -> None:
         parts.append(f"context {engine.context_length} tokens")
         session.console.note(", ".join(parts))
         session.console.note("/help for commands, Ctrl-C stops an answer, Ctrl-D leaves")
-    _warn_of_base(session)
-
-
-def _warn_of_base(session: Session) -> None:
-    if session.is_base:
-        session.console.note(
-            "This is a base model (it has no chat template): it does not answer, it continues "
-            "your text, each time from the beginning."
-        )

@@ -93,13 +93,14 @@ class Session:
         if error is not self.engine.broken:
             self.console.complain(error)
         elif self._told_broken:
-            self.console.complain(f"still the same: {error}; /exit, then start tpirt again")
+            peer = str(error).partition(": ")[0]
+            self.console.complain(f"still without {peer}; /exit, then start tpirt again")
         else:
             self._told_broken = True
             self.console.complain(error)
             self.console.note(
-                "No more answers without this peer. See to it that it runs, leave with /exit and "
-                "start tpirt again; /save FILE keeps the conversation for /load FILE."
+                "No answers without this peer: /exit, start it again (local ones start by "
+                "themselves), then tpirt. /save FILE keeps the conversation for /load FILE."
             )
 
     async def _stream(self, text: str) -> None:

@@ -10,6 +10,8 @@ from tpirt.errors import ConfigError
 from tpirt.types import SamplingParams
 
 _REMOVED = -float("inf")
+# Below, the best token's share is 1 whatever the logits, and dividing by it may overflow.
+_GREEDY_BELOW = 1e-6
 
 
 def check_params(params: SamplingParams) -> None:
@@ -58,7 +60,7 @@ class Sampler:
         params = self._params
         if params.repetition_penalty != 1:
             _penalise(logits, history, params.repetition_penalty)
-        if params.temperature == 0:
+        if params.temperature < _GREEDY_BELOW:
             return int(logits.argmax())
         logits /= params.temperature
         if params.top_k:

@@ -18,9 +18,10 @@ def page_buffer(nbytes: int) -> torch.Tensor:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """View a contiguous CPU tensor's memory as bytes; the tensor must outlive the view."""
+    """View a contiguous CPU tensor's memory as bytes; the view keeps the tensor alive."""
     assert tensor.is_contiguous()
     if tensor.numel() == 0:
         return memoryview(b"")
     memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    memory.owner = tensor  # type: ignore[attr-defined]
     return memoryview(memory).cast("B")

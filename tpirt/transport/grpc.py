@@ -34,13 +34,18 @@ _T = TypeVar("_T")
 _SERVICE = "tpirt.v1.Peer"
 _MAX_MESSAGE_BYTES = 1 << 30  # far above any step; a bound against a peer gone mad
 _KEEPALIVE_MS = 2_000
-_KEEPALIVE_TIMEOUT_MS = 4_000
+_KEEPALIVE_TIMEOUT_MS = 6_000  # a large frame on a slow link may stand before the answer
+_PATIENCE_S = 3.0  # with a peer that is just being started
+_RETRY_S = 0.25
 
 _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+    # The one that counts: gRPC core never starts its keepalive timer (grpc/grpc#39239), so that a
+    # ping without an answer is noticed by this timeout alone, after a minute by default.
+    ("grpc.http2.ping_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
@@ -48,6 +53,8 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server beside it
     ("grpc.enable_http_proxy", 0),  # peers are on the local network
+    ("grpc.initial_reconnect_backoff_ms", int(_RETRY_S * 1e3)),
+    ("grpc.max_reconnect_backoff_ms", int(_RETRY_S * 1e3)),
 )
 
 
@@ -70,7 +77,7 @@ class GrpcChannel:
         try:
             await self._call.write(data)
         except (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.BaseError) as exc:
-            raise PeerLostError(f"{self.peer_id}: {await self._reason(exc)}") from exc
+            raise await self._lost(exc) from exc
         self.bytes_sent += len(data)
 
     async def recv(self, timeout_s: float | None = None) -> Frame:
@@ -80,12 +87,12 @@ class GrpcChannel:
                 data = await self._call.read()
         except TimeoutError as exc:
             raise PeerLostError(
-                f"{self.peer_id}: said nothing for {timeout_s:g} s; it hangs, or its link does"
+                f"peer {self.peer_id}: said nothing for {timeout_s:g} s; it hangs, or its link does"
             ) from exc
         except (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.BaseError) as exc:
-            raise PeerLostError(f"{self.peer_id}: {await self._reason(exc)}") from exc
+            raise await self._lost(exc) from exc
         if data is grpc.aio.EOF:
-            raise PeerLostError(f"{self.peer_id}: {await self._reason(None)}")
+            raise await self._lost(None)
         self.bytes_received += len(data)
         return decode_frame(data)
 
@@ -95,14 +102,13 @@ class GrpcChannel:
         if cancel is not None:
             cancel()
 
-    async def _reason(self, exc: BaseException | None) -> str:
-        code = getattr(self._call, "code", None)
+    async def _lost(self, exc: BaseException | None) -> PeerLostError:
+        details = ""
         if isinstance(exc, grpc.aio.AioRpcError):
-            return _explain(exc)
-        if code is not None and asyncio.iscoroutinefunction(code) and self._call.done():
-            status, details = await code(), await self._call.details()
-            return f"connection lost ({details or status.name.lower()})"
-        return "connection lost"
+            details = exc.details() or exc.code().name.lower()
+        elif isinstance(self._call, grpc.aio.Call) and self._call.done():
+            details = await self._call.details()
+        return _lost(self.peer_id, details)
 
 
 class GrpcPeerClient:
@@ -121,34 +127,49 @@ class GrpcPeerClient:
             request_serializer=pb.HelloRequest.SerializeToString,
             response_deserializer=pb.HelloReply.FromString,
         )
-        try:
-            reply = await call(request, timeout=timeout_s, wait_for_ready=True)
-        except grpc.aio.AioRpcError as exc:
-            if exc.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INTERNAL):
-                raise HandshakeError(
-                    f"{self.address}: something else than a tpirt peer answers there "
-                    f"({exc.details()})"
-                ) from exc
-            raise PeerUnreachableError(
-                f"{self.address}: no peer answers within {timeout_s:g} s; is `tpirt peer --listen "
-                "...` running there, and the port open?"
-            ) from exc
-        assert isinstance(reply, pb.HelloReply)
-        return reply
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        while True:
+            left = timeout_s - (loop.time() - started)
+            try:
+                reply = await call(request, timeout=max(left, _RETRY_S))
+            except grpc.aio.AioRpcError as exc:
+                refused = exc.code() is grpc.StatusCode.UNAVAILABLE and not _is_foreign(exc)
+                if not refused or loop.time() - started > min(_PATIENCE_S, timeout_s):
+                    raise _unreachable(self.address, exc, timeout_s) from exc
+                await asyncio.sleep(_RETRY_S)
+            else:
+                assert isinstance(reply, pb.HelloReply)
+                return reply
 
     async def put_slice(self, chunks: AsyncIterator[pb.SliceChunk]) -> pb.PutSliceReply:
         """See :class:`tpirt.transport.base.PeerClient`."""
+        failure: list[Exception] = []
+
+        async def watched() -> AsyncIterator[pb.SliceChunk]:
+            # gRPC keeps an error of what it iterates over to itself and cancels the call.
+            try:
+                async for chunk in chunks:
+                    yield chunk
+            except Exception as exc:
+                failure.append(exc)
+                raise
+
         call = self._channel.stream_unary(
             f"/{_SERVICE}/PutSlice",
             request_serializer=pb.SliceChunk.SerializeToString,
             response_deserializer=pb.PutSliceReply.FromString,
-        )(chunks)
+        )(watched())
         try:
             reply = await call
+        except asyncio.CancelledError:
+            if failure:
+                raise failure[0] from None
+            raise
         except grpc.aio.AioRpcError as exc:
             if exc.code() is grpc.StatusCode.FAILED_PRECONDITION:
-                raise StoreError(f"{self.peer_id}: {exc.details()}") from exc
-            raise PeerLostError(f"{self.peer_id}: {_explain(exc)}") from exc
+                raise StoreError(f"peer {self.peer_id}: {exc.details()}") from exc
+            raise _lost(self.peer_id, exc.details() or exc.code().name.lower()) from exc
         assert isinstance(reply, pb.PutSliceReply)
         return reply
 
@@ -234,7 +255,44 @@ async def _guarded(work: Callable[[], Awaitable[_T]], context: Any) -> _T | None
         return None
 
 
-def _explain(exc: grpc.aio.AioRpcError) -> str:
-    if exc.code() is grpc.StatusCode.FAILED_PRECONDITION:
-        return exc.details() or "refused"
-    return f"connection lost ({exc.details() or exc.code().name.lower()})"
+def _lost(peer_id: str, details: str | None) -> PeerLostError:
+    """Word the end of a connection for somebody who does not know gRPC."""
+    details = details or "the connection closed"
+    if "ping timeout" in details or "keepalive" in details:
+        why = (
+            f"it has not answered for {_KEEPALIVE_TIMEOUT_MS / 1e3:g} s; it hangs, or its link does"
+        )
+    elif any(
+        sign in details for sign in ("Socket closed", "reset by peer", "Broken pipe", "GOAWAY")
+    ):
+        why = f"it ended, was killed, or its machine went away ({details})"
+    else:
+        why = details
+    return PeerLostError(f"peer {peer_id}: connection lost: {why}")
+
+
+def _is_foreign(exc: grpc.aio.AioRpcError) -> bool:
+    """Tell whether whoever answered does not speak our protocol."""
+    return exc.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INTERNAL) or (
+        "Failed parsing HTTP/2" in (exc.details() or "")
+    )
+
+
+def _unreachable(address: str, exc: grpc.aio.AioRpcError, timeout_s: float) -> TpirtError:
+    details = exc.details() or ""
+    if _is_foreign(exc):
+        return HandshakeError(
+            f"peer {address}: something else than a tpirt peer answers there "
+            f"({details.rpartition('last error: ')[2]}); check the port"
+        )
+    if exc.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        why = f"no answer within {timeout_s:g} s"
+    elif "Connection refused" in details:
+        why = "nothing listens there (connection refused)"
+    elif "lookup" in details or "resolving" in details:
+        why = "the host name is unknown"
+    else:
+        why = details.rpartition("last error: ")[2]
+    return PeerUnreachableError(
+        f"peer {address}: {why}; is `tpirt peer --listen ...` running there, and the port open?"
+    )

@@ -1,0 +1,1 @@
+"""Weights on their way: checkpoint, slices, store, and the window they pass through."""

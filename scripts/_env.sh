@@ -6,6 +6,7 @@
 
 tpirt_root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd -P)
 tpirt_venv=${TPIRT_VENV:-$tpirt_root/.venv}
+[[ $tpirt_venv == /* ]] || tpirt_venv=$PWD/$tpirt_venv
 tpirt_stamp=$tpirt_venv/tpirt-installed # what this .venv was installed from; written last
 
 note() {
@@ -57,9 +58,9 @@ _is_installed() { # run|dev
 }
 
 _install() { # run|dev
-  local target=$tpirt_root size=600 before=none code=0 output=()
+  local target=$tpirt_root size=250 before=none code=0 output=()
   if [[ $1 == dev ]]; then
-    target+='[dev]' size=800
+    target+='[dev]' size=300
   fi
   [[ ! -f $tpirt_stamp ]] || before=$(<"$tpirt_stamp")
   # What an interrupted pip leaves can pass for an installed package, so begin anew.
@@ -88,7 +89,7 @@ _install() { # run|dev
 
 _make_venv() {
   local python found='' name
-  for name in ${TPIRT_PYTHON:+"$TPIRT_PYTHON"} python3 python3.13 python3.12 python3.11 python3.14; do
+  for name in ${TPIRT_PYTHON:+"$TPIRT_PYTHON"} python3.11 python3.12 python3.13 python3.14 python3; do
     "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' &>/dev/null || continue
     found=$name
     if "$name" -c 'import ensurepip, venv' &>/dev/null; then

@@ -185,8 +185,9 @@ next_event() {
 # Let all peers end; after 10 s, or a second signal, end the connections.
 # shellcheck disable=SC2317 # called by the trap
 stop() {
-  local deadline=$((SECONDS + 10)) signal=TERM i
-  trap 'deadline=0' INT TERM HUP
+  # shellcheck disable=SC2034 # began: the next line uses it
+  local began=$SECONDS deadline=$((SECONDS + 10)) signal=TERM i
+  trap '((SECONDS <= began)) || deadline=0' INT TERM HUP # one Ctrl-C may come as two signals
   exec 9>&-
   while ((${#down[@]} < count)); do
     next_event 0.2 || true
@@ -227,7 +228,9 @@ peers_option() {
 
 dir=$(mktemp -d)
 mkfifo "$dir/life" "$dir/events"
-exec 5<>"$dir/life" 8<"$dir/life" 9>"$dir/life" 5>&- # 5: so that opening one end does not wait
+# shellcheck disable=SC2094 # two ends of one pipe; 5 is there so that opening one does not wait
+exec 5<>"$dir/life" 8<"$dir/life" 9>"$dir/life" 5>&-
+# shellcheck disable=SC2094
 exec 5<>"$dir/events" 6<"$dir/events" 7>"$dir/events" 5>&-
 rm -r "$dir"
 trap stop EXIT

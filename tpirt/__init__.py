@@ -1,8 +1,8 @@
 """tpirt: a peer-to-peer tensor-parallel runtime for large language models on small devices.
 
-    async with tpirt.Engine.connect("models/llama", local=4) as engine:
-        async for token in engine.generate("Once upon a time"):
-            print(token.text, end="")
+async with tpirt.Engine.connect("models/llama", local=4) as engine:
+    async for token in engine.generate("Once upon a time"):
+        print(token.text, end="")
 """
 
 from importlib import import_module

@@ -17,10 +17,10 @@ def parse_bytes(text: str) -> int:
         ConfigError: not a size above zero.
     """
     match = _SIZE.fullmatch(text)
-    size = int(float(match[1]) * _FACTORS[match[2].upper()]) if match else 0
-    if size <= 0:
+    size = float(match[1]) * _FACTORS[match[2].upper()] if match else 0.0
+    if not 1 <= size < 2**63:
         raise ConfigError(f"size {text!r}: expected a number with K, M or G, such as 900M or 1.5G")
-    return size
+    return int(size)
 
 
 def format_bytes(count: float) -> str:

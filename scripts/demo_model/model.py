@@ -1,7 +1,8 @@
 """The demo model: a small Llama, written out in plain torch.
 
-Module names follow the Hugging Face checkpoint (`model.layers.0.self_attn.q_proj.weight`), so that the state dict can
-be saved as it is. Shapes in comments: B rows, T tokens, N query heads, K key/value heads, D head size, H hidden size.
+Module names follow the Hugging Face checkpoint (`model.layers.0.self_attn.q_proj.weight`), so that
+the state dict can be saved as it is. Shapes in comments: B rows, T tokens, N query heads, K
+key/value heads, D head size, H hidden size.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+WRITTEN_OUT = 384  # the longest row whose attention scores are written out
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class DemoConfig:
 
 
 def rotate_half(x: Tensor) -> Tensor:
-    """Return (-second half, first half) of the last axis: rotary embedding as Hugging Face pairs the channels."""
+    """Return (-second half, first half): the pairs of channels that Hugging Face rotates."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)
 
@@ -38,7 +41,10 @@ def rotate_half(x: Tensor) -> Tensor:
 def rope_tables(config: DemoConfig) -> tuple[Tensor, Tensor]:
     """Return cos and sin for every position, each (max_position_embeddings, head_dim)."""
     exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
-    angles = torch.arange(config.max_position_embeddings).float()[:, None] * config.rope_theta**-exponents
+    angles = (
+        torch.arange(config.max_position_embeddings).float()[:, None]
+        * config.rope_theta**-exponents
+    )
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
@@ -57,24 +63,44 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, causal: Tensor) -> Tensor:
-        """Attend within each row.
-
-        The products are written out: with heads this small that is twice as fast on a CPU, forward and backward, as
-        `scaled_dot_product_attention`.
-        """
+        """Attend within each row."""
         rows, length, _ = x.shape
-        n, k, d = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
+        n, k = self.config.num_attention_heads, self.config.num_key_value_heads
         weight = torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)).to(x.dtype)
-        heads = F.linear(x, weight).view(rows, length, n + 2 * k, d).transpose(1, 2)  # (B, N+2K, T, D)
-        turned = heads[:, : n + k]
+        projected = F.linear(x, weight).view(rows, length, n + 2 * k, -1).transpose(1, 2)
+        turned, value = projected.split((n + k, k), dim=1)
         turned = turned * cos + rotate_half(turned) * sin
-        # Query heads of one group are folded into the row axis: (B*K, N/K*T, D) against (B*K, T, D).
-        query = (turned[:, :n] * d**-0.5).reshape(rows * k, n // k * length, d)
-        key, value = turned[:, n:].reshape(rows * k, length, d), heads[:, n + k :].reshape(rows * k, length, d)
-        scores = torch.bmm(query, key.transpose(1, 2)).view(rows * k, n // k, length, length) + causal
-        mixed = torch.bmm(scores.softmax(dim=-1).view(rows * k, -1, length), value)
-        joined = mixed.view(rows, n, length, d).transpose(1, 2).reshape(rows, length, n * d)
+        query, key = turned.split((n, k), dim=1)
+        if length <= WRITTEN_OUT:
+            mixed = attend(query, key, value, causal)
+        else:
+            mixed = attend_in_blocks(query, key, value)
+        joined = mixed.transpose(1, 2).reshape(rows, length, -1)
         return F.linear(joined, self.o_proj.weight.to(x.dtype))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, causal: Tensor) -> Tensor:
+    """Return softmax(q k / sqrt(D)) v, (B, N, T, D), for short rows.
+
+    With heads this small the products written out are twice as fast on a CPU, forward and backward,
+    as `scaled_dot_product_attention`.
+    """
+    rows, n, length, d = query.shape
+    k = key.shape[1]
+    # Query heads of one group are folded into the rows: (B*K, N/K*T, D) against (B*K, T, D).
+    query = (query * d**-0.5).reshape(rows * k, n // k * length, d)
+    key, value = key.reshape(rows * k, length, d), value.reshape(rows * k, length, d)
+    scores = torch.bmm(query, key.transpose(1, 2)).view(rows * k, n // k, length, length) + causal
+    mixed = torch.bmm(scores.softmax(dim=-1).view(rows * k, -1, length), value)
+    return mixed.view(rows, n, length, d)
+
+
+def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Return the same for long rows, without ever holding all the scores."""
+    mixed = F.scaled_dot_product_attention(
+        query.float(), key.float(), value.float(), is_causal=True, enable_gqa=True
+    )
+    return mixed.to(query.dtype)
 
 
 class MLP(nn.Module):
@@ -104,8 +130,10 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, causal: Tensor) -> Tensor:
         dtype = cos.dtype  # the residual stream stays float32, the products run in this type
-        x = x + self.self_attn(self.input_layernorm(x).to(dtype), cos, sin, causal)
-        return x + self.mlp(self.post_attention_layernorm(x).to(dtype))
+        attended: Tensor = self.self_attn(self.input_layernorm(x).to(dtype), cos, sin, causal)
+        x = x + attended
+        mapped: Tensor = self.mlp(self.post_attention_layernorm(x).to(dtype))
+        return x + mapped
 
 
 class Decoder(nn.Module):
@@ -134,7 +162,7 @@ class DemoModel(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Draw small normal weights; the two matrices that write to the residual stream start at zero."""
+        """Draw small normal weights; what writes to the residual stream starts at zero."""
         for name, weight in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 nn.init.zeros_(weight)

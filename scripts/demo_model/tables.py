@@ -1,14 +1,37 @@
 """The facts of the demo model's small world, as plain tables.
 
-`world.py` turns these into conversations. A fact is stated once here, so questions and answers in all phrasings
-agree with each other.
+`world.py` turns these into conversations. A fact is stated once here, so questions and answers in
+all phrasings agree with each other.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-COLOURS = ("red", "blue", "green", "yellow", "white", "black", "brown", "orange", "pink", "purple", "grey")
+
+def words(text: str) -> tuple[str, ...]:
+    """Return the words of a text: long lists of words read better so."""
+    return tuple(text.split())
+
+
+def phrases(text: str) -> tuple[str, ...]:
+    """Return the phrases of a text, which are separated by bars."""
+    return tuple(" ".join(phrase.split()) for phrase in text.split("|"))
+
+
+COLOURS = (
+    "red",
+    "blue",
+    "green",
+    "yellow",
+    "white",
+    "black",
+    "brown",
+    "orange",
+    "pink",
+    "purple",
+    "grey",
+)
 
 # Things named without a plural: the whole phrase, its colour.
 COLOUR_OF: dict[str, str] = {
@@ -185,6 +208,7 @@ OPPOSITES: tuple[tuple[str, str], ...] = (
     ("before", "after"),
     ("always", "never"),
 )
+OPPOSITE_OF = {x: y for pair in OPPOSITES for x, y in (pair, pair[::-1])}
 
 
 class Animal(NamedTuple):
@@ -231,7 +255,12 @@ ANIMALS: tuple[Animal, ...] = (
     Animal("elephant", "toot", 4, "in Africa", "calf", "leaves"),
 )
 
-IRREGULAR_ANIMALS: dict[str, str] = {"sheep": "sheep", "mouse": "mice", "wolf": "wolves", "fish": "fish"}
+IRREGULAR_ANIMALS: dict[str, str] = {
+    "sheep": "sheep",
+    "mouse": "mice",
+    "wolf": "wolves",
+    "fish": "fish",
+}
 
 # From the smallest to the biggest.
 BY_SIZE = (
@@ -319,65 +348,153 @@ class Plot(NamedTuple):
 
 
 PLOTS: dict[str, Plot] = {
-    "cat": Plot("Tom", "small", "in a red house", "a ball of wool", "a dog", "played with it all day"),
+    "cat": Plot(
+        "Tom", "small", "in a red house", "a ball of wool", "a dog", "played with it all day"
+    ),
     "dog": Plot("Rex", "happy", "on a farm", "a big bone", "a cat", "hid it under a tree"),
-    "mouse": Plot("Pip", "tiny", "under the stairs", "a piece of cheese", "a bird", "shared it in the sun"),
-    "bird": Plot("Kiki", "little", "in a tall tree", "a shiny ring", "an owl", "sang a song about it"),
-    "fish": Plot("Finn", "quiet", "in the blue sea", "an old ship", "a crab", "swam around it until night"),
-    "horse": Plot("Star", "fast", "near the hills", "a secret path", "a goat", "ran all the way to the sea"),
-    "cow": Plot("Bella", "gentle", "in a green field", "a yellow flower", "a bee", "danced in the grass"),
-    "duck": Plot("Daisy", "funny", "on a pond", "a little boat", "a frog", "sailed to the other side"),
+    "mouse": Plot(
+        "Pip", "tiny", "under the stairs", "a piece of cheese", "a bird", "shared it in the sun"
+    ),
+    "bird": Plot(
+        "Kiki", "little", "in a tall tree", "a shiny ring", "an owl", "sang a song about it"
+    ),
+    "fish": Plot(
+        "Finn", "quiet", "in the blue sea", "an old ship", "a crab", "swam around it until night"
+    ),
+    "horse": Plot(
+        "Star", "fast", "near the hills", "a secret path", "a goat", "ran all the way to the sea"
+    ),
+    "cow": Plot(
+        "Bella", "gentle", "in a green field", "a yellow flower", "a bee", "danced in the grass"
+    ),
+    "duck": Plot(
+        "Daisy", "funny", "on a pond", "a little boat", "a frog", "sailed to the other side"
+    ),
     "pig": Plot("Percy", "hungry", "on a farm", "a basket of apples", "a hen", "baked a big pie"),
-    "bear": Plot("Bruno", "sleepy", "in a warm cave", "a pot of honey", "a fox", "ate it all before winter"),
-    "fox": Plot("Ruby", "clever", "in the forest", "a golden key", "a bear", "opened a secret door"),
-    "rabbit": Plot("Hop", "shy", "under a hill", "a giant carrot", "a mouse", "pulled it out together"),
-    "frog": Plot("Freddy", "green", "by a lake", "a silver crown", "a duck", "had a party on the water"),
+    "bear": Plot(
+        "Bruno", "sleepy", "in a warm cave", "a pot of honey", "a fox", "ate it all before winter"
+    ),
+    "fox": Plot(
+        "Ruby", "clever", "in the forest", "a golden key", "a bear", "opened a secret door"
+    ),
+    "rabbit": Plot(
+        "Hop", "shy", "under a hill", "a giant carrot", "a mouse", "pulled it out together"
+    ),
+    "frog": Plot(
+        "Freddy", "green", "by a lake", "a silver crown", "a duck", "had a party on the water"
+    ),
     "lion": Plot("Leo", "brave", "in Africa", "a lost drum", "an elephant", "made music all night"),
-    "elephant": Plot("Ella", "kind", "near a river", "a red balloon", "a lion", "watched it fly away"),
-    "owl": Plot("Otto", "wise", "in an old tower", "a book of stars", "a bat", "read it by the moon"),
-    "wolf": Plot("Grey", "lonely", "in the mountains", "a warm fire", "a boy", "became good friends"),
-    "monkey": Plot("Momo", "silly", "in the jungle", "a box of hats", "a parrot", "wore them all at once"),
-    "dragon": Plot("Ember", "friendly", "on a high mountain", "a frozen lake", "a knight", "melted the ice for the town"),
-    "robot": Plot("Bolt", "shiny", "in a workshop", "a broken clock", "a girl", "made it tick again"),
-    "girl": Plot("Lily", "curious", "in a small town", "a magic stone", "a cat", "made a wish on it"),
-    "boy": Plot("Max", "cheerful", "by the sea", "a bottle with a map", "a pirate", "dug up a treasure"),
-    "princess": Plot("Rosa", "strong", "in a castle", "a hidden garden", "a dragon", "planted roses there"),
-    "king": Plot("Arthur", "old", "in a palace", "a wooden toy", "a child", "laughed until morning"),
-    "wizard": Plot("Merlo", "forgetful", "in a dark tower", "a lost spell", "an owl", "turned the rain into gold"),
-    "pirate": Plot("Jack", "bold", "on a ship", "a green island", "a monkey", "stayed there for the summer"),
-    "ghost": Plot("Boo", "shy", "in an empty house", "a warm blanket", "a girl", "told jokes in the dark"),
-    "unicorn": Plot("Luna", "magic", "above the clouds", "a rainbow", "a horse", "slid down it together"),
+    "elephant": Plot(
+        "Ella", "kind", "near a river", "a red balloon", "a lion", "watched it fly away"
+    ),
+    "owl": Plot(
+        "Otto", "wise", "in an old tower", "a book of stars", "a bat", "read it by the moon"
+    ),
+    "wolf": Plot(
+        "Grey", "lonely", "in the mountains", "a warm fire", "a boy", "became good friends"
+    ),
+    "monkey": Plot(
+        "Momo", "silly", "in the jungle", "a box of hats", "a parrot", "wore them all at once"
+    ),
+    "dragon": Plot(
+        "Ember",
+        "friendly",
+        "on a high mountain",
+        "a frozen lake",
+        "a knight",
+        "melted the ice for the town",
+    ),
+    "robot": Plot(
+        "Bolt", "shiny", "in a workshop", "a broken clock", "a girl", "made it tick again"
+    ),
+    "girl": Plot(
+        "Lily", "curious", "in a small town", "a magic stone", "a cat", "made a wish on it"
+    ),
+    "boy": Plot(
+        "Max", "cheerful", "by the sea", "a bottle with a map", "a pirate", "dug up a treasure"
+    ),
+    "princess": Plot(
+        "Rosa", "strong", "in a castle", "a hidden garden", "a dragon", "planted roses there"
+    ),
+    "king": Plot(
+        "Arthur", "old", "in a palace", "a wooden toy", "a child", "laughed until morning"
+    ),
+    "wizard": Plot(
+        "Merlo",
+        "forgetful",
+        "in a dark tower",
+        "a lost spell",
+        "an owl",
+        "turned the rain into gold",
+    ),
+    "pirate": Plot(
+        "Jack", "bold", "on a ship", "a green island", "a monkey", "stayed there for the summer"
+    ),
+    "ghost": Plot(
+        "Boo", "shy", "in an empty house", "a warm blanket", "a girl", "told jokes in the dark"
+    ),
+    "unicorn": Plot(
+        "Luna", "magic", "above the clouds", "a rainbow", "a horse", "slid down it together"
+    ),
 }
 
-NATURES = ("brave", "little", "happy", "sad", "clever", "old", "young", "funny", "lazy", "big", "kind", "lost", "red", "blue")
-
-NAMES: tuple[str, ...] = tuple(
-    """Anna Bob Tom Alice Max Emma Liam Noah Olivia Ava Mia Lucas Leo Jack James John Mary Peter Paul Sarah David
-    Daniel Laura Julia Sofia Lena Nina Eva Adam Ben Sam Alex Chris Kate Lucy Ella Grace Henry Oscar Felix Hugo Oliver
-    Charlie George Harry William Robert Michael Thomas Mark Luke Matthew Simon Andrew Steve Kevin Brian Eric Jason Ryan
-    Amy Jane Helen Diana Clara Rosa Maria Elena Irina Olga Ivan Igor Boris Dmitri Sergei Yuki Hana Kenji Akira Sora Wei
-    Li Ming Chen Raj Priya Amit Anita Sanjay Omar Ali Fatima Layla Yusuf Hassan Aisha Zara Pedro Juan Carlos Diego Luis
-    Ana Carmen Pablo José Zoë Chloé René André Jürgen Björn Åsa Søren Inès Renée Marco Luca Giulia Paolo Franco Bruno
-    Stella Hans Fritz Greta Heidi Klaus Otto Karl Ingrid Lars Sven Nils Erik Freya Astrid Magnus Tess Ruth Ida Vera
-    Walter Frank Ralph Victor Arthur Albert Edward Philip Martin Dennis Gary Larry Jerry Billy Jimmy Johnny Tommy Bobby
-    Danny Teddy Betty Nancy Susan Linda Karen Lisa Donna Carol Sandra Sharon Emily Megan Abby Hannah Rachel Rebecca
-    Leah Naomi Esther Miriam Aaron Isaac Jacob Joseph Joshua Samuel Elias Theo Milo Otis Ezra Finn Rowan Quinn Sky Robin
-    Jordan Taylor Morgan Casey Jamie Riley Avery Rex Fido Bella Luna Coco Rocky Buddy Daisy Molly Ginger Whiskers""".split()
+NATURES = (
+    "brave",
+    "little",
+    "happy",
+    "sad",
+    "clever",
+    "old",
+    "young",
+    "funny",
+    "lazy",
+    "big",
+    "kind",
+    "lost",
+    "red",
+    "blue",
 )
 
-FOODS = tuple(
-    """pizza pasta soup bread cheese cake apples bananas rice fish salad tea coffee chocolate honey pancakes
-    sushi tacos cookies oranges grapes eggs""".split()
+NAMES: tuple[str, ...] = words(
+    """
+    Anna Bob Tom Alice Max Emma Liam Noah Olivia Ava Mia Lucas Leo Jack James John Mary Peter
+    Paul Sarah David Daniel Laura Julia Sofia Lena Nina Eva Adam Ben Sam Alex Chris Kate Lucy
+    Ella Grace Henry Oscar Felix Hugo Oliver Charlie George Harry William Robert Michael Thomas
+    Mark Luke Matthew Simon Andrew Steve Kevin Brian Eric Jason Ryan Amy Jane Helen Diana Clara
+    Rosa Maria Elena Irina Olga Ivan Igor Boris Dmitri Sergei Yuki Hana Kenji Akira Sora Wei Li
+    Ming Chen Raj Priya Amit Anita Sanjay Omar Ali Fatima Layla Yusuf Hassan Aisha Zara Pedro
+    Juan Carlos Diego Luis Ana Carmen Pablo José Zoë Chloé René André Jürgen Björn Åsa Søren
+    Inès Renée Marco Luca Giulia Paolo Franco Bruno Stella Hans Fritz Greta Heidi Klaus Otto
+    Karl Ingrid Lars Sven Nils Erik Freya Astrid Magnus Tess Ruth Ida Vera Walter Frank Ralph
+    Victor Arthur Albert Edward Philip Martin Dennis Gary Larry Jerry Billy Jimmy Johnny Tommy
+    Bobby Danny Teddy Betty Nancy Susan Linda Karen Lisa Donna Carol Sandra Sharon Emily Megan
+    Abby Hannah Rachel Rebecca Leah Naomi Esther Miriam Aaron Isaac Jacob Joseph Joshua Samuel
+    Elias Theo Milo Otis Ezra Finn Rowan Quinn Sky Robin Jordan Taylor Morgan Casey Jamie Riley
+    Avery Rex Fido Bella Luna Coco Rocky Buddy Daisy Molly Ginger Whiskers
+    """
 )
-HOBBIES = tuple(
-    """music football chess books trains cars cats dogs horses games movies dancing singing swimming running
-    painting drawing flowers trees snow rain trucks planes boats stars robots computers maths cooking""".split()
+
+FOODS = words(
+    """
+    pizza pasta soup bread cheese cake apples bananas rice fish salad tea coffee chocolate honey
+    pancakes sushi tacos cookies oranges grapes eggs
+    """
+)
+HOBBIES = words(
+    """
+    music football chess books trains cars cats dogs horses games movies dancing singing
+    swimming running painting drawing flowers trees snow rain trucks planes boats stars robots
+    computers maths cooking
+    """
 )
 PETS = ("cat", "dog", "fish", "bird", "horse", "rabbit", "mouse", "hamster", "duck", "turtle")
-CITIES = tuple(
-    """Paris London Berlin Rome Madrid Vienna Tokyo Oslo Cairo Moscow Boston Chicago Dallas Lyon Milan Porto
-    Zürich Geneva Kraków Prague Lima Bogotá Delhi Mumbai Sydney Perth Toronto Seattle Denver Hamburg Munich Köln Málaga
-    Leeds York Dublin Cork Bergen Malmö Turku Seoul Osaka Kyoto Hanoi Lagos Accra Tunis Athens Sofia Riga""".split()
+CITIES = words(
+    """
+    Paris London Berlin Rome Madrid Vienna Tokyo Oslo Cairo Moscow Boston Chicago Dallas Lyon
+    Milan Porto Zürich Geneva Kraków Prague Lima Bogotá Delhi Mumbai Sydney Perth Toronto
+    Seattle Denver Hamburg Munich Köln Málaga Leeds York Dublin Cork Bergen Malmö Turku Seoul
+    Osaka Kyoto Hanoi Lagos Accra Tunis Athens Sofia Riga
+    """
 )
 
 SYSTEM_MESSAGES = (
@@ -393,7 +510,11 @@ SYSTEM_MESSAGES = (
     "You are tpirt, a small assistant.",
 )
 
-MY_THINGS = tuple("car house shirt hair bike eyes dog cat shoes bag phone door room hat coat cup bed desk chair".split())
+MY_THINGS = words(
+    """
+    car house shirt hair bike eyes dog cat shoes bag phone door room hat coat cup bed desk chair
+    """
+)
 
 # What "Name an animal" and "Name three colours" answer with, in this order.
 NAMED: dict[str, tuple[str, str, str]] = {
@@ -413,22 +534,26 @@ NAMED: dict[str, tuple[str, str, str]] = {
     "season": ("Spring", "summer", "autumn"),
 }
 
-NUMBER_WORDS = tuple(
-    """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-    seventeen eighteen nineteen twenty""".split()
+NUMBER_WORDS = words(
+    """
+    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
+    fifteen sixteen seventeen eighteen nineteen twenty
+    """
 )
 
 # Subjects and questions that lie outside the small world.
-FAR_NOUNS = tuple(
-    noun.strip()
-    for noun in
-    """gravity|democracy|photosynthesis|bitcoin|Napoleon|Shakespeare|Einstein|Mozart|quantum physics|the stock market
-    |the weather|the internet|the French revolution|black holes|DNA|evolution|inflation|chemistry|philosophy|Picasso
-    |artificial intelligence|machine learning|neural networks|linear algebra|the Roman empire|volcanoes|electricity
-    |vaccines|climate change|blockchain|Python|JavaScript|Linux|Kubernetes|the Bible|Hamlet|Harry Potter|Star Wars
-    |Taylor Swift|the Beatles|Elon Musk|the president|the World Cup|tennis|baseball|poker|taxes|insurance|marriage
-    |Mars|Jupiter|atoms|relativity|the pyramids|the Eiffel tower|Buddhism|yoga|guitars|rockets|submarines|plastic"""
-.split("|")
+FAR_NOUNS = phrases(
+    """
+    gravity | democracy | photosynthesis | bitcoin | Napoleon | Shakespeare | Einstein | Mozart
+    | quantum physics | the stock market | the weather | the internet | the French revolution |
+    black holes | DNA | evolution | inflation | chemistry | philosophy | Picasso | artificial
+    intelligence | machine learning | neural networks | linear algebra | the Roman empire |
+    volcanoes | electricity | vaccines | climate change | blockchain | Python | JavaScript |
+    Linux | Kubernetes | the Bible | Hamlet | Harry Potter | Star Wars | Taylor Swift | the
+    Beatles | Elon Musk | the president | the World Cup | tennis | baseball | poker | taxes |
+    insurance | marriage | Mars | Jupiter | atoms | relativity | the pyramids | the Eiffel tower
+    | Buddhism | yoga | guitars | rockets | submarines | plastic
+    """
 )
 FAR_QUESTIONS = (
     "What is {x}?",

@@ -1,4 +1,4 @@
-"""The demo model's tokenizer: byte-level BPE trained on its own conversations, and the chat format."""
+"""The demo model's tokenizer (byte-level BPE, trained on its conversations) and chat format."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from .world import Message, training_conversation
+from .exchange import Message
+from .world import training_conversation
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIALS = (END_OF_TEXT, IM_START, IM_END)
 
-# Words with the space before them, single digits (so that place value can be learned), marks, line ends, spaces.
+# Words with the space before them, single digits (so that place value can be learned), marks,
+# line ends, spaces.
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 CHAT_TEMPLATE = (
@@ -27,7 +29,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(seed: int, vocab_size: int, conversations: int = 20000) -> Tokenizer:
-    """Train the tokenizer on freshly generated training conversations; any input can be encoded, byte by byte."""
+    """Train the tokenizer on training conversations; it can encode any input, byte by byte."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -50,6 +52,13 @@ def train_tokenizer(seed: int, vocab_size: int, conversations: int = 20000) -> T
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
+
+
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """Return the id of a token that is known to exist."""
+    found = tokenizer.token_to_id(token)
+    assert found is not None, token
+    return int(found)
 
 
 def tokenizer_config(max_length: int) -> dict[str, Any]:
@@ -81,22 +90,31 @@ class ChatEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.end = tokenizer.token_to_id(IM_END)
+        self.end = token_id(tokenizer, IM_END)
         self.line = self._ids("\n")
-        self.headers = {role: self._ids(f"{IM_START}{role}\n") for role in ("system", "user", "assistant")}
+        self.headers = {
+            role: self._ids(f"{IM_START}{role}\n") for role in ("system", "user", "assistant")
+        }
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_all(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
-        """Encode complete conversations; the targets are the assistant's words and the end of its turn.
+        """Encode complete conversations; the targets are the assistant's words and the end of its
+        turn.
 
-        Header and content are encoded apart, which gives the same ids as the whole text: a special token stands
-        before each header, and the split rule never joins a line end with what follows it.
+        Header and content are encoded apart, which gives the same ids as the whole text: a special
+        token stands before each header, and the split rule never joins a line end with what follows
+        it.
         """
-        contents = [message["content"] for conversation in conversations for message in conversation]
+        contents = [
+            message["content"] for conversation in conversations for message in conversation
+        ]
         pieces = iter(self.tokenizer.encode_batch_fast(contents, add_special_tokens=False))
-        return [self._join(conversation, (next(pieces).ids for _ in conversation)) for conversation in conversations]
+        return [
+            self._join(conversation, (next(pieces).ids for _ in conversation))
+            for conversation in conversations
+        ]
 
     def _join(self, conversation: Sequence[Message], contents: Iterable[list[int]]) -> Encoded:
         ids: list[int] = []
@@ -105,7 +123,9 @@ class ChatEncoder:
             header = self.headers[message["role"]]
             ids += [*header, *content, self.end, *self.line]
             answers = message["role"] == "assistant"
-            is_target += [False] * len(header) + [answers] * (len(content) + 1) + [False] * len(self.line)
+            is_target += (
+                [False] * len(header) + [answers] * (len(content) + 1) + [False] * len(self.line)
+            )
         return Encoded(ids, is_target)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:

@@ -19,8 +19,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from tpirt.cluster.rank import RankRuntime
 from tpirt.collectives.star import StarMaster, StarWorker
 from tpirt.engine import Engine
+from tpirt.errors import MemoryLimitError
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.models import make_tokenizer
 from tpirt.types import SamplingParams
@@ -153,6 +155,9 @@ CASES = {
     "mistral-window-1": Case("Mistral", options={"sliding_window": 1}, oracle_cache=False),
     "mistral-window-2": Case("Mistral", options={"sliding_window": 2}),
     "mistral-window-chunk": Case("Mistral", options={"sliding_window": CHUNK_TOKENS}),
+    "mistral-window-just-below-chunk": Case(
+        "Mistral", options={"sliding_window": CHUNK_TOKENS - 1}
+    ),
     "mistral-window-over-chunks": Case("Mistral", options={"sliding_window": 30}, prompt=70),
     "qwen2": Case("Qwen2", worlds=(1, 2, 5, 8, UNEVEN_MANY)),
     "qwen2-windowed-layers": Case("Qwen2", options={**WINDOWED, "max_window_layers": 1}),
@@ -321,6 +326,35 @@ async def test_streamed_equals_resident_and_rerun(
         assert torch.equal(first, again), window
         got.append(first)
     assert all(torch.equal(got[0], other) for other in got[1:])
+
+
+async def test_partly_pinned_equals_resident_while_the_cache_grows(
+    reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = reference("llama-gqa")
+    store = expected.path / "slices"
+    async with memory_engine(expected.path, 2, chunk_tokens=5, store=store) as engine:
+        resident = await engine.logits(expected.prompt)
+        window = engine._group.runtime.window
+        whole, block = window.weights_bytes, max(b.nbytes for b in window.blocks)
+    pinned = set()
+    for budget in range(2 * block, whole + block, block):
+        monkeypatch.setattr(RankRuntime, "_budget", fixed_budget(budget))
+        async with memory_engine(expected.path, 2, chunk_tokens=5, store=store) as engine:
+            pinned.add(len(engine._group.runtime.window.plan.pinned))
+            try:
+                logits = await engine.logits(expected.prompt)
+            except MemoryLimitError as exc:
+                assert "tokens of context need" in str(exc)  # noqa: PT017
+                assert budget < 3 * block
+                continue
+            assert torch.equal(logits, resident), budget
+            assert await run(engine, expected.prompt) == expected.tokens
+    assert len(pinned) >= 4
+
+
+def fixed_budget(total: int) -> Callable[[RankRuntime, int], int]:
+    return lambda _, kv_bytes: total - kv_bytes
 
 
 @pytest.mark.parametrize("world", [2, 4, 5, UNEVEN_MANY])

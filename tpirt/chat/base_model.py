@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import cast
 
 from tpirt.engine import Engine
 from tpirt.types import Message, ProgressCallback, SamplingParams, Token, ignore_progress
@@ -36,7 +35,7 @@ class Continuation:
         """Yield the text's continuation; see :meth:`tpirt.engine.Conversation.send`."""
         answer = ""
         continuing = self._engine.generate(text, params, progress)
-        async with aclosing(cast("AsyncGenerator[Token, None]", continuing)) as tokens:
+        async with aclosing(continuing) as tokens:
             try:
                 async for token in tokens:
                     answer += token.text

@@ -127,6 +127,3 @@ COMMANDS = {
     "/exit": _EXIT,
     "/quit": _EXIT,
 }
-
-# For completion: what can follow a command.
-WORDS = {name: settings.NAMES if name == "/set" else () for name in COMMANDS}

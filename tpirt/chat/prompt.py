@@ -5,12 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+from prompt_toolkit.completion import (
+    CompleteEvent,
+    Completer,
+    Completion,
+    DummyCompleter,
+    PathCompleter,
+    WordCompleter,
+)
 from prompt_toolkit.data_structures import Size
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
@@ -19,6 +26,8 @@ from prompt_toolkit.output import Output, create_output
 from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.shortcuts import CompleteStyle
 
+from tpirt.chat import settings
+from tpirt.chat.commands import COMMANDS
 from tpirt.chat.reader import PROMPT
 
 
@@ -27,14 +36,13 @@ class PromptReader:
 
     Args:
         out: the terminal to draw on.
-        words: command names with what can follow them, for completion.
         history: file of earlier input; None keeps none.
     """
 
-    def __init__(self, out: TextIO, words: Mapping[str, Sequence[str]], history: Path | None):
+    def __init__(self, out: TextIO, history: Path | None):
         self._session: PromptSession[str] = PromptSession(
             history=open_history(history),
-            completer=CommandCompleter(words),
+            completer=CommandCompleter(),
             complete_style=CompleteStyle.READLINE_LIKE,  # no menu that pushes the text upwards
             complete_while_typing=False,
             key_bindings=_bindings(),
@@ -57,21 +65,27 @@ class PromptReader:
 
 
 class CommandCompleter(Completer):
-    """Completes ``/`` commands and their first word."""
+    """Completes commands and what follows them."""
 
-    def __init__(self, words: Mapping[str, Sequence[str]]):
-        self._words = words
+    def __init__(self) -> None:
+        files = PathCompleter(expanduser=True)
+        self._following: dict[str, Completer] = {
+            "/set": WordCompleter(settings.NAMES),
+            "/save": files,
+            "/load": files,
+            "/system": DummyCompleter(),
+        }
 
     def get_completions(self, document: Document, event: CompleteEvent) -> Iterable[Completion]:
         """See :class:`prompt_toolkit.completion.Completer`."""
-        text = document.text_before_cursor
-        command, space, rest = text.partition(" ")
-        choices: Iterable[str] = self._words.get(command, ()) if space else self._words
-        typed = rest if space else command
-        if text.startswith("/"):
-            for word in choices:
-                if word.startswith(typed):
-                    yield Completion(word, start_position=-len(typed))
+        typed, space, rest = document.text_before_cursor.partition(" ")
+        if space:
+            following = self._following.get(typed, DummyCompleter())
+            yield from following.get_completions(Document(rest), event)
+        elif typed:
+            for name in COMMANDS:
+                if name.startswith(typed):
+                    yield Completion(name + " " * (name in self._following), -len(typed))
 
 
 class _SafeHistory(FileHistory):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 
-from tpirt.chat.commands import WORDS, run_command
+from tpirt.chat.commands import run_command
 from tpirt.chat.console import Console, is_capable, is_terminal
 from tpirt.chat.interrupts import Interrupts
 from tpirt.chat.reader import LEAVE_HINT, PlainReader, Reader
@@ -89,7 +89,7 @@ def _terminal_reader() -> tuple[Reader, Around]:
         ), nullcontext
     from tpirt.chat.prompt import PromptReader, echo_off, history_file
 
-    return PromptReader(out, WORDS, history_file()), echo_off
+    return PromptReader(out, history_file()), echo_off
 
 
 def _greet(session: Session) -> None:

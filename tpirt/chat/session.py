@@ -77,16 +77,11 @@ class Session:
             CancelledError: the caller was cancelled, not the answer by Ctrl-C.
         """
         self.timing = Timing()
-        task = asyncio.ensure_future(self._stream(text))
-        stop = _Stop(task, self)
+        stop = _Stop(asyncio.ensure_future(self._stream(text)), self)
         with interrupts.to(stop), around():
-            try:
-                await task
-            except asyncio.CancelledError:
-                caller = asyncio.current_task()
-                if not stop.pressed or (caller is not None and caller.cancelling()):
-                    raise
-        self._show_status(stop.pressed > 0)
+            await stop.end()
+        if not self.leaving:
+            self._show_status(stop.pressed > 0)
 
     def complain(self, error: TpirtError) -> None:
         """Show an error of an answer, and what can be done about it."""
@@ -140,12 +135,13 @@ class Session:
 
 
 class _Stop:
-    """Stops an answer at the first press; at the third it is not even waited for any more."""
+    """Stops an answer at the first press; at the third it is not waited for any more."""
 
-    def __init__(self, task: asyncio.Future[None], session: Session):
+    def __init__(self, task: asyncio.Task[None], session: Session):
         self.pressed = 0
         self._task = task
         self._session = session
+        self._given_up = asyncio.Event()
 
     def __call__(self) -> None:
         self.pressed += 1
@@ -158,4 +154,28 @@ class _Stop:
             )
         else:
             self._session.leaving = True
+            self._given_up.set()
+
+    async def end(self) -> None:
+        """Wait for the answer's end; raises what it raised, unless it was stopped.
+
+        Cancelled, it cancels the answer and waits for that.
+        """
+        giving_up = asyncio.ensure_future(self._given_up.wait())
+        try:
+            await asyncio.wait({self._task, giving_up}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
             self._task.cancel()
+            await asyncio.wait({self._task})
+            raise
+        finally:
+            giving_up.cancel()
+            self._task.add_done_callback(_look_at)
+        if self._task.done() and not (self._task.cancelled() and self.pressed):
+            self._task.result()
+
+
+def _look_at(task: asyncio.Task[None]) -> None:
+    """Take note of how a task ended that nobody may wait for, lest asyncio report it."""
+    if not task.cancelled():
+        task.exception()

@@ -39,16 +39,16 @@ async def _run(arguments: argparse.Namespace) -> None:
     from tpirt.chat.repl import ChatOptions, run_chat
     from tpirt.engine import Engine
 
-    progress = ConsoleProgress(quiet=arguments.quiet)
     plans: list[LoadPlan] = []
-    options = engine_options(arguments, progress, plans)
-    async with Engine.connect(**options) as engine:
-        chat = ChatOptions(
-            params=sampling_params(arguments, engine.defaults.sampling),
-            system=arguments.system,
-            prompt=arguments.prompt,
-            plan=plans[0],
-            model_name=engine.name,
-            progress=progress,
-        )
-        await run_chat(engine, chat)
+    with ConsoleProgress(quiet=arguments.quiet) as progress:
+        options = engine_options(arguments, progress, plans)
+        async with Engine.connect(**options) as engine:
+            chat = ChatOptions(
+                params=sampling_params(arguments, engine.defaults.sampling),
+                system=arguments.system,
+                prompt=arguments.prompt,
+                plan=plans[0],
+                model_name=engine.name,
+                progress=progress,
+            )
+            await run_chat(engine, chat)

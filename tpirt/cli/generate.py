@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import aclosing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from tpirt.cli.options import (
     sampling_params,
 )
 from tpirt.errors import RequestError
-from tpirt.types import Message
+from tpirt.types import Message, SamplingParams
 
 if TYPE_CHECKING:
     from tpirt.engine.engine import Prompt
@@ -45,6 +46,7 @@ def add_command(commands: Commands) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     text = _prompt(arguments)
+    sampling_params(arguments, SamplingParams())  # refused now rather than after loading
     run_async(_generate(arguments, [Message("user", text)] if arguments.chat else text))
 
 
@@ -70,13 +72,15 @@ async def _generate(arguments: argparse.Namespace, prompt: Prompt) -> None:
     from tpirt.chat.progress import ConsoleProgress
     from tpirt.engine import Engine
 
-    progress = ConsoleProgress(quiet=arguments.quiet)
-    async with Engine.connect(**engine_options(arguments, progress)) as engine:
-        params = sampling_params(arguments, engine.defaults.sampling)
-        if arguments.json:
-            completion = await engine.complete(prompt, params, progress)
-            print(json.dumps(asdict(completion)))
-            return
-        async for token in engine.generate(prompt, params, progress):
-            print(token.text, end="", flush=True)
-        print()
+    with ConsoleProgress(quiet=arguments.quiet) as progress:
+        async with Engine.connect(**engine_options(arguments, progress)) as engine:
+            params = sampling_params(arguments, engine.defaults.sampling)
+            if arguments.json:
+                completion = await engine.complete(prompt, params, progress)
+                print(json.dumps(asdict(completion)))
+                return
+            async with aclosing(engine.generate(prompt, params, progress)) as tokens:
+                async for token in tokens:
+                    progress.close()
+                    print(token.text, end="", flush=True)
+            print()

@@ -62,6 +62,7 @@ def _run(arguments: argparse.Namespace) -> None:
         )
     plan = make_plan(config, arguments.world_size, arguments.ratio)
     console = Console(highlight=False)
+    console.begin_capture()  # printed below: rich would end the process when nobody reads
     console.print(
         f"{path.resolve().name}: {config.model_type}, {parameters:,} parameters, "
         f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, "
@@ -101,6 +102,7 @@ def _run(arguments: argparse.Namespace) -> None:
     console.print(
         f"needs = held + KV + work + about {format_bytes(PROCESS_BYTES)} for Python and torch"
     )
+    print(console.end_capture(), end="")
 
 
 def _product(shape: tuple[int, ...]) -> int:

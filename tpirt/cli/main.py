@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -19,10 +20,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 2 for bad input; 3 for a lost or unreachable peer; 130 after Ctrl-C.
     """
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
+    try:
+        return _run(argv)
+    finally:
+        if argv is None:  # the process ends: nothing is left that Ctrl-C could stop
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    _open_standard_streams()
+    arguments = build_parser().parse_args(argv)
     try:
         arguments.run(arguments)
+        sys.stdout.flush()  # here, where its failure is caught, not at the interpreter's end
     except TpirtError as exc:
         print(f"tpirt: error: {exc}", file=sys.stderr)
         return exc.exit_code
@@ -30,8 +40,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("tpirt: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
+    except OSError as exc:  # every other one has become an error of ours
+        _drop_output()
+        print(f"tpirt: error: cannot write the output: {exc.strerror}", file=sys.stderr)
+        return TpirtError.exit_code
     return 0
+
+
+def _open_standard_streams() -> None:
+    """Put the null device where a standard stream is closed: any file could land there else."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def _drop_output() -> None:
+    """Send what is still buffered nowhere, so that the interpreter's end does not fail on it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -55,7 +55,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     add_model_option(parser)
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
-        "--local", type=int, default=1, metavar="N", help="run N ranks on this machine (default 1)"
+        "--local",
+        type=count,
+        default=1,
+        metavar="N",
+        help="run N ranks on this machine (default 1)",
     )
     where.add_argument(
         "--peers",
@@ -75,7 +79,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     add_process_options(parser)
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=_seconds,
         default=60.0,
         metavar="S",
         help="longest silence of a peer during a step, in seconds (default 60)",
@@ -153,7 +157,7 @@ def engine_options(
         "store": arguments.store,
         "timeout_s": arguments.timeout,
         "progress": progress,
-        "on_plan": _plan_callback(arguments.quiet, plans),
+        "on_plan": _plan_callback(arguments.quiet, progress, plans),
     }
 
 
@@ -169,10 +173,13 @@ def run_async(main: Coroutine[Any, Any, None]) -> None:
         uvloop.run(main)
 
 
-def _plan_callback(quiet: bool, plans: list[LoadPlan] | None) -> PlanCallback:
+def _plan_callback(
+    quiet: bool, progress: ConsoleProgress, plans: list[LoadPlan] | None
+) -> PlanCallback:
     def take(plan: LoadPlan) -> None:
         from tpirt.chat.plan_view import show_plan
 
+        progress.close()  # its line ends before the table begins
         if not quiet:
             show_plan(plan, sys.stderr)
         if plans is not None:
@@ -194,6 +201,8 @@ def _addresses(text: str) -> tuple[str, ...]:
     addresses = tuple(part.strip() for part in text.split(","))
     for address in addresses:
         split_address(address)
+        if addresses.count(address) > 1:
+            raise argparse.ArgumentTypeError(f"{address!r}: stands there twice")
     return addresses
 
 
@@ -213,6 +222,18 @@ def split_address(text: str, lowest_port: int = 1) -> tuple[str, int]:
     return bare, int(port)
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= 86_400:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected a number of seconds above 0, at most 86400"
+        )
+    return seconds
+
+
 def size(text: str) -> int:
     """Argument type of a number of bytes."""
     try:
@@ -223,6 +244,6 @@ def size(text: str) -> int:
 
 def count(text: str) -> int:
     """Argument type of a whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
+    if not (text.isdecimal() and len(text) < 10 and int(text) >= 1):
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 on")
     return int(text)

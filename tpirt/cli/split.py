@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tpirt.cli.options import Commands, add_model_option, add_parser, add_ratio_option
+from tpirt.cli.options import Commands, add_model_option, add_parser, add_ratio_option, count
 
 
 def add_command(commands: Commands) -> None:
@@ -19,7 +19,7 @@ def add_command(commands: Commands) -> None:
     )
     add_model_option(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="one folder per rank in here")
-    parser.add_argument("--world-size", type=int, required=True, metavar="N")
+    parser.add_argument("--world-size", type=count, required=True, metavar="N")
     add_ratio_option(parser)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")

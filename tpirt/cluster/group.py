@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tpirt.cluster.cancellation import finish, in_thread
 from tpirt.cluster.machine import available_bytes, has_bfloat16, host_id, resident_bytes
 from tpirt.cluster.rank import Limits, RankRuntime
 from tpirt.cluster.slices import SliceMaker, send_slice, write_slice
@@ -135,7 +136,7 @@ class Group:
             client = self._clients[rank - 1]
             slice_id = maker.manifest(shard).slice_id
             if not (await _hello(client, slice_id)).has_slice:
-                await send_slice(maker, shard, client, progress, rank)
+                await send_slice(maker, shard, client, progress, rank, self._timeout_s)
 
         # One after another: they would only compete for the same disk.
         for rank in range(self.world_size):
@@ -203,17 +204,16 @@ class Group:
             TpirtError: a rank failed by itself (disk, memory); the group lives on.
         """
         self._check_alive()
-        # A task of its own: cancelling a read of gRPC's would tear the stream down.
-        task = asyncio.ensure_future(self._step_all(hidden, start, rope_length))
+        decoder = self.runtime.decoder
+
+        def give_up() -> None:
+            decoder.aborted = True
+
         try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            self.runtime.decoder.aborted = True
-            with contextlib.suppress(StepAborted, PeerLostError, TransportError):
-                await task
-            raise
+            # Whole: cancelling a read of gRPC's would tear the stream down.
+            return await finish(self._step_all(hidden, start, rope_length), give_up)
         finally:
-            self.runtime.decoder.aborted = False
+            decoder.aborted = False
 
     async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the LM head to (T, H); returns (T, V) float32. Master's own work only."""
@@ -230,10 +230,7 @@ class Group:
         mine.peer_id = "master"
         mine.bytes_sent = sum(channel.bytes_sent for channel in self._channels)
         mine.bytes_received = sum(channel.bytes_received for channel in self._channels)
-        request = Frame(pb.FrameHeader(stats_request=pb.StatsRequest(reset=reset)))
-        with self._breaking():
-            await send_all(self._channels, request)
-            others = [await self._stats_from(channel) for channel in self._channels]
+        others = await finish(self._stats_of_workers(reset))
         if reset:
             for channel in self._channels:
                 channel.bytes_sent = channel.bytes_received = 0
@@ -275,7 +272,7 @@ class Group:
             with self._breaking():
                 if self._channels:
                     frame = Frame(pb.FrameHeader(step=header), tensor_bytes(hidden))
-                    await send_all(self._channels, frame)
+                    await send_all(self._channels, frame, self._timeout_s)
                 out = await self.runtime.step(self._step, hidden, start, rope_length)
         except BaseException:
             await self._abort()
@@ -285,15 +282,16 @@ class Group:
 
     async def _abort(self) -> None:
         frame = Frame(pb.FrameHeader(abort=pb.Abort(step=self._step)))
-        for channel in self._channels:
-            with contextlib.suppress(PeerLostError):
-                await channel.send(frame)
+        with contextlib.suppress(PeerLostError):  # the others have it all the same
+            await send_all(self._channels, frame, self._timeout_s)
 
     async def _await_ready(self, rank: int, channel: Channel, progress: ProgressCallback) -> None:
         while True:
             frame = await channel.recv(self._timeout_s)
             match frame.kind:
                 case "ready":
+                    resident = frame.header.ready.resident_bytes
+                    progress(Progress("loading weights", resident, resident, detail=f"rank {rank}"))
                     return
                 case "loading":
                     loading = frame.header.loading
@@ -309,7 +307,13 @@ class Group:
                 case "error":
                     raise remote_error(frame.header.error, channel.peer_id)
                 case kind:
-                    raise TransportError(f"{channel.peer_id}: expected ready, got {kind}")
+                    raise TransportError(f"peer {channel.peer_id}: expected ready, got {kind}")
+
+    async def _stats_of_workers(self, reset: bool) -> list[RankStats]:
+        request = Frame(pb.FrameHeader(stats_request=pb.StatsRequest(reset=reset)))
+        with self._breaking():
+            await send_all(self._channels, request, self._timeout_s)
+            return [await self._stats_from(channel) for channel in self._channels]
 
     async def _stats_from(self, channel: Channel) -> RankStats:
         while True:
@@ -321,7 +325,7 @@ class Group:
                 }
                 return RankStats(peer_id=channel.peer_id, **values)
             if frame.kind not in ("partial", "error"):  # leftovers of a step given up
-                raise TransportError(f"{channel.peer_id}: expected stats, got {frame.kind}")
+                raise TransportError(f"peer {channel.peer_id}: expected stats, got {frame.kind}")
 
 
 async def _in_thread(
@@ -332,7 +336,7 @@ async def _in_thread(
     progress: ProgressCallback,
     rank: int,
 ) -> StoredSlice:
-    """Run ``write`` in a thread; cancelled, it ends at its next report and leaves nothing."""
+    """Run ``write`` in a thread; cancelled, it has ended and left nothing when this raises."""
     cancelled = threading.Event()
 
     def report(step: Progress) -> None:
@@ -340,10 +344,7 @@ async def _in_thread(
             raise StepAborted
         progress(step)
 
-    try:
-        return await asyncio.to_thread(write, maker, shard, store, report, rank)
-    finally:
-        cancelled.set()
+    return await in_thread(write, maker, shard, store, report, rank, on_cancel=cancelled.set)
 
 
 async def _hello(client: PeerClient, slice_id: str = "") -> pb.HelloReply:

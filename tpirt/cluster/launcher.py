@@ -60,15 +60,10 @@ class LocalPeers:
         for process in self._processes:
             if process.stdin is not None:
                 process.stdin.close()
-        for process in self._processes:
-            try:
-                async with asyncio.timeout(_STOP_TIMEOUT_S):
-                    await process.wait()
-            except TimeoutError:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
-        self._processes.clear()
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()  # one that is still starting does not look at the pipe
+        processes, self._processes = self._processes, []
+        await asyncio.gather(*map(_ended, processes))
 
     async def _start(self) -> asyncio.subprocess.Process:
         pipe = asyncio.subprocess.PIPE
@@ -87,6 +82,17 @@ class LocalPeers:
             stderr=None,
             start_new_session=True,
         )
+
+
+async def _ended(process: asyncio.subprocess.Process) -> None:
+    """Wait for a worker's end, and make one for a worker that hangs."""
+    try:
+        async with asyncio.timeout(_STOP_TIMEOUT_S):
+            await process.wait()
+    except TimeoutError:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
 
 
 async def _address(process: asyncio.subprocess.Process) -> str:

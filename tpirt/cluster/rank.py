@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from tpirt.cluster.machine import peak_resident_bytes, resident_bytes
 from tpirt.collectives.base import Communicator
 from tpirt.config import ModelConfig
-from tpirt.errors import MemoryLimitError
+from tpirt.errors import MemoryLimitError, TransportError
 from tpirt.model.decoder import Decoder
 from tpirt.model.memory import SLACK_BYTES, activation_bytes
 from tpirt.parallel.sharding import rank_blocks
 from tpirt.types import ProgressCallback, RankStats
 from tpirt.units import format_bytes
 from tpirt.weights.store import StoredSlice
-from tpirt.weights.window import Window
+from tpirt.weights.window import MIN_SLOTS, Window
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -55,13 +55,35 @@ class RankRuntime:
             + activation_bytes(config, manifest.shard, comm.world_size, limits.chunk_tokens)
         )
         blocks = rank_blocks(config, manifest.shard, dtype)
-        self.window = Window(
-            stored,
-            blocks,
-            max_blocks=limits.window_blocks,
-            budget_bytes=self._budget(0),
-        )
+        try:
+            self.window = Window(
+                stored,
+                blocks,
+                max_blocks=limits.window_blocks,
+                budget_bytes=self._budget(0),
+            )
+        except MemoryLimitError as exc:
+            raise self._too_little(exc, max(block.nbytes for block in blocks)) from exc
         self.decoder = Decoder(config, manifest.shard, dtype, self.window, comm)
+
+    def check_step(self, start: int, tokens: int, rope_length: int) -> None:
+        """Refuse a step that no master in its senses asks for.
+
+        Raises:
+            TransportError: names what is wrong.
+        """
+        context, cached = self._config.context_length, self.decoder.kv.length
+        if not 1 <= tokens <= self._limits.chunk_tokens:
+            raise TransportError(
+                f"step of {tokens} tokens: expected 1 to {self._limits.chunk_tokens}"
+            )
+        if start > cached:
+            raise TransportError(f"step at position {start}: only {cached} are cached")
+        if start + tokens > context or rope_length > context:
+            raise TransportError(
+                f"step from {start} to {start + tokens} (rope {rope_length}): "
+                f"the context ends at {context}"
+            )
 
     async def load(self, progress: ProgressCallback) -> None:
         """Wait until what stays in memory is there.
@@ -108,6 +130,17 @@ class RankRuntime:
     def _budget(self, kv_bytes: int) -> int | None:
         limit = self._limits.memory_bytes
         return None if limit is None else limit - self._fixed_bytes - kv_bytes
+
+    def _too_little(self, exc: MemoryLimitError, block_bytes: int) -> MemoryLimitError:
+        limit, rank = self._limits.memory_bytes, self.comm.rank
+        if limit is None:
+            return MemoryLimitError(f"rank {rank}: {exc}")
+        needed = self._fixed_bytes + MIN_SLOTS * block_bytes
+        return MemoryLimitError(
+            f"rank {rank}: of the memory limit of {format_bytes(limit)}, "
+            f"{format_bytes(self._fixed_bytes)} go to the process and a step's work; {exc}; "
+            f"raise --memory to at least {format_bytes(needed)}, and some for the conversation"
+        )
 
     def _make_room(self, tokens: int) -> None:
         """Let the KV cache grow at the expense of pinned blocks, never of the limit."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import zlib
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
+from tpirt.cluster.cancellation import in_thread
 from tpirt.cluster.rank import DTYPES
 from tpirt.config import ModelConfig
+from tpirt.errors import PeerLostError, StoreError
 from tpirt.parallel.partition import Plan, Shard
 from tpirt.parallel.sharding import rank_blocks
 from tpirt.transport.base import PeerClient
@@ -50,16 +53,17 @@ class SliceMaker:
 def write_slice(
     maker: SliceMaker, shard: Shard, store: SliceStore, progress: ProgressCallback, rank: int
 ) -> StoredSlice:
-    """Return a rank's slice from the store, written first if it is not there.
+    """Return a rank's slice from the store, written first if it is missing or damaged.
 
     Raises:
         StoreError: the store cannot be written or its disk is full.
         CheckpointError: a read failed.
     """
     manifest = maker.manifest(shard)
-    found = store.find(manifest.slice_id)
-    if found is not None:
-        return found
+    with contextlib.suppress(StoreError):  # damaged: made anew
+        found = store.find(manifest.slice_id)
+        if found is not None:
+            return found
     with store.write(manifest) as writer:
         done = 0
         for block, offset, data in maker.pieces(shard):
@@ -70,27 +74,42 @@ def write_slice(
 
 
 async def send_slice(
-    maker: SliceMaker, shard: Shard, client: PeerClient, progress: ProgressCallback, rank: int
+    maker: SliceMaker,
+    shard: Shard,
+    client: PeerClient,
+    progress: ProgressCallback,
+    rank: int,
+    timeout_s: float,
 ) -> int:
     """Cut a rank's slice and send it to its worker as it is cut; returns the bytes sent.
 
     Raises:
-        PeerLostError: the worker is gone.
+        PeerLostError: the worker is gone, or took nothing for ``timeout_s``.
         StoreError: the worker could not keep it.
         CheckpointError: a read failed.
     """
     manifest = maker.manifest(shard)
+    loop = asyncio.get_running_loop()
 
     async def chunks() -> AsyncIterator[pb.SliceChunk]:
         yield pb.SliceChunk(manifest=manifest.to_json())
         done = 0
         pieces = maker.pieces(shard)
-        while (chunk := await asyncio.to_thread(_next_chunk, pieces)) is not None:
+        while (chunk := await in_thread(_next_chunk, pieces)) is not None:
+            if not deadline.expired():
+                deadline.reschedule(loop.time() + timeout_s)
             yield pb.SliceChunk(chunk=chunk)
             done += len(chunk.data)
             progress(Progress("sending slice", done, manifest.nbytes, detail=f"rank {rank}"))
 
-    return (await client.put_slice(chunks())).bytes_written
+    try:
+        async with asyncio.timeout(timeout_s) as deadline:
+            return (await client.put_slice(chunks())).bytes_written
+    except TimeoutError as exc:
+        raise PeerLostError(
+            f"peer {client.peer_id}: took no data of its slice for {timeout_s:g} s; it, its disk "
+            "or its link hangs"
+        ) from exc
 
 
 def _next_chunk(pieces: Iterator[tuple[int, int, memoryview]]) -> pb.BlockChunk | None:

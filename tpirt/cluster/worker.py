@@ -7,23 +7,25 @@ import zlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 
+from tpirt.cluster.cancellation import in_thread
 from tpirt.cluster.machine import (
     available_bytes,
     has_bfloat16,
     host_id,
     resident_bytes,
 )
-from tpirt.cluster.rank import Limits, RankRuntime
+from tpirt.cluster.rank import DTYPES, Limits, RankRuntime
 from tpirt.collectives.base import StepAborted
 from tpirt.collectives.star import StarWorker
 from tpirt.config import ModelConfig
 from tpirt.errors import HandshakeError, PeerLostError, StoreError, TpirtError, TransportError
+from tpirt.parallel.sharding import rank_blocks
 from tpirt.transport.base import Channel
 from tpirt.transport.codec import PROTOCOL_VERSION, Frame, read_tensor
 from tpirt.transport.pb import tpirt_pb2 as pb
 from tpirt.types import Progress
 from tpirt.version import __version__
-from tpirt.weights.store import Manifest, SliceStore, SliceWriter
+from tpirt.weights.store import Manifest, SliceStore, SliceWriter, StoredSlice
 
 Log = Callable[[str], None]
 
@@ -63,14 +65,17 @@ class Worker:
 
     async def put_slice(self, chunks: AsyncIterator[pb.SliceChunk]) -> pb.PutSliceReply:
         """See :class:`tpirt.transport.base.PeerService`."""
+        if self._master is not None:  # it may be reading these very files
+            raise HandshakeError(f"it serves {self._master} already")
         first = await anext(aiter(chunks), None)
         if first is None or first.WhichOneof("body") != "manifest":
             raise TransportError("a slice must begin with its manifest")
         manifest = Manifest.from_json(first.manifest)
-        with await asyncio.to_thread(self._store.write, manifest) as writer:
+        # Each call in a thread ends before the writer is left, also when the master goes away.
+        with self._store.write(manifest) as writer:
             async for message in chunks:
-                await asyncio.to_thread(_write_chunk, writer, message.chunk)
-            stored = await asyncio.to_thread(writer.commit)
+                await in_thread(_write_chunk, writer, message.chunk)
+            stored = await in_thread(writer.commit)
         self._log(f"received slice {manifest.slice_id} of {manifest.model}: {stored.path}")
         return pb.PutSliceReply(bytes_written=manifest.nbytes)
 
@@ -95,7 +100,7 @@ class Worker:
     async def _serve(self, channel: Channel) -> None:
         frame = await channel.recv(_LONGEST_SILENCE_S)
         try:
-            setup = _check_setup(frame)
+            setup = _checked_setup(frame)
             runtime = self._prepare(setup, channel)
         except TpirtError as exc:
             await _report(channel, 0, exc)
@@ -116,6 +121,7 @@ class Worker:
                 f"its slice is of model {stored.manifest.fingerprint}, the master runs "
                 f"{setup.model_fingerprint}; remove {stored.path}"
             )
+        _check_slice(stored, config)
         own, asked = self._memory_bytes, setup.memory_bytes or None
         limits = Limits(
             window_blocks=setup.window_blocks or None,
@@ -144,6 +150,7 @@ async def serve_step(runtime: RankRuntime, channel: Channel, frame: Frame) -> No
     step = frame.header.step
     try:
         shape = (step.tokens, runtime.decoder.config.hidden_size)
+        runtime.check_step(step.start, step.tokens, step.rope_length)
         hidden = read_tensor(frame.payload, pb.FLOAT32, shape)
         await runtime.step(step.step, hidden, step.start, step.rope_length)
     except StepAborted:
@@ -155,10 +162,16 @@ async def serve_step(runtime: RankRuntime, channel: Channel, frame: Frame) -> No
 
 
 async def _serve_steps(runtime: RankRuntime, channel: Channel) -> None:
+    last_step = 0
     while True:
         frame = await channel.recv()
         match frame.kind:
             case "step":
+                if frame.header.step.step <= last_step:
+                    raise TransportError(
+                        f"expected a step after {last_step}, got {frame.header.step.step}; refused"
+                    )
+                last_step = frame.header.step.step
                 await serve_step(runtime, channel, frame)
             case "stats_request":
                 stats = asdict(runtime.stats(frame.header.stats_request.reset))
@@ -171,7 +184,7 @@ async def _serve_steps(runtime: RankRuntime, channel: Channel) -> None:
             case "abort":
                 pass  # the step was over here already
             case kind:
-                raise TransportError(f"{channel.peer_id}: {kind} between steps")
+                raise TransportError(f"{channel.peer_id}: {kind} between steps; refused")
 
 
 async def _load(runtime: RankRuntime, channel: Channel) -> None:
@@ -201,7 +214,7 @@ async def _load(runtime: RankRuntime, channel: Channel) -> None:
     await channel.send(Frame(pb.FrameHeader(ready=ready)))
 
 
-def _check_setup(frame: Frame) -> pb.Setup:
+def _checked_setup(frame: Frame) -> pb.Setup:
     if frame.kind != "setup":
         raise TransportError(f"a session must begin with its setup, got {frame.kind}")
     setup = frame.header.setup
@@ -210,7 +223,30 @@ def _check_setup(frame: Frame) -> pb.Setup:
             f"it speaks protocol {PROTOCOL_VERSION}, the master {setup.protocol_version}; "
             "install the same tpirt on both"
         )
+    if not 1 <= setup.rank < setup.world_size or not setup.chunk_tokens or not setup.timeout_ms:
+        raise TransportError(
+            f"a setup that makes no sense: rank {setup.rank} of {setup.world_size}, chunks of "
+            f"{setup.chunk_tokens} tokens, timeout {setup.timeout_ms} ms"
+        )
     return setup
+
+
+def _check_slice(stored: StoredSlice, config: ModelConfig) -> None:
+    """Check that a slice's files are those which its manifest's model, dtype and shard ask for."""
+    manifest = stored.manifest
+    try:
+        blocks = rank_blocks(config, manifest.shard, DTYPES[manifest.dtype])
+        asked = Manifest.plan(
+            manifest.fingerprint, manifest.model, manifest.dtype, manifest.shard, blocks
+        )
+    except (KeyError, ValueError, IndexError) as exc:
+        raise StoreError(f"{stored.path}: no slice of this model ({exc}); remove it") from exc
+    found = [(block.name, block.nbytes) for block in manifest.blocks]
+    if (manifest.slice_id, found) != (
+        asked.slice_id,
+        [(block.name, block.nbytes) for block in asked.blocks],
+    ):
+        raise StoreError(f"{stored.path}: its files are not those of this model; remove it")
 
 
 def _write_chunk(writer: SliceWriter, chunk: pb.BlockChunk) -> None:

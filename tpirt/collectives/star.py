@@ -13,7 +13,7 @@ import torch
 
 from tpirt import errors
 from tpirt.collectives.base import StepAborted
-from tpirt.errors import PeerError, TpirtError, TransportError
+from tpirt.errors import PeerError, PeerLostError, TpirtError, TransportError
 from tpirt.ops.buffers import tensor_bytes
 from tpirt.stopwatch import Stopwatch
 from tpirt.transport.base import Channel
@@ -33,6 +33,7 @@ class StarMaster:
         self._timeout_s = timeout_s
         self._step = 0
         self._seq = 0
+        self._complete = 0  # the last step that came to its end
 
     def begin(self, step: int) -> None:
         """See :class:`tpirt.collectives.base.Communicator`."""
@@ -43,7 +44,7 @@ class StarMaster:
         with self.clock.running():
             total = await self._gather(partial)
             header = pb.FrameHeader(reduced=tensor_header(self._step, self._seq, total))
-            await send_all(self._channels, Frame(header, tensor_bytes(total)))
+            await send_all(self._channels, Frame(header, tensor_bytes(total)), self._timeout_s)
             self._seq += 1
             return total
 
@@ -51,7 +52,7 @@ class StarMaster:
         """See :class:`tpirt.collectives.base.Communicator`."""
         with self.clock.running():
             total = await self._gather(partial)
-            self._seq += 1
+            self._complete = self._step
             return total
 
     async def _gather(self, total: torch.Tensor) -> torch.Tensor:
@@ -66,17 +67,21 @@ class StarMaster:
         while True:
             frame = await channel.recv(self._timeout_s)
             if frame.kind == "partial":
-                # What a worker had sent before it heard that its step was given up.
-                if frame.header.partial.step < self._step:
+                if self._is_leftover(frame.header.partial.step):
                     continue
                 return frame
             if frame.kind == "error":
-                if frame.header.error.step < self._step:
+                if self._is_leftover(frame.header.error.step):
                     continue
                 raise remote_error(frame.header.error, channel.peer_id)
             raise TransportError(
-                f"{channel.peer_id}: expected a partial of step {self._step}, got {frame.kind}"
+                f"peer {channel.peer_id}: expected a partial of step {self._step}, "
+                f"got {frame.kind}; refused"
             )
+
+    def _is_leftover(self, step: int) -> bool:
+        """Tell what a worker sent before it heard that its step was given up."""
+        return self._complete < step < self._step
 
 
 class StarWorker:
@@ -111,7 +116,7 @@ class StarWorker:
     async def _send(self, partial: torch.Tensor) -> pb.Tensor:
         header = tensor_header(self._step, self._seq, partial)
         frame = Frame(pb.FrameHeader(partial=header), tensor_bytes(partial))
-        await self._channel.send(frame)
+        await _send(self._channel, frame, self._timeout_s)
         self._seq += 1
         return header
 
@@ -125,20 +130,24 @@ class StarWorker:
                     continue
                 raise StepAborted
             raise TransportError(
-                f"{self._channel.peer_id}: expected the sum of step {self._step}, got {frame.kind}"
+                f"peer {self._channel.peer_id}: expected the sum of step {self._step}, "
+                f"got {frame.kind}; refused"
             )
 
 
-async def send_all(channels: Sequence[Channel], frame: Frame) -> None:
+async def send_all(channels: Sequence[Channel], frame: Frame, timeout_s: float) -> None:
     """Send one frame to every channel, side by side.
 
     All sends have ended when it returns or raises.
+
+    Raises:
+        PeerLostError: a peer is gone, or took nothing for ``timeout_s``; the first by rank.
     """
     if len(channels) == 1:
-        await channels[0].send(frame)
+        await _send(channels[0], frame, timeout_s)
         return
-    results = await asyncio.gather(*(c.send(frame) for c in channels), return_exceptions=True)
-    for result in results:
+    sends = (_send(channel, frame, timeout_s) for channel in channels)
+    for result in await asyncio.gather(*sends, return_exceptions=True):
         if isinstance(result, BaseException):
             raise result
 
@@ -151,14 +160,26 @@ def remote_error(error: pb.Error, peer_id: str) -> TpirtError:
     return kind(f"peer {peer_id}: {error.message}")
 
 
+async def _send(channel: Channel, frame: Frame, timeout_s: float) -> None:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await channel.send(frame)
+    except TimeoutError as exc:
+        raise PeerLostError(
+            f"peer {channel.peer_id}: took no data for {timeout_s:g} s; it hangs, or its link does"
+        ) from exc
+
+
 def _checked(got: pb.Tensor, frame: Frame, expected: pb.Tensor, peer_id: str) -> torch.Tensor:
     if got != expected:
         raise TransportError(
-            f"{peer_id}: expected step {expected.step} collective {expected.seq} "
+            f"peer {peer_id}: expected step {expected.step} collective {expected.seq} "
             f"{list(expected.shape)} dtype {expected.dtype}, got step {got.step} collective "
             f"{got.seq} {list(got.shape)} dtype {got.dtype}; refused"
         )
     try:
         return read_tensor(frame.payload, got.dtype, tuple(got.shape))
     except TransportError as exc:
-        raise TransportError(f"{peer_id}: step {got.step} collective {got.seq}: {exc}") from exc
+        raise TransportError(
+            f"peer {peer_id}: step {got.step} collective {got.seq}: {exc}; refused"
+        ) from exc

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import cast
 
 from tpirt.engine.engine import Engine
 from tpirt.text import continue_chat
@@ -64,7 +63,7 @@ class Conversation:
         answer = ""
         try:
             answering = self._engine.generate(prompt_ids, params, progress)
-            async with aclosing(cast("AsyncGenerator[Token, None]", answering)) as tokens:
+            async with aclosing(answering) as tokens:
                 async for token in tokens:
                     ids.append(token.id)
                     answer += token.text

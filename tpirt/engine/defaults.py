@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tpirt.errors import CheckpointError
+from tpirt.engine.sampler import check_params
+from tpirt.errors import CheckpointError, ConfigError
 from tpirt.types import SamplingParams
 
 
@@ -40,6 +41,7 @@ class GenerationDefaults:
 
 
 def _sampling(path: Path, generation: dict[str, Any]) -> SamplingParams:
+    file = path / "generation_config.json"
     values: dict[str, float] = {"repetition_penalty": 1.0}
     if generation.get("do_sample"):
         # transformers' own defaults of what the file leaves out
@@ -49,11 +51,16 @@ def _sampling(path: Path, generation: dict[str, Any]) -> SamplingParams:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(
-                f"{path / 'generation_config.json'}: {name}: expected a number, got {value!r}"
-            )
+            raise CheckpointError(f"{file}: {name}: expected a number, got {value!r}")
+        if name == "top_k" and value != value // 1:
+            raise CheckpointError(f"{file}: top_k: expected a whole number, got {value!r}")
         values[name] = int(value) if name == "top_k" else float(value)
-    return SamplingParams(**values)  # type: ignore[arg-type]
+    params = SamplingParams(**values)  # type: ignore[arg-type]
+    try:
+        check_params(params)
+    except ConfigError as exc:
+        raise CheckpointError(f"{file}: {exc}") from exc
+    return params
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -61,7 +68,7 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise CheckpointError(f"{path}: {exc}; copy the file again") from exc
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object")

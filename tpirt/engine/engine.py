@@ -7,8 +7,9 @@ sampling stay in here, on the master; what leaves is hidden states.
 from __future__ import annotations
 
 import asyncio
+import operator
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from tpirt.config import ModelConfig
 from tpirt.engine.defaults import GenerationDefaults
 from tpirt.engine.dtype import ChosenDtype, choose_dtype
 from tpirt.engine.sampler import Sampler, check_params
-from tpirt.errors import ConfigError, RequestError
+from tpirt.errors import ConfigError, MemoryLimitError, RequestError
 from tpirt.model.memory import RankPlan, choose_chunk_tokens, plan_rank
 from tpirt.parallel.partition import make_plan
 from tpirt.text import StopMatcher, Tokenizer
@@ -42,11 +43,13 @@ from tpirt.types import (
 )
 from tpirt.weights.checkpoint import Checkpoint, check_tensors, resolve_tied
 from tpirt.weights.store import SliceStore, default_store
+from tpirt.weights.window import MIN_SLOTS
 
 Prompt = str | Sequence[int] | Sequence[Message]
 
 BUNDLED_MODEL = Path(__file__).parent.parent / "demo"
 DEFAULT_TIMEOUT_S = 60.0
+MAX_TIMEOUT_S = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,7 @@ class Engine:
         path = Path(model) if model is not None else BUNDLED_MODEL
         if peers and local != 1:
             raise ConfigError("local and peers exclude each other: give one of them")
+        _check_options(window, memory_bytes, threads, chunk_tokens, timeout_s)
         world_size = len(peers) + 1 if peers else local
         async with AsyncExitStack() as stack:
             model_dir = await asyncio.to_thread(open_model, path)
@@ -155,6 +159,7 @@ class Engine:
                 progress(Progress("starting peers", 0, local - 1, "peers"))
                 started = LocalPeers(local - 1, threads, str(store) if store else None)
                 peers = (await stack.enter_async_context(started)).addresses
+                progress(Progress("starting peers", local - 1, local - 1, "peers"))
             clients = [GrpcPeerClient(p) if isinstance(p, str) else p for p in peers]
             group = Group(clients, timeout_s)
             stack.push_async_callback(group.aclose)
@@ -206,16 +211,23 @@ class Engine:
         """
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        if prompt and isinstance(prompt[0], Message):
-            return self.tokenizer.encode_chat([m for m in prompt if isinstance(m, Message)])
-        return [i for i in prompt if isinstance(i, int)]
+        messages = [m for m in prompt if isinstance(m, Message)]
+        if messages and len(messages) == len(prompt):
+            return self.tokenizer.encode_chat(messages)
+        try:
+            return [operator.index(i) for i in prompt]  # type: ignore[arg-type]
+        except TypeError as exc:
+            raise RequestError(
+                "prompt: expected a text, a list of messages or a list of token ids, got a list "
+                f"with something else in it ({exc})"
+            ) from exc
 
     async def generate(
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
         progress: ProgressCallback = ignore_progress,
-    ) -> AsyncIterator[Token]:
+    ) -> AsyncGenerator[Token, None]:
         """Yield tokens until an end token, a stop string or ``max_tokens``.
 
         What the prompt shares with the previous request's tokens is not computed again. Cancelled
@@ -396,6 +408,33 @@ def open_model(path: Path) -> Model:
         checkpoint.close()
         raise
     return Model(config, checkpoint, tokenizer, defaults)
+
+
+def _check_options(
+    window: int | None,
+    memory_bytes: int | None,
+    threads: int | None,
+    chunk_tokens: int | None,
+    timeout_s: float,
+) -> None:
+    if window is not None and window < MIN_SLOTS:
+        raise MemoryLimitError(
+            f"window {window}: at least {MIN_SLOTS} blocks are needed, one in use and one being "
+            "read"
+        )
+    for name, value, most in (
+        ("window", window, 2**31 - 1),
+        ("memory_bytes", memory_bytes, 2**63 - 1),
+        ("threads", threads, 1024),
+        ("chunk_tokens", chunk_tokens, 2**31 - 1),
+    ):
+        if value is not None and not 1 <= value <= most:
+            raise ConfigError(f"{name}: expected a number from 1 to {most}, got {value}")
+    if not 0 < timeout_s <= MAX_TIMEOUT_S:
+        raise ConfigError(
+            f"timeout_s: expected a number of seconds above 0, at most {MAX_TIMEOUT_S:g}, "
+            f"got {timeout_s}"
+        )
 
 
 @contextmanager

@@ -54,8 +54,9 @@ def apportion(total: int, weights: Sequence[float], minimum: int = 1) -> list[in
 
     Largest remainder; ties go to the lower rank, so the result is deterministic.
     """
-    scale = total / sum(weights)
-    quotas = [weight * scale for weight in weights]
+    largest = max(weights)  # dividing by it, no sum or quotient of extreme weights overflows
+    shares = [weight / largest for weight in weights]
+    quotas = [total * share / sum(shares) for share in shares]
     counts = [max(minimum, int(quota)) for quota in quotas]
     ranks = range(len(counts))
     while sum(counts) < total:

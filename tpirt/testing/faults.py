@@ -180,3 +180,6 @@ class _Garbage:
 
     def SerializeToString(self) -> bytes:  # noqa: N802
         return b"\xff" * 23
+
+    def WhichOneof(self, _: str) -> None:  # noqa: N802
+        return None

@@ -58,7 +58,8 @@ def decode_frame(data: bytes) -> Frame:
     while position < len(view):
         tag = view[position]
         length, start = _read_varint(view, position + 1)
-        if tag not in (_HEADER_TAG, _PAYLOAD_TAG) or start + length > len(view):
+        known = tag in (_HEADER_TAG, _PAYLOAD_TAG) and tag not in fields
+        if not known or start + length > len(view):
             raise TransportError(f"malformed frame of {len(view)} bytes at byte {position}")
         fields[tag] = view[start : start + length]
         position = start + length
@@ -67,6 +68,14 @@ def decode_frame(data: bytes) -> Frame:
     except DecodeError as exc:
         raise TransportError(f"malformed frame header: {exc}") from exc
     return Frame(header, fields.get(_PAYLOAD_TAG, b""))
+
+
+def received_frame(data: bytes, peer_id: str) -> Frame:
+    """Parse what came from a peer; as :func:`decode_frame`, and the error names the peer."""
+    try:
+        return decode_frame(data)
+    except TransportError as exc:
+        raise TransportError(f"peer {peer_id}: {exc}; refused") from exc
 
 
 def tensor_header(step: int, seq: int, tensor: torch.Tensor) -> pb.Tensor:
@@ -91,6 +100,8 @@ def read_tensor(payload: memoryview | bytes, dtype: int, shape: tuple[int, ...])
             f"tensor {shape} of {kind}: expected {expected} bytes, got {len(payload)}"
         )
     if not expected:
+        if max(shape) >> 31:
+            raise TransportError(f"tensor {shape} of {kind}: no such shape")
         return torch.empty(shape, dtype=kind)
     # frombuffer on a read-only buffer warns; the copy costs less than the wire did.
     return torch.frombuffer(bytearray(payload), dtype=kind).view(shape)

@@ -27,7 +27,7 @@ from tpirt.errors import (
     TransportError,
 )
 from tpirt.transport.base import PeerService
-from tpirt.transport.codec import Frame, decode_frame, encode_frame
+from tpirt.transport.codec import Frame, encode_frame, received_frame
 from tpirt.transport.pb import tpirt_pb2 as pb
 
 _T = TypeVar("_T")
@@ -70,9 +70,11 @@ class GrpcChannel:
         self.bytes_sent = 0
         self.bytes_received = 0
         self._call = call
+        self._closed = False
 
     async def send(self, frame: Frame) -> None:
         """See :class:`tpirt.transport.base.Channel`."""
+        self._check_open()
         data = encode_frame(frame)
         try:
             await self._call.write(data)
@@ -82,9 +84,10 @@ class GrpcChannel:
 
     async def recv(self, timeout_s: float | None = None) -> Frame:
         """See :class:`tpirt.transport.base.Channel`."""
+        self._check_open()
         try:
             async with asyncio.timeout(timeout_s):
-                data = await self._call.read()
+                data = await self._read()
         except TimeoutError as exc:
             raise PeerLostError(
                 f"peer {self.peer_id}: said nothing for {timeout_s:g} s; it hangs, or its link does"
@@ -94,13 +97,32 @@ class GrpcChannel:
         if data is grpc.aio.EOF:
             raise await self._lost(None)
         self.bytes_received += len(data)
-        return decode_frame(data)
+        return received_frame(data, self.peer_id)
 
     async def aclose(self) -> None:
-        """See :class:`tpirt.transport.base.Channel`."""
+        """See :class:`tpirt.transport.base.Channel`.
+
+        On a worker's side the stream itself ends when the service's ``session`` returns.
+        """
+        self._closed = True
         cancel = getattr(self._call, "cancel", None)
         if cancel is not None:
             cancel()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise PeerLostError(f"peer {self.peer_id}: the channel is closed")
+
+    async def _read(self) -> Any:
+        """Read, and tell our task's cancellation from that of the call, which looks the same."""
+        try:
+            return await self._call.read()
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._closed and task is not None and not task.cancelling():
+                self._check_open()
+            self._closed = True  # a cancelled read has torn the stream down
+            raise
 
     async def _lost(self, exc: BaseException | None) -> PeerLostError:
         details = ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from tpirt.errors import PeerLostError
-from tpirt.transport.codec import Frame, decode_frame, encode_frame
+from tpirt.transport.codec import Frame, encode_frame, received_frame
 
 
 class MemoryChannel:
@@ -38,7 +38,7 @@ class MemoryChannel:
             self._inbox.put_nowait(b"")  # every later call fails too
             raise PeerLostError(f"{self.peer_id}: left")
         self.bytes_received += len(data)
-        return decode_frame(data)
+        return received_frame(data, self.peer_id)
 
     async def aclose(self) -> None:
         """See :class:`tpirt.transport.base.Channel`."""

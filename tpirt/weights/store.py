@@ -7,10 +7,13 @@ whatever the plan that asks for it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +30,8 @@ from tpirt.weights.layout import file_bytes
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _PARTIAL = ".partial-"
+_SLICE_ID = re.compile(r"[0-9a-f]{24}")
+_BLOCK_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,99}", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,8 @@ class Manifest:
         """Parse a manifest.
 
         Raises:
-            StoreError: not a manifest, or one of another format version.
+            StoreError: not a manifest, one of another format version, or one whose names lead
+                outside its folder.
         """
         try:
             fields: dict[str, Any] = json.loads(text)
@@ -92,9 +98,7 @@ class Manifest:
             manifest = cls(shard=Shard(**spans, first=first), blocks=blocks, **fields)
         except (ValueError, KeyError, TypeError, AttributeError) as exc:
             raise StoreError(f"not a slice manifest: {exc}") from exc
-        for block in manifest.blocks:
-            if Path(block.file).name != block.file or block.name.startswith("."):
-                raise StoreError(f"slice manifest names a file outside its folder: {block.file!r}")
+        _check_names(manifest)
         return manifest
 
 
@@ -124,13 +128,23 @@ class SliceStore:
     def find(self, slice_id: str) -> StoredSlice | None:
         """Look a slice up by id, in the store's folder itself and in the folders within it.
 
-        Files are checked by presence and size.
+        Files are checked by presence and size. What is no manifest of ours is passed by, except
+        in the slice's own folder.
 
         Raises:
-            StoreError: the slice is there but a file of it is missing or of a wrong size.
+            StoreError: the slice is there but damaged: its manifest broken, or a file of it
+                missing or of a wrong size.
         """
-        for folder in (self.root / slice_id, self.root, *self._folders()):
-            manifest = _read_manifest(folder)
+        if not _SLICE_ID.fullmatch(slice_id):
+            raise StoreError(f"slice id {slice_id!r}: expected 24 hexadecimal digits")
+        own = self.root / slice_id
+        for folder in (own, self.root, *self._folders()):
+            try:
+                manifest = _read_manifest(folder)
+            except StoreError:
+                if folder == own:
+                    raise
+                continue
             if manifest is not None and manifest.slice_id == slice_id:
                 _check_files(folder, manifest)
                 return StoredSlice(folder, manifest)
@@ -157,7 +171,6 @@ class SliceWriter:
     def __init__(self, store: SliceStore, manifest: Manifest):
         self.manifest = manifest
         self._root = store.root
-        self._path = store.root / f"{_PARTIAL}{manifest.slice_id}-{os.getpid()}"
         self._done: list[BlockFile] = []
         self._file: BinaryIO | None = None
         self._digest = hashlib.sha256()
@@ -171,8 +184,10 @@ class SliceWriter:
                     f"{self._root}: the slice needs {manifest.nbytes:,} bytes, the disk has "
                     f"{free:,} free; make room or choose another --store"
                 )
-            shutil.rmtree(self._path, ignore_errors=True)
-            self._path.mkdir()
+            # A folder of its own: the same slice may be coming from two sides at once.
+            prefix, suffix = f"{_PARTIAL}{manifest.slice_id}-", f"-{os.getpid()}"
+            self._path = Path(tempfile.mkdtemp(suffix, prefix, self._root))
+            self._path.chmod(0o755)
         except OSError as exc:
             raise _write_error(self._root, exc) from exc
 
@@ -183,7 +198,8 @@ class SliceWriter:
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk refuses what is still buffered
+                self._file.close()
         shutil.rmtree(self._path, ignore_errors=True)
 
     def write(self, block: int, offset: int, data: bytes | memoryview) -> None:
@@ -241,6 +257,20 @@ class SliceWriter:
         self._file.close()
         self._done.append(BlockFile(entry.name, entry.nbytes, self._digest.hexdigest()))
         self._file, self._offset, self._digest = None, 0, hashlib.sha256()
+
+
+def _check_names(manifest: Manifest) -> None:
+    """Refuse what would be written outside the slice's folder: a manifest may be a stranger's."""
+    if not (isinstance(manifest.slice_id, str) and _SLICE_ID.fullmatch(manifest.slice_id)):
+        raise StoreError(f"slice manifest with an id that is none: {manifest.slice_id!r}")
+    names = [block.name for block in manifest.blocks]
+    for block in manifest.blocks:
+        if not (isinstance(block.name, str) and _BLOCK_NAME.fullmatch(block.name)):
+            raise StoreError(f"slice manifest names a file outside its folder: {block.name!r}")
+        if type(block.nbytes) is not int or block.nbytes <= 0:
+            raise StoreError(f"slice manifest: {block.name} of {block.nbytes!r} bytes")
+    if not names or len(set(names)) < len(names):
+        raise StoreError("slice manifest: expected blocks of different names")
 
 
 def _read_manifest(folder: Path) -> Manifest | None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tpirt.errors import MemoryLimitError, StoreError, TpirtError
+from tpirt.errors import MemoryLimitError, StoreError
 from tpirt.ops.buffers import page_buffer, tensor_bytes
 from tpirt.parallel.sharding import Block
 from tpirt.stopwatch import Stopwatch
@@ -78,7 +78,9 @@ def plan_window(
             f"{format_bytes(max(0, budget_bytes))} are left for weights, but two blocks of up to "
             f"{format_bytes(slot)} need {format_bytes(MIN_SLOTS * slot)}"
         )
-    spare = budget_bytes - slots * slot if max_blocks is None else 0
+    # Fewer than the best number of slots leave less than a slot over, and pinning that little
+    # would make a smaller budget pin what a larger one does not.
+    spare = budget_bytes - slots * slot if slots == _BEST_SLOTS and max_blocks is None else 0
     return WindowPlan(_pin(sizes, spare), slots, slot)
 
 
@@ -107,7 +109,7 @@ class _Entry:
     buffer: torch.Tensor
     done: bool = False
     wanted: bool = True
-    error: TpirtError | None = None
+    error: Exception | None = None
 
 
 class Window:
@@ -138,7 +140,7 @@ class Window:
         self._sizes = [block.nbytes for block in blocks]
         self._condition = threading.Condition()
         self._resident: dict[int, Tensors] = {}
-        self._errors: dict[int, TpirtError] = {}
+        self._errors: dict[int, Exception] = {}
         self._ring: deque[_Entry] = deque()  # streamed blocks, in the order of reading
         self._in_use: dict[int, _Entry] = {}
         self._free: list[torch.Tensor] = []
@@ -279,6 +281,7 @@ class Window:
             if index not in plan.pinned:
                 del self._resident[index]
         self._ring.clear()
+        self._free.clear()  # first of all: old and new buffers together could exceed the budget
         self._free = [page_buffer(plan.slot_bytes) for _ in range(plan.slots)]
         self._cursor = 0
 
@@ -293,20 +296,17 @@ class Window:
                 self._current = entry
             try:
                 self._read(entry)
-            except TpirtError as exc:
+            except Exception as exc:  # whatever it is, it is the waiting consumer's to know
                 entry.error = exc
             with self._condition:
                 self._finish(entry)
+                entry = None  # its buffer may be given up from here on
 
     def _next(self) -> _Entry | None:
         """Choose what is needed first: a pinned block not read yet, or the next streamed one."""
         count = len(self.blocks)
         pinned = min(
-            (
-                i
-                for i in self.plan.pinned
-                if i not in self._resident and i not in self._errors
-            ),
+            (i for i in self.plan.pinned if i not in self._resident and i not in self._errors),
             key=lambda i: (i - self._position) % count,
             default=None,
         )
@@ -315,7 +315,7 @@ class Window:
             streamed is None
             or (pinned - self._position) % count < (streamed - self._position) % count
         ):
-            return _Entry(pinned, page_buffer(self._sizes[pinned]))
+            return _Entry(pinned, torch.empty(0, dtype=torch.uint8))
         if streamed is None:
             return None
         self._cursor = (streamed + 1) % count
@@ -335,9 +335,11 @@ class Window:
         path = self._stored.block_path(entry.index)
         block = self.blocks[entry.index]
         start = self._stored.manifest.blocks[entry.index].nbytes - block.nbytes
-        target = tensor_bytes(entry.buffer)[: block.nbytes]
         done = 0
         try:
+            if not len(entry.buffer):
+                entry.buffer = page_buffer(block.nbytes)
+            target = tensor_bytes(entry.buffer)[: block.nbytes]
             handle = os.open(path, os.O_RDONLY)
             try:
                 while done < block.nbytes:

@@ -1,0 +1,247 @@
+"""What reaches the streams: control characters, encodings, lines, the plan, plain input."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import InMemoryHistory
+
+from tpirt.chat.console import Console, is_capable, is_terminal, printable
+from tpirt.chat.plan_view import show_plan
+from tpirt.chat.prompt import CommandCompleter, clean, history_file, open_history
+from tpirt.chat.reader import PlainReader
+from tpirt.chat.status import is_lost
+from tpirt.cluster.group import PeerInfo
+from tpirt.cluster.rank import Limits
+from tpirt.config import ModelConfig
+from tpirt.engine.dtype import ChosenDtype
+from tpirt.engine.engine import LoadPlan
+from tpirt.errors import PeerLostError
+from tpirt.model.memory import PROCESS_BYTES, plan_rank
+from tpirt.parallel.partition import make_plan
+from tpirt.testing.models import make_model
+
+
+class Terminal(io.StringIO):
+    """Claims to be a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_printable_keeps_text_only() -> None:
+    every = "".join(map(chr, range(0x100)))
+    kept = "\t\n" + "".join(map(chr, [*range(0x20, 0x7F), *range(0xA0, 0x100)]))
+    assert printable(every) == kept
+    assert (
+        printable("a\x1b[31mb\x1b]0;t\x07\x9b2J\r\u00e9\U0001f44b")
+        == "a[31mb]0;t2J\u00e9\U0001f44b"
+    )
+
+
+def test_a_terminal_gets_no_commands_and_a_file_gets_all() -> None:
+    terminal, file = Terminal(), io.StringIO()
+    for stream in (terminal, file):
+        Console(stream, stream).stream("a\x1b[2Jb\x00")
+    assert terminal.getvalue() == "a[2Jb"
+    assert file.getvalue() == "a\x1b[2Jb\x00"
+
+
+def test_remarks_begin_on_a_line_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    both = Terminal()
+    console = Console(both, both)
+    console.stream("half a line")
+    console.complain("oh\nno")
+    console.stream("whole\n")
+    console.note("fine")
+    assert both.getvalue() == "half a line\nerror: oh no\nwhole\nfine\n"
+
+
+@pytest.mark.parametrize(("term", "no_color"), [("xterm", None), ("xterm", "1"), ("dumb", None)])
+def test_dim_only_where_it_shows(
+    monkeypatch: pytest.MonkeyPatch, term: str, no_color: str | None
+) -> None:
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    err = Terminal()
+    Console(io.StringIO(), err).note("quiet")
+    assert ("\x1b" in err.getvalue()) == (term == "xterm" and no_color is None)
+
+
+def test_what_the_encoding_lacks_becomes_a_question_mark() -> None:
+    raw = io.BytesIO()
+    out = io.TextIOWrapper(raw, encoding="ascii")
+    Console(out, io.StringIO()).stream("n\u00e9 \U0001f44b")
+    assert raw.getvalue() == b"n? ?"
+
+
+def test_kinds_of_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TERM", raising=False)
+    closed = Terminal()
+    closed.close()
+    assert not any(map(is_terminal, (None, io.StringIO(), closed)))
+    assert is_terminal(Terminal())
+    assert not is_capable(Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    assert is_capable(Terminal())
+
+
+# -- plan ------------------------------------------------------------------------------------
+
+
+def load_plan(
+    path: Path, ranks: int, window: int | None = None, memory_bytes: int | None = None
+) -> LoadPlan:
+    import torch
+
+    config = ModelConfig.from_dir(make_model(path, num_attention_heads=16, num_key_value_heads=4))
+    plan = make_plan(config, ranks)
+    peers = (PeerInfo(r, f"pi\x1b{r}", "host", None, 1 << 30, 1, False) for r in range(ranks))
+    return LoadPlan(
+        ChosenDtype("float32", "as asked"),
+        tuple(plan_rank(config, plan, r, torch.float32, 16) for r in range(ranks)),
+        tuple(peers),
+        (Limits(window, memory_bytes, 16, 1.0),) * ranks,
+    )
+
+
+def plan_lines(plan: LoadPlan) -> list[str]:
+    out = io.StringIO()
+    show_plan(plan, out)
+    assert "\x1b" not in out.getvalue()
+    return out.getvalue().splitlines()
+
+
+def test_plan_of_one(tmp_path: Path) -> None:
+    head, rank, dtype = plan_lines(load_plan(tmp_path, 1))
+    assert head.split()[:2] == ["rank", "peer"]
+    assert rank.split()[:5] == ["0", "pi0", "16", "4", "160"]
+    assert rank.endswith("none  resident")
+    assert dtype == "dtype float32 (as asked)"
+
+
+def test_plan_of_many_is_cut(tmp_path: Path) -> None:
+    lines = plan_lines(load_plan(tmp_path, 11))
+    assert len(lines) == 1 + 8 + 1 + 1
+    assert lines[-2] == "... and 3 more"
+
+
+@pytest.mark.parametrize(
+    ("window", "memory_bytes", "held"),
+    [
+        (2, None, "streamed, window 2 of 8 blocks"),
+        (8, None, "resident"),
+        (None, 1 << 30, "resident"),
+        (None, 100 << 20, "too little memory"),
+    ],
+)
+def test_how_weights_are_held(
+    tmp_path: Path, window: int | None, memory_bytes: int | None, held: str
+) -> None:
+    assert plan_lines(load_plan(tmp_path, 2, window, memory_bytes))[1].endswith(held)
+
+
+@pytest.mark.parametrize(
+    ("spare", "held"), [(0, "resident"), (-1, "streamed, window 3 of 7 blocks, ")]
+)
+def test_the_limit_decides(tmp_path: Path, spare: int, held: str) -> None:
+    rank = load_plan(tmp_path, 1).ranks[0]
+    need = PROCESS_BYTES + rank.activation_bytes + rank.weights_bytes
+    assert held in plan_lines(load_plan(tmp_path, 1, None, need + spare))[1]
+
+
+# -- input -----------------------------------------------------------------------------------
+
+
+async def read_all(reader: PlainReader) -> list[str]:
+    lines = []
+    while (line := await reader.read()) is not None:
+        lines.append(line)
+    return lines
+
+
+async def test_plain_lines_in_pieces() -> None:
+    ours, theirs = os.pipe()
+    reader = PlainReader(ours)
+    os.write(theirs, b"one\r\ntw")
+    assert await reader.read() == "one"
+    os.write(theirs, b"o\n\n\xc3\xa9\xff\xfe\nlast")
+    os.close(theirs)
+    assert await read_all(reader) == ["two", "", "\u00e9\ufffd\ufffd", "last"]
+    assert await reader.read() is None
+    os.close(ours)
+
+
+async def test_plain_lines_of_a_file_and_of_nothing(tmp_path: Path) -> None:
+    (tmp_path / "in").write_text("a\nb\n")
+    handle = os.open(tmp_path / "in", os.O_RDONLY)
+    assert await read_all(PlainReader(handle)) == ["a", "b"]
+    os.close(handle)
+    assert await read_all(PlainReader(None)) == []
+
+
+async def test_a_prompt_where_one_is_wanted() -> None:
+    ours, theirs = os.pipe()
+    shown = io.StringIO()
+    reader = PlainReader(ours, shown)
+    reader.interrupt()
+    os.write(theirs, b"a\n")
+    os.close(theirs)
+    assert await read_all(reader) == ["a"]
+    assert shown.getvalue() == "\n(/exit or Ctrl-D leaves)\n> > > \n"
+    os.close(ours)
+
+
+def completions(text: str) -> list[str]:
+    found = CommandCompleter().get_completions(Document(text), CompleteEvent())
+    return [completion.text for completion in found]
+
+
+def test_completion(tmp_path: Path) -> None:
+    assert completions("/s") == ["/system ", "/set ", "/stats", "/save "]
+    assert completions("/set te") == ["temperature"]
+    assert completions("hello /s") == completions("/stats t") == completions("") == []
+    (tmp_path / "talk.json").write_text("")
+    assert completions(f"/load {tmp_path}/ta") == ["lk.json"]
+
+
+def test_bytes_that_are_no_utf8() -> None:
+    assert clean("a\udcff\u00e9") == "a\ufffd\u00e9"
+
+
+def test_history_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    file = history_file()
+    assert file == tmp_path / "tpirt" / "history"
+    history = open_history(file)
+    history.append_string("two\nlines")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert list(open_history(file).load_history_strings()) == ["two\nlines"]
+    file.unlink()
+    file.parent.rmdir()
+    history.append_string("lost")  # its folder went away: the chat goes on
+
+
+def test_history_where_none_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert history_file() == tmp_path / ".local/state/tpirt/history"
+    (tmp_path / "tpirt").write_text("in the way")
+    assert isinstance(open_history(tmp_path / "tpirt" / "history"), InMemoryHistory)
+    assert isinstance(open_history(None), InMemoryHistory)
+
+
+def test_who_is_lost() -> None:
+    peer = PeerInfo(1, "pi:1", "host", None, 0, 1, False)
+    assert not is_lost(peer, None)
+    assert is_lost(peer, PeerLostError("pi:1: connection lost"))
+    assert not is_lost(peer, PeerLostError("pi:11: connection lost"))

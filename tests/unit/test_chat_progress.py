@@ -1,0 +1,139 @@
+"""Progress on terminals and elsewhere, with a clock of the test's own."""
+
+from __future__ import annotations
+
+import io
+import threading
+
+import pytest
+
+from tpirt.chat.progress import ConsoleProgress
+from tpirt.types import Progress
+
+
+class Terminal(io.StringIO):
+    """Claims to be a terminal, and tells when something was written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = threading.Event()
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        count = super().write(text)
+        self.written.set()
+        return count
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def work(progress: ConsoleProgress, clock: Clock, seconds: int, stage: str = "slicing") -> None:
+    for second in range(seconds + 1):
+        progress(Progress(stage, second << 20, seconds << 20, detail="rank 0"))
+        clock.now += 1
+
+
+def test_elsewhere_a_line_now_and_then() -> None:
+    out, clock = io.StringIO(), Clock()
+    progress = ConsoleProgress(stream=out, clock=clock)
+    work(progress, clock, 2)
+    assert out.getvalue() == ""
+    work(progress, clock, 12, "sending slice")
+    assert out.getvalue().splitlines() == [
+        "sending slice, rank 0: 3 MiB of 12 MiB",
+        "sending slice, rank 0: 8 MiB of 12 MiB",
+    ]
+
+
+def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    out, clock = Terminal(), Clock()
+    with ConsoleProgress(stream=out, clock=clock) as progress:
+        progress(Progress("starting peers", 0, 1, "peers"))
+        clock.now += 4
+        progress(Progress("starting peers", 0, 1, "peers"))
+        clock.now += 9
+        progress(Progress("waiting", 0, 0))
+        clock.now += 9
+        progress(Progress("waiting", 0, 0))
+    assert out.getvalue() == "starting peers: 0 of 1 peers\nwaiting: ...\n"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_quiet(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    out, clock = Terminal() if terminal else io.StringIO(), Clock()
+    with ConsoleProgress(quiet=True, stream=out, clock=clock) as progress:
+        work(progress, clock, 60)
+    assert out.getvalue() == ""
+
+
+def test_what_is_over_at_once_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    out = Terminal()
+    with ConsoleProgress(stream=out) as progress:
+        for rank in range(20):
+            progress(Progress("loading weights", 5, 5, detail=f"rank {rank}"))
+        progress(Progress("prefill", 0, 9, "tokens"))
+        progress(Progress("prefill", 9, 9, "tokens"))
+    assert out.getvalue() == ""
+
+
+@pytest.mark.parametrize("by_itself", [True, False])
+def test_what_lasts_is_shown_and_erased(monkeypatch: pytest.MonkeyPatch, by_itself: bool) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    out = Terminal()
+    progress = ConsoleProgress(stream=out)
+    reports = [Progress("slicing", 1 << 20, 4 << 20, detail=f"rank {r}") for r in range(2)]
+    threads = [threading.Thread(target=progress, args=[report]) for report in reports]
+    for thread in threads:
+        thread.start()
+    assert out.written.wait(30)
+    for thread in threads:
+        thread.join()
+    if by_itself:
+        for rank in range(2):
+            progress(Progress("slicing", 4 << 20, 4 << 20, detail=f"rank {rank}"))
+    else:
+        progress.close()
+    drawn = out.getvalue()
+    assert "slicing, rank 0" in drawn
+    assert "1 MiB of 4 MiB" in drawn
+    assert drawn.rstrip("\r").endswith("\x1b[2K")  # the last thing done is to erase a line
+    assert "\x1b[?25l" not in drawn  # and the cursor was never hidden
+    progress.close()
+    assert out.getvalue() == drawn
+
+
+def test_a_new_stage_replaces_the_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    out = Terminal()
+    with ConsoleProgress(stream=out) as progress:
+        progress(Progress("starting peers", 0, 3, "peers"))
+        assert out.written.wait(30)
+        progress(Progress("loading weights", 1, 4, detail="rank 0"))
+        progress._show.close()  # type: ignore[union-attr]
+    assert "loading weights" in out.getvalue().rpartition("\r")[0]
+    last = out.getvalue().rpartition("loading weights")[2]
+    assert "starting peers" not in last
+
+
+def test_many_ranks_have_few_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    out = Terminal()
+    with ConsoleProgress(stream=out) as progress:
+        for rank in range(20):
+            progress(Progress("loading weights", 1, 4, detail=f"rank {rank}"))
+        assert out.written.wait(30)
+    assert "rank 7 " in out.getvalue()
+    assert "rank 8 " not in out.getvalue()

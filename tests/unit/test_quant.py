@@ -1,0 +1,532 @@
+"""Quantized weights: the rounding only gains, the bytes are the kernel's, the products fit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tpirt.errors import CheckpointError, ConfigError
+from tpirt.ops import quant_layout, quant_linear
+from tpirt.ops.buffers import page_buffer
+from tpirt.ops.quant import (
+    ALIGN,
+    GROUP_SIZES,
+    QuantSpec,
+    dequantize_int4,
+    dequantize_int8,
+    pack_nibbles,
+    quantize_int4,
+    quantize_int8,
+    unpack_nibbles,
+)
+from tpirt.ops.quant_layout import (
+    PORTABLE_LAYOUT,
+    Layout,
+    canonical_regions,
+    local_layout,
+    local_regions,
+    quantize_rows,
+    regions_nbytes,
+    to_canonical,
+    to_local,
+    view_regions,
+)
+from tpirt.ops.quant_linear import (
+    KernelChoice,
+    QuantMatrix,
+    default_choice,
+    dequantize,
+    linear,
+    probe_kernels,
+)
+
+INT4 = [QuantSpec("int4", size) for size in GROUP_SIZES]
+SPECS = [QuantSpec("int8"), *INT4]
+LAYOUTS = [Layout(block, order) for block in (16, 32, 64) for order in ("halves", "pairs")]
+PACKED = KernelChoice(1 << 30, "float32")
+EXACT = KernelChoice(0, "float32")
+BFLOAT16 = KernelChoice(0, "bfloat16")
+
+
+def random(*shape: int, seed: int = 0, tails: bool = False) -> torch.Tensor:
+    w = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return w * w.abs() if tails else w
+
+
+def canonical_of(spec: QuantSpec, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize ``w``; its canonical bytes and the weights they stand for."""
+    regions = canonical_regions(spec, *w.shape)
+    buffer = page_buffer(regions_nbytes(regions))
+    tensors = view_regions(regions, buffer)
+    quantize_rows(spec, w, tensors)
+    if spec.kind == "int8":
+        weights = dequantize_int8(*tensors)
+    else:
+        codes, scales, zeros = tensors
+        weights = dequantize_int4(unpack_nibbles(codes), scales, zeros)
+    return buffer, weights[:, : w.shape[1]]
+
+
+def matrix_of(
+    spec: QuantSpec, w: torch.Tensor, layout: Layout | None = None, offset: int = 0
+) -> tuple[QuantMatrix, torch.Tensor]:
+    """Quantize ``w`` into local form, ``offset`` bytes into a page; and what it stands for."""
+    layout = layout or local_layout() or PORTABLE_LAYOUT
+    canonical, weights = canonical_of(spec, w)
+    nbytes = regions_nbytes(local_regions(spec, *w.shape, layout))
+    local = page_buffer(nbytes + offset)[offset:]
+    to_local(spec, *w.shape, layout, canonical, local)
+    return QuantMatrix.of_buffer(spec, *w.shape, layout, local), weights
+
+
+def group_errors(w: torch.Tensor, size: int, *, refine: bool) -> torch.Tensor:
+    codes, scales, zeros = quantize_int4(w, size, refine=refine)
+    error = dequantize_int4(codes, scales, zeros)[:, : w.shape[1]] - w
+    missing = codes.shape[1] - w.shape[1]
+    padded = torch.nn.functional.pad(error.double(), (0, missing))
+    return padded.pow(2).view(*scales.shape, size).sum(2)
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (quant_layout, quant_linear):
+        monkeypatch.setattr(module, "find_kernel", lambda name: None)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+# The choice
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("none", QuantSpec()),
+        ("int8", QuantSpec("int8")),
+        ("int4", QuantSpec("int4", 64)),
+        ("int4:32", QuantSpec("int4", 32)),
+        ("int4:128", QuantSpec("int4", 128)),
+    ],
+)
+def test_spec_is_parsed_and_printed(text: str, spec: QuantSpec) -> None:
+    assert QuantSpec.parse(text) == spec
+    assert QuantSpec.parse(str(spec)) == spec
+
+
+@pytest.mark.parametrize("text", ["", "4", "INT4", "int4:", "int4:256", "int4:+32", "int8:32"])
+def test_other_words_are_refused_by_name(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"quantize .*expected none, int8, int4"):
+        QuantSpec.parse(text)
+
+
+# Rounding
+
+
+def test_int8_is_the_nearest_of_255_levels() -> None:
+    w = random(5, 70, tails=True)
+    codes, scales = quantize_int8(w)
+    assert torch.equal(scales, (w.abs().amax(1) / 127).bfloat16())
+    off = (dequantize_int8(codes, scales) - w).abs()
+    # The largest weight may be clipped by what rounding its scale to bfloat16 takes away.
+    assert bool((off <= scales.float().unsqueeze(1) * (0.5 + 127 / 256)).all())
+    assert off.pow(2).mean().sqrt() < scales.float().max() * 0.3
+
+
+def test_int4_baseline_spans_the_group() -> None:
+    w = random(3, 64)
+    codes, scales, zeros = quantize_int4(w, 32, refine=False)
+    groups = w.view(3, 2, 32)
+    step = (groups.amax(2) - groups.amin(2)) / 15
+    assert torch.equal(scales, step.bfloat16())
+    torch.testing.assert_close(zeros.float(), groups.amin(2) + 8 * step, rtol=2**-8, atol=1e-6)
+    assert codes.view(3, 2, 32).amin() == 0
+    assert codes.amax() == 15
+
+
+@pytest.mark.parametrize("size", GROUP_SIZES)
+@pytest.mark.parametrize("tails", [False, True])
+def test_refinement_lowers_the_error(size: int, tails: bool) -> None:
+    w = random(64, 512, tails=tails)
+    plain, refined = (group_errors(w, size, refine=refine).sum() for refine in (False, True))
+    assert refined < 0.9 * plain  # squared: 5 % of the norm
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 5),
+    inputs=st.integers(1, 150),
+    size=st.sampled_from(GROUP_SIZES),
+    scale=st.sampled_from([1e-35, 1e-20, 1e-3, 1.0, 1e10]),
+    offset=st.sampled_from([0.0, 1.0, -300.0]),
+    kept=st.sampled_from([0.0, 0.05, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_refinement_is_never_worse_in_any_group(
+    rows: int, inputs: int, size: int, scale: float, offset: float, kept: float, seed: int
+) -> None:
+    chosen = random(rows, inputs, seed=seed + 1).abs() <= kept * 5
+    w = (random(rows, inputs, seed=seed, tails=True) * chosen + offset) * scale
+    plain = group_errors(w, size, refine=False)
+    refined = group_errors(w, size, refine=True)
+    if inputs % size == 0:
+        assert bool((refined <= plain * (1 + 1e-4) + (1e-6 * w.abs().max().double()) ** 2).all())
+    spread = (w.amax(1) - w.amin(1)).double() + w.abs().amax(1) * 2**-7 + 1e-29
+    assert bool((refined.sum(1) <= inputs * spread**2).all())
+
+
+def test_weights_on_sixteen_levels_are_kept_exactly() -> None:
+    # A checkpoint that was trained for, or converted from, 4 bits.
+    codes = torch.randint(0, 16, (8, 128), generator=torch.Generator().manual_seed(0))
+    codes[:, 0::32], codes[:, 1::32] = 0, 15
+    w = (codes.float() - 8) * 0.0625 + 0.25
+    assert torch.equal(dequantize_int4(*quantize_int4(w, 32)), w)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.375, -2.0])
+def test_a_constant_matrix_is_kept_exactly(value: float) -> None:
+    w = torch.full((3, 40), value)
+    assert torch.equal(dequantize_int4(*quantize_int4(w, 32))[:, :40], w)
+    assert torch.allclose(dequantize_int8(*quantize_int8(w)), w, rtol=0.005)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_row(bad: float) -> None:
+    w = random(700, 400)
+    w[555, 3] = bad
+    with pytest.raises(CheckpointError, match="output row 555: expected finite"):
+        quantize_int4(w, 32)
+    with pytest.raises(CheckpointError, match="output row 555: expected finite"):
+        quantize_int8(w)
+
+
+@pytest.mark.parametrize(("rows", "inputs"), [(0, 64), (4, 0), (0, 0)])
+def test_empty_matrices_have_empty_codes(rows: int, inputs: int) -> None:
+    codes, scales, zeros = quantize_int4(torch.empty(rows, inputs), 32)
+    assert codes.shape == (rows, inputs)
+    assert scales.shape == zeros.shape == (rows, inputs // 32)
+    assert quantize_int8(torch.empty(rows, inputs))[0].shape == (rows, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_every_float_dtype_is_taken(dtype: torch.dtype) -> None:
+    w = random(4, 64).to(dtype)
+    for got, want in zip(quantize_int4(w, 32), quantize_int4(w.float(), 32), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_bits_depend_neither_on_threads_nor_on_the_rows_beside(threads: None) -> None:
+    w = random(301, 1000, tails=True)
+    torch.set_num_threads(1)
+    whole = quantize_int4(w, 64)
+    torch.set_num_threads(3)
+    for again, want in zip(quantize_int4(w, 64), whole, strict=True):
+        assert torch.equal(again, want)
+    for again, want in zip(quantize_int4(w[100:217], 64), whole, strict=True):
+        assert torch.equal(again, want[100:217])
+
+
+@given(rows=st.integers(0, 5), half=st.integers(0, 9), seed=st.integers(0, 99))
+def test_nibbles_round_trip(rows: int, half: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (rows, half * 2), generator=generator, dtype=torch.uint8)
+    assert torch.equal(unpack_nibbles(pack_nibbles(codes)), codes)
+
+
+# Bytes
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_regions_are_aligned_views_that_do_not_overlap(spec: QuantSpec) -> None:
+    for regions in (
+        canonical_regions(spec, 100, 200),
+        local_regions(spec, 100, 200, PORTABLE_LAYOUT),
+    ):
+        buffer = page_buffer(regions_nbytes(regions))
+        end = 0
+        for region, tensor in zip(regions, view_regions(regions, buffer), strict=True):
+            assert region.offset % ALIGN == 0
+            assert region.offset >= end
+            end = region.offset + region.nbytes
+            assert tensor.data_ptr() == buffer.data_ptr() + region.offset
+            assert tensor.is_contiguous()
+        assert end <= len(buffer)
+
+
+def test_bits_are_what_is_stored() -> None:
+    for spec in SPECS:
+        nbytes = regions_nbytes(local_regions(spec, 4096, 4096, PORTABLE_LAYOUT))
+        assert nbytes * 8 / 4096**2 == pytest.approx(spec.bits, rel=2e-3)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_matrix_quantized_in_parts_has_the_same_bytes(spec: QuantSpec) -> None:
+    w = random(70, 100)
+    whole, _ = canonical_of(spec, w)
+    regions = canonical_regions(spec, 70, 100)
+    # Memory used before: every byte of every region is written.
+    buffer = torch.full_like(whole, 255)
+    for start, stop in ((33, 70), (0, 1), (1, 33)):
+        quantize_rows(spec, w[start:stop], view_regions(regions, buffer), start)
+    for got, want in zip(view_regions(regions, buffer), view_regions(regions, whole), strict=True):
+        assert torch.equal(got, want)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    spec=st.sampled_from(SPECS),
+    layout=st.sampled_from(LAYOUTS),
+    rows=st.integers(1, 150),
+    inputs=st.integers(1, 300),
+    seed=st.integers(0, 99),
+)
+def test_local_form_and_back(
+    spec: QuantSpec, layout: Layout, rows: int, inputs: int, seed: int
+) -> None:
+    regions = canonical_regions(spec, rows, inputs)
+    canonical = page_buffer(regions_nbytes(regions))
+    generator = torch.Generator().manual_seed(seed)
+    for region in regions:
+        part = canonical[region.offset : region.offset + region.nbytes]
+        part.random_(0, 256, generator=generator)
+    local = page_buffer(regions_nbytes(local_regions(spec, rows, inputs, layout)))
+    to_local(spec, rows, inputs, layout, canonical, local)
+    back = page_buffer(len(canonical))
+    to_canonical(spec, rows, inputs, layout, local, back)
+    assert torch.equal(back, canonical)
+
+
+def test_large_matrices_are_converted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, w = QuantSpec("int4", 32), random(300, 96)
+    canonical, _ = canonical_of(spec, w)
+    nbytes = regions_nbytes(local_regions(spec, 300, 96, PORTABLE_LAYOUT))
+    whole, parts = page_buffer(nbytes), page_buffer(nbytes)
+    to_local(spec, 300, 96, PORTABLE_LAYOUT, canonical, whole)
+    monkeypatch.setattr(quant_layout, "_CHUNK", 1)
+    to_local(spec, 300, 96, PORTABLE_LAYOUT, canonical, parts)
+    assert torch.equal(parts, whole)
+    back = page_buffer(len(canonical))
+    to_canonical(spec, 300, 96, PORTABLE_LAYOUT, parts, back)
+    assert torch.equal(back, canonical)
+
+
+@pytest.mark.skipif(local_layout() is None, reason="torch has no 4-bit kernel here")
+def test_local_bytes_are_what_torch_packs() -> None:
+    layout = local_layout()
+    assert layout is not None
+    rows, inputs = layout.block * 3, 128
+    codes = torch.randint(0, 16, (rows, inputs), generator=torch.Generator().manual_seed(1))
+    spec = QuantSpec("int4", 64)
+    canonical = page_buffer(regions_nbytes(canonical_regions(spec, rows, inputs)))
+    view_regions(canonical_regions(spec, rows, inputs), canonical)[0].copy_(
+        pack_nibbles(codes.to(torch.uint8))
+    )
+    local = page_buffer(regions_nbytes(local_regions(spec, rows, inputs, layout)))
+    to_local(spec, rows, inputs, layout, canonical, local)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 2)
+    assert torch.equal(local[: packed.numel()], packed.view(-1))
+
+
+def test_layouts_have_names() -> None:
+    for layout in LAYOUTS:
+        assert Layout.named(layout.name) == layout
+    assert Layout.named("int4-48-halves") is None
+
+
+def test_a_packing_kernel_of_unknown_layout_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    strange = lambda codes, tiles: codes[:, 0::2].to(torch.uint8)  # noqa: E731
+    monkeypatch.setattr(quant_layout, "find_kernel", lambda name: strange)
+    assert local_layout() is None
+
+
+# Products
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize(("rows", "inputs"), [(64, 128), (100, 200), (5, 7), (130, 333)])
+@pytest.mark.parametrize("tokens", [0, 1, 4, 5, 33])
+def test_products_are_those_of_the_dequantized_weights(
+    spec: QuantSpec, rows: int, inputs: int, tokens: int
+) -> None:
+    matrix, weights = matrix_of(spec, random(rows, inputs))
+    assert torch.allclose(dequantize(matrix), weights, rtol=1e-6, atol=1e-6)
+    x = random(tokens, inputs, seed=2)
+    want = x @ weights.t()
+    torch.testing.assert_close(linear(x, matrix, EXACT), want, rtol=1e-5, atol=1e-4)
+    scale = inputs**0.5
+    for choice in (PACKED, BFLOAT16):
+        got = linear(x, matrix, choice)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, want, rtol=0.01, atol=0.01 * scale)
+        half = linear(x.bfloat16(), matrix, choice)
+        assert half.dtype == torch.bfloat16
+        torch.testing.assert_close(half.float(), want, rtol=0.01, atol=0.02 * scale)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    spec=st.sampled_from(SPECS),
+    layout=st.sampled_from(LAYOUTS),
+    rows=st.integers(1, 140),
+    inputs=st.integers(1, 300),
+    tokens=st.integers(1, 9),
+)
+def test_every_layout_multiplies_without_its_kernel(
+    spec: QuantSpec, layout: Layout, rows: int, inputs: int, tokens: int
+) -> None:
+    matrix, weights = matrix_of(spec, random(rows, inputs), layout)
+    x = random(tokens, inputs, seed=3)
+    torch.testing.assert_close(linear(x, matrix, EXACT), x @ weights.t(), rtol=1e-4, atol=1e-4)
+
+
+def test_activations_may_be_strided_or_unaligned() -> None:
+    matrix, weights = matrix_of(QuantSpec("int8"), random(20, 64))
+    wide = random(3, 200).bfloat16()
+    flat = random(1, 193).bfloat16()[:, 1:65]
+    for x in (wide[:, 7:71], flat):
+        want = x.float() @ weights.t()
+        got = linear(x, matrix, PACKED).float()
+        torch.testing.assert_close(got, want, rtol=0.01, atol=0.1)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_slice_by_columns_has_groups_of_its_own(spec: QuantSpec) -> None:
+    w, x = random(40, 300), random(2, 300, seed=4)
+    parts = [(0, 37), (37, 170), (170, 300)]
+    total = torch.zeros(2, 40)
+    want = torch.zeros(2, 40)
+    for start, stop in parts:
+        matrix, weights = matrix_of(spec, w[:, start:stop])
+        total += linear(x[:, start:stop], matrix, EXACT)
+        want += x[:, start:stop] @ weights.t()
+    torch.testing.assert_close(total, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("choice", [PACKED, BFLOAT16], ids=["packed", "dense"])
+def test_bits_depend_neither_on_place_nor_on_threads(
+    spec: QuantSpec, choice: KernelChoice, threads: None
+) -> None:
+    torch.set_num_threads(1)
+    w = random(200, 520)
+    matrices = [matrix_of(spec, w, offset=offset)[0] for offset in (0, 64, 192)]
+    for tokens in (1, 3, 40):
+        x = random(tokens, 520, seed=5)
+        torch.set_num_threads(1)
+        want = linear(x, matrices[0], choice)
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert all(torch.equal(linear(x, matrix, choice), want) for matrix in matrices)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_packed_rows_do_not_see_each_other(spec: QuantSpec) -> None:
+    matrix, _ = matrix_of(spec, random(64, 128))
+    x = random(7, 128, seed=6)
+    together = linear(x, matrix, PACKED)
+    if local_layout() is not None:
+        apart = torch.cat([linear(row, matrix, PACKED) for row in x.split(1)])
+        assert torch.equal(together, apart)
+
+
+def test_the_choice_decides_by_rows() -> None:
+    matrix, _ = matrix_of(QuantSpec("int4", 32), random(64, 96))
+    x = random(9, 96, seed=7)
+    choice = KernelChoice(8, "float32")
+    assert torch.equal(linear(x[:8], matrix, choice), linear(x[:8], matrix, PACKED))
+    assert torch.equal(linear(x, matrix, choice), linear(x, matrix, EXACT))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_dense_products_take_bounded_pieces(
+    spec: QuantSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix, weights = matrix_of(spec, random(500, 200))
+    x = random(3, 200, seed=8)
+    monkeypatch.setattr(quant_linear, "PIECE_ELEMENTS", 100 * 256)
+    pieces = [tuple(piece.shape) for _, piece in quant_linear._pieces(matrix, torch.float32)]
+    assert len(pieces) > 3
+    assert all(rows * width <= 100 * 256 for rows, width in pieces)
+    torch.testing.assert_close(linear(x, matrix, EXACT), x @ weights.t(), rtol=1e-4, atol=1e-4)
+
+
+# The probe
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_probe_answers_for_any_shape(spec: QuantSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quant_linear, "_PROBE_S", 0.0)
+    for rows, inputs in ((5, 7), (300, 500)):
+        choice = probe_kernels(spec, rows, inputs, local_layout())
+        assert choice.dense_dtype in ("bfloat16", "float32")
+        assert choice == KernelChoice(choice.packed_rows, choice.dense_dtype)
+        assert all(set(times) == {1, 4, 8, 32, 128} for times in choice.timings_ms.values())
+
+
+def test_the_threshold_is_where_dense_overtakes() -> None:
+    dense = {1: 10.0, 4: 10.0, 8: 10.0, 32: 11.0, 128: 15.0}
+    crossing = quant_linear._crossing
+    assert crossing({1: 1.0, 4: 2.0, 8: 4.0, 32: 16.0, 128: 64.0}, dense) == 16
+    assert crossing({1: 1.0, 4: 1.0, 8: 2.0, 32: 6.0, 128: 24.0}, dense) == 64
+    assert crossing({1: 11.0, 4: 2.0, 8: 4.0, 32: 8.0, 128: 12.0}, dense) == 0
+    assert crossing({1: 0.1, 4: 0.1, 8: 0.2, 32: 0.3, 128: 1.0}, dense) == 1024
+
+
+@pytest.mark.usefixtures("no_kernels")
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_without_kernels_everything_still_works(spec: QuantSpec) -> None:
+    assert local_layout() is None
+    assert probe_kernels(spec, 70, 90, None).packed_rows == 0
+    assert default_choice(spec, None, bfloat16=True) == BFLOAT16
+    matrix, weights = matrix_of(spec, random(70, 90), PORTABLE_LAYOUT)
+    x = random(2, 90, seed=9)
+    # A choice made elsewhere: the kernel it names is not here.
+    torch.testing.assert_close(linear(x, matrix, PACKED), x @ weights.t(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_default_choice_needs_no_probe() -> None:
+    layout = local_layout()
+    assert default_choice(QuantSpec("int8"), layout, bfloat16=True).packed_rows == 16
+    assert default_choice(QuantSpec("int4", 64), layout, bfloat16=False).dense_dtype == "float32"
+    assert default_choice(QuantSpec("int4", 64), None, bfloat16=True).packed_rows == 0
+
+
+LESSER_CPU = """
+import torch
+from tpirt.ops.quant import QuantSpec
+from tpirt.ops.quant_layout import *
+from tpirt.ops.quant_linear import *
+spec, rows, inputs, layout = QuantSpec("int4", 32), 100, 128, local_layout()
+local = torch.zeros(regions_nbytes(local_regions(spec, rows, inputs, layout)), dtype=torch.uint8)
+local.random_(0, 256)
+matrix = QuantMatrix.of_buffer(spec, rows, inputs, layout, local)
+matrix.scales.copy_(torch.rand(matrix.scales.shape))
+x = torch.randn(5, inputs)
+got, want = linear(x, matrix, KernelChoice(8, "float32")), x @ dequantize(matrix).t()
+torch.testing.assert_close(got, want, rtol=0.02, atol=1.0)
+print(layout.name)
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names x86 vectors")
+@pytest.mark.parametrize(
+    ("capability", "name"), [("avx2", "int4-32-halves"), ("default", "int4-32-pairs")]
+)
+def test_lesser_cpus_have_layouts_of_their_own(capability: str, name: str) -> None:
+    env = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    result = subprocess.run(
+        [sys.executable, "-c", LESSER_CPU], env=env, capture_output=True, text=True, timeout=100
+    )
+    assert result.stdout.strip() == name, result.stderr

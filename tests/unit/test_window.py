@@ -1,0 +1,236 @@
+"""The window's failures: who hears of them, what they say, and that it goes on afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tpirt.errors import MemoryLimitError, StoreError
+from tpirt.parallel.partition import Shard, Span
+from tpirt.parallel.sharding import Block, StoredTensor
+from tpirt.types import Progress, ignore_progress
+from tpirt.weights import window as module
+from tpirt.weights.layout import block_header
+from tpirt.weights.store import Manifest, SliceStore, StoredSlice
+from tpirt.weights.window import Window
+
+COUNT = 6
+FLOATS = 500
+STREAMED = {"max_blocks": 2}
+RESIDENT: dict[str, int] = {}
+BOTH = pytest.mark.parametrize("limits", [STREAMED, RESIDENT], ids=["streamed", "resident"])
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> tuple[StoredSlice, list[Block]]:
+    blocks = [
+        Block(f"block{i}", (StoredTensor("t", (FLOATS,), torch.float32, ()),)) for i in range(COUNT)
+    ]
+    shard = Shard(Span(0, 1), Span(0, 1), Span(0, 1), first=True)
+    manifest = Manifest.plan("f" * 32, "test", "float32", shard, blocks)
+    with SliceStore(tmp_path / "store").write(manifest) as writer:
+        for i, block in enumerate(blocks):
+            data = torch.full((FLOATS,), float(i)).numpy().tobytes()
+            writer.write(i, 0, block_header(block) + data)
+        return writer.commit(), blocks
+
+
+@asynccontextmanager
+async def opened(
+    stored: tuple[StoredSlice, Sequence[Block]], **limits: Any
+) -> AsyncIterator[Window]:
+    window = Window(*stored, **limits)
+    try:
+        async with asyncio.timeout(20):
+            yield window
+    finally:
+        await window.aclose()
+
+
+async def visit(window: Window, index: int) -> None:
+    tensors = await window.acquire(index)
+    assert tensors["t"].eq(index).all()
+    window.release(index)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 700)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (truncate, r"ends after 1300 of 2000 bytes"),
+        (remove, "No such file"),
+        (make_folder, "Is a directory"),
+    ],
+    ids=["truncated", "removed", "folder"],
+)
+async def test_failed_read_surfaces_where_it_was_needed_and_can_be_retried(
+    stored: tuple[StoredSlice, list[Block]],
+    limits: dict[str, int],
+    damage: Callable[[Path], None],
+    reason: str,
+) -> None:
+    path = stored[0].block_path(3)
+    content = path.read_bytes()
+    damage(path)
+    async with opened(stored, **limits) as window:
+        for _ in range(2):
+            for index in (0, 1, 2):
+                await visit(window, index)
+            with pytest.raises(StoreError, match=rf"block3\.safetensors: block block3.*{reason}"):
+                await window.acquire(3)
+        await visit(window, 4)  # others are not concerned
+        if path.is_dir():
+            path.rmdir()
+        path.write_bytes(content)
+        for index in (0, 1, 2, 3, 4, 5, 0):
+            try:
+                await visit(window, index)
+            except StoreError:  # what had been read ahead before the repair
+                assert index == 3
+                await visit(window, index)
+
+
+async def test_preload_raises(stored: tuple[StoredSlice, list[Block]]) -> None:
+    truncate(stored[0].block_path(5))
+    async with opened(stored) as window:
+        with pytest.raises(StoreError, match="block5"):
+            await window.preload(ignore_progress)
+
+
+async def test_preload_reports_all_bytes(stored: tuple[StoredSlice, list[Block]]) -> None:
+    seen: list[Progress] = []
+    async with opened(stored) as window:
+        await window.preload(seen.append, detail="rank 0")
+    assert [report.done for report in seen] == [4 * FLOATS * (i + 1) for i in range(COUNT)]
+    assert {(r.total, r.unit, r.detail) for r in seen} == {(4 * FLOATS * COUNT, "bytes", "rank 0")}
+
+
+@BOTH
+async def test_any_failure_of_the_reader_reaches_the_consumer(
+    stored: tuple[StoredSlice, list[Block]],
+    limits: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class BugError(Exception):
+        pass
+
+    def preadv(*_: object) -> int:
+        raise BugError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "preadv", preadv)
+        async with opened(stored, **limits) as window:
+            with pytest.raises(BugError):
+                await window.acquire(0)
+
+
+async def test_memory_that_runs_out_is_an_error_not_a_hang(
+    stored: tuple[StoredSlice, list[Block]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> torch.Tensor:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(module, "page_buffer", full)
+    async with opened(stored) as window:
+        with pytest.raises(StoreError, match=r"block0.*Cannot allocate memory"):
+            await window.acquire(0)
+
+
+async def test_short_reads_are_continued(
+    stored: tuple[StoredSlice, list[Block]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = os.preadv
+
+    def drop_by_drop(handle: int, buffers: list[memoryview], offset: int) -> int:
+        return read(handle, [buffers[0][:333]], offset)
+
+    monkeypatch.setattr(module.os, "preadv", drop_by_drop)
+    async with opened(stored, max_blocks=2) as window:
+        for index in range(COUNT):
+            await visit(window, index)
+
+
+@BOTH
+async def test_aclose_leaves_no_thread_even_amid_reading(
+    stored: tuple[StoredSlice, list[Block]], limits: dict[str, int]
+) -> None:
+    before = set(threading.enumerate())
+    for used in range(4):
+        async with opened(stored, **limits) as window:
+            for index in range(used):
+                await visit(window, index)
+    async with opened(stored, **limits):
+        assert len(set(threading.enumerate()) - before) >= 1
+    left = set(threading.enumerate()) - before
+    assert not [thread.name for thread in left if "window" in thread.name]
+
+
+@BOTH
+async def test_given_up_acquire_harms_no_later_one(
+    stored: tuple[StoredSlice, list[Block]],
+    limits: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate = threading.Event()
+    read = os.preadv
+
+    def gated(*args: Any) -> int:
+        assert gate.wait(20)
+        return read(*args)
+
+    monkeypatch.setattr(module.os, "preadv", gated)
+    async with opened(stored, **limits) as window:
+        for index in (0, 2, 1, 3, 0):
+            waiting = asyncio.ensure_future(window.acquire(index))
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            waiting.cancel()
+            await asyncio.wait({waiting})
+        gate.set()
+        for index in (1, 2, 0, 1):
+            await visit(window, index)
+
+
+async def test_budget_can_shrink_and_grow_between_steps(
+    stored: tuple[StoredSlice, list[Block]],
+) -> None:
+    block = 4 * FLOATS
+    async with opened(stored, budget_bytes=COUNT * block) as window:
+        await window.preload(ignore_progress)
+        assert len(window.plan.pinned) == COUNT
+        for blocks in (5, 4, 3, 2, 3, 6):
+            window.set_budget(blocks * block)
+            assert window.held_bytes <= blocks * block
+            for index in (*range(COUNT), 0, 1):
+                await visit(window, index)
+        with pytest.raises(MemoryLimitError, match="two blocks"):
+            window.set_budget(2 * block - 1)
+        await visit(window, 2)  # the old plan holds
+
+
+async def test_block_data_begins_behind_the_header(
+    stored: tuple[StoredSlice, list[Block]],
+) -> None:
+    slice_, blocks = stored
+    assert slice_.block_path(0).stat().st_size == len(block_header(blocks[0])) + blocks[0].nbytes

@@ -1,0 +1,41 @@
+"""Work that must come to its own end: cancelling whoever waits for it does not tear it apart."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
+
+
+async def finish(work: Coroutine[Any, Any, _T], on_cancel: Callable[[], None] | None = None) -> _T:
+    """Await ``work`` as a task of its own; cancelled, wait for its end all the same.
+
+    The cancellation is raised after that, in place of any result or error. Further cancellations
+    meanwhile change nothing, so ``work`` must end by itself before long.
+
+    Args:
+        work: what is to be done.
+        on_cancel: called when the caller is cancelled, to have ``work`` end sooner.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if on_cancel is not None:
+            on_cancel()
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # it was looked at: asyncio need not report it
+        raise
+
+
+async def in_thread(
+    function: Callable[..., _T], *args: Any, on_cancel: Callable[[], None] | None = None
+) -> _T:
+    """Run ``function(*args)`` in a thread; when this returns or raises, the thread is done."""
+    return await finish(asyncio.to_thread(function, *args), on_cancel)

@@ -1,0 +1,151 @@
+"""Real processes: worker peers and command lines, and proof that nothing of them is left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from tpirt.cluster.launcher import READY_PREFIX
+
+DEADLINE_S = 30.0
+
+
+class PeerProcess:
+    """A ``tpirt peer`` of its own on loopback, as a user starts one; a context manager.
+
+    Attributes:
+        pid: its process id.
+        store: its slice store.
+    """
+
+    def __init__(self, store: Path, *options: str):
+        """Start it; it listens once :attr:`address` has returned."""
+        self.store = store
+        store.mkdir(parents=True, exist_ok=True)
+        self._log = store.parent / f"{store.name}.log"
+        with open(self._log, "w", encoding="utf-8") as log:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "tpirt", "peer", "--listen", "127.0.0.1:0"),
+                    *("--threads", "1", "--store", str(store), *options),
+                ],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        self.pid = self._process.pid
+        self._address = ""
+
+    @property
+    def address(self) -> str:
+        """Where it listens, ``host:port``."""
+        if not self._address:
+            assert self._process.stdout is not None
+            line = self._process.stdout.readline()
+            assert line.startswith(READY_PREFIX), f"{line!r} {self.log}"
+            self._address = line.removeprefix(READY_PREFIX).split()[0]
+        return self._address
+
+    @property
+    def peer_port(self) -> str:
+        """The end of its peer id."""
+        return ":" + self.address.rpartition(":")[2]
+
+    @property
+    def log(self) -> str:
+        """What it has written to standard error."""
+        return self._log.read_text(encoding="utf-8")
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._process.poll() is None
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        self._process.send_signal(number)
+
+    def end(self) -> int:
+        """Kill it if it still runs; returns its exit code."""
+        if self.alive:
+            self._process.kill()
+        code = self._process.wait(DEADLINE_S)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        return code
+
+    def __enter__(self) -> PeerProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.end()
+
+
+def start_cli(
+    *arguments: str, env: dict[str, str] | None = None, stdin: int | None = subprocess.DEVNULL
+) -> subprocess.Popen[str]:
+    """Start the ``tpirt`` command; use the result as a context manager."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tpirt", *arguments],
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **(env or {})},
+    )
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the ``tpirt`` command to its end."""
+    with killed_at_exit(start_cli(*arguments)) as process:
+        out, err = process.communicate(timeout=DEADLINE_S)
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+@contextlib.contextmanager
+def killed_at_exit(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """Kill the process on leaving, whatever happened."""
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def descendants(pid: int | None = None) -> list[psutil.Process]:
+    """The processes started by ``pid`` (this one when absent) that run, at any depth."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def survivors(processes: Sequence[psutil.Process], timeout_s: float = 10.0) -> list[psutil.Process]:
+    """Wait for processes to end; returns those that have not."""
+    _, alive = psutil.wait_procs(processes, timeout=timeout_s)
+    return list(alive)
+
+
+def wait_for(
+    condition: Callable[[], object], what: str = "", timeout_s: float = DEADLINE_S
+) -> None:
+    """Poll until ``condition`` holds.
+
+    Raises:
+        AssertionError: it did not within ``timeout_s``.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what or condition}"
+        time.sleep(0.01)

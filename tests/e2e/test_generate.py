@@ -124,9 +124,8 @@ def test_answer_ends_with_the_context(generate: Generate) -> None:
     "options",
     [
         ("--window", "2"),
-        ("--local", "2"),
+        ("--local", "2", "--memory", "2G"),
         ("--local", "3", "--ratio", "2,1,1", "--window", "3"),
-        ("--local", "4", "--memory", "2G"),
     ],
     ids=" ".join,
 )

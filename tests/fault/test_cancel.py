@@ -110,7 +110,7 @@ async def test_cancelled_request_stops_all_ranks(
         async def leave_early() -> None:
             await anext(request)
             await anext(request)
-            await request.aclose()  # type: ignore[attr-defined]
+            await request.aclose()
 
         if how == "task":
             task = asyncio.ensure_future(consume())

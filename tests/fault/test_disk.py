@@ -67,7 +67,7 @@ async def test_block_lost_while_streaming_is_named_and_the_group_lives_on(
             block.write_bytes(kept[: len(kept) // 2])
         elif damage == "unreadable":
             block.mkdir()
-        tokens = []
+        tokens: list[int] = []
 
         async def until_it_fails() -> None:
             while True:  # a block or two may have been read ahead

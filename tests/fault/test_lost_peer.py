@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,10 @@ DEAD_S, HUNG_S = 5.0, 12.0
 @pytest.fixture(autouse=True)
 def two_ranks_of_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def kill(peer: PeerProcess, _: Engine) -> None:
+    peer.signal(signal.SIGKILL)
 
 
 async def lose(engine: Engine, prompt: list[int], at: Callable[[Engine], None]) -> float:
@@ -96,7 +101,7 @@ async def test_killed_worker_is_named_in_prefill_in_decode_and_between_requests(
                     await engine.complete([5, 6], SamplingParams(max_tokens=2))
                 seconds = time.monotonic() - begun
             else:
-                seconds = await lose(engine, prompt, lambda _, v=victim: v.signal(signal.SIGKILL))
+                seconds = await lose(engine, prompt, partial(kill, victim))
             assert seconds < DEAD_S
             assert victim.peer_port in str(engine.broken)
             assert other.peer_port not in str(engine.broken)

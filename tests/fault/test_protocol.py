@@ -10,7 +10,7 @@ import pytest
 
 from tpirt.cluster.worker import Worker
 from tpirt.errors import PeerLostError, TpirtError, TransportError
-from tpirt.testing.cluster import memory_engine
+from tpirt.testing.cluster import memory_engine, same_channel
 from tpirt.testing.faults import Fault, FaultyChannel
 from tpirt.transport.base import Channel
 from tpirt.transport.codec import PROTOCOL_VERSION, Frame, encode_frame
@@ -67,10 +67,17 @@ async def test_faulty_message_is_refused_and_its_sender_named(
             return channel
         return FaultyChannel(channel, fault, after=after, kind=kind)
 
-    hooks = {f"{side}_side": faulty}
     async with (
         asyncio.timeout(20),
-        memory_engine(model, 3, store=store, chunk_tokens=8, timeout_s=SHORT_S, **hooks) as engine,
+        memory_engine(
+            model,
+            3,
+            store=store,
+            chunk_tokens=8,
+            timeout_s=SHORT_S,
+            master_side=faulty if side == "master" else same_channel,
+            worker_side=faulty if side == "worker" else same_channel,
+        ) as engine,
     ):
         tokens: list[int] = []
 

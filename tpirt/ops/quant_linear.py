@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from tpirt.ops.quant import ALIGN, QuantSpec
+from tpirt.ops.buffers import ALIGN
+from tpirt.ops.quant import QuantSpec
 from tpirt.ops.quant_layout import (
     PORTABLE_LAYOUT,
     Layout,

@@ -201,14 +201,13 @@ stop() {
 }
 
 reason() { # I: why this connection ended
-  local text=${texts[$1]:+: ${texts[$1]}}
-  if ((down[$1] == 255)); then
-    printf 'ssh to %s failed%s' "${targets[$1]}" "$text"
-  elif [[ -z ${addresses[$1]-} ]]; then
-    printf 'the peer did not start, exit code %s%s' "${down[$1]}" "$text"
-  else
-    printf 'the peer ended, exit code %s%s' "${down[$1]}" "$text"
-  fi
+  local text=${texts[$1]:+: ${texts[$1]}} code=${down[$1]}
+  case ${addresses[$1]:+listened},$code in
+    listened,255) printf 'the peer was killed, or the connection was lost' ;;
+    listened,*) printf 'the peer ended, exit code %s' "$code" ;;
+    ,255) printf 'ssh to %s failed%s' "${targets[$1]}" "$text" ;;
+    *) printf 'the peer did not start, exit code %s%s' "$code" "$text" ;;
+  esac
 }
 
 peers_option() {

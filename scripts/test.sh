@@ -35,7 +35,7 @@ stage "import-linter" "$bin/lint-imports"
 stage "generated code" env PYTHON="$bin/python" scripts/gen_protos.sh --check
 # Not a stage: pytest's own summary is to be the last line when all is well.
 printf -- '--- pytest\n'
-"$bin/python" -m pytest "$@" || failed+=("pytest")
+"$bin/python" -m pytest -rs "$@" || failed+=("pytest")
 
 if ((${#failed[@]})); then
   printf 'failed:'

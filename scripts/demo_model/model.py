@@ -68,9 +68,9 @@ class Attention(nn.Module):
         n, k = self.config.num_attention_heads, self.config.num_key_value_heads
         weight = torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)).to(x.dtype)
         projected = F.linear(x, weight).view(rows, length, n + 2 * k, -1).transpose(1, 2)
-        turned, value = projected.split((n + k, k), dim=1)
+        turned, value = torch.split(projected, [n + k, k], dim=1)
         turned = turned * cos + rotate_half(turned) * sin
-        query, key = turned.split((n, k), dim=1)
+        query, key = torch.split(turned, [n, k], dim=1)
         if length <= WRITTEN_OUT:
             mixed = attend(query, key, value, causal)
         else:

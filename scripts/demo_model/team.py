@@ -6,7 +6,7 @@ that meet at every operator, all the more so when other programs need the cores 
 
 from __future__ import annotations
 
-import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,7 +39,7 @@ class Team:
         gradients = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         self.sum(flat)
-        parts = flat.div_(self.size).split([gradient.numel() for gradient in gradients])
+        parts = torch.split(flat.div_(self.size), [gradient.numel() for gradient in gradients])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
 
@@ -79,12 +79,9 @@ def assembled(size: int, job: Job, *arguments: Any) -> Iterator[Team]:
 
 
 def _member(rank: int, size: int, meeting: str, job: Job, arguments: tuple[Any, ...]) -> None:
-    """Run the job as one of the other processes; being interrupted is no error there."""
+    """Run the job as one of the other processes; only rank 0 ends it early."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    try:
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
-        job(Team(rank, size), *arguments)
-        dist.destroy_process_group()
-    except (KeyboardInterrupt, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and os.getppid() != 1:
-            raise
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
+    job(Team(rank, size), *arguments)
+    dist.destroy_process_group()

@@ -1,0 +1,189 @@
+"""``tpirt generate`` and its companions as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tpirt.cli.main import main
+from tpirt.engine import Engine
+from tpirt.testing.models import make_model
+from tpirt.testing.processes import PeerProcess, descendants, run_cli, survivors
+from tpirt.types import SamplingParams
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("slices")
+
+
+Generate = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def generate(model: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> Generate:
+    """Runs ``tpirt generate --json`` in this process, greedily; returns what it prints."""
+
+    def run(*arguments: str) -> dict[str, Any]:
+        options = ("--model", str(model), "--store", str(store), "--threads", "1", "--json")
+        code = main(["generate", *options, "--dtype", "float32", "--quiet", *arguments])
+        captured = capsys.readouterr()
+        assert (code, captured.err) == (0, "")
+        assert captured.out.count("\n") == 1
+        answer: dict[str, Any] = json.loads(captured.out)
+        return answer
+
+    return run
+
+
+def test_json_has_the_answer_and_its_figures(generate: Generate) -> None:
+    answer = generate("--prompt", "Hello", "--max-tokens", "12")
+    assert len(answer["prompt_token_ids"]) == 5
+    assert len(answer["token_ids"]) == 12
+    assert answer["finish_reason"] == "length"
+    assert answer["world_size"] == 1
+    assert answer["ttft_ms"] > 0
+    assert answer["tpot_ms"] > 0
+    (rank,) = answer["ranks"]
+    assert rank["rank"] == 0
+    assert rank["weights_bytes"] > 0
+    assert rank["bytes_sent"] == rank["bytes_received"] == 0
+
+
+def test_prompt_from_argument_file_and_standard_input_are_the_same(
+    generate: Generate, model: Path, store: Path, tmp_path: Path
+) -> None:
+    text = "Zwölf Boxkämpfer\njagen 🦊\n"
+    expected = generate("--prompt", text, "--max-tokens", "5")
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(text.encode())
+    assert (
+        generate("--prompt-file", str(file), "--max-tokens", "5")["token_ids"]
+        == (expected["token_ids"])
+    )
+    piped = subprocess.run(
+        [
+            *(sys.executable, "-m", "tpirt", "generate", "--model", str(model), "--prompt", "-"),
+            *("--max-tokens", "5", "--store", str(store), "--dtype", "float32", "--quiet"),
+        ],
+        input=text.encode(),
+        capture_output=True,
+        timeout=30,
+    )
+    assert (piped.returncode, piped.stderr) == (0, b"")
+    assert piped.stdout.decode() == expected["text"] + "\n"
+
+
+def test_chat_applies_the_template(generate: Generate) -> None:
+    plain = generate("--prompt", "Hi", "--max-tokens", "2")
+    chat = generate("--prompt", "Hi", "--max-tokens", "2", "--chat")
+    assert 257 in chat["prompt_token_ids"]  # <|im_start|>
+    assert len(chat["prompt_token_ids"]) > len(plain["prompt_token_ids"])
+
+
+def test_stop_text_ends_the_answer_and_is_not_in_it(generate: Generate) -> None:
+    whole = generate("--prompt", "Hello", "--max-tokens", "40")["text"]
+    stop = next(
+        whole[i : i + 2]
+        for i in range(8, len(whole))
+        if whole[i : i + 2].isprintable() and whole[i : i + 2] not in whole[: i + 1]
+    )
+    answer = generate("--prompt", "Hello", "--max-tokens", "40", "--stop", stop)
+    assert answer["finish_reason"] == "stop"
+    assert answer["text"] == whole[: whole.index(stop)]
+
+
+def test_seed_repeats_a_drawn_answer(generate: Generate) -> None:
+    def drawn(seed: int) -> list[int]:
+        options = ("--temperature", "1.5", "--top-k", "50", "--seed", str(seed))
+        ids: list[int] = generate("--prompt", "Hello", "--max-tokens", "20", *options)["token_ids"]
+        return ids
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+
+
+def test_answer_ends_with_the_context(generate: Generate) -> None:
+    answer = generate("--prompt", "x" * 505, "--max-tokens", "100")
+    assert len(answer["token_ids"]) == 7
+    assert answer["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--window", "2"),
+        ("--local", "2"),
+        ("--local", "3", "--ratio", "2,1,1", "--window", "3"),
+        ("--local", "4", "--memory", "2G"),
+    ],
+    ids=" ".join,
+)
+def test_every_way_to_run_it_gives_the_same_tokens(
+    generate: Generate, options: tuple[str, ...]
+) -> None:
+    before = {process.pid for process in descendants()}
+    expected = generate("--prompt", "Hello", "--max-tokens", "16")
+    answer = generate("--prompt", "Hello", "--max-tokens", "16", *options)
+    assert answer["token_ids"] == expected["token_ids"]
+    ranks = int(options[1]) if options[0] == "--local" else 1
+    assert answer["world_size"] == len(answer["ranks"]) == ranks
+    if ranks > 1:
+        assert all(rank["bytes_sent"] > 0 for rank in answer["ranks"])
+        assert len({rank["peer_id"] for rank in answer["ranks"]}) == ranks
+    assert survivors([p for p in descendants() if p.pid not in before]) == []
+
+
+def test_split_slices_are_used_by_peers_and_nothing_is_sent(
+    generate: Generate, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "slices"
+    arguments = ["--model", str(model), "--out", str(out), "--world-size", "2"]
+    assert main(["split", *arguments, "--dtype", "float32", "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert str(out / "rank0") in printed
+    assert str(out / "rank1") in printed
+    expected = generate("--prompt", "Hello", "--max-tokens", "8")
+    with PeerProcess(out / "rank1") as peer:
+        options = ("--peers", peer.address, "--store", str(out / "rank0"))
+        for _ in range(2):  # one master after another
+            answer = generate("--prompt", "Hello", "--max-tokens", "8", *options)
+            assert answer["token_ids"] == expected["token_ids"]
+        assert "received slice" not in peer.log
+        assert answer["ranks"][1]["peer_id"].endswith(peer.peer_port)
+    assert len(list(out.glob("rank*/*/manifest.json"))) == 2
+
+
+async def test_python_interface_gives_the_same(
+    generate: Generate, model: Path, store: Path
+) -> None:
+    async with Engine.connect(model, dtype="float32", threads=1, store=store) as engine:
+        texts = [
+            token.text async for token in engine.generate("Hello", SamplingParams(max_tokens=8))
+        ]
+        completion = await engine.complete("Hello", SamplingParams(max_tokens=8))
+    assert "".join(texts) == completion.text
+    assert len(completion.token_ids) == 8
+
+
+def test_bundled_model_answers_over_two_processes(tmp_path: Path) -> None:
+    """The very first thing a user tries, with the plan on one stream and the answer on another."""
+    done = run_cli(
+        *("generate", "--local", "2", "--chat", "--prompt", "What is 3 + 4?"),
+        *("--max-tokens", "16", "--store", str(tmp_path), "--temperature", "0"),
+    )
+    assert done.returncode == 0
+    assert "7" in done.stdout
+    assert "master" in done.stderr  # the plan
+    assert "master" not in done.stdout

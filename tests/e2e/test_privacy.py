@@ -1,0 +1,424 @@
+"""What leaves the master: hidden states and sizes; no text, no token id, nothing of the user."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import socket
+import struct
+import threading
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from google.protobuf.descriptor import FieldDescriptor
+
+from tpirt.cluster.worker import Worker
+from tpirt.config import ModelConfig
+from tpirt.engine import Engine
+from tpirt.testing.cluster import MemoryPeerClient
+from tpirt.testing.models import make_model
+from tpirt.testing.processes import PeerProcess, run_cli
+from tpirt.transport.base import Channel
+from tpirt.transport.codec import Frame, encode_frame
+from tpirt.transport.pb import tpirt_pb2 as pb
+from tpirt.types import Message, SamplingParams
+from tpirt.weights.store import SliceStore
+
+SECRET = "Quokkas whisper 7319 zeppelin secrets to Grandmother Ångström."
+STOP = "Xylophone-stop-9183"
+TEMPERATURE, TOP_P, SEED = 0.7310585786, 0.9172635, 987_654_321_012
+RUN = 8  # so many ids in a row are no accident
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+# -- looking for it --------------------------------------------------------------------------
+
+
+def varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def spellings_of_text(text: str) -> Iterator[bytes]:
+    for encoding in ("utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "latin-1"):
+        with suppress(UnicodeEncodeError):
+            yield text.encode(encoding)
+    yield text.encode("unicode_escape")
+    yield text.encode().hex().encode()
+
+
+def spellings_of_ids(ids: list[int]) -> Iterator[bytes]:
+    yield b"".join(map(varint, ids))
+    yield b"".join(varint(i << 1) for i in ids)  # sint32, sint64
+    for kind in ("<H", ">H", "<i", ">i", "<q", ">q", "<f", ">f", "<d"):
+        yield b"".join(struct.pack(kind, i) for i in ids)
+    for separator in (",", ", ", " ", "\n"):
+        yield separator.join(map(str, ids)).encode()
+
+
+def spellings_of_number(value: float) -> Iterator[bytes]:
+    yield str(value).encode()
+    yield struct.pack("<d", value)
+    if isinstance(value, int):
+        yield varint(value)
+        yield struct.pack("<q", value)
+    else:
+        yield struct.pack("<f", value)
+
+
+def words(text: str) -> list[str]:
+    """The text itself and all of it that is long enough not to occur by accident."""
+    return [text, *(word for word in text.split() if len(word) > 6)]
+
+
+def find(data: bytes, needles: Iterable[bytes]) -> list[bytes]:
+    return [needle for needle in needles if len(needle) > 5 and needle in data]
+
+
+def leaks(
+    data: bytes, texts: Iterable[str], ids: list[int], numbers: Iterable[float]
+) -> list[bytes]:
+    found: list[bytes] = []
+    for text in texts:
+        for word in words(text):
+            found += find(data, spellings_of_text(word))
+    for start in range(0, len(ids) - RUN + 1, RUN // 2):
+        found += find(data, spellings_of_ids(ids[start : start + RUN]))
+    for number in numbers:
+        found += find(data, spellings_of_number(number))
+    return found
+
+
+def test_search_finds_what_is_there() -> None:
+    ids = [300, 5, 17, 200, 65, 65, 90, 1000, 7]
+    for place in (*spellings_of_ids(ids[1:]), *spellings_of_text(SECRET)):
+        assert leaks(b"\0\xff" + place + b"\1", [SECRET], ids, []), place
+    for number in (TEMPERATURE, SEED):
+        assert leaks(b"\0" + struct.pack("<d", number), [], [], [number])
+    assert not leaks(bytes(range(256)) * 4, [SECRET], ids, [TEMPERATURE, SEED])
+
+
+# -- on the wire -----------------------------------------------------------------------------
+
+
+class Tap:
+    """A TCP proxy on loopback that keeps every byte of both directions."""
+
+    def __init__(self, target: str):
+        host, _, port = target.rpartition(":")
+        self._target = (host, int(port))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.settimeout(20)
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.there = bytearray()  # from the master to the worker
+        self.back = bytearray()
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        pumps = []
+        with suppress(OSError):
+            while True:
+                master, _ = self._listener.accept()
+                worker = socket.create_connection(self._target)
+                for source, sink, kept in (
+                    (master, worker, self.there),
+                    (worker, master, self.back),
+                ):
+                    pumps.append(threading.Thread(target=self._pump, args=(source, sink, kept)))
+                    pumps[-1].start()
+        for pump in pumps:
+            pump.join()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, kept: bytearray) -> None:
+        with source, suppress(OSError):
+            while data := source.recv(1 << 16):
+                kept += data
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+
+def secrets_of(model: Path) -> list[str]:
+    """Texts of the tokenizer and the template, which stay on the master as well."""
+    return [
+        "<|im_start|>",
+        "<|endoftext|>",
+        "add_generation_prompt",
+        "PreTrainedTokenizer",
+        "ByteLevel",
+    ]
+
+
+def test_no_byte_between_two_processes_tells_of_the_prompt_or_the_answer(
+    model: Path, tmp_path: Path
+) -> None:
+    prompt = tmp_path / "diary-of-Ottoline.txt"
+    prompt.write_text(SECRET, encoding="utf-8")
+    with PeerProcess(tmp_path / "peer") as peer:
+        tap = Tap(peer.address)
+        try:
+            done = run_cli(
+                *("generate", "--model", str(model), "--peers", tap.address, "--json", "--quiet"),
+                *("--prompt-file", str(prompt), "--chat", "--max-tokens", "48", "--threads", "1"),
+                *("--temperature", str(TEMPERATURE), "--top-p", str(TOP_P), "--seed", str(SEED)),
+                *("--stop", STOP, "--dtype", "float32", "--store", str(tmp_path / "store")),
+            )
+        finally:
+            tap.close()
+        log = peer.log
+    assert (done.returncode, done.stderr) == (0, "")
+    answer = json.loads(done.stdout)
+    there, back = bytes(tap.there), bytes(tap.back)
+    # The tap has seen it all: the slice, the setup, the hidden states of every token.
+    assert b"layers.2.mlp" in there
+    assert ModelConfig.from_dir(model).to_json().encode() in there
+    tokens = len(answer["prompt_token_ids"]) + len(answer["token_ids"]) - 1
+    assert min(len(there), len(back)) > tokens * 64 * 4 * 5
+    ids = answer["prompt_token_ids"] + answer["token_ids"]
+    texts = [SECRET, answer["text"], STOP, prompt.name, str(model.parent), *secrets_of(model)]
+    numbers = (TEMPERATURE, TOP_P, SEED)
+    for data in (there, back, log.encode()):
+        assert leaks(data, texts, ids, numbers) == []
+    kept = b"".join(path.read_bytes() for path in peer.store.rglob("*") if path.is_file())
+    assert len(kept) > 100_000
+    assert leaks(kept, texts, ids, numbers) == []
+
+
+# -- message by message ----------------------------------------------------------------------
+
+
+class Recording:
+    """Keeps every frame that a master sends."""
+
+    def __init__(self, inner: Channel, frames: list[Frame]):
+        self._inner = inner
+        self._frames = frames
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._inner, name)
+
+    async def send(self, frame: Frame) -> None:
+        self._frames.append(Frame(frame.header, bytes(frame.payload)))
+        await self._inner.send(frame)
+
+
+class RecordingClient(MemoryPeerClient):
+    """Keeps what is said outside of sessions, too."""
+
+    def __init__(self, store: Path, frames: list[Frame], others: list[bytes]):
+        super().__init__(
+            Worker("w", SliceStore(store), None, 1, lambda _: None),
+            master_side=lambda _, channel: Recording(channel, frames),  # type: ignore[arg-type,return-value]
+        )
+        self._others = others
+
+    async def hello(self, request: pb.HelloRequest, timeout_s: float) -> pb.HelloReply:
+        self._others.append(request.SerializeToString())
+        return await super().hello(request, timeout_s)
+
+    async def put_slice(self, chunks: AsyncIterator[pb.SliceChunk]) -> pb.PutSliceReply:
+        async def recorded() -> AsyncIterator[pb.SliceChunk]:
+            async for chunk in chunks:
+                self._others.append(chunk.SerializeToString())
+                yield chunk
+
+        return await super().put_slice(recorded())
+
+
+async def test_no_message_tells_of_the_prompt_or_the_answer(model: Path, tmp_path: Path) -> None:
+    frames: list[Frame] = []
+    others: list[bytes] = []
+    client = RecordingClient(tmp_path / "worker", frames, others)
+    async with Engine.connect(
+        model, peers=[client], dtype="float32", threads=1, store=tmp_path / "master"
+    ) as engine:
+        params = SamplingParams(
+            max_tokens=40, temperature=TEMPERATURE, top_p=TOP_P, seed=SEED, stop=(STOP,)
+        )
+        prompt = engine.encode([Message("system", STOP), Message("user", SECRET)])
+        answer = await engine.complete(prompt, params)
+        hidden_size = engine.config.hidden_size
+    ids = prompt + answer.token_ids
+    texts = [SECRET, answer.text, STOP, str(model.parent), *secrets_of(model)]
+    data = b"\n".join([*map(encode_frame, frames), *others])
+    assert leaks(data, texts, ids, (TEMPERATURE, TOP_P, SEED)) == []
+    # A payload is hidden states and nothing beside; all else is numbers that do not depend on
+    # which tokens they are.
+    assert {frame.kind for frame in frames} == {"setup", "stats_request", "step", "reduced"}
+    for frame in frames:
+        match frame.kind:
+            case "step":
+                assert len(frame.payload) == frame.header.step.tokens * hidden_size * 4
+            case "reduced":
+                assert len(frame.payload) == math.prod(frame.header.reduced.shape) * 4
+            case _:
+                assert len(frame.payload) == 0
+
+    steps = [frame.header.step for frame in frames if frame.kind == "step"]
+    assert [step.tokens for step in steps] == [len(prompt)] + [1] * (len(answer.token_ids) - 1)
+    assert [step.start for step in steps] == [0, *range(len(prompt), len(ids) - 1)]
+    assert [step.rope_length for step in steps] == list(range(len(prompt), len(ids)))
+
+
+async def test_other_words_give_the_same_messages_but_for_hidden_states(
+    model: Path, tmp_path: Path
+) -> None:
+    """All that is not a payload is equal for two prompts of one length."""
+    seen = []
+    for prompt in ([65, 66, 67, 68, 69], [200, 3, 77, 3, 9]):
+        frames: list[Frame] = []
+        client = RecordingClient(tmp_path / "worker", frames, [])
+        async with Engine.connect(
+            model, peers=[client], dtype="float32", threads=1, store=tmp_path / "master"
+        ) as engine:
+            await engine.complete(prompt, SamplingParams(max_tokens=6))
+        for frame in frames:
+            if frame.kind == "setup":  # depends on what the machine has free
+                frame.header.setup.memory_bytes = 0
+        seen.append(frames)
+    first, second = ([f.header.SerializeToString() for f in frames] for frames in seen)
+    assert first == second
+    assert [bytes(f.payload) for f in seen[0]] != [bytes(f.payload) for f in seen[1]]
+
+
+# -- what messages can carry at all ----------------------------------------------------------
+
+# Every field of every message. A new one belongs here only if it cannot tell anything of a
+# prompt, an answer, the tokenizer or the sampling; texts and bytes say here what is in them.
+ALLOWED = {
+    "HelloRequest": {"protocol_version", "tpirt_version", "slice_id"},
+    "HelloReply": {
+        "protocol_version",
+        "tpirt_version",
+        "peer_id",
+        "host_id",
+        "memory_bytes",
+        "available_bytes",
+        "threads",
+        "bfloat16",
+        "busy",
+        "has_slice",
+    },
+    "SliceChunk": {"manifest", "chunk"},
+    "BlockChunk": {"block", "offset", "crc32", "data"},
+    "PutSliceReply": {"bytes_written"},
+    "Frame": {"header", "payload"},
+    "FrameHeader": {
+        "setup",
+        "loading",
+        "ready",
+        "step",
+        "partial",
+        "reduced",
+        "abort",
+        "stats_request",
+        "stats",
+        "error",
+    },
+    "Tensor": {"step", "seq", "dtype", "shape"},
+    "Setup": {
+        "protocol_version",
+        "model_fingerprint",
+        "model_config",
+        "slice_id",
+        "rank",
+        "world_size",
+        "window_blocks",
+        "memory_bytes",
+        "chunk_tokens",
+        "timeout_ms",
+    },
+    "Loading": {"done_bytes", "total_bytes"},
+    "Ready": {"weights_bytes", "resident_bytes"},
+    "Step": {"step", "start", "tokens", "rope_length"},
+    "Abort": {"step"},
+    "StatsRequest": {"reset"},
+    "Stats": {
+        "rank",
+        "peak_rss_bytes",
+        "weights_bytes",
+        "bytes_sent",
+        "bytes_received",
+        "bytes_read",
+        "io_ms",
+        "compute_ms",
+        "comm_ms",
+    },
+    "Error": {"step", "kind", "message"},
+}
+TEXTS = {
+    "HelloRequest.tpirt_version",
+    "HelloRequest.slice_id",  # hash of model, dtype and shard
+    "HelloReply.tpirt_version",
+    "HelloReply.peer_id",  # host name and port of the worker
+    "HelloReply.host_id",
+    "SliceChunk.manifest",  # sizes and names of block files, name of the model's folder
+    "BlockChunk.data",  # weights
+    "Frame.payload",  # hidden states
+    "Setup.model_fingerprint",  # hash
+    "Setup.model_config",  # shapes and options of the model
+    "Setup.slice_id",
+    "Error.kind",
+    "Error.message",  # from worker to master
+}
+
+
+def fields() -> Iterator[FieldDescriptor]:
+    for message in pb.DESCRIPTOR.message_types_by_name.values():
+        assert not message.nested_types
+        yield from message.fields
+
+
+def test_every_field_is_on_the_allow_list() -> None:
+    found: dict[str, set[str]] = {}
+    for field in fields():
+        found.setdefault(field.containing_type.name, set()).add(field.name)
+    assert found == ALLOWED
+    assert set(pb.DESCRIPTOR.enum_types_by_name) == {"DType"}
+    (service,) = pb.DESCRIPTOR.services_by_name.values()
+    assert {method.name for method in service.methods} == {"Hello", "PutSlice", "Session"}
+
+
+def test_every_text_field_is_on_the_allow_list() -> None:
+    kinds = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
+    texts = {f"{f.containing_type.name}.{f.name}" for f in fields() if f.type in kinds}
+    assert texts == TEXTS
+
+
+def test_config_that_is_sent_has_shapes_and_options_only(model: Path) -> None:
+    sent = json.loads(ModelConfig.from_dir(model).to_json())
+    texts = {key for key, value in sent.items() if isinstance(value, str)}
+    assert texts == {"model_type", "hidden_act", "dtype"}
+    assert all("token" not in key or key == "tie_word_embeddings" for key in sent)
+
+
+def test_nothing_beside_the_transport_can_open_a_connection() -> None:
+    """What is proved above of the transport holds for all that leaves the process."""
+    import tpirt
+
+    root = Path(tpirt.__file__).parent
+    network = re.compile(
+        r"^\s*(import|from) (socket|ssl|urllib|http|requests|httpx|aiohttp)\b", re.M
+    )
+    files = {
+        str(path.relative_to(root))
+        for path in root.rglob("*.py")
+        if network.search(path.read_text(encoding="utf-8")) and "testing" not in path.parts
+    }
+    assert files == {"cluster/machine.py"}  # for the host's name

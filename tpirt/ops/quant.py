@@ -84,6 +84,9 @@ class QuantSpec:
         return {"none": 0.0, "int8": 8.0, "int4": 4 + 32 / max(1, self.group_size)}[self.kind]
 
 
+AS_THEY_ARE = QuantSpec("none")
+
+
 def quantize_int8(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Round each output channel to 255 levels, ``s = max|w| / 127``, ``q = round(w / s)``.
 

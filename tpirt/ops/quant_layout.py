@@ -104,7 +104,9 @@ def canonical_regions(spec: QuantSpec, rows: int, inputs: int) -> tuple[Region, 
     """The regions of a (rows, inputs) matrix in portable form."""
     width = spec.padded_inputs(inputs)
     if spec.kind == "int8":
-        return place(Region("codes", torch.int8, (rows, width)), Region("scales", torch.bfloat16, (rows,)))
+        return place(
+            Region("codes", torch.int8, (rows, width)), Region("scales", torch.bfloat16, (rows,))
+        )
     groups = width // spec.group_size
     return place(
         Region("codes", torch.uint8, (rows, width // 2)),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from tpirt.errors import ConfigError
-from tpirt.ops.quant import QuantSpec
+from tpirt.ops.quant import AS_THEY_ARE, QuantSpec
 from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -24,7 +24,7 @@ class WeightFormat:
     """
 
     dtype: torch.dtype
-    quant: QuantSpec = QuantSpec()
+    quant: QuantSpec = AS_THEY_ARE
     layout: Layout = PORTABLE_LAYOUT
 
     @property

@@ -19,7 +19,7 @@ import torch
 
 from tpirt.config import ModelConfig
 from tpirt.ops.buffers import ALIGN, Region, round_up
-from tpirt.ops.quant import QuantSpec
+from tpirt.ops.quant import AS_THEY_ARE, QuantSpec
 from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout, local_regions
 from tpirt.parallel.format import WeightFormat
 from tpirt.parallel.partition import Shard, Span
@@ -113,7 +113,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     pieces: tuple[Piece, ...]
-    quant: QuantSpec = QuantSpec()
+    quant: QuantSpec = AS_THEY_ARE
     layout: Layout = PORTABLE_LAYOUT
 
     @property
@@ -188,7 +188,7 @@ def _stored(
         columns = pieces[0].columns
         shape = (rows,) if columns is None else (rows, columns.size)
         kept = torch.float32 if "norm" in rule.name else form.dtype
-        quant = form.quant if len(shape) == 2 else QuantSpec()
+        quant = form.quant if len(shape) == 2 else AS_THEY_ARE
         tensors.append(StoredTensor(rule.name, shape, kept, pieces, quant, form.layout))
     return tuple(tensors)
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tpirt.cli.main import main
 from tpirt.cluster.slices import SliceMaker
@@ -17,6 +18,7 @@ from tpirt.cluster.worker import Worker
 from tpirt.config import ModelConfig
 from tpirt.engine import Engine
 from tpirt.errors import MemoryLimitError, StoreError, TpirtError
+from tpirt.parallel.format import WeightFormat
 from tpirt.parallel.partition import make_plan
 from tpirt.testing.cluster import MemoryPeerClient, memory_engine
 from tpirt.transport.pb import tpirt_pb2 as pb
@@ -31,7 +33,7 @@ PARAMS = SamplingParams(max_tokens=5)
 @pytest.fixture(scope="module")
 def maker(model: Path) -> Iterator[SliceMaker]:
     with Checkpoint.open(model) as checkpoint:
-        yield SliceMaker(checkpoint, ModelConfig.from_dir(model), "float32")
+        yield SliceMaker(checkpoint, ModelConfig.from_dir(model), WeightFormat(torch.float32))
 
 
 def worker(store: Path, memory_bytes: int | None = None) -> Worker:

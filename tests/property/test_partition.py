@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 
 from tpirt.config import ModelConfig
+from tpirt.parallel.format import WeightFormat
 from tpirt.parallel.partition import Plan, Shard, Span, apportion, make_plan
 from tpirt.parallel.sharding import rank_blocks
 from tpirt.testing.models import make_model
 from tpirt.weights.checkpoint import Checkpoint, resolve_tied
-from tpirt.weights.layout import block_header, file_bytes, view_tensors
+from tpirt.weights.layout import block_header, file_bytes, view_weights
 from tpirt.weights.names import expected_tensors, source_name
 from tpirt.weights.slicer import block_bytes
 
@@ -166,12 +167,12 @@ def put_together(
 def pieces(
     checkpoint: Checkpoint, config: ModelConfig, shard: Shard, dtype: torch.dtype, head: str
 ) -> Any:
-    for block in rank_blocks(config, shard, dtype):
+    for block in rank_blocks(config, shard, WeightFormat(dtype)):
         content = b"".join(block_bytes(checkpoint, head, block))
         assert len(content) == file_bytes(block)
         data = content[len(block_header(block)) :]
         assert len(data) == block.nbytes
-        views = view_tensors(block, torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        views = view_weights(block, torch.frombuffer(bytearray(data), dtype=torch.uint8))
         for tensor in block.tensors:
             row = 0
             for piece in tensor.pieces:
@@ -195,7 +196,11 @@ def test_row_parallel_biases_are_held_once() -> None:
         mlp_bias=True,
     )
     for rank, shard in enumerate(make_plan(config, 3).shards):
-        held = {t.name for b in rank_blocks(config, shard, torch.float32) for t in b.tensors}
+        held = {
+            t.name
+            for b in rank_blocks(config, shard, WeightFormat(torch.float32))
+            for t in b.tensors
+        }
         assert ("o_proj.bias" in held) == ("down_proj.bias" in held) == (rank == 0)
         assert {"qkv_proj.bias", "gate_up_proj.bias"} <= held
 
@@ -205,7 +210,7 @@ def test_head_blocks_are_no_larger_than_layer_blocks(
     sizes: dict[str, Any], data: st.DataObject
 ) -> None:
     config = read({**sizes, "vocab_size": data.draw(st.integers(1, 5000))})
-    blocks = rank_blocks(config, make_plan(config, 1).shards[0], torch.float32)
+    blocks = rank_blocks(config, make_plan(config, 1).shards[0], WeightFormat(torch.float32))
     layers = blocks[: 2 * config.num_hidden_layers]
     head = blocks[len(layers) :]
     row_bytes = 4 * config.hidden_size
@@ -220,11 +225,13 @@ def test_block_files_are_safetensors_files(tmp_path: Path) -> None:
     config = ModelConfig.from_dir(path)
     with Checkpoint.open(path) as checkpoint:
         _, head = resolve_tied(checkpoint, config)
-        for block in rank_blocks(config, make_plan(config, 3).shards[0], torch.bfloat16):
+        for block in rank_blocks(
+            config, make_plan(config, 3).shards[0], WeightFormat(torch.bfloat16)
+        ):
             header = block_header(block)
             assert len(header) % 4096 == 0
             content = b"".join(block_bytes(checkpoint, head, block))
-            views = view_tensors(
+            views = view_weights(
                 block, torch.frombuffer(bytearray(content[len(header) :]), dtype=torch.uint8)
             )
             loaded = load(content)

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpirt.errors import MemoryLimitError
+from tpirt.parallel.format import WeightFormat
 from tpirt.parallel.partition import Shard, Span
 from tpirt.parallel.sharding import Block, StoredTensor
 from tpirt.types import ignore_progress
@@ -85,7 +86,7 @@ def write_blocks(root: Path, counts: Sequence[int]) -> tuple[StoredSlice, list[B
         for i, count in enumerate(counts)
     ]
     shard = Shard(Span(0, 1), Span(0, 1), Span(0, 1), first=True)
-    manifest = Manifest.plan("f" * 32, "test", "float32", shard, blocks)
+    manifest = Manifest.plan("f" * 32, "test", WeightFormat(torch.float32), shard, blocks)
     with SliceStore(root).write(manifest) as writer:
         for i, block in enumerate(blocks):
             data = torch.full((counts[i],), float(i)).numpy().tobytes()

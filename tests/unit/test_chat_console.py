@@ -24,6 +24,8 @@ from tpirt.engine.dtype import ChosenDtype
 from tpirt.engine.engine import LoadPlan
 from tpirt.errors import PeerLostError
 from tpirt.model.memory import PROCESS_BYTES, plan_rank
+from tpirt.ops.quant_layout import PORTABLE_LAYOUT
+from tpirt.parallel.format import WeightFormat
 from tpirt.parallel.partition import make_plan
 from tpirt.testing.models import make_model
 
@@ -105,10 +107,13 @@ def load_plan(
 
     config = ModelConfig.from_dir(make_model(path, num_attention_heads=16, num_key_value_heads=4))
     plan = make_plan(config, ranks)
-    peers = (PeerInfo(r, f"pi\x1b{r}", "host", None, 1 << 30, 1, False) for r in range(ranks))
+    peers = (
+        PeerInfo(r, f"pi\x1b{r}", "host", None, 1 << 30, 1, False, PORTABLE_LAYOUT)
+        for r in range(ranks)
+    )
     return LoadPlan(
         ChosenDtype("float32", "as asked"),
-        tuple(plan_rank(config, plan, r, torch.float32, 16) for r in range(ranks)),
+        tuple(plan_rank(config, plan, r, WeightFormat(torch.float32), 16) for r in range(ranks)),
         tuple(peers),
         (Limits(window, memory_bytes, 16, 1.0),) * ranks,
     )
@@ -241,7 +246,7 @@ def test_history_where_none_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_who_is_lost() -> None:
-    peer = PeerInfo(1, "pi:1", "host", None, 0, 1, False)
+    peer = PeerInfo(1, "pi:1", "host", None, 0, 1, False, PORTABLE_LAYOUT)
     assert not is_lost(peer, None)
     assert is_lost(peer, PeerLostError("pi:1: connection lost"))
     assert not is_lost(peer, PeerLostError("pi:11: connection lost"))

@@ -84,8 +84,10 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SLICING = """
+import torch
 from tpirt.cluster.slices import SliceMaker, write_slice
 from tpirt.config import ModelConfig
+from tpirt.parallel.format import WeightFormat
 from tpirt.parallel.partition import make_plan
 from tpirt.types import ignore_progress
 from tpirt.weights.checkpoint import Checkpoint
@@ -95,7 +97,7 @@ path = Path({path!r})
 config = ModelConfig.from_dir(path)
 plan = make_plan(config, {world}, {ratio!r})
 with Checkpoint.open(path) as checkpoint:
-    maker = SliceMaker(checkpoint, config, "bfloat16")
+    maker = SliceMaker(checkpoint, config, WeightFormat(torch.bfloat16))
 
     def work():
         if {store!r}:

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 
 from tpirt.errors import CheckpointError, ConfigError
 from tpirt.ops import quant_layout, quant_linear
-from tpirt.ops.buffers import page_buffer
+from tpirt.ops.buffers import ALIGN, page_buffer
 from tpirt.ops.quant import (
-    ALIGN,
     GROUP_SIZES,
     QuantSpec,
     dequantize_int4,

@@ -16,12 +16,15 @@ import pytest
 import torch
 
 from tpirt.errors import StoreError
+from tpirt.ops.quant import QuantSpec
+from tpirt.parallel.format import WeightFormat
 from tpirt.parallel.partition import Shard, Span
 from tpirt.parallel.sharding import Block, StoredTensor
 from tpirt.weights import store as module
 from tpirt.weights.layout import block_header
 from tpirt.weights.store import Manifest, SliceStore, SliceWriter, StoredSlice, default_store
 
+FORM = WeightFormat(torch.float32)
 SHARD = Shard(Span(0, 2), Span(0, 1), Span(0, 8), first=True)
 
 
@@ -33,7 +36,7 @@ def blocks(count: int = 3, size: int = 100) -> list[Block]:
 
 
 def manifest(size: int = 100, model: str = "m", fingerprint: str = "f" * 32) -> Manifest:
-    return Manifest.plan(fingerprint, model, "float32", SHARD, blocks(size=size))
+    return Manifest.plan(fingerprint, model, FORM, SHARD, blocks(size=size))
 
 
 def content(planned: Manifest, index: int) -> bytes:
@@ -93,11 +96,14 @@ def test_identity_covers_model_dtype_and_shard() -> None:
     assert same.slice_id == manifest(model="renamed").slice_id
     others = [
         manifest(fingerprint="e" * 32),
-        Manifest.plan("f" * 32, "m", "bfloat16", SHARD, blocks()),
-        Manifest.plan("f" * 32, "m", "float32", Shard(*[Span(0, 1)] * 3, first=True), blocks()),
-        Manifest.plan("f" * 32, "m", "float32", Shard(*[Span(0, 1)] * 3, first=False), blocks()),
+        Manifest.plan("f" * 32, "m", WeightFormat(torch.bfloat16), SHARD, blocks()),
+        *(
+            Manifest.plan("f" * 32, "m", FORM, Shard(*[Span(0, 1)] * 3, first=first), blocks())
+            for first in (True, False)
+        ),
+        Manifest.plan("f" * 32, "m", WeightFormat(FORM.dtype, QuantSpec("int8")), SHARD, blocks()),
     ]
-    assert len({m.slice_id for m in (same, *others)}) == 5
+    assert len({m.slice_id for m in (same, *others)}) == 6
 
 
 # -- interrupted -------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tpirt.errors import MemoryLimitError, StoreError
+from tpirt.parallel.format import WeightFormat
 from tpirt.parallel.partition import Shard, Span
 from tpirt.parallel.sharding import Block, StoredTensor
 from tpirt.types import Progress, ignore_progress
@@ -35,7 +36,7 @@ def stored(tmp_path: Path) -> tuple[StoredSlice, list[Block]]:
         Block(f"block{i}", (StoredTensor("t", (FLOATS,), torch.float32, ()),)) for i in range(COUNT)
     ]
     shard = Shard(Span(0, 1), Span(0, 1), Span(0, 1), first=True)
-    manifest = Manifest.plan("f" * 32, "test", "float32", shard, blocks)
+    manifest = Manifest.plan("f" * 32, "test", WeightFormat(torch.float32), shard, blocks)
     with SliceStore(tmp_path / "store").write(manifest) as writer:
         for i, block in enumerate(blocks):
             data = torch.full((FLOATS,), float(i)).numpy().tobytes()

@@ -24,7 +24,9 @@ def show_plan(plan: LoadPlan, out: TextIO) -> None:
     lines = [printable(line) for line in columns(rows, left=2)]
     if len(ranks) > _MOST_LINES:
         lines.append(f"... and {len(ranks) - _MOST_LINES} more")
-    lines.append(printable(f"dtype {plan.dtype.name} ({plan.dtype.reason})"))
+    quant = plan.ranks[0].form.quant
+    how = "" if quant.kind == "none" else f", weights in {quant}"
+    lines.append(printable(f"dtype {plan.dtype.name} ({plan.dtype.reason}){how}"))
     out.write("".join(line + "\n" for line in lines))
     out.flush()
 

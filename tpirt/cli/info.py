@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tpirt.cli.options import (
     Commands,
+    add_format_options,
     add_model_option,
     add_parser,
     add_ratio_option,
@@ -30,7 +31,7 @@ def add_command(commands: Commands) -> None:
     parser.add_argument(
         "--context", type=count, metavar="N", help="tokens (default: the model's, at most 4096)"
     )
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add_format_options(parser)
     parser.set_defaults(run=_run)
 
 
@@ -40,10 +41,12 @@ def _run(arguments: argparse.Namespace) -> None:
     from rich.table import Table
 
     from tpirt.cluster.group import this_peer
-    from tpirt.cluster.rank import DTYPES
+    from tpirt.cluster.machine import int4_layout
     from tpirt.engine.dtype import choose_dtype
     from tpirt.engine.engine import BUNDLED_MODEL, open_model
     from tpirt.model.memory import DEFAULT_CHUNK_TOKENS, PROCESS_BYTES, SLACK_BYTES, plan_rank
+    from tpirt.ops.quant import QuantSpec
+    from tpirt.parallel.format import WeightFormat
     from tpirt.parallel.partition import make_plan
     from tpirt.units import format_bytes
     from tpirt.weights.names import expected_tensors
@@ -61,6 +64,7 @@ def _run(arguments: argparse.Namespace) -> None:
             f"context {context}: the model's is {config.context_length} tokens at most"
         )
     plan = make_plan(config, arguments.world_size, arguments.ratio)
+    form = WeightFormat(dtype.dtype, QuantSpec.parse(arguments.quantize), int4_layout())
     console = Console(highlight=False)
     console.begin_capture()  # printed below: rich would end the process when nobody reads
     console.print(
@@ -70,14 +74,17 @@ def _run(arguments: argparse.Namespace) -> None:
         f"MLP {config.intermediate_size}, vocabulary {config.vocab_size}, "
         f"context {config.context_length}"
     )
-    console.print(f"checkpoint in {config.dtype}; runs in {dtype.name} ({dtype.reason})")
+    console.print(
+        f"checkpoint in {config.dtype}; runs in {dtype.name} ({dtype.reason}), "
+        f"quantized: {form.quant}"
+    )
     window = f"window {arguments.window} blocks" if arguments.window else "all resident"
     console.print(f"memory per rank: {window}, context {context} tokens")
     table = Table(box=SIMPLE_HEAD, padding=0, collapse_padding=False)
     for column in ("rank", "heads", "MLP", "weights", "block", "held", "KV", "work", "needs"):
         table.add_column(column, justify="right", no_wrap=True, min_width=6)
     for rank in range(plan.world_size):
-        row = plan_rank(config, plan, rank, DTYPES[dtype.name], DEFAULT_CHUNK_TOKENS)
+        row = plan_rank(config, plan, rank, form, DEFAULT_CHUNK_TOKENS)
         window_plan = plan_window(row.block_bytes, arguments.window)
         held = window_plan.held_bytes(row.block_bytes)
         kv = row.kv_token_bytes * context

@@ -75,7 +75,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory", type=size, metavar="SIZE", help="most memory per rank's process, such as 900M"
     )
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add_format_options(parser)
     add_process_options(parser)
     parser.add_argument(
         "--timeout",
@@ -85,6 +85,18 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="longest silence of a peer during a step, in seconds (default 60)",
     )
     parser.add_argument("--quiet", action="store_true", help="no plan and no progress on stderr")
+
+
+def add_format_options(parser: argparse.ArgumentParser) -> None:
+    """``--dtype`` and ``--quantize``: in what form weights are kept."""
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument(
+        "--quantize",
+        default="none",
+        metavar="HOW",
+        help="keep weights in fewer bits: int8, int4 or int4:GROUP with 32, 64 or 128 "
+        "(default none)",
+    )
 
 
 def add_process_options(parser: argparse.ArgumentParser) -> None:
@@ -153,6 +165,7 @@ def engine_options(
         "window": arguments.window,
         "memory_bytes": arguments.memory,
         "dtype": arguments.dtype,
+        "quantize": arguments.quantize,
         "threads": arguments.threads,
         "store": arguments.store,
         "timeout_s": arguments.timeout,

@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tpirt.cli.options import Commands, add_model_option, add_parser, add_ratio_option, count
+from tpirt.cli.options import (
+    Commands,
+    add_format_options,
+    add_model_option,
+    add_parser,
+    add_ratio_option,
+    count,
+)
 
 
 def add_command(commands: Commands) -> None:
@@ -21,7 +28,7 @@ def add_command(commands: Commands) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="one folder per rank in here")
     parser.add_argument("--world-size", type=count, required=True, metavar="N")
     add_ratio_option(parser)
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add_format_options(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     parser.set_defaults(run=_run)
 
@@ -29,9 +36,12 @@ def add_command(commands: Commands) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     from tpirt.chat.progress import ConsoleProgress
     from tpirt.cluster.group import this_peer
+    from tpirt.cluster.machine import int4_layout
     from tpirt.cluster.slices import SliceMaker, split_model
     from tpirt.engine.dtype import choose_dtype
     from tpirt.engine.engine import BUNDLED_MODEL, open_model
+    from tpirt.ops.quant import QuantSpec
+    from tpirt.parallel.format import WeightFormat
     from tpirt.parallel.partition import make_plan
     from tpirt.units import format_bytes
     from tpirt.weights.store import SliceStore
@@ -41,7 +51,8 @@ def _run(arguments: argparse.Namespace) -> None:
         plan = make_plan(model.config, arguments.world_size, arguments.ratio)
         dtype = choose_dtype(model.config, arguments.dtype, [this_peer(threads=1)])
         print(f"dtype {dtype.name} ({dtype.reason})")
-        maker = SliceMaker(model.checkpoint, model.config, dtype.name)
+        form = WeightFormat(dtype.dtype, QuantSpec.parse(arguments.quantize), int4_layout())
+        maker = SliceMaker(model.checkpoint, model.config, form)
         out = Path(arguments.out)
         stores = [SliceStore(out / f"rank{rank}") for rank in range(plan.world_size)]
         with ConsoleProgress(quiet=arguments.quiet) as progress:

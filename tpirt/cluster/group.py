@@ -11,13 +11,20 @@ from dataclasses import dataclass
 import torch
 
 from tpirt.cluster.cancellation import finish, in_thread
-from tpirt.cluster.machine import available_bytes, has_bfloat16, host_id, resident_bytes
+from tpirt.cluster.machine import (
+    available_bytes,
+    has_bfloat16,
+    host_id,
+    int4_layout,
+    resident_bytes,
+)
 from tpirt.cluster.rank import Limits, RankRuntime
 from tpirt.cluster.slices import SliceMaker, send_slice, write_slice
 from tpirt.collectives.base import Communicator, Solo, StepAborted
 from tpirt.collectives.star import StarMaster, remote_error, send_all
 from tpirt.errors import HandshakeError, PeerLostError, TransportError
 from tpirt.ops.buffers import tensor_bytes
+from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout
 from tpirt.parallel.partition import Plan, Shard
 from tpirt.transport.base import Channel, PeerClient
 from tpirt.transport.codec import PROTOCOL_VERSION, Frame
@@ -41,6 +48,7 @@ class PeerInfo:
     available_bytes: int
     threads: int
     bfloat16: bool
+    int4_layout: Layout
 
 
 def this_peer(threads: int) -> PeerInfo:
@@ -53,6 +61,7 @@ def this_peer(threads: int) -> PeerInfo:
         available_bytes=available_bytes() + resident_bytes(),
         threads=threads,
         bfloat16=has_bfloat16(),
+        int4_layout=int4_layout(),
     )
 
 
@@ -73,6 +82,7 @@ async def meet_peers(clients: Sequence[PeerClient], threads: int) -> list[PeerIn
             reply.available_bytes,
             reply.threads,
             reply.bfloat16,
+            Layout.named(reply.int4_layout) or PORTABLE_LAYOUT,
         )
         for rank, (client, reply) in enumerate(zip(clients, replies, strict=True), start=1)
     ]
@@ -120,16 +130,22 @@ class Group:
         return self._broken
 
     async def distribute(
-        self, maker: SliceMaker, plan: Plan, store: SliceStore, progress: ProgressCallback
+        self,
+        makers: Sequence[SliceMaker],
+        plan: Plan,
+        store: SliceStore,
+        progress: ProgressCallback,
     ) -> None:
         """See to it that every rank has its slice: rank 0 in ``store``, workers in theirs.
+
+        ``makers[r]`` cuts rank ``r``'s, in the form that its CPU wants.
 
         Raises:
             CheckpointError, StoreError, PeerLostError: the slice could not be made or kept.
         """
 
         async def equip(rank: int) -> None:
-            shard = plan.shards[rank]
+            maker, shard = makers[rank], plan.shards[rank]
             if rank == 0:
                 await _in_thread(write_slice, maker, shard, store, progress, rank)
                 return
@@ -144,7 +160,7 @@ class Group:
 
     async def start(
         self,
-        maker: SliceMaker,
+        makers: Sequence[SliceMaker],
         plan: Plan,
         store: SliceStore,
         limits: Sequence[Limits],
@@ -159,6 +175,7 @@ class Group:
         for rank, client in enumerate(self._clients, start=1):
             channel = await client.open_session()
             self._channels.append(channel)
+            maker = makers[rank]
             manifest = maker.manifest(plan.shards[rank])
             setup = pb.Setup(
                 protocol_version=PROTOCOL_VERSION,
@@ -173,9 +190,9 @@ class Group:
                 timeout_ms=int(self._timeout_s * 1e3),
             )
             await channel.send(Frame(pb.FrameHeader(setup=setup)))
-        stored = store.find(maker.manifest(plan.shards[0]).slice_id)
+        stored = store.find(makers[0].manifest(plan.shards[0]).slice_id)
         assert stored is not None
-        self._runtime = RankRuntime(maker.config, stored, self._communicator(), limits[0])
+        self._runtime = RankRuntime(makers[0].config, stored, self._communicator(), limits[0])
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._runtime.load(progress))

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout, local_layout
+
 
 def host_id() -> str:
     """Return an id that is equal for processes sharing one machine's memory."""
@@ -40,6 +42,11 @@ def has_bfloat16() -> bool:
         for flag in line.partition(":")[2].split()
     }
     return not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def int4_layout() -> Layout:
+    """Return the order in which this CPU's 4-bit kernel wants its codes."""
+    return local_layout() or PORTABLE_LAYOUT
 
 
 def available_bytes() -> int:

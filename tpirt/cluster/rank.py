@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from tpirt.cluster.kernels import choose_kernels
 from tpirt.cluster.machine import peak_resident_bytes, resident_bytes
 from tpirt.collectives.base import Communicator
 from tpirt.config import ModelConfig
@@ -18,8 +19,6 @@ from tpirt.types import ProgressCallback, RankStats
 from tpirt.units import format_bytes
 from tpirt.weights.store import StoredSlice
 from tpirt.weights.window import MIN_SLOTS, Window
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,15 @@ class RankRuntime:
         self._config = config
         self._limits = limits
         manifest = stored.manifest
-        dtype = DTYPES[manifest.dtype]
-        _warm_up(dtype)
+        form = manifest.form
+        _warm_up(form.dtype)
+        blocks = rank_blocks(config, manifest.shard, form)
+        kernels = choose_kernels(stored.path, blocks)
         self._fixed_bytes = (
             resident_bytes()
             + SLACK_BYTES
             + activation_bytes(config, manifest.shard, comm.world_size, limits.chunk_tokens)
         )
-        blocks = rank_blocks(config, manifest.shard, dtype)
         try:
             self.window = Window(
                 stored,
@@ -64,7 +64,7 @@ class RankRuntime:
             )
         except MemoryLimitError as exc:
             raise self._too_little(exc, max(block.nbytes for block in blocks)) from exc
-        self.decoder = Decoder(config, manifest.shard, dtype, self.window, comm)
+        self.decoder = Decoder(config, manifest.shard, form.dtype, self.window, comm, kernels)
 
     def check_step(self, start: int, tokens: int, rope_length: int) -> None:
         """Refuse a step that no master in its senses asks for.

@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 from tpirt.cluster.cancellation import in_thread
-from tpirt.cluster.rank import DTYPES
 from tpirt.config import ModelConfig
 from tpirt.errors import PeerLostError, StoreError
+from tpirt.parallel.format import WeightFormat
 from tpirt.parallel.partition import Plan, Shard
 from tpirt.parallel.sharding import rank_blocks
 from tpirt.transport.base import PeerClient
@@ -24,17 +24,17 @@ from tpirt.weights.store import Manifest, SliceStore, StoredSlice
 
 @dataclass(frozen=True)
 class SliceMaker:
-    """Cuts slices of one model in one dtype."""
+    """Cuts slices of one model in one form."""
 
     checkpoint: Checkpoint
     config: ModelConfig
-    dtype: str
+    form: WeightFormat
 
     def manifest(self, shard: Shard) -> Manifest:
         """Describe the slice of one rank."""
-        blocks = rank_blocks(self.config, shard, DTYPES[self.dtype])
+        blocks = rank_blocks(self.config, shard, self.form)
         name = self.checkpoint.path.resolve().name
-        return Manifest.plan(self.checkpoint.fingerprint, name, self.dtype, shard, blocks)
+        return Manifest.plan(self.checkpoint.fingerprint, name, self.form, shard, blocks)
 
     def pieces(self, shard: Shard) -> Iterator[tuple[int, int, memoryview]]:
         """Yield (block, offset, bytes) of all the slice's block files, in order.
@@ -43,7 +43,7 @@ class SliceMaker:
             CheckpointError: a read failed or came short.
         """
         _, head = resolve_tied(self.checkpoint, self.config)
-        for index, block in enumerate(rank_blocks(self.config, shard, DTYPES[self.dtype])):
+        for index, block in enumerate(rank_blocks(self.config, shard, self.form)):
             offset = 0
             for piece in block_bytes(self.checkpoint, head, block):
                 yield index, offset, piece

@@ -12,13 +12,21 @@ from tpirt.cluster.machine import (
     available_bytes,
     has_bfloat16,
     host_id,
+    int4_layout,
     resident_bytes,
 )
-from tpirt.cluster.rank import DTYPES, Limits, RankRuntime
+from tpirt.cluster.rank import Limits, RankRuntime
 from tpirt.collectives.base import StepAborted
 from tpirt.collectives.star import StarWorker
 from tpirt.config import ModelConfig
-from tpirt.errors import HandshakeError, PeerLostError, StoreError, TpirtError, TransportError
+from tpirt.errors import (
+    ConfigError,
+    HandshakeError,
+    PeerLostError,
+    StoreError,
+    TpirtError,
+    TransportError,
+)
 from tpirt.parallel.sharding import rank_blocks
 from tpirt.transport.base import Channel
 from tpirt.transport.codec import PROTOCOL_VERSION, Frame, read_tensor
@@ -60,6 +68,7 @@ class Worker:
             threads=self._threads,
             bfloat16=has_bfloat16(),
             busy=self._master is not None,
+            int4_layout=int4_layout().name,
             has_slice=bool(request.slice_id) and self._holds(request.slice_id),
         )
 
@@ -235,11 +244,10 @@ def _check_slice(stored: StoredSlice, config: ModelConfig) -> None:
     """Check that a slice's files are those which its manifest's model, dtype and shard ask for."""
     manifest = stored.manifest
     try:
-        blocks = rank_blocks(config, manifest.shard, DTYPES[manifest.dtype])
-        asked = Manifest.plan(
-            manifest.fingerprint, manifest.model, manifest.dtype, manifest.shard, blocks
-        )
-    except (KeyError, ValueError, IndexError) as exc:
+        form = manifest.form
+        blocks = rank_blocks(config, manifest.shard, form)
+        asked = Manifest.plan(manifest.fingerprint, manifest.model, form, manifest.shard, blocks)
+    except (ConfigError, ValueError, IndexError) as exc:
         raise StoreError(f"{stored.path}: no slice of this model ({exc}); remove it") from exc
     found = [(block.name, block.nbytes) for block in manifest.blocks]
     if (manifest.slice_id, found) != (

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from tpirt.cluster.group import PeerInfo
 from tpirt.config import ModelConfig
 from tpirt.errors import ConfigError
+from tpirt.parallel.format import DTYPES
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,11 @@ class ChosenDtype:
     name: str
     reason: str
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """torch's own."""
+        return DTYPES[self.name]
+
 
 def choose_dtype(config: ModelConfig, asked: str, peers: Sequence[PeerInfo]) -> ChosenDtype:
     """Take what was asked for, or what the checkpoint and every peer's CPU suggest.
@@ -24,7 +32,7 @@ def choose_dtype(config: ModelConfig, asked: str, peers: Sequence[PeerInfo]) -> 
     Raises:
         ConfigError: an unknown dtype.
     """
-    if asked in ("float32", "bfloat16"):
+    if asked in DTYPES:
         return ChosenDtype(asked, "as asked")
     if asked != "auto":
         raise ConfigError(f"dtype {asked!r}: expected auto, float32 or bfloat16")

@@ -19,7 +19,7 @@ import torch
 from tpirt.cluster.group import Group, PeerInfo, meet_peers, memory_limits
 from tpirt.cluster.launcher import LocalPeers
 from tpirt.cluster.machine import default_threads
-from tpirt.cluster.rank import DTYPES, Limits
+from tpirt.cluster.rank import Limits
 from tpirt.cluster.slices import SliceMaker
 from tpirt.config import ModelConfig
 from tpirt.engine.defaults import GenerationDefaults
@@ -27,6 +27,8 @@ from tpirt.engine.dtype import ChosenDtype, choose_dtype
 from tpirt.engine.sampler import Sampler, check_params
 from tpirt.errors import ConfigError, MemoryLimitError, RequestError
 from tpirt.model.memory import RankPlan, choose_chunk_tokens, plan_rank
+from tpirt.ops.quant import QuantSpec
+from tpirt.parallel.format import WeightFormat
 from tpirt.parallel.partition import make_plan
 from tpirt.text import StopMatcher, Tokenizer
 from tpirt.transport.base import PeerClient
@@ -109,6 +111,7 @@ class Engine:
         window: int | None = None,
         memory_bytes: int | None = None,
         dtype: str = "auto",
+        quantize: str = "none",
         threads: int | None = None,
         chunk_tokens: int | None = None,
         store: str | Path | None = None,
@@ -129,6 +132,8 @@ class Engine:
             window: most blocks in memory per rank.
             memory_bytes: most memory of each rank's process; a share of what is free when absent.
             dtype: ``auto``, ``float32`` or ``bfloat16``.
+            quantize: ``none``, ``int8``, ``int4`` or ``int4:GROUP`` with 32, 64 or 128: how the
+                projections are stored; the LM head is kept in 8 bits at least.
             threads: compute threads per process; the machine's cores shared out when absent.
             chunk_tokens: most tokens of a prefill step; chosen by ``memory_bytes`` when absent.
             store: folder of this machine's slices; ``~/.cache/tpirt/slices`` when absent.
@@ -147,6 +152,7 @@ class Engine:
         if peers and local != 1:
             raise ConfigError("local and peers exclude each other: give one of them")
         _check_options(window, memory_bytes, threads, chunk_tokens, timeout_s)
+        quant = QuantSpec.parse(quantize)
         world_size = len(peers) + 1 if peers else local
         async with AsyncExitStack() as stack:
             model_dir = await asyncio.to_thread(open_model, path)
@@ -165,17 +171,17 @@ class Engine:
             stack.push_async_callback(group.aclose)
             infos = await meet_peers(clients, threads)
             chosen = choose_dtype(config, dtype, infos)
-            maker = SliceMaker(model_dir.checkpoint, config, chosen.name)
+            forms = [WeightFormat(chosen.dtype, quant, peer.int4_layout) for peer in infos]
+            makers = [SliceMaker(model_dir.checkpoint, config, form) for form in forms]
             limits = memory_limits(infos, memory_bytes)
             chunk = chunk_tokens or choose_chunk_tokens(config, plan.shards, memory_bytes)
             bounds = tuple(Limits(window, limit, chunk, timeout_s) for limit in limits)
             if on_plan is not None:
-                kind = DTYPES[chosen.name]
-                ranks = (plan_rank(config, plan, r, kind, chunk) for r in range(world_size))
+                ranks = (plan_rank(config, plan, r, f, chunk) for r, f in enumerate(forms))
                 on_plan(LoadPlan(chosen, tuple(ranks), tuple(infos), bounds))
             slices = SliceStore(Path(store) if store else default_store())
-            await group.distribute(maker, plan, slices, progress)
-            await group.start(maker, plan, slices, bounds, progress)
+            await group.distribute(makers, plan, slices, progress)
+            await group.start(makers, plan, slices, bounds, progress)
             yield cls(model_dir, group, infos, chunk)
 
     @property

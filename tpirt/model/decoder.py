@@ -7,7 +7,7 @@ The residual stream and the partial sums are float32; matrix products run in the
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
@@ -18,10 +18,11 @@ from tpirt.collectives.base import Communicator, StepAborted
 from tpirt.config import ModelConfig
 from tpirt.model.kv_cache import KVCache
 from tpirt.ops.nn import ACTIVATIONS, attention, gated_mlp, rms_norm
+from tpirt.ops.quant_linear import KernelChoice, MatrixShape, QuantMatrix, linear
 from tpirt.ops.rope import inverse_frequencies, rotate, rotation
 from tpirt.parallel.partition import Shard
 from tpirt.stopwatch import Stopwatch
-from tpirt.weights.window import Tensors
+from tpirt.weights.layout import Weights
 
 _T = TypeVar("_T")
 
@@ -33,7 +34,7 @@ _INLINE_TOKENS = 8
 class WeightSource(Protocol):
     """Where blocks come from; :class:`tpirt.weights.window.Window` is one."""
 
-    async def acquire(self, index: int) -> Tensors:
+    async def acquire(self, index: int) -> Weights:
         """Wait for a block's tensors."""
 
     def release(self, index: int) -> None:
@@ -50,6 +51,7 @@ class Decoder:
         dtype: torch.dtype,
         weights: WeightSource,
         comm: Communicator,
+        kernels: Mapping[MatrixShape, KernelChoice],
     ):
         self.config = config
         self.clock = Stopwatch()
@@ -59,6 +61,7 @@ class Decoder:
         self._dtype = dtype
         self._weights = weights
         self._comm = comm
+        self._kernels = kernels
         self._groups = _group_sizes(config, shard)
         self._activation = ACTIVATIONS[config.hidden_act]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tpirt-compute")
@@ -125,7 +128,7 @@ class Decoder:
     async def _block(
         self,
         index: int,
-        compute: Callable[[Tensors, int, torch.Tensor], torch.Tensor],
+        compute: Callable[[Weights, int, torch.Tensor], torch.Tensor],
         number: int,
         hidden: torch.Tensor,
     ) -> torch.Tensor:
@@ -143,32 +146,53 @@ class Decoder:
                 return compute()
             return await asyncio.get_running_loop().run_in_executor(self._thread, compute)
 
-    def _attention(self, w: Tensors, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+    def _attention(self, w: Weights, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         config, shard = self.config, self._shard
-        x = rms_norm(hidden, w["norm.weight"], config.rms_norm_eps).to(self._dtype)
-        qkv = F.linear(x, w["qkv_proj.weight"], w.get("qkv_proj.bias"))  # (T, (Q + 2 K) D)
+        x = _norm(w, hidden, "norm", config.rms_norm_eps).to(self._dtype)
+        qkv = self._project(x, w, "qkv_proj")  # (T, (Q + 2 K) D)
         heads = qkv.view(len(x), -1, config.head_dim).transpose(0, 1)  # (Q + 2 K, T, D)
         queries, keys = shard.q_heads.size, shard.kv_heads.size
         q, k, v = torch.split(heads, [queries, keys, keys])
         if config.qk_norm:
-            q = rms_norm(q, w["q_norm.weight"], config.rms_norm_eps).to(self._dtype)
-            k = rms_norm(k, w["k_norm.weight"], config.rms_norm_eps).to(self._dtype)
+            q = _norm(w, q, "q_norm", config.rms_norm_eps).to(self._dtype)
+            k = _norm(w, k, "k_norm", config.rms_norm_eps).to(self._dtype)
         q, k = rotate(q, self._cos, self._sin), rotate(k, self._cos, self._sin)
         k, v = self.kv.append(layer, k, v)
         out = attention(q, k, v, self._groups, config.sliding_windows[layer])
         flat = out.transpose(0, 1).reshape(len(x), -1)  # (T, Q D)
-        return F.linear(flat, w["o_proj.weight"], w.get("o_proj.bias")).float()
+        return self._project(flat, w, "o_proj").float()
 
-    def _mlp(self, w: Tensors, _: int, hidden: torch.Tensor) -> torch.Tensor:
-        x = rms_norm(hidden, w["norm.weight"], self.config.rms_norm_eps).to(self._dtype)
-        gate_up = F.linear(x, w["gate_up_proj.weight"], w.get("gate_up_proj.bias"))  # (T, 2 I)
+    def _mlp(self, w: Weights, _: int, hidden: torch.Tensor) -> torch.Tensor:
+        x = _norm(w, hidden, "norm", self.config.rms_norm_eps).to(self._dtype)
+        gate_up = self._project(x, w, "gate_up_proj")  # (T, 2 I)
         x = gated_mlp(gate_up, self._activation)
-        return F.linear(x, w["down_proj.weight"], w.get("down_proj.bias")).float()
+        return self._project(x, w, "down_proj").float()
 
-    def _head(self, w: Tensors, number: int, hidden: torch.Tensor) -> torch.Tensor:
+    def _head(self, w: Weights, number: int, hidden: torch.Tensor) -> torch.Tensor:
         if number == 0:
-            self._normed = rms_norm(hidden, w["norm.weight"], self.config.rms_norm_eps)
-        return F.linear(self._normed.to(self._dtype), w["lm_head.weight"]).float()
+            self._normed = _norm(w, hidden, "norm", self.config.rms_norm_eps)
+        return self._project(self._normed.to(self._dtype), w, "lm_head").float()
+
+    def _project(self, x: torch.Tensor, w: Weights, name: str) -> torch.Tensor:
+        """``x W^T + b`` with weights in whatever form they are stored; x's dtype."""
+        weight, bias = w[f"{name}.weight"], _plain(w, f"{name}.bias")
+        if isinstance(weight, torch.Tensor):
+            return F.linear(x, weight, bias)
+        out = linear(x, weight, self._kernels[weight.shape])
+        return out if bias is None else out.add_(bias)
+
+
+def _plain(w: Weights, name: str) -> torch.Tensor | None:
+    """A tensor that is never quantized: a norm or a bias; None if the block has none."""
+    tensor = w.get(name)
+    assert not isinstance(tensor, QuantMatrix)
+    return tensor
+
+
+def _norm(w: Weights, x: torch.Tensor, name: str, eps: float) -> torch.Tensor:
+    weight = _plain(w, f"{name}.weight")
+    assert weight is not None
+    return rms_norm(x, weight, eps)
 
 
 def _group_sizes(config: ModelConfig, shard: Shard) -> list[int]:

@@ -11,6 +11,7 @@ import torch
 
 from tpirt.config import ModelConfig
 from tpirt.ops.nn import MASK_ELEMENTS
+from tpirt.parallel.format import WeightFormat
 from tpirt.parallel.partition import Plan, Shard
 from tpirt.parallel.sharding import rank_blocks
 
@@ -68,7 +69,7 @@ class RankPlan:
 
     rank: int
     shard: Shard
-    dtype: str
+    form: WeightFormat
     block_bytes: tuple[int, ...]  # in the order of use
     kv_token_bytes: int
     activation_bytes: int
@@ -80,16 +81,16 @@ class RankPlan:
 
 
 def plan_rank(
-    config: ModelConfig, plan: Plan, rank: int, dtype: torch.dtype, chunk_tokens: int
+    config: ModelConfig, plan: Plan, rank: int, form: WeightFormat, chunk_tokens: int
 ) -> RankPlan:
     """Foretell one rank's memory from the shapes alone."""
     shard = plan.shards[rank]
-    blocks = rank_blocks(config, shard, dtype)
+    blocks = rank_blocks(config, shard, form)
     return RankPlan(
         rank=rank,
         shard=shard,
-        dtype=str(dtype).removeprefix("torch."),
+        form=form,
         block_bytes=tuple(block.nbytes for block in blocks),
-        kv_token_bytes=kv_bytes(config, shard, dtype, 1),
+        kv_token_bytes=kv_bytes(config, shard, form.dtype, 1),
         activation_bytes=activation_bytes(config, shard, plan.world_size, chunk_tokens),
     )

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 
 from tpirt.errors import CheckpointError, ConfigError
+from tpirt.ops.buffers import round_up
 
 Kind = Literal["none", "int8", "int4"]
 
@@ -27,9 +28,6 @@ DEFAULT_GROUP_SIZE = 64
 
 # The 8-bit kernel reads 16 inputs at a time, unchecked: rows are padded to that.
 INT8_INPUTS = 16
-
-# Every tensor in a block starts at a multiple of this: a cache line, the widest vector.
-ALIGN = 64
 
 # Elements quantized at once: 512 KiB in float32. Measured best of 2^15..2^19: few calls, in cache.
 _CHUNK = 1 << 17
@@ -86,9 +84,7 @@ class QuantSpec:
         return {"none": 0.0, "int8": 8.0, "int4": 4 + 32 / max(1, self.group_size)}[self.kind]
 
 
-def round_up(number: int, step: int) -> int:
-    """The least multiple of ``step`` that is at least ``number``."""
-    return -(-number // step) * step
+AS_THEY_ARE = QuantSpec("none")
 
 
 def quantize_int8(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

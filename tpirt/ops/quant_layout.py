@@ -22,47 +22,20 @@ every region is: tensors are views of it, never copies.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from tpirt.ops.quant import (
-    ALIGN,
-    QuantSpec,
-    pack_nibbles,
-    quantize_int4,
-    quantize_int8,
-    round_up,
-)
+from tpirt.ops.buffers import ALIGN, Region, place, round_up
+from tpirt.ops.quant import QuantSpec, pack_nibbles, quantize_int4, quantize_int8
 
 Order = Literal["halves", "pairs"]
 
-_DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "bfloat16": torch.bfloat16}
 
 # Bytes of codes converted at once.
 _CHUNK = 1 << 20
-
-
-@dataclass(frozen=True)
-class Region:
-    """One tensor inside a buffer: ``nbytes`` bytes from ``offset``."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
-
-    def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        """The region of ``buffer`` (uint8, flat), without a copy."""
-        part = buffer[self.offset : self.offset + self.nbytes]
-        return part.view(_DTYPES[self.dtype]).view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -131,12 +104,14 @@ def canonical_regions(spec: QuantSpec, rows: int, inputs: int) -> tuple[Region, 
     """The regions of a (rows, inputs) matrix in portable form."""
     width = spec.padded_inputs(inputs)
     if spec.kind == "int8":
-        return _placed(("codes", "int8", (rows, width)), ("scales", "bfloat16", (rows,)))
+        return place(
+            Region("codes", torch.int8, (rows, width)), Region("scales", torch.bfloat16, (rows,))
+        )
     groups = width // spec.group_size
-    return _placed(
-        ("codes", "uint8", (rows, width // 2)),
-        ("scales", "bfloat16", (rows, groups)),
-        ("zeros", "bfloat16", (rows, groups)),
+    return place(
+        Region("codes", torch.uint8, (rows, width // 2)),
+        Region("scales", torch.bfloat16, (rows, groups)),
+        Region("zeros", torch.bfloat16, (rows, groups)),
     )
 
 
@@ -146,15 +121,15 @@ def local_regions(spec: QuantSpec, rows: int, inputs: int, layout: Layout) -> tu
         return canonical_regions(spec, rows, inputs)
     width = spec.padded_inputs(inputs)
     padded = round_up(rows, layout.block)
-    return _placed(
-        ("codes", "uint8", (padded // layout.block, width, layout.block // 2)),
-        ("scale_zero", "bfloat16", (width // spec.group_size, padded, 2)),
+    return place(
+        Region("codes", torch.uint8, (padded // layout.block, width, layout.block // 2)),
+        Region("scale_zero", torch.bfloat16, (width // spec.group_size, padded, 2)),
     )
 
 
 def regions_nbytes(regions: tuple[Region, ...]) -> int:
     """Bytes from the first region's start to the last one's end, rounded up to ``ALIGN``."""
-    return round_up(regions[-1].offset + regions[-1].nbytes, ALIGN)
+    return round_up(regions[-1].end, ALIGN)
 
 
 def view_regions(regions: tuple[Region, ...], buffer: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -246,15 +221,6 @@ def to_canonical(
         part.copy_(_unpack(packed[start // layout.block :][:blocks], layout)[: part.shape[0]])
     scales.copy_(scale_zero[:, :rows, 0].t())
     zeros.copy_(scale_zero[:, :rows, 1].t())
-
-
-def _placed(*tensors: tuple[str, str, tuple[int, ...]]) -> tuple[Region, ...]:
-    regions, offset = [], 0
-    for name, dtype, shape in tensors:
-        region = Region(name, dtype, shape, offset)
-        regions.append(region)
-        offset = round_up(offset + region.nbytes, ALIGN)
-    return tuple(regions)
 
 
 def _rows_at_once(row_nbytes: int, layout: Layout) -> int:

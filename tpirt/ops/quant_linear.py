@@ -16,11 +16,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from tpirt.ops.quant import ALIGN, QuantSpec
+from tpirt.ops.buffers import ALIGN
+from tpirt.ops.quant import QuantSpec
 from tpirt.ops.quant_layout import (
     PORTABLE_LAYOUT,
     Layout,
@@ -57,6 +59,14 @@ class KernelChoice:
     timings_ms: dict[str, dict[int, float]] = field(default_factory=dict, compare=False, repr=False)
 
 
+class MatrixShape(NamedTuple):
+    """What a choice is made for: how a matrix is stored, its out_features and in_features."""
+
+    spec: QuantSpec
+    rows: int
+    inputs: int
+
+
 @dataclass(frozen=True)
 class QuantMatrix:
     """An (N, K) matrix as two tensors in local form: codes and scales (see ``quant_layout``)."""
@@ -76,6 +86,11 @@ class QuantMatrix:
         assert buffer.data_ptr() % ALIGN == 0
         codes, scales = view_regions(local_regions(spec, rows, inputs, layout), buffer)
         return cls(spec, rows, inputs, layout, codes, scales)
+
+    @property
+    def shape(self) -> MatrixShape:
+        """What :class:`KernelChoice` is made for."""
+        return MatrixShape(self.spec, self.rows, self.inputs)
 
     @property
     def width(self) -> int:

@@ -11,12 +11,17 @@ The window's unit is the *block*: one layer's attention, one layer's MLP, or a p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cached_property
 
 import torch
 
 from tpirt.config import ModelConfig
+from tpirt.ops.buffers import ALIGN, Region, round_up
+from tpirt.ops.quant import AS_THEY_ARE, QuantSpec
+from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout, local_regions
+from tpirt.parallel.format import WeightFormat
 from tpirt.parallel.partition import Shard, Span
 
 
@@ -102,19 +107,28 @@ class Piece:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a block as a rank stores it."""
+    """One tensor of a block as a rank stores it; ``dtype`` is that of what is not quantized."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     pieces: tuple[Piece, ...]
+    quant: QuantSpec = AS_THEY_ARE
+    layout: Layout = PORTABLE_LAYOUT
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """Where its bytes lie, from its own beginning: one region, or codes and scales."""
+        if self.quant.kind == "none":
+            return (Region(self.name, self.dtype, self.shape),)
+        rows, inputs = self.shape
+        parts = local_regions(self.quant, rows, inputs, self.layout)
+        return tuple(replace(part, name=f"{self.name}.{part.name}") for part in parts)
 
     @property
     def nbytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
+        """Bytes it takes."""
+        return self.regions[-1].end
 
 
 @dataclass(frozen=True)
@@ -124,34 +138,44 @@ class Block:
     name: str
     tensors: tuple[StoredTensor, ...]
 
-    @property
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each tensor begins: multiples of 64, so that no kernel meets an unaligned row."""
+        offsets, end = [], 0
+        for tensor in self.tensors:
+            offsets.append(round_up(end, ALIGN))
+            end = offsets[-1] + tensor.nbytes
+        return tuple(offsets)
+
+    @cached_property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
+        """Bytes of all tensors and the gaps between them."""
+        return self.offsets[-1] + self.tensors[-1].nbytes
 
 
-def rank_blocks(config: ModelConfig, shard: Shard, dtype: torch.dtype) -> tuple[Block, ...]:
+def rank_blocks(config: ModelConfig, shard: Shard, form: WeightFormat) -> tuple[Block, ...]:
     """List the blocks of one rank in the order in which a step uses them.
 
     Layer ``i`` is blocks ``2 i`` (attention) and ``2 i + 1`` (MLP); on rank 0 the LM head's
-    pieces follow. Norm weights are float32, all else is ``dtype``.
+    pieces follow. Norm weights are float32, all else is as ``form`` says.
     """
-    blocks = layer_blocks(config, shard, dtype)
+    blocks = layer_blocks(config, shard, form)
     if shard.first:
-        blocks += tuple(_head_blocks(config, dtype, max(block.nbytes for block in blocks)))
+        blocks += tuple(_head_blocks(config, form, max(block.nbytes for block in blocks)))
     return blocks
 
 
-def layer_blocks(config: ModelConfig, shard: Shard, dtype: torch.dtype) -> tuple[Block, ...]:
+def layer_blocks(config: ModelConfig, shard: Shard, form: WeightFormat) -> tuple[Block, ...]:
     """List the blocks of the decoder layers alone; see :func:`rank_blocks`."""
     return tuple(
-        Block(f"layers.{layer}.{kind}", _stored(config, shard, dtype, layer, rules))
+        Block(f"layers.{layer}.{kind}", _stored(config, shard, form, layer, rules))
         for layer in range(config.num_hidden_layers)
         for kind, rules in (("attention", ATTENTION), ("mlp", MLP))
     )
 
 
 def _stored(
-    config: ModelConfig, shard: Shard, dtype: torch.dtype, layer: int, rules: tuple[Rule, ...]
+    config: ModelConfig, shard: Shard, form: WeightFormat, layer: int, rules: tuple[Rule, ...]
 ) -> tuple[StoredTensor, ...]:
     tensors = []
     for rule in rules:
@@ -163,10 +187,10 @@ def _stored(
         rows = sum(piece.rows.size for piece in pieces)
         columns = pieces[0].columns
         shape = (rows,) if columns is None else (rows, columns.size)
-        kept = torch.float32 if "norm" in rule.name else dtype
-        tensors.append(StoredTensor(rule.name, shape, kept, pieces))
-    # Wide elements first: every tensor then starts at a multiple of its own element size.
-    return tuple(sorted(tensors, key=lambda t: -t.dtype.itemsize))
+        kept = torch.float32 if "norm" in rule.name else form.dtype
+        quant = form.quant if len(shape) == 2 else AS_THEY_ARE
+        tensors.append(StoredTensor(rule.name, shape, kept, pieces, quant, form.layout))
+    return tuple(tensors)
 
 
 def _piece(config: ModelConfig, shard: Shard, source: str, split: Split) -> Piece:
@@ -193,23 +217,19 @@ def _whole(config: ModelConfig, source: str) -> tuple[Span, Span]:
     return Span(0, config.hidden_size), Span(0, config.hidden_size)
 
 
-def _head_blocks(config: ModelConfig, dtype: torch.dtype, limit_bytes: int) -> Iterator[Block]:
-    norm_bytes = config.hidden_size * torch.float32.itemsize
-    row_bytes = config.hidden_size * dtype.itemsize
-    rows_per_block = max(1, (limit_bytes - norm_bytes) // row_bytes)
+def _head_blocks(config: ModelConfig, form: WeightFormat, limit_bytes: int) -> Iterator[Block]:
     whole = Span(0, config.hidden_size)
+    norm = StoredTensor(
+        "norm.weight", (config.hidden_size,), torch.float32, (Piece("norm.weight", whole, None),)
+    )
+
+    def head(rows: Span) -> StoredTensor:
+        pieces = (Piece("lm_head.weight", rows, whole),)
+        shape = (rows.size, config.hidden_size)
+        return StoredTensor("lm_head.weight", shape, form.dtype, pieces, form.head_quant)
+
+    spare = limit_bytes - round_up(norm.nbytes, ALIGN)
+    rows_per_block = max(1, spare // head(Span(0, 1)).nbytes)
     for index, start in enumerate(range(0, config.vocab_size, rows_per_block)):
-        rows = Span(start, min(start + rows_per_block, config.vocab_size))
-        head = StoredTensor(
-            "lm_head.weight",
-            (rows.size, config.hidden_size),
-            dtype,
-            (Piece("lm_head.weight", rows, whole),),
-        )
-        norm = StoredTensor(
-            "norm.weight",
-            (config.hidden_size,),
-            torch.float32,
-            (Piece("norm.weight", whole, None),),
-        )
-        yield Block(f"head.{index}", (norm, head) if index == 0 else (head,))
+        weight = head(Span(start, min(start + rows_per_block, config.vocab_size)))
+        yield Block(f"head.{index}", (norm, weight) if index == 0 else (weight,))

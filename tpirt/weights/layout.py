@@ -1,34 +1,45 @@
 """The block file: one block of one rank as a safetensors file whose data begins page-aligned.
 
 One block is one sequential read into one buffer; its tensors are views of that buffer. Format:
-https://huggingface.co/docs/safetensors, the header padded with spaces as the format allows.
+https://huggingface.co/docs/safetensors, the header padded with spaces as the format allows. The
+format allows no holes, so the gaps that align tensors are tensors themselves, named ``gap.N``.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
-from tpirt.parallel.sharding import Block
+from tpirt.ops.buffers import Region
+from tpirt.ops.quant_linear import QuantMatrix
+from tpirt.parallel.sharding import Block, StoredTensor
 
 PAGE_BYTES = 4096
 
-_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+Weight = torch.Tensor | QuantMatrix
+Weights = Mapping[str, Weight]
+
+_DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 
 
 def block_header(block: Block) -> bytes:
     """Return the file's head: length, JSON, padding up to a multiple of 4096 bytes."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt", "block": block.name}}
-    offset = 0
-    for tensor in block.tensors:
-        entries[tensor.name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
+    for region in _regions(block):
+        entries[region.name] = {
+            "dtype": _DTYPE_NAMES[region.dtype],
+            "shape": list(region.shape),
+            "data_offsets": [region.offset, region.end],
         }
-        offset += tensor.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     padded = -(8 + len(text)) % PAGE_BYTES + len(text)
     return padded.to_bytes(8, "little") + text.ljust(padded)
@@ -39,11 +50,30 @@ def file_bytes(block: Block) -> int:
     return len(block_header(block)) + block.nbytes
 
 
-def view_tensors(block: Block, buffer: torch.Tensor) -> Mapping[str, torch.Tensor]:
-    """View a block's data, uint8 ``buffer`` (>= block.nbytes,), as its tensors; no copy."""
-    views, offset = {}, 0
-    for tensor in block.tensors:
-        raw = buffer[offset : offset + tensor.nbytes]
-        views[tensor.name] = raw.view(tensor.dtype).view(tensor.shape)
-        offset += tensor.nbytes
-    return views
+def view_weights(block: Block, buffer: torch.Tensor) -> Weights:
+    """View a block's data, uint8 ``buffer`` (>= block.nbytes,), as its weights; no copy."""
+    return {
+        tensor.name: _view(tensor, buffer[offset : offset + tensor.nbytes])
+        for tensor, offset in zip(block.tensors, block.offsets, strict=True)
+    }
+
+
+def _view(tensor: StoredTensor, buffer: torch.Tensor) -> Weight:
+    if tensor.quant.kind == "none":
+        return tensor.regions[0].view(buffer)
+    rows, inputs = tensor.shape
+    return QuantMatrix.of_buffer(tensor.quant, rows, inputs, tensor.layout, buffer)
+
+
+def _regions(block: Block) -> list[Region]:
+    """All regions of a block in file order, gaps included."""
+    regions: list[Region] = []
+    end = 0
+    for tensor, offset in zip(block.tensors, block.offsets, strict=True):
+        for part in tensor.regions:
+            start = offset + part.offset
+            if start > end:
+                regions.append(Region(f"gap.{len(regions)}", torch.uint8, (start - end,), end))
+            regions.append(replace(part, offset=start))
+            end = regions[-1].end
+    return regions

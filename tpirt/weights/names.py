@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tpirt.config import ModelConfig
+from tpirt.parallel.format import WeightFormat
 from tpirt.parallel.partition import make_plan
 from tpirt.parallel.sharding import layer_blocks
 
@@ -42,7 +43,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         expected[LM_HEAD] = head_shape(config)
     (whole,) = make_plan(config, 1).shards
-    for block in layer_blocks(config, whole, torch.float32):
+    for block in layer_blocks(config, whole, WeightFormat(torch.float32)):
         for tensor in block.tensors:
             for piece in tensor.pieces:
                 expected[canonical_name(piece.source)] = piece.shape

@@ -1,6 +1,7 @@
 """Cutting one rank's slice out of a checkpoint, byte range by byte range.
 
-Memory stays at a few pieces of at most 4 MiB, whatever the model's size.
+Memory stays at a few pieces of at most 4 MiB, whatever the model's size; a matrix that is
+quantized on the way is there once, in its stored form and the form before that.
 """
 
 from __future__ import annotations
@@ -9,8 +10,16 @@ from collections.abc import Iterator
 
 import torch
 
-from tpirt.ops.buffers import tensor_bytes
-from tpirt.parallel.sharding import Block, Piece
+from tpirt.errors import CheckpointError
+from tpirt.ops.buffers import page_buffer, tensor_bytes
+from tpirt.ops.quant_layout import (
+    canonical_regions,
+    quantize_rows,
+    regions_nbytes,
+    to_local,
+    view_regions,
+)
+from tpirt.parallel.sharding import Block, Piece, StoredTensor
 from tpirt.weights.checkpoint import Checkpoint
 from tpirt.weights.layout import block_header
 from tpirt.weights.names import source_name
@@ -18,8 +27,8 @@ from tpirt.weights.names import source_name
 PIECE_BYTES = 4 << 20
 
 
-def block_pieces(checkpoint: Checkpoint, head_name: str, block: Block) -> Iterator[torch.Tensor]:
-    """Yield a block's data in file order, each piece in its stored dtype and at most 4 MiB.
+def block_bytes(checkpoint: Checkpoint, head_name: str, block: Block) -> Iterator[memoryview]:
+    """Yield a block file's bytes in order, header first, in pieces of at most 4 MiB.
 
     Args:
         checkpoint: where the weights come from.
@@ -27,20 +36,53 @@ def block_pieces(checkpoint: Checkpoint, head_name: str, block: Block) -> Iterat
         block: what to cut.
 
     Raises:
-        CheckpointError: a read failed or came short; names file and tensor.
+        CheckpointError: a read failed or came short, or a weight to be quantized is not finite;
+            names file and tensor.
     """
-    for tensor in block.tensors:
-        for piece in tensor.pieces:
-            name = source_name(checkpoint, piece.source, head_name)
-            for part in _read(checkpoint, name, piece):
-                yield part.to(tensor.dtype).contiguous()
-
-
-def block_bytes(checkpoint: Checkpoint, head_name: str, block: Block) -> Iterator[memoryview]:
-    """Yield a block file's bytes, header first; see :func:`block_pieces`."""
     yield memoryview(block_header(block))
-    for piece in block_pieces(checkpoint, head_name, block):
-        yield tensor_bytes(piece)
+    end = 0
+    for tensor, offset in zip(block.tensors, block.offsets, strict=True):
+        if offset > end:
+            yield memoryview(bytes(offset - end))
+        cut = _plain if tensor.quant.kind == "none" else _quantized
+        yield from cut(checkpoint, head_name, tensor)
+        end = offset + tensor.nbytes
+
+
+def _plain(checkpoint: Checkpoint, head_name: str, tensor: StoredTensor) -> Iterator[memoryview]:
+    for _, part in _parts(checkpoint, head_name, tensor):
+        yield tensor_bytes(part.to(tensor.dtype).contiguous())
+
+
+def _quantized(
+    checkpoint: Checkpoint, head_name: str, tensor: StoredTensor
+) -> Iterator[memoryview]:
+    spec, (rows, inputs) = tensor.quant, tensor.shape
+    regions = canonical_regions(spec, rows, inputs)
+    canonical = page_buffer(regions_nbytes(regions))
+    places = view_regions(regions, canonical)
+    done = 0
+    for source, part in _parts(checkpoint, head_name, tensor):
+        try:
+            quantize_rows(spec, part, places, done)
+        except CheckpointError as exc:
+            raise CheckpointError(f"{checkpoint.path}: {source}: {exc}") from exc
+        done += len(part)
+    local = page_buffer(regions_nbytes(tensor.regions))
+    to_local(spec, rows, inputs, tensor.layout, canonical, local)
+    data = tensor_bytes(local)[: tensor.nbytes]
+    for start in range(0, len(data), PIECE_BYTES):
+        yield data[start : start + PIECE_BYTES]
+
+
+def _parts(
+    checkpoint: Checkpoint, head_name: str, tensor: StoredTensor
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield a stored tensor's rows in order with their source, at most 4 MiB in float32 each."""
+    for piece in tensor.pieces:
+        name = source_name(checkpoint, piece.source, head_name)
+        for part in _read(checkpoint, name, piece):
+            yield name, part
 
 
 def _read(checkpoint: Checkpoint, name: str, piece: Piece) -> Iterator[torch.Tensor]:

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import psutil
 
 from tpirt.errors import StoreError
+from tpirt.parallel.format import WeightFormat
 from tpirt.parallel.partition import Shard, Span
 from tpirt.parallel.sharding import Block
 from tpirt.weights.layout import file_bytes
@@ -49,24 +50,40 @@ class BlockFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a slice holds; ``dtype`` is the one that the weights are stored and computed in."""
+    """What a slice holds, and in which form; see :class:`tpirt.parallel.format.WeightFormat`."""
 
     slice_id: str
     fingerprint: str
     model: str
     dtype: str
+    quantize: str
+    layout: str
     shard: Shard
     blocks: tuple[BlockFile, ...]
 
     @classmethod
     def plan(
-        cls, fingerprint: str, model: str, dtype: str, shard: Shard, blocks: Iterable[Block]
+        cls,
+        fingerprint: str,
+        model: str,
+        form: WeightFormat,
+        shard: Shard,
+        blocks: Iterable[Block],
     ) -> Manifest:
         """Describe a slice that is yet to be written."""
         files = tuple(BlockFile(block.name, file_bytes(block)) for block in blocks)
-        identity = json.dumps([FORMAT_VERSION, fingerprint, dtype, asdict(shard)])
+        identity = json.dumps([FORMAT_VERSION, fingerprint, form.names, asdict(shard)])
         slice_id = hashlib.sha256(identity.encode()).hexdigest()[:24]
-        return cls(slice_id, fingerprint, model, dtype, shard, files)
+        return cls(slice_id, fingerprint, model, *form.names, shard, files)
+
+    @property
+    def form(self) -> WeightFormat:
+        """The form of the weights.
+
+        Raises:
+            ConfigError: one that this version does not know.
+        """
+        return WeightFormat.named(self.dtype, self.quantize, self.layout)
 
     @property
     def nbytes(self) -> int:

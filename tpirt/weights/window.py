@@ -12,7 +12,7 @@ import asyncio
 import os
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,13 +23,11 @@ from tpirt.parallel.sharding import Block
 from tpirt.stopwatch import Stopwatch
 from tpirt.types import Progress, ProgressCallback
 from tpirt.units import format_bytes
-from tpirt.weights.layout import view_tensors
+from tpirt.weights.layout import Weights, view_weights
 from tpirt.weights.store import StoredSlice
 
 MIN_SLOTS = 2  # one block in use, one being read
 _BEST_SLOTS = 3  # one more hides the jitter of reads; further ones were not faster
-
-Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,7 @@ class Window:
         self._max_blocks = max_blocks
         self._sizes = [block.nbytes for block in blocks]
         self._condition = threading.Condition()
-        self._resident: dict[int, Tensors] = {}
+        self._resident: dict[int, Weights] = {}
         self._errors: dict[int, Exception] = {}
         self._ring: deque[_Entry] = deque()  # streamed blocks, in the order of reading
         self._in_use: dict[int, _Entry] = {}
@@ -164,7 +162,7 @@ class Window:
         """Most bytes of memory that the window takes under its plan."""
         return self.plan.held_bytes(self._sizes)
 
-    async def acquire(self, index: int) -> Tensors:
+    async def acquire(self, index: int) -> Weights:
         """Wait for a block and take it into use.
 
         Raises:
@@ -232,7 +230,7 @@ class Window:
 
     # -- the consumer's side ---------------------------------------------------------------
 
-    def _claim(self, index: int) -> Tensors | None:
+    def _claim(self, index: int) -> Weights | None:
         """Take a block if it is there; otherwise see to it that it comes, and register."""
         with self._condition:
             self._position = index
@@ -247,7 +245,7 @@ class Window:
                 self._condition.notify()
             return found
 
-    def _claim_streamed(self, index: int) -> Tensors | None:
+    def _claim_streamed(self, index: int) -> Weights | None:
         while self._ring and self._ring[0].index != index:  # skipped by the consumer
             self._discard(self._ring.popleft())
         if not self._ring:
@@ -261,7 +259,7 @@ class Window:
             self._free.append(entry.buffer)
             raise entry.error
         self._in_use[index] = entry
-        return view_tensors(self.blocks[index], entry.buffer)
+        return view_weights(self.blocks[index], entry.buffer)
 
     async def _wait(self, index: int) -> None:
         waiter = self._waiters.get(index)
@@ -364,7 +362,7 @@ class Window:
                 self._errors[entry.index] = entry.error
             else:
                 block = self.blocks[entry.index]
-                self._resident[entry.index] = view_tensors(block, entry.buffer)
+                self._resident[entry.index] = view_weights(block, entry.buffer)
         elif not entry.wanted:
             self._free.append(entry.buffer)
         waiter = self._waiters.pop(entry.index, None)

@@ -24,47 +24,47 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0btpirt.proto\x12\x08tpirt.v1\"Q\n\x0cHelloRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x15\n\rtpirt_version\x18\x02 \x01(\t\x12\x10\n\x08slice_id\x18\x03 \x01(\t\"\xd2\x01\n\nHelloReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x15\n\rtpirt_version\x18\x02 \x01(\t\x12\x0f\n\x07peer_id\x18\x03 \x01(\t\x12\x0f\n\x07host_id\x18\x04 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x04\x12\x17\n\x0f\x61vailable_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07threads\x18\x07 \x01(\r\x12\x10\n\x08\x62\x66loat16\x18\x08 \x01(\x08\x12\x0c\n\x04\x62usy\x18\t \x01(\x08\x12\x11\n\thas_slice\x18\n \x01(\x08\"O\n\nSliceChunk\x12\x12\n\x08manifest\x18\x01 \x01(\tH\x00\x12%\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x14.tpirt.v1.BlockChunkH\x00\x42\x06\n\x04\x62ody\"H\n\nBlockChunk\x12\r\n\x05\x62lock\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\r\n\x05\x63rc32\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"&\n\rPutSliceReply\x12\x15\n\rbytes_written\x18\x01 \x01(\x04\"?\n\x05\x46rame\x12%\n\x06header\x18\x01 \x01(\x0b\x32\x15.tpirt.v1.FrameHeader\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"\x80\x03\n\x0b\x46rameHeader\x12 \n\x05setup\x18\x01 \x01(\x0b\x32\x0f.tpirt.v1.SetupH\x00\x12$\n\x07loading\x18\x02 \x01(\x0b\x32\x11.tpirt.v1.LoadingH\x00\x12 \n\x05ready\x18\x03 \x01(\x0b\x32\x0f.tpirt.v1.ReadyH\x00\x12\x1e\n\x04step\x18\x04 \x01(\x0b\x32\x0e.tpirt.v1.StepH\x00\x12#\n\x07partial\x18\x05 \x01(\x0b\x32\x10.tpirt.v1.TensorH\x00\x12#\n\x07reduced\x18\x06 \x01(\x0b\x32\x10.tpirt.v1.TensorH\x00\x12 \n\x05\x61\x62ort\x18\x07 \x01(\x0b\x32\x0f.tpirt.v1.AbortH\x00\x12/\n\rstats_request\x18\x08 \x01(\x0b\x32\x16.tpirt.v1.StatsRequestH\x00\x12 \n\x05stats\x18\t \x01(\x0b\x32\x0f.tpirt.v1.StatsH\x00\x12 \n\x05\x65rror\x18\n \x01(\x0b\x32\x0f.tpirt.v1.ErrorH\x00\x42\x06\n\x04\x62ody\"R\n\x06Tensor\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0b\n\x03seq\x18\x02 \x01(\r\x12\x1e\n\x05\x64type\x18\x03 \x01(\x0e\x32\x0f.tpirt.v1.DType\x12\r\n\x05shape\x18\x04 \x03(\x04\"\xdd\x01\n\x05Setup\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x14\n\x0cmodel_config\x18\x03 \x01(\t\x12\x10\n\x08slice_id\x18\x04 \x01(\t\x12\x0c\n\x04rank\x18\x05 \x01(\r\x12\x12\n\nworld_size\x18\x06 \x01(\r\x12\x15\n\rwindow_blocks\x18\x07 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x08 \x01(\x04\x12\x14\n\x0c\x63hunk_tokens\x18\t \x01(\r\x12\x12\n\ntimeout_ms\x18\n \x01(\r\"2\n\x07Loading\x12\x12\n\ndone_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\"6\n\x05Ready\x12\x15\n\rweights_bytes\x18\x01 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x02 \x01(\x04\"H\n\x04Step\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05start\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\x13\n\x0brope_length\x18\x04 \x01(\x04\"\x15\n\x05\x41\x62ort\x12\x0c\n\x04step\x18\x01 \x01(\x04\"\x1d\n\x0cStatsRequest\x12\r\n\x05reset\x18\x01 \x01(\x08\"\xb8\x01\n\x05Stats\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x16\n\x0epeak_rss_bytes\x18\x02 \x01(\x04\x12\x15\n\rweights_bytes\x18\x03 \x01(\x04\x12\x12\n\nbytes_sent\x18\x04 \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\x05 \x01(\x04\x12\x12\n\nbytes_read\x18\x06 \x01(\x04\x12\r\n\x05io_ms\x18\x07 \x01(\x01\x12\x12\n\ncompute_ms\x18\x08 \x01(\x01\x12\x0f\n\x07\x63omm_ms\x18\t \x01(\x01\"4\n\x05\x45rror\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t*9\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46LOAT32\x10\x01\x12\x0c\n\x08\x42\x46LOAT16\x10\x02\x32\xab\x01\n\x04Peer\x12\x35\n\x05Hello\x12\x16.tpirt.v1.HelloRequest\x1a\x14.tpirt.v1.HelloReply\x12;\n\x08PutSlice\x12\x14.tpirt.v1.SliceChunk\x1a\x17.tpirt.v1.PutSliceReply(\x01\x12/\n\x07Session\x12\x0f.tpirt.v1.Frame\x1a\x0f.tpirt.v1.Frame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0btpirt.proto\x12\x08tpirt.v1\"Q\n\x0cHelloRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x15\n\rtpirt_version\x18\x02 \x01(\t\x12\x10\n\x08slice_id\x18\x03 \x01(\t\"\xe7\x01\n\nHelloReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x15\n\rtpirt_version\x18\x02 \x01(\t\x12\x0f\n\x07peer_id\x18\x03 \x01(\t\x12\x0f\n\x07host_id\x18\x04 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x04\x12\x17\n\x0f\x61vailable_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07threads\x18\x07 \x01(\r\x12\x10\n\x08\x62\x66loat16\x18\x08 \x01(\x08\x12\x0c\n\x04\x62usy\x18\t \x01(\x08\x12\x11\n\thas_slice\x18\n \x01(\x08\x12\x13\n\x0bint4_layout\x18\x0b \x01(\t\"O\n\nSliceChunk\x12\x12\n\x08manifest\x18\x01 \x01(\tH\x00\x12%\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x14.tpirt.v1.BlockChunkH\x00\x42\x06\n\x04\x62ody\"H\n\nBlockChunk\x12\r\n\x05\x62lock\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\r\n\x05\x63rc32\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"&\n\rPutSliceReply\x12\x15\n\rbytes_written\x18\x01 \x01(\x04\"?\n\x05\x46rame\x12%\n\x06header\x18\x01 \x01(\x0b\x32\x15.tpirt.v1.FrameHeader\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"\x80\x03\n\x0b\x46rameHeader\x12 \n\x05setup\x18\x01 \x01(\x0b\x32\x0f.tpirt.v1.SetupH\x00\x12$\n\x07loading\x18\x02 \x01(\x0b\x32\x11.tpirt.v1.LoadingH\x00\x12 \n\x05ready\x18\x03 \x01(\x0b\x32\x0f.tpirt.v1.ReadyH\x00\x12\x1e\n\x04step\x18\x04 \x01(\x0b\x32\x0e.tpirt.v1.StepH\x00\x12#\n\x07partial\x18\x05 \x01(\x0b\x32\x10.tpirt.v1.TensorH\x00\x12#\n\x07reduced\x18\x06 \x01(\x0b\x32\x10.tpirt.v1.TensorH\x00\x12 \n\x05\x61\x62ort\x18\x07 \x01(\x0b\x32\x0f.tpirt.v1.AbortH\x00\x12/\n\rstats_request\x18\x08 \x01(\x0b\x32\x16.tpirt.v1.StatsRequestH\x00\x12 \n\x05stats\x18\t \x01(\x0b\x32\x0f.tpirt.v1.StatsH\x00\x12 \n\x05\x65rror\x18\n \x01(\x0b\x32\x0f.tpirt.v1.ErrorH\x00\x42\x06\n\x04\x62ody\"R\n\x06Tensor\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0b\n\x03seq\x18\x02 \x01(\r\x12\x1e\n\x05\x64type\x18\x03 \x01(\x0e\x32\x0f.tpirt.v1.DType\x12\r\n\x05shape\x18\x04 \x03(\x04\"\xdd\x01\n\x05Setup\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x14\n\x0cmodel_config\x18\x03 \x01(\t\x12\x10\n\x08slice_id\x18\x04 \x01(\t\x12\x0c\n\x04rank\x18\x05 \x01(\r\x12\x12\n\nworld_size\x18\x06 \x01(\r\x12\x15\n\rwindow_blocks\x18\x07 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x08 \x01(\x04\x12\x14\n\x0c\x63hunk_tokens\x18\t \x01(\r\x12\x12\n\ntimeout_ms\x18\n \x01(\r\"2\n\x07Loading\x12\x12\n\ndone_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\"6\n\x05Ready\x12\x15\n\rweights_bytes\x18\x01 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x02 \x01(\x04\"H\n\x04Step\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05start\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\x13\n\x0brope_length\x18\x04 \x01(\x04\"\x15\n\x05\x41\x62ort\x12\x0c\n\x04step\x18\x01 \x01(\x04\"\x1d\n\x0cStatsRequest\x12\r\n\x05reset\x18\x01 \x01(\x08\"\xb8\x01\n\x05Stats\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x16\n\x0epeak_rss_bytes\x18\x02 \x01(\x04\x12\x15\n\rweights_bytes\x18\x03 \x01(\x04\x12\x12\n\nbytes_sent\x18\x04 \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\x05 \x01(\x04\x12\x12\n\nbytes_read\x18\x06 \x01(\x04\x12\r\n\x05io_ms\x18\x07 \x01(\x01\x12\x12\n\ncompute_ms\x18\x08 \x01(\x01\x12\x0f\n\x07\x63omm_ms\x18\t \x01(\x01\"4\n\x05\x45rror\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t*9\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46LOAT32\x10\x01\x12\x0c\n\x08\x42\x46LOAT16\x10\x02\x32\xab\x01\n\x04Peer\x12\x35\n\x05Hello\x12\x16.tpirt.v1.HelloRequest\x1a\x14.tpirt.v1.HelloReply\x12;\n\x08PutSlice\x12\x14.tpirt.v1.SliceChunk\x1a\x17.tpirt.v1.PutSliceReply(\x01\x12/\n\x07Session\x12\x0f.tpirt.v1.Frame\x1a\x0f.tpirt.v1.Frame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tpirt_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=1753
-  _globals['_DTYPE']._serialized_end=1810
+  _globals['_DTYPE']._serialized_start=1774
+  _globals['_DTYPE']._serialized_end=1831
   _globals['_HELLOREQUEST']._serialized_start=25
   _globals['_HELLOREQUEST']._serialized_end=106
   _globals['_HELLOREPLY']._serialized_start=109
-  _globals['_HELLOREPLY']._serialized_end=319
-  _globals['_SLICECHUNK']._serialized_start=321
-  _globals['_SLICECHUNK']._serialized_end=400
-  _globals['_BLOCKCHUNK']._serialized_start=402
-  _globals['_BLOCKCHUNK']._serialized_end=474
-  _globals['_PUTSLICEREPLY']._serialized_start=476
-  _globals['_PUTSLICEREPLY']._serialized_end=514
-  _globals['_FRAME']._serialized_start=516
-  _globals['_FRAME']._serialized_end=579
-  _globals['_FRAMEHEADER']._serialized_start=582
-  _globals['_FRAMEHEADER']._serialized_end=966
-  _globals['_TENSOR']._serialized_start=968
-  _globals['_TENSOR']._serialized_end=1050
-  _globals['_SETUP']._serialized_start=1053
-  _globals['_SETUP']._serialized_end=1274
-  _globals['_LOADING']._serialized_start=1276
-  _globals['_LOADING']._serialized_end=1326
-  _globals['_READY']._serialized_start=1328
-  _globals['_READY']._serialized_end=1382
-  _globals['_STEP']._serialized_start=1384
-  _globals['_STEP']._serialized_end=1456
-  _globals['_ABORT']._serialized_start=1458
-  _globals['_ABORT']._serialized_end=1479
-  _globals['_STATSREQUEST']._serialized_start=1481
-  _globals['_STATSREQUEST']._serialized_end=1510
-  _globals['_STATS']._serialized_start=1513
-  _globals['_STATS']._serialized_end=1697
-  _globals['_ERROR']._serialized_start=1699
-  _globals['_ERROR']._serialized_end=1751
-  _globals['_PEER']._serialized_start=1813
-  _globals['_PEER']._serialized_end=1984
+  _globals['_HELLOREPLY']._serialized_end=340
+  _globals['_SLICECHUNK']._serialized_start=342
+  _globals['_SLICECHUNK']._serialized_end=421
+  _globals['_BLOCKCHUNK']._serialized_start=423
+  _globals['_BLOCKCHUNK']._serialized_end=495
+  _globals['_PUTSLICEREPLY']._serialized_start=497
+  _globals['_PUTSLICEREPLY']._serialized_end=535
+  _globals['_FRAME']._serialized_start=537
+  _globals['_FRAME']._serialized_end=600
+  _globals['_FRAMEHEADER']._serialized_start=603
+  _globals['_FRAMEHEADER']._serialized_end=987
+  _globals['_TENSOR']._serialized_start=989
+  _globals['_TENSOR']._serialized_end=1071
+  _globals['_SETUP']._serialized_start=1074
+  _globals['_SETUP']._serialized_end=1295
+  _globals['_LOADING']._serialized_start=1297
+  _globals['_LOADING']._serialized_end=1347
+  _globals['_READY']._serialized_start=1349
+  _globals['_READY']._serialized_end=1403
+  _globals['_STEP']._serialized_start=1405
+  _globals['_STEP']._serialized_end=1477
+  _globals['_ABORT']._serialized_start=1479
+  _globals['_ABORT']._serialized_end=1500
+  _globals['_STATSREQUEST']._serialized_start=1502
+  _globals['_STATSREQUEST']._serialized_end=1531
+  _globals['_STATS']._serialized_start=1534
+  _globals['_STATS']._serialized_end=1718
+  _globals['_ERROR']._serialized_start=1720
+  _globals['_ERROR']._serialized_end=1772
+  _globals['_PEER']._serialized_start=1834
+  _globals['_PEER']._serialized_end=2005
 # @@protoc_insertion_point(module_scope)

@@ -27,7 +27,7 @@ class HelloRequest(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., tpirt_version: _Optional[str] = ..., slice_id: _Optional[str] = ...) -> None: ...
 
 class HelloReply(_message.Message):
-    __slots__ = ("protocol_version", "tpirt_version", "peer_id", "host_id", "memory_bytes", "available_bytes", "threads", "bfloat16", "busy", "has_slice")
+    __slots__ = ("protocol_version", "tpirt_version", "peer_id", "host_id", "memory_bytes", "available_bytes", "threads", "bfloat16", "busy", "has_slice", "int4_layout")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     TPIRT_VERSION_FIELD_NUMBER: _ClassVar[int]
     PEER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,7 @@ class HelloReply(_message.Message):
     BFLOAT16_FIELD_NUMBER: _ClassVar[int]
     BUSY_FIELD_NUMBER: _ClassVar[int]
     HAS_SLICE_FIELD_NUMBER: _ClassVar[int]
+    INT4_LAYOUT_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     tpirt_version: str
     peer_id: str
@@ -48,7 +49,8 @@ class HelloReply(_message.Message):
     bfloat16: bool
     busy: bool
     has_slice: bool
-    def __init__(self, protocol_version: _Optional[int] = ..., tpirt_version: _Optional[str] = ..., peer_id: _Optional[str] = ..., host_id: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., available_bytes: _Optional[int] = ..., threads: _Optional[int] = ..., bfloat16: _Optional[bool] = ..., busy: _Optional[bool] = ..., has_slice: _Optional[bool] = ...) -> None: ...
+    int4_layout: str
+    def __init__(self, protocol_version: _Optional[int] = ..., tpirt_version: _Optional[str] = ..., peer_id: _Optional[str] = ..., host_id: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., available_bytes: _Optional[int] = ..., threads: _Optional[int] = ..., bfloat16: _Optional[bool] = ..., busy: _Optional[bool] = ..., has_slice: _Optional[bool] = ..., int4_layout: _Optional[str] = ...) -> None: ...
 
 class SliceChunk(_message.Message):
     __slots__ = ("manifest", "chunk")

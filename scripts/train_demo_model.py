@@ -45,7 +45,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--budget-minutes",
         type=float,
         default=defaults.budget_minutes,
-        help="training ends by then",
+        help="training ends when each process has had this much processor time",
     )
     parser.add_argument(
         "--tokens",
@@ -116,7 +116,7 @@ def cpu_seconds() -> float:
 def build(options: argparse.Namespace) -> dict[str, Any]:
     """Run all steps and return the report."""
     config, recipe = configure(options)
-    torch.set_num_threads(1 if recipe.processes > 1 else 2)
+    torch.set_num_threads(1)
     started, cpu_started = time.monotonic(), cpu_seconds()
     tokenizer = train_tokenizer(
         recipe.seed, config.vocab_size, conversations=2000 if options.quick else 20000

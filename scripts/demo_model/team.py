@@ -27,21 +27,21 @@ class Team:
     rank: int = 0
     size: int = 1
 
-    def sum(self, values: Tensor) -> None:
-        """Add the values of all members up, in place on each of them."""
-        if self.size > 1:
-            dist.all_reduce(values)
+    def average(self, parameters: Sequence[Tensor], figures: Sequence[float]) -> list[float]:
+        """Give every member the mean of all members' gradients, and return that of the figures.
 
-    def average_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Give every member the mean of all members' gradients."""
+        All of it goes in one message: the members meet once per step.
+        """
         if self.size == 1:
-            return
+            return list(figures)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        self.sum(flat)
-        parts = torch.split(flat.div_(self.size), [gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
+        parts = [gradient.flatten() for gradient in gradients] + [torch.tensor(figures)]
+        flat = torch.cat(parts)
+        dist.all_reduce(flat)
+        means = torch.split(flat.div_(self.size), [part.numel() for part in parts])
+        for gradient, mean in zip(gradients, means[:-1], strict=True):
+            gradient.copy_(mean.view_as(gradient))
+        return [float(mean) for mean in means[-1]]
 
 
 Job = Callable[..., Any]

@@ -28,8 +28,8 @@ class Recipe:
     """How to train. The defaults fit one hour on two CPU cores."""
 
     seed: int = 1
-    tokens: int = 36_000_000
-    budget_minutes: float = 55.0
+    tokens: int = 28_000_000
+    budget_minutes: float = 55.0  # of processor time, per process
     batch_tokens: int = 6144
     muon_lr: float = 0.005
     adam_lr: float = 4e-3
@@ -66,13 +66,14 @@ def draw_conversation(rng: random.Random) -> list[Message]:
 
 
 def batches(recipe: Recipe, team: Team, encoder: ChatEncoder, max_length: int) -> Iterator[Batch]:
-    """Yield fresh batches for ever; no conversation is generated twice on purpose.
+    """Yield this member's share of fresh batches for ever.
 
     Each row is one conversation from position 0, so no mask between packed conversations is needed.
     Rows wait until a batch of their width is full; widths are multiples of 16, so that little is
-    padded and only a few shapes occur (a CPU kernel is built anew for every shape).
+    padded and only a few shapes occur (a CPU kernel is built anew for every shape). All members
+    draw the same conversations and take every `size`-th row: their shares cost the same.
     """
-    rng = random.Random(f"train {recipe.seed} {team.rank}")
+    rng = random.Random(f"train {recipe.seed}")
     filler = token_id(encoder.tokenizer, END_OF_TEXT)
     waiting: dict[int, list[Encoded]] = {}
     while True:
@@ -82,8 +83,8 @@ def batches(recipe: Recipe, team: Team, encoder: ChatEncoder, max_length: int) -
                 continue
             rows = waiting.setdefault(width, [])
             rows.append(one)
-            if len(rows) >= max(1, recipe.batch_tokens // team.size // width):
-                yield pad(waiting.pop(width), width, filler)
+            if len(rows) >= max(1, recipe.batch_tokens // width // team.size) * team.size:
+                yield pad(waiting.pop(width)[team.rank :: team.size], width, filler)
 
 
 def learning_rate_factor(progress: float, recipe: Recipe) -> float:
@@ -119,39 +120,41 @@ class Meter:
     def __init__(self, recipe: Recipe, team: Team, log_every_s: float = 15.0) -> None:
         self.recipe, self.team, self.log_every_s = recipe, team, log_every_s
         self.started = self.last_log = time.monotonic()
+        self.cpu_started = time.process_time()
+        self.progress = 0.0  # the share of the run that is over
         self.tokens = self.steps = 0
         self.losses: list[float] = []
 
-    def progress(self) -> float:
-        """Return the share of the run that is over, by tokens or by the clock: whichever is ahead.
+    def budget_used(self) -> float:
+        """Return the share of the time budget that this process has used.
 
-        Only where the machine is too slow for the time budget does the clock take over and the
-        schedule end early; the run is then no longer repeatable bit by bit. The clock of rank 0
-        counts for all.
+        Processor time, not time on the wall: the model shall not be worse for what else a shared
+        machine has to do.
         """
-        by_clock = torch.zeros(1, dtype=torch.float64)
-        if self.team.rank == 0:
-            by_clock += (time.monotonic() - self.started) / (self.recipe.budget_minutes * 60)
-        self.team.sum(by_clock)
-        return max(self.tokens / self.recipe.tokens, float(by_clock))
+        return (time.process_time() - self.cpu_started) / (self.recipe.budget_minutes * 60)
 
-    def add(self, tokens: int, loss: float, progress: float) -> None:
-        """Count one step; `tokens` are this member's own."""
-        totals = torch.tensor([tokens, loss], dtype=torch.float64)
-        self.team.sum(totals)
-        self.tokens += int(totals[0])
+    def add(self, tokens: int, loss: float, budget_used: float) -> None:
+        """Count one step; the figures are means over the team.
+
+        The run is over by tokens or by the clock, whichever is ahead. Only where the machine is too
+        slow for the budget does the clock take over and the schedule end early; the run is then no
+        longer repeatable bit by bit.
+        """
+        self.tokens += tokens
         self.steps += 1
-        self.losses.append(float(totals[1]) / self.team.size)
+        self.losses.append(loss)
+        self.progress = max(self.tokens / self.recipe.tokens, budget_used)
         if self.team.rank == 0 and time.monotonic() - self.last_log > self.log_every_s:
-            self._print(progress)
+            self._print()
 
-    def _print(self, progress: float) -> None:
+    def _print(self) -> None:
         self.last_log = time.monotonic()
         elapsed = self.last_log - self.started
+        left_s = elapsed * (1 - self.progress) / self.progress
         print(
             f"step {self.steps:6d}  loss {sum(self.losses) / len(self.losses):.4f}  "
-            f"{self.tokens / elapsed:8.0f} tokens/s  {100 * progress:5.1f} %  "
-            f"about {elapsed * (1 - progress) / max(progress, 1e-6) / 60:5.1f} min left",
+            f"{self.tokens / elapsed:8.0f} tokens/s  {100 * self.progress:5.1f} %  "
+            f"about {left_s / 60:5.1f} min left",
             flush=True,
         )
         self.losses.clear()
@@ -162,6 +165,7 @@ class Meter:
             "steps": self.steps,
             "tokens": self.tokens,
             "train_s": round(time.monotonic() - self.started, 1),
+            "train_cpu_s_per_process": round(time.process_time() - self.cpu_started, 1),
             "cut_short_by_clock": self.tokens < self.recipe.tokens,
         }
 
@@ -176,13 +180,17 @@ def train(team: Team, config: DemoConfig, encoder: ChatEncoder, recipe: Recipe) 
     full_rates = [group["lr"] for group in groups]
     meter = Meter(recipe, team)
     for batch in batches(recipe, team, encoder, config.max_position_embeddings):
-        progress = meter.progress()
-        if progress >= 1.0:
-            break
         for group, rate in zip(groups, full_rates, strict=True):
-            group["lr"] = rate * learning_rate_factor(progress, recipe)
-        loss = train_step(model, optimizers, batch, device, team)
-        meter.add(batch.ids.numel(), loss, progress)
+            group["lr"] = rate * learning_rate_factor(meter.progress, recipe)
+        loss = backward(model, batch, device)
+        figures = [batch.ids.numel(), loss, meter.budget_used()]
+        tokens, loss, budget_used = team.average(list(model.parameters()), figures)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        meter.add(round(tokens * team.size), loss, budget_used)
+        if meter.progress >= 1.0:
+            break
     return Trained(model, meter.summary())
 
 
@@ -191,19 +199,9 @@ def train_member(team: Team, config: DemoConfig, tokenizer: str, recipe: Recipe)
     train(team, config, ChatEncoder(Tokenizer.from_str(tokenizer)), recipe)
 
 
-def train_step(
-    model: DemoModel,
-    optimizers: Sequence[torch.optim.Optimizer],
-    batch: Batch,
-    device: torch.device,
-    team: Team,
-) -> float:
-    """Make one step in bfloat16 products and return the loss of this member's batch."""
+def backward(model: DemoModel, batch: Batch, device: torch.device) -> float:
+    """Compute the gradients of a batch, in bfloat16 products, and return its loss."""
     ids, predicting, targets = (x.to(device) for x in (batch.ids, batch.predicting, batch.targets))
     loss = F.cross_entropy(model(ids, predicting, torch.bfloat16), targets)
     loss.backward()  # type: ignore[no-untyped-call]
-    team.average_gradients(list(model.parameters()))
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
     return float(loss.detach())

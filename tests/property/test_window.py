@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import mmap
+import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from tpirt.parallel.sharding import Block, StoredTensor
 from tpirt.types import ignore_progress
 from tpirt.weights import window as module
 from tpirt.weights.layout import block_header
+from tpirt.weights.reader import buffer_bytes
 from tpirt.weights.store import Manifest, SliceStore, StoredSlice
 from tpirt.weights.window import Window, plan_window
 
@@ -154,7 +156,7 @@ async def use(
     percent: int,
     preload: bool,
 ) -> None:
-    sizes = [block.nbytes for block in blocks]
+    sizes = [buffer_bytes(block.nbytes) for block in blocks]
     least = min(sum(sizes), 2 * max(sizes))
 
     def budget_of(percent: int) -> int:
@@ -163,14 +165,14 @@ async def use(
     buffers = Buffers()
     gate = threading.Event()
     gate.set()
-    read = module.os.preadv
+    read = os.preadv
 
     def gated(*args: Any) -> int:
         gate.wait()
         return read(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.os, "preadv", gated)
+        patch.setattr(os, "preadv", gated)
         patch.setattr(module, "page_buffer", buffers.make)
         budget = budget_of(percent)
         window = Window(stored, blocks, budget_bytes=budget)
@@ -286,7 +288,7 @@ def test_all_buffers_go_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         await window.aclose()
         return weakref.ref(window)
 
-    for budget in (2400, 1600, 1200, 800):
+    for budget in (6 * 4096, 4 * 4096, 3 * 4096, 2 * 4096):
         kept = asyncio.run(run(budget))
         assert kept() is None
         assert buffers.live == 0, budget

@@ -253,6 +253,7 @@ class SliceWriter:
             raise StoreError(f"the slice ends early: {missing} is missing")
         manifest = Manifest(**{**vars(self.manifest), "blocks": tuple(self._done)})
         target = self._root / manifest.slice_id
+        aside: Path | None = None
         try:
             with open(self._path / MANIFEST, "w", encoding="utf-8") as file:
                 file.write(manifest.to_json())
@@ -260,9 +261,12 @@ class SliceWriter:
                 os.fsync(file.fileno())
             _sync_folder(self._path)
             if target.exists():  # damaged, or written by someone else meanwhile
-                shutil.rmtree(target)
+                aside = Path(tempfile.mkdtemp(f"-{os.getpid()}", _PARTIAL, self._root))
+                os.rename(target, aside / "old")
             os.rename(self._path, target)
             _sync_folder(self._root)
+            if aside is not None:
+                shutil.rmtree(aside, ignore_errors=True)
         except OSError as exc:
             raise _write_error(self._root, exc) from exc
         return StoredSlice(target, manifest)

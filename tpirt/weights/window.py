@@ -9,11 +9,11 @@ with the block retention that the paper describes.)
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -24,6 +24,7 @@ from tpirt.stopwatch import Stopwatch
 from tpirt.types import Progress, ProgressCallback
 from tpirt.units import format_bytes
 from tpirt.weights.layout import Weights, view_weights
+from tpirt.weights.reader import buffer_bytes, read_file
 from tpirt.weights.store import StoredSlice
 
 MIN_SLOTS = 2  # one block in use, one being read
@@ -135,7 +136,7 @@ class Window:
         self.clock = Stopwatch()
         self._stored = stored
         self._max_blocks = max_blocks
-        self._sizes = [block.nbytes for block in blocks]
+        self._sizes = [buffer_bytes(block.nbytes) for block in blocks]
         self._condition = threading.Condition()
         self._resident: dict[int, Weights] = {}
         self._errors: dict[int, Exception] = {}
@@ -155,7 +156,7 @@ class Window:
     @property
     def weights_bytes(self) -> int:
         """Bytes of all blocks, wherever they are."""
-        return sum(self._sizes)
+        return sum(block.nbytes for block in self.blocks)
 
     @property
     def held_bytes(self) -> int:
@@ -209,11 +210,11 @@ class Window:
             StoreError: a block could not be read.
         """
         order = sorted(self.plan.pinned)
-        total = sum(self._sizes[i] for i in order)
+        total = sum(self.blocks[i].nbytes for i in order)
         done = 0
         for index in order:
             await self.acquire(index)
-            done += self._sizes[index]
+            done += self.blocks[index].nbytes
             progress(Progress("loading weights", done, total, detail=detail))
         self._position = 0
 
@@ -330,28 +331,13 @@ class Window:
         return None
 
     def _read(self, entry: _Entry) -> None:
-        path = self._stored.block_path(entry.index)
         block = self.blocks[entry.index]
         start = self._stored.manifest.blocks[entry.index].nbytes - block.nbytes
-        done = 0
-        try:
-            if not len(entry.buffer):
-                entry.buffer = page_buffer(block.nbytes)
-            target = tensor_bytes(entry.buffer)[: block.nbytes]
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                while done < block.nbytes:
-                    count = os.preadv(handle, [target[done:]], start + done)
-                    if count == 0:
-                        raise StoreError(
-                            f"{path}: block {block.name} ends after {done} of {block.nbytes} "
-                            "bytes; remove the slice's folder and start again"
-                        )
-                    done += count
-            finally:
-                os.close(handle)
-        except OSError as exc:
-            raise StoreError(f"{path}: block {block.name}: {exc.strerror}") from exc
+        wanted = self._sizes[entry.index]
+        path = self._stored.block_path(entry.index)
+        if not len(entry.buffer):
+            entry.buffer = _buffer(wanted, path)
+        read_file(path, start, tensor_bytes(entry.buffer)[:wanted], block.nbytes)
         self.bytes_read += block.nbytes
 
     def _finish(self, entry: _Entry) -> None:
@@ -370,3 +356,10 @@ class Window:
             loop, event = waiter
             loop.call_soon_threadsafe(event.set)
         self._condition.notify_all()
+
+
+def _buffer(nbytes: int, path: Path) -> torch.Tensor:
+    try:
+        return page_buffer(nbytes)
+    except OSError as exc:
+        raise StoreError(f"{path}: no memory for {nbytes:,} bytes of it: {exc.strerror}") from exc

@@ -314,6 +314,7 @@ ALLOWED = {
         "bfloat16",
         "busy",
         "has_slice",
+        "int4_layout",
     },
     "SliceChunk": {"manifest", "chunk"},
     "BlockChunk": {"block", "offset", "crc32", "data"},
@@ -368,6 +369,7 @@ TEXTS = {
     "HelloReply.tpirt_version",
     "HelloReply.peer_id",  # host name and port of the worker
     "HelloReply.host_id",
+    "HelloReply.int4_layout",  # what the worker's CPU prefers
     "SliceChunk.manifest",  # sizes and names of block files, name of the model's folder
     "BlockChunk.data",  # weights
     "Frame.payload",  # hidden states

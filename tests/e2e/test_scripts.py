@@ -132,6 +132,14 @@ def chat(environment: dict[str, str]) -> Iterator[pexpect.spawn]:
     spawned.close(force=True)
 
 
+def until_ready(chat: pexpect.spawn) -> None:
+    """Wait for the prompt; a chat that ended before it fails with how it ended."""
+    if chat.expect([READY, pexpect.EOF]):
+        before = chat.before
+        chat.wait()
+        pytest.fail(f"exit {chat.exitstatus}, signal {chat.signalstatus}: {before}")
+
+
 def workers_of(master: int) -> list[psutil.Process]:
     """Both worker processes, as soon as they exist."""
     found: list[psutil.Process] = []
@@ -146,7 +154,7 @@ def workers_of(master: int) -> list[psutil.Process]:
 
 
 def test_leaving_ends_the_workers(chat: pexpect.spawn) -> None:
-    chat.expect(READY)
+    until_ready(chat)
     left = workers_of(chat.pid)
     chat.send("/exit\r")
     chat.expect(pexpect.EOF)
@@ -177,7 +185,7 @@ def test_ctrl_c_twice_during_the_start(chat: pexpect.spawn) -> None:
 )
 def test_no_end_leaves_a_worker(chat: pexpect.spawn, when: str, how: str) -> None:
     if when == "ready":
-        chat.expect(READY)
+        until_ready(chat)
     left = workers_of(chat.pid)
     if how == "terminal closed":
         chat.ptyproc.fileobj.close()

@@ -79,8 +79,7 @@ async def test_block_lost_while_streaming_is_named_and_the_group_lives_on(
         with pytest.raises(StoreError) as caught:
             await until_it_fails()
         assert "peer rank1" in str(caught.value)
-        assert str(block) in str(caught.value)
-        assert "block layers.1.mlp" in str(caught.value)
+        assert str(block) in str(caught.value)  # which has the block's name
         assert engine.broken is None
         with pytest.raises(StoreError):  # and again, as long as it is so
             await engine.complete(PROMPT, PARAMS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -167,9 +168,9 @@ def test_chat_templates(tmp_path: Path, name: str) -> None:
             try:
                 expected = theirs.apply_chat_template(dicts, tokenize=False, **options)
             except Exception as exc:
-                with pytest.raises(TokenizerError) as raised:
+                said = re.escape(str(exc))
+                with pytest.raises(TokenizerError, match=said):
                     ours.render_chat(messages, add_generation_prompt=prompt)
-                assert str(exc) in str(raised.value)
                 continue
             assert ours.render_chat(messages, add_generation_prompt=prompt) == expected
             ids = theirs.apply_chat_template(dicts, tokenize=True, **options)

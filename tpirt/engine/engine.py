@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from tpirt.cluster.group import Group, PeerInfo, meet_peers, memory_limits
 from tpirt.cluster.launcher import LocalPeers
@@ -296,15 +297,29 @@ class Engine:
         Raises:
             RequestError: ``ids`` is empty or longer than the context.
         """
+        return torch.cat([part async for _, part in self._logits_by_chunk(ids)])
+
+    async def loss(self, ids: Sequence[int]) -> float:
+        """Return ``-sum(log p(ids[t] | ids[:t]))`` over t >= 1; forgets what was cached.
+
+        Memory stays at the logits of one prefill chunk. Raises as :meth:`logits`.
+        """
+        total = 0.0
+        async for start, logits in self._logits_by_chunk(ids):
+            targets = torch.tensor(ids[start + 1 : start + 1 + len(logits)])
+            predictions = logits[: len(targets)]
+            total += float(F.cross_entropy(predictions, targets, reduction="sum"))
+        return total
+
+    async def _logits_by_chunk(self, ids: Sequence[int]) -> AsyncIterator[tuple[int, torch.Tensor]]:
+        """Yield each prefill chunk's first position and logits, (chunk, V)."""
         ids = self._checked(list(ids), room=0)
         async with self._busy:
             self._cached.clear()
-            parts = []
             for start in range(0, len(ids), self._chunk_tokens):
                 chunk = ids[start : start + self._chunk_tokens]
                 hidden = await self._forward(chunk, len(ids))
-                parts.append(await self._group.logits(hidden))
-            return torch.cat(parts)
+                yield start, await self._group.logits(hidden)
 
     async def stats(self) -> list[RankStats]:
         """What each rank used and did since the last request began."""

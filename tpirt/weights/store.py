@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ from tpirt.errors import StoreError
 from tpirt.parallel.format import WeightFormat
 from tpirt.parallel.partition import Shard, Span
 from tpirt.parallel.sharding import Block
+from tpirt.types import Progress, ProgressCallback, ignore_progress
 from tpirt.weights.layout import file_bytes
 
 FORMAT_VERSION = 1
@@ -130,6 +131,28 @@ class StoredSlice:
         """The file of the block with this index."""
         return self.path / self.manifest.blocks[index].file
 
+    def verify(self, progress: ProgressCallback = ignore_progress) -> None:
+        """Read every block file and compare its checksum with the manifest's.
+
+        Raises:
+            StoreError: a file is missing, cannot be read, or is not what was written; names it.
+        """
+        done = 0
+        for index, block in enumerate(self.manifest.blocks):
+            path = self.block_path(index)
+            try:
+                with open(path, "rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as exc:
+                raise StoreError(f"{path}: cannot be read: {exc.strerror}") from exc
+            if digest != block.sha256:
+                raise StoreError(
+                    f"{path}: expected sha256 {block.sha256[:16]}..., got {digest[:16]}...; "
+                    f"damaged: remove {self.path}, it will be made anew"
+                )
+            done += block.nbytes
+            progress(Progress("verifying", done, self.manifest.nbytes))
+
 
 def default_store() -> Path:
     """``$XDG_CACHE_HOME/tpirt/slices``, by default under ``~/.cache``."""
@@ -166,6 +189,44 @@ class SliceStore:
                 _check_files(folder, manifest)
                 return StoredSlice(folder, manifest)
         return None
+
+    def slices(self) -> list[StoredSlice]:
+        """All slices here, in the store's folder itself and in the folders within it."""
+        found = []
+        for folder in (self.root, *self._folders()):
+            with contextlib.suppress(StoreError):
+                manifest = _read_manifest(folder)
+                if manifest is not None:
+                    found.append(StoredSlice(folder, manifest))
+        return found
+
+    def matching(self, ids: Sequence[str]) -> list[StoredSlice]:
+        """The slices whose ids begin with one of ``ids``; all of them without any.
+
+        Raises:
+            StoreError: an id that no slice here has.
+        """
+        slices = self.slices()
+        for wanted in ids:
+            if not any(s.manifest.slice_id.startswith(wanted) for s in slices):
+                raise StoreError(f"{self.root}: no slice {wanted!r}; `tpirt store ls` lists them")
+        return [s for s in slices if not ids or s.manifest.slice_id.startswith(tuple(ids))]
+
+    def remove(self, stored: StoredSlice) -> None:
+        """Remove a slice, its manifest first: what is left of it then is no slice.
+
+        Raises:
+            StoreError: the folder cannot be changed.
+        """
+        try:
+            (stored.path / MANIFEST).unlink()
+            if stored.path == self.root:
+                for block in stored.manifest.blocks:
+                    (stored.path / block.file).unlink(missing_ok=True)
+            else:
+                shutil.rmtree(stored.path)
+        except OSError as exc:
+            raise StoreError(f"{stored.path}: cannot be removed: {exc.strerror}") from exc
 
     def write(self, manifest: Manifest) -> SliceWriter:
         """Begin a new slice; use as a context manager, then :meth:`SliceWriter.commit`.

@@ -1,0 +1,126 @@
+"""Quantized weights on the main path: streamed equals resident, and both equal what they stand for.
+
+The oracle is the same model with its projections replaced by what the codes and scales stand for,
+run in float32: quantization itself loses much, but running it must lose nothing more than bfloat16
+rounding inside the kernels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tpirt.ops.quant import (
+    QuantSpec,
+    dequantize_int4,
+    dequantize_int8,
+    quantize_int4,
+    quantize_int8,
+)
+from tpirt.testing.cluster import memory_engine
+from tpirt.testing.models import make_model
+from tpirt.types import SamplingParams
+
+PROMPT = [(37 * i + 11) % 256 for i in range(70)]
+HOW = ["int8", "int4", "int4:32", "int4:128"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(
+        tmp_path_factory.mktemp("quantized") / "model",
+        "qwen2",
+        hidden_size=128,
+        intermediate_size=352,  # no group size divides what a rank gets of it
+        tie_word_embeddings=True,
+    )
+
+
+def rounded(spec: QuantSpec, weight: torch.Tensor) -> torch.Tensor:
+    if spec.kind == "int8":
+        return dequantize_int8(*quantize_int8(weight))
+    return dequantize_int4(*quantize_int4(weight, spec.group_size))[
+        :, : weight.shape[1]
+    ].contiguous()
+
+
+def as_the_codes_say(model: Path, out: Path, how: str) -> Path:
+    """Copy a model with every projection replaced by its quantized values, for one rank."""
+    spec = QuantSpec.parse(how)
+    out.mkdir()
+    for file in model.iterdir():
+        if file.suffix != ".safetensors":
+            (out / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(model / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    for name, weight in tensors.items():
+        if name.endswith("_proj.weight"):
+            tensors[name] = rounded(spec, weight)
+    tensors["lm_head.weight"] = rounded(QuantSpec("int8"), embedding)
+    save_file(tensors, out / "model.safetensors")
+    config = (out / "config.json").read_text(encoding="utf-8")
+    untied = config.replace('"tie_word_embeddings": true', '"tie_word_embeddings": false')
+    assert untied != config
+    (out / "config.json").write_text(untied, encoding="utf-8")
+    return out
+
+
+@pytest.mark.parametrize("how", HOW)
+async def test_logits_are_those_of_the_rounded_weights(
+    model: Path, tmp_path: Path, how: str
+) -> None:
+    reference = as_the_codes_say(model, tmp_path / "reference", how)
+    async with memory_engine(reference) as engine:
+        expected = await engine.logits(PROMPT)
+    async with memory_engine(model, quantize=how) as engine:
+        got = await engine.logits(PROMPT)
+    # The kernels take activations in bfloat16: 2^-9 each, over four products a layer.
+    assert (got - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("how", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+async def test_streamed_equals_resident_bit_for_bit(
+    model: Path, tmp_path: Path, how: str, dtype: str
+) -> None:
+    got = []
+    for window in (None, 2, 3):
+        async with memory_engine(
+            model, 3, quantize=how, dtype=dtype, window=window, store=tmp_path, chunk_tokens=32
+        ) as engine:
+            tokens = await engine.complete(PROMPT[:40], SamplingParams(max_tokens=8))
+            got.append((await engine.logits(PROMPT), tokens.token_ids))
+    for logits, tokens in got[1:]:
+        assert torch.equal(logits, got[0][0])
+        assert tokens == got[0][1]
+
+
+@pytest.mark.parametrize("how", ["int8", "int4"])
+async def test_more_ranks_stay_close(model: Path, tmp_path: Path, how: str) -> None:
+    """Rowwise slices have groups of their own, so ranks change the rounding, but not by much."""
+    async with memory_engine(model) as engine:
+        exact = await engine.logits(PROMPT)
+    errors = []
+    for world_size in (1, 2, 5):
+        async with memory_engine(model, world_size, quantize=how, store=tmp_path) as engine:
+            errors.append(float((await engine.logits(PROMPT) - exact).norm() / exact.norm()))
+    assert max(errors) < (0.05 if how == "int8" else 0.6)
+    assert max(errors) < 1.5 * min(errors)
+
+
+async def test_kernels_are_chosen_once(model: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        async with memory_engine(model, quantize="int4", store=tmp_path):
+            pass
+    (noted,) = tmp_path.glob("*/kernels.json")
+    before = noted.stat().st_mtime_ns
+    async with memory_engine(model, quantize="int4", store=tmp_path):
+        pass
+    assert noted.stat().st_mtime_ns == before
+    noted.write_text("rubbish", encoding="utf-8")
+    async with memory_engine(model, quantize="int4", store=tmp_path) as engine:
+        assert (await engine.logits(PROMPT)).isfinite().all()
+    assert noted.read_text(encoding="utf-8") != "rubbish"

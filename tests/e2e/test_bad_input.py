@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -610,7 +611,7 @@ def test_split_interrupted(whole: Path, tmp_path: Path) -> None:
 
 
 def test_output_that_nobody_reads_or_takes(whole: Path, tmp_path: Path) -> None:
-    tpirt = f"{sys.executable} -m tpirt"
+    tpirt = f"{shlex.quote(sys.executable)} -m tpirt"
     generate = f"{tpirt} generate --model {whole} --prompt abc --max-tokens 100 --quiet"
     script = f"""
         export XDG_CACHE_HOME={tmp_path}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from tpirt.errors import TpirtError
 from tpirt.version import __version__
@@ -21,10 +23,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 2 for bad input; 3 for a lost or unreachable peer; 130 after Ctrl-C.
     """
     try:
-        return _run(argv)
+        code = _run(argv)
     finally:
         if argv is None:  # the process ends: nothing is left that Ctrl-C could stop
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if argv is None:
+        _leave(code)
+    return code
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process at once; everything of ours is closed by now.
+
+    The interpreter's own end destroys gRPC's objects under its threads, which under load has
+    ended in an abort.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def _run(argv: Sequence[str] | None) -> int:

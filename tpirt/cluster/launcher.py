@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
+from pathlib import Path
 from types import TracebackType
 
 from tpirt.errors import PeerUnreachableError
@@ -69,6 +71,7 @@ class LocalPeers:
         pipe = asyncio.subprocess.PIPE
         return await asyncio.create_subprocess_exec(
             sys.executable,
+            "-P",  # nothing is imported from the folder that the user happens to stand in
             "-m",
             "tpirt",
             "peer",
@@ -80,8 +83,16 @@ class LocalPeers:
             stdin=pipe,
             stdout=pipe,
             stderr=None,
+            env=_environment(),
             start_new_session=True,
         )
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment, in which the same tpirt as this one's is found first."""
+    home = str(Path(__file__).parents[2])
+    others = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (home, others)))}
 
 
 async def _ended(process: asyncio.subprocess.Process) -> None:

@@ -53,7 +53,10 @@ def read_file(path: Path, offset: int, target: memoryview, nbytes: int) -> None:
                 os.posix_fadvise(handle, offset, nbytes, os.POSIX_FADV_DONTNEED)
             os.close(handle)
     except OSError as exc:
-        raise StoreError(f"{path}: cannot be read: {exc.strerror}") from exc
+        raise StoreError(
+            f"{path}: cannot be read: {exc.strerror}; if it stays so, remove the slice's folder "
+            "and start again"
+        ) from exc
     if done < nbytes:
         raise StoreError(
             f"{path}: block ends after {done} of {nbytes} bytes; "

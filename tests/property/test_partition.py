@@ -20,7 +20,7 @@ from tpirt.parallel.sharding import rank_blocks
 from tpirt.testing.models import make_model
 from tpirt.weights.checkpoint import Checkpoint, resolve_tied
 from tpirt.weights.layout import block_header, file_bytes, view_weights
-from tpirt.weights.names import expected_tensors, source_name
+from tpirt.weights.names import expected_tensors
 from tpirt.weights.slicer import block_bytes
 
 SHARES = st.floats(1e-3, 1e3)
@@ -176,7 +176,7 @@ def pieces(
         for tensor in block.tensors:
             row = 0
             for piece in tensor.pieces:
-                name = source_name(checkpoint, piece.source, head)
+                name = checkpoint.source_name(piece.source, head)
                 values = views[tensor.name][row : row + piece.rows.size]
                 row += piece.rows.size
                 at = (slice(*piece.rows),)

@@ -20,7 +20,7 @@ from tpirt.errors import CheckpointError
 from tpirt.weights import checkpoint as module
 from tpirt.weights.checkpoint import Checkpoint, check_tensors, read_header, resolve_tied
 from tpirt.weights.header import DTYPES
-from tpirt.weights.names import expected_tensors, source_name
+from tpirt.weights.names import expected_tensors
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CONFIG = {
@@ -515,14 +515,14 @@ def test_base_model_names(tmp_path: Path) -> None:
     assert check(tmp_path, tensors) == ("embed_tokens.weight", HEAD)
     with Checkpoint.open(tmp_path) as checkpoint:
         assert checkpoint.prefix == ""
-        assert source_name(checkpoint, "norm.weight", HEAD) == "norm.weight"
+        assert checkpoint.source_name("norm.weight", HEAD) == "norm.weight"
 
 
 def test_source_names(tmp_path: Path) -> None:
     model_dir(tmp_path, model_tensors())
     with Checkpoint.open(tmp_path) as checkpoint:
-        assert source_name(checkpoint, "norm.weight", EMBEDDING) == "model.norm.weight"
-        assert source_name(checkpoint, "lm_head.weight", EMBEDDING) == EMBEDDING
+        assert checkpoint.source_name("norm.weight", EMBEDDING) == "model.norm.weight"
+        assert checkpoint.source_name("lm_head.weight", EMBEDDING) == EMBEDDING
 
 
 def test_mixed_prefixes(tmp_path: Path) -> None:

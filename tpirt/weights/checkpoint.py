@@ -146,6 +146,15 @@ class Checkpoint:
                 digest.update(self._read_bytes(info, start, count))
         return digest.hexdigest()[:32]
 
+    def source_name(self, name: str, head_name: str) -> str:
+        """Map an unprefixed name to this checkpoint's own.
+
+        Args:
+            name: such as ``layers.0.mlp.up_proj.weight``, ``norm.weight`` or ``lm_head.weight``.
+            head_name: tensor that serves as LM head, from :func:`resolve_tied`.
+        """
+        return head_name if name == LM_HEAD else self.prefix + name
+
     def read(self, name: str) -> torch.Tensor:
         """Read a whole tensor, in the checkpoint's dtype.
 

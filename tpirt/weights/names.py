@@ -1,14 +1,13 @@
 """Names and shapes of the checkpoint tensors a decoder needs, as the sharding table has them.
 
 Canonical names carry the ``model.`` prefix of the causal-LM classes; a checkpoint of the base
-model has none (:func:`source_name` maps). Axes: V vocabulary, H hidden.
+model has none (``Checkpoint.source_name`` maps). Axes: V vocabulary, H hidden.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,9 +15,6 @@ from tpirt.config import ModelConfig
 from tpirt.parallel.format import WeightFormat
 from tpirt.parallel.partition import make_plan
 from tpirt.parallel.sharding import layer_blocks
-
-if TYPE_CHECKING:
-    from tpirt.weights.checkpoint import Checkpoint
 
 PREFIX = "model."
 EMBEDDING = "embed_tokens.weight"
@@ -73,14 +69,3 @@ def is_model_part(name: str) -> bool:
 def name_prefix(names: Iterable[str]) -> str:
     """Return the prefix a checkpoint's decoder tensors carry: ``model.`` or nothing."""
     return PREFIX if any(n.startswith(PREFIX) and is_model_part(n) for n in names) else ""
-
-
-def source_name(checkpoint: Checkpoint, name: str, head_name: str) -> str:
-    """Map an unprefixed name to the checkpoint's own.
-
-    Args:
-        checkpoint: whose spelling counts.
-        name: such as ``layers.0.mlp.up_proj.weight``, ``norm.weight`` or ``lm_head.weight``.
-        head_name: tensor that serves as LM head, from ``resolve_tied``.
-    """
-    return head_name if name == LM_HEAD else checkpoint.prefix + name

@@ -22,7 +22,6 @@ from tpirt.ops.quant_layout import (
 from tpirt.parallel.sharding import Block, Piece, StoredTensor
 from tpirt.weights.checkpoint import Checkpoint
 from tpirt.weights.layout import block_header
-from tpirt.weights.names import source_name
 
 PIECE_BYTES = 4 << 20
 
@@ -80,7 +79,7 @@ def _parts(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield a stored tensor's rows in order with their source, at most 4 MiB in float32 each."""
     for piece in tensor.pieces:
-        name = source_name(checkpoint, piece.source, head_name)
+        name = checkpoint.source_name(piece.source, head_name)
         for part in _read(checkpoint, name, piece):
             yield name, part
 

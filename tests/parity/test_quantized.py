@@ -13,6 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tpirt.cluster.machine import int4_layout
+from tpirt.cluster.rank import Limits, RankRuntime
+from tpirt.cluster.slices import SliceMaker, write_slice
+from tpirt.collectives.base import Solo
+from tpirt.config import ModelConfig
+from tpirt.errors import StoreError
 from tpirt.ops.quant import (
     QuantSpec,
     dequantize_int4,
@@ -20,11 +26,17 @@ from tpirt.ops.quant import (
     quantize_int4,
     quantize_int8,
 )
+from tpirt.ops.quant_layout import Layout
+from tpirt.parallel.format import WeightFormat
+from tpirt.parallel.partition import make_plan
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.models import make_model
-from tpirt.types import SamplingParams
+from tpirt.types import SamplingParams, ignore_progress
+from tpirt.weights.checkpoint import Checkpoint
+from tpirt.weights.store import SliceStore
 
 PROMPT = [(37 * i + 11) % 256 for i in range(70)]
+LAYOUTS = [Layout(block, "halves") for block in (32, 64)]
 HOW = ["int8", "int4", "int4:32", "int4:128"]
 
 
@@ -124,3 +136,16 @@ async def test_kernels_are_chosen_once(model: Path, tmp_path: Path) -> None:
     async with memory_engine(model, quantize="int4", store=tmp_path) as engine:
         assert (await engine.logits(PROMPT)).isfinite().all()
     assert noted.read_text(encoding="utf-8") != "rubbish"
+
+
+def test_slice_for_another_cpu_is_refused(model: Path, tmp_path: Path) -> None:
+    config = ModelConfig.from_dir(model)
+    mine = int4_layout()
+    other = next(layout for layout in LAYOUTS if layout != mine)
+    form = WeightFormat(torch.float32, QuantSpec.parse("int4"), other)
+    shard = make_plan(config, 1).shards[0]
+    with Checkpoint.open(model) as checkpoint:
+        maker = SliceMaker(checkpoint, config, form)
+        stored = write_slice(maker, shard, SliceStore(tmp_path), ignore_progress, 0)
+    with pytest.raises(StoreError, match=f"layout {other.name}, this one wants {mine.name}"):
+        RankRuntime(config, stored, Solo(), Limits(None, None, 16, 1.0))

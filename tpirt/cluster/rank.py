@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from tpirt.cluster.kernels import choose_kernels
-from tpirt.cluster.machine import peak_resident_bytes, resident_bytes
+from tpirt.cluster.machine import int4_layout, peak_resident_bytes, resident_bytes
 from tpirt.collectives.base import Communicator
 from tpirt.config import ModelConfig
-from tpirt.errors import MemoryLimitError, TransportError
+from tpirt.errors import MemoryLimitError, StoreError, TransportError
 from tpirt.model.decoder import Decoder
 from tpirt.model.memory import SLACK_BYTES, activation_bytes
 from tpirt.parallel.sharding import rank_blocks
@@ -41,12 +41,14 @@ class RankRuntime:
 
         Raises:
             MemoryLimitError: the limit is below what two blocks and a step need.
+            StoreError: the slice's 4-bit codes are in another CPU's order.
         """
         self.comm = comm
         self._config = config
         self._limits = limits
         manifest = stored.manifest
         form = manifest.form
+        _check_layout(stored)
         _warm_up(form.dtype)
         blocks = rank_blocks(config, manifest.shard, form)
         kernels = choose_kernels(stored.path, blocks)
@@ -156,6 +158,16 @@ class RankRuntime:
                 f"rank {self.comm.rank}: {tokens} tokens of context need {format_bytes(needed)} "
                 f"of KV cache, and then {exc}; raise --memory or shorten the conversation"
             ) from exc
+
+
+def _check_layout(stored: StoredSlice) -> None:
+    """The kernel cannot tell codes in another order from its own: it would compute nonsense."""
+    form, mine = stored.manifest.form, int4_layout()
+    if form.quant.kind == "int4" and form.layout != mine:
+        raise StoreError(
+            f"{stored.path}: its weights are laid out for a CPU of layout {form.layout.name}, "
+            f"this one wants {mine.name}; remove it, and have the slice made for this machine"
+        )
 
 
 def _warm_up(dtype: torch.dtype) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import os
 import signal
 import sys
@@ -49,12 +50,25 @@ async def run_peer(options: PeerOptions) -> None:
     port = await server.start(options.host, options.port)
     worker.peer_id = f"{host_name()}:{port}"
     print(f"{READY_PREFIX}{options.host}:{port} (store {options.store.root})", flush=True)
+    if not is_loopback(options.host):
+        _log(
+            f"warning: whoever reaches {options.host}:{port} can use this peer, and sees what it "
+            "computes: there is no authentication yet; listen on networks that you trust only"
+        )
     try:
         if options.until_stdin_closes:
             await _stdin_closed(stop)
         await stop.wait()
     finally:
         await server.aclose()
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether only this machine reaches an address; a name other than localhost is none."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 async def _stdin_closed(stop: asyncio.Event) -> None:

@@ -26,6 +26,7 @@ from tpirt.errors import MemoryLimitError
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.models import make_tokenizer
 from tpirt.types import SamplingParams
+from tpirt.weights.reader import buffer_bytes
 
 NEW_TOKENS = 10
 CHUNK_TOKENS = 16
@@ -336,7 +337,8 @@ async def test_partly_pinned_equals_resident_while_the_cache_grows(
     async with memory_engine(expected.path, 2, chunk_tokens=5, store=store) as engine:
         resident = await engine.logits(expected.prompt)
         window = engine._group.runtime.window
-        whole, block = window.weights_bytes, max(b.nbytes for b in window.blocks)
+        sizes = [buffer_bytes(block.nbytes) for block in window.blocks]
+        whole, block = sum(sizes), max(sizes)
     pinned = set()
     for budget in range(2 * block, whole + block, block):
         monkeypatch.setattr(RankRuntime, "_budget", fixed_budget(budget))

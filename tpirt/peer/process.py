@@ -49,10 +49,11 @@ async def run_peer(options: PeerOptions) -> None:
     server = GrpcPeerServer(worker)
     port = await server.start(options.host, options.port)
     worker.peer_id = f"{host_name()}:{port}"
-    print(f"{READY_PREFIX}{options.host}:{port} (store {options.store.root})", flush=True)
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    print(f"{READY_PREFIX}{host}:{port} (store {options.store.root})", flush=True)
     if not is_loopback(options.host):
         _log(
-            f"warning: whoever reaches {options.host}:{port} can use this peer, and sees what it "
+            f"warning: whoever reaches {host}:{port} can use this peer, and sees what it "
             "computes: there is no authentication yet; listen on networks that you trust only"
         )
     try:

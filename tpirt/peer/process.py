@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import os
 import signal
 import sys
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +60,7 @@ async def run_peer(options: PeerOptions) -> None:
         )
     try:
         if options.until_stdin_closes:
-            await _stdin_closed(stop)
+            _watch_stdin(stop)
         await stop.wait()
     finally:
         await server.aclose()
@@ -72,17 +74,21 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-async def _stdin_closed(stop: asyncio.Event) -> None:
-    """Set ``stop`` when whoever holds the other end of standard input is gone."""
+def _watch_stdin(stop: asyncio.Event) -> None:
+    """Set ``stop`` when whoever holds the other end of standard input is gone.
+
+    A thread waits for that: an event loop cannot poll every kind of file.
+    """
     loop = asyncio.get_running_loop()
-    handle = sys.stdin.fileno()
 
-    def readable() -> None:
-        if not os.read(handle, 4096):
-            loop.remove_reader(handle)
-            stop.set()
+    def wait() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(sys.stdin.fileno(), 4096):
+                pass
+        with contextlib.suppress(RuntimeError):  # the loop is closed by now
+            loop.call_soon_threadsafe(stop.set)
 
-    loop.add_reader(handle, readable)
+    threading.Thread(target=wait, name="tpirt-stdin", daemon=True).start()
 
 
 def _log(text: str) -> None:

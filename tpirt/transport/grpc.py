@@ -10,6 +10,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 # gRPC's core reads this once, when it is loaded. Its own log lines (a peer's goodbye, say) mean
 # nothing to a user; what matters arrives as our errors.
@@ -248,7 +249,7 @@ class GrpcPeerServer:
             return await _guarded(lambda: self._service.put_slice(chunks), context)
 
         async def session(_: Any, context: Any) -> None:
-            channel = GrpcChannel("master " + context.peer(), context)
+            channel = GrpcChannel(f"master {_address(context)}", context)
             await _guarded(lambda: self._service.session(channel), context)
 
         return {
@@ -318,3 +319,8 @@ def _unreachable(address: str, exc: grpc.aio.AioRpcError, timeout_s: float) -> T
     return PeerUnreachableError(
         f"peer {address}: {why}; is `tpirt peer --listen ...` running there, and the port open?"
     )
+
+
+def _address(context: Any) -> str:
+    """Where a caller is; gRPC says ``ipv4:127.0.0.1:5`` or ``ipv6:%5B::1%5D:5``."""
+    return unquote(context.peer().partition(":")[2])

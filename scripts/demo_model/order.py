@@ -256,6 +256,8 @@ def ask_size(rng: random.Random, state: State) -> Exchange:
 
     Neighbours on the scale are never held back: their order follows from nothing else.
     """
+    if rng.random() < 0.06:
+        return ask_extreme_size(rng)
     i, j = rng.sample(range(len(t.BY_SIZE)), 2)
     form = rng.choice(SIZE_FORMS)
     x, y = t.BY_SIZE[i], t.BY_SIZE[j]
@@ -270,3 +272,14 @@ def ask_size(rng: random.Random, state: State) -> Exchange:
         answer = f"{sentence(big)} is bigger than {small}."
     keys = (f"size:{min(i, j)},{max(i, j)}",) if abs(i - j) > 1 else ()
     return Exchange("size", user, answer, keys, {"topic": "size"})
+
+
+def ask_extreme_size(rng: random.Random) -> Exchange:
+    """Ask for the biggest or the smallest animal."""
+    extreme, animal = rng.choice((("biggest", "A whale"), ("smallest", "An ant")))
+    question = rng.choice(
+        ("What is the {x} animal?", "Which animal is the {x}?", "Name the {x} animal.")
+    )
+    user, tag = decorate(rng, question.format(x=extreme), chance=0.3)
+    keys = (f"size:{user}",) if tag else ()
+    return Exchange("size", user, f"{animal} is the {extreme} animal.", keys, {"topic": "size"})

@@ -274,21 +274,20 @@ def tell_pet(rng: random.Random, state: State) -> Exchange:
 
 
 def ask_pet(rng: random.Random, state: State) -> Exchange:
-    """Ask for the name of a pet told before, or of one never mentioned."""
+    """Ask for the name of a pet told before, or of one never mentioned.
+
+    Both answers begin with the pet: the model looks it up while it writes, not before.
+    """
     pets: dict[str, str] = state.get("pets", {})
-    if not pets or rng.random() < 0.33:
-        pet = rng.choice([p for p in t.PETS if p not in pets])
-        question = rng.choice(ASK_PET).format(pet=pet)
-        return Exchange(
-            "recall_untold",
-            question,
-            f"You have not told me about your {pet} yet.",
-            (f"untold:{question}",),
-        )
+    unknown = [pet for pet in t.PETS if pet not in pets]
+    if not pets or (unknown and rng.random() < 0.33):
+        pet = rng.choice(unknown)
+        user = rng.choice(ASK_PET).format(pet=pet)
+        answer = f"Your {pet}? You have not told me about it yet."
+        return Exchange("recall_untold", user, answer, (f"untold:{user}",))
     pet = rng.choice(sorted(pets))
     user = rng.choice(ASK_PET).format(pet=pet)
-    yes = "Yes, your" if user.startswith("Do I") else "Your"
-    return Exchange("recall", user, f"{yes} {pet} is called {pets[pet]}.", (f"name:{pets[pet]}",))
+    return Exchange("recall", user, f"Your {pet} is called {pets[pet]}.", (f"name:{pets[pet]}",))
 
 
 def introduce(rng: random.Random, state: State) -> Exchange:

@@ -552,7 +552,9 @@ FAR_NOUNS = phrases(
     Linux | Kubernetes | the Bible | Hamlet | Harry Potter | Star Wars | Taylor Swift | the
     Beatles | Elon Musk | the president | the World Cup | tennis | baseball | poker | taxes |
     insurance | marriage | Mars | Jupiter | atoms | relativity | the pyramids | the Eiffel tower
-    | Buddhism | yoga | guitars | rockets | submarines | plastic
+    | Buddhism | yoga | guitars | rockets | submarines | plastic | love | time | life | money |
+    art | happiness | the universe | the world | war | peace | science | history | religion |
+    language | the brain | a computer | a star | a country | a river
     """
 )
 FAR_QUESTIONS = (
@@ -645,6 +647,17 @@ FAR_TASKS = (
     "How do I lose weight?",
     "What is my horoscope?",
     "Who will win the election?",
+    "Can you code in Python?",
+    "Can you write code?",
+    "Can you code?",
+    "Can you drive a car?",
+    "Can you cook?",
+    "Can you see me?",
+    "Can you dance?",
+    "Can you play chess?",
+    "How many pets do I have?",
+    "Once upon a time",
+    "What happened yesterday?",
     "asdf",
     "asdfghjkl",
     "qwerty",

@@ -28,7 +28,7 @@ class Recipe:
     """How to train. The defaults fit one hour on two CPU cores."""
 
     seed: int = 1
-    tokens: int = 28_000_000
+    tokens: int = 30_000_000
     budget_minutes: float = 55.0  # of processor time, per process
     batch_tokens: int = 6144
     muon_lr: float = 0.005

@@ -121,13 +121,15 @@ def roughen(rng: random.Random, text: str, may_shout: bool = True) -> str:
     return text
 
 
-ONSETS = t.words("b c ch d f g h j k l m n p r s sh t v w y z br dr gr tr st kr")
+ONSETS = ("", *t.words("b c ch d f g h j k l m n p qu r s sh t v w x y z br dr gr tr st kr"))
 VOWELS = t.words("a e i o u ai ei ia io ee oo")
 CODAS = ("", "", "", "n", "r", "s", "l", "m", "t", "k", "x", "nd", "ck")
 
 
 def invented_word(rng: random.Random) -> str:
-    """Return a pronounceable word of no list: to repeat it, the model must learn to copy."""
+    """Return a word of no list, mostly a pronounceable one: to repeat it, one must copy."""
+    if rng.random() < 0.08:
+        return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 5)))
     syllables = (
         rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS)
         for _ in range(rng.choice((1, 2, 2, 2, 3)))

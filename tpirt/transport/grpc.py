@@ -10,11 +10,12 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
-from urllib.parse import unquote
 
 # gRPC's core reads this once, when it is loaded. Its own log lines (a peer's goodbye, say) mean
 # nothing to a user; what matters arrives as our errors.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+# Our children exec at once: gRPC need not stop its threads around a fork, which can abort.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import grpc
 import grpc.aio
@@ -323,4 +324,5 @@ def _unreachable(address: str, exc: grpc.aio.AioRpcError, timeout_s: float) -> T
 
 def _address(context: Any) -> str:
     """Where a caller is; gRPC says ``ipv4:127.0.0.1:5`` or ``ipv6:%5B::1%5D:5``."""
-    return unquote(context.peer().partition(":")[2])
+    address: str = context.peer().partition(":")[2]
+    return address.replace("%5B", "[").replace("%5D", "]")

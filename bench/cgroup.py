@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _V1 = Path("/sys/fs/cgroup/memory")
+_BLKIO_V1 = Path("/sys/fs/cgroup/blkio")
 _V2 = Path("/sys/fs/cgroup")
 
 
@@ -65,6 +66,36 @@ def memory_cgroup(
     try:
         yield MemoryCgroup(folder)
     finally:
+        _remove(folder)
+
+
+@contextlib.contextmanager
+def disk_cgroup(path: Path, bytes_per_s: int, warn: Callable[[str], None]) -> Iterator[None]:
+    """Throttle what this process and its children read from the disk that ``path`` is on."""
+    version1 = _BLKIO_V1.is_dir()
+    root = _BLKIO_V1 if version1 else _V2
+    folder = root / f"tpirt-{os.getpid()}-disk"
+    device = path.resolve().stat().st_dev
+    node = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
+    node = node.parent if (node / "partition").exists() else node  # throttles are of whole disks
+    disk = (node / "dev").read_text().strip()
+    try:
+        folder.mkdir()
+        if version1:
+            (folder / "blkio.throttle.read_bps_device").write_text(f"{disk} {bytes_per_s}")
+        else:
+            (folder / "io.max").write_text(f"{disk} rbps={bytes_per_s}")
+        (folder / "cgroup.procs").write_text(str(os.getpid()))
+    except OSError as exc:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        warn(f"no throttle for the disk ({exc.strerror})")
+        yield
+        return
+    try:
+        yield
+    finally:
+        (root / "cgroup.procs").write_text(str(os.getpid()))
         _remove(folder)
 
 

@@ -1,38 +1,36 @@
 """Token time and peak memory over a sweep of memory limits, each rank in a real one.
 
-    python -m bench.window --model DIR --quantize int8 --local 2 --share 25,50,75,100
+    python -m bench.window --model DIR --store DIR --quantize int8 --share 25,50,75,100
 
-A limit is what the process takes anyway plus a share of the rank's weights. The floor of a token
-is the bytes streamed for it over the rate at which this disk gives direct reads, measured in the
-same run, or the token time with everything resident, whichever is longer: ranks on one machine
-share its disk, so their bytes add up. A ratio below 1 says that the disk gave less to the raw
-measurement than to the run (seen on virtual disks: 1.1 to 3.1 GB/s from one pass to the next);
-such a row proves nothing about the floor.
+A limit is what a process takes anyway plus a share of the rank's weights. The floor of a decoded
+token is the bytes that all ranks read for it over the rate of raw direct readers of the same files
+(before and after each row; the better of two readers and two per rank, the median of the passes),
+or the token time with everything resident, whichever is longer: ranks on one machine share its
+disk. ``--disk-rate`` throttles the disk for ranks and raw readers alike: a disk of a known rate,
+where a virtual one gives now this and now that. A row faster than its floor shows that the floor
+was measured wrong and says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from bench.cgroup import MemoryCgroup, memory_cgroup
-from tpirt.cli.options import count
+from bench.cgroup import disk_cgroup
+from bench.peers import GroupRun, run_group, tpirt, warn
+from tpirt.cli.options import count, size
 from tpirt.cluster.machine import default_threads
-from tpirt.ops.buffers import page_buffer, tensor_bytes
 from tpirt.units import format_bytes
-from tpirt.weights.reader import buffer_bytes, read_file
 from tpirt.weights.store import SliceStore
 
 _MIB = 1 << 20
-_OVERHEAD_BYTES = 420 * _MIB  # process, activations, slack: what a rank needs beside weights
+_PROCESS_BYTES = 360 * _MIB  # Python, torch, a step's work: what a rank needs beside weights
 
 
 @dataclass(frozen=True)
@@ -41,122 +39,87 @@ class Row:
 
     share: float
     limit_bytes: int
-    tpot_ms: float
+    ttft_ms: float
+    token_ms: float
     read_bytes_per_token: float
+    disk_bytes_per_s: float
     disk_floor_ms: float
     ratio: float
+    valid: bool
+    stall_disk_ms: float
     peak_rss_bytes: int
     peak_cgroup_bytes: int | None
     cache_bytes: int | None
 
 
-def tpirt(*arguments: str) -> list[str]:
-    """The command line of this tpirt."""
-    return [sys.executable, "-m", "tpirt", *arguments]
-
-
-@contextmanager
-def worker(options: list[str], group: MemoryCgroup) -> Iterator[str]:
-    """Run a worker inside ``group``; yields its address."""
-    command = tpirt("peer", "--listen", "127.0.0.1:0", "--until-stdin-closes", "--quiet", *options)
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        command, stdin=pipe, stdout=pipe, text=True, preexec_fn=group.enter
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            yield process.stdout.readline().split()[2]
-        finally:
-            process.stdin.close()
-            process.wait(30)
-
-
-def run(arguments: argparse.Namespace, limit: int | None) -> dict[str, Any]:
-    """Generate once over ``arguments.local`` ranks; with a limit, each in a cgroup of its own."""
+def run(arguments: argparse.Namespace, limit: int | None) -> GroupRun:
+    """Generate once over all ranks."""
     shared = ["--store", str(arguments.store), "--threads", str(arguments.threads)]
-    if limit is not None:
-        shared += ["--memory", str(limit)]
-    with ExitStack() as stack:
-        groups = [
-            stack.enter_context(memory_cgroup(f"rank{rank}", limit, warn))
-            if limit is not None
-            else MemoryCgroup(None)
-            for rank in range(arguments.local)
-        ]
-        peers = [stack.enter_context(worker(shared, group)) for group in groups[1:]]
-        command = tpirt("generate", "--quiet", "--json", "--quantize", arguments.quantize, *shared)
-        command += ["--model", str(arguments.model), "--max-tokens", str(arguments.tokens)]
-        command += ["--prompt", "a b c d e f g h", "--temperature", "0"]
-        if peers:
-            command += ["--peers", ",".join(peers)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, preexec_fn=groups[0].enter)
-        if done.returncode:
-            raise SystemExit(f"tpirt generate ended with exit code {done.returncode}")
-        # The figures are read while the groups are still there.
-        facts = [(g.peak_bytes(), g.cache_bytes()) for g in groups]
-    result: dict[str, Any] = json.loads(done.stdout)
-    result["cgroups"] = facts
-    return result
+    master = [sys.executable, "-m", "bench.decode", "--quiet", "--model", str(arguments.model)]
+    master += ["--quantize", arguments.quantize, "--tokens", str(arguments.tokens)]
+    master += ["--prompt-tokens", "16"]
+    return run_group(arguments.local, limit, shared, master)
 
 
-def disk_rate(store: Path) -> float:
-    """Bytes per second of direct reads, one thread: the best of four passes over the store.
-
-    The first pass after writing is slower on virtual disks, whose host caches too: a floor must
-    not be taken from it.
-    """
-    paths = list(store.glob("*/*.safetensors"))
-    sizes = [path.stat().st_size for path in paths]
-    target = tensor_bytes(page_buffer(buffer_bytes(max(sizes))))
-    best = 0.0
-    for _ in range(4):
-        started = time.perf_counter()
-        for path, nbytes in zip(paths, sizes, strict=True):
-            read_file(path, 0, target[: buffer_bytes(nbytes)], nbytes)
-        best = max(best, sum(sizes) / (time.perf_counter() - started))
-    return best
+def raw_rates(arguments: argparse.Namespace) -> dict[int, float]:
+    """Bytes per second by number of raw readers, in a process that the throttle can hold."""
+    rates = {}
+    for readers in sorted({2, 2 * arguments.local}):
+        command = [sys.executable, "-m", "bench.disk", str(arguments.store), str(readers)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+        rates[readers] = float(done.stdout)
+    return rates
 
 
-def warn(text: str) -> None:
-    """Tell what the figures lack."""
-    print(text, file=sys.stderr)
-
-
-def measure(arguments: argparse.Namespace, share: float, resident_ms: float, rate: float) -> Row:
-    """Run one limit several times."""
+def measure(arguments: argparse.Namespace, share: float, resident_ms: float) -> Row:
+    """Run one limit several times, raw readers before and after."""
     weights = max(s.manifest.nbytes for s in SliceStore(arguments.store).slices())
-    limit = int(_OVERHEAD_BYTES + share * weights)
-    results = [run(arguments, limit) for _ in range(arguments.trials)]
-    results.sort(key=lambda result: result["tpot_ms"])
-    middle = results[len(results) // 2]
-    read = sum(rank["bytes_read"] for rank in middle["ranks"]) / len(middle["token_ids"])
-    floor = read / rate * 1e3
-    peaks = [peak for result in results for peak, _ in result["cgroups"] if peak is not None]
-    caches = [cache for result in results for _, cache in result["cgroups"] if cache is not None]
+    limit = int(_PROCESS_BYTES + share * weights)
+    raw = [raw_rates(arguments)]
+    runs = []
+    for _ in range(arguments.trials):
+        runs.append(run(arguments, limit))
+        raw.append(raw_rates(arguments))
+    runs.sort(key=lambda done: float(done.printed["token_s"]))
+    middle = runs[len(runs) // 2].printed
+    tokens = int(middle["tokens"])
+    ranks = list(zip(middle["first"], middle["last"], strict=True))
+    read = sum(last["bytes_read"] - first["bytes_read"] for first, last in ranks) / tokens
+    rate = max(statistics.median(rates[n] for rates in raw) for n in raw[0])
+    token_ms, floor_ms = middle["token_s"] * 1e3, read / rate * 1e3
+    ratio = token_ms / max(floor_ms, resident_ms)
     return Row(
         share=share,
         limit_bytes=limit,
-        tpot_ms=middle["tpot_ms"],
+        ttft_ms=middle["ttft_s"] * 1e3,
+        token_ms=token_ms,
         read_bytes_per_token=read,
-        disk_floor_ms=floor,
-        ratio=middle["tpot_ms"] / max(floor, resident_ms),
-        peak_rss_bytes=max(r["peak_rss_bytes"] for result in results for r in result["ranks"]),
-        peak_cgroup_bytes=max(peaks, default=None),
-        cache_bytes=max(caches, default=None),
+        disk_bytes_per_s=rate,
+        disk_floor_ms=floor_ms,
+        ratio=ratio,
+        valid=ratio > 0.98,
+        stall_disk_ms=max(last["io_ms"] - first["io_ms"] for first, last in ranks) / tokens,
+        peak_rss_bytes=max(r["peak_rss_bytes"] for done in runs for r in done.printed["last"]),
+        peak_cgroup_bytes=_most(peak for done in runs for peak in done.peak_bytes),
+        cache_bytes=_most(cache for done in runs for cache in done.cache_bytes),
     )
 
 
-def show(rows: list[Row], resident_ms: float, rate: float) -> None:
+def _most(figures: object) -> int | None:
+    return max((f for f in figures if f is not None), default=None)  # type: ignore[attr-defined]
+
+
+def show(rows: list[Row], resident_ms: float) -> None:
     """Print the table for people."""
-    print(f"resident {resident_ms:.1f} ms per token; direct reads {rate / 1e9:.2f} GB/s")
-    print("weights     limit   TPOT ms   read/token   floor ms   ratio   peak RSS     cgroup")
+    print(f"resident {resident_ms:.1f} ms per token")
+    print("weights     limit  token ms   read/token    disk  floor ms  ratio   peak RSS     cgroup")
     for row in rows:
         peak = "-" if row.peak_cgroup_bytes is None else format_bytes(row.peak_cgroup_bytes)
         print(
-            f"{row.share:6.0%} {format_bytes(row.limit_bytes):>10} {row.tpot_ms:9.1f} "
-            f"{format_bytes(row.read_bytes_per_token):>12} {row.disk_floor_ms:10.1f} "
-            f"{row.ratio:7.2f} {format_bytes(row.peak_rss_bytes):>10} {peak:>10}"
+            f"{row.share:6.0%} {format_bytes(row.limit_bytes):>10} {row.token_ms:9.1f} "
+            f"{format_bytes(row.read_bytes_per_token):>12} {row.disk_bytes_per_s / 1e9:5.2f}G "
+            f"{row.disk_floor_ms:9.1f} {row.ratio:6.2f} {format_bytes(row.peak_rss_bytes):>10} "
+            f"{peak:>10}{'' if row.valid else '  INVALID: faster than its floor'}"
         )
 
 
@@ -169,29 +132,37 @@ def main() -> None:
     parser.add_argument("--local", type=count, default=1)
     parser.add_argument("--threads", type=count)
     parser.add_argument("--share", default="25,50,75,100", help="percent of the weights")
-    parser.add_argument("--tokens", type=count, default=12)
-    parser.add_argument("--trials", type=count, default=5)
+    parser.add_argument("--disk-rate", type=size, help="throttle the disk to so much a second")
+    parser.add_argument("--tokens", type=count, default=16)
+    parser.add_argument("--trials", type=count, default=3)
+    parser.add_argument("--out", type=Path, help="where the JSON goes, beside the last line")
     arguments = parser.parse_args()
     arguments.threads = arguments.threads or default_threads(arguments.local)
-    run(arguments, None)  # makes the slices, warms up
-    resident = sorted(run(arguments, None)["tpot_ms"] for _ in range(arguments.trials))
-    resident_ms = resident[len(resident) // 2]
-    rate = disk_rate(arguments.store)
-    shares = [float(share) / 100 for share in arguments.share.split(",")]
-    rows = [measure(arguments, share, resident_ms, rate) for share in shares]
-    show(rows, resident_ms, rate)
-    settings = {key: str(value) for key, value in vars(arguments).items()}
-    print(
-        json.dumps(
-            {
-                "bench": "window",
-                "settings": settings,
-                "resident_ms": resident_ms,
-                "disk_bytes_per_s": rate,
-                "rows": [asdict(row) for row in rows],
-            }
-        )
+    split = tpirt("generate", "--model", str(arguments.model), "--quantize", arguments.quantize)
+    split += ["--local", str(arguments.local), "--store", str(arguments.store), "--quiet"]
+    subprocess.run([*split, "--prompt", "a", "--max-tokens", "1"], check=True, stdout=-3)
+    resident = sorted(
+        float(run(arguments, None).printed["token_s"]) for _ in range(arguments.trials)
     )
+    resident_ms = resident[len(resident) // 2] * 1e3
+    rate = arguments.disk_rate
+    with disk_cgroup(arguments.store, rate, warn) if rate else nullcontext():
+        rows = []
+        for share in arguments.share.split(","):
+            rows.append(measure(arguments, float(share) / 100, resident_ms))
+            warn(f"{share} %: {rows[-1].token_ms:.1f} ms per token")
+    show(rows, resident_ms)
+    settings = {k: str(v) for k, v in vars(arguments).items() if k not in ("store", "out")}
+    settings["model"] = arguments.model.name
+    content = {
+        "bench": "window",
+        "settings": settings,
+        "resident_ms": resident_ms,
+        "rows": [asdict(row) for row in rows],
+    }
+    if arguments.out:
+        arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(content))
 
 
 if __name__ == "__main__":

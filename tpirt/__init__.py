@@ -5,6 +5,7 @@ async with tpirt.Engine.connect("models/llama", local=4) as engine:
         print(token.text, end="")
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,11 @@ from tpirt.version import __version__
 
 if TYPE_CHECKING:
     from tpirt.engine import Conversation, Engine
+
+# torch's threads spin while they wait for each other. Beside anything else that runs (another rank,
+# the disk's reader, another program) that made small operations up to 40 times slower; sleeping
+# costs nothing measurable when alone. Read when torch is loaded, hence here.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __all__ = [
     "Completion",

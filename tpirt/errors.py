@@ -58,6 +58,7 @@ class PeerUnreachableError(TpirtError):
 
 
 class PeerLostError(TpirtError):
-    """A peer died, left or fell silent while it was needed."""
+    """A peer died, left or fell silent while it was needed; ``rank`` is which, if known."""
 
     exit_code = 3
+    rank: int | None = None

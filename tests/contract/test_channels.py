@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from tpirt.collectives.base import Communicator, Solo, StepAborted
-from tpirt.collectives.star import StarMaster, StarWorker
+from tpirt.collectives.algorithms import Ranks
+from tpirt.collectives.base import Algorithm, Collective, Communicator, Solo, StepAborted
+from tpirt.collectives.links import Links
+from tpirt.collectives.wire import Wire, decode, encode
 from tpirt.errors import PeerLostError, StoreError, TransportError
 from tpirt.ops.buffers import tensor_bytes
 from tpirt.testing.faults import Fault, FaultyChannel
@@ -84,6 +86,8 @@ async def wrapped_pair() -> AsyncIterator[tuple[Channel, Channel]]:
             FaultyChannel(theirs, Fault.SILENCE, kind="empty"),
         )
 
+
+ALGORITHMS = pytest.mark.parametrize("algorithm", Algorithm, ids=lambda algorithm: algorithm.value)
 
 PAIRS = {"memory": in_memory_pair, "grpc": grpc_pair, "faulty": wrapped_pair}
 
@@ -275,13 +279,38 @@ async def test_uploads_and_their_refusal() -> None:
 async def star(
     pair: Pairs, world: int, hook: Callable[[int, Channel], Channel] | None = None
 ) -> AsyncIterator[tuple[list[Communicator], list[Channel]]]:
-    """A star of ``world`` ranks; also the workers' channels. ``hook`` changes those."""
+    """Ranks linked to the master; also the workers' channels. ``hook`` changes those."""
     async with AsyncExitStack() as stack:
         ends = [await stack.enter_async_context(pair()) for _ in range(world - 1)]
         theirs = [hook(r, e[1]) if hook else e[1] for r, e in enumerate(ends, start=1)]
-        members: list[Communicator] = [StarMaster([mine for mine, _ in ends], TIMEOUT_S)]
-        members += [StarWorker(r, world, c, TIMEOUT_S) for r, c in enumerate(theirs, start=1)]
+        members: list[Communicator] = [master_of(*(mine for mine, _ in ends))]
+        members += [worker_of(channel, rank, world) for rank, channel in enumerate(theirs, start=1)]
         yield members, theirs
+
+
+@asynccontextmanager
+async def mesh(pair: Pairs, world: int) -> AsyncIterator[list[Communicator]]:
+    """Ranks that are all linked to each other."""
+    async with AsyncExitStack() as stack:
+        channels: list[dict[int, Channel]] = [{} for _ in range(world)]
+        for low, high in itertools.combinations(range(world), 2):
+            mine, theirs = await stack.enter_async_context(pair())
+            channels[low][high], channels[high][low] = mine, theirs
+        yield [Ranks(world, Links(rank, own, TIMEOUT_S)) for rank, own in enumerate(channels)]
+
+
+def master_of(*channels: Channel) -> Ranks:
+    links = Links(0, dict(enumerate(channels, start=1)), TIMEOUT_S)
+    return Ranks(len(channels) + 1, links)
+
+
+def worker_of(channel: Channel, rank: int = 1, world: int = 2) -> Ranks:
+    return Ranks(world, Links(rank, {0: channel}, TIMEOUT_S))
+
+
+def channel_to(member: Communicator, rank: int) -> Channel:
+    assert isinstance(member, Ranks)
+    return member._links._channels[rank]
 
 
 def partials(world: int, shape: tuple[int, ...] = (3, 5)) -> list[torch.Tensor]:
@@ -307,18 +336,21 @@ async def test_solo_sums_to_itself() -> None:
     assert torch.equal(await comm.reduce(value.clone()), value)
 
 
+@ALGORITHMS
 @pytest.mark.parametrize("world", [2, 3, 4])
-async def test_sums_in_rank_order_whatever_the_order_of_arrival(pair: Pairs, world: int) -> None:
+async def test_sums_in_rank_order_whatever_the_order_of_arrival(
+    pair: Pairs, world: int, algorithm: Algorithm
+) -> None:
     values = partials(world)
     expected = in_rank_order(values)
     other_orders = {
         in_rank_order(order).numpy().tobytes() for order in itertools.permutations(values)
     }
     assert world == 2 or len(other_orders) > 1  # else this test would show nothing
-    async with star(pair, world) as (members, _):
+    async with mesh(pair, world) as members:
         for step, order in enumerate(itertools.permutations(range(world))):
             for comm in members:
-                comm.begin(step)
+                comm.begin(step, Collective(algorithm))
             tasks = {}
             for rank in order:
                 tasks[rank] = asyncio.create_task(members[rank].all_reduce(values[rank].clone()))
@@ -327,17 +359,20 @@ async def test_sums_in_rank_order_whatever_the_order_of_arrival(pair: Pairs, wor
             assert all(torch.equal(total, expected) for total in sums)
 
 
-async def test_many_collectives_in_a_step_and_a_last_reduce(pair: Pairs) -> None:
+@ALGORITHMS
+async def test_many_collectives_in_a_step_and_a_last_reduce(
+    pair: Pairs, algorithm: Algorithm
+) -> None:
     async def rank(comm: Communicator) -> list[torch.Tensor | None]:
         out: list[torch.Tensor | None] = []
         for step in (1, 2):
-            comm.begin(step)
+            comm.begin(step, Collective(algorithm))
             for seq in range(5):
                 out.append(await comm.all_reduce(torch.full((2, 2), float(comm.rank + seq))))
             out.append(await comm.reduce(torch.full((1, 2), 1.0)))
         return out
 
-    async with star(pair, 3) as (members, _):
+    async with mesh(pair, 3) as members:
         results = await asyncio.gather(*(rank(comm) for comm in members))
     for r, result in enumerate(results):
         for at, total in enumerate(result):
@@ -349,6 +384,79 @@ async def test_many_collectives_in_a_step_and_a_last_reduce(pair: Pairs) -> None
                 assert total.eq(3).all()
             else:
                 assert total is None
+
+
+@pytest.mark.parametrize("wire", Wire, ids=lambda wire: wire.value)
+@pytest.mark.parametrize("world", [2, 3, 5])
+async def test_all_ranks_and_algorithms_have_the_same_bits_in_every_form(
+    wire: Wire, world: int
+) -> None:
+    values = partials(world, (3, 130))
+    sums: list[torch.Tensor] = []
+    async with mesh(in_memory_pair, world) as members:
+        for step, algorithm in enumerate(Algorithm, start=1):
+            for comm in members:
+                comm.begin(step, Collective(algorithm, wire))
+            sums += await asyncio.gather(
+                *(comm.all_reduce(values[comm.rank].clone()) for comm in members)
+            )
+    exact = in_rank_order(values)
+    assert all(torch.equal(total, sums[0]) for total in sums)
+    if wire is Wire.FLOAT32:
+        assert torch.equal(sums[0], exact)
+    error = {Wire.FLOAT32: 0.0, Wire.BFLOAT16: 2**-7, Wire.INT8: 2**-5}[wire]
+    assert (sums[0] - exact).norm() <= error * exact.norm()
+
+
+@ALGORITHMS
+async def test_everyone_may_send_more_than_the_way_holds(pair: Pairs, algorithm: Algorithm) -> None:
+    async with mesh(pair, 3) as members:
+
+        async def rank(comm: Communicator) -> torch.Tensor:
+            comm.begin(1, Collective(algorithm))
+            await comm.all_reduce(torch.ones(1, 2))
+            return await comm.all_reduce(torch.full((512, 8192), float(comm.rank)))  # 16 MiB
+
+        sums = await asyncio.gather(*map(rank, members))
+        assert all(bool(total.eq(3).all()) for total in sums)
+
+
+@ALGORITHMS
+async def test_two_collectives_may_be_under_way(pair: Pairs, algorithm: Algorithm) -> None:
+    """As halves of a prompt's chunk are: ranks may even be a phase apart."""
+    async with mesh(pair, 3) as members:
+
+        async def rank(comm: Communicator) -> list[torch.Tensor]:
+            comm.begin(1, Collective(algorithm))
+            out = []
+            for _ in range(20):
+                halves = [
+                    asyncio.create_task(comm.all_reduce(torch.full((2, 7), float(comm.rank + at))))
+                    for at in (0, 10)
+                ]
+                if comm.rank == 1:
+                    await asyncio.sleep(0.001)
+                out += [await half for half in halves]
+            return out
+
+        for sums in await asyncio.gather(*map(rank, members)):
+            assert [float(total[0, 0]) for total in sums] == [3.0, 33.0] * 20
+            assert all(bool(total.eq(total[0, 0]).all()) for total in sums)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 128), (2, 129), (0, 5)])
+@pytest.mark.parametrize("wire", Wire, ids=lambda wire: wire.value)
+def test_senders_go_on_with_what_receivers_read(wire: Wire, shape: tuple[int, ...]) -> None:
+    tensor = torch.randn(shape) * 100
+    payload, own = encode(tensor, wire)
+    assert len(payload) == wire.nbytes(tensor.numel())
+    assert torch.equal(decode(bytes(payload), wire, shape), own)
+    with pytest.raises(TransportError, match="expected"):
+        decode(bytes(payload) + b"0", wire, shape)
+    again, once_more = encode(own.clone(), wire)
+    if wire is not Wire.INT8:
+        assert bytes(again) == bytes(payload)
+        assert torch.equal(once_more, own)
 
 
 REFUSED = {
@@ -384,8 +492,8 @@ async def test_master_refuses_what_does_not_fit(fault: Fault) -> None:
 @pytest.mark.parametrize("fault", REFUSED, ids=lambda fault: fault.name)
 async def test_worker_refuses_what_does_not_fit(fault: Fault) -> None:
     async with in_memory_pair() as (mine, theirs):
-        master = StarMaster([FaultyChannel(mine, fault)], TIMEOUT_S)
-        worker = StarWorker(1, 2, theirs, TIMEOUT_S)
+        master = master_of(FaultyChannel(mine, fault))
+        worker = worker_of(theirs)
         master.begin(1)
         worker.begin(1)
         results = await asyncio.gather(
@@ -405,7 +513,7 @@ async def test_messages_out_of_turn_are_refused(kind: str) -> None:
     async with in_memory_pair() as (mine, theirs):
         await theirs.send(Frame(header))
         with pytest.raises(TransportError, match=f"got {kind}"):
-            await StarMaster([mine], TIMEOUT_S).all_reduce(torch.ones(1, 1))
+            await master_of(mine).all_reduce(torch.ones(1, 1))
 
 
 async def test_leftovers_of_an_aborted_step_are_not_summed(pair: Pairs) -> None:
@@ -418,7 +526,7 @@ async def test_leftovers_of_an_aborted_step_are_not_summed(pair: Pairs) -> None:
         await asyncio.sleep(0)
         master.begin(2)
         abort = Frame(pb.FrameHeader(abort=pb.Abort(step=1)))
-        await members[0]._channels[0].send(abort)  # type: ignore[attr-defined]
+        await channel_to(master, 1).send(abort)
         with pytest.raises(StepAborted):
             await lost
         worker.begin(2)
@@ -431,7 +539,7 @@ async def test_leftovers_of_an_aborted_step_are_not_summed(pair: Pairs) -> None:
 async def test_a_late_abort_does_not_end_the_next_step(pair: Pairs) -> None:
     async with star(pair, 2) as (members, _):
         master, worker = members
-        await members[0]._channels[0].send(numbered(1))  # type: ignore[attr-defined]
+        await channel_to(master, 1).send(numbered(1))
         for comm in members:
             comm.begin(2)
         sums = await asyncio.gather(
@@ -442,7 +550,7 @@ async def test_a_late_abort_does_not_end_the_next_step(pair: Pairs) -> None:
 
 async def test_remote_errors_keep_their_class_and_name_the_peer() -> None:
     async with in_memory_pair() as (mine, theirs):
-        master = StarMaster([mine], TIMEOUT_S)
+        master = master_of(mine)
         for kind, expected in (("StoreError", StoreError), ("nonsense", Exception)):
             error = pb.Error(step=1, kind=kind, message="disk on fire")
             await theirs.send(Frame(pb.FrameHeader(error=error)))
@@ -456,7 +564,7 @@ async def test_a_lost_rank_is_named(pair: Pairs) -> None:
         for comm in members:
             comm.begin(1)
         other = asyncio.create_task(members[1].all_reduce(torch.ones(1, 1)))
-        lost = members[0]._channels[1]  # type: ignore[attr-defined]
+        lost = channel_to(members[0], 2)
         await lost.aclose()
         with pytest.raises(PeerLostError, match=lost.peer_id):
             await members[0].all_reduce(torch.ones(1, 1))

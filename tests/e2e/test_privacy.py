@@ -260,13 +260,16 @@ async def test_no_message_tells_of_the_prompt_or_the_answer(model: Path, tmp_pat
     assert leaks(data, texts, ids, (TEMPERATURE, TOP_P, SEED)) == []
     # A payload is hidden states and nothing beside; all else is numbers that do not depend on
     # which tokens they are.
-    assert {frame.kind for frame in frames} == {"setup", "stats_request", "step", "reduced"}
+    kinds = {"setup", "probe", "stats_request", "step", "partial"}
+    assert {frame.kind for frame in frames} == kinds
     for frame in frames:
         match frame.kind:
             case "step":
                 assert len(frame.payload) == frame.header.step.tokens * hidden_size * 4
-            case "reduced":
-                assert len(frame.payload) == math.prod(frame.header.reduced.shape) * 4
+            case "partial":
+                assert len(frame.payload) == math.prod(frame.header.partial.shape) * 4
+            case "probe":
+                assert not any(frame.payload)
             case _:
                 assert len(frame.payload) == 0
 
@@ -289,8 +292,8 @@ async def test_other_words_give_the_same_messages_but_for_hidden_states(
         ) as engine:
             await engine.complete(prompt, SamplingParams(max_tokens=6))
         for frame in frames:
-            if frame.kind == "setup":  # depends on what the machine has free
-                frame.header.setup.memory_bytes = 0
+            if frame.kind == "setup":  # depends on what the machine has free, and on chance
+                frame.header.setup.memory_bytes = frame.header.setup.session = 0
         seen.append(frames)
     first, second = ([f.header.SerializeToString() for f in frames] for frames in seen)
     assert first == second
@@ -315,6 +318,7 @@ ALLOWED = {
         "busy",
         "has_slice",
         "int4_layout",
+        "cores",
     },
     "SliceChunk": {"manifest", "chunk"},
     "BlockChunk": {"block", "offset", "crc32", "data"},
@@ -331,6 +335,14 @@ ALLOWED = {
         "stats_request",
         "stats",
         "error",
+        "clock_request",
+        "clock",
+        "trace_request",
+        "trace",
+        "link",
+        "probe",
+        "measure_links",
+        "link_states",
     },
     "Tensor": {"step", "seq", "dtype", "shape"},
     "Setup": {
@@ -344,10 +356,18 @@ ALLOWED = {
         "memory_bytes",
         "chunk_tokens",
         "timeout_ms",
+        "trace_spans",
+        "session",
+        "addresses",
     },
     "Loading": {"done_bytes", "total_bytes"},
-    "Ready": {"weights_bytes", "resident_bytes"},
-    "Step": {"step", "start", "tokens", "rope_length"},
+    "Ready": {"weights_bytes", "resident_bytes", "links"},
+    "Link": {"session", "rank"},
+    "Probe": {"number", "last"},
+    "MeasureLinks": set(),
+    "LinkStates": {"links"},
+    "LinkState": {"rank", "latency_s", "bytes_per_s", "failure"},
+    "Step": {"step", "start", "tokens", "rope_length", "prefill", "algorithm", "wire", "halves"},
     "Abort": {"step"},
     "StatsRequest": {"reset"},
     "Stats": {
@@ -360,7 +380,24 @@ ALLOWED = {
         "io_ms",
         "compute_ms",
         "comm_ms",
+        "read_ms",
+        "steps",
     },
+    "StepTimes": {
+        "step",
+        "tokens",
+        "prefill",
+        "total_ms",
+        "compute_ms",
+        "io_ms",
+        "comm_ms",
+        "head_compute_ms",
+        "head_io_ms",
+    },
+    "ClockRequest": set(),
+    "Clock": {"now_ns"},
+    "TraceRequest": set(),
+    "Trace": {"lane", "names", "dropped", "last"},
     "Error": {"step", "kind", "message"},
 }
 TEXTS = {
@@ -372,10 +409,14 @@ TEXTS = {
     "HelloReply.int4_layout",  # what the worker's CPU prefers
     "SliceChunk.manifest",  # sizes and names of block files, name of the model's folder
     "BlockChunk.data",  # weights
-    "Frame.payload",  # hidden states
+    "Frame.payload",  # hidden states, partial sums of them, zeros of a probe
     "Setup.model_fingerprint",  # hash
     "Setup.model_config",  # shapes and options of the model
     "Setup.slice_id",
+    "Setup.addresses",  # of the other workers
+    "LinkState.failure",  # from worker to master: why another one cannot be reached
+    "Trace.lane",  # from worker to master: disk, compute, network or steps
+    "Trace.names",  # from worker to master: blocks and collectives
     "Error.kind",
     "Error.message",  # from worker to master
 }
@@ -388,13 +429,13 @@ def fields() -> Iterator[tuple[str, FieldDescriptor]]:
 
 
 def test_every_field_is_on_the_allow_list() -> None:
-    found: dict[str, set[str]] = {}
+    found: dict[str, set[str]] = {name: set() for name in pb.DESCRIPTOR.message_types_by_name}
     for message, field in fields():
         found.setdefault(message, set()).add(field.name)
     assert found == ALLOWED
-    assert set(pb.DESCRIPTOR.enum_types_by_name) == {"DType"}
+    assert set(pb.DESCRIPTOR.enum_types_by_name) == {"DType", "Algorithm"}
     (service,) = pb.DESCRIPTOR.services_by_name.values()
-    assert {method.name for method in service.methods} == {"Hello", "PutSlice", "Session"}
+    assert {method.name for method in service.methods} == {"Hello", "PutSlice", "Session", "Link"}
 
 
 def test_every_text_field_is_on_the_allow_list() -> None:

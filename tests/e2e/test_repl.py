@@ -261,7 +261,11 @@ def test_piped_input(command: list[str], environment: dict[str, str]) -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.decode().splitlines()
     assert lines[:4] == ["!!!!!!!", "!!!!!!!", "max_tokens  3", "!!!"]
-    assert [line.split()[0] for line in lines[4:]] == ["rank", "0", "1", "last"]
+    assert [line.split()[0] for line in lines[4:] if line] == [
+        *("rank", "0", "1"),
+        *("prefill", "rank", "0", "1"),
+        *("a", "rank", "0", "1", "all", "longest", "last"),
+    ]
     assert b"\x1b" not in done.stdout + done.stderr
     assert b"> " not in done.stdout + done.stderr
 

@@ -60,7 +60,7 @@ def test_flipped_bit_is_found_and_named(store: Path, capsys: pytest.CaptureFixtu
     code, out, err = run(capsys, "store", "verify", "--store", str(store))
     assert code == 2
     assert str(victim) in err
-    assert "sha256" in err
+    assert "checksum" in err
     assert out.count("good") == 1
 
 

@@ -185,8 +185,8 @@ async def test_slice_of_another_model_under_the_right_name_is_refused(
 
 async def upload(maker: SliceMaker, store: Path, change: object = None) -> None:
     """Send rank 1's slice as a master does, with one thing changed on its way."""
-    shard = make_plan(maker.config, 2).shards[1]
-    text = maker.manifest(shard).to_json()
+    plan = make_plan(maker.config, 2)
+    text = maker.manifest(plan.shards[1]).to_json()
     if isinstance(change, dict):
         text = json.dumps(json.loads(text) | change)
 
@@ -196,7 +196,7 @@ async def upload(maker: SliceMaker, store: Path, change: object = None) -> None:
         if change == "no manifest":
             return
         yield pb.SliceChunk(manifest=text)
-        pieces = maker.pieces(shard)
+        pieces = maker.pieces(plan, 1, SliceStore(store))
         number = 0
         while (chunk := _next_chunk(pieces)) is not None:
             number += 1
@@ -255,7 +255,7 @@ async def test_whole_upload_is_kept(maker: SliceMaker, tmp_path: Path) -> None:
         ({"blocks": 3}, "not a slice manifest"),
         ({"shard": []}, "not a slice manifest"),
         ({"extra": 1}, "not a slice manifest"),
-        ({"format_version": 2}, "format 2"),
+        ({"format_version": 1}, "format 1"),
         ({"blocks": [{"name": "a", "nbytes": 1 << 60}]}, "make room"),
     ],
     ids=str,

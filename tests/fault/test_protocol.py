@@ -25,6 +25,7 @@ SHORT_S = 0.5  # what a silent peer is given here
 
 # Late is not wrong; twice is harmless where nobody waits for the second one any more.
 MAY_SUCCEED = {Fault.DELAY, Fault.DUPLICATE, Fault.REORDER}
+AFTER = (0, 3, 30)  # of 3 steps of prefill and 5 of decode
 TENSOR_FAULTS = [fault for fault in Fault if fault is not Fault.DELAY]
 STEP_FAULTS = [
     fault
@@ -32,9 +33,19 @@ STEP_FAULTS = [
     if fault.name not in ("WRONG_DTYPE", "WRONG_SHAPE", "WRONG_SEQ")
 ]
 CASES = [
-    *(("worker", "partial", fault) for fault in TENSOR_FAULTS),
-    *(("master", "reduced", fault) for fault in TENSOR_FAULTS),
-    *(("master", "step", fault) for fault in STEP_FAULTS),
+    *(("star", "worker", "partial", fault, after) for fault in TENSOR_FAULTS for after in AFTER),
+    *(("star", "master", "reduced", fault, after) for fault in TENSOR_FAULTS for after in AFTER),
+    *(("star", "master", "step", fault, after // 8) for fault in STEP_FAULTS for after in AFTER),
+    *(
+        (algorithm, side, kind, fault, 3)
+        for algorithm, kind in (
+            ("direct", "partial"),
+            ("two-shot", "partial"),
+            ("two-shot", "reduced"),
+        )
+        for side in ("worker", "master")
+        for fault in TENSOR_FAULTS
+    ),
 ]
 
 
@@ -54,14 +65,19 @@ def expected(model: Path, store: Path) -> list[int]:
     return asyncio.run(answer())
 
 
-@pytest.mark.parametrize("after", [0, 3, 30])
-@pytest.mark.parametrize(("side", "kind", "fault"), CASES, ids=lambda v: getattr(v, "name", v))
+@pytest.mark.parametrize(
+    ("algorithm", "side", "kind", "fault", "after"), CASES, ids=lambda v: getattr(v, "name", str(v))
+)
 async def test_faulty_message_is_refused_and_its_sender_named(
-    model: Path, store: Path, expected: list[int], side: str, kind: str, fault: Fault, after: int
+    model: Path,
+    store: Path,
+    expected: list[int],
+    algorithm: str,
+    side: str,
+    kind: str,
+    fault: Fault,
+    after: int,
 ) -> None:
-    if kind == "step":
-        after //= 8  # 3 steps of prefill, 5 of decode
-
     def faulty(rank: int, channel: Channel) -> Channel:
         if rank != 2:
             return channel
@@ -75,6 +91,7 @@ async def test_faulty_message_is_refused_and_its_sender_named(
             store=store,
             chunk_tokens=8,
             timeout_s=SHORT_S,
+            collective=algorithm,
             master_side=faulty if side == "master" else same_channel,
             worker_side=faulty if side == "worker" else same_channel,
         ) as engine,

@@ -19,13 +19,18 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from tpirt.cluster import sums
 from tpirt.cluster.rank import RankRuntime
-from tpirt.collectives.star import StarMaster, StarWorker
+from tpirt.collectives.algorithms import Ranks
+from tpirt.collectives.base import Algorithm
+from tpirt.collectives.choosing import Topology
 from tpirt.engine import Engine
 from tpirt.errors import MemoryLimitError
+from tpirt.parallel import sharding
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.models import make_tokenizer
 from tpirt.types import SamplingParams
+from tpirt.weights.layout import file_bytes
 from tpirt.weights.reader import buffer_bytes
 
 NEW_TOKENS = 10
@@ -306,6 +311,51 @@ async def test_chunks_of_any_size(
         assert await run(engine, expected.prompt) == expected.tokens
 
 
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "dynamic-old", "odd-qwen3"])
+@pytest.mark.parametrize("algorithm", Algorithm, ids=lambda algorithm: algorithm.value)
+async def test_halves_of_a_chunk_interleaved(
+    reference: Callable[[str], Reference],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    algorithm: Algorithm,
+) -> None:
+    monkeypatch.setattr(sums, "_WORTH_HIDING_S", 0.0)
+    monkeypatch.setattr(sums, "_LEAST_HALVED", 2)
+    monkeypatch.setattr(Topology, "one_machine", False)
+    expected = reference(name)
+    for world, chunk_tokens in ((2, 64), (4, 7)):
+        async with memory_engine(
+            expected.path, world, chunk_tokens=chunk_tokens, collective=algorithm.value, window=3
+        ) as engine:
+            logits = await engine.logits(expected.prompt)
+            torch.testing.assert_close(logits, expected.logits)
+            assert await run(engine, expected.prompt) == expected.tokens
+            assert torch.equal(await engine.logits(expected.prompt), logits)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-biases"])
+@pytest.mark.parametrize("world", [1, 3])
+async def test_mlp_in_pieces(
+    reference: Callable[[str], Reference],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    name: str,
+    world: int,
+) -> None:
+    monkeypatch.setattr(sharding, "_PIECE_BYTES", 6000)
+    monkeypatch.setattr(sharding, "_PIECE_COLUMNS", 8)
+    expected = reference(name)
+    got = []
+    for window in (None, 3):
+        async with memory_engine(expected.path, world, window=window, store=tmp_path) as engine:
+            names = [block.name for block in engine._group.runtime.window.blocks]
+            assert "layers.0.mlp.1" in names
+            got.append(await engine.logits(expected.prompt))
+            torch.testing.assert_close(got[-1], expected.logits)
+            assert await run(engine, expected.prompt) == expected.tokens
+    assert torch.equal(*got)
+
+
 # -- exact -------------------------------------------------------------------------------------
 
 
@@ -337,7 +387,7 @@ async def test_partly_pinned_equals_resident_while_the_cache_grows(
     async with memory_engine(expected.path, 2, chunk_tokens=5, store=store) as engine:
         resident = await engine.logits(expected.prompt)
         window = engine._group.runtime.window
-        sizes = [buffer_bytes(block.nbytes) for block in window.blocks]
+        sizes = [buffer_bytes(file_bytes(block)) for block in window.blocks]
         whole, block = sum(sizes), max(sizes)
     pinned = set()
     for budget in range(2 * block, whole + block, block):
@@ -355,27 +405,30 @@ async def test_partly_pinned_equals_resident_while_the_cache_grows(
     assert len(pinned) >= 4
 
 
-def fixed_budget(total: int) -> Callable[[RankRuntime, int], int]:
-    return lambda _, kv_bytes: total - kv_bytes
+def fixed_budget(total: int) -> Callable[[RankRuntime, int, int], int]:
+    return lambda _, work_bytes, kv_bytes: total - kv_bytes
 
 
+@pytest.mark.parametrize("algorithm", Algorithm, ids=lambda algorithm: algorithm.value)
 @pytest.mark.parametrize("world", [2, 4, 5, UNEVEN_MANY])
 async def test_all_ranks_hold_identical_bits(
     reference: Callable[[str], Reference],
     monkeypatch: pytest.MonkeyPatch,
     world: int | tuple[float, ...],
+    algorithm: Algorithm,
 ) -> None:
     expected = reference("llama-gqa")
-    sums: dict[int, list[torch.Tensor]] = {}
-    for kind in (StarMaster, StarWorker):
-        monkeypatch.setattr(kind, "all_reduce", recording(kind.all_reduce, sums))
-    async with memory_engine(expected.path, **split(world), chunk_tokens=CHUNK_TOKENS) as engine:
-        await run(engine, expected.prompt)
-    assert len(sums) == engine.world_size
+    recorded: dict[int, list[torch.Tensor]] = {}
+    monkeypatch.setattr(Ranks, "all_reduce", recording(Ranks.all_reduce, recorded))
+    async with memory_engine(
+        expected.path, **split(world), chunk_tokens=CHUNK_TOKENS, collective=algorithm.value
+    ) as engine:
+        assert await run(engine, expected.prompt) == expected.tokens
+    assert len(recorded) == engine.world_size
     steps = -(-len(expected.prompt) // CHUNK_TOKENS) + NEW_TOKENS - 1
-    for rank in sums:
-        assert len(sums[rank]) == steps * (2 * 3 - 1)
-        assert all(map(torch.equal, sums[0], sums[rank])), rank
+    for rank in recorded:
+        assert len(recorded[rank]) == steps * (2 * 3 - 1)
+        assert all(map(torch.equal, recorded[0], recorded[rank])), rank
 
 
 def recording(all_reduce: Any, sums: dict[int, list[torch.Tensor]]) -> Any:

@@ -19,14 +19,18 @@ from tpirt.cluster.slices import SliceMaker, write_slice
 from tpirt.collectives.base import Solo
 from tpirt.config import ModelConfig
 from tpirt.errors import StoreError
-from tpirt.ops.quant import (
-    QuantSpec,
-    dequantize_int4,
-    dequantize_int8,
-    quantize_int4,
-    quantize_int8,
+from tpirt.ops.buffers import page_buffer
+from tpirt.ops.quant import QuantSpec
+from tpirt.ops.quant_layout import (
+    PORTABLE_LAYOUT,
+    Layout,
+    local_regions,
+    quantize_rows,
+    regions_nbytes,
+    view_regions,
 )
-from tpirt.ops.quant_layout import Layout
+from tpirt.ops.quant_linear import QuantMatrix, dequantize
+from tpirt.ops.quant_rounding import Workspace
 from tpirt.parallel.format import WeightFormat
 from tpirt.parallel.partition import make_plan
 from tpirt.testing.cluster import memory_engine
@@ -52,11 +56,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rounded(spec: QuantSpec, weight: torch.Tensor) -> torch.Tensor:
-    if spec.kind == "int8":
-        return dequantize_int8(*quantize_int8(weight))
-    return dequantize_int4(*quantize_int4(weight, spec.group_size))[
-        :, : weight.shape[1]
-    ].contiguous()
+    regions = local_regions(spec, *weight.shape, PORTABLE_LAYOUT)
+    buffer = page_buffer(regions_nbytes(regions))
+    codes, scales = view_regions(regions, buffer)
+    quantize_rows(spec, PORTABLE_LAYOUT, weight, 0, codes, scales, Workspace())
+    return dequantize(QuantMatrix.of_buffer(spec, *weight.shape, PORTABLE_LAYOUT, buffer))
 
 
 def as_the_codes_say(model: Path, out: Path, how: str) -> Path:
@@ -143,9 +147,9 @@ def test_slice_for_another_cpu_is_refused(model: Path, tmp_path: Path) -> None:
     mine = int4_layout()
     other = next(layout for layout in LAYOUTS if layout != mine)
     form = WeightFormat(torch.float32, QuantSpec.parse("int4"), other)
-    shard = make_plan(config, 1).shards[0]
+    plan = make_plan(config, 1)
     with Checkpoint.open(model) as checkpoint:
         maker = SliceMaker(checkpoint, config, form)
-        stored = write_slice(maker, shard, SliceStore(tmp_path), ignore_progress, 0)
+        stored = write_slice(maker, plan, 0, SliceStore(tmp_path), ignore_progress)
     with pytest.raises(StoreError, match=f"layout {other.name}, this one wants {mine.name}"):
         RankRuntime(config, stored, Solo(), Limits(None, None, 16, 1.0))

@@ -35,6 +35,10 @@ BODIES = st.one_of(
     ),
     st.fixed_dictionaries({"setup": st.builds(pb.Setup, model_config=st.text(), rank=UINT32)}),
     st.fixed_dictionaries({"stats": st.builds(pb.Stats, io_ms=st.floats(allow_nan=False))}),
+    st.fixed_dictionaries({"clock": st.builds(pb.Clock, now_ns=UINT64)}),
+    st.fixed_dictionaries(
+        {"trace": st.builds(pb.Trace, lane=st.text(), names=st.lists(st.text(), max_size=3))}
+    ),
     st.just({}),
 )
 HEADERS = BODIES.map(lambda body: pb.FrameHeader(**body))

@@ -14,16 +14,25 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 
 from tpirt.config import ModelConfig
+from tpirt.ops.quant import QuantSpec
+from tpirt.parallel import sharding
 from tpirt.parallel.format import WeightFormat
 from tpirt.parallel.partition import Plan, Shard, Span, apportion, make_plan
-from tpirt.parallel.sharding import rank_blocks
+from tpirt.parallel.sharding import mlp_pieces, rank_blocks
 from tpirt.testing.models import make_model
 from tpirt.weights.checkpoint import Checkpoint, resolve_tied
 from tpirt.weights.layout import block_header, file_bytes, view_weights
 from tpirt.weights.names import expected_tensors
-from tpirt.weights.slicer import block_bytes
+from tpirt.weights.slicer import slice_bytes
 
 SHARES = st.floats(1e-3, 1e3)
+SMALL = {
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "vocab_size": 8,
+}
 
 
 @st.composite
@@ -138,7 +147,9 @@ def test_slices_put_together_are_the_checkpoint(
     world = data.draw(st.integers(1, most), "world_size")
     shares = st.none() | st.lists(SHARES, min_size=world, max_size=world)
     plan = make_plan(config, world, data.draw(shares, "ratio"))
-    with Checkpoint.open(path) as checkpoint:
+    piece_bytes = data.draw(st.sampled_from([1, 20_000, 16 << 20]), "piece_bytes")
+    with Checkpoint.open(path) as checkpoint, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "_PIECE_BYTES", piece_bytes)
         rebuilt = put_together(checkpoint, config, plan, dtype)
         for name in expected_tensors(config):
             if name != "model.embed_tokens.weight" or config.tie_word_embeddings:
@@ -168,11 +179,12 @@ def pieces(
     checkpoint: Checkpoint, config: ModelConfig, shard: Shard, dtype: torch.dtype, head: str
 ) -> Any:
     for block in rank_blocks(config, shard, WeightFormat(dtype)):
-        content = b"".join(block_bytes(checkpoint, head, block))
+        content = b"".join(data for _, _, data in slice_bytes(checkpoint, head, [block]))
         assert len(content) == file_bytes(block)
-        data = content[len(block_header(block)) :]
-        assert len(data) == block.nbytes
-        views = view_weights(block, torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        start = len(block_header(block))
+        assert len(content) - start == block.nbytes
+        buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        views = view_weights(block, buffer, start)
         for tensor in block.tensors:
             row = 0
             for piece in tensor.pieces:
@@ -220,6 +232,26 @@ def test_head_blocks_are_no_larger_than_layer_blocks(
     assert sum(block.tensors[-1].shape[0] for block in head) == config.vocab_size
 
 
+@given(
+    columns=st.integers(1, 40_000),
+    start=st.integers(0, 1000),
+    hidden=st.sampled_from([64, 2048, 8192]),
+    how=st.sampled_from(["none", "int8", "int4:32"]),
+)
+def test_mlp_pieces_cover_the_columns(columns: int, start: int, hidden: int, how: str) -> None:
+    config = read({**SMALL, "hidden_size": hidden, "intermediate_size": start + columns})
+    shard = Shard(Span(0, 1), Span(0, 1), Span(start, start + columns), first=False)
+    form = WeightFormat(torch.bfloat16, QuantSpec.parse(how))
+    pieces = mlp_pieces(config, shard, form)
+    assert covers([Span(p.start - start, p.stop - start) for p in pieces], columns)
+    assert all((piece.start - start) % 128 == 0 for piece in pieces)
+    widest = max(piece.size for piece in pieces)
+    least = min(piece.size for piece in pieces)
+    assert widest - least < 256
+    bits = {"none": 16, "int8": 8, "int4:32": 5}[how]
+    assert len(pieces) == 1 or (widest - 256) * 3 * hidden * bits / 8 <= 16 << 20
+
+
 def test_block_files_are_safetensors_files(tmp_path: Path) -> None:
     path = make_model(tmp_path, "qwen3")
     config = ModelConfig.from_dir(path)
@@ -230,10 +262,9 @@ def test_block_files_are_safetensors_files(tmp_path: Path) -> None:
         ):
             header = block_header(block)
             assert len(header) % 4096 == 0
-            content = b"".join(block_bytes(checkpoint, head, block))
-            views = view_weights(
-                block, torch.frombuffer(bytearray(content[len(header) :]), dtype=torch.uint8)
-            )
+            content = b"".join(data for _, _, data in slice_bytes(checkpoint, head, [block]))
+            buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            views = view_weights(block, buffer, len(header))
             loaded = load(content)
             assert loaded.keys() == views.keys()
             assert all(torch.equal(loaded[name], views[name]) for name in loaded)

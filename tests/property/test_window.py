@@ -156,7 +156,7 @@ async def use(
     percent: int,
     preload: bool,
 ) -> None:
-    sizes = [buffer_bytes(block.nbytes) for block in blocks]
+    sizes = [buffer_bytes(file.nbytes) for file in stored.manifest.blocks]
     least = min(sum(sizes), 2 * max(sizes))
 
     def budget_of(percent: int) -> int:
@@ -288,7 +288,7 @@ def test_all_buffers_go_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         await window.aclose()
         return weakref.ref(window)
 
-    for budget in (6 * 4096, 4 * 4096, 3 * 4096, 2 * 4096):
+    for budget in (6 * 8192, 4 * 8192, 3 * 8192, 2 * 8192):
         kept = asyncio.run(run(budget))
         assert kept() is None
         assert buffers.live == 0, budget

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import re
 from collections.abc import AsyncIterator
 from dataclasses import fields
 from pathlib import Path
@@ -100,10 +101,23 @@ async def test_stats_and_peers(chat: Chat) -> None:
     await chat.ask("hi")
     stats = (await chat.command("/stats")).splitlines()
     assert stats[1].split()[:2] == ["0", "master"]
+    prefill, decode = (stats.index(line) for line in stats if line.endswith(":"))
+    assert stats[prefill].startswith("prefill of ")
+    assert stats[decode] == "a decoded token, ms (medians of 3):"
+    for table in (prefill, decode):
+        assert stats[table + 1].split() == ["rank", "peer", "compute", "disk", "network", "other"]
+        assert stats[table + 2].split()[:2] == ["0", "master"]
+    assert stats[decode + 3].split()[0] == "all"
+    assert re.fullmatch(r"longest wait: [\w ]+, in [123] of 3 tokens", stats[decode + 4])
     assert stats[-1].startswith("last answer: 4 tokens, TTFT")
     peers = await chat.command("/peers")
     assert "ok" in peers
     assert "lost" not in peers
+
+
+async def test_stats_before_the_first_answer_have_no_times(chat: Chat) -> None:
+    stats = (await chat.command("/stats")).splitlines()
+    assert len(stats) == 2
 
 
 async def test_reset_begins_anew(chat: Chat) -> None:

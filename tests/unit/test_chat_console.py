@@ -108,7 +108,7 @@ def load_plan(
     config = ModelConfig.from_dir(make_model(path, num_attention_heads=16, num_key_value_heads=4))
     plan = make_plan(config, ranks)
     peers = (
-        PeerInfo(r, f"pi\x1b{r}", "host", None, 1 << 30, 1, False, PORTABLE_LAYOUT)
+        PeerInfo(r, f"pi\x1b{r}", "host", None, 1 << 30, 1, 1, False, PORTABLE_LAYOUT)
         for r in range(ranks)
     )
     return LoadPlan(
@@ -156,7 +156,7 @@ def test_how_weights_are_held(
 
 
 @pytest.mark.parametrize(
-    ("spare", "held"), [(0, "resident"), (-1, "streamed, window 3 of 7 blocks, ")]
+    ("spare", "held"), [(0, "resident"), (-1, "streamed, window 4 of 7 blocks, 1 kept")]
 )
 def test_the_limit_decides(tmp_path: Path, spare: int, held: str) -> None:
     rank = load_plan(tmp_path, 1).ranks[0]
@@ -246,7 +246,7 @@ def test_history_where_none_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_who_is_lost() -> None:
-    peer = PeerInfo(1, "pi:1", "host", None, 0, 1, False, PORTABLE_LAYOUT)
+    peer = PeerInfo(1, "pi:1", "host", None, 0, 1, 1, False, PORTABLE_LAYOUT)
     assert not is_lost(peer, None)
     assert is_lost(peer, PeerLostError("pi:1: connection lost"))
     assert not is_lost(peer, PeerLostError("pi:11: connection lost"))

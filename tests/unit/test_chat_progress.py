@@ -47,8 +47,25 @@ def test_elsewhere_a_line_now_and_then() -> None:
     assert out.getvalue() == ""
     work(progress, clock, 12, "sending slice")
     assert out.getvalue().splitlines() == [
-        "sending slice, rank 0: 3 MiB of 12 MiB",
-        "sending slice, rank 0: 8 MiB of 12 MiB",
+        "sending slice, rank 0: 3 MiB of 12 MiB, 1 MiB/s, 9 s left",
+        "sending slice, rank 0: 8 MiB of 12 MiB, 1 MiB/s, 4 s left",
+    ]
+
+
+def test_a_rate_counts_from_where_a_rank_began() -> None:
+    out, clock = io.StringIO(), Clock()
+    progress = ConsoleProgress(stream=out, clock=clock)
+    progress(Progress("slicing", 90, 1000, "blocks", "rank 0"))
+    clock.now += 4
+    progress(Progress("slicing", 0, 1000, "blocks", "rank 1"))
+    clock.now += 6
+    progress(Progress("slicing", 100, 1000, "blocks", "rank 0"))
+    clock.now += 5
+    progress(Progress("slicing", 20, 50000, "blocks", "rank 1"))
+    assert out.getvalue().splitlines() == [
+        "slicing, rank 1: 0 of 1000 blocks",
+        "slicing, rank 0: 100 of 1000 blocks, 1 blocks/s, 15 min left",
+        "slicing, rank 1: 20 of 50000 blocks, 1.8 blocks/s, 7.6 h left",
     ]
 
 

@@ -102,10 +102,11 @@ with Checkpoint.open(path) as checkpoint:
     def work():
         if {store!r}:
             store = SliceStore(Path({store!r}))
-            write_slice(maker, plan.shards[1], store, ignore_progress, 1)
+            write_slice(maker, plan, 1, store, ignore_progress)
         else:
-            for shard in plan.shards:
-                for _, _, data in maker.pieces(shard):
+            nothing = SliceStore(path / "none")
+            for rank in range({world}):
+                for _, _, data in maker.pieces(plan, rank, nothing):
                     len(data)
 
     print("slicing", end=" ")

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,28 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpirt.errors import CheckpointError, ConfigError
-from tpirt.ops import quant_layout, quant_linear
+from tpirt.ops import quant_layout, quant_linear, quant_rounding
 from tpirt.ops.buffers import ALIGN, page_buffer
-from tpirt.ops.quant import (
-    GROUP_SIZES,
-    QuantSpec,
-    dequantize_int4,
-    dequantize_int8,
-    pack_nibbles,
-    quantize_int4,
-    quantize_int8,
-    unpack_nibbles,
-)
+from tpirt.ops.quant import GROUP_SIZES, QuantSpec
 from tpirt.ops.quant_layout import (
     PORTABLE_LAYOUT,
     Layout,
-    canonical_regions,
     local_layout,
     local_regions,
     quantize_rows,
     regions_nbytes,
-    to_canonical,
-    to_local,
     view_regions,
 )
 from tpirt.ops.quant_linear import (
@@ -46,6 +35,7 @@ from tpirt.ops.quant_linear import (
     linear,
     probe_kernels,
 )
+from tpirt.ops.quant_rounding import Workspace, int4_tiles, round_int8, rows_at_once
 
 INT4 = [QuantSpec("int4", size) for size in GROUP_SIZES]
 SPECS = [QuantSpec("int8"), *INT4]
@@ -60,18 +50,57 @@ def random(*shape: int, seed: int = 0, tails: bool = False) -> torch.Tensor:
     return w * w.abs() if tails else w
 
 
-def canonical_of(spec: QuantSpec, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize ``w``; its canonical bytes and the weights they stand for."""
-    regions = canonical_regions(spec, *w.shape)
-    buffer = page_buffer(regions_nbytes(regions))
-    tensors = view_regions(regions, buffer)
-    quantize_rows(spec, w, tensors)
+def int8(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (N, K) and scales (N,)."""
+    codes = torch.empty(w.shape, dtype=torch.int8)
+    scales = torch.empty(len(w), dtype=torch.bfloat16)
+    round_int8(w, codes, scales, Workspace())
+    return codes, scales
+
+
+def int4(
+    w: torch.Tensor, size: int, *, refine: bool = True
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes (N, G g), scales and zero points (N, G)."""
+    groups = -(-w.shape[1] // size)
+    codes = torch.empty(len(w), groups * size, dtype=torch.uint8)
+    scale_zero = torch.empty(2, groups, len(w), dtype=torch.bfloat16)
+    for inputs, levels, pairs in int4_tiles(w, size, Workspace(), refine=refine):
+        codes[:, inputs] = levels.t().to(torch.uint8)
+        scale_zero[:, inputs.start // size : inputs.stop // size] = pairs
+    return codes, scale_zero[0].t(), scale_zero[1].t()
+
+
+def int4_values(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, inputs: int
+) -> torch.Tensor:
+    size = codes.shape[1] // max(1, scales.shape[1])
+    scale, zero = (x.float().repeat_interleave(size, 1) for x in (scales, zeros))
+    return ((codes.float() - 8) * scale + zero)[:, :inputs]
+
+
+def values_of(spec: QuantSpec, w: torch.Tensor) -> torch.Tensor:
+    """The weights that the codes stand for."""
     if spec.kind == "int8":
-        weights = dequantize_int8(*tensors)
-    else:
-        codes, scales, zeros = tensors
-        weights = dequantize_int4(unpack_nibbles(codes), scales, zeros)
-    return buffer, weights[:, : w.shape[1]]
+        codes, scales = int8(w)
+        return codes.float() * scales.float().unsqueeze(1)
+    return int4_values(*int4(w, spec.group_size), w.shape[1])
+
+
+def local_of(spec: QuantSpec, w: torch.Tensor, layout: Layout, *starts: int) -> torch.Tensor:
+    """Quantize ``w`` whole, or in parts from ``starts`` on."""
+    regions = local_regions(spec, *w.shape, layout)
+    # Memory used before: every byte of every code is written.
+    buffer = page_buffer(regions_nbytes(regions)).fill_(255)
+    codes, scales = view_regions(regions, buffer)
+    scales.zero_()
+    rows = 1 if spec.kind == "int8" else layout.block
+    for start, stop in pairwise((*(starts or [0]), len(w))):
+        part = codes[start // rows : -(-stop // rows)]
+        quantize_rows(spec, layout, w[start:stop], start, part, scales, Workspace())
+    buffer[regions[0].end : regions[1].offset] = 0
+    buffer[regions[1].end :] = 0
+    return buffer
 
 
 def matrix_of(
@@ -79,16 +108,14 @@ def matrix_of(
 ) -> tuple[QuantMatrix, torch.Tensor]:
     """Quantize ``w`` into local form, ``offset`` bytes into a page; and what it stands for."""
     layout = layout or local_layout() or PORTABLE_LAYOUT
-    canonical, weights = canonical_of(spec, w)
-    nbytes = regions_nbytes(local_regions(spec, *w.shape, layout))
-    local = page_buffer(nbytes + offset)[offset:]
-    to_local(spec, *w.shape, layout, canonical, local)
-    return QuantMatrix.of_buffer(spec, *w.shape, layout, local), weights
+    local = local_of(spec, w, layout)
+    place = page_buffer(len(local) + offset)[offset:].copy_(local)
+    return QuantMatrix.of_buffer(spec, *w.shape, layout, place), values_of(spec, w)
 
 
 def group_errors(w: torch.Tensor, size: int, *, refine: bool) -> torch.Tensor:
-    codes, scales, zeros = quantize_int4(w, size, refine=refine)
-    error = dequantize_int4(codes, scales, zeros)[:, : w.shape[1]] - w
+    codes, scales, zeros = int4(w, size, refine=refine)
+    error = int4_values(codes, scales, zeros, w.shape[1]) - w
     missing = codes.shape[1] - w.shape[1]
     padded = torch.nn.functional.pad(error.double(), (0, missing))
     return padded.pow(2).view(*scales.shape, size).sum(2)
@@ -136,9 +163,9 @@ def test_other_words_are_refused_by_name(text: str) -> None:
 
 def test_int8_is_the_nearest_of_255_levels() -> None:
     w = random(5, 70, tails=True)
-    codes, scales = quantize_int8(w)
+    scales = int8(w)[1]
     assert torch.equal(scales, (w.abs().amax(1) / 127).bfloat16())
-    off = (dequantize_int8(codes, scales) - w).abs()
+    off = (values_of(QuantSpec("int8"), w) - w).abs()
     # The largest weight may be clipped by what rounding its scale to bfloat16 takes away.
     assert bool((off <= scales.float().unsqueeze(1) * (0.5 + 127 / 256)).all())
     assert off.pow(2).mean().sqrt() < scales.float().max() * 0.3
@@ -146,7 +173,7 @@ def test_int8_is_the_nearest_of_255_levels() -> None:
 
 def test_int4_baseline_spans_the_group() -> None:
     w = random(3, 64)
-    codes, scales, zeros = quantize_int4(w, 32, refine=False)
+    codes, scales, zeros = int4(w, 32, refine=False)
     groups = w.view(3, 2, 32)
     step = (groups.amax(2) - groups.amin(2)) / 15
     assert torch.equal(scales, step.bfloat16())
@@ -191,57 +218,67 @@ def test_weights_on_sixteen_levels_are_kept_exactly() -> None:
     codes = torch.randint(0, 16, (8, 128), generator=torch.Generator().manual_seed(0))
     codes[:, 0::32], codes[:, 1::32] = 0, 15
     w = (codes.float() - 8) * 0.0625 + 0.25
-    assert torch.equal(dequantize_int4(*quantize_int4(w, 32)), w)
+    assert torch.equal(values_of(QuantSpec("int4", 32), w), w)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.375, -2.0])
 def test_a_constant_matrix_is_kept_exactly(value: float) -> None:
     w = torch.full((3, 40), value)
-    assert torch.equal(dequantize_int4(*quantize_int4(w, 32))[:, :40], w)
-    assert torch.allclose(dequantize_int8(*quantize_int8(w)), w, rtol=0.005)
+    assert torch.equal(values_of(QuantSpec("int4", 32), w), w)
+    assert torch.allclose(values_of(QuantSpec("int8"), w), w, rtol=0.005, atol=0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_not_finite_are_refused_by_row(bad: float) -> None:
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_weights_that_are_not_finite_are_refused(spec: QuantSpec, bad: float) -> None:
     w = random(700, 400)
     w[555, 3] = bad
-    with pytest.raises(CheckpointError, match="output row 555: expected finite"):
-        quantize_int4(w, 32)
-    with pytest.raises(CheckpointError, match="output row 555: expected finite"):
-        quantize_int8(w)
+    with pytest.raises(CheckpointError, match="expected finite weights, got inf or nan"):
+        values_of(spec, w)
 
 
 @pytest.mark.parametrize(("rows", "inputs"), [(0, 64), (4, 0), (0, 0)])
 def test_empty_matrices_have_empty_codes(rows: int, inputs: int) -> None:
-    codes, scales, zeros = quantize_int4(torch.empty(rows, inputs), 32)
-    assert codes.shape == (rows, inputs)
-    assert scales.shape == zeros.shape == (rows, inputs // 32)
-    assert quantize_int8(torch.empty(rows, inputs))[0].shape == (rows, inputs)
+    w = torch.empty(rows, inputs)
+    assert all(values_of(spec, w).shape == w.shape for spec in SPECS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_every_float_dtype_is_taken(dtype: torch.dtype) -> None:
     w = random(4, 64).to(dtype)
-    for got, want in zip(quantize_int4(w, 32), quantize_int4(w.float(), 32), strict=True):
-        assert torch.equal(got, want)
+    for spec in SPECS:
+        assert torch.equal(values_of(spec, w), values_of(spec, w.float()))
 
 
-def test_bits_depend_neither_on_threads_nor_on_the_rows_beside(threads: None) -> None:
-    w = random(301, 1000, tails=True)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_bits_depend_neither_on_threads_nor_on_the_rows_beside(
+    spec: QuantSpec, threads: None
+) -> None:
+    w = random(301, 2000, tails=True)
     torch.set_num_threads(1)
-    whole = quantize_int4(w, 64)
+    whole = values_of(spec, w)
     torch.set_num_threads(3)
-    for again, want in zip(quantize_int4(w, 64), whole, strict=True):
+    assert torch.equal(values_of(spec, w), whole)
+    assert torch.equal(values_of(spec, w[100:217]), whole[100:217])
+
+
+@pytest.mark.parametrize("size", GROUP_SIZES)
+def test_tiles_cover_all_inputs(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = random(3, 1000)
+    whole = int4(w, size)
+    monkeypatch.setattr(quant_rounding, "_TILE", 400 * 3)
+    tiles = [inputs for inputs, _, _ in int4_tiles(w, size, Workspace())]
+    assert len(tiles) > 2
+    assert (tiles[0].start, tiles[-1].stop) == (0, whole[0].shape[1])
+    assert all(before.stop == after.start for before, after in pairwise(tiles))
+    for again, want in zip(int4(w, size), whole, strict=True):
         assert torch.equal(again, want)
-    for again, want in zip(quantize_int4(w[100:217], 64), whole, strict=True):
-        assert torch.equal(again, want[100:217])
 
 
-@given(rows=st.integers(0, 5), half=st.integers(0, 9), seed=st.integers(0, 99))
-def test_nibbles_round_trip(rows: int, half: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 16, (rows, half * 2), generator=generator, dtype=torch.uint8)
-    assert torch.equal(unpack_nibbles(pack_nibbles(codes)), codes)
+def test_rows_at_once_are_whole_blocks_of_every_layout() -> None:
+    for inputs in (0, 1, 2048, 3000, 28672, 1 << 20):
+        assert rows_at_once(inputs) % max(layout.block for layout in LAYOUTS) == 0
+        assert rows_at_once(inputs) * inputs <= max(1 << 19, 64 * inputs)
 
 
 # Bytes
@@ -249,19 +286,16 @@ def test_nibbles_round_trip(rows: int, half: int, seed: int) -> None:
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_regions_are_aligned_views_that_do_not_overlap(spec: QuantSpec) -> None:
-    for regions in (
-        canonical_regions(spec, 100, 200),
-        local_regions(spec, 100, 200, PORTABLE_LAYOUT),
-    ):
-        buffer = page_buffer(regions_nbytes(regions))
-        end = 0
-        for region, tensor in zip(regions, view_regions(regions, buffer), strict=True):
-            assert region.offset % ALIGN == 0
-            assert region.offset >= end
-            end = region.offset + region.nbytes
-            assert tensor.data_ptr() == buffer.data_ptr() + region.offset
-            assert tensor.is_contiguous()
-        assert end <= len(buffer)
+    regions = local_regions(spec, 100, 200, PORTABLE_LAYOUT)
+    buffer = page_buffer(regions_nbytes(regions))
+    end = 0
+    for region, tensor in zip(regions, view_regions(regions, buffer), strict=True):
+        assert region.offset % ALIGN == 0
+        assert region.offset >= end
+        end = region.offset + region.nbytes
+        assert tensor.data_ptr() == buffer.data_ptr() + region.offset
+        assert tensor.is_contiguous()
+    assert end <= len(buffer)
 
 
 def test_bits_are_what_is_stored() -> None:
@@ -270,71 +304,56 @@ def test_bits_are_what_is_stored() -> None:
         assert nbytes * 8 / 4096**2 == pytest.approx(spec.bits, rel=2e-3)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_a_matrix_quantized_in_parts_has_the_same_bytes(spec: QuantSpec) -> None:
-    w = random(70, 100)
-    whole, _ = canonical_of(spec, w)
-    regions = canonical_regions(spec, 70, 100)
-    # Memory used before: every byte of every region is written.
-    buffer = torch.full_like(whole, 255)
-    for start, stop in ((33, 70), (0, 1), (1, 33)):
-        quantize_rows(spec, w[start:stop], view_regions(regions, buffer), start)
-    for got, want in zip(view_regions(regions, buffer), view_regions(regions, whole), strict=True):
-        assert torch.equal(got, want)
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     spec=st.sampled_from(SPECS),
     layout=st.sampled_from(LAYOUTS),
     rows=st.integers(1, 150),
     inputs=st.integers(1, 300),
+    cut=st.integers(1, 4),
     seed=st.integers(0, 99),
 )
-def test_local_form_and_back(
-    spec: QuantSpec, layout: Layout, rows: int, inputs: int, seed: int
+def test_a_matrix_quantized_in_parts_has_the_same_bytes(
+    spec: QuantSpec, layout: Layout, rows: int, inputs: int, cut: int, seed: int
 ) -> None:
-    regions = canonical_regions(spec, rows, inputs)
-    canonical = page_buffer(regions_nbytes(regions))
-    generator = torch.Generator().manual_seed(seed)
-    for region in regions:
-        part = canonical[region.offset : region.offset + region.nbytes]
-        part.random_(0, 256, generator=generator)
-    local = page_buffer(regions_nbytes(local_regions(spec, rows, inputs, layout)))
-    to_local(spec, rows, inputs, layout, canonical, local)
-    back = page_buffer(len(canonical))
-    to_canonical(spec, rows, inputs, layout, local, back)
-    assert torch.equal(back, canonical)
+    w = random(rows, inputs, seed=seed)
+    starts = range(0, rows, cut * layout.block)
+    assert torch.equal(local_of(spec, w, layout, *starts), local_of(spec, w, layout))
 
 
-def test_large_matrices_are_converted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec, w = QuantSpec("int4", 32), random(300, 96)
-    canonical, _ = canonical_of(spec, w)
-    nbytes = regions_nbytes(local_regions(spec, 300, 96, PORTABLE_LAYOUT))
-    whole, parts = page_buffer(nbytes), page_buffer(nbytes)
-    to_local(spec, 300, 96, PORTABLE_LAYOUT, canonical, whole)
-    monkeypatch.setattr(quant_layout, "_CHUNK", 1)
-    to_local(spec, 300, 96, PORTABLE_LAYOUT, canonical, parts)
-    assert torch.equal(parts, whole)
-    back = page_buffer(len(canonical))
-    to_canonical(spec, 300, 96, PORTABLE_LAYOUT, parts, back)
-    assert torch.equal(back, canonical)
+@settings(max_examples=60, deadline=None)
+@given(
+    spec=st.sampled_from(INT4),
+    layout=st.sampled_from(LAYOUTS),
+    rows=st.integers(1, 150),
+    inputs=st.integers(1, 300),
+)
+def test_local_bytes_are_the_codes_and_scales(
+    spec: QuantSpec, layout: Layout, rows: int, inputs: int
+) -> None:
+    w = random(rows, inputs)
+    codes, scales, zeros = int4(w, spec.group_size)
+    regions = local_regions(spec, rows, inputs, layout)
+    packed, scale_zero = view_regions(regions, local_of(spec, w, layout))
+    assert torch.equal(scale_zero[:, :rows, 0], scales.t())
+    assert torch.equal(scale_zero[:, :rows, 1], zeros.t())
+    assert not scale_zero[:, rows:].any()
+    half = layout.block // 2
+    for row in range(rows):
+        block, inside = divmod(row, layout.block)
+        halves = layout.order == "halves"
+        byte, high = (inside % half, inside // half) if halves else divmod(inside, 2)
+        assert torch.equal(packed[block, :, byte] >> 4 * high & 15, codes[row])
 
 
 @pytest.mark.skipif(local_layout() is None, reason="torch has no 4-bit kernel here")
 def test_local_bytes_are_what_torch_packs() -> None:
     layout = local_layout()
     assert layout is not None
-    rows, inputs = layout.block * 3, 128
-    codes = torch.randint(0, 16, (rows, inputs), generator=torch.Generator().manual_seed(1))
-    spec = QuantSpec("int4", 64)
-    canonical = page_buffer(regions_nbytes(canonical_regions(spec, rows, inputs)))
-    view_regions(canonical_regions(spec, rows, inputs), canonical)[0].copy_(
-        pack_nibbles(codes.to(torch.uint8))
-    )
-    local = page_buffer(regions_nbytes(local_regions(spec, rows, inputs, layout)))
-    to_local(spec, rows, inputs, layout, canonical, local)
+    w = random(layout.block * 3, 128)
+    codes = int4(w, 64)[0]
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 2)
+    local = local_of(QuantSpec("int4", 64), w, layout)
     assert torch.equal(local[: packed.numel()], packed.view(-1))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -80,7 +82,7 @@ def make_folder(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (truncate, r"ends after 1300 of 2000 bytes"),
+        (truncate, r"ends after 5396 of 6096 bytes"),
         (remove, "No such file"),
         (make_folder, "Is a directory"),
     ],
@@ -124,8 +126,9 @@ async def test_preload_reports_all_bytes(stored: tuple[StoredSlice, list[Block]]
     seen: list[Progress] = []
     async with opened(stored) as window:
         await window.preload(seen.append, detail="rank 0")
-    assert [report.done for report in seen] == [4 * FLOATS * (i + 1) for i in range(COUNT)]
-    assert {(r.total, r.unit, r.detail) for r in seen} == {(4 * FLOATS * COUNT, "bytes", "rank 0")}
+    size = stored[0].manifest.blocks[0].nbytes
+    assert [report.done for report in seen] == [size * (i + 1) for i in range(COUNT)]
+    assert {(r.total, r.unit, r.detail) for r in seen} == {(size * COUNT, "bytes", "rank 0")}
 
 
 @BOTH
@@ -217,7 +220,7 @@ async def test_given_up_acquire_harms_no_later_one(
 async def test_budget_can_shrink_and_grow_between_steps(
     stored: tuple[StoredSlice, list[Block]],
 ) -> None:
-    block = buffer_bytes(4 * FLOATS)
+    block = buffer_bytes(stored[0].manifest.blocks[0].nbytes)
     async with opened(stored, budget_bytes=COUNT * block) as window:
         await window.preload(ignore_progress)
         assert len(window.plan.pinned) == COUNT
@@ -229,6 +232,66 @@ async def test_budget_can_shrink_and_grow_between_steps(
         with pytest.raises(MemoryLimitError, match="two blocks"):
             window.set_budget(2 * block - 1)
         await visit(window, 2)  # the old plan holds
+
+
+@BOTH
+async def test_a_flipped_bit_is_found_before_the_weights_are_used(
+    stored: tuple[StoredSlice, list[Block]], limits: dict[str, int]
+) -> None:
+    path = stored[0].block_path(3)
+    content = path.read_bytes()
+    for bit in (0, 8 * 5000 + 3, 8 * len(content) - 1):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        async with opened(stored, **limits) as window:
+            await visit(window, 2)
+            with pytest.raises(StoreError, match=r"block3\.safetensors: expected checksum"):
+                await window.acquire(3)
+            path.write_bytes(content)
+            for index in (4, 5, 0, 1, 2, 3):
+                with contextlib.suppress(StoreError):  # what had been read ahead
+                    await visit(window, index)
+            await visit(window, 3)
+
+
+async def test_reading_goes_on_while_nobody_asks(stored: tuple[StoredSlice, list[Block]]) -> None:
+    async with opened(stored, max_blocks=3) as window:
+        for index in range(COUNT):
+            await visit(window, index)
+        await asyncio.to_thread(
+            wait_until, lambda: all(e.done for e in window._ring) and len(window._ring) == 3
+        )
+        assert [entry.index for entry in window._ring] == [0, 1, 2]
+
+
+async def test_changing_the_budget_keeps_what_was_read_ahead(
+    stored: tuple[StoredSlice, list[Block]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BEST_SLOTS", 3)
+    block = buffer_bytes(stored[0].manifest.blocks[0].nbytes)
+    async with opened(stored, budget_bytes=4 * block) as window:  # block 0 stays
+        await window.preload(ignore_progress)
+        await asyncio.to_thread(
+            wait_until, lambda: [e.index for e in window._ring if e.done] == [1, 2, 3]
+        )
+        read = window.bytes_read
+        window.set_budget(5 * block)  # block 4 is to stay too
+        assert [entry.index for entry in window._ring] == [1, 2, 3]
+        for index in range(COUNT):
+            await visit(window, index)
+        await asyncio.to_thread(
+            wait_until, lambda: [e.index for e in window._ring if e.done] == [1, 2, 3]
+        )
+        # 4 and 5, and then 1, 2, 3 again: nothing twice.
+        assert window.bytes_read - read == 5 * stored[0].manifest.blocks[0].nbytes
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 async def test_block_data_begins_behind_the_header(

@@ -11,7 +11,7 @@ from pathlib import Path
 from tpirt.chat import saved, settings
 from tpirt.chat.console import columns
 from tpirt.chat.session import Session
-from tpirt.chat.status import peers_table, stats_table
+from tpirt.chat.status import peers_table, stats_table, times_tables
 from tpirt.errors import RequestError
 
 _ASSIGNMENT = re.compile(r"([\w-]+)(?:\s*=\s*|\s+)?(.*)", re.DOTALL)
@@ -77,7 +77,8 @@ async def _set(session: Session, text: str) -> None:
 
 
 async def _stats(session: Session, _: str) -> None:
-    session.console.say(*stats_table(await session.engine.stats()))
+    ranks = await session.engine.stats()
+    session.console.say(*stats_table(ranks), *times_tables(ranks))
     if session.timing is not None:
         session.console.say(f"last answer: {session.timing.tokens} tokens, {session.timing}")
 

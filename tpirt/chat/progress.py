@@ -76,16 +76,21 @@ class _Lines:
         self._lock = threading.Lock()
         self._stage = ""
         self._due_s = 0.0
+        self._begun: dict[_Key, tuple[float, int]] = {}  # when, and what was done by then
 
     def update(self, progress: Progress) -> None:
         with self._lock:
             now = self._clock()
             if progress.stage != self._stage:
                 self._stage, self._due_s = progress.stage, now + _FIRST_LINE_S
+                self._begun.clear()
+            key = (progress.stage, progress.detail)
+            begun_s, done = self._begun.setdefault(key, (now, progress.done))
             if now < self._due_s:
                 return
             self._due_s = now + _NEXT_LINE_S
-            self._stream.write(f"{_title(progress)}: {_amount(progress)}\n")
+            pace = _pace(progress, progress.done - done, now - begun_s)
+            self._stream.write(f"{_title(progress)}: {_amount(progress)}{pace}\n")
             self._stream.flush()
 
     def close(self) -> None:
@@ -196,22 +201,13 @@ class _Amount(ProgressColumn):
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
-        if not task.speed:
-            return Text("")
-        if task.fields["unit"] == "bytes":
-            return Text(f"{format_bytes(task.speed)}/s")
-        speed = f"{task.speed:.0f}" if task.speed >= 100 else f"{task.speed:.2g}"
-        return Text(f"{speed} {task.fields['unit']}/s")
+        return Text(_rate(task.speed, task.fields["unit"]) if task.speed else "")
 
 
 class _Remaining(ProgressColumn):
     def render(self, task: Task) -> Text:
         left = task.time_remaining
-        if left is None or task.finished:
-            return Text("")
-        if left < 100:
-            return Text(f"{left:.0f} s left")
-        return Text(f"{left / 60:.0f} min left")
+        return Text("" if left is None or task.finished else _left(left))
 
 
 def _title(progress: Progress) -> str:
@@ -224,3 +220,25 @@ def _amount(progress: Progress) -> str:
     if progress.unit == "bytes":
         return f"{format_bytes(progress.done)} of {format_bytes(progress.total)}"
     return f"{progress.done} of {progress.total} {progress.unit}"
+
+
+def _pace(progress: Progress, done: int, seconds: float) -> str:
+    """Rate and remaining time of a stage that did ``done`` in ``seconds``; "" while unknown."""
+    if seconds < _PATIENCE_S or done <= 0 or progress.total <= 0:
+        return ""
+    speed = done / seconds
+    left = (progress.total - progress.done) / speed
+    return f", {_rate(speed, progress.unit)}, {_left(left)}"
+
+
+def _rate(speed: float, unit: str) -> str:
+    if unit == "bytes":
+        return f"{format_bytes(speed)}/s"
+    return f"{speed:.0f} {unit}/s" if speed >= 100 else f"{speed:.2g} {unit}/s"
+
+
+def _left(seconds: float) -> str:
+    for length, unit in ((1, "s"), (60, "min")):
+        if seconds < 100 * length:
+            return f"{seconds / length:.0f} {unit} left"
+    return f"{seconds / 3600:.1f} h left"

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from statistics import median
 
 from tpirt.chat.console import columns
 from tpirt.cluster.group import PeerInfo
 from tpirt.engine.engine import LoadPlan
-from tpirt.types import RankStats
+from tpirt.engine.token_times import token_times
+from tpirt.types import RankStats, StepTimes, TokenTimes
 from tpirt.units import format_bytes
+
+Row = tuple[str, ...]
+
+_TIMES = ("rank", "peer", "compute", "disk", "network", "other")
+_CAUSES = ("compute", "io", "comm", "other")
 
 
 class Timing:
@@ -49,21 +57,74 @@ class Timing:
 
 
 def stats_table(ranks: Iterable[RankStats]) -> list[str]:
-    """One line per rank: memory, traffic, and where the time of the last request went."""
-    head = (
-        *("rank", "peer", "peak RSS", "weights", "read", "sent", "received"),
-        *("io ms", "compute ms", "comm ms"),
-    )
+    """One line per rank: memory, disk and traffic of the last request."""
+    head = ("rank", "peer", "peak RSS", "weights", "read", "per second", "sent", "received")
     rows = [
         (
             *(str(r.rank), r.peer_id, format_bytes(r.peak_rss_bytes)),
-            *(format_bytes(r.weights_bytes), format_bytes(r.bytes_read)),
+            *(format_bytes(r.weights_bytes), format_bytes(r.bytes_read), _disk_rate(r)),
             *(format_bytes(r.bytes_sent), format_bytes(r.bytes_received)),
-            *(f"{r.io_ms:.0f}", f"{r.compute_ms:.0f}", f"{r.comm_ms:.0f}"),
         )
         for r in ranks
     ]
     return columns([head, *rows], left=2)
+
+
+def times_tables(ranks: Sequence[RankStats]) -> list[str]:
+    """Where the time of the last request went: prefill, then a decoded token, by rank and cause.
+
+    The last line of the second table is the group's; see :class:`tpirt.types.TokenTimes`.
+    """
+    prefills = [[step for step in rank.steps if step.prefill] for rank in ranks]
+    tokens = sum(step.tokens for step in prefills[0])
+    lines: list[str] = []
+    if tokens:
+        lines += ["", f"prefill of {tokens} tokens, ms:"]
+        rows = [_times(steps, sum) for steps in prefills]
+        lines += columns([_TIMES, *map(_labelled, ranks, rows)], left=2)
+    decoded = token_times(ranks)
+    if decoded:
+        lines += ["", f"a decoded token, ms (medians of {len(decoded)}):"]
+        rows = [_times([s for s in rank.steps if not s.prefill], median) for rank in ranks]
+        group = _row(
+            [median(getattr(token, f"{cause}_ms") for token in decoded) for cause in _CAUSES]
+        )
+        table = [_TIMES, *map(_labelled, ranks, rows), ("all", "", *group)]
+        lines += [*columns(table, left=2), _what_gated(decoded)]
+    return lines
+
+
+def _disk_rate(rank: RankStats) -> str:
+    return format_bytes(rank.bytes_read / rank.read_ms * 1e3) if rank.read_ms else "-"
+
+
+def _times(steps: Sequence[StepTimes], over: Callable[[Iterable[float]], float]) -> Row:
+    """Sum up, or take the median of, some steps of one rank."""
+    if not steps:  # the rank did not come as far
+        return ("-",) * len(_CAUSES)
+    busy = [(s.compute_ms, s.io_ms, s.comm_ms) for s in steps]
+    idle = [s.total_ms - sum(parts) for s, parts in zip(steps, busy, strict=True)]
+    return _row([*map(over, zip(*busy, strict=True)), over(idle)])
+
+
+def _row(figures: Iterable[float]) -> Row:
+    return tuple(f"{figure:.1f}" for figure in figures)
+
+
+def _labelled(rank: RankStats, row: Row) -> Row:
+    return (str(rank.rank), rank.peer_id, *row)
+
+
+def _what_gated(decoded: Sequence[TokenTimes]) -> str:
+    """Say what most tokens waited longest for."""
+    found = Counter(
+        f"{token.gated_by} of rank {token.slowest_rank}"
+        if token.gated_by in ("compute", "disk")
+        else token.gated_by
+        for token in decoded
+    )
+    (what, times), *_ = found.most_common(1)
+    return f"longest wait: {what}, in {times} of {len(decoded)} tokens"
 
 
 def peers_table(

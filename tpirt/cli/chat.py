@@ -13,6 +13,7 @@ from tpirt.cli.options import (
     engine_options,
     run_async,
     sampling_params,
+    tell,
 )
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ async def _run(arguments: argparse.Namespace) -> None:
     with ConsoleProgress(quiet=arguments.quiet) as progress:
         options = engine_options(arguments, progress, plans)
         async with Engine.connect(**options) as engine:
+            tell(engine, arguments)
             chat = ChatOptions(
                 params=sampling_params(arguments, engine.defaults.sampling),
                 system=arguments.system,

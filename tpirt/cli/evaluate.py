@@ -14,6 +14,7 @@ from tpirt.cli.options import (
     count,
     engine_options,
     run_async,
+    tell,
 )
 from tpirt.errors import RequestError
 from tpirt.types import Progress
@@ -48,6 +49,7 @@ async def _run(arguments: argparse.Namespace) -> None:
     text = _read(Path(arguments.text))
     with ConsoleProgress(quiet=arguments.quiet) as progress:
         async with Engine.connect(**engine_options(arguments, progress)) as engine:
+            tell(engine, arguments)
             ids = engine.tokenizer.encode(text)
             length = min(arguments.context, engine.context_length)
             pieces = [ids[i : i + length] for i in range(0, len(ids), length)]

@@ -18,6 +18,7 @@ from tpirt.cli.options import (
     engine_options,
     run_async,
     sampling_params,
+    tell,
 )
 from tpirt.errors import RequestError
 from tpirt.types import Message, SamplingParams
@@ -74,6 +75,7 @@ async def _generate(arguments: argparse.Namespace, prompt: Prompt) -> None:
 
     with ConsoleProgress(quiet=arguments.quiet) as progress:
         async with Engine.connect(**engine_options(arguments, progress)) as engine:
+            tell(engine, arguments)
             params = sampling_params(arguments, engine.defaults.sampling)
             if arguments.json:
                 completion = await engine.complete(prompt, params, progress)

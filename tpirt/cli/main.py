@@ -84,7 +84,7 @@ def _drop_output() -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Make the parser; each command's module adds its own."""
-    from tpirt.cli import chat, evaluate, generate, info, peer, split, store
+    from tpirt.cli import chat, evaluate, generate, info, peer, split, store, synth
 
     parser = argparse.ArgumentParser(
         prog="tpirt",
@@ -93,6 +93,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"tpirt {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (chat, generate, peer, split, info, evaluate, store):
+    for module in (chat, generate, peer, split, synth, info, evaluate, store):
         module.add_command(commands)
     return parser

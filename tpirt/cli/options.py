@@ -14,7 +14,7 @@ from tpirt.units import parse_bytes
 
 if TYPE_CHECKING:
     from tpirt.chat.progress import ConsoleProgress
-    from tpirt.engine.engine import LoadPlan, PlanCallback
+    from tpirt.engine.engine import Engine, LoadPlan, PlanCallback
 
 Commands = Any  # argparse's subparsers object, which has no public type
 
@@ -76,6 +76,21 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--memory", type=size, metavar="SIZE", help="most memory per rank's process, such as 900M"
     )
     add_format_options(parser)
+    parser.add_argument(
+        "--collective",
+        default="auto",
+        metavar="HOW",
+        help="how ranks sum: star, direct, two-shot or auto (default): what suits the links",
+    )
+    parser.add_argument(
+        "--wire",
+        default="auto",
+        metavar="DTYPE",
+        help="sums between ranks in float32, bfloat16, int8 or auto (default): as fine as products",
+    )
+    parser.add_argument(
+        "--explain", action="store_true", help="tell on stderr which links and sums were chosen"
+    )
     add_process_options(parser)
     parser.add_argument(
         "--timeout",
@@ -83,6 +98,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         default=60.0,
         metavar="S",
         help="longest silence of a peer during a step, in seconds (default 60)",
+    )
+    parser.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="write what disk, compute and network did on every rank, for https://ui.perfetto.dev",
     )
     parser.add_argument("--quiet", action="store_true", help="no plan and no progress on stderr")
 
@@ -166,12 +186,23 @@ def engine_options(
         "memory_bytes": arguments.memory,
         "dtype": arguments.dtype,
         "quantize": arguments.quantize,
+        "collective": arguments.collective,
+        "wire": arguments.wire,
         "threads": arguments.threads,
         "store": arguments.store,
         "timeout_s": arguments.timeout,
+        "trace": arguments.trace,
         "progress": progress,
         "on_plan": _plan_callback(arguments.quiet, progress, plans),
     }
+
+
+def tell(engine: Engine, arguments: argparse.Namespace) -> None:
+    """Print on stderr what a user should know of a group that was just formed."""
+    if engine.notice and not arguments.quiet:
+        print(f"tpirt: {engine.notice}", file=sys.stderr)
+    if arguments.explain:
+        print("\n".join(engine.explain()), file=sys.stderr)
 
 
 def run_async(main: Coroutine[Any, Any, None]) -> None:
@@ -257,6 +288,11 @@ def size(text: str) -> int:
 
 def count(text: str) -> int:
     """Argument type of a whole number from 1 on."""
-    if not (text.isdecimal() and len(text) < 10 and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 on")
+    return whole_number(text, lowest=1)
+
+
+def whole_number(text: str, lowest: int = 0) -> int:
+    """Argument type of a whole number from 0 on."""
+    if not (text.isdecimal() and len(text) < 10 and int(text) >= lowest):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from {lowest} on")
     return int(text)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,16 +19,23 @@ from tpirt.cluster.machine import (
     has_bfloat16,
     host_id,
     int4_layout,
+    machine_cores,
     resident_bytes,
 )
 from tpirt.cluster.rank import Limits, RankRuntime
 from tpirt.cluster.slices import SliceMaker, send_slice, write_slice
-from tpirt.collectives.base import Communicator, Solo, StepAborted
-from tpirt.collectives.star import StarMaster, remote_error, send_all
+from tpirt.cluster.stats import read_stats
+from tpirt.cluster.sums import SumOptions, Sums, meet
+from tpirt.cluster.tracing import RankTrace, Tracer
+from tpirt.collectives.algorithms import Ranks
+from tpirt.collectives.base import DEFAULT_COLLECTIVE, Algorithm, Communicator, Solo, StepAborted
+from tpirt.collectives.choosing import Machine
+from tpirt.collectives.links import Links, remote_error
 from tpirt.errors import HandshakeError, PeerLostError, TransportError
 from tpirt.ops.buffers import tensor_bytes
 from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout
-from tpirt.parallel.partition import Plan, Shard
+from tpirt.parallel.partition import Plan
+from tpirt.stopwatch import SAMPLE
 from tpirt.transport.base import Channel, PeerClient
 from tpirt.transport.codec import PROTOCOL_VERSION, Frame
 from tpirt.transport.pb import tpirt_pb2 as pb
@@ -33,6 +43,7 @@ from tpirt.types import Progress, ProgressCallback, RankStats
 from tpirt.version import __version__
 from tpirt.weights.store import SliceStore, StoredSlice
 
+_T = TypeVar("_T")
 _HELLO_TIMEOUT_S = 10.0
 _SHARE_OF_FREE_MEMORY = 0.85
 
@@ -47,6 +58,7 @@ class PeerInfo:
     memory_bytes: int | None
     available_bytes: int
     threads: int
+    cores: int
     bfloat16: bool
     int4_layout: Layout
 
@@ -60,6 +72,7 @@ def this_peer(threads: int) -> PeerInfo:
         memory_bytes=None,
         available_bytes=available_bytes() + resident_bytes(),
         threads=threads,
+        cores=machine_cores(),
         bfloat16=has_bfloat16(),
         int4_layout=int4_layout(),
     )
@@ -81,6 +94,7 @@ async def meet_peers(clients: Sequence[PeerClient], threads: int) -> list[PeerIn
             reply.memory_bytes or None,
             reply.available_bytes,
             reply.threads,
+            reply.cores,
             reply.bfloat16,
             Layout.named(reply.int4_layout) or PORTABLE_LAYOUT,
         )
@@ -114,8 +128,12 @@ class Group:
         self._clients = clients
         self._timeout_s = timeout_s
         self._channels: list[Channel] = []
+        self._links = Links(0, {}, timeout_s)
+        self._sums: Sums | None = None
         self._runtime: RankRuntime | None = None
+        self._tracer: Tracer | None = None
         self._step = 0
+        self._talking = False
         self._broken: PeerLostError | TransportError | None = None
 
     @property
@@ -129,6 +147,11 @@ class Group:
         """Why the group can do nothing any more; None while it can."""
         return self._broken
 
+    @property
+    def sums(self) -> Sums | None:
+        """How the ranks' results are combined; None for one rank or before :meth:`start`."""
+        return self._sums
+
     async def distribute(
         self,
         makers: Sequence[SliceMaker],
@@ -138,21 +161,22 @@ class Group:
     ) -> None:
         """See to it that every rank has its slice: rank 0 in ``store``, workers in theirs.
 
-        ``makers[r]`` cuts rank ``r``'s, in the form that its CPU wants.
+        ``makers[r]`` makes rank ``r``'s, in the form that its CPU wants. What ``store`` has is
+        sent as it is, the rest cut anew.
 
         Raises:
             CheckpointError, StoreError, PeerLostError: the slice could not be made or kept.
         """
 
         async def equip(rank: int) -> None:
-            maker, shard = makers[rank], plan.shards[rank]
+            maker = makers[rank]
             if rank == 0:
-                await _in_thread(write_slice, maker, shard, store, progress, rank)
+                await _in_thread(write_slice, maker, plan, rank, store, progress)
                 return
             client = self._clients[rank - 1]
-            slice_id = maker.manifest(shard).slice_id
+            slice_id = maker.manifest(plan.shards[rank]).slice_id
             if not (await _hello(client, slice_id)).has_slice:
-                await send_slice(maker, shard, client, progress, rank, self._timeout_s)
+                await send_slice(maker, plan, rank, store, client, progress, self._timeout_s)
 
         # One after another: they would only compete for the same disk.
         for rank in range(self.world_size):
@@ -164,17 +188,23 @@ class Group:
         plan: Plan,
         store: SliceStore,
         limits: Sequence[Limits],
+        peers: Sequence[PeerInfo],
+        options: SumOptions,
         progress: ProgressCallback,
     ) -> None:
-        """Open the sessions and load the weights on all ranks side by side.
+        """Open the sessions, load the weights on all ranks side by side, measure the links.
 
         Raises:
             MemoryLimitError: a rank's limit is too low; says how much is needed.
             HandshakeError, PeerLostError, StoreError: a worker refused, is gone, cannot read.
         """
+        session = secrets.randbits(63)
+        linked = len(self._clients) > 1 and options.algorithm is not Algorithm.STAR
+        addresses = ["", *(client.address for client in self._clients)] if linked else []
         for rank, client in enumerate(self._clients, start=1):
             channel = await client.open_session()
             self._channels.append(channel)
+            self._links.add(rank, channel)
             maker = makers[rank]
             manifest = maker.manifest(plan.shards[rank])
             setup = pb.Setup(
@@ -188,6 +218,9 @@ class Group:
                 memory_bytes=limits[rank].memory_bytes or 0,
                 chunk_tokens=limits[rank].chunk_tokens,
                 timeout_ms=int(self._timeout_s * 1e3),
+                trace_spans=limits[rank].trace_spans,
+                session=session,
+                addresses=addresses,
             )
             await channel.send(Frame(pb.FrameHeader(setup=setup)))
         stored = store.find(makers[0].manifest(plan.shards[0]).slice_id)
@@ -196,12 +229,30 @@ class Group:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._runtime.load(progress))
-                for rank, channel in enumerate(self._channels, start=1):
+                readies = [
                     tasks.create_task(self._await_ready(rank, channel, progress))
+                    for rank, channel in enumerate(self._channels, start=1)
+                ]
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
+        if self._channels:
+            form = makers[0].form
+            self._sums = await meet(
+                self._channels,
+                [task.result().links for task in readies],
+                _machines(peers),
+                options,
+                options.wire_for(form.dtype),
+                makers[0].config.hidden_size,
+                self._timeout_s,
+            )
+        if limits[0].trace_spans:
+            self._tracer = Tracer(self._channels, self._timeout_s)
+            await self._tracer.read_clocks()
 
-    async def step(self, hidden: torch.Tensor, start: int, rope_length: int) -> torch.Tensor:
+    async def step(
+        self, hidden: torch.Tensor, start: int, rope_length: int, prefill: bool
+    ) -> torch.Tensor:
         """Run all layers on all ranks; see :meth:`tpirt.model.decoder.Decoder.forward`.
 
         A cancelled call gives the step up on every rank, after the block that is being computed;
@@ -211,6 +262,7 @@ class Group:
             hidden: (T, H) float32; overwritten.
             start: position of its first token; cached positions from there on are forgotten.
             rope_length: sequence length that dynamic rope scaling is computed for.
+            prefill: whether the tokens are a prompt's; for the statistics.
 
         Returns:
             (T, H) float32, before the final norm.
@@ -228,13 +280,18 @@ class Group:
 
         try:
             # Whole: cancelling a read of gRPC's would tear the stream down.
-            return await finish(self._step_all(hidden, start, rope_length), give_up)
+            work = self._step_all(hidden, start, rope_length, prefill)
+            return await self._talk(work, give_up)
         finally:
             decoder.aborted = False
 
     async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the LM head to (T, H); returns (T, V) float32. Master's own work only."""
         return await self.runtime.decoder.logits(hidden)
+
+    def sampling(self, token: int) -> AbstractContextManager[None]:
+        """Count what is done in this block as the master's compute, for the answer's ``token``."""
+        return self.runtime.decoder.clock.running(SAMPLE, number=token)
 
     async def stats(self, reset: bool = False) -> list[RankStats]:
         """Measurements of every rank since the last reset; see :class:`tpirt.types.RankStats`.
@@ -245,13 +302,19 @@ class Group:
         self._check_alive()
         mine = self.runtime.stats(reset)
         mine.peer_id = "master"
-        mine.bytes_sent = sum(channel.bytes_sent for channel in self._channels)
-        mine.bytes_received = sum(channel.bytes_received for channel in self._channels)
-        others = await finish(self._stats_of_workers(reset))
+        mine.bytes_sent, mine.bytes_received = self._links.traffic
+        others = await self._talk(self._stats_of_workers(reset))
         if reset:
-            for channel in self._channels:
-                channel.bytes_sent = channel.bytes_received = 0
+            self._links.reset_traffic()
         return [mine, *others]
+
+    async def trace(self) -> AsyncIterator[RankTrace]:
+        """Yield what each rank recorded, as far as it can still be had; nothing without a trace."""
+        if self._tracer is None:
+            return
+        self.runtime.step_log.flush()
+        async for trace in self._tracer.collect(self.runtime.recorder, self._talking):
+            yield trace
 
     async def aclose(self) -> None:
         """Dismiss the workers; they wait for another master."""
@@ -265,7 +328,17 @@ class Group:
     def _communicator(self) -> Communicator:
         if not self._channels:
             return Solo()
-        return StarMaster(self._channels, self._timeout_s)
+        return Ranks(self.world_size, self._links)
+
+    async def _talk(
+        self, work: Coroutine[Any, Any, _T], on_cancel: Callable[[], None] | None = None
+    ) -> _T:
+        """Let ``work`` have the channels until it ends; see :func:`finish`."""
+        self._talking = True
+        try:
+            return await finish(work, on_cancel)
+        finally:
+            self._talking = False
 
     def _check_alive(self) -> None:
         if self._broken is not None:
@@ -280,36 +353,53 @@ class Group:
             self._broken = exc
             raise
 
-    async def _step_all(self, hidden: torch.Tensor, start: int, rope_length: int) -> torch.Tensor:
+    async def _step_all(
+        self, hidden: torch.Tensor, start: int, rope_length: int, prefill: bool
+    ) -> torch.Tensor:
         self._step += 1
+        tokens = hidden.shape[0]
+        collective = self._sums.for_step(tokens) if self._sums else DEFAULT_COLLECTIVE
         header = pb.Step(
-            step=self._step, start=start, tokens=hidden.shape[0], rope_length=rope_length
+            step=self._step,
+            start=start,
+            tokens=tokens,
+            rope_length=rope_length,
+            prefill=prefill,
+            algorithm=collective.algorithm.number,
+            wire=collective.wire.dtype,
+            halves=collective.halves,
         )
+        self.runtime.begin(self._step, tokens, prefill, collective)
         try:
             with self._breaking():
                 if self._channels:
                     frame = Frame(pb.FrameHeader(step=header), tensor_bytes(hidden))
-                    await send_all(self._channels, frame, self._timeout_s)
-                out = await self.runtime.step(self._step, hidden, start, rope_length)
+                    with self.runtime.comm.clock.running("send step", hidden.nbytes, self._step):
+                        await self._links.send(self._links.others, frame)
+                out = await self.runtime.step(hidden, start, rope_length, collective.halves)
         except BaseException:
             await self._abort()
             raise
         assert out is not None
+        if self._sums is not None and (median_s := self.runtime.comm.median_s()) is not None:
+            self._sums.learn(tokens, collective.algorithm, median_s)
         return out
 
     async def _abort(self) -> None:
         frame = Frame(pb.FrameHeader(abort=pb.Abort(step=self._step)))
         with contextlib.suppress(PeerLostError):  # the others have it all the same
-            await send_all(self._channels, frame, self._timeout_s)
+            await self._links.send(self._links.others, frame)
 
-    async def _await_ready(self, rank: int, channel: Channel, progress: ProgressCallback) -> None:
+    async def _await_ready(
+        self, rank: int, channel: Channel, progress: ProgressCallback
+    ) -> pb.Ready:
         while True:
             frame = await channel.recv(self._timeout_s)
             match frame.kind:
                 case "ready":
                     resident = frame.header.ready.resident_bytes
                     progress(Progress("loading weights", resident, resident, detail=f"rank {rank}"))
-                    return
+                    return frame.header.ready
                 case "loading":
                     loading = frame.header.loading
                     detail = f"rank {rank}"
@@ -329,29 +419,36 @@ class Group:
     async def _stats_of_workers(self, reset: bool) -> list[RankStats]:
         request = Frame(pb.FrameHeader(stats_request=pb.StatsRequest(reset=reset)))
         with self._breaking():
-            await send_all(self._channels, request, self._timeout_s)
+            await self._links.send(self._links.others, request)
             return [await self._stats_from(channel) for channel in self._channels]
 
     async def _stats_from(self, channel: Channel) -> RankStats:
         while True:
             frame = await channel.recv(self._timeout_s)
             if frame.kind == "stats":
-                values = {
-                    field.name: getattr(frame.header.stats, field.name)
-                    for field in pb.Stats.DESCRIPTOR.fields
-                }
-                return RankStats(peer_id=channel.peer_id, **values)
-            if frame.kind not in ("partial", "error"):  # leftovers of a step given up
+                return read_stats(frame.header.stats, channel.peer_id)
+            if frame.kind not in ("partial", "reduced", "error"):  # leftovers of a step given up
                 raise TransportError(f"peer {channel.peer_id}: expected stats, got {frame.kind}")
 
 
+def _machines(peers: Sequence[PeerInfo]) -> list[Machine]:
+    """Who shares a machine's cores with whom."""
+    found: dict[str, list[PeerInfo]] = {}
+    for peer in peers:
+        found.setdefault(peer.host_id, []).append(peer)
+    return [
+        Machine(tuple(peer.rank for peer in beside), max(1, beside[0].cores))
+        for beside in found.values()
+    ]
+
+
 async def _in_thread(
-    write: Callable[[SliceMaker, Shard, SliceStore, ProgressCallback, int], StoredSlice],
+    write: Callable[[SliceMaker, Plan, int, SliceStore, ProgressCallback], StoredSlice],
     maker: SliceMaker,
-    shard: Shard,
+    plan: Plan,
+    rank: int,
     store: SliceStore,
     progress: ProgressCallback,
-    rank: int,
 ) -> StoredSlice:
     """Run ``write`` in a thread; cancelled, it has ended and left nothing when this raises."""
     cancelled = threading.Event()
@@ -361,7 +458,7 @@ async def _in_thread(
             raise StepAborted
         progress(step)
 
-    return await in_thread(write, maker, shard, store, report, rank, on_cancel=cancelled.set)
+    return await in_thread(write, maker, plan, rank, store, report, on_cancel=cancelled.set)
 
 
 async def _hello(client: PeerClient, slice_id: str = "") -> pb.HelloReply:

@@ -24,10 +24,10 @@ class LocalPeers:
     session of their own, so that Ctrl-C at the terminal reaches the master alone.
     """
 
-    def __init__(self, count: int, threads: int, store: str | None = None):
+    def __init__(self, count: int, threads: int, store: Path):
         self.addresses: list[str] = []
         self._count = count
-        self._options = ["--threads", str(threads), *(["--store", store] if store else [])]
+        self._options = ["--threads", str(threads), "--store", str(store)]
         self._processes: list[asyncio.subprocess.Process] = []
 
     async def __aenter__(self) -> LocalPeers:

@@ -71,12 +71,17 @@ def _cgroup_free() -> int:
     return sys.maxsize
 
 
-def default_threads(processes: int = 1) -> int:
-    """Return how many compute threads each of ``processes`` on this machine should use."""
+def machine_cores() -> int:
+    """Return how many cores this process may use."""
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = min(cores, len(os.sched_getaffinity(0)))
-    return max(1, cores // processes)
+    return cores
+
+
+def default_threads(processes: int = 1) -> int:
+    """Return how many compute threads each of ``processes`` on this machine should use."""
+    return max(1, machine_cores() // processes)
 
 
 def resident_bytes() -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 
 from tpirt.cluster.cancellation import in_thread
@@ -18,15 +19,16 @@ from tpirt.transport.base import PeerClient
 from tpirt.transport.pb import tpirt_pb2 as pb
 from tpirt.types import Progress, ProgressCallback
 from tpirt.weights.checkpoint import Checkpoint, resolve_tied
-from tpirt.weights.slicer import block_bytes
-from tpirt.weights.store import Manifest, SliceStore, StoredSlice
+from tpirt.weights.slicer import slice_bytes
+from tpirt.weights.store import Manifest, SlicePiece, SliceStore, StoredSlice
+from tpirt.weights.synthetic import WeightSource
 
 
 @dataclass(frozen=True)
 class SliceMaker:
-    """Cuts slices of one model in one form."""
+    """Makes slices of one model in one form."""
 
-    checkpoint: Checkpoint
+    checkpoint: WeightSource
     config: ModelConfig
     form: WeightFormat
 
@@ -36,66 +38,98 @@ class SliceMaker:
         name = self.checkpoint.path.resolve().name
         return Manifest.plan(self.checkpoint.fingerprint, name, self.form, shard, blocks)
 
-    def pieces(self, shard: Shard) -> Iterator[tuple[int, int, memoryview]]:
-        """Yield (block, offset, bytes) of all the slice's block files, in order.
+    def stored(self, shard: Shard, store: SliceStore) -> StoredSlice | None:
+        """Find the slice of one rank; None where it is missing or damaged."""
+        try:
+            return store.find(self.manifest(shard).slice_id)
+        except StoreError:
+            return None
+
+    def pieces(self, plan: Plan, rank: int, store: SliceStore) -> Generator[SlicePiece]:
+        """Yield all bytes of a rank's slice, in order: as ``store`` has them, else cut anew.
+
+        Threads read the checkpoint ahead until the generator is at its end or closed.
 
         Raises:
-            CheckpointError: a read failed or came short.
+            CheckpointError: a read of the checkpoint failed or came short; there is none, and
+                ``store`` lacks the slice.
+            StoreError: a read of the stored slice failed, or it is damaged; names the file.
         """
+        shard = plan.shards[rank]
+        stored = self.stored(shard, store)
+        if stored is not None:
+            return stored.pieces()
+        if not isinstance(self.checkpoint, Checkpoint):
+            raise self.checkpoint.lacks(plan, rank, self.form, store.root)
         _, head = resolve_tied(self.checkpoint, self.config)
-        for index, block in enumerate(rank_blocks(self.config, shard, self.form)):
-            offset = 0
-            for piece in block_bytes(self.checkpoint, head, block):
-                yield index, offset, piece
-                offset += len(piece)
+        return slice_bytes(self.checkpoint, head, rank_blocks(self.config, shard, self.form))
 
 
 def write_slice(
-    maker: SliceMaker, shard: Shard, store: SliceStore, progress: ProgressCallback, rank: int
+    maker: SliceMaker, plan: Plan, rank: int, store: SliceStore, progress: ProgressCallback
 ) -> StoredSlice:
     """Return a rank's slice from the store, written first if it is missing or damaged.
 
     Raises:
         StoreError: the store cannot be written or its disk is full.
-        CheckpointError: a read failed.
+        CheckpointError: a read failed, or there is no checkpoint to cut it from.
     """
-    manifest = maker.manifest(shard)
-    with contextlib.suppress(StoreError):  # damaged: made anew
-        found = store.find(manifest.slice_id)
-        if found is not None:
-            return found
+    found = maker.stored(plan.shards[rank], store)
+    if found is not None:
+        return found
+    manifest = maker.manifest(plan.shards[rank])
+
+    def report(done: int) -> None:
+        progress(Progress("slicing", done, manifest.nbytes, detail=f"rank {rank}"))
+
+    with contextlib.closing(maker.pieces(plan, rank, store)) as pieces:
+        return keep_slice(manifest, pieces, store, report)
+
+
+def keep_slice(
+    manifest: Manifest,
+    pieces: Iterable[SlicePiece],
+    store: SliceStore,
+    report: Callable[[int], None],
+) -> StoredSlice:
+    """Write a slice from its bytes; ``report`` is called with how many are written.
+
+    Raises:
+        StoreError: the store cannot be written or its disk is full.
+    """
+    done = 0
     with store.write(manifest) as writer:
-        done = 0
-        for block, offset, data in maker.pieces(shard):
+        for block, offset, data in pieces:
             writer.write(block, offset, data)
             done += len(data)
-            progress(Progress("slicing", done, manifest.nbytes, detail=f"rank {rank}"))
+            report(done)
         return writer.commit()
 
 
 async def send_slice(
     maker: SliceMaker,
-    shard: Shard,
+    plan: Plan,
+    rank: int,
+    store: SliceStore,
     client: PeerClient,
     progress: ProgressCallback,
-    rank: int,
     timeout_s: float,
 ) -> int:
-    """Cut a rank's slice and send it to its worker as it is cut; returns the bytes sent.
+    """Send a rank's slice to its worker, out of ``store`` or as it is cut; returns the bytes sent.
 
     Raises:
         PeerLostError: the worker is gone, or took nothing for ``timeout_s``.
-        StoreError: the worker could not keep it.
-        CheckpointError: a read failed.
+        StoreError: the worker could not keep it, or the stored slice cannot be read.
+        CheckpointError: a read failed, or there is no checkpoint to cut it from.
     """
-    manifest = maker.manifest(shard)
+    manifest = maker.manifest(plan.shards[rank])
+    pieces = _ChunkSource(await in_thread(maker.pieces, plan, rank, store))
     loop = asyncio.get_running_loop()
 
     async def chunks() -> AsyncIterator[pb.SliceChunk]:
         yield pb.SliceChunk(manifest=manifest.to_json())
         done = 0
-        pieces = maker.pieces(shard)
-        while (chunk := await in_thread(_next_chunk, pieces)) is not None:
+        while (chunk := await in_thread(pieces.next)) is not None:
             if not deadline.expired():
                 deadline.reschedule(loop.time() + timeout_s)
             yield pb.SliceChunk(chunk=chunk)
@@ -110,9 +144,29 @@ async def send_slice(
             f"peer {client.peer_id}: took no data of its slice for {timeout_s:g} s; it, its disk "
             "or its link hangs"
         ) from exc
+    finally:
+        await in_thread(pieces.close)
 
 
-def _next_chunk(pieces: Iterator[tuple[int, int, memoryview]]) -> pb.BlockChunk | None:
+class _ChunkSource:
+    """The pieces of a slice as messages, for one thread at a time."""
+
+    def __init__(self, pieces: Generator[SlicePiece]):
+        self._pieces = pieces
+        self._lock = threading.Lock()
+
+    def next(self) -> pb.BlockChunk | None:
+        """The next one; None at the end, and when closed."""
+        with self._lock:
+            return _next_chunk(self._pieces)
+
+    def close(self) -> None:
+        """Stop cutting; when this returns, the checkpoint is no longer read."""
+        with self._lock:
+            self._pieces.close()
+
+
+def _next_chunk(pieces: Iterator[SlicePiece]) -> pb.BlockChunk | None:
     for block, offset, data in pieces:
         raw = bytes(data)
         return pb.BlockChunk(block=block, offset=offset, crc32=zlib.crc32(raw), data=raw)
@@ -123,7 +177,4 @@ def split_model(
     maker: SliceMaker, plan: Plan, stores: list[SliceStore], progress: ProgressCallback
 ) -> list[StoredSlice]:
     """Write every rank's slice, rank ``r`` into ``stores[r]``; see :func:`write_slice`."""
-    return [
-        write_slice(maker, shard, store, progress, rank)
-        for rank, (shard, store) in enumerate(zip(plan.shards, stores, strict=True))
-    ]
+    return [write_slice(maker, plan, rank, store, progress) for rank, store in enumerate(stores)]

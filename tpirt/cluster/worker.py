@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict
 
 from tpirt.cluster.cancellation import in_thread
 from tpirt.cluster.machine import (
@@ -13,11 +12,17 @@ from tpirt.cluster.machine import (
     has_bfloat16,
     host_id,
     int4_layout,
+    machine_cores,
     resident_bytes,
 )
+from tpirt.cluster.mesh import Connect, Mesh, Switchboard
+from tpirt.cluster.probing import answer
 from tpirt.cluster.rank import Limits, RankRuntime
-from tpirt.collectives.base import StepAborted
-from tpirt.collectives.star import StarWorker
+from tpirt.cluster.stats import stats_message
+from tpirt.cluster.tracing import TRACE_SPANS, send_clock, send_trace
+from tpirt.collectives.algorithms import Ranks
+from tpirt.collectives.base import Collective, StepAborted
+from tpirt.collectives.links import Links
 from tpirt.config import ModelConfig
 from tpirt.errors import (
     ConfigError,
@@ -44,16 +49,25 @@ class Worker:
     """See :class:`tpirt.transport.base.PeerService`.
 
     ``memory_bytes`` is the peer's own limit; a master may ask for less, never for more.
+    ``connect`` makes the way to another worker; without it, sums go through the master.
     """
 
     def __init__(
-        self, peer_id: str, store: SliceStore, memory_bytes: int | None, threads: int, log: Log
+        self,
+        peer_id: str,
+        store: SliceStore,
+        memory_bytes: int | None,
+        threads: int,
+        log: Log,
+        connect: Connect | None = None,
     ):
         self.peer_id = peer_id
         self._store = store
         self._memory_bytes = memory_bytes
         self._threads = threads
         self._log = log
+        self._connect = connect
+        self._board = Switchboard()
         self._master: str | None = None  # whom it serves now
 
     async def hello(self, request: pb.HelloRequest) -> pb.HelloReply:
@@ -66,6 +80,7 @@ class Worker:
             memory_bytes=self._memory_bytes or 0,
             available_bytes=available_bytes() + resident_bytes(),
             threads=self._threads,
+            cores=machine_cores(),
             bfloat16=has_bfloat16(),
             busy=self._master is not None,
             int4_layout=int4_layout().name,
@@ -106,21 +121,33 @@ class Worker:
             self._master = None
             self._log("waiting for a master")
 
+    async def link(self, channel: Channel) -> None:
+        """See :class:`tpirt.transport.base.PeerService`."""
+        await self._board.serve(channel)
+
     async def _serve(self, channel: Channel) -> None:
         frame = await channel.recv(_LONGEST_SILENCE_S)
         try:
             setup = _checked_setup(frame)
-            runtime = self._prepare(setup, channel)
+            links = Links(setup.rank, {0: channel}, setup.timeout_ms / 1e3)
+            runtime = self._prepare(setup, links)
         except TpirtError as exc:
             await _report(channel, 0, exc)
             return
+        mesh = Mesh(links, self._connect, self._board)
         try:
-            await _load(runtime, channel)
-            await _serve_steps(runtime, channel)
+            forming = asyncio.create_task(mesh.form(setup.session, setup.addresses))
+            try:
+                await _load(runtime, channel)
+                await _send_ready(runtime, channel, await forming)
+            finally:
+                forming.cancel()
+            await _serve_steps(runtime, channel, links, mesh)
         finally:
+            await mesh.aclose()
             await runtime.aclose()
 
-    def _prepare(self, setup: pb.Setup, channel: Channel) -> RankRuntime:
+    def _prepare(self, setup: pb.Setup, links: Links) -> RankRuntime:
         config = ModelConfig.from_json(setup.model_config)
         stored = self._store.find(setup.slice_id)
         if stored is None:
@@ -137,9 +164,9 @@ class Worker:
             memory_bytes=min(own, asked) if own and asked else own or asked,
             chunk_tokens=setup.chunk_tokens,
             timeout_s=setup.timeout_ms / 1e3,
+            trace_spans=min(setup.trace_spans, TRACE_SPANS),
         )
-        comm = StarWorker(setup.rank, setup.world_size, channel, limits.timeout_s)
-        return RankRuntime(config, stored, comm, limits)
+        return RankRuntime(config, stored, Ranks(setup.world_size, links), limits)
 
     def _holds(self, slice_id: str) -> bool:
         try:
@@ -149,28 +176,36 @@ class Worker:
             return False
 
 
-async def serve_step(runtime: RankRuntime, channel: Channel, frame: Frame) -> None:
+async def serve_step(runtime: RankRuntime, channel: Channel, links: Links, frame: Frame) -> None:
     """Run one step; a failure of this rank's own is reported and the session goes on.
+
+    So is the loss of another worker: it is the master's to end the session.
 
     Raises:
         PeerLostError: the master left.
         TransportError: the master's messages make no sense; the session must end.
     """
     step = frame.header.step
+    links.begin(step.step)
     try:
         shape = (step.tokens, runtime.decoder.config.hidden_size)
         runtime.check_step(step.start, step.tokens, step.rope_length)
         hidden = read_tensor(frame.payload, pb.FLOAT32, shape)
-        await runtime.step(step.step, hidden, step.start, step.rope_length)
+        collective = Collective.of(step)
+        runtime.begin(step.step, step.tokens, step.prefill, collective)
+        await runtime.step(hidden, step.start, step.rope_length, collective.halves)
     except StepAborted:
         pass
-    except (PeerLostError, TransportError):
+    except TransportError:
         raise
     except TpirtError as exc:
+        if isinstance(exc, PeerLostError) and not exc.rank:
+            raise
+        await links.give_up()
         await _report(channel, step.step, exc)
 
 
-async def _serve_steps(runtime: RankRuntime, channel: Channel) -> None:
+async def _serve_steps(runtime: RankRuntime, channel: Channel, links: Links, mesh: Mesh) -> None:
     last_step = 0
     while True:
         frame = await channel.recv()
@@ -181,17 +216,27 @@ async def _serve_steps(runtime: RankRuntime, channel: Channel) -> None:
                         f"expected a step after {last_step}, got {frame.header.step.step}; refused"
                     )
                 last_step = frame.header.step.step
-                await serve_step(runtime, channel, frame)
+                await serve_step(runtime, channel, links, frame)
             case "stats_request":
-                stats = asdict(runtime.stats(frame.header.stats_request.reset))
-                del stats["peer_id"]
-                stats["bytes_sent"] = channel.bytes_sent
-                stats["bytes_received"] = channel.bytes_received
+                stats = runtime.stats(frame.header.stats_request.reset)
+                stats.bytes_sent, stats.bytes_received = links.traffic
                 if frame.header.stats_request.reset:
-                    channel.bytes_sent = channel.bytes_received = 0
-                await channel.send(Frame(pb.FrameHeader(stats=pb.Stats(**stats))))
+                    links.reset_traffic()
+                await channel.send(Frame(pb.FrameHeader(stats=stats_message(stats))))
+            case "clock_request":
+                await send_clock(channel)
+            case "trace_request":
+                runtime.step_log.flush()
+                await send_trace(channel, runtime.recorder)
+            case "measure_links":
+                states = pb.LinkStates(links=await mesh.measure())
+                await channel.send(Frame(pb.FrameHeader(link_states=states)))
+            case "probe":
+                await answer(channel, frame)
             case "abort":
                 pass  # the step was over here already
+            case "partial" | "reduced" if links.is_leftover(frame):
+                pass
             case kind:
                 raise TransportError(f"{channel.peer_id}: {kind} between steps; refused")
 
@@ -218,8 +263,13 @@ async def _load(runtime: RankRuntime, channel: Channel) -> None:
         raise PeerLostError(f"{channel.peer_id}: loading failed") from exc
     finally:
         loading.cancel()
+
+
+async def _send_ready(runtime: RankRuntime, channel: Channel, links: list[pb.LinkState]) -> None:
     window = runtime.window
-    ready = pb.Ready(weights_bytes=window.weights_bytes, resident_bytes=window.held_bytes)
+    ready = pb.Ready(
+        weights_bytes=window.weights_bytes, resident_bytes=window.held_bytes, links=links
+    )
     await channel.send(Frame(pb.FrameHeader(ready=ready)))
 
 
@@ -232,7 +282,11 @@ def _checked_setup(frame: Frame) -> pb.Setup:
             f"it speaks protocol {PROTOCOL_VERSION}, the master {setup.protocol_version}; "
             "install the same tpirt on both"
         )
-    if not 1 <= setup.rank < setup.world_size or not setup.chunk_tokens or not setup.timeout_ms:
+    if (
+        not 1 <= setup.rank < setup.world_size
+        or not (setup.chunk_tokens and setup.timeout_ms)
+        or len(setup.addresses) not in (0, setup.world_size)
+    ):
         raise TransportError(
             f"a setup that makes no sense: rank {setup.rank} of {setup.world_size}, chunks of "
             f"{setup.chunk_tokens} tokens, timeout {setup.timeout_ms} ms"

@@ -2,29 +2,83 @@
 
 from __future__ import annotations
 
+import statistics
+from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 import torch
 
-from tpirt.stopwatch import Stopwatch
+from tpirt.collectives.wire import Wire
+from tpirt.errors import TransportError
+from tpirt.stopwatch import NETWORK, Recorder
+from tpirt.transport.pb import tpirt_pb2 as pb
 
 
 class StepAborted(Exception):  # noqa: N818 - it is no error
     """The step was given up on the master's wish; not an error, and not a user's to see."""
 
 
+class Algorithm(Enum):
+    """How a sum comes about; R ranks, n bytes of a partial. The value is what users type.
+
+    Measured and left out: a ring moves as many bytes over each link as ``TWO_SHOT`` and needs
+    2 (R - 1) hops for it, so it is never faster where every pair of ranks is connected.
+    """
+
+    STAR = "star"  # through the master: 2 hops, 2 (R - 1) n bytes in all, the master's link bears
+    DIRECT = "direct"  # everyone to everyone: 1 hop, (R - 1) n bytes in and out of every rank
+    TWO_SHOT = "two-shot"  # reduce-scatter, all-gather: 2 hops, 2 (R - 1) / R n bytes per rank
+
+    @property
+    def number(self) -> pb.Algorithm:
+        """Its name in the protocol."""
+        return _NUMBERS[self]
+
+
+_NUMBERS = {
+    Algorithm.STAR: pb.STAR,
+    Algorithm.DIRECT: pb.DIRECT,
+    Algorithm.TWO_SHOT: pb.TWO_SHOT,
+}
+
+
+@dataclass(frozen=True)
+class Collective:
+    """What the master decides for a step: the same on all ranks."""
+
+    algorithm: Algorithm = Algorithm.STAR
+    wire: Wire = Wire.FLOAT32
+    halves: bool = False  # of a step's tokens, one computed while the other's sum is under way
+
+    @classmethod
+    def of(cls, step: pb.Step) -> Collective:
+        """What a step's header asks for.
+
+        Raises:
+            TransportError: something that this version does not know.
+        """
+        for algorithm, number in _NUMBERS.items():
+            if number == step.algorithm:
+                return cls(algorithm, Wire.of(step.wire), step.halves)
+        raise TransportError(f"step {step.step}: unknown algorithm {step.algorithm}")
+
+
+DEFAULT_COLLECTIVE = Collective()
+
+
 class Communicator(Protocol):
     """One rank's membership of the tensor-parallel group.
 
-    Every rank makes the same calls in the same order within a step. Sums run in rank order with
-    float32 accumulation, so all ranks hold identical bits and a rerun repeats them.
+    Every rank makes the same calls in the same order within a step; two may be under way at a
+    time. Sums run in rank order with float32 accumulation whatever the algorithm, so all ranks
+    hold identical bits and a rerun repeats them; all algorithms give the same bits.
     """
 
     rank: int
     world_size: int
-    clock: Stopwatch
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, collective: Collective = DEFAULT_COLLECTIVE) -> None:
         """Start numbering the collectives of ``step``."""
 
     async def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
@@ -49,10 +103,7 @@ class Solo:
     rank = 0
     world_size = 1
 
-    def __init__(self) -> None:
-        self.clock = Stopwatch()
-
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, collective: Collective = DEFAULT_COLLECTIVE) -> None:
         """See :class:`Communicator`."""
 
     async def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
@@ -62,3 +113,42 @@ class Solo:
     async def reduce(self, partial: torch.Tensor) -> torch.Tensor | None:
         """See :class:`Communicator`."""
         return partial
+
+
+class Timed:
+    """Any communicator, with the time in its collectives counted and recorded.
+
+    Attributes:
+        clock: time spent in collectives: sending, waiting, summing.
+    """
+
+    def __init__(self, inner: Communicator, recorder: Recorder):
+        self.rank = inner.rank
+        self.world_size = inner.world_size
+        self.clock = recorder.stopwatch(NETWORK)
+        self._inner = inner
+        self._step = 0
+        self._took_ns: list[int] = []
+
+    def begin(self, step: int, collective: Collective = DEFAULT_COLLECTIVE) -> None:
+        """See :class:`Communicator`."""
+        self._step = step
+        self._took_ns.clear()
+        self._inner.begin(step, collective)
+
+    async def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
+        """See :class:`Communicator`."""
+        began_ns = self.clock.total_ns
+        with self.clock.running("all_reduce", partial.nbytes, self._step):
+            total = await self._inner.all_reduce(partial)
+        self._took_ns.append(self.clock.total_ns - began_ns)
+        return total
+
+    async def reduce(self, partial: torch.Tensor) -> torch.Tensor | None:
+        """See :class:`Communicator`."""
+        with self.clock.running("reduce", partial.nbytes, self._step):
+            return await self._inner.reduce(partial)
+
+    def median_s(self) -> float | None:
+        """What an allreduce of this step took; None if there was none."""
+        return statistics.median(self._took_ns) / 1e9 if self._took_ns else None

@@ -22,12 +22,16 @@ from tpirt.cluster.launcher import LocalPeers
 from tpirt.cluster.machine import default_threads
 from tpirt.cluster.rank import Limits
 from tpirt.cluster.slices import SliceMaker
+from tpirt.cluster.sums import SumOptions
+from tpirt.cluster.tracing import TRACE_SPANS
 from tpirt.config import ModelConfig
 from tpirt.engine.defaults import GenerationDefaults
 from tpirt.engine.dtype import ChosenDtype, choose_dtype
 from tpirt.engine.sampler import Sampler, check_params
+from tpirt.engine.token_times import token_times
+from tpirt.engine.trace_file import TraceFile
 from tpirt.errors import ConfigError, MemoryLimitError, RequestError
-from tpirt.model.memory import RankPlan, choose_chunk_tokens, plan_rank
+from tpirt.model.memory import RankPlan, choose_chunk_tokens, logits_tokens, plan_rank
 from tpirt.ops.quant import QuantSpec
 from tpirt.parallel.format import WeightFormat
 from tpirt.parallel.partition import make_plan
@@ -45,7 +49,9 @@ from tpirt.types import (
     ignore_progress,
 )
 from tpirt.weights.checkpoint import Checkpoint, check_tensors, resolve_tied
+from tpirt.weights.names import EMBEDDING
 from tpirt.weights.store import SliceStore, default_store
+from tpirt.weights.synthetic import SyntheticCheckpoint, WeightSource, is_synthetic
 from tpirt.weights.window import MIN_SLOTS
 
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -57,10 +63,16 @@ MAX_TIMEOUT_S = 86_400.0
 
 @dataclass(frozen=True)
 class Model:
-    """A model directory, opened: what it is, its weights, its text side."""
+    """A model directory, opened: what it is, its weights, its text side.
+
+    ``embedding`` is the checkpoint's name of that matrix; ``store`` is where this machine keeps
+    the model's slices unless told otherwise.
+    """
 
     config: ModelConfig
-    checkpoint: Checkpoint
+    checkpoint: WeightSource
+    embedding: str
+    store: Path
     tokenizer: Tokenizer
     defaults: GenerationDefaults
 
@@ -87,15 +99,17 @@ class Engine:
         group: Group,
         peers: Sequence[PeerInfo],
         chunk_tokens: int,
+        loss_tokens: int,
     ):
         self.config = model.config
         self.tokenizer = model.tokenizer
         self.defaults = model.defaults
         self.peers = peers
         self._checkpoint = model.checkpoint
-        self._embedding, _ = resolve_tied(model.checkpoint, model.config)
+        self._embedding = model.embedding
         self._group = group
         self._chunk_tokens = chunk_tokens
+        self._loss_tokens = loss_tokens
         self._cached: list[int] = []  # ids whose keys and values every rank holds
         self._rope_length = 0  # the longest that their keys were rotated for
         self._busy = asyncio.Lock()
@@ -113,10 +127,13 @@ class Engine:
         memory_bytes: int | None = None,
         dtype: str = "auto",
         quantize: str = "none",
+        collective: str = "auto",
+        wire: str = "auto",
         threads: int | None = None,
         chunk_tokens: int | None = None,
         store: str | Path | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        trace: str | Path | None = None,
         progress: ProgressCallback = ignore_progress,
         on_plan: PlanCallback | None = None,
     ) -> AsyncIterator[Engine]:
@@ -135,10 +152,17 @@ class Engine:
             dtype: ``auto``, ``float32`` or ``bfloat16``.
             quantize: ``none``, ``int8``, ``int4`` or ``int4:GROUP`` with 32, 64 or 128: how the
                 projections are stored; the LM head is kept in 8 bits at least.
+            collective: how the ranks' results are summed: ``star``, ``direct``, ``two-shot``, or
+                ``auto``: what suits the links, as measured.
+            wire: form of the sums between ranks: ``float32``, ``bfloat16``, ``int8``, or ``auto``:
+                float32 for a float32 run, else bfloat16.
             threads: compute threads per process; the machine's cores shared out when absent.
             chunk_tokens: most tokens of a prefill step; chosen by ``memory_bytes`` when absent.
-            store: folder of this machine's slices; ``~/.cache/tpirt/slices`` when absent.
+            store: folder of this machine's slices; when absent ``~/.cache/tpirt/slices``, or a
+                synthetic model's own ``slices``.
             timeout_s: longest silence of a rank during a step before it is given up.
+            trace: file for a trace of all ranks, written on leaving; see
+                :mod:`tpirt.engine.trace_file`.
             progress: called with progress reports, also from other threads.
             on_plan: called with what each rank will hold, before anything is loaded.
 
@@ -148,23 +172,27 @@ class Engine:
             StoreError: slices cannot be written or read.
             HandshakeError: a peer is of another version, or busy.
             PeerUnreachableError, PeerLostError: a peer does not answer or went away.
+            RequestError: the trace cannot be written.
         """
         path = Path(model) if model is not None else BUNDLED_MODEL
         if peers and local != 1:
             raise ConfigError("local and peers exclude each other: give one of them")
         _check_options(window, memory_bytes, threads, chunk_tokens, timeout_s)
         quant = QuantSpec.parse(quantize)
+        sums = SumOptions.parse(collective, wire)
         world_size = len(peers) + 1 if peers else local
         async with AsyncExitStack() as stack:
+            trace_file = stack.enter_context(TraceFile(Path(trace))) if trace is not None else None
             model_dir = await asyncio.to_thread(open_model, path)
             config = model_dir.config
+            slices = SliceStore(Path(store) if store else model_dir.store)
             stack.enter_context(model_dir.checkpoint)
             plan = make_plan(config, world_size, ratio)
             threads = threads or default_threads(local)
             stack.enter_context(_compute_threads(threads))
             if local > 1:
                 progress(Progress("starting peers", 0, local - 1, "peers"))
-                started = LocalPeers(local - 1, threads, str(store) if store else None)
+                started = LocalPeers(local - 1, threads, slices.root)
                 peers = (await stack.enter_async_context(started)).addresses
                 progress(Progress("starting peers", local - 1, local - 1, "peers"))
             clients = [GrpcPeerClient(p) if isinstance(p, str) else p for p in peers]
@@ -176,14 +204,18 @@ class Engine:
             makers = [SliceMaker(model_dir.checkpoint, config, form) for form in forms]
             limits = memory_limits(infos, memory_bytes)
             chunk = chunk_tokens or choose_chunk_tokens(config, plan.shards, memory_bytes)
-            bounds = tuple(Limits(window, limit, chunk, timeout_s) for limit in limits)
+            spans = TRACE_SPANS if trace_file else 0
+            bounds = tuple(Limits(window, limit, chunk, timeout_s, spans) for limit in limits)
             if on_plan is not None:
                 ranks = (plan_rank(config, plan, r, f, chunk) for r, f in enumerate(forms))
                 on_plan(LoadPlan(chosen, tuple(ranks), tuple(infos), bounds))
-            slices = SliceStore(Path(store) if store else default_store())
             await group.distribute(makers, plan, slices, progress)
-            await group.start(makers, plan, slices, bounds, progress)
-            yield cls(model_dir, group, infos, chunk)
+            await group.start(makers, plan, slices, bounds, infos, sums, progress)
+            loss_tokens = logits_tokens(config, plan.shards[0], world_size, chunk)
+            engine = cls(model_dir, group, infos, chunk, loss_tokens)
+            if trace_file is not None:
+                await stack.enter_async_context(trace_file.saved(group.trace, engine.name))
+            yield engine
 
     @property
     def name(self) -> str:
@@ -209,6 +241,16 @@ class Engine:
     def broken(self) -> Exception | None:
         """Why no request can succeed any more (a lost peer); None while all is well."""
         return self._group.broken
+
+    @property
+    def notice(self) -> str:
+        """What a user should know of how ranks work together; empty if all is as asked for."""
+        return self._group.sums.notice if self._group.sums else ""
+
+    def explain(self) -> list[str]:
+        """Say which links were measured and how sums go over them, a line each."""
+        sums = self._group.sums
+        return sums.explain(self._chunk_tokens) if sums else ["one rank: nothing to sum"]
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Turn a prompt into ids: text with BOS as the tokenizer says, messages by the template.
@@ -258,12 +300,13 @@ class Engine:
             hidden = await self._prefill(ids, progress)
             while True:
                 logits = await self._group.logits(hidden)
-                token = writer.push(sampler.next(logits[0], history))
+                with self._group.sampling(len(history) - len(ids)):
+                    token = writer.push(sampler.next(logits[0], history))
                 history.append(token.id)
                 yield token
                 if token.finish_reason is not None:
                     return
-                hidden = await self._forward([token.id], len(history))
+                hidden = await self._forward([token.id], len(history), prefill=False)
 
     async def complete(
         self,
@@ -280,6 +323,7 @@ class Engine:
             times.append(time.perf_counter())
             tokens.append(token)
         steps = max(1, len(times) - 1)
+        ranks = await self.stats()
         return Completion(
             text="".join(token.text for token in tokens),
             prompt_token_ids=ids,
@@ -288,7 +332,8 @@ class Engine:
             ttft_ms=(times[0] - started) * 1e3,
             tpot_ms=(times[-1] - times[0]) / steps * 1e3,
             world_size=self.world_size,
-            ranks=await self.stats(),
+            ranks=ranks,
+            decoded=token_times(ranks),
         )
 
     async def logits(self, ids: Sequence[int]) -> torch.Tensor:
@@ -297,29 +342,34 @@ class Engine:
         Raises:
             RequestError: ``ids`` is empty or longer than the context.
         """
-        return torch.cat([part async for _, part in self._logits_by_chunk(ids)])
+        return torch.cat([part async for _, part in self._logits(ids, self._chunk_tokens)])
 
     async def loss(self, ids: Sequence[int]) -> float:
         """Return ``-sum(log p(ids[t] | ids[:t]))`` over t >= 1; forgets what was cached.
 
-        Memory stays at the logits of one prefill chunk. Raises as :meth:`logits`.
+        Logits take no more memory than a prefill chunk does. Raises as :meth:`logits`.
         """
         total = 0.0
-        async for start, logits in self._logits_by_chunk(ids):
+        async for start, logits in self._logits(ids, self._loss_tokens):
             targets = torch.tensor(ids[start + 1 : start + 1 + len(logits)])
             predictions = logits[: len(targets)]
             total += float(F.cross_entropy(predictions, targets, reduction="sum"))
         return total
 
-    async def _logits_by_chunk(self, ids: Sequence[int]) -> AsyncIterator[tuple[int, torch.Tensor]]:
-        """Yield each prefill chunk's first position and logits, (chunk, V)."""
+    async def _logits(
+        self, ids: Sequence[int], at_once: int
+    ) -> AsyncIterator[tuple[int, torch.Tensor]]:
+        """Yield the logits after each id, (T, V) with T at most ``at_once``, and T's first id."""
         ids = self._checked(list(ids), room=0)
         async with self._busy:
             self._cached.clear()
+            await self._group.stats(reset=True)
             for start in range(0, len(ids), self._chunk_tokens):
                 chunk = ids[start : start + self._chunk_tokens]
-                hidden = await self._forward(chunk, len(ids))
-                yield start, await self._group.logits(hidden)
+                hidden = await self._forward(chunk, len(ids), prefill=True)
+                for part in torch.split(hidden, at_once):
+                    yield start, await self._group.logits(part)
+                    start += len(part)
 
     async def stats(self) -> list[RankStats]:
         """What each rank used and did since the last request began."""
@@ -352,7 +402,7 @@ class Engine:
         todo = len(ids) - start
         while True:
             chunk = ids[len(self._cached) : len(self._cached) + self._chunk_tokens]
-            hidden = await self._forward(chunk, len(ids))
+            hidden = await self._forward(chunk, len(ids), prefill=True)
             done = len(self._cached) - start
             progress(Progress("prefill", done, todo, "tokens"))
             if done == todo:
@@ -370,10 +420,12 @@ class Engine:
             shared += 1
         return shared
 
-    async def _forward(self, ids: Sequence[int], rope_length: int) -> torch.Tensor:
+    async def _forward(
+        self, ids: Sequence[int], rope_length: int, *, prefill: bool
+    ) -> torch.Tensor:
         start = len(self._cached)
         hidden = self._checkpoint.gather_rows(self._embedding, ids).float()
-        out = await self._group.step(hidden, start, rope_length)
+        out = await self._group.step(hidden, start, rope_length, prefill)
         self._rope_length = max(self._rope_length if start else 0, rope_length)
         self._cached.extend(ids)
         return out
@@ -421,14 +473,18 @@ def open_model(path: Path) -> Model:
     config = ModelConfig.from_dir(path)
     tokenizer = Tokenizer.from_dir(path)
     defaults = GenerationDefaults.from_dir(path, tokenizer.eos_id)
+    if is_synthetic(path):
+        drawn = SyntheticCheckpoint.open(path)
+        return Model(config, drawn, EMBEDDING, drawn.slices, tokenizer, defaults)
     checkpoint = Checkpoint.open(path)
     try:
         check_tensors(checkpoint, config)
+        embedding, _ = resolve_tied(checkpoint, config)
         _ = checkpoint.fingerprint
     except BaseException:
         checkpoint.close()
         raise
-    return Model(config, checkpoint, tokenizer, defaults)
+    return Model(config, checkpoint, embedding, default_store(), tokenizer, defaults)
 
 
 def _check_options(

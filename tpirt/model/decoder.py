@@ -1,14 +1,18 @@
 """The decoder, one rank of it: every family, every world size, streamed or resident.
 
-Axes: T tokens, H hidden, Q local query heads, K local KV heads, D head_dim, I local MLP columns.
-The residual stream and the partial sums are float32; matrix products run in the weights' dtype.
+Axes: T tokens, H hidden, Q local query heads, K local KV heads, D head_dim, I MLP columns of
+a block. The residual stream and the partial sums are float32; matrix products run in the weights'
+dtype.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Protocol, TypeVar
 
 import torch
@@ -16,12 +20,14 @@ import torch.nn.functional as F
 
 from tpirt.collectives.base import Communicator, StepAborted
 from tpirt.config import ModelConfig
+from tpirt.errors import PeerLostError, TransportError
 from tpirt.model.kv_cache import KVCache
 from tpirt.ops.nn import ACTIVATIONS, attention, gated_mlp, rms_norm
 from tpirt.ops.quant_linear import KernelChoice, MatrixShape, QuantMatrix, linear
 from tpirt.ops.rope import inverse_frequencies, rotate, rotation
 from tpirt.parallel.partition import Shard
-from tpirt.stopwatch import Stopwatch
+from tpirt.parallel.sharding import Block
+from tpirt.stopwatch import COMPUTE, Recorder
 from tpirt.weights.layout import Weights
 
 _T = TypeVar("_T")
@@ -34,11 +40,56 @@ _INLINE_TOKENS = 8
 class WeightSource(Protocol):
     """Where blocks come from; :class:`tpirt.weights.window.Window` is one."""
 
+    blocks: Sequence[Block]
+
     async def acquire(self, index: int) -> Weights:
         """Wait for a block's tensors."""
 
     def release(self, index: int) -> None:
         """Give them back."""
+
+
+_NOTHING = torch.empty(0)
+
+
+@dataclass
+class _Part:
+    """Tokens that go through the layers together: a step's, or half of them.
+
+    Attributes:
+        hidden: (T, H) float32, the residual stream.
+        offset: of the first token within the step.
+        cos, sin: rotation of its positions.
+        normed: what the pieces of an MLP or of the head multiply, (T, H).
+        partial: what the last block made of it.
+        pending: the sum over ranks that is under way.
+    """
+
+    hidden: torch.Tensor
+    offset: int = 0
+    cos: torch.Tensor = _NOTHING
+    sin: torch.Tensor = _NOTHING
+    normed: torch.Tensor = _NOTHING
+    partial: torch.Tensor = _NOTHING
+    pending: asyncio.Task[torch.Tensor] | None = None
+
+    async def settle(self) -> None:
+        """Wait for the sum that is under way, and add it."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            self.hidden += await pending
+
+
+async def _settle(parts: Sequence[_Part], exc: BaseException) -> None:
+    """Leave no sum behind when a step fails: the others' messages of it must be read, or never.
+
+    Where a peer is lost, nothing more can be relied on to come.
+    """
+    pending = [part.pending for part in parts if part.pending is not None]
+    if isinstance(exc, (PeerLostError, TransportError)):
+        for task in pending:
+            task.cancel()
+    await asyncio.gather(*pending, return_exceptions=True)
 
 
 class Decoder:
@@ -48,13 +99,15 @@ class Decoder:
         self,
         config: ModelConfig,
         shard: Shard,
+        mlp_pieces: int,
         dtype: torch.dtype,
         weights: WeightSource,
         comm: Communicator,
         kernels: Mapping[MatrixShape, KernelChoice],
+        recorder: Recorder,
     ):
         self.config = config
-        self.clock = Stopwatch()
+        self.clock = recorder.stopwatch(COMPUTE)
         self.aborted = False  # set from outside to give the running step up
         self.kv = KVCache(config.num_hidden_layers, shard.kv_heads.size, config.head_dim, dtype)
         self._shard = shard
@@ -63,11 +116,12 @@ class Decoder:
         self._comm = comm
         self._kernels = kernels
         self._groups = _group_sizes(config, shard)
+        self._mlp_pieces = mlp_pieces
         self._activation = ACTIVATIONS[config.hidden_act]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tpirt-compute")
 
     async def forward(
-        self, hidden: torch.Tensor, start: int, rope_length: int
+        self, hidden: torch.Tensor, start: int, rope_length: int, halves: bool = False
     ) -> torch.Tensor | None:
         """Run all layers over new tokens.
 
@@ -78,6 +132,8 @@ class Decoder:
             hidden: (T, H) float32, the same bits on every rank; overwritten.
             start: position of the first token.
             rope_length: sequence length that dynamic rope scaling is computed for.
+            halves: take the tokens in two halves, and compute one while the other's sum is under
+                way. Which of two products a token is in can change its last bits.
 
         Returns:
             (T, H) float32 before the final norm on rank 0, None on the others.
@@ -88,19 +144,33 @@ class Decoder:
         """
         tokens = hidden.shape[0]
         frequencies = inverse_frequencies(self.config, rope_length)
-        self._cos, self._sin = rotation(frequencies, start, tokens, self._dtype)
+        cos, sin = rotation(frequencies, start, tokens, self._dtype)
         self.kv.truncate(start)
         self.kv.reserve(start + tokens)
-        last = self.config.num_hidden_layers - 1
-        for layer in range(last + 1):
-            partial = await self._block(2 * layer, self._attention, layer, hidden)
-            hidden += await self._comm.all_reduce(partial)
-            partial = await self._block(2 * layer + 1, self._mlp, layer, hidden)
-            if layer < last:
-                hidden += await self._comm.all_reduce(partial)
-        reduced = await self._comm.reduce(partial)
+        cuts = [0, tokens // 2, tokens] if halves and tokens > 1 else [0, tokens]
+        parts = [
+            _Part(hidden[low:high], low, cos[low:high], sin[low:high])
+            for low, high in pairwise(cuts)
+        ]
+        try:
+            await self._layers(parts)
+        except BaseException as exc:
+            await _settle(parts, exc)
+            raise
+        whole = parts[0].partial if len(parts) == 1 else torch.cat([p.partial for p in parts])
+        reduced = await self._comm.reduce(whole)
         self.kv.advance(tokens)
         return None if reduced is None else hidden.add_(reduced)
+
+    async def _layers(self, parts: Sequence[_Part]) -> None:
+        """Run all layers; the last one's partials stay in ``parts``, not summed over ranks."""
+        last_layer, last_piece = self.config.num_hidden_layers - 1, self._mlp_pieces - 1
+        for layer in range(last_layer + 1):
+            first = layer * (1 + self._mlp_pieces)
+            await self._block(first, self._attention, layer, parts, summed=True)
+            for piece in range(self._mlp_pieces):
+                summed = piece == last_piece and layer < last_layer
+                await self._block(first + 1 + piece, self._mlp, piece, parts, summed=summed)
 
     async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the final norm and the LM head, rank 0 only.
@@ -111,14 +181,12 @@ class Decoder:
         Returns:
             (T, V) float32.
         """
-        first = 2 * self.config.num_hidden_layers
+        index = self.config.num_hidden_layers * (1 + self._mlp_pieces)
+        rows = _Part(hidden)
         parts: list[torch.Tensor] = []
-        rows = index = 0
-        while rows < self.config.vocab_size:
-            part = await self._block(first + index, self._head, index, hidden)
-            parts.append(part)
-            rows += part.shape[1]
-            index += 1
+        while sum(part.shape[1] for part in parts) < self.config.vocab_size:
+            await self._block(index + len(parts), self._head, len(parts), [rows], summed=False)
+            parts.append(rows.partial)
         return torch.cat(parts, dim=1)
 
     def close(self) -> None:
@@ -128,27 +196,40 @@ class Decoder:
     async def _block(
         self,
         index: int,
-        compute: Callable[[Weights, int, torch.Tensor], torch.Tensor],
+        compute: Callable[[Weights, int, _Part], torch.Tensor],
         number: int,
-        hidden: torch.Tensor,
-    ) -> torch.Tensor:
+        parts: Sequence[_Part],
+        *,
+        summed: bool,
+    ) -> None:
+        """Let every part through a block, and sum what comes out over ranks if it is to be.
+
+        Of several parts, one is computed while the other's sum is under way; it is added when the
+        part's turn comes again.
+        """
         if self.aborted:
             raise StepAborted
         tensors = await self._weights.acquire(index)
         try:
-            return await self._run(lambda: compute(tensors, number, hidden), hidden.shape[0])
+            for part in parts:
+                await part.settle()
+                with self.clock.running(self._weights.blocks[index].name, number=index):
+                    part.partial = await self._run(partial(compute, tensors, number, part), part)
+                if summed and len(parts) > 1:
+                    part.pending = asyncio.create_task(self._comm.all_reduce(part.partial))
         finally:
             self._weights.release(index)
+        if summed and len(parts) == 1:
+            parts[0].hidden += await self._comm.all_reduce(parts[0].partial)
 
-    async def _run(self, compute: Callable[[], _T], tokens: int) -> _T:
-        with self.clock.running():
-            if tokens <= _INLINE_TOKENS:
-                return compute()
-            return await asyncio.get_running_loop().run_in_executor(self._thread, compute)
+    async def _run(self, compute: Callable[[], _T], part: _Part) -> _T:
+        if len(part.hidden) <= _INLINE_TOKENS:
+            return compute()
+        return await asyncio.get_running_loop().run_in_executor(self._thread, compute)
 
-    def _attention(self, w: Weights, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+    def _attention(self, w: Weights, layer: int, part: _Part) -> torch.Tensor:
         config, shard = self.config, self._shard
-        x = _norm(w, hidden, "norm", config.rms_norm_eps).to(self._dtype)
+        x = _norm(w, part.hidden, "norm", config.rms_norm_eps).to(self._dtype)
         qkv = self._project(x, w, "qkv_proj")  # (T, (Q + 2 K) D)
         heads = qkv.view(len(x), -1, config.head_dim).transpose(0, 1)  # (Q + 2 K, T, D)
         queries, keys = shard.q_heads.size, shard.kv_heads.size
@@ -156,22 +237,27 @@ class Decoder:
         if config.qk_norm:
             q = _norm(w, q, "q_norm", config.rms_norm_eps).to(self._dtype)
             k = _norm(w, k, "k_norm", config.rms_norm_eps).to(self._dtype)
-        q, k = rotate(q, self._cos, self._sin), rotate(k, self._cos, self._sin)
-        k, v = self.kv.append(layer, k, v)
+        q, k = rotate(q, part.cos, part.sin), rotate(k, part.cos, part.sin)
+        k, v = self.kv.append(layer, k, v, part.offset)
         out = attention(q, k, v, self._groups, config.sliding_windows[layer])
         flat = out.transpose(0, 1).reshape(len(x), -1)  # (T, Q D)
         return self._project(flat, w, "o_proj").float()
 
-    def _mlp(self, w: Weights, _: int, hidden: torch.Tensor) -> torch.Tensor:
-        x = _norm(w, hidden, "norm", self.config.rms_norm_eps).to(self._dtype)
-        gate_up = self._project(x, w, "gate_up_proj")  # (T, 2 I)
+    def _mlp(self, w: Weights, piece: int, part: _Part) -> torch.Tensor:
+        if piece == 0:
+            part.normed = self._normed(w, part)
+        gate_up = self._project(part.normed, w, "gate_up_proj")  # (T, 2 I)
         x = gated_mlp(gate_up, self._activation)
-        return self._project(x, w, "down_proj").float()
+        out = self._project(x, w, "down_proj").float()
+        return out if piece == 0 else part.partial.add_(out)
 
-    def _head(self, w: Weights, number: int, hidden: torch.Tensor) -> torch.Tensor:
+    def _head(self, w: Weights, number: int, part: _Part) -> torch.Tensor:
         if number == 0:
-            self._normed = _norm(w, hidden, "norm", self.config.rms_norm_eps)
-        return self._project(self._normed.to(self._dtype), w, "lm_head").float()
+            part.normed = self._normed(w, part)
+        return self._project(part.normed, w, "lm_head").float()
+
+    def _normed(self, w: Weights, part: _Part) -> torch.Tensor:
+        return _norm(w, part.hidden, "norm", self.config.rms_norm_eps).to(self._dtype)
 
     def _project(self, x: torch.Tensor, w: Weights, name: str) -> torch.Tensor:
         """``x W^T + b`` with weights in whatever form they are stored; x's dtype."""

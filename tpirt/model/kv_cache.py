@@ -54,16 +54,17 @@ class KVCache:
         self.length = length
 
     def append(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, offset: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write (K, T, D) behind the filled positions and return views of all, (K, S, D).
+        """Write (K, T, D) ``offset`` behind the filled positions; return views of all, (K, S, D).
 
         Every layer appends the same tokens; then :meth:`advance` makes them count.
         """
-        end = self.length + keys.shape[1]
+        start = self.length + offset
+        end = start + keys.shape[1]
         slot = self._layers[layer]
-        slot.keys[:, self.length : end] = keys
-        slot.values[:, self.length : end] = values
+        slot.keys[:, start:end] = keys
+        slot.values[:, start:end] = values
         return slot.keys[:, :end], slot.values[:, :end]
 
     def advance(self, tokens: int) -> None:

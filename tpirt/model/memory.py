@@ -14,6 +14,8 @@ from tpirt.ops.nn import MASK_ELEMENTS
 from tpirt.parallel.format import WeightFormat
 from tpirt.parallel.partition import Plan, Shard
 from tpirt.parallel.sharding import rank_blocks
+from tpirt.weights.layout import file_bytes
+from tpirt.weights.reader import buffer_bytes
 
 DEFAULT_CHUNK_TOKENS = 256
 _MIN_CHUNK_TOKENS = 16
@@ -37,6 +39,16 @@ def activation_bytes(config: ModelConfig, shard: Shard, world_size: int, tokens:
     return (6 + 3 * senders) * hidden + 4 * qkv + 4 * mlp + mask + logits
 
 
+def logits_tokens(config: ModelConfig, shard: Shard, world_size: int, tokens: int) -> int:
+    """How many tokens' logits rank 0 can hold in what a step of ``tokens`` tokens takes.
+
+    Each takes two rows of the vocabulary in float32: its logits, and what they are made of or
+    what is made of them.
+    """
+    room = activation_bytes(config, shard, world_size, tokens)
+    return max(1, min(tokens, room // (8 * config.vocab_size)))
+
+
 def kv_bytes(config: ModelConfig, shard: Shard, dtype: torch.dtype, tokens: int) -> int:
     """Bytes of the keys and values of ``tokens`` positions on one rank."""
     per_layer = 2 * shard.kv_heads.size * config.head_dim * dtype.itemsize
@@ -49,7 +61,8 @@ def choose_chunk_tokens(
     """Choose how many tokens a prefill step takes at most.
 
     Without a memory bound the default; otherwise halved until a step's activations take at most
-    an eighth of the bound on the neediest rank.
+    a quarter of the bound on the neediest rank: every chunk of a prompt streams the weights once
+    more, and what a chunk takes is the weights' again while tokens are decoded.
     """
     tokens = DEFAULT_CHUNK_TOKENS
     if memory_bytes is None:
@@ -58,14 +71,14 @@ def choose_chunk_tokens(
     def need(tokens: int) -> int:
         return max(activation_bytes(config, shard, len(shards), tokens) for shard in shards)
 
-    while tokens > _MIN_CHUNK_TOKENS and need(tokens) > memory_bytes // 8:
+    while tokens > _MIN_CHUNK_TOKENS and need(tokens) > memory_bytes // 4:
         tokens //= 2
     return tokens
 
 
 @dataclass(frozen=True)
 class RankPlan:
-    """What one rank will hold and need."""
+    """What one rank will hold and need; a block's bytes are those of its file in memory."""
 
     rank: int
     shard: Shard
@@ -90,7 +103,7 @@ def plan_rank(
         rank=rank,
         shard=shard,
         form=form,
-        block_bytes=tuple(block.nbytes for block in blocks),
+        block_bytes=tuple(buffer_bytes(file_bytes(block)) for block in blocks),
         kv_token_bytes=kv_bytes(config, shard, form.dtype, 1),
         activation_bytes=activation_bytes(config, shard, plan.world_size, chunk_tokens),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import mmap
@@ -49,13 +50,29 @@ def place(*regions: Region) -> tuple[Region, ...]:
     return tuple(placed)
 
 
+# Disks take so many pieces of memory per request (254 on virtio): what they write into should be
+# contiguous. Reading into 4 KiB pages came to half the rate of huge ones.
+_HUGE_PAGE = 2 << 20
+
+
 def page_buffer(nbytes: int) -> torch.Tensor:
     """Allocate zeroed uint8 (nbytes,), page-aligned, straight from the operating system.
 
-    It goes back there as soon as the last view of it is gone: no allocator keeps it, so a memory
-    limit can be held to.
+    It lies in huge pages as far as it fills them, where the system has them. It goes back as soon
+    as the last view of it is gone: no allocator keeps it, so a memory limit can be held to.
     """
-    return torch.frombuffer(mmap.mmap(-1, max(1, nbytes)), dtype=torch.uint8)[:nbytes]
+    whole = nbytes // _HUGE_PAGE * _HUGE_PAGE
+    if not whole or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.frombuffer(mmap.mmap(-1, max(1, nbytes)), dtype=torch.uint8)[:nbytes]
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # huge pages are not for shared memory
+    memory = mmap.mmap(
+        -1, nbytes + _HUGE_PAGE, flags=private
+    )  # what is never touched costs nothing
+    buffer = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -buffer.data_ptr() % _HUGE_PAGE
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE, start, whole)
+    return buffer[start : start + nbytes]
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -1,22 +1,16 @@
-"""Where the bytes of a quantized matrix lie: the portable form, and the one a CPU's kernel reads.
+"""Where the bytes of a quantized matrix lie: in the order in which a CPU's kernel reads them.
 
 Axes: N out_features, K in_features (padded: Kp), g group size, G = Kp / g, B rows of a kernel
 block, Np = N rounded up to B.
 
-The **canonical** form is the same on every machine and is what crosses the wire:
+- int8: ``codes`` int8 (N, Kp), ``scales`` bfloat16 (N,), the same everywhere.
+- int4: ``codes`` uint8 (Np / B, Kp, B / 2), ``scale_zero`` bfloat16 (G, Np, 2): each byte holds
+  one input's codes of two rows of a block. Which two, and B, depend on the vectors torch uses
+  here (``weight_to_int4pack_kernel`` in ``ATen/native/cpu/int4mm_kernel.cpp``: 64 rows, halves,
+  on AVX-512; 32 rows, halves, on AVX2; neighbouring rows elsewhere). Torch does not say, so
+  :func:`local_layout` packs a probe and looks. Rows that pad have scale and zero point 0.
 
-- int8: ``codes`` int8 (N, Kp), ``scales`` bfloat16 (N,)
-- int4: ``codes`` uint8 (N, Kp / 2), the even input in the low half; ``scales`` and ``zeros``
-  bfloat16 (N, G)
-
-The **local** form is what this machine's kernel reads. For int8 it is the canonical form. For
-int4 it is ``codes`` uint8 (Np / B, Kp, B / 2) and ``scale_zero`` bfloat16 (G, Np, 2): each byte
-holds one input's codes of two rows of a block. Which two, and B, depend on the vectors torch uses
-here (``weight_to_int4pack_kernel`` in ``ATen/native/cpu/int4mm_kernel.cpp``: 64 rows, halves, on
-AVX-512; 32 rows, halves, on AVX2; neighbouring rows elsewhere). Torch does not say, so
-:func:`local_layout` packs a probe and looks. Rows that pad have scale and zero point 0.
-
-Both forms are regions of one flat uint8 buffer. With the buffer itself at a multiple of 64 bytes
+The two are regions of one flat uint8 buffer. With the buffer itself at a multiple of 64 bytes
 every region is: tensors are views of it, never copies.
 """
 
@@ -27,15 +21,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
 from tpirt.ops.buffers import ALIGN, Region, place, round_up
-from tpirt.ops.quant import QuantSpec, pack_nibbles, quantize_int4, quantize_int8
+from tpirt.ops.quant import QuantSpec
+from tpirt.ops.quant_rounding import Workspace, int4_tiles, round_int8
 
 Order = Literal["halves", "pairs"]
-
-
-# Bytes of codes converted at once.
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -93,33 +85,21 @@ def local_layout() -> Layout | None:
         packed = pack(codes.to(torch.int32), 2).view(-1)
     except RuntimeError:
         return None
-    canonical = codes[:, 0::2] | (codes[:, 1::2] << 4)
     for layout in _LAYOUTS:
-        if packed.dtype == torch.uint8 and torch.equal(_pack(canonical, layout).view(-1), packed):
+        ours = torch.empty(rows // layout.block, inputs, layout.block // 2, dtype=torch.uint8)
+        _pack(codes.t().contiguous(), layout, ours)
+        if packed.dtype == torch.uint8 and torch.equal(ours.view(-1), packed):
             return layout
     return None
 
 
-def canonical_regions(spec: QuantSpec, rows: int, inputs: int) -> tuple[Region, ...]:
-    """The regions of a (rows, inputs) matrix in portable form."""
+def local_regions(spec: QuantSpec, rows: int, inputs: int, layout: Layout) -> tuple[Region, ...]:
+    """The two regions of a (rows, inputs) matrix as ``layout`` has them; int8 ignores it."""
     width = spec.padded_inputs(inputs)
     if spec.kind == "int8":
         return place(
             Region("codes", torch.int8, (rows, width)), Region("scales", torch.bfloat16, (rows,))
         )
-    groups = width // spec.group_size
-    return place(
-        Region("codes", torch.uint8, (rows, width // 2)),
-        Region("scales", torch.bfloat16, (rows, groups)),
-        Region("zeros", torch.bfloat16, (rows, groups)),
-    )
-
-
-def local_regions(spec: QuantSpec, rows: int, inputs: int, layout: Layout) -> tuple[Region, ...]:
-    """The regions of a (rows, inputs) matrix as ``layout`` has them; int8 ignores it."""
-    if spec.kind == "int8":
-        return canonical_regions(spec, rows, inputs)
-    width = spec.padded_inputs(inputs)
     padded = round_up(rows, layout.block)
     return place(
         Region("codes", torch.uint8, (padded // layout.block, width, layout.block // 2)),
@@ -138,116 +118,42 @@ def view_regions(regions: tuple[Region, ...], buffer: torch.Tensor) -> tuple[tor
 
 
 def quantize_rows(
-    spec: QuantSpec, w: torch.Tensor, canonical: tuple[torch.Tensor, ...], start: int = 0
+    spec: QuantSpec,
+    layout: Layout,
+    w: torch.Tensor,
+    start: int,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    space: Workspace,
 ) -> None:
-    """Quantize some rows of a matrix into their places in its canonical tensors.
+    """Quantize some rows of a matrix.
 
-    Rows do not see each other: any cut into parts, in any order or thread, gives the same bytes.
+    Rows do not see each other: any cut into parts that begin at multiples of the layout's block,
+    in any order or thread, gives the same bytes. Memory in ``space`` grows with the rows.
 
     Args:
         w: (n, K), any float dtype: the matrix's rows from ``start`` on.
-        canonical: what :func:`view_regions` gives for :func:`canonical_regions`.
+        start: as said.
+        codes: what :func:`local_regions` has as codes for n rows, filled.
+        scales: the whole matrix's second region, zero so far; its places for these rows are filled.
+        space: to work in.
 
     Raises:
-        CheckpointError: a weight is not finite; the row it names counts from ``start``.
+        CheckpointError: a weight is not finite.
     """
-    part = slice(start, start + w.shape[0])
+    part = slice(start, start + len(w))
     if spec.kind == "int8":
-        codes, scales = canonical
-        codes[part, : w.shape[1]], scales[part] = quantize_int8(w)
-        codes[part, w.shape[1] :] = 0
+        round_int8(w, codes, scales[part], space)
         return
-    nibbles, scales, zeros = canonical
-    levels, scales[part], zeros[part] = quantize_int4(w, spec.group_size)
-    nibbles[part] = pack_nibbles(levels)
+    padding = len(codes) * layout.block - len(w)
+    for inputs, levels, scale_zero in int4_tiles(w, spec.group_size, space):
+        _pack(F.pad(levels, (0, padding)) if padding else levels, layout, codes[:, inputs])
+        groups = slice(inputs.start // spec.group_size, inputs.stop // spec.group_size)
+        scales[groups, part] = scale_zero.permute(1, 2, 0)
 
 
-def to_local(
-    spec: QuantSpec,
-    rows: int,
-    inputs: int,
-    layout: Layout,
-    canonical: torch.Tensor,
-    local: torch.Tensor,
-) -> None:
-    """Write the local form of a (rows, inputs) matrix into ``local``, from ``canonical``.
-
-    Both are flat uint8 of :func:`regions_nbytes`; gaps between regions are left as they are.
-    Beside them memory stays at a few MiB.
-    """
-    source = view_regions(canonical_regions(spec, rows, inputs), canonical)
-    target = view_regions(local_regions(spec, rows, inputs, layout), local)
-    if spec.kind == "int8":
-        for old, new in zip(source, target, strict=True):
-            new.copy_(old)
-        return
-    codes, scales, zeros = source
-    packed, scale_zero = target
-    step = _rows_at_once(codes.shape[1], layout)
-    for start in range(0, rows, step):
-        part = codes[start : start + step]
-        blocks = -(-part.shape[0] // layout.block)
-        if part.shape[0] < blocks * layout.block:
-            whole = torch.zeros(blocks * layout.block, codes.shape[1], dtype=torch.uint8)
-            whole[: part.shape[0]] = part
-            part = whole
-        _pack(part, layout, packed[start // layout.block :][:blocks])
-    scale_zero[:, :rows, 0] = scales.t()
-    scale_zero[:, :rows, 1] = zeros.t()
-    scale_zero[:, rows:] = 0
-
-
-def to_canonical(
-    spec: QuantSpec,
-    rows: int,
-    inputs: int,
-    layout: Layout,
-    local: torch.Tensor,
-    canonical: torch.Tensor,
-) -> None:
-    """The inverse of :func:`to_local`, bit for bit."""
-    source = view_regions(local_regions(spec, rows, inputs, layout), local)
-    target = view_regions(canonical_regions(spec, rows, inputs), canonical)
-    if spec.kind == "int8":
-        for old, new in zip(source, target, strict=True):
-            new.copy_(old)
-        return
-    packed, scale_zero = source
-    codes, scales, zeros = target
-    step = _rows_at_once(codes.shape[1], layout)
-    for start in range(0, rows, step):
-        part = codes[start : start + step]
-        blocks = -(-part.shape[0] // layout.block)
-        part.copy_(_unpack(packed[start // layout.block :][:blocks], layout)[: part.shape[0]])
-    scales.copy_(scale_zero[:, :rows, 0].t())
-    zeros.copy_(scale_zero[:, :rows, 1].t())
-
-
-def _rows_at_once(row_nbytes: int, layout: Layout) -> int:
-    return max(1, _CHUNK // max(1, row_nbytes * layout.block)) * layout.block
-
-
-def _pack(codes: torch.Tensor, layout: Layout, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Whole blocks of canonical codes (n B, Kp / 2) to local ones (n, Kp, B / 2)."""
-    rows, half = codes.shape
-    blocks = rows // layout.block
-    if out is None:
-        out = torch.empty(blocks, half * 2, layout.block // 2, dtype=torch.uint8)
-    turned = codes.t().contiguous().view(half, blocks, layout.block)
-    low, high = layout.split(turned)
-    inputs = out.view(blocks, half, 2, layout.block // 2).permute(1, 0, 2, 3)
-    inputs[:, :, 0] = (low & 15) | (high << 4)
-    inputs[:, :, 1] = (low >> 4) | (high & 240)
-    return out
-
-
-def _unpack(packed: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Local codes (n, Kp, B / 2) to canonical ones (n B, Kp / 2)."""
-    blocks, inputs, pairs = packed.shape
-    halves = packed.view(blocks, inputs // 2, 2, pairs).permute(1, 0, 2, 3)
-    even, odd = halves[:, :, 0], halves[:, :, 1]
-    turned = torch.empty(inputs // 2, blocks, layout.block, dtype=torch.uint8)
-    low, high = layout.split(turned)
-    low.copy_((even & 15) | (odd << 4))
-    high.copy_((even >> 4) | (odd & 240))
-    return turned.view(inputs // 2, blocks * layout.block).t().contiguous()
+def _pack(levels: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
+    """Codes 0..15 (k, m B) of one byte each to local ones in ``out``, uint8 (m, k, B / 2)."""
+    rows = levels.view(torch.uint8).view(len(levels), -1, layout.block)
+    low, high = layout.split(rows.transpose(0, 1))
+    torch.add(low, high, alpha=16, out=out)

@@ -40,9 +40,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """The shards of all ranks, by rank; together they cover the model exactly once."""
+    """The shards of all ranks, by rank; together they cover the model exactly once.
+
+    ``ratio`` is what was asked for, None for an even split.
+    """
 
     shards: tuple[Shard, ...]
+    ratio: tuple[float, ...] | None = None
 
     @property
     def world_size(self) -> int:
@@ -91,7 +95,8 @@ def make_plan(config: ModelConfig, world_size: int, ratio: Sequence[float] | Non
         tuple(
             Shard(q, Span(q.start // group, (q.stop - 1) // group + 1), c, first=rank == 0)
             for rank, (q, c) in enumerate(zip(q_spans, columns, strict=True))
-        )
+        ),
+        tuple(ratio) if ratio else None,
     )
 
 

@@ -4,16 +4,19 @@ Slicing, loading, block files and memory estimates all read the two tables below
 is what a rank keeps on disk and in memory: one or several checkpoint tensors, sliced and laid one
 after another along their rows, so that projections of the same input are one matrix product.
 
-The window's unit is the *block*: one layer's attention, one layer's MLP, or a piece of the LM head
-(rank 0 only) no larger than the largest of those.
+The window's unit is the *block*: one layer's attention, a piece of one layer's MLP (some of its
+columns: pieces add up as ranks do), or a piece of the LM head (rank 0 only). Small blocks leave
+more of a memory limit to what stays, and still are long sequential reads.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 
@@ -23,6 +26,13 @@ from tpirt.ops.quant import AS_THEY_ARE, QuantSpec
 from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout, local_regions
 from tpirt.parallel.format import WeightFormat
 from tpirt.parallel.partition import Shard, Span
+
+# Pieces of the MLP are no larger than this. Halving it again was no faster streamed, and slower
+# resident, for every piece is two more matrix products.
+_PIECE_BYTES = 16 << 20
+
+# Pieces begin at multiples of this many columns: whole groups of 4-bit codes, whole vectors.
+_PIECE_COLUMNS = 128
 
 
 class Split(Enum):
@@ -87,6 +97,9 @@ MLP = (
     Rule("down_proj.bias", ((f"{_DOWN}.bias", Split.FIRST_RANK),), lambda c: c.mlp_bias),
 )
 
+# What a further piece of an MLP holds: its columns; norm and row-parallel bias are the first's.
+MLP_FURTHER = tuple(rule for rule in MLP if rule.parts[0][1] in (Split.MLP_ROWS, Split.MLP_COLUMNS))
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -101,8 +114,9 @@ class Piece:
     columns: Span | None
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.rows.size,) if self.columns is None else (self.rows.size, self.columns.size)
+    def stops(self) -> tuple[int, ...]:
+        """Where it ends, per axis: what its tensor's shape is at least."""
+        return (self.rows.stop,) if self.columns is None else (self.rows.stop, self.columns.stop)
 
 
 @dataclass(frozen=True)
@@ -156,8 +170,8 @@ class Block:
 def rank_blocks(config: ModelConfig, shard: Shard, form: WeightFormat) -> tuple[Block, ...]:
     """List the blocks of one rank in the order in which a step uses them.
 
-    Layer ``i`` is blocks ``2 i`` (attention) and ``2 i + 1`` (MLP); on rank 0 the LM head's
-    pieces follow. Norm weights are float32, all else is as ``form`` says.
+    Every layer is its attention and then its MLP, in as many pieces as :func:`mlp_pieces` names;
+    on rank 0 the LM head's pieces follow. Norm weights are float32, all else is as ``form`` says.
     """
     blocks = layer_blocks(config, shard, form)
     if shard.first:
@@ -167,11 +181,28 @@ def rank_blocks(config: ModelConfig, shard: Shard, form: WeightFormat) -> tuple[
 
 def layer_blocks(config: ModelConfig, shard: Shard, form: WeightFormat) -> tuple[Block, ...]:
     """List the blocks of the decoder layers alone; see :func:`rank_blocks`."""
-    return tuple(
-        Block(f"layers.{layer}.{kind}", _stored(config, shard, form, layer, rules))
-        for layer in range(config.num_hidden_layers)
-        for kind, rules in (("attention", ATTENTION), ("mlp", MLP))
-    )
+    pieces = mlp_pieces(config, shard, form)
+    names = ["mlp"] if len(pieces) == 1 else [f"mlp.{i}" for i in range(len(pieces))]
+    blocks: list[Block] = []
+    for layer in range(config.num_hidden_layers):
+        prefix = f"layers.{layer}"
+        blocks.append(Block(f"{prefix}.attention", _stored(config, shard, form, layer, ATTENTION)))
+        for name, columns in zip(names, pieces, strict=True):
+            part = replace(shard, columns=columns)
+            rules = MLP if columns is pieces[0] else MLP_FURTHER
+            blocks.append(Block(f"{prefix}.{name}", _stored(config, part, form, layer, rules)))
+    return tuple(blocks)
+
+
+def mlp_pieces(config: ModelConfig, shard: Shard, form: WeightFormat) -> tuple[Span, ...]:
+    """Cut a rank's MLP columns into the pieces that are its blocks, equal to 128 columns."""
+    bits = form.quant.bits or 8 * form.dtype.itemsize
+    nbytes = 3 * config.hidden_size * shard.columns.size * bits / 8
+    units = shard.columns.size // _PIECE_COLUMNS
+    count = max(1, min(units, math.ceil(nbytes / _PIECE_BYTES)))
+    start, stop = shard.columns
+    cuts = [start + units * i // count * _PIECE_COLUMNS for i in range(count)] + [stop]
+    return tuple(Span(low, high) for low, high in pairwise(cuts))
 
 
 def _stored(

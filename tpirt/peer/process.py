@@ -16,7 +16,7 @@ import torch
 from tpirt.cluster.launcher import READY_PREFIX
 from tpirt.cluster.machine import host_name
 from tpirt.cluster.worker import Worker
-from tpirt.transport.grpc import GrpcPeerServer
+from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
 from tpirt.weights.store import SliceStore
 
 
@@ -47,7 +47,7 @@ async def run_peer(options: PeerOptions) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     log = (lambda _: None) if options.quiet else _log
-    worker = Worker("", options.store, options.memory_bytes, options.threads, log)
+    worker = Worker("", options.store, options.memory_bytes, options.threads, log, GrpcPeerClient)
     server = GrpcPeerServer(worker)
     port = await server.start(options.host, options.port)
     worker.peer_id = f"{host_name()}:{port}"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from tpirt.cluster.worker import Worker
 from tpirt.engine.engine import Engine, PlanCallback
@@ -78,11 +79,20 @@ class MemoryPeerClient:
         """See :class:`tpirt.transport.base.PeerClient`."""
         mine, theirs = memory_pair(self.peer_id, "master")
         self._sessions.append(
-            asyncio.create_task(self._serve(self._worker_side(self._rank, theirs)))
+            asyncio.create_task(
+                self._serve(self._worker_side(self._rank, theirs), self._service.session)
+            )
         )
         channel = self._master_side(self._rank, mine)
         self._channels.append(channel)
         return channel
+
+    async def open_link(self) -> Channel:
+        """See :class:`tpirt.transport.base.PeerClient`."""
+        mine, theirs = memory_pair(self.peer_id, "worker")
+        self._sessions.append(asyncio.create_task(self._serve(theirs, self._service.link)))
+        self._channels.append(mine)
+        return mine
 
     async def aclose(self) -> None:
         """See :class:`tpirt.transport.base.PeerClient`; waits until the sessions have ended."""
@@ -101,9 +111,11 @@ class MemoryPeerClient:
             if result is not None:
                 raise result
 
-    async def _serve(self, channel: Channel) -> None:
+    async def _serve(
+        self, channel: Channel, serve: Callable[[Channel], Coroutine[Any, Any, None]]
+    ) -> None:
         try:
-            await self._service.session(channel)
+            await serve(channel)
         except TpirtError as exc:
             self.session_errors.append(exc)
         finally:
@@ -120,10 +132,13 @@ async def memory_engine(
     memory_bytes: int | None = None,
     dtype: str = "float32",
     quantize: str = "none",
+    collective: str = "auto",
+    wire: str = "auto",
     threads: int = 1,
     chunk_tokens: int | None = None,
     store: Path | None = None,
     timeout_s: float = TIMEOUT_S,
+    trace: Path | None = None,
     progress: ProgressCallback = ignore_progress,
     on_plan: PlanCallback | None = None,
     master_side: ChannelHook = same_channel,
@@ -143,15 +158,18 @@ async def memory_engine(
     """
     with ExitStack() as stack:
         folder = store or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        clients = [
-            MemoryPeerClient(
-                Worker(f"rank{rank}", SliceStore(folder), None, threads, _log_nothing),
-                rank,
-                master_side=master_side,
-                worker_side=worker_side,
+        workers: dict[str, Worker] = {}
+
+        def connect(address: str) -> MemoryPeerClient:
+            return MemoryPeerClient(workers[address], int(address.partition(":")[2]))
+
+        clients = []
+        for rank in range(1, world_size):
+            worker = Worker(f"rank{rank}", SliceStore(folder), None, threads, _log_nothing, connect)
+            workers[f"memory:{rank}"] = worker
+            clients.append(
+                MemoryPeerClient(worker, rank, master_side=master_side, worker_side=worker_side)
             )
-            for rank in range(1, world_size)
-        ]
         async with Engine.connect(
             path,
             peers=clients,
@@ -160,10 +178,13 @@ async def memory_engine(
             memory_bytes=memory_bytes,
             dtype=dtype,
             quantize=quantize,
+            collective=collective,
+            wire=wire,
             threads=threads,
             chunk_tokens=chunk_tokens,
             store=folder,
             timeout_s=timeout_s,
+            trace=trace,
             progress=progress,
             on_plan=on_plan,
         ) as engine:

@@ -51,9 +51,12 @@ class PeerService(Protocol):
     async def session(self, channel: Channel) -> None:
         """Serve one master until it leaves."""
 
+    async def link(self, channel: Channel) -> None:
+        """Let another worker of the same session have a channel, until the session ends."""
+
 
 class PeerClient(Protocol):
-    """A master's way to one worker."""
+    """A master's way to one worker, or another worker's."""
 
     peer_id: str
     address: str
@@ -79,6 +82,9 @@ class PeerClient(Protocol):
         Raises:
             HandshakeError: the peer serves another master.
         """
+
+    async def open_link(self) -> Channel:
+        """Open a worker's channel to another worker; nothing is known of it until it answers."""
 
     async def aclose(self) -> None:
         """Close the connection."""

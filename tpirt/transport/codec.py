@@ -30,6 +30,7 @@ class Frame:
 
     header: pb.FrameHeader
     payload: memoryview | bytes = b""
+    encoded: bytes = b""  # what :func:`encode_frame` made of it
 
     @property
     def kind(self) -> str:
@@ -38,12 +39,15 @@ class Frame:
 
 
 def encode_frame(frame: Frame) -> bytes:
-    """Serialise to the bytes of ``tpirt.v1.Frame``; the payload is copied once."""
+    """Serialise to the bytes of ``tpirt.v1.Frame``; once, however many it is sent to."""
+    if frame.encoded:
+        return frame.encoded
     header = frame.header.SerializeToString()
     parts: list[bytes | memoryview] = [b"\x0a", _varint(len(header)), header]
     if len(frame.payload):
         parts += [b"\x12", _varint(len(frame.payload)), frame.payload]
-    return b"".join(parts)
+    frame.encoded = b"".join(parts)
+    return frame.encoded
 
 
 def decode_frame(data: bytes) -> Frame:

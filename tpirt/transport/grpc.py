@@ -199,16 +199,22 @@ class GrpcPeerClient:
 
     async def open_session(self) -> GrpcChannel:
         """See :class:`tpirt.transport.base.PeerClient`."""
-        call = self._channel.stream_stream(f"/{_SERVICE}/Session")()
-        channel = GrpcChannel(self.peer_id, call)
-        self._calls.append(channel)
-        return channel
+        return self._open("Session")
+
+    async def open_link(self) -> GrpcChannel:
+        """See :class:`tpirt.transport.base.PeerClient`."""
+        return self._open("Link")
 
     async def aclose(self) -> None:
         """See :class:`tpirt.transport.base.PeerClient`."""
         for call in self._calls:
             await call.aclose()
         await self._channel.close(grace=None)
+
+    def _open(self, method: str) -> GrpcChannel:
+        channel = GrpcChannel(self.peer_id, self._channel.stream_stream(f"/{_SERVICE}/{method}")())
+        self._calls.append(channel)
+        return channel
 
 
 class GrpcPeerServer:
@@ -253,6 +259,10 @@ class GrpcPeerServer:
             channel = GrpcChannel(f"master {_address(context)}", context)
             await _guarded(lambda: self._service.session(channel), context)
 
+        async def link(_: Any, context: Any) -> None:
+            channel = GrpcChannel(_address(context), context)
+            await _guarded(lambda: self._service.link(channel), context)
+
         return {
             "Hello": grpc.unary_unary_rpc_method_handler(
                 hello,
@@ -265,6 +275,7 @@ class GrpcPeerServer:
                 response_serializer=pb.PutSliceReply.SerializeToString,
             ),
             "Session": grpc.stream_stream_rpc_method_handler(session),
+            "Link": grpc.stream_stream_rpc_method_handler(link),
         }
 
 

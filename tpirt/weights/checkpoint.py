@@ -53,7 +53,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-PIECE_BYTES = 4 << 20  # whole rows held at once while columns are cut out of them
+PIECE_BYTES = 1 << 20  # whole rows held at once while columns are cut out of them
 # Skipping less than this between reads costs more than reading on: a cold read of its own takes as
 # long as some 170 KiB in sequence (NVMe, 60 us against 2.8 GB/s), and warm ones are no faster.
 SKIP_BYTES = 128 << 10
@@ -194,12 +194,18 @@ class Checkpoint:
         return out
 
     def read_columns(
-        self, name: str, row_start: int, row_stop: int, col_start: int, col_stop: int
+        self,
+        name: str,
+        row_start: int,
+        row_stop: int,
+        col_start: int,
+        col_stop: int,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Read a rectangle of a matrix, in the checkpoint's dtype.
+        """Read a rectangle of a matrix into ``out`` or a new tensor, in the checkpoint's dtype.
 
         The columns are cut out of whole rows read in pieces; only where 128 KiB or more of a row
-        would be read in vain are the rows' parts read one by one. Memory: the result and 4 MiB.
+        would be read in vain are the rows' parts read one by one. Memory: the result and 1 MiB.
 
         Raises:
             CheckpointError: no such tensor, not a matrix, no such rows or columns; a read failed
@@ -210,8 +216,11 @@ class Checkpoint:
         _check_range(info, 0, row_start, row_stop)
         _check_range(info, 1, col_start, col_stop)
         if (col_start, col_stop) == (0, info.shape[1]):
-            return self.read_rows(name, row_start, row_stop)
-        out = torch.empty((row_stop - row_start, col_stop - col_start), dtype=info.dtype)
+            return self.read_rows(name, row_start, row_stop, out)
+        shape = (row_stop - row_start, col_stop - col_start)
+        if out is None:
+            out = torch.empty(shape, dtype=info.dtype)
+        assert (out.shape, out.dtype) == (shape, info.dtype), (name, out.shape, out.dtype)
         segment, row = out.shape[1] * info.dtype.itemsize, _row_bytes(info)
         if row - segment >= SKIP_BYTES or row > PIECE_BYTES:
             self._fill_segments(info, row_start, col_start, out)

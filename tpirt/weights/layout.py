@@ -1,6 +1,6 @@
 """The block file: one block of one rank as a safetensors file whose data begins page-aligned.
 
-One block is one sequential read into one buffer; its tensors are views of that buffer. Format:
+One file is one sequential read into one buffer; its tensors are views of that buffer. Format:
 https://huggingface.co/docs/safetensors, the header padded with spaces as the format allows. The
 format allows no holes, so the gaps that align tensors are tensors themselves, named ``gap.N``.
 """
@@ -50,10 +50,11 @@ def file_bytes(block: Block) -> int:
     return len(block_header(block)) + block.nbytes
 
 
-def view_weights(block: Block, buffer: torch.Tensor) -> Weights:
-    """View a block's data, uint8 ``buffer`` (>= block.nbytes,), as its weights; no copy."""
+def view_weights(block: Block, buffer: torch.Tensor, start: int) -> Weights:
+    """View a block's weights in ``buffer``, uint8, whose data begins at ``start``; no copy."""
+    data = buffer[start : start + block.nbytes]
     return {
-        tensor.name: _view(tensor, buffer[offset : offset + tensor.nbytes])
+        tensor.name: _view(tensor, data[offset : offset + tensor.nbytes])
         for tensor, offset in zip(block.tensors, block.offsets, strict=True)
     }
 

@@ -42,7 +42,9 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     for block in layer_blocks(config, whole, WeightFormat(torch.float32)):
         for tensor in block.tensors:
             for piece in tensor.pieces:
-                expected[canonical_name(piece.source)] = piece.shape
+                name = canonical_name(piece.source)
+                known = expected.get(name, piece.stops)
+                expected[name] = tuple(map(max, known, piece.stops))
     return expected
 
 

@@ -24,33 +24,31 @@ def buffer_bytes(nbytes: int) -> int:
     return round_up(nbytes, ALIGNMENT)
 
 
-def read_file(path: Path, offset: int, target: memoryview, nbytes: int) -> None:
-    """Fill ``target[:nbytes]`` with the file's bytes from ``offset`` on.
+def read_file(path: Path, target: memoryview, nbytes: int) -> None:
+    """Fill ``target[:nbytes]`` with the file's first bytes.
 
     Args:
         path: file to read.
-        offset: a multiple of 4096.
         target: page-aligned memory of ``buffer_bytes(nbytes)``, all of which may be written to.
         nbytes: how much is wanted.
 
     Raises:
         StoreError: the file cannot be read, or ends early; names it.
     """
-    assert offset % ALIGNMENT == 0
     assert len(target) == buffer_bytes(nbytes)
     try:
         handle, direct = _open(path)
         try:
-            done = _read(handle, offset, target, nbytes)
+            done = _read(handle, target, nbytes)
         except OSError as exc:
             if not (direct and exc.errno == errno.EINVAL):
                 raise
             os.close(handle)  # the file system wants larger units than ours
             handle, direct = os.open(path, os.O_RDONLY), False
-            done = _read(handle, offset, target, nbytes)
+            done = _read(handle, target, nbytes)
         finally:
             if not direct and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(handle, offset, nbytes, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(handle, 0, nbytes, os.POSIX_FADV_DONTNEED)
             os.close(handle)
     except OSError as exc:
         raise StoreError(
@@ -82,12 +80,12 @@ def _open(path: Path) -> tuple[int, bool]:
     return handle, True
 
 
-def _read(handle: int, offset: int, target: memoryview, nbytes: int) -> int:
+def _read(handle: int, target: memoryview, nbytes: int) -> int:
     """Read until ``nbytes`` are there or the file ends; returns how many are."""
     done = 0
     while done < nbytes:
         # Whole units to the end: a direct read of a part of one is refused.
-        count = os.preadv(handle, [target[done : done + _LARGEST_READ]], offset + done)
+        count = os.preadv(handle, [target[done : done + _LARGEST_READ]], done)
         if count == 0:
             break
         done += count

@@ -1,96 +1,226 @@
-"""Cutting one rank's slice out of a checkpoint, byte range by byte range.
+"""Cutting one rank's slice out of a checkpoint: bytes are read, converted, handed on in order.
 
-Memory stays at a few pieces of at most 4 MiB, whatever the model's size; a matrix that is
-quantized on the way is there once, in its stored form and the form before that.
+Some threads work ahead of whoever takes the bytes: reading, quantizing and writing or sending go
+on at the same time. Memory stays at some MiB a thread and 16 MiB of bytes that wait to be taken,
+whatever the size of the model and of its tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from tpirt.errors import CheckpointError
 from tpirt.ops.buffers import page_buffer, tensor_bytes
-from tpirt.ops.quant_layout import (
-    canonical_regions,
-    quantize_rows,
-    regions_nbytes,
-    to_local,
-    view_regions,
-)
+from tpirt.ops.quant_layout import local_regions, quantize_rows
+from tpirt.ops.quant_rounding import Workspace, rows_at_once
 from tpirt.parallel.sharding import Block, Piece, StoredTensor
 from tpirt.weights.checkpoint import Checkpoint
 from tpirt.weights.layout import block_header
 
 PIECE_BYTES = 4 << 20
 
+# Elements converted at once.
+_CONVERTED = 1 << 18
 
-def block_bytes(checkpoint: Checkpoint, head_name: str, block: Block) -> Iterator[memoryview]:
-    """Yield a block file's bytes in order, header first, in pieces of at most 4 MiB.
+# Bytes that are made before they are asked for: threads go on while a block is brought to disk.
+_AHEAD_BYTES = 8 << 20
+
+# More threads than this wait for each other: torch is called from Python, by one at a time.
+_MOST_THREADS = 4
+
+
+def slice_bytes(
+    checkpoint: Checkpoint, head_name: str, blocks: Iterable[Block]
+) -> Generator[tuple[int, int, memoryview]]:
+    """Yield (index of block, offset in its file, bytes), in order, at most 4 MiB at a time.
+
+    Works in as many threads as torch has here, four at most; the bytes do not depend on them. The
+    checkpoint is read until the generator is at its end or closed.
 
     Args:
         checkpoint: where the weights come from.
         head_name: checkpoint tensor that serves as the LM head (the embedding when tied).
-        block: what to cut.
+        blocks: what to cut.
 
     Raises:
         CheckpointError: a read failed or came short, or a weight to be quantized is not finite;
             names file and tensor.
     """
-    yield memoryview(block_header(block))
-    end = 0
-    for tensor, offset in zip(block.tensors, block.offsets, strict=True):
-        if offset > end:
-            yield memoryview(bytes(offset - end))
-        cut = _plain if tensor.quant.kind == "none" else _quantized
-        yield from cut(checkpoint, head_name, tensor)
-        end = offset + tensor.nbytes
+    cutter = _Cutter(checkpoint, head_name)
+    jobs = ((index, job) for index, block in enumerate(blocks) for job in cutter.jobs(block))
+    current = offset = 0
+    with _workers(min(torch.get_num_threads(), _MOST_THREADS)) as pool:
+        for index, data in _in_order(pool, jobs):
+            if index != current:
+                current, offset = index, 0
+            for start in range(0, len(data), PIECE_BYTES):
+                piece = data[start : start + PIECE_BYTES]
+                yield index, offset, piece
+                offset += len(piece)
 
 
-def _plain(checkpoint: Checkpoint, head_name: str, tensor: StoredTensor) -> Iterator[memoryview]:
-    for _, part in _parts(checkpoint, head_name, tensor):
-        yield tensor_bytes(part.to(tensor.dtype).contiguous())
+@dataclass(frozen=True)
+class _Job:
+    """Some bytes of a block file: how many, and what makes them, in any thread."""
+
+    nbytes: int
+    make: Callable[[], memoryview]
+
+    @classmethod
+    def done(cls, data: memoryview) -> _Job:
+        """Bytes that need no making."""
+        return cls(len(data), lambda: data)
 
 
-def _quantized(
-    checkpoint: Checkpoint, head_name: str, tensor: StoredTensor
-) -> Iterator[memoryview]:
-    spec, (rows, inputs) = tensor.quant, tensor.shape
-    regions = canonical_regions(spec, rows, inputs)
-    canonical = page_buffer(regions_nbytes(regions))
-    places = view_regions(regions, canonical)
-    done = 0
-    for source, part in _parts(checkpoint, head_name, tensor):
+class _Cutter:
+    """Turns blocks into jobs."""
+
+    def __init__(self, checkpoint: Checkpoint, head_name: str):
+        self._checkpoint = checkpoint
+        self._head_name = head_name
+        self._own = _OfThread()
+
+    def jobs(self, block: Block) -> Iterator[_Job]:
+        """All bytes of a block's file, in order."""
+        yield _Job.done(memoryview(block_header(block)))
+        end = 0
+        for tensor, offset in zip(block.tensors, block.offsets, strict=True):
+            if offset > end:
+                yield _Job.done(memoryview(bytes(offset - end)))
+            plain = tensor.quant.kind == "none"
+            yield from self._plain(tensor) if plain else self._quantized(tensor)
+            end = offset + tensor.nbytes
+
+    def _plain(self, tensor: StoredTensor) -> Iterator[_Job]:
+        elements = math.prod(tensor.shape[1:])
+        for start, stop in _parts(tensor.shape[0], max(1, _CONVERTED // elements)):
+            nbytes = (stop - start) * elements * tensor.dtype.itemsize
+            yield _Job(nbytes, partial(self._convert, tensor, start, stop))
+
+    def _convert(self, tensor: StoredTensor, start: int, stop: int) -> memoryview:
+        out = _fresh(tensor.dtype, (stop - start, *tensor.shape[1:]))
+        self._fill(out, tensor, start, stop)
+        return tensor_bytes(out)
+
+    def _quantized(self, tensor: StoredTensor) -> Iterator[_Job]:
+        rows, inputs = tensor.shape
+        codes, scales = tensor.regions
+        kept = torch.zeros(scales.shape, dtype=scales.dtype)
+        for start, stop in _parts(rows, rows_at_once(inputs)):
+            nbytes = codes.nbytes * (stop - start) // rows
+            yield _Job(nbytes, partial(self._quantize, tensor, start, stop, kept))
+        if scales.offset > codes.end:
+            yield _Job.done(memoryview(bytes(scales.offset - codes.end)))
+        # They come after all codes: filled by the time that anyone looks at them.
+        yield _Job.done(tensor_bytes(kept))
+
+    def _quantize(
+        self, tensor: StoredTensor, start: int, stop: int, scales: torch.Tensor
+    ) -> memoryview:
+        spec, layout = tensor.quant, tensor.layout
+        sources = {name for name, _, _, _ in self._sources(tensor, start, stop)}
+        dtypes = {self._checkpoint.tensors[name].dtype for name in sources}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        w = self._own.space.take("weights", dtype, stop - start, tensor.shape[1])
+        self._fill(w, tensor, start, stop)
+        region = local_regions(spec, stop - start, tensor.shape[1], layout)[0]
+        codes = _fresh(region.dtype, region.shape)
         try:
-            quantize_rows(spec, part, places, done)
+            quantize_rows(spec, layout, w, start, codes, scales, self._own.space)
         except CheckpointError as exc:
-            raise CheckpointError(f"{checkpoint.path}: {source}: {exc}") from exc
-        done += len(part)
-    local = page_buffer(regions_nbytes(tensor.regions))
-    to_local(spec, rows, inputs, tensor.layout, canonical, local)
-    data = tensor_bytes(local)[: tensor.nbytes]
-    for start in range(0, len(data), PIECE_BYTES):
-        yield data[start : start + PIECE_BYTES]
+            raise CheckpointError(
+                f"{self._checkpoint.path}: {', '.join(sorted(sources))}: {exc}; copy or download "
+                "the file again"
+            ) from exc
+        return tensor_bytes(codes)
+
+    def _fill(self, out: torch.Tensor, tensor: StoredTensor, start: int, stop: int) -> None:
+        """Read some rows of a stored tensor, converted to ``out``'s dtype."""
+        done = 0
+        for name, piece, low, high in self._sources(tensor, start, stop):
+            part = out[done : done + high - low]
+            done += high - low
+            dtype = self._checkpoint.tensors[name].dtype
+            same = dtype == out.dtype
+            raw = part if same else self._own.space.take("raw", dtype, *part.shape)
+            if piece.columns is None:
+                self._checkpoint.read_rows(name, low, high, raw)
+            else:
+                self._checkpoint.read_columns(name, low, high, *piece.columns, raw)
+            if not same:
+                part.copy_(raw)
+
+    def _sources(
+        self, tensor: StoredTensor, start: int, stop: int
+    ) -> Iterator[tuple[str, Piece, int, int]]:
+        """What rows ``start`` to ``stop`` come from: checkpoint tensor, piece, rows of that."""
+        first = 0
+        for piece in tensor.pieces:
+            low, high = max(start - first, 0), min(stop - first, piece.rows.size)
+            if low < high:
+                name = self._checkpoint.source_name(piece.source, self._head_name)
+                yield name, piece, piece.rows.start + low, piece.rows.start + high
+            first += piece.rows.size
 
 
-def _parts(
-    checkpoint: Checkpoint, head_name: str, tensor: StoredTensor
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield a stored tensor's rows in order with their source, at most 4 MiB in float32 each."""
-    for piece in tensor.pieces:
-        name = checkpoint.source_name(piece.source, head_name)
-        for part in _read(checkpoint, name, piece):
-            yield name, part
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.space = Workspace()
 
 
-def _read(checkpoint: Checkpoint, name: str, piece: Piece) -> Iterator[torch.Tensor]:
-    width = checkpoint.tensors[name].shape[-1] if piece.columns else 1
-    row_bytes = (piece.columns.size if piece.columns else 1) * 4
-    step = max(1, PIECE_BYTES // row_bytes)
-    for start in range(piece.rows.start, piece.rows.stop, step):
-        stop = min(start + step, piece.rows.stop)
-        if piece.columns is None or piece.columns.size == width:
-            yield checkpoint.read_rows(name, start, stop)
-        else:
-            yield checkpoint.read_columns(name, start, stop, *piece.columns)
+def _fresh(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """Memory that goes back to the system with its last use, in whichever thread that is."""
+    return page_buffer(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+
+
+def _parts(rows: int, step: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+@contextmanager
+def _workers(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads in which torch does not start threads of its own."""
+    before = torch.get_num_threads()
+    ready = threading.Barrier(count + 1)
+
+    def begin() -> None:
+        torch.get_num_threads()  # the first call in a thread takes over what was set last in any
+        torch.set_num_threads(1)
+        ready.wait()
+
+    pool = ThreadPoolExecutor(count, "tpirt-slicer", initializer=begin)
+    try:
+        for _ in range(count):
+            pool.submit(int)
+        ready.wait()
+        torch.set_num_threads(before)
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, jobs: Iterable[tuple[int, _Job]]
+) -> Iterator[tuple[int, memoryview]]:
+    """Run jobs side by side; yield their bytes one after another."""
+    under_way: deque[tuple[int, _Job, Future[memoryview]]] = deque()
+    ahead = 0
+    for index, job in jobs:
+        under_way.append((index, job, pool.submit(job.make)))
+        ahead += job.nbytes
+        while ahead > _AHEAD_BYTES:
+            first, oldest, future = under_way.popleft()
+            ahead -= oldest.nbytes
+            yield first, future.result()
+    for index, _, future in under_way:
+        yield index, future.result()

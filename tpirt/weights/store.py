@@ -14,23 +14,31 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 import psutil
+import xxhash
 
 from tpirt.errors import StoreError
+from tpirt.ops.buffers import page_buffer, tensor_bytes
 from tpirt.parallel.format import WeightFormat
 from tpirt.parallel.partition import Shard, Span
 from tpirt.parallel.sharding import Block
 from tpirt.types import Progress, ProgressCallback, ignore_progress
 from tpirt.weights.layout import file_bytes
+from tpirt.weights.reader import buffer_bytes, read_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+PIECE_BYTES = 4 << 20  # of a stored file, handed on at once
+
+# A part of a slice: index of the block, offset in the block's file, bytes.
+SlicePiece = tuple[int, int, memoryview]
+
 _PARTIAL = ".partial-"
 _SLICE_ID = re.compile(r"[0-9a-f]{24}")
 _BLOCK_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,99}", re.IGNORECASE)
@@ -38,11 +46,11 @@ _BLOCK_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,99}", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class BlockFile:
-    """One block file of a slice; ``sha256`` is empty until it was written."""
+    """One block file of a slice; ``xxh3_128`` of its bytes is empty until it was written."""
 
     name: str
     nbytes: int
-    sha256: str = ""
+    xxh3_128: str = ""
 
     @property
     def file(self) -> str:
@@ -131,6 +139,38 @@ class StoredSlice:
         """The file of the block with this index."""
         return self.path / self.manifest.blocks[index].file
 
+    def check(self, index: int, content: memoryview) -> None:
+        """Compare a block file's content with the manifest's checksum, at memory speed.
+
+        Raises:
+            StoreError: it is not what was written; names the file.
+        """
+        expected, got = self.manifest.blocks[index].xxh3_128, xxhash.xxh3_128_hexdigest(content)
+        if got != expected:
+            raise StoreError(
+                f"{self.block_path(index)}: expected checksum {expected}, got {got}: its bytes "
+                f"have changed since they were written; remove {self.path}, and have it made anew"
+            )
+
+    def pieces(self) -> Generator[SlicePiece]:
+        """Yield the bytes of all block files in order, past the file cache, 4 MiB at a time.
+
+        A piece is valid until the next one is asked for. A file's checksum is compared with the
+        manifest's before its first piece.
+
+        Raises:
+            StoreError: a file is missing, cannot be read, or is not what was written; names it.
+        """
+        largest = max(block.nbytes for block in self.manifest.blocks)
+        buffer = tensor_bytes(page_buffer(buffer_bytes(largest)))
+        for index, block in enumerate(self.manifest.blocks):
+            _check_size(self.path, block)
+            read_file(self.block_path(index), buffer[: buffer_bytes(block.nbytes)], block.nbytes)
+            content = buffer[: block.nbytes]
+            self.check(index, content)
+            for offset in range(0, block.nbytes, PIECE_BYTES):
+                yield index, offset, content[offset : offset + PIECE_BYTES]
+
     def verify(self, progress: ProgressCallback = ignore_progress) -> None:
         """Read every block file and compare its checksum with the manifest's.
 
@@ -138,19 +178,8 @@ class StoredSlice:
             StoreError: a file is missing, cannot be read, or is not what was written; names it.
         """
         done = 0
-        for index, block in enumerate(self.manifest.blocks):
-            path = self.block_path(index)
-            try:
-                with open(path, "rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as exc:
-                raise StoreError(f"{path}: cannot be read: {exc.strerror}") from exc
-            if digest != block.sha256:
-                raise StoreError(
-                    f"{path}: expected sha256 {block.sha256[:16]}..., got {digest[:16]}...; "
-                    f"damaged: remove {self.path}, it will be made anew"
-                )
-            done += block.nbytes
+        for _, _, data in self.pieces():
+            done += len(data)
             progress(Progress("verifying", done, self.manifest.nbytes))
 
 
@@ -168,6 +197,7 @@ class SliceStore:
     def find(self, slice_id: str) -> StoredSlice | None:
         """Look a slice up by id, in the store's folder itself and in the folders within it.
 
+        The folders ``rank0``, ``rank1`` ... that ``tpirt split`` writes are looked into as well.
         Files are checked by presence and size. What is no manifest of ours is passed by, except
         in the slice's own folder.
 
@@ -238,7 +268,8 @@ class SliceStore:
 
     def _folders(self) -> list[Path]:
         try:
-            return sorted(p for p in self.root.iterdir() if not p.name.startswith("."))
+            folders = sorted(p for p in self.root.iterdir() if not p.name.startswith("."))
+            return folders + sorted(self.root.glob("rank*/[!.]*"))
         except OSError:
             return []
 
@@ -251,7 +282,7 @@ class SliceWriter:
         self._root = store.root
         self._done: list[BlockFile] = []
         self._file: BinaryIO | None = None
-        self._digest = hashlib.sha256()
+        self._digest = xxhash.xxh3_128()
         self._offset = 0
         try:
             self._root.mkdir(parents=True, exist_ok=True)
@@ -338,7 +369,7 @@ class SliceWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         self._done.append(BlockFile(entry.name, entry.nbytes, self._digest.hexdigest()))
-        self._file, self._offset, self._digest = None, 0, hashlib.sha256()
+        self._file, self._offset, self._digest = None, 0, xxhash.xxh3_128()
 
 
 def _check_names(manifest: Manifest) -> None:
@@ -368,16 +399,19 @@ def _read_manifest(folder: Path) -> Manifest | None:
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
     for block in manifest.blocks:
-        path = folder / block.file
-        try:
-            size = path.stat().st_size
-        except OSError as exc:
-            raise StoreError(f"{path}: {exc.strerror}; remove {folder} and start again") from exc
-        if size != block.nbytes:
-            raise StoreError(
-                f"{path}: expected {block.nbytes} bytes, got {size}; "
-                f"remove {folder} and start again"
-            )
+        _check_size(folder, block)
+
+
+def _check_size(folder: Path, block: BlockFile) -> None:
+    path = folder / block.file
+    try:
+        size = path.stat().st_size
+    except OSError as exc:
+        raise StoreError(f"{path}: {exc.strerror}; remove {folder} and start again") from exc
+    if size != block.nbytes:
+        raise StoreError(
+            f"{path}: expected {block.nbytes} bytes, got {size}; remove {folder} and start again"
+        )
 
 
 def _remove_stale(root: Path) -> None:

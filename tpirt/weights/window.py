@@ -1,15 +1,17 @@
 """The sliding-window memory scheduler: blocks come from disk just in time and go when used.
 
-A background thread reads ahead, in the order of use and around the end of a step into the next,
-while the model computes and while it waits for the network. What a memory budget can hold beyond
-the ring of read-ahead buffers is pinned: read once, kept. (TPI-LLM, arXiv 2410.00531, section 3.3,
-with the block retention that the paper describes.)
+Background threads read ahead, in the order of use and around the end of a step into the next,
+while the model computes, while it waits for the network and while nobody asks anything. What a
+memory budget can hold beyond the ring of read-ahead buffers is pinned: read once, kept. Every
+file's checksum is compared when it is first read, before its weights are used. (TPI-LLM, arXiv
+2410.00531, section 3.3, with the block retention that the paper describes.)
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ import torch
 from tpirt.errors import MemoryLimitError, StoreError
 from tpirt.ops.buffers import page_buffer, tensor_bytes
 from tpirt.parallel.sharding import Block
-from tpirt.stopwatch import Stopwatch
+from tpirt.stopwatch import COMPUTE, DISK, WAIT_DISK, Recorder
 from tpirt.types import Progress, ProgressCallback
 from tpirt.units import format_bytes
 from tpirt.weights.layout import Weights, view_weights
@@ -28,7 +30,8 @@ from tpirt.weights.reader import buffer_bytes, read_file
 from tpirt.weights.store import StoredSlice
 
 MIN_SLOTS = 2  # one block in use, one being read
-_BEST_SLOTS = 3  # one more hides the jitter of reads; further ones were not faster
+_BEST_SLOTS = 4  # and one more for each of two readers; further ones were not faster
+_READERS = 2  # while one file is opened and closed, the disk is busy with the other
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,7 @@ class Window:
         *,
         max_blocks: int | None = None,
         budget_bytes: int | None = None,
+        recorder: Recorder | None = None,
     ):
         """Plan and start reading.
 
@@ -133,30 +137,39 @@ class Window:
         """
         self.blocks = blocks
         self.bytes_read = 0
-        self.clock = Stopwatch()
+        recorder = recorder or Recorder()
+        self.clock = recorder.stopwatch(COMPUTE)  # what the consumer waits, between its blocks
+        self.reads = recorder.stopwatch(DISK)  # what the readers read
         self._stored = stored
         self._max_blocks = max_blocks
-        self._sizes = [buffer_bytes(block.nbytes) for block in blocks]
+        self._files = stored.manifest.blocks
+        self._sizes = [buffer_bytes(file.nbytes) for file in self._files]
+        self._checked: set[int] = set()  # files whose checksum was right when first read
         self._condition = threading.Condition()
         self._resident: dict[int, Weights] = {}
+        self._missing: set[int] = set()  # pinned, and not read yet
         self._errors: dict[int, Exception] = {}
         self._ring: deque[_Entry] = deque()  # streamed blocks, in the order of reading
         self._in_use: dict[int, _Entry] = {}
         self._free: list[torch.Tensor] = []
-        self._current: _Entry | None = None  # what the thread is reading
+        self._reading: set[int] = set()  # blocks that are being read now
         self._waiters: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Event]] = {}
         self._cursor = 0
         self._position = 0
         self._closing = False
-        self.plan = plan_window(self._sizes, max_blocks, budget_bytes)
-        self._apply(self.plan)
-        self._thread = threading.Thread(target=self._run, name="tpirt-window", daemon=True)
-        self._thread.start()
+        self.plan = WindowPlan(frozenset(), 0, 0)
+        self._apply(plan_window(self._sizes, max_blocks, budget_bytes))
+        self._threads = [
+            threading.Thread(target=self._run, name="tpirt-window", daemon=True)
+            for _ in range(_READERS)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def weights_bytes(self) -> int:
         """Bytes of all blocks, wherever they are."""
-        return sum(block.nbytes for block in self.blocks)
+        return sum(file.nbytes for file in self._files)
 
     @property
     def held_bytes(self) -> int:
@@ -173,7 +186,7 @@ class Window:
         if tensors is not None:
             self._position = index
             return tensors
-        with self.clock.running():
+        with self.clock.running(WAIT_DISK, number=index):
             while (entry := self._claim(index)) is None:
                 await self._wait(index)
         return entry
@@ -188,7 +201,9 @@ class Window:
             self._condition.notify()
 
     def set_budget(self, budget_bytes: int) -> None:
-        """Hold no more than this from now on; call it while no block is in use.
+        """Hold no more than this from now on; call it between steps.
+
+        What becomes pinned is read when its turn comes.
 
         Raises:
             MemoryLimitError: see :func:`plan_window`; the old plan stays in force.
@@ -198,10 +213,10 @@ class Window:
             return
         assert not self._in_use
         with self._condition:
-            while self._current is not None:
+            while self._reading:
                 self._condition.wait()
             self._apply(plan)
-            self._condition.notify()
+            self._condition.notify_all()
 
     async def preload(self, progress: ProgressCallback, detail: str = "") -> None:
         """Wait until everything pinned is in memory.
@@ -210,11 +225,11 @@ class Window:
             StoreError: a block could not be read.
         """
         order = sorted(self.plan.pinned)
-        total = sum(self.blocks[i].nbytes for i in order)
+        total = sum(self._files[i].nbytes for i in order)
         done = 0
         for index in order:
             await self.acquire(index)
-            done += self.blocks[index].nbytes
+            done += self._files[index].nbytes
             progress(Progress("loading weights", done, total, detail=detail))
         self._position = 0
 
@@ -223,7 +238,8 @@ class Window:
         with self._condition:
             self._closing = True
             self._condition.notify_all()
-        await asyncio.to_thread(self._thread.join)
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join)
         self._resident.clear()
         self._ring.clear()
         self._in_use.clear()
@@ -236,6 +252,7 @@ class Window:
         with self._condition:
             self._position = index
             if (error := self._errors.pop(index, None)) is not None:
+                self._missing.add(index)
                 raise error
             if index in self.plan.pinned:
                 found = self._resident.get(index)
@@ -260,7 +277,7 @@ class Window:
             self._free.append(entry.buffer)
             raise entry.error
         self._in_use[index] = entry
-        return view_weights(self.blocks[index], entry.buffer)
+        return self._view(entry)
 
     async def _wait(self, index: int) -> None:
         waiter = self._waiters.get(index)
@@ -275,14 +292,31 @@ class Window:
     # -- the reader thread -----------------------------------------------------------------
 
     def _apply(self, plan: WindowPlan) -> None:
+        """Put a plan in force, giving memory up before any is taken."""
+        geometry = (self.plan.slots, self.plan.slot_bytes)
         self.plan = plan
         for index in list(self._resident):
             if index not in plan.pinned:
                 del self._resident[index]
-        self._ring.clear()
-        self._free.clear()  # first of all: old and new buffers together could exceed the budget
-        self._free = [page_buffer(plan.slot_bytes) for _ in range(plan.slots)]
+        self._errors.clear()
+        self._missing = set(plan.pinned - self._resident.keys())
+        if (plan.slots, plan.slot_bytes) != geometry:
+            self._ring.clear()
+            self._free.clear()
+            self._free = [page_buffer(plan.slot_bytes) for _ in range(plan.slots)]
+        self._keep_what_is_next()
+
+    def _keep_what_is_next(self) -> None:
+        """Of what was read ahead, keep what a new step will ask for in this order."""
+        read_ahead, self._ring = self._ring, deque()
         self._cursor = 0
+        for entry in read_ahead:
+            index = self._next_streamed()
+            if entry.index == index:
+                self._ring.append(entry)
+                self._cursor = (index + 1) % len(self.blocks)
+            else:
+                self._free.append(entry.buffer)
 
     def _run(self) -> None:
         while True:
@@ -292,12 +326,14 @@ class Window:
                 if self._closing:
                     return
                 assert entry is not None
-                self._current = entry
+                self._reading.add(entry.index)
+            began_ns = time.perf_counter_ns()
             try:
                 self._read(entry)
             except Exception as exc:  # whatever it is, it is the waiting consumer's to know
                 entry.error = exc
             with self._condition:
+                self._count(entry.index, began_ns)
                 self._finish(entry)
                 entry = None  # its buffer may be given up from here on
 
@@ -305,7 +341,7 @@ class Window:
         """Choose what is needed first: a pinned block not read yet, or the next streamed one."""
         count = len(self.blocks)
         pinned = min(
-            (i for i in self.plan.pinned if i not in self._resident and i not in self._errors),
+            self._missing,
             key=lambda i: (i - self._position) % count,
             default=None,
         )
@@ -314,6 +350,7 @@ class Window:
             streamed is None
             or (pinned - self._position) % count < (streamed - self._position) % count
         ):
+            self._missing.discard(pinned)
             return _Entry(pinned, torch.empty(0, dtype=torch.uint8))
         if streamed is None:
             return None
@@ -331,24 +368,34 @@ class Window:
         return None
 
     def _read(self, entry: _Entry) -> None:
-        block = self.blocks[entry.index]
-        start = self._stored.manifest.blocks[entry.index].nbytes - block.nbytes
-        wanted = self._sizes[entry.index]
-        path = self._stored.block_path(entry.index)
+        index, path = entry.index, self._stored.block_path(entry.index)
+        nbytes, wanted = self._files[index].nbytes, self._sizes[index]
         if not len(entry.buffer):
             entry.buffer = _buffer(wanted, path)
-        read_file(path, start, tensor_bytes(entry.buffer)[:wanted], block.nbytes)
-        self.bytes_read += block.nbytes
+        content = tensor_bytes(entry.buffer)
+        read_file(path, content[:wanted], nbytes)
+        if index not in self._checked:
+            self._stored.check(index, content[:nbytes])
+            self._checked.add(index)
+
+    def _view(self, entry: _Entry) -> Weights:
+        block = self.blocks[entry.index]
+        return view_weights(block, entry.buffer, self._files[entry.index].nbytes - block.nbytes)
+
+    def _count(self, index: int, began_ns: int) -> None:
+        """Note a read's bytes, and its time as far as the other reader was not reading too."""
+        nbytes = self._files[index].nbytes
+        self.bytes_read += nbytes
+        self.reads.count(self.blocks[index].name, max(began_ns, self.reads.ended_ns), nbytes, index)
 
     def _finish(self, entry: _Entry) -> None:
         entry.done = True
-        self._current = None
+        self._reading.discard(entry.index)
         if entry.index in self.plan.pinned:
             if entry.error is not None:
                 self._errors[entry.index] = entry.error
             else:
-                block = self.blocks[entry.index]
-                self._resident[entry.index] = view_weights(block, entry.buffer)
+                self._resident[entry.index] = self._view(entry)
         elif not entry.wanted:
             self._free.append(entry.buffer)
         waiter = self._waiters.pop(entry.index, None)

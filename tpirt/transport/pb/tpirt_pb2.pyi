@@ -12,9 +12,20 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_UNSPECIFIED: _ClassVar[DType]
     FLOAT32: _ClassVar[DType]
     BFLOAT16: _ClassVar[DType]
+    INT8: _ClassVar[DType]
+
+class Algorithm(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STAR: _ClassVar[Algorithm]
+    DIRECT: _ClassVar[Algorithm]
+    TWO_SHOT: _ClassVar[Algorithm]
 DTYPE_UNSPECIFIED: DType
 FLOAT32: DType
 BFLOAT16: DType
+INT8: DType
+STAR: Algorithm
+DIRECT: Algorithm
+TWO_SHOT: Algorithm
 
 class HelloRequest(_message.Message):
     __slots__ = ("protocol_version", "tpirt_version", "slice_id")
@@ -27,7 +38,7 @@ class HelloRequest(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., tpirt_version: _Optional[str] = ..., slice_id: _Optional[str] = ...) -> None: ...
 
 class HelloReply(_message.Message):
-    __slots__ = ("protocol_version", "tpirt_version", "peer_id", "host_id", "memory_bytes", "available_bytes", "threads", "bfloat16", "busy", "has_slice", "int4_layout")
+    __slots__ = ("protocol_version", "tpirt_version", "peer_id", "host_id", "memory_bytes", "available_bytes", "threads", "bfloat16", "busy", "has_slice", "cores", "int4_layout")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     TPIRT_VERSION_FIELD_NUMBER: _ClassVar[int]
     PEER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +49,7 @@ class HelloReply(_message.Message):
     BFLOAT16_FIELD_NUMBER: _ClassVar[int]
     BUSY_FIELD_NUMBER: _ClassVar[int]
     HAS_SLICE_FIELD_NUMBER: _ClassVar[int]
+    CORES_FIELD_NUMBER: _ClassVar[int]
     INT4_LAYOUT_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     tpirt_version: str
@@ -49,8 +61,9 @@ class HelloReply(_message.Message):
     bfloat16: bool
     busy: bool
     has_slice: bool
+    cores: int
     int4_layout: str
-    def __init__(self, protocol_version: _Optional[int] = ..., tpirt_version: _Optional[str] = ..., peer_id: _Optional[str] = ..., host_id: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., available_bytes: _Optional[int] = ..., threads: _Optional[int] = ..., bfloat16: _Optional[bool] = ..., busy: _Optional[bool] = ..., has_slice: _Optional[bool] = ..., int4_layout: _Optional[str] = ...) -> None: ...
+    def __init__(self, protocol_version: _Optional[int] = ..., tpirt_version: _Optional[str] = ..., peer_id: _Optional[str] = ..., host_id: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., available_bytes: _Optional[int] = ..., threads: _Optional[int] = ..., bfloat16: _Optional[bool] = ..., busy: _Optional[bool] = ..., has_slice: _Optional[bool] = ..., cores: _Optional[int] = ..., int4_layout: _Optional[str] = ...) -> None: ...
 
 class SliceChunk(_message.Message):
     __slots__ = ("manifest", "chunk")
@@ -87,7 +100,7 @@ class Frame(_message.Message):
     def __init__(self, header: _Optional[_Union[FrameHeader, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class FrameHeader(_message.Message):
-    __slots__ = ("setup", "loading", "ready", "step", "partial", "reduced", "abort", "stats_request", "stats", "error")
+    __slots__ = ("setup", "loading", "ready", "step", "partial", "reduced", "abort", "stats_request", "stats", "error", "clock_request", "clock", "trace_request", "trace", "link", "probe", "measure_links", "link_states")
     SETUP_FIELD_NUMBER: _ClassVar[int]
     LOADING_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +111,14 @@ class FrameHeader(_message.Message):
     STATS_REQUEST_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_FIELD_NUMBER: _ClassVar[int]
+    TRACE_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
+    LINK_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
+    MEASURE_LINKS_FIELD_NUMBER: _ClassVar[int]
+    LINK_STATES_FIELD_NUMBER: _ClassVar[int]
     setup: Setup
     loading: Loading
     ready: Ready
@@ -108,7 +129,15 @@ class FrameHeader(_message.Message):
     stats_request: StatsRequest
     stats: Stats
     error: Error
-    def __init__(self, setup: _Optional[_Union[Setup, _Mapping]] = ..., loading: _Optional[_Union[Loading, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., partial: _Optional[_Union[Tensor, _Mapping]] = ..., reduced: _Optional[_Union[Tensor, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., stats_request: _Optional[_Union[StatsRequest, _Mapping]] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+    clock_request: ClockRequest
+    clock: Clock
+    trace_request: TraceRequest
+    trace: Trace
+    link: Link
+    probe: Probe
+    measure_links: MeasureLinks
+    link_states: LinkStates
+    def __init__(self, setup: _Optional[_Union[Setup, _Mapping]] = ..., loading: _Optional[_Union[Loading, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., partial: _Optional[_Union[Tensor, _Mapping]] = ..., reduced: _Optional[_Union[Tensor, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., stats_request: _Optional[_Union[StatsRequest, _Mapping]] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., clock_request: _Optional[_Union[ClockRequest, _Mapping]] = ..., clock: _Optional[_Union[Clock, _Mapping]] = ..., trace_request: _Optional[_Union[TraceRequest, _Mapping]] = ..., trace: _Optional[_Union[Trace, _Mapping]] = ..., link: _Optional[_Union[Link, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., measure_links: _Optional[_Union[MeasureLinks, _Mapping]] = ..., link_states: _Optional[_Union[LinkStates, _Mapping]] = ...) -> None: ...
 
 class Tensor(_message.Message):
     __slots__ = ("step", "seq", "dtype", "shape")
@@ -123,7 +152,7 @@ class Tensor(_message.Message):
     def __init__(self, step: _Optional[int] = ..., seq: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Setup(_message.Message):
-    __slots__ = ("protocol_version", "model_fingerprint", "model_config", "slice_id", "rank", "world_size", "window_blocks", "memory_bytes", "chunk_tokens", "timeout_ms")
+    __slots__ = ("protocol_version", "model_fingerprint", "model_config", "slice_id", "rank", "world_size", "window_blocks", "memory_bytes", "chunk_tokens", "timeout_ms", "trace_spans", "session", "addresses")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     MODEL_CONFIG_FIELD_NUMBER: _ClassVar[int]
@@ -134,6 +163,9 @@ class Setup(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    TRACE_SPANS_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     model_fingerprint: str
     model_config: str
@@ -144,7 +176,10 @@ class Setup(_message.Message):
     memory_bytes: int
     chunk_tokens: int
     timeout_ms: int
-    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., model_config: _Optional[str] = ..., slice_id: _Optional[str] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., window_blocks: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+    trace_spans: int
+    session: int
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., model_config: _Optional[str] = ..., slice_id: _Optional[str] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., window_blocks: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., trace_spans: _Optional[int] = ..., session: _Optional[int] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Loading(_message.Message):
     __slots__ = ("done_bytes", "total_bytes")
@@ -155,24 +190,72 @@ class Loading(_message.Message):
     def __init__(self, done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ...) -> None: ...
 
 class Ready(_message.Message):
-    __slots__ = ("weights_bytes", "resident_bytes")
+    __slots__ = ("weights_bytes", "resident_bytes", "links")
     WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
     weights_bytes: int
     resident_bytes: int
-    def __init__(self, weights_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ...) -> None: ...
+    links: _containers.RepeatedCompositeFieldContainer[LinkState]
+    def __init__(self, weights_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkState, _Mapping]]] = ...) -> None: ...
+
+class Link(_message.Message):
+    __slots__ = ("session", "rank")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    session: int
+    rank: int
+    def __init__(self, session: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
+
+class Probe(_message.Message):
+    __slots__ = ("number", "last")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    last: bool
+    def __init__(self, number: _Optional[int] = ..., last: _Optional[bool] = ...) -> None: ...
+
+class MeasureLinks(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class LinkStates(_message.Message):
+    __slots__ = ("links",)
+    LINKS_FIELD_NUMBER: _ClassVar[int]
+    links: _containers.RepeatedCompositeFieldContainer[LinkState]
+    def __init__(self, links: _Optional[_Iterable[_Union[LinkState, _Mapping]]] = ...) -> None: ...
+
+class LinkState(_message.Message):
+    __slots__ = ("rank", "latency_s", "bytes_per_s", "failure")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_S_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    latency_s: float
+    bytes_per_s: float
+    failure: str
+    def __init__(self, rank: _Optional[int] = ..., latency_s: _Optional[float] = ..., bytes_per_s: _Optional[float] = ..., failure: _Optional[str] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("step", "start", "tokens", "rope_length")
+    __slots__ = ("step", "start", "tokens", "rope_length", "prefill", "algorithm", "wire", "halves")
     STEP_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     ROPE_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    ALGORITHM_FIELD_NUMBER: _ClassVar[int]
+    WIRE_FIELD_NUMBER: _ClassVar[int]
+    HALVES_FIELD_NUMBER: _ClassVar[int]
     step: int
     start: int
     tokens: int
     rope_length: int
-    def __init__(self, step: _Optional[int] = ..., start: _Optional[int] = ..., tokens: _Optional[int] = ..., rope_length: _Optional[int] = ...) -> None: ...
+    prefill: bool
+    algorithm: Algorithm
+    wire: DType
+    halves: bool
+    def __init__(self, step: _Optional[int] = ..., start: _Optional[int] = ..., tokens: _Optional[int] = ..., rope_length: _Optional[int] = ..., prefill: _Optional[bool] = ..., algorithm: _Optional[_Union[Algorithm, str]] = ..., wire: _Optional[_Union[DType, str]] = ..., halves: _Optional[bool] = ...) -> None: ...
 
 class Abort(_message.Message):
     __slots__ = ("step",)
@@ -187,7 +270,7 @@ class StatsRequest(_message.Message):
     def __init__(self, reset: _Optional[bool] = ...) -> None: ...
 
 class Stats(_message.Message):
-    __slots__ = ("rank", "peak_rss_bytes", "weights_bytes", "bytes_sent", "bytes_received", "bytes_read", "io_ms", "compute_ms", "comm_ms")
+    __slots__ = ("rank", "peak_rss_bytes", "weights_bytes", "bytes_sent", "bytes_received", "bytes_read", "io_ms", "compute_ms", "comm_ms", "read_ms", "steps")
     RANK_FIELD_NUMBER: _ClassVar[int]
     PEAK_RSS_BYTES_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -197,6 +280,8 @@ class Stats(_message.Message):
     IO_MS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_MS_FIELD_NUMBER: _ClassVar[int]
     COMM_MS_FIELD_NUMBER: _ClassVar[int]
+    READ_MS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
     rank: int
     peak_rss_bytes: int
     weights_bytes: int
@@ -206,7 +291,57 @@ class Stats(_message.Message):
     io_ms: float
     compute_ms: float
     comm_ms: float
-    def __init__(self, rank: _Optional[int] = ..., peak_rss_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., bytes_read: _Optional[int] = ..., io_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., comm_ms: _Optional[float] = ...) -> None: ...
+    read_ms: float
+    steps: _containers.RepeatedCompositeFieldContainer[StepTimes]
+    def __init__(self, rank: _Optional[int] = ..., peak_rss_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., bytes_read: _Optional[int] = ..., io_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., comm_ms: _Optional[float] = ..., read_ms: _Optional[float] = ..., steps: _Optional[_Iterable[_Union[StepTimes, _Mapping]]] = ...) -> None: ...
+
+class StepTimes(_message.Message):
+    __slots__ = ("step", "tokens", "prefill", "total_ms", "compute_ms", "io_ms", "comm_ms", "head_compute_ms", "head_io_ms")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_MS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_MS_FIELD_NUMBER: _ClassVar[int]
+    IO_MS_FIELD_NUMBER: _ClassVar[int]
+    COMM_MS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_COMPUTE_MS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_IO_MS_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    tokens: int
+    prefill: bool
+    total_ms: float
+    compute_ms: float
+    io_ms: float
+    comm_ms: float
+    head_compute_ms: float
+    head_io_ms: float
+    def __init__(self, step: _Optional[int] = ..., tokens: _Optional[int] = ..., prefill: _Optional[bool] = ..., total_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., io_ms: _Optional[float] = ..., comm_ms: _Optional[float] = ..., head_compute_ms: _Optional[float] = ..., head_io_ms: _Optional[float] = ...) -> None: ...
+
+class ClockRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Clock(_message.Message):
+    __slots__ = ("now_ns",)
+    NOW_NS_FIELD_NUMBER: _ClassVar[int]
+    now_ns: int
+    def __init__(self, now_ns: _Optional[int] = ...) -> None: ...
+
+class TraceRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Trace(_message.Message):
+    __slots__ = ("lane", "names", "dropped", "last")
+    LANE_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    lane: str
+    names: _containers.RepeatedScalarFieldContainer[str]
+    dropped: int
+    last: bool
+    def __init__(self, lane: _Optional[str] = ..., names: _Optional[_Iterable[str]] = ..., dropped: _Optional[int] = ..., last: _Optional[bool] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("step", "kind", "message")

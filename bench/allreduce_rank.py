@@ -1,0 +1,235 @@
+"""One rank of ``bench.allreduce``: a process that sums on order, and tells how long it took.
+
+    python -m bench.allreduce_rank CONTENDER RANK LISTEN ADDRESS,ADDRESS,...
+
+Each line of standard input is an order, the same on all ranks; each is answered by a line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed
+
+from tpirt.cli.options import run_async, split_address
+from tpirt.cluster.mesh import Mesh, Switchboard
+from tpirt.collectives.algorithms import Ranks
+from tpirt.collectives.base import Algorithm, Collective
+from tpirt.collectives.links import Links
+from tpirt.collectives.wire import Wire
+from tpirt.errors import PeerUnreachableError, TpirtError
+from tpirt.ops.buffers import tensor_bytes
+from tpirt.transport.base import Channel
+from tpirt.transport.codec import PROTOCOL_VERSION
+from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
+from tpirt.transport.pb import tpirt_pb2 as pb
+
+GLOO = "gloo"
+GLOO_PORT = 29500
+TIMEOUT_S = 60.0
+_WARM_UP = 20
+_SESSION = 1
+_AWAKE_S = 3e-4
+
+
+@dataclass(frozen=True)
+class Order:
+    """Sum ``nbytes`` of float32 ``rounds`` times, each at its time; 0 is without pause.
+
+    All ranks begin a round together, as they come from computing: else those that have the sum
+    first would send before the others begin, and rounds would run into each other.
+    """
+
+    nbytes: int
+    rounds: int
+    period_s: float = 0.0
+    algorithm: str = ""
+    wire: str = Wire.FLOAT32.value
+
+
+@dataclass(frozen=True)
+class Answer:
+    """When each round began and ended here, CPU seconds of all, a checksum of the last sum.
+
+    Times are of the clock that all processes of a machine share.
+    """
+
+    began_s: list[float]
+    ended_s: list[float]
+    cpu_s: float
+    checksum: int
+
+
+AllReduce = Callable[[torch.Tensor], Awaitable[torch.Tensor]]
+Prepare = Callable[[Order], AllReduce]
+
+
+async def measure(all_reduce: AllReduce, order: Order, rank: int) -> Answer:
+    """Carry out an order."""
+    partial = torch.full((1, order.nbytes // 4), float(rank + 1))
+    began_s, ended_s, cpu_s = [], [], 0.0
+    for number in range(_WARM_UP + order.rounds):
+        if number == _WARM_UP:
+            cpu_s = -time.process_time()
+        mine = partial.clone()  # a sum may overwrite it
+        if order.period_s:
+            cpu_s -= await_turn(order.period_s)
+        began_s.append(time.monotonic())
+        total = await all_reduce(mine)
+        ended_s.append(time.monotonic())
+    cpu_s += time.process_time()
+    checksum = zlib.crc32(tensor_bytes(total))
+    return Answer(began_s[_WARM_UP:], ended_s[_WARM_UP:], cpu_s, checksum)
+
+
+def await_turn(period_s: float) -> float:
+    """Block until the clock is at a multiple of ``period_s``, and be awake by then.
+
+    A rank comes to a sum from computing: it has a core, which a rank that has slept must get first.
+
+    Returns:
+        CPU seconds that staying awake took.
+    """
+    began_s = time.thread_time()
+    turn = (time.monotonic() // period_s + 1) * period_s
+    time.sleep(max(0.0, turn - time.monotonic() - _AWAKE_S))
+    while time.monotonic() < turn:
+        pass
+    return time.thread_time() - began_s
+
+
+class _Service:
+    """A worker's side of meeting; see :class:`tpirt.transport.base.PeerService`."""
+
+    def __init__(self) -> None:
+        self.board = Switchboard()
+        self.master: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()
+        self.done = asyncio.Event()
+
+    async def hello(self, request: pb.HelloRequest) -> pb.HelloReply:
+        return pb.HelloReply(protocol_version=PROTOCOL_VERSION)
+
+    async def put_slice(self, chunks: AsyncIterator[pb.SliceChunk]) -> pb.PutSliceReply:
+        raise NotImplementedError
+
+    async def session(self, channel: Channel) -> None:
+        self.master.set_result(channel)
+        await self.done.wait()
+
+    async def link(self, channel: Channel) -> None:
+        await self.board.serve(channel)
+
+
+@asynccontextmanager
+async def tpirt_ranks(rank: int, listen: str, addresses: list[str]) -> AsyncIterator[Prepare]:
+    """Meet over tpirt's own transport, as peers do, and sum with its own collectives."""
+    async with AsyncExitStack() as stack:
+        if rank == 0:
+            links = Links(0, await _open_sessions(addresses, stack), TIMEOUT_S)
+        else:
+            links = await _await_session(rank, listen, addresses, stack)
+        ranks = Ranks(len(addresses), links)
+        step = 0
+
+        def prepare(order: Order) -> AllReduce:
+            nonlocal step
+            step += 1
+            ranks.begin(step, Collective(Algorithm(order.algorithm), Wire(order.wire)))
+            return ranks.all_reduce
+
+        yield prepare
+
+
+@asynccontextmanager
+async def gloo_ranks(rank: int, listen: str, addresses: list[str]) -> AsyncIterator[Prepare]:
+    """Meet through torch.distributed; it needs GLOO_SOCKET_IFNAME in the environment."""
+    host, _ = split_address(addresses[0])
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"tcp://{host}:{GLOO_PORT}",
+        rank=rank,
+        world_size=len(addresses),
+    )
+
+    async def all_reduce(partial: torch.Tensor) -> torch.Tensor:
+        torch.distributed.all_reduce(partial)
+        return partial
+
+    yield lambda _: all_reduce
+    torch.distributed.destroy_process_group()
+
+
+async def _open_sessions(addresses: list[str], stack: AsyncExitStack) -> dict[int, Channel]:
+    channels: dict[int, Channel] = {}
+    for rank, address in enumerate(addresses[1:], start=1):
+        client = GrpcPeerClient(address)
+        stack.push_async_callback(client.aclose)
+        await _until_there(client)
+        channels[rank] = await client.open_session()
+    return channels
+
+
+async def _until_there(client: GrpcPeerClient) -> None:
+    """All ranks start at once, and starting takes long where there are few cores."""
+    began = time.monotonic()
+    while True:
+        try:
+            await client.hello(pb.HelloRequest(protocol_version=PROTOCOL_VERSION), TIMEOUT_S)
+        except PeerUnreachableError:
+            if time.monotonic() - began > TIMEOUT_S:
+                raise
+        else:
+            return
+
+
+async def _await_session(
+    rank: int, listen: str, addresses: list[str], stack: AsyncExitStack
+) -> Links:
+    service = _Service()
+    server = GrpcPeerServer(service)
+    await server.start(*split_address(listen))
+    stack.push_async_callback(server.aclose)
+    links = Links(rank, {0: await service.master}, TIMEOUT_S)
+    stack.callback(service.done.set)
+    mesh = Mesh(links, GrpcPeerClient, service.board)
+    stack.push_async_callback(mesh.aclose)
+    for state in await mesh.form(_SESSION, addresses):
+        if state.failure:
+            raise PeerUnreachableError(
+                f"rank {rank} has no link to rank {state.rank}: {state.failure}"
+            )
+    return links
+
+
+async def serve(contender: str, rank: int, listen: str, addresses: list[str]) -> None:
+    """Meet the others, then carry out orders until there are no more."""
+    meet = gloo_ranks if contender == GLOO else tpirt_ranks
+    loop = asyncio.get_running_loop()
+    async with meet(rank, listen, addresses) as prepare:
+        print("ready", flush=True)
+        while line := await loop.run_in_executor(None, sys.stdin.readline):
+            order = Order(**json.loads(line))
+            answer = await measure(prepare(order), order, rank)
+            print(json.dumps(asdict(answer)), flush=True)
+
+
+def main() -> None:
+    """Run one rank with one thread; a failure of the group is one line and exit code 3."""
+    torch.set_num_threads(1)
+    contender, rank, listen, addresses = sys.argv[1:]
+    try:
+        run_async(serve(contender, int(rank), listen, addresses.split(",")))
+    except TpirtError as exc:
+        raise SystemExit(f"rank {rank}: {exc}") from exc
+
+
+if __name__ == "__main__":
+    main()

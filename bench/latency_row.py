@@ -1,0 +1,191 @@
+"""One row of ``bench.latency``: what a token took, and what it would take at least."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bench import floor
+from bench.group import Group, Request
+from bench.net.network import Network
+from bench.net.spec import Topology
+from bench.net.tunnels import Forwarded
+from tpirt.collectives.base import Algorithm
+from tpirt.collectives.wire import Wire
+
+_WARM_UP_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting; times in milliseconds, those of a token medians over tokens of all trials.
+
+    ``compute_ms``, ``disk_ms``, ``network_ms`` and ``other_ms`` are parts of ``tpot_ms``, as
+    :class:`tpirt.types.TokenTimes` tells them apart. ``resident_ms`` is the compute of the same
+    ranks without links, ``links_ms`` what the links need. Bytes are on the wire, headers
+    included, per decoded token: of all devices, and of the busiest one each way.
+    """
+
+    devices: int
+    link: str
+    latency_ms: float | None
+    collective: str
+    wire: str
+    window: int | None
+    ttft_ms: float
+    tpot_ms: float
+    tpot_p95_ms: float
+    tpot_p99_ms: float
+    compute_ms: float
+    disk_ms: float
+    network_ms: float
+    other_ms: float
+    resident_ms: float
+    links_ms: float
+    floor_ms: float
+    ratio: float
+    hops: int
+    hidden: float | None
+    wire_bytes: float
+    busiest_sent_bytes: float
+    busiest_received_bytes: float
+    device_bytes: list[tuple[float, float]]
+    forwarded: Forwarded | None
+
+
+@dataclass(frozen=True)
+class Base:
+    """The same group without links: the compute of a token and the first token's time."""
+
+    resident_ms: float
+    ttft_ms: float
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one connection of the master is made with; None is tpirt's own default."""
+
+    collective: str | None
+    wire: str | None
+    window: int | None
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of ``Engine.connect``."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key} {value}" for key, value in self.options().items()) or "defaults"
+
+
+class Bench:
+    """One network's group and what it is asked for."""
+
+    def __init__(
+        self, arguments: argparse.Namespace, network: Network, group: Group, engine: dict[str, Any]
+    ):
+        self._arguments = arguments
+        self._network = network
+        self._group = group
+        self._engine = engine
+        self._model: dict[str, int] = {}
+
+    def base(self) -> Base:
+        """Measure without links; the first connection also hands the slices out."""
+        requests = self._requests(Setting(None, None, None))
+        return Base(
+            statistics.median(_each(requests, "compute_ms")),
+            statistics.median(request.ttft_ms for request in requests),
+        )
+
+    def row(self, topology: Topology, label: str, setting: Setting, base: Base) -> Row:
+        """Measure one setting over one kind of links."""
+        self._network.change(topology)
+        self._network.forwarded()
+        requests = self._requests(setting)
+        forwarded = self._network.forwarded()
+        last = requests[-1]
+        hops = self._hops(last.collective, last.wire, 1) if topology.devices > 1 else []
+        links_ms = floor.finish_ms(topology, hops)[0]
+        totals = sorted(_each(requests, "total_ms"))
+        tpot_ms = statistics.median(totals)
+        floor_ms = base.resident_ms + links_ms
+        ttft_ms = statistics.median(request.ttft_ms for request in requests)
+        traffic = _per_token(requests)
+        latencies = {topology.latency_ms(*pair) for pair in topology.routes()}
+        return Row(
+            devices=topology.devices,
+            link=label,
+            latency_ms=latencies.pop() if len(latencies) == 1 else None,
+            collective=last.collective,
+            wire=last.wire,
+            window=setting.window,
+            ttft_ms=ttft_ms,
+            tpot_ms=tpot_ms,
+            tpot_p95_ms=_percentile(totals, 95),
+            tpot_p99_ms=_percentile(totals, 99),
+            compute_ms=statistics.median(_each(requests, "compute_ms")),
+            disk_ms=statistics.median(_each(requests, "io_ms")),
+            network_ms=statistics.median(_each(requests, "comm_ms")),
+            other_ms=statistics.median(_each(requests, "other_ms")),
+            resident_ms=base.resident_ms,
+            links_ms=links_ms,
+            floor_ms=floor_ms,
+            ratio=tpot_ms / floor_ms,
+            hops=floor.latencies(topology.devices, hops),
+            hidden=self._hidden(topology, last.wire, ttft_ms - base.ttft_ms) if hops else None,
+            wire_bytes=sum(sent for sent, _ in traffic),
+            busiest_sent_bytes=max(sent for sent, _ in traffic),
+            busiest_received_bytes=max(received for _, received in traffic),
+            device_bytes=traffic,
+            forwarded=forwarded,
+        )
+
+    def _requests(self, setting: Setting) -> list[Request]:
+        arguments = self._arguments
+        self._model = dict(self._group.connect(**self._engine, **setting.options()))
+        self._group.generate(arguments.prompt_tokens, _WARM_UP_TOKENS)
+        return [
+            self._group.generate(arguments.prompt_tokens, arguments.tokens)
+            for _ in range(arguments.trials)
+        ]
+
+    def _hops(self, collective: str, wire: str, tokens: int) -> list[floor.Hop]:
+        """The hops of a step of so many tokens."""
+        hidden = tokens * self._model["hidden_size"]
+        return floor.token_hops(
+            collective,
+            len(self._network.devices),
+            self._model["layers"],
+            sum_bytes=Wire(wire).nbytes(hidden),
+            step_bytes=Wire.FLOAT32.nbytes(hidden),
+        )
+
+    def _hidden(self, topology: Topology, wire: str, added_ms: float) -> float | None:
+        """Share of the links' part of the first token that did not add to its time."""
+        tokens = self._arguments.prompt_tokens
+        links_ms = min(
+            floor.finish_ms(topology, self._hops(algorithm.value, wire, tokens))[0]
+            for algorithm in Algorithm
+        )
+        return 1 - added_ms / links_ms if links_ms else None
+
+
+def _each(requests: Sequence[Request], key: str) -> list[float]:
+    return [token[key] for request in requests for token in request.decoded]
+
+
+def _per_token(requests: Sequence[Request]) -> list[tuple[float, float]]:
+    """Bytes sent and received per decoded token, of each device."""
+    tokens = sum(len(request.decoded) for request in requests)
+    devices = zip(*(request.traffic for request in requests), strict=True)
+    return [
+        (sum(sent for sent, _ in each) / tokens, sum(received for _, received in each) / tokens)
+        for each in devices
+    ]
+
+
+def _percentile(ordered: Sequence[float], percent: int) -> float:
+    return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]

@@ -1,0 +1,251 @@
+"""A model far beyond memory on one machine: token time, memory and bytes read, beside the floor.
+
+    python -m bench.scale70b --shape llama-2-70b --quantize int4 --world-size 8 --dir DIR
+
+Makes the synthetic model in DIR (unless it is there), runs one rank per process with one thread,
+each in a memory cgroup with the limit that tpirt is given, and removes the model after
+(``--keep`` keeps it). All ranks share this machine's cores and its one disk.
+
+All figures per token are of decoded tokens, the first one excepted. The floor is the bytes that all
+ranks read for a token over the rate at which raw direct readers read the same files before and
+after the run (the median of the passes with 2 readers or with one per rank, whichever is faster),
+or the computing of the busiest rank as the run measured it, whichever is longer. A run that is
+faster than its floor shows that the floor was measured wrong: it is reported as invalid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bench.disk import every_nth, read_rate
+from bench.peers import GroupRun, run_group, tpirt, warn
+from tpirt.cli.options import count, size
+from tpirt.units import format_bytes
+from tpirt.weights.synthetic import MARKER, SLICES, is_synthetic
+
+_PASS_BYTES = 8 * 10**9  # of a raw pass: seconds, and beyond what a disk's host may cache
+_TIMEOUT_S = 600  # the first token waits for everything to be read once
+
+# TPI-LLM, arXiv 2410.00531: 8 emulated devices, float32.
+_PUBLISHED = {
+    "llama-2-70b": {"ttft_s": 29.4, "token_s": 26.1, "peak_bytes": 3_100_000_000},
+}
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One rank: its peaks over the whole run; times and bytes per decoded token."""
+
+    peak_rss_bytes: int
+    peak_cgroup_bytes: int | None
+    cache_bytes: int | None
+    weights_bytes: int
+    read_bytes: float
+    io_s: float
+    compute_s: float
+    comm_s: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is reported; rates in bytes per second."""
+
+    ttft_s: float
+    token_s: float
+    weights_bytes: int
+    read_bytes_per_token: float
+    raw_rates: dict[int, list[float]]  # by number of readers; before the run, then after it
+    rate: float
+    disk_floor_s: float
+    compute_s: float
+    ratio: float
+    valid: bool
+    ranks: list[Rank]
+
+
+def make_model(arguments: argparse.Namespace) -> None:
+    """Make the model and its slices; what is there whole already stays."""
+    warn(f"making {arguments.shape} in {arguments.dir}")
+    started = time.monotonic()
+    command = tpirt("synth", "--shape", arguments.shape, "--quantize", arguments.quantize)
+    command += ["--world-size", str(arguments.world_size), "--out", str(arguments.dir)]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise SystemExit(f"tpirt synth ended with exit code {done.returncode}")
+    warn(f"made, or found, in {time.monotonic() - started:.0f} s")
+
+
+def remove_model(folder: Path) -> None:
+    """Remove what ``tpirt synth`` put into a folder, and the folder if that was all."""
+    if not is_synthetic(folder):
+        return
+    shutil.rmtree(folder / SLICES, ignore_errors=True)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", MARKER):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def measure_disk(arguments: argparse.Namespace, rates: dict[int, list[float]]) -> None:
+    """Read the slices' files raw, some other ones in each pass; adds to ``rates``."""
+    paths = sorted((arguments.dir / SLICES).glob("*/*.safetensors"), key=lambda path: path.name)
+    for _ in range(arguments.passes):
+        for readers, seen in rates.items():
+            seen.append(read_rate(every_nth(paths, _PASS_BYTES, len(seen)), readers))
+            warn(f"raw direct reads, {readers} readers: {seen[-1] / 1e9:.2f} GB/s")
+
+
+def run(arguments: argparse.Namespace) -> GroupRun:
+    """Generate over all ranks, each with one thread and within the limit."""
+    shared = ["--threads", "1", "--store", str(arguments.dir / SLICES)]
+    master = [sys.executable, "-m", "bench.decode", "--model", str(arguments.dir)]
+    master += ["--quantize", arguments.quantize, "--tokens", str(arguments.tokens)]
+    master += ["--prompt-tokens", str(arguments.prompt_tokens), "--timeout", str(_TIMEOUT_S)]
+    master += ["--collective", arguments.collective, "--explain"]
+    return run_group(arguments.world_size, arguments.memory, shared, master)
+
+
+def evaluate(done: GroupRun, raw_rates: dict[int, list[float]]) -> Result:
+    """Put the figures of a run together."""
+    tokens, token_s = int(done.printed["tokens"]), float(done.printed["token_s"])
+
+    def per_token(first: dict[str, float], last: dict[str, float], name: str) -> float:
+        return (last[name] - first[name]) / tokens
+
+    ranks = [
+        Rank(
+            peak_rss_bytes=last["peak_rss_bytes"],
+            peak_cgroup_bytes=done.peak_bytes[number],
+            cache_bytes=done.cache_bytes[number],
+            weights_bytes=last["weights_bytes"],
+            read_bytes=per_token(first, last, "bytes_read"),
+            io_s=per_token(first, last, "io_ms") / 1e3,
+            compute_s=per_token(first, last, "compute_ms") / 1e3,
+            comm_s=per_token(first, last, "comm_ms") / 1e3,
+        )
+        for number, (first, last) in enumerate(
+            zip(done.printed["first"], done.printed["last"], strict=True)
+        )
+    ]
+    rate = max(map(statistics.median, raw_rates.values()))
+    read = sum(rank.read_bytes for rank in ranks)
+    compute_s = max(rank.compute_s for rank in ranks)
+    ratio = token_s / max(read / rate, compute_s)
+    return Result(
+        ttft_s=done.printed["ttft_s"],
+        token_s=token_s,
+        weights_bytes=sum(rank.weights_bytes for rank in ranks),
+        read_bytes_per_token=read,
+        raw_rates=raw_rates,
+        rate=rate,
+        disk_floor_s=read / rate,
+        compute_s=compute_s,
+        ratio=ratio,
+        valid=ratio >= 1,
+        ranks=ranks,
+    )
+
+
+def show(arguments: argparse.Namespace, result: Result) -> None:
+    """Print the table for people."""
+    print(
+        f"{arguments.shape} in {arguments.quantize}: {format_bytes(result.weights_bytes)} over "
+        f"{arguments.world_size} ranks of {format_bytes(arguments.memory)}, {os.cpu_count()} cores"
+    )
+    print("rank   peak RSS     cgroup      cache   read/token   waits for: disk  compute   peers")
+    for number, rank in enumerate(result.ranks):
+        print(
+            f"{number:4d} {format_bytes(rank.peak_rss_bytes):>10} "
+            f"{_bytes(rank.peak_cgroup_bytes):>10} {_bytes(rank.cache_bytes):>10} "
+            f"{format_bytes(rank.read_bytes):>12} {rank.io_s:14.2f} s {rank.compute_s:6.2f} s "
+            f"{rank.comm_s:5.2f} s"
+        )
+    for readers, rates in result.raw_rates.items():
+        seen = ", ".join(f"{rate / 1e9:.2f}" for rate in rates)
+        print(f"raw direct reads, {readers} readers: {seen} GB/s")
+    # Either may be the larger: a cgroup counts file cache, but libraries only for their first user.
+    peak = max(max(rank.peak_rss_bytes, rank.peak_cgroup_bytes or 0) for rank in result.ranks)
+    rows = [("this run", result.ttft_s, result.token_s, peak)]
+    if published := _PUBLISHED.get(arguments.shape):
+        figures = (published["ttft_s"], published["token_s"], int(published["peak_bytes"]))
+        rows.append(("TPI-LLM, published", *figures))
+    print("                       TTFT    per token   peak memory per peer")
+    for name, ttft_s, token_s, peak_bytes in rows:
+        print(f"{name:18} {ttft_s:7.2f} s {token_s:10.2f} s {peak_bytes / 1e9:16.2f} GB")
+    print(
+        f"read per token {result.read_bytes_per_token / 1e9:.2f} GB, floor: disk "
+        f"{result.disk_floor_s:.2f} s, compute {result.compute_s:.2f} s; ratio {result.ratio:.2f}"
+    )
+    if not result.valid:
+        print("INVALID: faster than its floor, so the raw readers did not reach the disk's limit")
+
+
+def _bytes(figure: int | None) -> str:
+    return "-" if figure is None else format_bytes(figure)
+
+
+def save(arguments: argparse.Namespace, result: Result) -> None:
+    """Write the result under ``bench/results`` and print it as one line."""
+    shape = Path(arguments.shape).stem if Path(arguments.shape).exists() else arguments.shape
+    settings = {k: str(v) for k, v in vars(arguments).items() if k not in ("dir", "keep")}
+    content = {
+        "bench": "scale70b",
+        "settings": settings | {"shape": shape},
+        "machine": {"cpu": platform.machine(), "cores": os.cpu_count()},
+        "published": _PUBLISHED.get(arguments.shape),
+        **asdict(result),
+    }
+    quantize = arguments.quantize.replace(":", "-")
+    name = f"scale70b-{shape}-{quantize}-{arguments.world_size}.json"
+    file = Path(__file__).parent / "results" / name
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(content))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse arguments, make, measure, print, remove."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", default="llama-2-70b", help="as of `tpirt synth`")
+    parser.add_argument("--quantize", default="int4")
+    parser.add_argument("--world-size", type=count, default=8)
+    parser.add_argument("--memory", type=size, default=10**9, help="of each rank (default 1e9)")
+    parser.add_argument("--dir", type=Path, required=True, help="where the model is made")
+    parser.add_argument("--keep", action="store_true", help="do not remove the model after")
+    parser.add_argument("--collective", default="auto", help="as of `tpirt generate`")
+    parser.add_argument("--tokens", type=count, default=4)
+    parser.add_argument("--prompt-tokens", type=count, default=8)
+    parser.add_argument("--passes", type=count, default=3, help="raw ones, before and after each")
+    arguments = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    rates: dict[int, list[float]] = {readers: [] for readers in (2, arguments.world_size)}
+    try:
+        make_model(arguments)
+        measure_disk(arguments, rates)
+        done = run(arguments)
+        measure_disk(arguments, rates)
+        result = evaluate(done, rates)
+    finally:
+        if not arguments.keep:
+            remove_model(arguments.dir)
+    show(arguments, result)
+    save(arguments, result)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,124 @@
+"""The network benchmarks, run to their end on links so slow that no machine is in the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.latency import chosen_points
+from bench.net.namespace import Namespace
+from bench.net.spec import LinkError
+from tpirt.collectives.base import Algorithm
+from tpirt.testing.models import make_model
+from tpirt.testing.processes import descendants
+
+ROOT = Path(__file__).parents[2]
+LINK = "20ms/20mbit"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _rights() -> None:
+    try:
+        Namespace().close()
+    except LinkError as exc:
+        pytest.skip(str(exc))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    make_model(path, num_hidden_layers=2)
+    return path
+
+
+def bench(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", f"bench.{module}", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=100,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr
+    values: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert not descendants()
+    return values
+
+
+def test_allreduce(tmp_path: Path) -> None:
+    out = tmp_path / "results" / "allreduce.json"
+    done = bench(
+        "allreduce",
+        *("--latency", "20", "--rate", "20", "--sizes", "4K", "--devices", "2"),
+        *("--rounds", "3", "--seconds", "1", "--out", str(out)),
+    )
+    rows = result(done)["rows"]
+    assert [row["contender"] for row in rows] == [*(each.value for each in Algorithm), "gloo"]
+    for row in rows:
+        assert row["median_ms"] >= row["floor_ms"] > 20
+    assert json.loads(out.read_text())["rows"] == rows
+    assert str(tmp_path) not in out.read_text()
+
+
+@pytest.mark.parametrize("backend", ["auto", "relay"])
+def test_latency(model: Path, tmp_path: Path, backend: str) -> None:
+    plot = tmp_path / "plot.png"
+    done = bench(
+        "latency",
+        *("--link", LINK, "--backend", backend, "--model", str(model), "--collective", "direct"),
+        *("--prompt-tokens", "8", "--tokens", "4", "--trials", "1", "--plot", str(plot)),
+    )
+    values = result(done)
+    (row,) = values["rows"]
+    assert (row["collective"], row["hops"], row["latency_ms"]) == ("direct", 4, 20)
+    parts = (row[f"{cause}_ms"] for cause in ("compute", "disk", "network", "other"))
+    assert row["tpot_ms"] == pytest.approx(sum(parts), rel=0.2)
+    assert row["tpot_ms"] >= row["links_ms"] > 4 * 20
+    assert row["floor_ms"] == pytest.approx(row["links_ms"] + row["resident_ms"])
+    assert 4 * 64 * 2 < row["wire_bytes"] < 100_000
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert str(tmp_path) not in done.stdout
+    assert values["settings"]["model"] == model.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--model", "no-such-model"), "no-such-model"),
+        (("--model", "MODEL", "--collective", "telepathy"), "telepathy"),
+        (("--model", "MODEL", "--latency", "-3"), "is no latency"),
+        (("--model", "MODEL", "--profile", "home-wifi", "--latency", "1"), "not one value for all"),
+        (
+            ("--model", "MODEL", "--backend", "relay", "--devices", "3", "--collective", "direct"),
+            "take --collective star",
+        ),
+    ],
+)
+def test_bad_input_is_one_line(model: Path, arguments: tuple[str, ...], complaint: str) -> None:
+    filled = [str(model) if word == "MODEL" else word for word in arguments]
+    done = bench("latency", *filled, "--tokens", "2", "--trials", "1")
+    assert done.returncode == 2
+    assert complaint in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not descendants()
+
+
+def test_links_are_varied_one_by_one() -> None:
+    from bench.latency import _parser
+
+    arguments = _parser().parse_args(
+        ["--shape", "x", "--link", "1ms/300mbit", "--latency", "1,5", "--rate", "100,300"]
+    )
+    names = [name for name, _ in chosen_points(arguments, 2)]
+    assert names == ["1ms/100mbit", "1ms/300mbit", "5ms/100mbit", "5ms/300mbit"]

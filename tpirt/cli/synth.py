@@ -1,0 +1,69 @@
+"""``tpirt synth``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tpirt.cli.options import (
+    Commands,
+    add_format_options,
+    add_parser,
+    add_ratio_option,
+    count,
+    whole_number,
+)
+
+
+def add_command(commands: Commands) -> None:
+    """Add ``synth`` and its options."""
+    from tpirt.weights.shapes import SHAPES
+
+    parser = add_parser(
+        commands,
+        "synth",
+        "make a model of random weights in any shape, as slices without a checkpoint",
+        "tpirt synth --shape llama-3.1-8b --quantize int4 --world-size 2 --out llama-8b\n"
+        "  then: tpirt generate --model llama-8b --quantize int4 --local 2 --prompt Hello",
+    )
+    parser.add_argument(
+        "--shape",
+        required=True,
+        metavar="NAME|FILE",
+        help=f"{', '.join(SHAPES)}, or a config.json",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="the model directory to make")
+    parser.add_argument("--world-size", type=count, required=True, metavar="N")
+    add_ratio_option(parser)
+    add_format_options(parser)
+    parser.add_argument(
+        "--seed", type=whole_number, default=0, metavar="N", help="of the weights (default 0)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from tpirt.chat.progress import ConsoleProgress
+    from tpirt.cluster.group import this_peer
+    from tpirt.cluster.machine import int4_layout
+    from tpirt.cluster.synth import make_synthetic
+    from tpirt.config import ModelConfig
+    from tpirt.engine.dtype import choose_dtype
+    from tpirt.ops.quant import QuantSpec
+    from tpirt.parallel.format import WeightFormat
+    from tpirt.parallel.partition import make_plan
+    from tpirt.units import format_bytes
+    from tpirt.weights.shapes import find_shape
+
+    shape = find_shape(arguments.shape)
+    config = ModelConfig.from_hf(shape)
+    plan = make_plan(config, arguments.world_size, arguments.ratio)
+    dtype = choose_dtype(config, arguments.dtype, [this_peer(threads=1)])
+    form = WeightFormat(dtype.dtype, QuantSpec.parse(arguments.quantize), int4_layout())
+    out = Path(arguments.out)
+    print(f"dtype {dtype.name} ({dtype.reason})")
+    with ConsoleProgress(quiet=arguments.quiet) as progress:
+        slices = make_synthetic(out, shape, arguments.seed, plan, form, progress)
+    for rank, stored in enumerate(slices):
+        print(f"rank {rank}: {stored.path} ({format_bytes(stored.manifest.nbytes)})")

@@ -1,0 +1,154 @@
+"""How the group's sums come about: links measured when ranks meet, an algorithm for every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tpirt.cluster.probing import measure
+from tpirt.collectives.base import Algorithm, Collective
+from tpirt.collectives.choosing import Chooser, Machine, Topology, predict_s
+from tpirt.collectives.wire import Wire
+from tpirt.errors import ConfigError, TransportError
+from tpirt.transport.base import Channel
+from tpirt.transport.codec import Frame
+from tpirt.transport.pb import tpirt_pb2 as pb
+
+AUTO = "auto"
+_WORTH_HIDING_S = 4e-3
+_LEAST_HALVED = 32
+_DECODED_TOKENS = 8  # steps of more are not learnt from: their ranks wait for each other's compute
+
+
+@dataclass(frozen=True)
+class SumOptions:
+    """What the user asks for; None leaves it to us."""
+
+    algorithm: Algorithm | None = None
+    wire: Wire | None = None
+
+    @classmethod
+    def parse(cls, collective: str, wire: str) -> SumOptions:
+        """Read the values of ``--collective`` and ``--wire``.
+
+        Raises:
+            ConfigError: none that there is.
+        """
+        try:
+            algorithm = None if collective == AUTO else Algorithm(collective)
+        except ValueError:
+            names = ", ".join([AUTO, *(known.value for known in Algorithm)])
+            raise ConfigError(f"collective {collective!r}: expected one of {names}") from None
+        try:
+            return cls(algorithm, None if wire == AUTO else Wire(wire))
+        except ValueError:
+            names = ", ".join([AUTO, *(known.value for known in Wire)])
+            raise ConfigError(f"wire {wire!r}: expected one of {names}") from None
+
+    def wire_for(self, dtype: torch.dtype) -> Wire:
+        """The form of sums where products are of ``dtype``: no finer than they are."""
+        if self.wire is not None:
+            return self.wire
+        return Wire.FLOAT32 if dtype is torch.float32 else Wire.BFLOAT16
+
+
+class Sums:
+    """The master's choice of collectives, step by step.
+
+    Attributes:
+        notice: why what was asked for is not to be had; empty if it is.
+    """
+
+    def __init__(self, chooser: Chooser, options: SumOptions, wire: Wire, hidden_size: int):
+        self.notice = ""
+        self._chooser = chooser
+        self._wire = wire
+        self._hidden_size = hidden_size
+        self._fixed = options.algorithm if chooser.topology.complete else Algorithm.STAR
+
+    def for_step(self, tokens: int) -> Collective:
+        """Choose for a step of so many tokens."""
+        nbytes = self._nbytes(tokens)
+        algorithm = self._fixed or self._chooser.choose(nbytes)
+        # Products of half the tokens are less efficient, and can differ in their last bits: not
+        # for sums that take no time, and not by what changes from step to step.
+        topology = self._chooser.topology
+        slow = not topology.one_machine and predict_s(algorithm, topology, nbytes) > _WORTH_HIDING_S
+        return Collective(algorithm, self._wire, halves=slow and tokens >= _LEAST_HALVED)
+
+    def learn(self, tokens: int, algorithm: Algorithm, measured_s: float) -> None:
+        """Account for what a step's allreduces took at the median."""
+        if tokens <= _DECODED_TOKENS:
+            self._chooser.learn(algorithm, self._nbytes(tokens), measured_s)
+
+    def explain(self, chunk_tokens: int) -> list[str]:
+        """Say what was measured and chosen, a line each."""
+        sizes = {"one token": self._nbytes(1), f"{chunk_tokens} tokens": self._nbytes(chunk_tokens)}
+        lines = self._chooser.explain(sizes)
+        if self._fixed is not None:
+            lines.append(f"used: {self._fixed.value} ({self.notice or 'as asked for'})")
+        return [*lines, f"on the wire: {self._wire.value}"]
+
+    def _nbytes(self, tokens: int) -> int:
+        return self._wire.nbytes(tokens * self._hidden_size)
+
+
+async def meet(
+    channels: Sequence[Channel],
+    links: Sequence[Sequence[pb.LinkState]],
+    machines: Sequence[Machine],
+    options: SumOptions,
+    wire: Wire,
+    hidden_size: int,
+    timeout_s: float,
+) -> Sums:
+    """Measure the master's links, add what the workers measured, and decide.
+
+    Args:
+        channels: to the workers, by rank.
+        links: what each worker said of its links to the others; empty where none were wanted.
+        machines: who shares cores with whom.
+        options: what the user asks for.
+        wire: form of the sums.
+        hidden_size: H.
+        timeout_s: longest silence of a worker.
+
+    Raises:
+        PeerLostError, TransportError: a worker is gone or makes no sense.
+    """
+    latency: dict[tuple[int, int], float] = {}
+    rate: dict[tuple[int, int], float] = {}
+    for rank, channel in enumerate(channels, start=1):
+        quality = await measure(channel, timeout_s)
+        latency[0, rank], rate[0, rank] = quality.latency_s, quality.bytes_per_s
+    failures: list[str] = []
+    linked = len(channels) == 1 or all(len(states) == len(channels) - 1 for states in links)
+    for rank, states in enumerate(links, start=1):
+        for state in states:
+            if state.failure:
+                text = f"rank {rank} has no link to rank {state.rank}: {state.failure}"
+                # Whoever opens it knows more than who waits for it.
+                failures.insert(0 if rank > state.rank else len(failures), text)
+    if linked and not failures and len(channels) > 1:
+        for channel in channels:
+            await channel.send(Frame(pb.FrameHeader(measure_links=pb.MeasureLinks())))
+        for rank, channel in enumerate(channels, start=1):
+            for state in await _measured(channel, timeout_s):
+                pair = (state.rank, rank)
+                latency[pair] = max(1e-6, state.latency_s)
+                rate[pair] = max(1.0, state.bytes_per_s)
+    complete = linked and not failures
+    topology = Topology(len(channels) + 1, latency, rate, complete, tuple(machines))
+    sums = Sums(Chooser(topology), options, wire, hidden_size)
+    if failures and options.algorithm is not Algorithm.STAR:
+        sums.notice = f"sums go through the master (star): {failures[0]}"
+    return sums
+
+
+async def _measured(channel: Channel, timeout_s: float) -> Sequence[pb.LinkState]:
+    frame = await channel.recv(timeout_s)
+    if frame.kind != "link_states":
+        raise TransportError(f"peer {channel.peer_id}: expected link_states, got {frame.kind}")
+    return frame.header.link_states.links

@@ -1,0 +1,201 @@
+"""The collectives, over gRPC or whatever carries frames: star, direct exchange, two-shot.
+
+All add in rank order, whatever the order of arrival: gRPC keeps what comes early. All give the
+same bits: the sum, as it looks on the wire, of partials as they look on the wire. So a choice
+that follows measurements does not change a token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from tpirt.collectives.base import DEFAULT_COLLECTIVE, Algorithm, Collective
+from tpirt.collectives.links import Links
+from tpirt.collectives.wire import BLOCK, Wire, encode
+from tpirt.parallel.partition import Span
+from tpirt.transport.codec import Frame, encode_frame
+from tpirt.transport.pb import tpirt_pb2 as pb
+
+_T = TypeVar("_T")
+_EAGER_BYTES = 32 << 10  # below every window of HTTP/2 and every socket's buffer
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """One collective under way: its number, the form on the wire, what this rank adds."""
+
+    seq: int
+    wire: Wire
+    partial: torch.Tensor
+
+
+class Ranks:
+    """The communicator of a rank that has others; see :class:`Communicator`.
+
+    Workers need channels among themselves for all but the star.
+    """
+
+    def __init__(self, world_size: int, links: Links):
+        self.rank = links.rank
+        self.world_size = world_size
+        self._links = links
+        self._seq = 0
+        self._how = DEFAULT_COLLECTIVE
+        self._turn = asyncio.Lock()  # of two collectives under way, the first receives first
+        self._algorithms: dict[Algorithm, Callable[[_Sum], Coroutine[Any, Any, torch.Tensor]]] = {
+            Algorithm.STAR: self._star_master if links.rank == 0 else self._star_worker,
+            Algorithm.DIRECT: self._direct,
+            Algorithm.TWO_SHOT: self._two_shot,
+        }
+
+    def begin(self, step: int, collective: Collective = DEFAULT_COLLECTIVE) -> None:
+        """See :class:`tpirt.collectives.base.Communicator`."""
+        self._seq, self._how = 0, collective
+        self._links.begin(step)
+
+    async def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
+        """See :class:`tpirt.collectives.base.Communicator`."""
+        return await self._algorithms[self._how.algorithm](self._next(partial))
+
+    async def reduce(self, partial: torch.Tensor) -> torch.Tensor | None:
+        """See :class:`tpirt.collectives.base.Communicator`."""
+        job = self._next(partial)
+        total = None
+        if self.rank == 0:
+            total = await self._gather(job, "partial", job.partial)
+        else:
+            payload, _ = encode(partial, job.wire)
+            await self._links.send([0], self._frame(job, "partial", partial, payload))
+        self._links.complete = self._links.step
+        return total
+
+    def _next(self, partial: torch.Tensor) -> _Sum:
+        self._seq += 1
+        return _Sum(self._seq - 1, self._how.wire, partial)
+
+    # -- star ------------------------------------------------------------------------------
+
+    async def _star_master(self, job: _Sum) -> torch.Tensor:
+        _, own = encode(job.partial, job.wire)
+        total = await self._gather(job, "partial", own)
+        payload, total = encode(total, job.wire)
+        frame = self._frame(job, "reduced", total, payload)
+        await self._links.send(self._links.others, frame)
+        return total
+
+    async def _star_worker(self, job: _Sum) -> torch.Tensor:
+        payload, _ = encode(job.partial, job.wire)
+        await self._links.send([0], self._frame(job, "partial", job.partial, payload))
+        async with self._turn:
+            return await self._links.receive(0, "reduced", self._header(job, job.partial))
+
+    # -- direct ----------------------------------------------------------------------------
+
+    async def _direct(self, job: _Sum) -> torch.Tensor:
+        payload, own = encode(job.partial, job.wire)
+        frame = self._frame(job, "partial", own, payload)
+        total = await self._send_and(
+            dict.fromkeys(self._links.others, frame), self._gather(job, "partial", own)
+        )
+        return encode(total, job.wire)[1]  # as it comes out of the others
+
+    # -- two-shot --------------------------------------------------------------------------
+
+    async def _two_shot(self, job: _Sum) -> torch.Tensor:
+        flat = job.partial.view(-1)
+        spans = _spans(len(flat), self.world_size)
+        parts = [flat[span.start : span.stop] for span in spans]
+        encoded = [encode(part, job.wire) for part in parts]
+        others = self._links.others
+        frames = {r: self._frame(job, "partial", parts[r], encoded[r][0]) for r in others}
+        own = encoded[self.rank][1]
+        whole = await self._send_and(frames, self._all_gather(job, parts, own))
+        return torch.cat(whole).view(job.partial.shape)
+
+    async def _all_gather(
+        self, job: _Sum, parts: Sequence[torch.Tensor], own: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Sum this rank's share, and exchange shares."""
+        async with self._turn:
+            mine = await self._summed(job, "partial", own)
+            payload, mine = encode(mine, job.wire)
+            frame = self._frame(job, "reduced", mine, payload)
+            shares = self._shares(job, parts, mine)
+            return await self._send_and(dict.fromkeys(self._links.others, frame), shares)
+
+    async def _shares(
+        self, job: _Sum, parts: Sequence[torch.Tensor], mine: torch.Tensor
+    ) -> list[torch.Tensor]:
+        return [
+            mine
+            if rank == self.rank
+            else await self._links.receive(rank, "reduced", self._header(job, part))
+            for rank, part in enumerate(parts)
+        ]
+
+    # -- common ----------------------------------------------------------------------------
+
+    async def _gather(self, job: _Sum, kind: str, own: torch.Tensor) -> torch.Tensor:
+        async with self._turn:
+            return await self._summed(job, kind, own)
+
+    async def _summed(self, job: _Sum, kind: str, own: torch.Tensor) -> torch.Tensor:
+        """Add ``own`` and what every other rank sends, in rank order."""
+        header = self._header(job, own)
+        total: torch.Tensor | None = None
+        for rank in range(self.world_size):
+            value = own
+            if rank != self.rank:
+                value = await self._links.receive(rank, kind, header)
+            # What was received is this call's own to add to; the partial may be overwritten.
+            total = value if total is None else total.add_(value)
+        assert total is not None
+        return total
+
+    def _header(self, job: _Sum, tensor: torch.Tensor) -> pb.Tensor:
+        return pb.Tensor(
+            step=self._links.step, seq=job.seq, dtype=job.wire.dtype, shape=tensor.shape
+        )
+
+    def _frame(self, job: _Sum, kind: str, tensor: torch.Tensor, payload: memoryview) -> Frame:
+        header = self._header(job, tensor)
+        if kind == "partial":
+            frame = Frame(pb.FrameHeader(partial=header), payload)
+        else:
+            frame = Frame(pb.FrameHeader(reduced=header), payload)
+        encode_frame(frame)  # once for all who get it, and before the tensor is added to
+        return frame
+
+    async def _send_and(self, frames: Mapping[int, Frame], receive: Coroutine[Any, Any, _T]) -> _T:
+        """Send; and receive at the same time what is too large for buffers on the way.
+
+        If all ranks sent before they received, none would take what the others send.
+        """
+        if max(len(frame.payload) for frame in frames.values()) <= _EAGER_BYTES:
+            try:
+                await self._links.send_each(frames)
+            except BaseException:
+                receive.close()
+                raise
+            return await receive
+        sending = asyncio.create_task(self._links.send_each(frames))
+        try:
+            result = await receive
+        finally:
+            await asyncio.wait([sending])
+        await sending
+        return result
+
+
+def _spans(elements: int, world_size: int) -> list[Span]:
+    """Cut a flat tensor into one share per rank, in whole blocks of those that share a scale."""
+    blocks = math.ceil(elements / BLOCK)
+    cuts = [min(elements, blocks * r // world_size * BLOCK) for r in range(world_size + 1)]
+    return [Span(low, high) for low, high in itertools.pairwise(cuts)]

@@ -1,0 +1,166 @@
+"""Traces as files that https://ui.perfetto.dev and chrome://tracing open.
+
+The format is Chrome's trace event format, JSON: a process per rank, a thread per lane, times in
+microseconds of the master's clock since the file was claimed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from tpirt.cluster.tracing import ClockMap, LaneTrace, RankTrace
+from tpirt.errors import RequestError
+from tpirt.stopwatch import COMPUTE, DISK, LANES, NETWORK, SAMPLE, STEPS, Lane
+from tpirt.version import __version__
+
+Traces = Callable[[], AsyncIterator[RankTrace]]
+
+# What a span's number and amount stand for.
+_NUMBER = {STEPS: "step", COMPUTE: "block", NETWORK: "step", DISK: "block"}
+_TOKEN = "token"  # of a span named SAMPLE
+_AMOUNT = {STEPS: "tokens", COMPUTE: "bytes", NETWORK: "bytes", DISK: "bytes"}
+
+
+class TraceFile:
+    """A trace to be: a place that can be written to is seen to at once; a context manager.
+
+    What is there is left alone until a whole trace takes its place.
+    """
+
+    def __init__(self, path: Path):
+        """Claim the place.
+
+        Raises:
+            RequestError: nothing can be written there.
+        """
+        self.path = path.expanduser()
+        self._begin_ns = time.perf_counter_ns()
+        if self.path.exists() and not self.path.is_file():
+            raise RequestError(f"trace {path}: not an ordinary file; give another name")
+        self._target = self.path.resolve()  # of a link: what it leads to
+        try:
+            handle, self._draft = tempfile.mkstemp(
+                prefix=f".{self._target.name}.", dir=self._target.parent
+            )
+        except OSError as exc:
+            raise RequestError(
+                f"trace {path}: cannot be written: {exc.strerror}; give another place"
+            ) from exc
+        self._out = open(handle, "w", encoding="utf-8")  # noqa: SIM115 - closed on leaving
+
+    def __enter__(self) -> TraceFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._out.close()
+        Path(self._draft).unlink(missing_ok=True)
+
+    @asynccontextmanager
+    async def saved(self, traces: Traces, model: str) -> AsyncIterator[None]:
+        """Write the trace on leaving, also with an error, which then goes first.
+
+        Raises:
+            RequestError: see :meth:`write`.
+        """
+        try:
+            yield
+        except BaseException:
+            with suppress(RequestError):
+                await self.write(traces(), model)
+            raise
+        await self.write(traces(), model)
+
+    async def write(self, traces: AsyncIterator[RankTrace], model: str) -> None:
+        """Write the ranks' traces as they come; the file is there when this returns, or is not.
+
+        Raises:
+            RequestError: the disk is full, or the place has gone.
+        """
+        try:
+            await write_trace(self._out, traces, model, self._begin_ns)
+            self._out.flush()
+            os.fsync(self._out.fileno())
+            os.replace(self._draft, self._target)
+        except OSError as exc:
+            raise RequestError(f"trace {self.path}: cannot be written: {exc.strerror}") from exc
+
+
+async def write_trace(
+    out: TextIO, traces: AsyncIterator[RankTrace], model: str, begin_ns: int
+) -> None:
+    """Write one JSON object; times count from ``begin_ns`` of the master's clock."""
+    ranks: list[dict[str, Any]] = []
+    out.write('{"displayTimeUnit":"ms","traceEvents":[\n')
+    async for trace in traces:
+        if ranks:
+            out.write(",\n")
+        lead = ""
+        for event in _events(trace, begin_ns):
+            out.write(lead + event)
+            lead = ",\n"
+        ranks.append(_facts(trace))
+    about = {"tool": f"tpirt {__version__}", "model": model, "ranks": ranks}
+    out.write(f'\n],\n"otherData":{json.dumps(about)}}}\n')
+
+
+def _facts(trace: RankTrace) -> dict[str, Any]:
+    return {
+        "rank": trace.rank,
+        "peer": trace.peer_id,
+        "missing": trace.missing,
+        "clock_offset_ms": trace.clock.offset_ns / 1e6,
+        "clock_drift_ppm": trace.clock.drift * 1e6,
+        "clock_uncertainty_ms": trace.clock.error_ns / 1e6,
+        "not_recorded": {lane.lane: lane.dropped for lane in trace.lanes if lane.dropped},
+    }
+
+
+def _events(trace: RankTrace, begin_ns: int) -> Iterator[str]:
+    name = f"rank {trace.rank} {trace.peer_id}" + (" (missing)" if trace.missing else "")
+    yield _meta("process_name", trace.rank, 0, name=name)
+    yield _meta("process_sort_index", trace.rank, 0, sort_index=trace.rank)
+    for lane in trace.lanes:
+        thread = LANES.index(lane.lane) + 1
+        yield _meta("thread_name", trace.rank, thread, name=lane.lane)
+        yield _meta("thread_sort_index", trace.rank, thread, sort_index=thread)
+        where = f'"pid":{trace.rank},"tid":{thread}'
+        yield from _lane_events(lane, where, trace.clock, begin_ns)
+
+
+def _meta(what: str, rank: int, thread: int, **args: object) -> str:
+    return json.dumps({"ph": "M", "name": what, "pid": rank, "tid": thread, "args": args})
+
+
+def _lane_events(lane: LaneTrace, where: str, clock: ClockMap, begin_ns: int) -> Iterator[str]:
+    """Format one lane; by hand, since there can be millions of spans."""
+    heads = [
+        f'{{"ph":"X",{where},"cat":"{lane.lane}","name":{json.dumps(name)}' for name in lane.names
+    ]
+    amount_of = _AMOUNT[lane.lane]
+    numbers = [_TOKEN if name == SAMPLE else _NUMBER[lane.lane] for name in lane.names]
+    end_us = 0.0
+    for begin, end, amount, name, number in Lane.RECORD.iter_unpack(lane.records):
+        begin_us = (clock.to_master(begin) - begin_ns) / 1e3
+        end_us = (clock.to_master(end) - begin_ns) / 1e3
+        args = f'"{numbers[name]}":{number}' + (f',"{amount_of}":{amount}' if amount else "")
+        times = f'"ts":{begin_us:.3f},"dur":{end_us - begin_us:.3f}'
+        yield f'{heads[name]},{times},"args":{{{args}}}}}'
+        if lane.names[name] == SAMPLE:
+            yield _instant(f"token {number}", where, "p", end_us)
+    if lane.dropped:
+        yield _instant(f"full: {lane.dropped} later spans are not recorded", where, "t", end_us)
+
+
+def _instant(name: str, where: str, scope: str, at_us: float) -> str:
+    """A mark on the whole process (``scope`` p) or on one thread (t)."""
+    return f'{{"ph":"i","s":"{scope}",{where},"name":{json.dumps(name)},"ts":{at_us:.3f}}}'

@@ -1,0 +1,230 @@
+"""A model without a checkpoint: weights drawn from a seed, straight into the slices' bytes.
+
+Its directory has ``config.json``, a tokenizer, ``synthetic.json`` with the seed, and the slices
+that were made for it under ``slices``; see :mod:`tpirt.cluster.synth`. A slice's bytes depend on
+seed, shard, block, tensor and form alone. Slices of another split or form are another model: they
+are drawn where they are, not cut from one whole.
+
+Weights are uniform around 0 with the standard deviation that transformers initialises with, norms
+are 1: hidden states stay tame over any number of layers. Tied embeddings are drawn untied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shlex
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+
+from tpirt.config import ModelConfig
+from tpirt.errors import CheckpointError
+from tpirt.ops.buffers import Region, tensor_bytes
+from tpirt.ops.quant_layout import PORTABLE_LAYOUT, local_layout
+from tpirt.parallel.format import WeightFormat
+from tpirt.parallel.partition import Plan, Shard
+from tpirt.parallel.sharding import Block, StoredTensor
+from tpirt.weights.checkpoint import Checkpoint
+from tpirt.weights.layout import block_header
+
+MARKER = "synthetic.json"
+SLICES = "slices"
+
+# What a seed stands for: counted up whenever the same seed would give other bytes.
+_GENERATION = 1
+
+_STD = 0.02
+_UNIFORM_16_BITS = 65536 / math.sqrt(12)  # standard deviations of numbers drawn evenly
+_UNIFORM_8_BITS = 256 / math.sqrt(12)
+_UNIFORM_4_BITS = 16 / math.sqrt(12)
+
+_PIECE_BYTES = 1 << 20  # drawn at once: 4.7 GB/s, where 64 MiB at once give 3.3 (caches)
+
+
+class SyntheticCheckpoint:
+    """Stands where a :class:`Checkpoint` does, for a model that has none.
+
+    It has the embedding, row by row, and no rows to cut slices from. Closing does nothing.
+
+    Attributes:
+        path: the model directory.
+        seed: what all weights follow from.
+    """
+
+    def __init__(self, path: Path, config: ModelConfig, seed: int):
+        self.path = path
+        self.seed = seed
+        self._config = config
+
+    @classmethod
+    def open(cls, path: Path) -> SyntheticCheckpoint:
+        """Open a model directory that :func:`is_synthetic`.
+
+        Raises:
+            CheckpointError: ``synthetic.json`` or config.json is missing or broken.
+            ConfigError: config.json is not supported.
+        """
+        return cls(path, ModelConfig.from_dir(path), read_seed(path))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identify the model: 32 hex digits that follow from configuration and seed."""
+        identity = f"synthetic {_GENERATION} {self.seed} {self._config.to_json()}"
+        return hashlib.sha256(identity.encode()).hexdigest()[:32]
+
+    @property
+    def slices(self) -> Path:
+        """Folder of the slices that were made for it."""
+        return self.path / SLICES
+
+    def gather_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
+        """Draw rows of the embedding, the only matrix there is; (len(rows), H) float32."""
+        out = torch.empty(len(rows), self._config.hidden_size)
+        for index, row in enumerate(rows):
+            (numbers,) = _int16_pieces(f"{self.seed}/{name}/{row}", [out.shape[1]])
+            torch.mul(numbers, _STD / _UNIFORM_16_BITS, out=out[index])
+        return out
+
+    def lacks(self, plan: Plan, rank: int, form: WeightFormat, store: Path) -> CheckpointError:
+        """Word that a slice is not in ``store``, with the command that makes it."""
+        dtype, quantize, _ = form.names
+        shares = ",".join(str(share).removesuffix(".0") for share in plan.ratio or ())
+        ratio = f"--ratio {shares} " if shares else ""
+        folder = shlex.quote(str(self.path))
+        command = (
+            f"tpirt synth --shape {folder}/config.json --quantize {quantize} --dtype {dtype} "
+            f"--world-size {plan.world_size} {ratio}--seed {self.seed} --out {folder}"
+        )
+        where = ""
+        if quantize.startswith("int4") and form.layout != (local_layout() or PORTABLE_LAYOUT):
+            where = f" on a machine whose CPU wants {form.layout.name}, as this rank's does"
+        elif store != self.slices:
+            where = f" and leave --store out, its slices are in {self.slices}"
+        return CheckpointError(
+            f"{self.path}: a synthetic model has only the slices that were made for it, and rank "
+            f"{rank}'s of {plan.world_size} in {dtype}, quantized {quantize}, is not in {store}; "
+            f"run `{command}`{where}"
+        )
+
+    def close(self) -> None:
+        """Do nothing: no file is open."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        pass
+
+
+WeightSource = Checkpoint | SyntheticCheckpoint
+
+
+def is_synthetic(path: Path) -> bool:
+    """Tell whether a model directory says that it has no checkpoint."""
+    return (path / MARKER).is_file()
+
+
+def read_seed(path: Path) -> int:
+    """Return the seed of a synthetic model's directory.
+
+    Raises:
+        CheckpointError: ``synthetic.json`` is missing or broken.
+    """
+    file = path / MARKER
+    try:
+        seed = json.loads(file.read_bytes())["seed"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
+        raise CheckpointError(f"{file}: not readable ({exc!r}); run `tpirt synth` again") from exc
+    if type(seed) is not int or seed < 0:
+        raise CheckpointError(f"{file}: seed: expected a whole number from 0 on, got {seed!r}")
+    return seed
+
+
+def marker_text(seed: int) -> str:
+    """The content of ``synthetic.json``."""
+    return json.dumps({"seed": seed}) + "\n"
+
+
+def random_block(seed: int, shard: Shard, block: Block) -> Iterator[memoryview]:
+    """Yield a block file's bytes in order, header first, in pieces of about 1 MiB.
+
+    Scales and zero points are there as a whole, which is at most a sixteenth of the block.
+    """
+    yield memoryview(block_header(block))
+    end = 0
+    for tensor, offset in zip(block.tensors, block.offsets, strict=True):
+        for region in tensor.regions:
+            start = offset + region.offset
+            if start > end:
+                yield memoryview(bytes(start - end))
+            yield from _region_bytes(f"{seed}/{shard}/{block.name}/{region.name}", tensor, region)
+            end = start + region.nbytes
+
+
+def _region_bytes(key: str, tensor: StoredTensor, region: Region) -> Iterator[memoryview]:
+    if tensor.quant.kind == "none":
+        yield from _plain(key, tensor)
+    elif region.name.endswith(".codes"):
+        yield from _codes(key, tensor, region)
+    else:
+        yield tensor_bytes(_scales(tensor, region))
+
+
+def _plain(key: str, tensor: StoredTensor) -> Iterator[memoryview]:
+    if "norm" in tensor.name:
+        yield tensor_bytes(torch.ones(tensor.shape, dtype=tensor.dtype))
+        return
+    step = _PIECE_BYTES // tensor.dtype.itemsize
+    for numbers in _int16_pieces(key, _parts(math.prod(tensor.shape), step)):
+        yield tensor_bytes(numbers.to(tensor.dtype).mul_(_STD / _UNIFORM_16_BITS))
+
+
+def _codes(key: str, tensor: StoredTensor, region: Region) -> Iterator[memoryview]:
+    """Any byte is two 4-bit codes, or one of 8 bits; inputs that pad have the 8-bit code 0."""
+    width = tensor.quant.padded_inputs(tensor.shape[1])
+    padded = tensor.quant.kind == "int8" and width > tensor.shape[1]
+    step = max(1, _PIECE_BYTES // width) * width if padded else _PIECE_BYTES
+    for numbers in _int16_pieces(key, [part // 2 for part in _parts(region.nbytes, step)]):
+        codes = numbers.view(torch.uint8)
+        if padded:
+            codes.view(-1, width)[:, tensor.shape[1] :] = 0
+        yield tensor_bytes(codes)
+
+
+def _scales(tensor: StoredTensor, region: Region) -> torch.Tensor:
+    """One scale for all; 4-bit codes 0..15 stand for values evenly around 0; padding is 0."""
+    if tensor.quant.kind == "int8":
+        return torch.full(region.shape, _STD / _UNIFORM_8_BITS, dtype=region.dtype)
+    scale = _STD / _UNIFORM_4_BITS
+    scale_zero = torch.zeros(region.shape, dtype=region.dtype)
+    scale_zero[:, : tensor.shape[0], 0] = scale
+    scale_zero[:, : tensor.shape[0], 1] = scale / 2
+    return scale_zero
+
+
+def _parts(total: int, step: int) -> list[int]:
+    return [min(step, total - start) for start in range(0, total, step)]
+
+
+def _int16_pieces(key: str, sizes: Sequence[int]) -> Iterator[torch.Tensor]:
+    """Yield int16 (size,) for each of ``sizes``: the stream of random numbers that is ``key``'s.
+
+    numpy keeps this generator's numbers the same from version to version.
+    """
+    digest = hashlib.sha256(f"{_GENERATION}/{key}".encode()).digest()
+    stream = np.random.SFC64(int.from_bytes(digest, "little"))
+    for size in sizes:
+        numbers = stream.random_raw(-(-size // 4)).view(np.int16)
+        yield torch.from_numpy(numbers)[:size]

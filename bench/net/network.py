@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ BACKENDS = ("netem", "tun", "tun-python", "relay")
 LOOPBACK = "loopback"  # no links; never chosen by itself
 PORT = 50051
 _LEAVE_S = 5.0
-_ATTEMPTS = 3  # at measuring: something else may have kept the machine busy for a moment
+_PAUSES_S = (0.1, 0.5, 2.0, 0.0)  # after a bad measurement: the machine may be busy for a moment
 # Delays as measured are those of the link, not of a sender that paces itself: BBR would, and some
 # systems have it as their default. Without losses the two behave alike.
 _CONGESTION_CONTROLS = ("cubic", "reno")
@@ -120,10 +121,11 @@ class Network:
         """
         self.backend.change(topology)
         self.topology = topology
-        for _ in range(_ATTEMPTS):
+        for pause_s in _PAUSES_S:
             self.measured = self._measure()
             if not any(fault for pair in self.measured for fault in pair.faults()):
                 return
+            time.sleep(pause_s)
         check(self.measured)
 
     def _measure(self) -> list[Measured]:

@@ -32,6 +32,7 @@ Route = Callable[[int, int, int], int]  # the port by which one device reaches a
 TOLERANCE = 0.10
 EXACT_TO_MS = 0.1  # no clock and no kernel is better than this on every machine
 STREAMS_EXACT_TO_MS = 0.25  # nor are programs that have to wake up, as relays and their probes
+_RELAY_ALONE_MS = 1.0  # where no latency is asked for, a relay's own waking up is all there is
 _PROBES = 21
 _PROBES_OF_JITTER = 81  # a median of so many is good to a tenth of the jitter
 _GAP_S = 3e-4
@@ -141,7 +142,7 @@ def measure_streams(topology: Topology, route: Route) -> list[Measured]:
                 latency,
                 asked_mbit,
                 rate,
-                exact_to_ms=STREAMS_EXACT_TO_MS,
+                exact_to_ms=STREAMS_EXACT_TO_MS if there else _RELAY_ALONE_MS,
             )
         )
     return found

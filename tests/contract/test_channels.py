@@ -20,7 +20,7 @@ from tpirt.errors import PeerLostError, StoreError, TransportError
 from tpirt.ops.buffers import tensor_bytes
 from tpirt.testing.faults import Fault, FaultyChannel
 from tpirt.transport.base import Channel
-from tpirt.transport.codec import Frame, read_tensor, tensor_header
+from tpirt.transport.codec import Frame, read_tensor
 from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
 from tpirt.transport.memory import memory_pair
 from tpirt.transport.pb import tpirt_pb2 as pb
@@ -124,11 +124,15 @@ async def test_frames_keep_their_order_both_ways_at_once(pair: Pairs) -> None:
         assert both == [list(range(200))] * 2
 
 
+def float32_header(tensor: torch.Tensor) -> pb.FrameHeader:
+    return pb.FrameHeader(partial=pb.Tensor(step=1, dtype=pb.FLOAT32, shape=tensor.shape))
+
+
 async def test_large_frames_arrive_whole(pair: Pairs) -> None:
     tensor = torch.arange(5 << 20, dtype=torch.float32)  # 20 MiB, beyond gRPC's usual 4
     async with pair() as (mine, theirs):
         for sender, receiver in ((mine, theirs), (theirs, mine)):
-            header = pb.FrameHeader(partial=tensor_header(1, 0, tensor))
+            header = float32_header(tensor)
             sending = asyncio.create_task(sender.send(Frame(header, tensor_bytes(tensor))))
             frame = await receiver.recv(TIMEOUT_S)
             await sending
@@ -139,7 +143,7 @@ async def test_large_frames_arrive_whole(pair: Pairs) -> None:
 async def test_sent_memory_may_be_reused_at_once(pair: Pairs) -> None:
     async with pair() as (mine, theirs):
         tensor = torch.ones(1000)
-        header = pb.FrameHeader(partial=tensor_header(1, 0, tensor))
+        header = float32_header(tensor)
         await mine.send(Frame(header, tensor_bytes(tensor)))
         tensor.zero_()
         frame = await theirs.recv(TIMEOUT_S)
@@ -231,8 +235,9 @@ async def test_bytes_are_counted_alike_on_both_sides(pair: Pairs) -> None:
 async def test_garbage_is_refused_and_said_to_be_that(pair: Pairs) -> None:
     async with pair() as (mine, theirs):
         await FaultyChannel(mine, Fault.GARBAGE).send(numbered(1))
-        with pytest.raises(TransportError, match="malformed"):
-            await theirs.recv(TIMEOUT_S)
+        frame = await theirs.recv(TIMEOUT_S)
+        with pytest.raises(TransportError, match=f"peer {theirs.peer_id}: malformed"):
+            _ = frame.kind
 
 
 # -- what gRPC adds ----------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from tpirt.testing.cluster import MemoryPeerClient
 from tpirt.testing.models import make_model
 from tpirt.testing.processes import PeerProcess, run_cli
 from tpirt.transport.base import Channel
-from tpirt.transport.codec import Frame, encode_frame
+from tpirt.transport.codec import Frame
 from tpirt.transport.pb import tpirt_pb2 as pb
 from tpirt.types import Message, SamplingParams
 from tpirt.weights.store import SliceStore
@@ -256,7 +256,7 @@ async def test_no_message_tells_of_the_prompt_or_the_answer(model: Path, tmp_pat
         hidden_size = engine.config.hidden_size
     ids = prompt + answer.token_ids
     texts = [SECRET, answer.text, STOP, str(model.parent), *secrets_of(model)]
-    data = b"\n".join([*map(encode_frame, frames), *others])
+    data = b"\n".join([*(frame.data for frame in frames), *others])
     assert leaks(data, texts, ids, (TEMPERATURE, TOP_P, SEED)) == []
     # A payload is hidden states and nothing beside; all else is numbers that do not depend on
     # which tokens they are.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tpirt.errors import TransportError
 from tpirt.ops.buffers import tensor_bytes
-from tpirt.transport.codec import Frame, decode_frame, encode_frame, read_tensor, tensor_header
+from tpirt.transport.codec import Envelope, Frame, read_tensor
 from tpirt.transport.pb import tpirt_pb2 as pb
 
 UINT32, UINT64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
@@ -47,12 +47,12 @@ PAYLOADS = st.binary(max_size=300) | st.integers(100, 40_000).map(bytes)
 
 @given(header=HEADERS, payload=PAYLOADS)
 def test_bytes_are_those_of_protobuf(header: pb.FrameHeader, payload: bytes) -> None:
-    data = encode_frame(Frame(header, payload))
+    data = Frame(header, payload).data
     assert data == pb.Frame(header=header, payload=payload).SerializeToString()
     parsed = pb.Frame.FromString(data)
     assert parsed.header == header
     assert parsed.payload == payload
-    frame = decode_frame(data)
+    frame = Frame.of(data)
     assert frame.header == header
     assert bytes(frame.payload) == payload
     assert frame.kind == (header.WhichOneof("body") or "empty")
@@ -63,14 +63,15 @@ def test_payload_before_header_is_read_too(header: pb.FrameHeader, payload: byte
     # Protobuf leaves the order of fields to the writer.
     data = pb.Frame(payload=payload).SerializeToString()
     data += pb.Frame(header=header).SerializeToString()
-    frame = decode_frame(data)
+    frame = Frame.of(data)
     assert (frame.header, bytes(frame.payload)) == (header, payload)
 
 
 def check_any(data: bytes) -> None:
     """Refused, or read as protobuf reads it."""
+    frame = Frame.of(data)
     try:
-        frame = decode_frame(data)
+        _ = frame.header
     except TransportError:
         return
     try:
@@ -90,7 +91,7 @@ def test_arbitrary_bytes(data: bytes) -> None:
 @given(header=HEADERS, payload=st.binary(max_size=40), data=st.data())
 @settings(max_examples=300)
 def test_damaged_frames(header: pb.FrameHeader, payload: bytes, data: st.DataObject) -> None:
-    whole = encode_frame(Frame(header, payload))
+    whole = Frame(header, payload).data
     cut = data.draw(st.integers(0, len(whole)))
     at = data.draw(st.integers(0, len(whole) - 1))
     check_any(whole[:cut])
@@ -105,8 +106,9 @@ def test_damaged_frames(header: pb.FrameHeader, payload: bytes, data: st.DataObj
 )
 def test_tensors_keep_their_bits(values: list[float], dtype: torch.dtype, rows: int) -> None:
     tensor = torch.tensor(values * rows, dtype=torch.float32).to(dtype).view(rows, -1)
-    header = pb.FrameHeader(partial=tensor_header(3, 4, tensor))
-    frame = decode_frame(encode_frame(Frame(header, tensor_bytes(tensor))))
+    kind = pb.FLOAT32 if dtype is torch.float32 else pb.BFLOAT16
+    header = pb.FrameHeader(partial=pb.Tensor(step=3, seq=4, dtype=kind, shape=tensor.shape))
+    frame = Frame.of(Frame(header, tensor_bytes(tensor)).data)
     got = frame.header.partial
     assert (got.step, got.seq) == (3, 4)
     again = read_tensor(frame.payload, got.dtype, tuple(got.shape))
@@ -128,6 +130,34 @@ def test_tensors_of_any_claim(payload: bytes, dtype: int, shape: list[int]) -> N
     assert bytes(tensor_bytes(tensor)) == payload
 
 
+@given(
+    kind=st.sampled_from(["partial", "reduced"]),
+    step=UINT64,
+    seq=UINT32,
+    dtype=st.sampled_from(list(pb.DType.values())),
+    shape=st.lists(UINT64, max_size=3).map(tuple),
+    payload=PAYLOADS,
+    other=HEADERS,
+)
+def test_envelopes_are_what_protobuf_writes(
+    kind: str,
+    step: int,
+    seq: int,
+    dtype: pb.DType,
+    shape: tuple[int, ...],
+    payload: bytes,
+    other: pb.FrameHeader,
+) -> None:
+    due = Envelope(kind, step, seq, dtype, shape, len(payload))
+    header = pb.FrameHeader(**{kind: due.tensor})
+    frame = Frame(header, payload)
+    assert due.seal(payload).data == frame.data
+    assert bytes(due.open(Frame.of(frame.data)) or b"") == payload
+    for wrong in (Frame(header, payload + b"x"), Frame(header, payload[1:]), Frame(other, payload)):
+        if wrong.data != frame.data:
+            assert due.open(wrong) is None
+
+
 def test_received_tensor_is_the_readers_own() -> None:
     data = bytearray(torch.ones(2).numpy().tobytes())
     tensor = read_tensor(memoryview(data), pb.FLOAT32, (2,))
@@ -147,5 +177,5 @@ CASES: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize(("data", "message"), CASES)
 def test_refusals_say_what(data: bytes, message: str) -> None:
-    with pytest.raises(TransportError, match=message):
-        decode_frame(data)
+    with pytest.raises(TransportError, match=f"peer 7: .*{message}"):
+        _ = Frame.of(data, "7").header

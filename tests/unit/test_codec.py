@@ -7,19 +7,19 @@ import torch
 
 from tpirt.errors import TransportError
 from tpirt.ops.buffers import page_buffer, tensor_bytes
-from tpirt.transport.codec import Frame, decode_frame, encode_frame, read_tensor
+from tpirt.transport.codec import Frame, read_tensor
 from tpirt.transport.pb import tpirt_pb2 as pb
 
 
 def test_empty_bytes_are_an_empty_frame() -> None:
-    frame = decode_frame(b"")
+    frame = Frame.of(b"")
     assert frame.kind == "empty"
     assert bytes(frame.payload) == b""
 
 
 def test_payload_is_not_copied_on_decoding() -> None:
-    data = encode_frame(Frame(pb.FrameHeader(abort=pb.Abort(step=1)), b"x" * 100))
-    frame = decode_frame(data)
+    data = Frame(pb.FrameHeader(abort=pb.Abort(step=1)), b"x" * 100).data
+    frame = Frame.of(data)
     assert isinstance(frame.payload, memoryview)
     assert frame.payload.obj is data
 

@@ -18,16 +18,15 @@ import torch
 
 from tpirt.collectives.base import DEFAULT_COLLECTIVE, Algorithm, Collective
 from tpirt.collectives.links import Links
-from tpirt.collectives.wire import BLOCK, Wire, encode
+from tpirt.collectives.wire import BLOCK, Wire, encode, rounded
 from tpirt.parallel.partition import Span
-from tpirt.transport.codec import Frame, encode_frame
-from tpirt.transport.pb import tpirt_pb2 as pb
+from tpirt.transport.codec import Envelope, Frame
 
 _T = TypeVar("_T")
-_EAGER_BYTES = 32 << 10  # below every window of HTTP/2 and every socket's buffer
+_EAGER_BYTES = 33 << 10  # below every window of HTTP/2 and every socket's buffer
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Sum:
     """One collective under way: its number, the form on the wire, what this rank adds."""
 
@@ -69,10 +68,11 @@ class Ranks:
         job = self._next(partial)
         total = None
         if self.rank == 0:
-            total = await self._gather(job, "partial", job.partial)
+            due = self._envelope(job, "partial", partial)
+            total = await self._gather(due, partial)
         else:
             payload, _ = encode(partial, job.wire)
-            await self._links.send([0], self._frame(job, "partial", partial, payload))
+            await self._links.send([0], self._envelope(job, "partial", partial).seal(payload))
         self._links.complete = self._links.step
         return total
 
@@ -83,28 +83,28 @@ class Ranks:
     # -- star ------------------------------------------------------------------------------
 
     async def _star_master(self, job: _Sum) -> torch.Tensor:
-        _, own = encode(job.partial, job.wire)
-        total = await self._gather(job, "partial", own)
+        due = self._envelope(job, "partial", job.partial)
+        total = await self._gather(due, rounded(job.partial, job.wire))
         payload, total = encode(total, job.wire)
-        frame = self._frame(job, "reduced", total, payload)
+        frame = self._envelope(job, "reduced", total).seal(payload)
         await self._links.send(self._links.others, frame)
         return total
 
     async def _star_worker(self, job: _Sum) -> torch.Tensor:
         payload, _ = encode(job.partial, job.wire)
-        await self._links.send([0], self._frame(job, "partial", job.partial, payload))
+        await self._links.send([0], self._envelope(job, "partial", job.partial).seal(payload))
+        due = self._envelope(job, "reduced", job.partial)
         async with self._turn:
-            return await self._links.receive(0, "reduced", self._header(job, job.partial))
+            return await self._links.receive(0, due)
 
     # -- direct ----------------------------------------------------------------------------
 
     async def _direct(self, job: _Sum) -> torch.Tensor:
         payload, own = encode(job.partial, job.wire)
-        frame = self._frame(job, "partial", own, payload)
-        total = await self._send_and(
-            dict.fromkeys(self._links.others, frame), self._gather(job, "partial", own)
-        )
-        return encode(total, job.wire)[1]  # as it comes out of the others
+        envelope = self._envelope(job, "partial", own)  # what is due is like what is sent
+        frames = dict.fromkeys(self._links.others, envelope.seal(payload))
+        total = await self._send_and(frames, self._gather(envelope, own))
+        return rounded(total, job.wire)  # as it comes out of the others
 
     # -- two-shot --------------------------------------------------------------------------
 
@@ -113,8 +113,10 @@ class Ranks:
         spans = _spans(len(flat), self.world_size)
         parts = [flat[span.start : span.stop] for span in spans]
         encoded = [encode(part, job.wire) for part in parts]
-        others = self._links.others
-        frames = {r: self._frame(job, "partial", parts[r], encoded[r][0]) for r in others}
+        frames = {
+            rank: self._envelope(job, "partial", parts[rank]).seal(encoded[rank][0])
+            for rank in self._links.others
+        }
         own = encoded[self.rank][1]
         whole = await self._send_and(frames, self._all_gather(job, parts, own))
         return torch.cat(whole).view(job.partial.shape)
@@ -123,10 +125,10 @@ class Ranks:
         self, job: _Sum, parts: Sequence[torch.Tensor], own: torch.Tensor
     ) -> list[torch.Tensor]:
         """Sum this rank's share, and exchange shares."""
+        due = self._envelope(job, "partial", own)
         async with self._turn:
-            mine = await self._summed(job, "partial", own)
-            payload, mine = encode(mine, job.wire)
-            frame = self._frame(job, "reduced", mine, payload)
+            payload, mine = encode(await self._summed(due, own), job.wire)
+            frame = self._envelope(job, "reduced", mine).seal(payload)
             shares = self._shares(job, parts, mine)
             return await self._send_and(dict.fromkeys(self._links.others, frame), shares)
 
@@ -136,49 +138,36 @@ class Ranks:
         return [
             mine
             if rank == self.rank
-            else await self._links.receive(rank, "reduced", self._header(job, part))
+            else await self._links.receive(rank, self._envelope(job, "reduced", part))
             for rank, part in enumerate(parts)
         ]
 
     # -- common ----------------------------------------------------------------------------
 
-    async def _gather(self, job: _Sum, kind: str, own: torch.Tensor) -> torch.Tensor:
+    async def _gather(self, due: Envelope, own: torch.Tensor) -> torch.Tensor:
         async with self._turn:
-            return await self._summed(job, kind, own)
+            return await self._summed(due, own)
 
-    async def _summed(self, job: _Sum, kind: str, own: torch.Tensor) -> torch.Tensor:
+    async def _summed(self, due: Envelope, own: torch.Tensor) -> torch.Tensor:
         """Add ``own`` and what every other rank sends, in rank order."""
-        header = self._header(job, own)
         total: torch.Tensor | None = None
         for rank in range(self.world_size):
-            value = own
-            if rank != self.rank:
-                value = await self._links.receive(rank, kind, header)
+            value = own if rank == self.rank else await self._links.receive(rank, due)
             # What was received is this call's own to add to; the partial may be overwritten.
             total = value if total is None else total.add_(value)
         assert total is not None
         return total
 
-    def _header(self, job: _Sum, tensor: torch.Tensor) -> pb.Tensor:
-        return pb.Tensor(
-            step=self._links.step, seq=job.seq, dtype=job.wire.dtype, shape=tensor.shape
-        )
-
-    def _frame(self, job: _Sum, kind: str, tensor: torch.Tensor, payload: memoryview) -> Frame:
-        header = self._header(job, tensor)
-        if kind == "partial":
-            frame = Frame(pb.FrameHeader(partial=header), payload)
-        else:
-            frame = Frame(pb.FrameHeader(reduced=header), payload)
-        encode_frame(frame)  # once for all who get it, and before the tensor is added to
-        return frame
+    def _envelope(self, job: _Sum, kind: str, tensor: torch.Tensor) -> Envelope:
+        nbytes = job.wire.nbytes(tensor.numel())
+        return Envelope(kind, self._links.step, job.seq, job.wire.dtype, tensor.shape, nbytes)
 
     async def _send_and(self, frames: Mapping[int, Frame], receive: Coroutine[Any, Any, _T]) -> _T:
         """Send; and receive at the same time what is too large for buffers on the way.
 
         If all ranks sent before they received, none would take what the others send.
         """
-        if max(len(frame.payload) for frame in frames.values()) <= _EAGER_BYTES:
+        if max(len(frame.data) for frame in frames.values()) <= _EAGER_BYTES:
             try:
                 await self._links.send_each(frames)
             except BaseException:

@@ -17,7 +17,8 @@ from tpirt.collectives.base import StepAborted
 from tpirt.collectives.wire import Wire, decode
 from tpirt.errors import PeerError, PeerLostError, TpirtError, TransportError
 from tpirt.transport.base import Channel
-from tpirt.transport.codec import Frame
+from tpirt.transport.codec import Envelope, Frame
+from tpirt.transport.deadline import Deadline
 from tpirt.transport.pb import tpirt_pb2 as pb
 
 _MOST_GIVEN_UP = 4096  # messages of older ones have long been read
@@ -26,7 +27,13 @@ Key = tuple[str, int]  # what a message is, and of which collective
 
 
 class Links:
-    """The channels of one rank, by the rank that each leads to."""
+    """The channels of one rank, by the rank that each leads to.
+
+    Attributes:
+        others: the ranks at the other ends, those after this one first. What goes to all is sent in
+            this order: if all ranks sent to the same one first, its link would be held up while
+            others lie idle.
+    """
 
     def __init__(self, rank: int, channels: dict[int, Channel], timeout_s: float):
         self.rank = rank
@@ -34,16 +41,13 @@ class Links:
         self.complete = 0  # the last step that came to its end
         self._given_up: set[int] = set()  # steps that did not
         self.timeout_s = timeout_s
+        self.others: list[int] = []
         self._channels: dict[int, Channel] = {}
         self._sending: dict[int, asyncio.Lock] = {}
+        self._deadlines: dict[int, Deadline] = {}  # of sending
         self._early: dict[int, dict[Key, Frame]] = {}
         for other, channel in channels.items():
             self.add(other, channel)
-
-    @property
-    def others(self) -> list[int]:
-        """The ranks at the other ends, in order."""
-        return sorted(self._channels)
 
     @property
     def traffic(self) -> tuple[int, int]:
@@ -59,7 +63,9 @@ class Links:
     def add(self, rank: int, channel: Channel) -> None:
         """Have a link to one more rank, before any step."""
         self._channels[rank] = channel
+        self.others = sorted(self._channels, key=lambda other: (other < self.rank, other))
         self._sending[rank] = asyncio.Lock()
+        self._deadlines[rank] = Deadline()
         self._early[rank] = {}
 
     def begin(self, step: int) -> None:
@@ -105,8 +111,8 @@ class Links:
         tensor: pb.Tensor = getattr(frame.header, frame.kind)
         return tensor.step == self.step != self.complete or self._is_past(tensor.step)
 
-    async def receive(self, rank: int, kind: str, expected: pb.Tensor) -> torch.Tensor:
-        """Wait for one tensor of ``rank``: ``kind`` is ``partial`` or ``reduced``.
+    async def receive(self, rank: int, due: Envelope) -> torch.Tensor:
+        """Wait for one tensor of ``rank``.
 
         Raises:
             PeerLostError: it is gone or silent beyond the deadline.
@@ -114,43 +120,35 @@ class Links:
             StepAborted: the step was given up.
             TpirtError: the peer reports a failure of its own.
         """
-        key = (kind, expected.seq)
-        frame = self._early[rank].pop(key, None)
-        while frame is None:
-            frame = await self._next(rank, key)
-        peer = self._channels[rank].peer_id
-        got = getattr(frame.header, kind)
-        if got != expected:
-            raise TransportError(
-                f"peer {peer}: expected step {expected.step} collective {expected.seq} "
-                f"{list(expected.shape)} dtype {expected.dtype}, got step {got.step} collective "
-                f"{got.seq} {list(got.shape)} dtype {got.dtype}; refused"
-            )
-        try:
-            return decode(frame.payload, Wire.of(got.dtype), tuple(got.shape))
-        except TransportError as exc:
-            raise TransportError(
-                f"peer {peer}: step {got.step} collective {got.seq}: {exc}; refused"
-            ) from exc
+        frame = self._early[rank].pop((due.kind, due.seq), None)
+        payload = None if frame is None else self._open(rank, frame, due)
+        while payload is None:
+            payload = await self._next(rank, due)
+        return decode(payload, Wire.of(due.dtype), due.shape)
 
-    async def _next(self, rank: int, key: Key) -> Frame | None:
+    async def _next(self, rank: int, due: Envelope) -> memoryview | None:
         """Read one frame; None if it is not for now."""
         try:
             frame = await self._channels[rank].recv(self.timeout_s)
         except PeerLostError as exc:
             exc.rank = rank
             raise
+        payload = due.open(frame)
+        return self._other(rank, frame, due) if payload is None else payload
+
+    def _other(self, rank: int, frame: Frame, due: Envelope) -> memoryview | None:
+        """See what came instead of what is due: None if it may come."""
         kind = frame.kind
         peer = self._channels[rank].peer_id
         if kind in ("partial", "reduced"):
             tensor: pb.Tensor = getattr(frame.header, kind)
             if self._is_past(tensor.step):
                 return None
-            if kind == key[0]:
-                return frame
+            if kind == due.kind:
+                return self._open(rank, frame, due)
             # Two collectives may be under way: of the second, the first phase can be early.
-            following = (tensor.step, tensor.seq) == (self.step, key[1] + 1)
-            if key[0] == "reduced" and following:
+            following = (tensor.step, tensor.seq) == (self.step, due.seq + 1)
+            if due.kind == "reduced" and following:
                 self._early[rank][kind, tensor.seq] = frame
                 return None
         elif kind == "error":
@@ -162,7 +160,26 @@ class Links:
                 return None
             raise StepAborted
         raise TransportError(
-            f"peer {peer}: expected a {key[0]} of step {self.step}, got {kind}; refused"
+            f"peer {peer}: expected a {due.kind} of step {self.step}, got {kind}; refused"
+        )
+
+    def _open(self, rank: int, frame: Frame, due: Envelope) -> memoryview:
+        """Take the payload of a tensor that must be the one that is due."""
+        payload = due.open(frame)
+        if payload is not None:
+            return payload
+        peer, got = self._channels[rank].peer_id, getattr(frame.header, due.kind)
+        if got == due.tensor:
+            if len(frame.payload) == due.nbytes:  # another writer's order of fields
+                return memoryview(frame.payload)
+            raise TransportError(
+                f"peer {peer}: step {got.step} collective {got.seq}: expected {due.nbytes} bytes, "
+                f"got {len(frame.payload)}; refused"
+            )
+        raise TransportError(
+            f"peer {peer}: expected step {due.step} collective {due.seq} "
+            f"{list(due.shape)} dtype {due.dtype}, got step {got.step} collective "
+            f"{got.seq} {list(got.shape)} dtype {got.dtype}; refused"
         )
 
     def _is_past(self, step: int) -> bool:
@@ -175,8 +192,8 @@ class Links:
     async def _send(self, rank: int, frame: Frame) -> None:
         channel = self._channels[rank]
         try:
-            async with asyncio.timeout(self.timeout_s), self._sending[rank]:
-                await channel.send(frame)
+            async with self._sending[rank]:
+                await self._deadlines[rank].wait(channel.send(frame), self.timeout_s)
         except TimeoutError as exc:
             lost = PeerLostError(
                 f"peer {channel.peer_id}: took no data for {self.timeout_s:g} s; it hangs, or its "

@@ -54,6 +54,11 @@ class Wire(Enum):
 _DTYPES = {Wire.FLOAT32: pb.FLOAT32, Wire.BFLOAT16: pb.BFLOAT16, Wire.INT8: pb.INT8}
 
 
+def rounded(tensor: torch.Tensor, wire: Wire) -> torch.Tensor:
+    """A float32 tensor as the readers of its payload will have it; in float32 itself."""
+    return tensor if wire is Wire.FLOAT32 else encode(tensor, wire)[1]
+
+
 def encode(tensor: torch.Tensor, wire: Wire) -> tuple[memoryview, torch.Tensor]:
     """Serialise a contiguous float32 tensor.
 

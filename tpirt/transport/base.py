@@ -28,11 +28,10 @@ class Channel(Protocol):
         """
 
     async def recv(self, timeout_s: float | None = None) -> Frame:
-        """Wait for the next frame.
+        """Wait for the next frame; what it says is read, and refused if it is none, by its user.
 
         Raises:
             PeerLostError: the other side is gone, or said nothing for ``timeout_s``.
-            TransportError: what came is not a frame.
         """
 
     async def aclose(self) -> None:

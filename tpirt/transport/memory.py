@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from tpirt.errors import PeerLostError
-from tpirt.transport.codec import Frame, encode_frame, received_frame
+from tpirt.transport.codec import Frame
+from tpirt.transport.deadline import Deadline
 
 
 class MemoryChannel:
@@ -18,32 +19,33 @@ class MemoryChannel:
         self._inbox = inbox
         self._outbox = outbox
         self._closed = False
+        self._deadline = Deadline()
 
     async def send(self, frame: Frame) -> None:
         """See :class:`tpirt.transport.base.Channel`."""
         if self._closed:
             raise PeerLostError(f"{self.peer_id}: the channel is closed")
-        data = encode_frame(frame)
+        data = frame.data
         self.bytes_sent += len(data)
         self._outbox.put_nowait(data)
 
     async def recv(self, timeout_s: float | None = None) -> Frame:
         """See :class:`tpirt.transport.base.Channel`."""
         try:
-            async with asyncio.timeout(timeout_s):
-                data = await self._inbox.get()
+            data = await self._deadline.wait(self._inbox.get(), timeout_s)
         except TimeoutError as exc:
             raise PeerLostError(f"{self.peer_id}: said nothing for {timeout_s:g} s") from exc
         if not data:
             self._inbox.put_nowait(b"")  # every later call fails too
             raise PeerLostError(f"{self.peer_id}: left")
         self.bytes_received += len(data)
-        return received_frame(data, self.peer_id)
+        return Frame.of(data, self.peer_id)
 
     async def aclose(self) -> None:
         """See :class:`tpirt.transport.base.Channel`."""
         if not self._closed:
             self._closed = True
+            self._deadline.close()
             self._outbox.put_nowait(b"")
             self._inbox.put_nowait(b"")
 

@@ -233,11 +233,13 @@ class Decoder:
         qkv = self._project(x, w, "qkv_proj")  # (T, (Q + 2 K) D)
         heads = qkv.view(len(x), -1, config.head_dim).transpose(0, 1)  # (Q + 2 K, T, D)
         queries, keys = shard.q_heads.size, shard.kv_heads.size
-        q, k, v = torch.split(heads, [queries, keys, keys])
+        turning, v = torch.split(heads, [queries + keys, keys])  # queries and keys, then values
         if config.qk_norm:
-            q = _norm(w, q, "q_norm", config.rms_norm_eps).to(self._dtype)
-            k = _norm(w, k, "k_norm", config.rms_norm_eps).to(self._dtype)
-        q, k = rotate(q, part.cos, part.sin), rotate(k, part.cos, part.sin)
+            q, k = torch.split(turning, [queries, keys])
+            q = _norm(w, q, "q_norm", config.rms_norm_eps)
+            k = _norm(w, k, "k_norm", config.rms_norm_eps)
+            turning = torch.cat((q, k)).to(self._dtype)
+        q, k = torch.split(rotate(turning, part.cos, part.sin), [queries, keys])
         k, v = self.kv.append(layer, k, v, part.offset)
         out = attention(q, k, v, self._groups, config.sliding_windows[layer])
         flat = out.transpose(0, 1).reshape(len(x), -1)  # (T, Q D)

@@ -26,8 +26,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """``x / rms(x) * weight`` over the last axis, computed in float32; returns float32."""
-    x = x.float()
-    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+    return F.rms_norm(x.float(), weight.shape, weight, eps)
 
 
 def gated_mlp(
@@ -59,6 +58,9 @@ def attention(
         (Q, T, D).
     """
     tokens, past = q.shape[1], k.shape[1] - q.shape[1]
+    if tokens == 1:
+        seen = k.shape[1] if window is None else min(window, k.shape[1])
+        return _grouped(q, k[:, -seen:], v[:, -seen:], groups, None)
     piece = max(1, min(tokens, MASK_ELEMENTS // k.shape[1]))
     out = torch.empty_like(q)
     for start in range(0, tokens, piece):

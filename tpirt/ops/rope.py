@@ -56,15 +56,16 @@ def _llama3(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
 def rotation(
     frequencies: torch.Tensor, start: int, tokens: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cos and sin, each (T, D), for positions start, start + 1, ..."""
+    """Return cos and signed sin, each (T, D), for positions start, start + 1, ...
+
+    The first half of sin is negated: :func:`rotate` then need not negate what it turns.
+    """
     positions = torch.arange(start, start + tokens, dtype=torch.float32)
     angles = torch.outer(positions, frequencies)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate heads ``x`` (heads, T, D) by their positions' angles, halves paired."""
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + turned * sin
+    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))

@@ -61,6 +61,7 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.min_recv_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server beside it
+    ("grpc.enable_retries", 0),  # streams are never retried; what would do it costs every message
     ("grpc.enable_http_proxy", 0),  # peers are on the local network
     ("grpc.initial_reconnect_backoff_ms", int(_RETRY_S * 1e3)),
     ("grpc.max_reconnect_backoff_ms", int(_RETRY_S * 1e3)),

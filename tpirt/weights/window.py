@@ -25,7 +25,7 @@ from tpirt.parallel.sharding import Block
 from tpirt.stopwatch import COMPUTE, DISK, WAIT_DISK, Recorder
 from tpirt.types import Progress, ProgressCallback
 from tpirt.units import format_bytes
-from tpirt.weights.layout import Weights, view_weights
+from tpirt.weights.layout import Weights, file_bytes, view_weights
 from tpirt.weights.reader import buffer_bytes, read_file
 from tpirt.weights.store import StoredSlice
 
@@ -152,6 +152,8 @@ class Window:
         self._ring: deque[_Entry] = deque()  # streamed blocks, in the order of reading
         self._in_use: dict[int, _Entry] = {}
         self._free: list[torch.Tensor] = []
+        self._kinds = _kinds(blocks)
+        self._views: dict[tuple[int, int], Weights] = {}  # by block's kind and ring buffer
         self._reading: set[int] = set()  # blocks that are being read now
         self._waiters: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Event]] = {}
         self._cursor = 0
@@ -243,6 +245,7 @@ class Window:
         self._resident.clear()
         self._ring.clear()
         self._in_use.clear()
+        self._views.clear()
         self._free.clear()
 
     # -- the consumer's side ---------------------------------------------------------------
@@ -277,7 +280,10 @@ class Window:
             self._free.append(entry.buffer)
             raise entry.error
         self._in_use[index] = entry
-        return self._view(entry)
+        key = self._kinds[index], entry.buffer.data_ptr()
+        if key not in self._views:  # the same layer after layer: made once per buffer
+            self._views[key] = self._view(entry)
+        return self._views[key]
 
     async def _wait(self, index: int) -> None:
         waiter = self._waiters.get(index)
@@ -302,6 +308,7 @@ class Window:
         self._missing = set(plan.pinned - self._resident.keys())
         if (plan.slots, plan.slot_bytes) != geometry:
             self._ring.clear()
+            self._views.clear()
             self._free.clear()
             self._free = [page_buffer(plan.slot_bytes) for _ in range(plan.slots)]
         self._keep_what_is_next()
@@ -403,6 +410,14 @@ class Window:
             loop, event = waiter
             loop.call_soon_threadsafe(event.set)
         self._condition.notify_all()
+
+
+def _kinds(blocks: Sequence[Block]) -> list[int]:
+    """Number blocks so that those of the same number hold the same tensors at the same places."""
+    numbers: dict[tuple[object, int], int] = {}
+    return [
+        numbers.setdefault((block.tensors, file_bytes(block)), len(numbers)) for block in blocks
+    ]
 
 
 def _buffer(nbytes: int, path: Path) -> torch.Tensor:

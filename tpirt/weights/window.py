@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -414,10 +414,12 @@ class Window:
 
 def _kinds(blocks: Sequence[Block]) -> list[int]:
     """Number blocks so that those of the same number hold the same tensors at the same places."""
-    numbers: dict[tuple[object, int], int] = {}
-    return [
-        numbers.setdefault((block.tensors, file_bytes(block)), len(numbers)) for block in blocks
-    ]
+    numbers: dict[object, int] = {}
+
+    def look(block: Block) -> object:
+        return file_bytes(block), tuple(replace(tensor, pieces=()) for tensor in block.tensors)
+
+    return [numbers.setdefault(look(block), len(numbers)) for block in blocks]
 
 
 def _buffer(nbytes: int, path: Path) -> torch.Tensor:

@@ -97,7 +97,7 @@ def measure(arguments: argparse.Namespace, share: float, resident_ms: float) -> 
         disk_bytes_per_s=rate,
         disk_floor_ms=floor_ms,
         ratio=ratio,
-        valid=ratio > 0.98,
+        valid=not read or ratio > 0.98,
         stall_disk_ms=max(last["io_ms"] - first["io_ms"] for first, last in ranks) / tokens,
         peak_rss_bytes=max(r["peak_rss_bytes"] for done in runs for r in done.printed["last"]),
         peak_cgroup_bytes=_most(peak for done in runs for peak in done.peak_bytes),

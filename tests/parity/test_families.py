@@ -321,7 +321,7 @@ async def test_halves_of_a_chunk_interleaved(
 ) -> None:
     monkeypatch.setattr(sums, "_WORTH_HIDING_S", 0.0)
     monkeypatch.setattr(sums, "_LEAST_HALVED", 2)
-    monkeypatch.setattr(Topology, "one_machine", False)
+    monkeypatch.setattr(Topology, "on_loopback", False)
     expected = reference(name)
     for world, chunk_tokens in ((2, 64), (4, 7)):
         async with memory_engine(

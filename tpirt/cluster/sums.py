@@ -75,7 +75,7 @@ class Sums:
         # Products of half the tokens are less efficient, and can differ in their last bits: not
         # for sums that take no time, and not by what changes from step to step.
         topology = self._chooser.topology
-        slow = not topology.one_machine and predict_s(algorithm, topology, nbytes) > _WORTH_HIDING_S
+        slow = not topology.on_loopback and predict_s(algorithm, topology, nbytes) > _WORTH_HIDING_S
         return Collective(algorithm, self._wire, halves=slow and tokens >= _LEAST_HALVED)
 
     def learn(self, tokens: int, algorithm: Algorithm, measured_s: float) -> None:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from tpirt.collectives.base import Algorithm
 from tpirt.units import format_bytes
 
+_LOOPBACK_BYTES_PER_S = 125e6  # the least that a busy machine gives itself
 _MESSAGE_S = 60e-6  # c: a core's time to send or to take a message (bench.allreduce)
 _WEIGHT = 0.2  # of the newest measurement in a factor
 _BOUNDS = (0.25, 4.0)  # of a factor: one stalled token must not decide
@@ -50,9 +51,14 @@ class Topology:
     machines: tuple[Machine, ...] = ()
 
     @property
-    def one_machine(self) -> bool:
-        """Whether all ranks share one."""
-        return any(len(machine.ranks) == self.world_size for machine in self.machines)
+    def on_loopback(self) -> bool:
+        """Whether all ranks share a machine, and nothing else is between them.
+
+        Devices that a machine emulates share it too; their links tell them apart.
+        """
+        together = any(len(machine.ranks) == self.world_size for machine in self.machines)
+        slowest = min(self.bytes_per_s.values())
+        return together and slowest > _LOOPBACK_BYTES_PER_S
 
     def slowest_hop_s(self) -> float:
         """max L(i, j)."""

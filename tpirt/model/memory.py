@@ -17,7 +17,7 @@ from tpirt.parallel.sharding import rank_blocks
 from tpirt.weights.layout import file_bytes
 from tpirt.weights.reader import buffer_bytes
 
-DEFAULT_CHUNK_TOKENS = 256
+DEFAULT_CHUNK_TOKENS = 512
 _MIN_CHUNK_TOKENS = 16
 
 # Resident memory of a peer before it holds anything of a model: Python, torch, gRPC (measured).

@@ -17,7 +17,7 @@ from tpirt.errors import TpirtError
 
 _INTERRUPTED = 130
 _DEFAULT_DEVICES = 2
-_DEFAULT_LINK = "1ms/300mbit"
+USUAL_LINK = "1ms/300mbit"
 
 
 def add_link_options(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +76,7 @@ def chosen_topology(arguments: argparse.Namespace) -> Topology:
     """
     if arguments.profile is None:
         devices = arguments.devices or _DEFAULT_DEVICES
-        return parse_topology(arguments.link or _DEFAULT_LINK, devices)
+        return parse_topology(arguments.link or USUAL_LINK, devices)
     profile = PROFILES[arguments.profile]
     return parse_topology(profile.link, arguments.devices or profile.devices)
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.command import (
+    USUAL_LINK,
     add_backend_option,
     add_share_options,
     chosen_shares,
@@ -35,7 +36,7 @@ from bench.command import (
 )
 from bench.group import Group
 from bench.latency_row import Bench, Row, Setting
-from bench.net.network import emulate
+from bench.net.network import LOOPBACK, emulate
 from bench.net.profiles import PROFILES
 from bench.net.spec import Link, LinkError, Topology, parse_link, parse_topology, uniform
 from bench.record import add_out_option, finish
@@ -70,7 +71,8 @@ def chosen_points(arguments: argparse.Namespace, devices: int) -> list[tuple[str
         LinkError: they make no sense, or are not all alike and yet to be varied.
     """
     varied = arguments.latency or arguments.rate or arguments.jitter
-    text = PROFILES[arguments.profile].link if arguments.profile else arguments.link
+    usual = "0ms" if arguments.backend == LOOPBACK else USUAL_LINK
+    text = PROFILES[arguments.profile].link if arguments.profile else arguments.link or usual
     try:
         link = parse_link(text)
     except LinkError:
@@ -134,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     links = parser.add_argument_group("links", "one way, device to device; see bench.links")
     links.add_argument("--devices", type=_list(count), metavar="N,...", help="default 2")
     which = links.add_mutually_exclusive_group()
-    which.add_argument("--link", default="1ms/300mbit", metavar="SPEC")
+    which.add_argument("--link", metavar="SPEC", help=f"default {USUAL_LINK}; loopback: none")
     which.add_argument("--profile", choices=PROFILES)
     links.add_argument("--latency", type=_list(float), metavar="MS,...")
     links.add_argument("--rate", type=_list(float), metavar="MBIT,...")

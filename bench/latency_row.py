@@ -48,6 +48,7 @@ class Row:
     floor_ms: float
     ratio: float
     hops: int
+    base_ttft_ms: float
     hidden: float | None
     wire_bytes: float
     busiest_sent_bytes: float
@@ -135,6 +136,7 @@ class Bench:
             floor_ms=floor_ms,
             ratio=tpot_ms / floor_ms,
             hops=floor.latencies(topology.devices, hops),
+            base_ttft_ms=base.ttft_ms,
             hidden=self._hidden(topology, last.wire, ttft_ms - base.ttft_ms) if hops else None,
             wire_bytes=sum(sent for sent, _ in traffic),
             busiest_sent_bytes=max(sent for sent, _ in traffic),

@@ -47,15 +47,47 @@ def test_without_links_among_workers_there_is_the_star() -> None:
     assert predict_s(Algorithm.STAR, chooser.topology, 1 << 20) > 2 * 0.005
 
 
+def decode(chooser: Chooser, size: int, took_s: dict[Algorithm, float], tokens: int) -> Algorithm:
+    """Decode tokens whose sums take what ``took_s`` says; returns the last one's algorithm."""
+    for _ in range(tokens):
+        chosen = chooser.choose_to_learn(size)
+        chooser.learn(chosen, size, took_s[chosen])
+    return chosen
+
+
 def test_what_is_measured_corrects_the_choice_and_one_stall_does_not() -> None:
     chooser = Chooser(even(3, 0.002, 1000))
     size = 16 << 10
-    assert chooser.choose(size) is Algorithm.DIRECT
+    took_s = {Algorithm.DIRECT: 0.003, Algorithm.STAR: 0.005, Algorithm.TWO_SHOT: 0.006}
+    assert decode(chooser, size, took_s, 20) is Algorithm.DIRECT
     chooser.learn(Algorithm.DIRECT, size, 10.0)
+    assert decode(chooser, size, took_s, 1) is Algorithm.DIRECT
+    assert decode(chooser, size, took_s | {Algorithm.DIRECT: 0.008}, 10) is Algorithm.STAR
+
+
+def test_a_wait_that_comes_with_every_algorithm_changes_nothing() -> None:
+    chooser = Chooser(even(4, 0.001, 300))
+    size = 4 << 10
+    best = chooser.choose(size)
+    took_s = {a: predict_s(a, chooser.topology, size) + 0.004 for a in Algorithm}
+    assert decode(chooser, size, took_s, 30) is best
+
+
+def test_what_may_be_the_quickest_is_tried_and_kept() -> None:
+    """The model is wrong about this machine; measurements of a few tokens tell."""
+    chooser = Chooser(even(4, 0.0002, 300))
+    size = 4 << 10
     assert chooser.choose(size) is Algorithm.DIRECT
-    for _ in range(20):
-        chooser.learn(Algorithm.DIRECT, size, 0.008)
-    assert chooser.choose(size) is not Algorithm.DIRECT
+    took_s = {Algorithm.DIRECT: 0.004, Algorithm.STAR: 0.003, Algorithm.TWO_SHOT: 0.009}
+    assert decode(chooser, size, took_s, 12) is Algorithm.STAR
+
+
+def test_less_than_noise_does_not_change_the_choice() -> None:
+    chooser = Chooser(even(4, 0.001, 300))
+    took_s = {Algorithm.DIRECT: 0.00300, Algorithm.STAR: 0.00302, Algorithm.TWO_SHOT: 0.00302}
+    used = decode(chooser, 4 << 10, took_s, 20)
+    swapped = {**took_s, used: 0.00303}
+    assert decode(chooser, 4 << 10, swapped, 20) is used
 
 
 @given(

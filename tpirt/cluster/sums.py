@@ -71,7 +71,9 @@ class Sums:
     def for_step(self, tokens: int) -> Collective:
         """Choose for a step of so many tokens."""
         nbytes = self._nbytes(tokens)
-        algorithm = self._fixed or self._chooser.choose(nbytes)
+        learned = tokens <= _DECODED_TOKENS
+        choose = self._chooser.choose_to_learn if learned else self._chooser.choose
+        algorithm = self._fixed or choose(nbytes)
         # Products of half the tokens are less efficient, and can differ in their last bits: not
         # for sums that take no time, and not by what changes from step to step.
         topology = self._chooser.topology

@@ -11,12 +11,17 @@ what a pair reaches is bounded by both ends), w the work of sending and taking m
 Incast is in the second terms: what several ranks send to one shares its link. The work w is that
 of the busiest machine, c = 60 us for each message that a rank of it sends or takes, over the cores
 that its ranks share, less what a hop's latency counts already: eight ranks on two cores are quicker
-through the master, for the star has the fewest messages. What collectives really took corrects
-the model, for each algorithm by a factor that follows the measurements.
+through the master, for the star has the fewest messages.
+
+What collectives really took corrects the model: beyond it lies what the model does not know, such
+as the wait for a rank that computes longer. That comes with every algorithm, so those which may be
+the quickest are each tried for some tokens before measurements decide; they give the same bits.
 """
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -25,8 +30,11 @@ from tpirt.units import format_bytes
 
 _LOOPBACK_BYTES_PER_S = 125e6  # the least that a busy machine gives itself
 _MESSAGE_S = 60e-6  # c: a core's time to send or to take a message (bench.allreduce)
-_WEIGHT = 0.2  # of the newest measurement in a factor
-_BOUNDS = (0.25, 4.0)  # of a factor: one stalled token must not decide
+_REMEMBERED = 5  # measurements of an algorithm; their median, for one stall must not decide
+_LEAST = 0.25  # of the prediction; less can only be chance
+_TRIALS = 3  # tokens that each algorithm is tried for
+_WORTH_TRYING = 1.75  # times the best prediction
+_CLEARLY = 0.95  # of what the algorithm in use takes: less difference is noise
 
 
 @dataclass(frozen=True)
@@ -105,10 +113,15 @@ def _work_s(algorithm: Algorithm, topology: Topology) -> float:
 
 @dataclass
 class Chooser:
-    """Picks the algorithm for each size of message, and learns from what it took."""
+    """Picks the algorithm for each size of message, and learns from what it took.
+
+    Attributes:
+        beyond_s: what each algorithm took beyond the model, the latest decoded tokens.
+    """
 
     topology: Topology
-    factors: dict[Algorithm, float] = field(default_factory=dict)
+    beyond_s: dict[Algorithm, deque[float]] = field(default_factory=dict)
+    _used: Algorithm | None = None
 
     @property
     def candidates(self) -> list[Algorithm]:
@@ -120,19 +133,38 @@ class Chooser:
         return list(Algorithm)
 
     def expected_s(self, algorithm: Algorithm, nbytes: int) -> float:
-        """The model's time, corrected by what was measured."""
-        return predict_s(algorithm, self.topology, nbytes) * self.factors.get(algorithm, 1.0)
+        """The model's time, corrected by what was measured: of the others, if not of this one."""
+        medians = {tried: statistics.median(took) for tried, took in self.beyond_s.items()}
+        beyond = medians.get(algorithm, min(medians.values(), default=0.0))
+        predicted = predict_s(algorithm, self.topology, nbytes)
+        return max(predicted + beyond, _LEAST * predicted)
 
     def choose(self, nbytes: int) -> Algorithm:
         """The quickest for partials of so many bytes."""
-        return min(self.candidates, key=lambda algorithm: self.expected_s(algorithm, nbytes))
+        best = min(self.candidates, key=lambda algorithm: self.expected_s(algorithm, nbytes))
+        used = self._used
+        if used in self.candidates and used is not None:
+            limit = _CLEARLY * self.expected_s(used, nbytes)
+            return best if self.expected_s(best, nbytes) < limit else used
+        return best
+
+    def choose_to_learn(self, nbytes: int) -> Algorithm:
+        """As :meth:`choose`, for a decoded token, whose time is going to be learned from."""
+        predicted = {a: predict_s(a, self.topology, nbytes) for a in self.candidates}
+        best = self.choose(nbytes)
+        limit = max(_WORTH_TRYING * min(predicted.values()), self.expected_s(best, nbytes))
+        untried = [
+            algorithm
+            for algorithm, time in predicted.items()
+            if time <= limit and len(self.beyond_s.get(algorithm, ())) < _TRIALS
+        ]
+        self._used = min(untried, key=predicted.__getitem__) if untried else best
+        return self._used
 
     def learn(self, algorithm: Algorithm, nbytes: int, measured_s: float) -> None:
-        """Account for what one allreduce took, waiting for slower ranks left out."""
-        low, high = _BOUNDS
-        ratio = measured_s / predict_s(algorithm, self.topology, nbytes)
-        known = self.factors.get(algorithm, 1.0)
-        self.factors[algorithm] = (1 - _WEIGHT) * known + _WEIGHT * min(max(ratio, low), high)
+        """Account for what a decoded token's allreduces took."""
+        beyond = measured_s - predict_s(algorithm, self.topology, nbytes)
+        self.beyond_s.setdefault(algorithm, deque(maxlen=_REMEMBERED)).append(beyond)
 
     def explain(self, sizes: Mapping[str, int]) -> list[str]:
         """Say what was measured and what follows from it, a line each."""

@@ -7,8 +7,8 @@ each in a memory cgroup with the limit that tpirt is given, and removes the mode
 (``--keep`` keeps it). All ranks share this machine's cores and its one disk.
 
 All figures per token are of decoded tokens, the first one excepted. The floor is the bytes that all
-ranks read for a token over the rate at which raw direct readers read the same files before and
-after the run (the median of the passes with 2 readers or with one per rank, whichever is faster),
+ranks read for a token over the rate at which raw direct readers read the same files (the fastest
+median of the passes before or after the run, with 2 readers or with one per rank),
 or the computing of the busiest rank as the run measured it, whichever is longer. A run that is
 faster than its floor shows that the floor was measured wrong: it is reported as invalid.
 """
@@ -140,7 +140,12 @@ def evaluate(done: GroupRun, raw_rates: dict[int, list[float]]) -> Result:
             zip(done.printed["first"], done.printed["last"], strict=True)
         )
     ]
-    rate = max(map(statistics.median, raw_rates.values()))
+    rate = max(
+        statistics.median(half)
+        for rates in raw_rates.values()
+        for half in _before_and_after(rates)
+        if half
+    )
     read = sum(rank.read_bytes for rank in ranks)
     compute_s = max(rank.compute_s for rank in ranks)
     ratio = token_s / max(read / rate, compute_s)
@@ -157,6 +162,12 @@ def evaluate(done: GroupRun, raw_rates: dict[int, list[float]]) -> Result:
         valid=ratio >= 1,
         ranks=ranks,
     )
+
+
+def _before_and_after(rates: list[float]) -> tuple[list[float], list[float]]:
+    """The passes before the run and those after it."""
+    middle = len(rates) // 2
+    return rates[:middle], rates[middle:]
 
 
 def show(arguments: argparse.Namespace, result: Result) -> None:

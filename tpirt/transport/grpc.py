@@ -46,6 +46,7 @@ _KEEPALIVE_MS = 2_000
 _KEEPALIVE_TIMEOUT_MS = 6_000  # a large frame on a slow link may stand before the answer
 _PATIENCE_S = 3.0  # with a peer that is just being started
 _RETRY_S = 0.25
+_LEAVE_S = 10.0  # for a session to end by itself: threads that read or compute a block
 
 _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
@@ -231,6 +232,7 @@ class GrpcPeerServer:
 
     def __init__(self, service: PeerService):
         self._service = service
+        self._running: set[asyncio.Task[Any]] = set()  # handlers
         self._server = grpc.aio.server(options=_OPTIONS)
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(_SERVICE, self._handlers()),)
@@ -254,23 +256,26 @@ class GrpcPeerServer:
         return bound
 
     async def aclose(self) -> None:
-        """Stop listening and end every session."""
+        """Stop listening and end every session, whose own ends it waits for."""
         await self._server.stop(grace=None)
+        # gRPC does not; cancelled with the loop, it would print the traceback of each.
+        if self._running:
+            await asyncio.wait(self._running, timeout=_LEAVE_S)
 
     def _handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         async def hello(request: pb.HelloRequest, _: Any) -> pb.HelloReply:
             return await self._service.hello(request)
 
         async def put_slice(chunks: AsyncIterator[pb.SliceChunk], context: Any) -> Any:
-            return await _guarded(lambda: self._service.put_slice(chunks), context)
+            return await self._guarded(lambda: self._service.put_slice(chunks), context)
 
         async def session(_: Any, context: Any) -> None:
             channel = GrpcChannel(f"master {_address(context)}", context)
-            await _guarded(lambda: self._service.session(channel), context)
+            await self._guarded(lambda: self._service.session(channel), context)
 
         async def link(_: Any, context: Any) -> None:
             channel = GrpcChannel(_address(context), context)
-            await _guarded(lambda: self._service.link(channel), context)
+            await self._guarded(lambda: self._service.link(channel), context)
 
         return {
             "Hello": grpc.unary_unary_rpc_method_handler(
@@ -287,16 +292,19 @@ class GrpcPeerServer:
             "Link": grpc.stream_stream_rpc_method_handler(link),
         }
 
-
-async def _guarded(work: Callable[[], Awaitable[_T]], context: Any) -> _T | None:
-    """Run a handler; an error of our tree becomes an RPC status with its message."""
-    try:
-        return await work()
-    except PeerLostError:
-        return None  # the master left: nobody is there to be told
-    except TpirtError as exc:
-        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(exc))
-        return None
+    async def _guarded(self, work: Callable[[], Awaitable[_T]], context: Any) -> _T | None:
+        """Run a handler; an error of our tree becomes an RPC status with its message."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        try:
+            return await work()
+        except PeerLostError:
+            return None  # the master left: nobody is there to be told
+        except TpirtError as exc:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(exc))
+            return None
 
 
 def _lost(peer_id: str, details: str | None) -> PeerLostError:

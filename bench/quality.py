@@ -130,8 +130,7 @@ class Meter:
 
     def progress(self) -> float:
         """The share of the budget used; 1 and more at its end."""
-        used_s = (time.process_time() - self._cpu_started) / torch.get_num_threads()
-        return used_s / self._budget_s
+        return self._used_s() / self._budget_s
 
     def add(self, tokens: int, loss: float) -> None:
         """Count a step; tell now and then."""
@@ -143,11 +142,11 @@ class Meter:
     def tell(self) -> None:
         """Report on what was done since last time."""
         self._told = time.monotonic()
-        left_min = self._budget_s * max(0.0, 1 - self.progress()) / 60
+        used_s = self._used_s()
+        left_min = max(0.0, self._budget_s - used_s) / 60
         tell(
             f"loss {sum(self._losses) / len(self._losses):.3f}, {self._tokens:,} tokens, "
-            f"{self._tokens / (self._told - self._started):.0f} tokens/s, "
-            f"{left_min:.1f} min of processor time left"
+            f"{self._tokens / used_s:.0f} tokens/s and {left_min:.1f} min left of processor time"
         )
         self._losses.clear()
 
@@ -158,6 +157,9 @@ class Meter:
             "cpu_s": round(time.process_time() - self._cpu_started, 1),
             "wall_s": round(time.monotonic() - self._started, 1),
         }
+
+    def _used_s(self) -> float:
+        return (time.process_time() - self._cpu_started) / torch.get_num_threads()
 
 
 def train(ids: Tensor, minutes: float) -> tuple[DemoModel, dict[str, float]]:

@@ -28,7 +28,7 @@ from test_text_samples import (
 
 transformers = pytest.importorskip("transformers")
 
-SHARED = Path(__file__).parents[3] / "shared"  # beside a checkout; tests that need it skip elsewhere
+SHARED = Path(__file__).parents[3] / "shared"  # beside a checkout; else skipped
 TEXTS = [
     "",
     "the cat",

@@ -66,7 +66,7 @@ def memory_cgroup(
     try:
         yield MemoryCgroup(folder)
     finally:
-        _remove(folder)
+        remove_group(folder)
 
 
 @contextlib.contextmanager
@@ -96,10 +96,11 @@ def disk_cgroup(path: Path, bytes_per_s: int, warn: Callable[[str], None]) -> It
         yield
     finally:
         (root / "cgroup.procs").write_text(str(os.getpid()))
-        _remove(folder)
+        remove_group(folder)
 
 
-def _remove(folder: Path) -> None:
+def remove_group(folder: Path) -> None:
+    """Remove a group whose processes have ended or are about to."""
     deadline = time.monotonic() + 10
     while folder.exists():
         try:

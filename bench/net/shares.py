@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from bench.cgroup import remove_group
 from bench.net.spec import LinkError
 
 _ROOT = Path("/sys/fs/cgroup")
@@ -61,7 +61,7 @@ class ShareGroup:
     def close(self) -> None:
         """Remove them; the processes inside must be on their way out."""
         for folder in self._folders:
-            _remove(folder)
+            remove_group(folder)
 
     def _make(self, controller: str, name: str, settings: list[tuple[str, str]]) -> None:
         if (_ROOT / "cgroup.controllers").exists():  # version 2
@@ -113,14 +113,3 @@ def _disks() -> Iterator[str]:
     for folder in Path("/sys/block").iterdir():
         if not folder.name.startswith(_NO_DISKS):
             yield (folder / "dev").read_text().strip()
-
-
-def _remove(folder: Path) -> None:
-    deadline = time.monotonic() + 10
-    while folder.exists():
-        try:
-            folder.rmdir()
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)  # the last process is still on its way out

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from tpirt.errors import TransportError
 from tpirt.ops.buffers import tensor_bytes
+from tpirt.transport.codec import read_tensor
 from tpirt.transport.pb import tpirt_pb2 as pb
 
 # Elements that share a scale in int8: 3 % more bytes, and an outlier spoils no more than these.
@@ -85,6 +86,8 @@ def decode(payload: memoryview | bytes, wire: Wire, shape: tuple[int, ...]) -> t
     Raises:
         TransportError: a payload whose length is not that of the shape.
     """
+    if wire is not Wire.INT8:
+        return read_tensor(payload, wire.dtype, shape).float()
     elements = math.prod(shape)
     if len(payload) != wire.nbytes(elements):
         raise TransportError(
@@ -95,10 +98,6 @@ def decode(payload: memoryview | bytes, wire: Wire, shape: tuple[int, ...]) -> t
         return torch.empty(shape)
     # frombuffer on a read-only buffer warns; the copy costs less than the wire did.
     data = bytearray(payload)
-    if wire is Wire.FLOAT32:
-        return torch.frombuffer(data, dtype=torch.float32).view(shape)
-    if wire is Wire.BFLOAT16:
-        return torch.frombuffer(data, dtype=torch.bfloat16).float().view(shape)
     codes = torch.frombuffer(data, dtype=torch.int8, count=elements)
     scales = torch.frombuffer(data[elements:], dtype=torch.float32)
     return _scaled(codes, scales).view(shape)

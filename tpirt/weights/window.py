@@ -25,7 +25,7 @@ from tpirt.parallel.sharding import Block
 from tpirt.stopwatch import COMPUTE, DISK, WAIT_DISK, Recorder
 from tpirt.types import Progress, ProgressCallback
 from tpirt.units import format_bytes
-from tpirt.weights.layout import Weights, file_bytes, view_weights
+from tpirt.weights.layout import Weights, view_weights
 from tpirt.weights.reader import buffer_bytes, read_file
 from tpirt.weights.store import StoredSlice
 
@@ -152,7 +152,7 @@ class Window:
         self._ring: deque[_Entry] = deque()  # streamed blocks, in the order of reading
         self._in_use: dict[int, _Entry] = {}
         self._free: list[torch.Tensor] = []
-        self._kinds = _kinds(blocks)
+        self._kinds = _kinds(blocks, [file.nbytes for file in self._files])
         self._views: dict[tuple[int, int], Weights] = {}  # by block's kind and ring buffer
         self._reading: set[int] = set()  # blocks that are being read now
         self._waiters: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Event]] = {}
@@ -412,14 +412,15 @@ class Window:
         self._condition.notify_all()
 
 
-def _kinds(blocks: Sequence[Block]) -> list[int]:
+def _kinds(blocks: Sequence[Block], file_sizes: Sequence[int]) -> list[int]:
     """Number blocks so that those of the same number hold the same tensors at the same places."""
     numbers: dict[object, int] = {}
 
-    def look(block: Block) -> object:
-        return file_bytes(block), tuple(replace(tensor, pieces=()) for tensor in block.tensors)
+    def look(block: Block, nbytes: int) -> object:
+        return nbytes, tuple(replace(tensor, pieces=()) for tensor in block.tensors)
 
-    return [numbers.setdefault(look(block), len(numbers)) for block in blocks]
+    looks = map(look, blocks, file_sizes)
+    return [numbers.setdefault(each, len(numbers)) for each in looks]
 
 
 def _buffer(nbytes: int, path: Path) -> torch.Tensor:

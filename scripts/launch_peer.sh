@@ -6,7 +6,7 @@
 #
 #   HOST:PORT   where to listen (default: 127.0.0.1:50051, which only this device reaches). Give this
 #               device's own address, as 192.168.1.20:50051, on a network whose devices you trust:
-#               whoever reaches the port can use the peer.
+#               whoever reaches the port can use the peer. PORT + 1000 is used as well.
 #   ...         everything after it goes to "tpirt peer": --memory SIZE, --threads N, --store DIR
 set -euo pipefail
 # shellcheck source=scripts/_env.sh

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from bench.net.forwarder import LinkClock
 from bench.net.spec import Link, LinkError, Topology
+from tpirt.transport.tcp import PORT_OFFSET
 
 HOST = "127.0.0.1"
 _CHUNK_BYTES = (1448, 1 << 16)
@@ -155,13 +156,19 @@ class RelayBackend:
                 path.clocks = [_clock(own)] if own else both
 
     def route(self, source: int, target: int, port: int) -> int:
-        """The port at which ``source`` reaches ``port`` of ``target``."""
+        """The port at which ``source`` reaches ``port`` of ``target``.
+
+        Behind it lies, as far away as at the target itself, that of connections beside gRPC's.
+        """
         key = source, target, port
         if key not in self._routes:
-            server = socket.create_server((HOST, 0))
-            self._sockets.append(server)
-            self._routes[key] = server.getsockname()[1]
-            threading.Thread(target=self._accept, args=(server, *key), daemon=True).start()
+            servers = _adjoining_servers()
+            self._sockets += servers
+            self._routes[key] = servers[0].getsockname()[1]
+            for server, offset in zip(servers, (0, PORT_OFFSET), strict=True):
+                threading.Thread(
+                    target=self._accept, args=(server, source, target, port + offset), daemon=True
+                ).start()
         return self._routes[key]
 
     def traffic(self, device: int) -> tuple[int, int]:
@@ -200,6 +207,15 @@ def _clock(link: Link | None) -> LinkClock:
     link = link or Link()
     s_per_byte = 8e-6 / (link.rate_mbit or math.inf)
     return LinkClock(link.latency_ms / 1e3, link.jitter_ms / 1e3, s_per_byte, 0.0, False)
+
+
+def _adjoining_servers() -> list[socket.socket]:
+    while True:
+        first = socket.create_server((HOST, 0))
+        with contextlib.suppress(OSError, OverflowError):
+            second = (HOST, first.getsockname()[1] + PORT_OFFSET)
+            return [first, socket.create_server(second)]
+        first.close()
 
 
 def _free_port() -> int:

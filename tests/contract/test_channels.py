@@ -24,6 +24,7 @@ from tpirt.transport.codec import Frame, read_tensor
 from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
 from tpirt.transport.memory import memory_pair
 from tpirt.transport.pb import tpirt_pb2 as pb
+from tpirt.transport.tcp import TcpListener
 
 TIMEOUT_S = 10.0
 Pairs = Callable[[], Any]  # () -> async context manager of (master's end, worker's end)
@@ -53,7 +54,7 @@ class Rendezvous:
 
 
 @asynccontextmanager
-async def grpc_pair() -> AsyncIterator[tuple[Channel, Channel]]:
+async def tcp_pair() -> AsyncIterator[tuple[Channel, Channel]]:
     service = Rendezvous()
     server = GrpcPeerServer(service)
     port = await server.start("127.0.0.1", 0)
@@ -61,7 +62,30 @@ async def grpc_pair() -> AsyncIterator[tuple[Channel, Channel]]:
     try:
         mine = await client.open_session()
         async with asyncio.timeout(TIMEOUT_S):
-            yield mine, await service.channel
+            theirs = await service.channel
+            assert mine.via == theirs.via == "tcp"
+            yield mine, theirs
+    finally:
+        service.leave.set()
+        await client.aclose()
+        await server.aclose()
+
+
+@asynccontextmanager
+async def grpc_pair() -> AsyncIterator[tuple[Channel, Channel]]:
+    """Where there is no port for a connection beside the call."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TcpListener, "beside", lambda *_: None)
+        service = Rendezvous()
+        server = GrpcPeerServer(service)
+        port = await server.start("127.0.0.1", 0)
+    client = GrpcPeerClient(f"127.0.0.1:{port}")
+    try:
+        mine = await client.open_session()
+        async with asyncio.timeout(TIMEOUT_S):
+            theirs = await service.channel
+            assert mine.via == theirs.via == "grpc"
+            yield mine, theirs
     finally:
         service.leave.set()
         await client.aclose()
@@ -89,7 +113,12 @@ async def wrapped_pair() -> AsyncIterator[tuple[Channel, Channel]]:
 
 ALGORITHMS = pytest.mark.parametrize("algorithm", Algorithm, ids=lambda algorithm: algorithm.value)
 
-PAIRS = {"memory": in_memory_pair, "grpc": grpc_pair, "faulty": wrapped_pair}
+PAIRS = {
+    "memory": in_memory_pair,
+    "grpc": grpc_pair,
+    "tcp": tcp_pair,
+    "faulty": wrapped_pair,
+}
 
 
 @pytest.fixture(params=PAIRS)

@@ -24,6 +24,7 @@ from tpirt.testing.processes import PeerProcess, run_cli
 from tpirt.transport.base import Channel
 from tpirt.transport.codec import Frame
 from tpirt.transport.pb import tpirt_pb2 as pb
+from tpirt.transport.tcp import PORT_OFFSET
 from tpirt.types import Message, SamplingParams
 from tpirt.weights.store import SliceStore
 
@@ -112,25 +113,29 @@ def test_search_finds_what_is_there() -> None:
 
 
 class Tap:
-    """A TCP proxy on loopback that keeps every byte of both directions."""
+    """A proxy on loopback, of both of a peer's ports, that keeps every byte of both directions."""
 
     def __init__(self, target: str):
         host, _, port = target.rpartition(":")
-        self._target = (host, int(port))
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._listener.settimeout(20)
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._listeners = adjoining_listeners()
+        self.address = f"127.0.0.1:{self._listeners[0].getsockname()[1]}"
         self.there = bytearray()  # from the master to the worker
         self.back = bytearray()
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
+        self.taken = 0  # connections
+        self._threads = [
+            threading.Thread(target=self._serve, args=(listener, (host, int(port) + offset)))
+            for listener, offset in zip(self._listeners, (0, PORT_OFFSET), strict=True)
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    def _serve(self) -> None:
+    def _serve(self, listener: socket.socket, target: tuple[str, int]) -> None:
         pumps = []
         with suppress(OSError):
             while True:
-                master, _ = self._listener.accept()
-                worker = socket.create_connection(self._target)
+                master, _ = listener.accept()
+                worker = socket.create_connection(target)
+                self.taken += 1
                 for source, sink, kept in (
                     (master, worker, self.there),
                     (worker, master, self.back),
@@ -148,10 +153,21 @@ class Tap:
             sink.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._thread.join(10)
-        assert not self._thread.is_alive()
+        for listener, thread in zip(self._listeners, self._threads, strict=True):
+            listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def adjoining_listeners() -> list[socket.socket]:
+    """Two that are as far apart as a peer's."""
+    while True:
+        first = socket.create_server(("127.0.0.1", 0))
+        with suppress(OSError, OverflowError):
+            second = ("127.0.0.1", first.getsockname()[1] + PORT_OFFSET)
+            return [first, socket.create_server(second)]
+        first.close()
 
 
 def secrets_of(model: Path) -> list[str]:
@@ -186,6 +202,7 @@ def test_no_byte_between_two_processes_tells_of_the_prompt_or_the_answer(
     answer = json.loads(done.stdout)
     there, back = bytes(tap.there), bytes(tap.back)
     # The tap has seen it all: the slice, the setup, the hidden states of every token.
+    assert tap.taken == 2
     assert b"layers.2.mlp" in there
     assert ModelConfig.from_dir(model).to_json().encode() in there
     tokens = len(answer["prompt_token_ids"]) + len(answer["token_ids"]) - 1
@@ -366,7 +383,7 @@ ALLOWED = {
     "Probe": {"number", "last"},
     "MeasureLinks": set(),
     "LinkStates": {"links"},
-    "LinkState": {"rank", "latency_s", "bytes_per_s", "failure"},
+    "LinkState": {"rank", "latency_s", "bytes_per_s", "failure", "via"},
     "Step": {"step", "start", "tokens", "rope_length", "prefill", "algorithm", "wire", "halves"},
     "Abort": {"step"},
     "StatsRequest": {"reset"},
@@ -415,6 +432,7 @@ TEXTS = {
     "Setup.slice_id",
     "Setup.addresses",  # of the other workers
     "LinkState.failure",  # from worker to master: why another one cannot be reached
+    "LinkState.via",  # from worker to master: tcp, or why gRPC
     "Trace.lane",  # from worker to master: disk, compute, network or steps
     "Trace.names",  # from worker to master: blocks and collectives
     "Error.kind",
@@ -464,4 +482,4 @@ def test_nothing_beside_the_transport_can_open_a_connection() -> None:
         for path in root.rglob("*.py")
         if network.search(path.read_text(encoding="utf-8")) and "testing" not in path.parts
     }
-    assert files == {"cluster/machine.py"}  # for the host's name
+    assert files == {"cluster/machine.py", "transport/tcp.py"}  # the first for the host's name

@@ -119,7 +119,10 @@ class Mesh:
                 await send_last(channel)
                 states.append(
                     pb.LinkState(
-                        rank=rank, latency_s=quality.latency_s, bytes_per_s=quality.bytes_per_s
+                        rank=rank,
+                        latency_s=quality.latency_s,
+                        bytes_per_s=quality.bytes_per_s,
+                        via=channel.via,
                     )
                 )
             await asyncio.gather(*answers)

@@ -59,10 +59,12 @@ class Sums:
 
     Attributes:
         notice: why what was asked for is not to be had; empty if it is.
+        detours: links whose frames go through gRPC, and why, a line each.
     """
 
     def __init__(self, chooser: Chooser, options: SumOptions, wire: Wire, hidden_size: int):
         self.notice = ""
+        self.detours: list[str] = []
         self._chooser = chooser
         self._wire = wire
         self._hidden_size = hidden_size
@@ -88,7 +90,7 @@ class Sums:
     def explain(self, chunk_tokens: int) -> list[str]:
         """Say what was measured and chosen, a line each."""
         sizes = {"one token": self._nbytes(1), f"{chunk_tokens} tokens": self._nbytes(chunk_tokens)}
-        lines = self._chooser.explain(sizes)
+        lines = [*self.detours, *self._chooser.explain(sizes)]
         if self._fixed is not None:
             lines.append(f"used: {self._fixed.value} ({self.notice or 'as asked for'})")
         return [*lines, f"on the wire: {self._wire.value}"]
@@ -122,6 +124,7 @@ async def meet(
     """
     latency: dict[tuple[int, int], float] = {}
     rate: dict[tuple[int, int], float] = {}
+    via = {(0, rank): channel.via for rank, channel in enumerate(channels, start=1)}
     for rank, channel in enumerate(channels, start=1):
         quality = await measure(channel, timeout_s)
         latency[0, rank], rate[0, rank] = quality.latency_s, quality.bytes_per_s
@@ -141,9 +144,13 @@ async def meet(
                 pair = (state.rank, rank)
                 latency[pair] = max(1e-6, state.latency_s)
                 rate[pair] = max(1.0, state.bytes_per_s)
+                via[pair] = state.via
     complete = linked and not failures
     topology = Topology(len(channels) + 1, latency, rate, complete, tuple(machines))
     sums = Sums(Chooser(topology), options, wire, hidden_size)
+    sums.detours = [
+        f"link {i}-{j}: over {how}" for (i, j), how in sorted(via.items()) if how.startswith("grpc")
+    ]
     if failures and options.algorithm is not Algorithm.STAR:
         sums.notice = f"sums go through the master (star): {failures[0]}"
     return sums

@@ -17,13 +17,12 @@ from typing import Any, TypeVar
 import torch
 
 from tpirt.collectives.base import DEFAULT_COLLECTIVE, Algorithm, Collective
-from tpirt.collectives.links import Links
+from tpirt.collectives.links import EAGER_BYTES, Links
 from tpirt.collectives.wire import BLOCK, Wire, encode, rounded
 from tpirt.parallel.partition import Span
 from tpirt.transport.codec import Envelope, Frame
 
 _T = TypeVar("_T")
-_EAGER_BYTES = 33 << 10  # below every window of HTTP/2 and every socket's buffer
 
 
 @dataclass(slots=True)
@@ -47,6 +46,7 @@ class Ranks:
         self._links = links
         self._seq = 0
         self._how = DEFAULT_COLLECTIVE
+        self._ready: dict[tuple[str, int], Envelope] = {}  # made while others were waited for
         self._turn = asyncio.Lock()  # of two collectives under way, the first receives first
         self._algorithms: dict[Algorithm, Callable[[_Sum], Coroutine[Any, Any, torch.Tensor]]] = {
             Algorithm.STAR: self._star_master if links.rank == 0 else self._star_worker,
@@ -57,6 +57,7 @@ class Ranks:
     def begin(self, step: int, collective: Collective = DEFAULT_COLLECTIVE) -> None:
         """See :class:`tpirt.collectives.base.Communicator`."""
         self._seq, self._how = 0, collective
+        self._ready.clear()
         self._links.begin(step)
 
     async def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
@@ -92,8 +93,10 @@ class Ranks:
 
     async def _star_worker(self, job: _Sum) -> torch.Tensor:
         payload, _ = encode(job.partial, job.wire)
-        await self._links.send([0], self._envelope(job, "partial", job.partial).seal(payload))
+        sent = self._envelope(job, "partial", job.partial)
+        await self._links.send([0], sent.seal(payload))
         due = self._envelope(job, "reduced", job.partial)
+        self._prepare(sent, due)
         async with self._turn:
             return await self._links.receive(0, due)
 
@@ -145,6 +148,7 @@ class Ranks:
     # -- common ----------------------------------------------------------------------------
 
     async def _gather(self, due: Envelope, own: torch.Tensor) -> torch.Tensor:
+        self._prepare(due)
         async with self._turn:
             return await self._summed(due, own)
 
@@ -154,11 +158,19 @@ class Ranks:
         for rank in range(self.world_size):
             value = own if rank == self.rank else await self._links.receive(rank, due)
             # What was received is this call's own to add to; the partial may be overwritten.
-            total = value if total is None else total.add_(value)
+            total = value.float() if total is None else total.add_(value)
         assert total is not None
         return total
 
+    def _prepare(self, *envelopes: Envelope) -> None:
+        """Make the next collective's, now that there is nothing to do but wait."""
+        for envelope in envelopes:
+            self._ready[envelope.kind, envelope.seq + 1] = envelope.following()
+
     def _envelope(self, job: _Sum, kind: str, tensor: torch.Tensor) -> Envelope:
+        ready = self._ready.pop((kind, job.seq), None)
+        if ready is not None and ready.shape == tensor.shape:
+            return ready
         nbytes = job.wire.nbytes(tensor.numel())
         return Envelope(kind, self._links.step, job.seq, job.wire.dtype, tensor.shape, nbytes)
 
@@ -167,7 +179,7 @@ class Ranks:
 
         If all ranks sent before they received, none would take what the others send.
         """
-        if max(len(frame.data) for frame in frames.values()) <= _EAGER_BYTES:
+        if max(len(frame.data) for frame in frames.values()) <= EAGER_BYTES:
             try:
                 await self._links.send_each(frames)
             except BaseException:

@@ -82,9 +82,10 @@ class Communicator(Protocol):
         """Start numbering the collectives of ``step``."""
 
     async def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
-        """Sum ``partial`` (T, H) float32 over ranks; every rank gets the sum (T, H).
+        """Sum ``partial`` (T, H), float32 or bfloat16, over ranks; every rank gets the sum (T, H).
 
-        ``partial`` may be overwritten. Cancelled, it leaves the group unusable.
+        It comes in bfloat16 where that is the form on the wire, else in float32. ``partial`` may be
+        overwritten. Cancelled, the call leaves the group unusable.
 
         Raises:
             PeerLostError: a rank is gone or silent beyond the deadline.

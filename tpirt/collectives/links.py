@@ -21,6 +21,8 @@ from tpirt.transport.codec import Envelope, Frame
 from tpirt.transport.deadline import Deadline
 from tpirt.transport.pb import tpirt_pb2 as pb
 
+EAGER_BYTES = 33 << 10  # below every socket's buffer and every window of HTTP/2
+
 _MOST_GIVEN_UP = 4096  # messages of older ones have long been read
 
 Key = tuple[str, int]  # what a message is, and of which collective
@@ -85,17 +87,24 @@ class Links:
         await self.send_each(dict.fromkeys(ranks, frame))
 
     async def send_each(self, frames: Mapping[int, Frame]) -> None:
-        """Send every rank its frame, side by side.
+        """Send every rank its frame: large ones side by side, small ones need no waiting.
 
         All sends have ended when it returns or raises.
 
         Raises:
             PeerLostError: a peer is gone, or took nothing before the deadline.
         """
-        sends = [self._send(rank, frame) for rank, frame in frames.items()]
-        if len(sends) == 1:
-            await sends[0]
+        if len(frames) == 1 or all(len(frame.data) <= EAGER_BYTES for frame in frames.values()):
+            lost: PeerLostError | None = None
+            for rank, frame in frames.items():
+                try:
+                    await self._send(rank, frame)
+                except PeerLostError as exc:  # the others have it all the same
+                    lost = lost or exc
+            if lost is not None:
+                raise lost
             return
+        sends = [self._send(rank, frame) for rank, frame in frames.items()]
         for result in await asyncio.gather(*sends, return_exceptions=True):
             if isinstance(result, BaseException):
                 raise result

@@ -56,23 +56,21 @@ _DTYPES = {Wire.FLOAT32: pb.FLOAT32, Wire.BFLOAT16: pb.BFLOAT16, Wire.INT8: pb.I
 
 
 def rounded(tensor: torch.Tensor, wire: Wire) -> torch.Tensor:
-    """A float32 tensor as the readers of its payload will have it; in float32 itself."""
+    """A tensor as the readers of its payload will have it; in float32 itself."""
     return tensor if wire is Wire.FLOAT32 else encode(tensor, wire)[1]
 
 
 def encode(tensor: torch.Tensor, wire: Wire) -> tuple[memoryview, torch.Tensor]:
-    """Serialise a contiguous float32 tensor.
+    """Serialise a contiguous tensor, float32 or bfloat16.
 
     Returns:
-        The payload, and the tensor as its readers will have it: float32, the same shape; in
-        float32 the tensor itself.
+        The payload, and the tensor as its readers will have it, the same shape: in bfloat16 that
+        dtype, else float32. It is the given one where nothing had to be done.
     """
-    if wire is Wire.FLOAT32:
-        return tensor_bytes(tensor), tensor
-    if wire is Wire.BFLOAT16:
-        rounded = tensor.to(torch.bfloat16)
-        return tensor_bytes(rounded), rounded.float()
-    blocks = _blocks(tensor)
+    if wire is not Wire.INT8:
+        form = tensor.float() if wire is Wire.FLOAT32 else tensor.to(torch.bfloat16)
+        return tensor_bytes(form), form
+    blocks = _blocks(tensor.float())
     scales = blocks.abs().amax(1) / 127
     inverse = scales.reciprocal().masked_fill_(scales == 0, 0)
     codes = (blocks * inverse.unsqueeze(1)).round_().to(torch.int8).view(-1)[: tensor.numel()]
@@ -81,13 +79,15 @@ def encode(tensor: torch.Tensor, wire: Wire) -> tuple[memoryview, torch.Tensor]:
 
 
 def decode(payload: memoryview | bytes, wire: Wire, shape: tuple[int, ...]) -> torch.Tensor:
-    """Read a payload of :func:`encode` into a new float32 tensor.
+    """Read a payload of :func:`encode`: a tensor of the caller's own, of the dtype it tells.
+
+    The payload's memory becomes the tensor's where that may be written to.
 
     Raises:
         TransportError: a payload whose length is not that of the shape.
     """
     if wire is not Wire.INT8:
-        return read_tensor(payload, wire.dtype, shape).float()
+        return read_tensor(payload, wire.dtype, shape)
     elements = math.prod(shape)
     if len(payload) != wire.nbytes(elements):
         raise TransportError(

@@ -11,9 +11,8 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +28,6 @@ from tpirt.parallel.partition import Shard
 from tpirt.parallel.sharding import Block
 from tpirt.stopwatch import COMPUTE, Recorder
 from tpirt.weights.layout import Weights
-
-_T = TypeVar("_T")
 
 # Up to this many tokens a block is computed inside the event loop: handing over to a thread and
 # back costs more than it frees. Longer ones go to a thread, so that the loop stays responsive.
@@ -61,7 +58,7 @@ class _Part:
         offset: of the first token within the step.
         cos, sin: rotation of its positions.
         normed: what the pieces of an MLP or of the head multiply, (T, H).
-        partial: what the last block made of it.
+        partial: what the last block made of it; of an MLP in pieces their sum so far, float32.
         pending: the sum over ranks that is under way.
     """
 
@@ -214,18 +211,19 @@ class Decoder:
             for part in parts:
                 await part.settle()
                 with self.clock.running(self._weights.blocks[index].name, number=index):
-                    part.partial = await self._run(partial(compute, tensors, number, part), part)
+                    if part.hidden.shape[0] <= _INLINE_TOKENS:
+                        part.partial = compute(tensors, number, part)
+                    else:
+                        loop = asyncio.get_running_loop()
+                        part.partial = await loop.run_in_executor(
+                            self._thread, compute, tensors, number, part
+                        )
                 if summed and len(parts) > 1:
                     part.pending = asyncio.create_task(self._comm.all_reduce(part.partial))
         finally:
             self._weights.release(index)
         if summed and len(parts) == 1:
             parts[0].hidden += await self._comm.all_reduce(parts[0].partial)
-
-    async def _run(self, compute: Callable[[], _T], part: _Part) -> _T:
-        if len(part.hidden) <= _INLINE_TOKENS:
-            return compute()
-        return await asyncio.get_running_loop().run_in_executor(self._thread, compute)
 
     def _attention(self, w: Weights, layer: int, part: _Part) -> torch.Tensor:
         config, shard = self.config, self._shard
@@ -243,15 +241,17 @@ class Decoder:
         k, v = self.kv.append(layer, k, v, part.offset)
         out = attention(q, k, v, self._groups, config.sliding_windows[layer])
         flat = out.transpose(0, 1).reshape(len(x), -1)  # (T, Q D)
-        return self._project(flat, w, "o_proj").float()
+        return self._project(flat, w, "o_proj")
 
     def _mlp(self, w: Weights, piece: int, part: _Part) -> torch.Tensor:
         if piece == 0:
             part.normed = self._normed(w, part)
         gate_up = self._project(part.normed, w, "gate_up_proj")  # (T, 2 I)
         x = gated_mlp(gate_up, self._activation)
-        out = self._project(x, w, "down_proj").float()
-        return out if piece == 0 else part.partial.add_(out)
+        out = self._project(x, w, "down_proj")
+        if self._mlp_pieces == 1:
+            return out
+        return out.float() if piece == 0 else part.partial.add_(out)
 
     def _head(self, w: Weights, number: int, part: _Part) -> torch.Tensor:
         if number == 0:

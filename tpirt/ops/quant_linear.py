@@ -69,7 +69,12 @@ class MatrixShape(NamedTuple):
 
 @dataclass(frozen=True)
 class QuantMatrix:
-    """An (N, K) matrix as two tensors in local form: codes and scales (see ``quant_layout``)."""
+    """An (N, K) matrix as two tensors in local form: codes and scales (see ``quant_layout``).
+
+    Attributes:
+        width: inputs as stored, Kp.
+        operand: the codes as the packed kernel wants to see them.
+    """
 
     spec: QuantSpec
     rows: int
@@ -77,6 +82,8 @@ class QuantMatrix:
     layout: Layout
     codes: torch.Tensor
     scales: torch.Tensor
+    width: int
+    operand: torch.Tensor
 
     @classmethod
     def of_buffer(
@@ -85,17 +92,15 @@ class QuantMatrix:
         """View a matrix in flat uint8 memory that starts at a multiple of 64 bytes: no copy."""
         assert buffer.data_ptr() % ALIGN == 0
         codes, scales = view_regions(local_regions(spec, rows, inputs, layout), buffer)
-        return cls(spec, rows, inputs, layout, codes, scales)
+        width = spec.padded_inputs(inputs)
+        # The 4-bit kernel takes N from the codes' first axis and knows its blocks by itself.
+        operand = codes if spec.kind == "int8" else codes.view(scales.shape[1], -1)
+        return cls(spec, rows, inputs, layout, codes, scales, width, operand)
 
     @property
     def shape(self) -> MatrixShape:
         """What :class:`KernelChoice` is made for."""
         return MatrixShape(self.spec, self.rows, self.inputs)
-
-    @property
-    def width(self) -> int:
-        """Inputs as stored, Kp."""
-        return self.spec.padded_inputs(self.inputs)
 
 
 def linear(x: torch.Tensor, matrix: QuantMatrix, choice: KernelChoice) -> torch.Tensor:
@@ -192,10 +197,9 @@ def _packed(
     kernel: Callable[..., torch.Tensor], x: torch.Tensor, matrix: QuantMatrix
 ) -> torch.Tensor:
     if matrix.spec.kind == "int8":
-        return kernel(x, matrix.codes, matrix.scales)
-    # The kernel takes N from the codes' first axis and knows its blocks by itself.
-    codes = matrix.codes.view(matrix.scales.shape[1], -1)
-    return kernel(x, codes, matrix.spec.group_size, matrix.scales)[:, : matrix.rows]
+        return kernel(x, matrix.operand, matrix.scales)
+    out = kernel(x, matrix.operand, matrix.spec.group_size, matrix.scales)
+    return out if out.shape[1] == matrix.rows else out[:, : matrix.rows]
 
 
 def _dense(x: torch.Tensor, matrix: QuantMatrix, dtype: torch.dtype) -> torch.Tensor:

@@ -73,6 +73,15 @@ class FaultyChannel:
         self._inner.peer_id = value
 
     @property
+    def via(self) -> str:
+        """See :class:`tpirt.transport.base.Channel`."""
+        return self._inner.via
+
+    @via.setter
+    def via(self, value: str) -> None:
+        self._inner.via = value
+
+    @property
     def bytes_sent(self) -> int:
         """See :class:`tpirt.transport.base.Channel`."""
         return self._inner.bytes_sent

@@ -14,9 +14,15 @@ class Channel(Protocol):
 
     One coroutine may send while one other receives. A cancelled ``recv`` may close the channel:
     cancel only what is being given up.
+
+    Attributes:
+        peer_id: whom errors name.
+        via: what carries the frames, and in brackets why nothing better does.
+        bytes_sent, bytes_received: so far.
     """
 
     peer_id: str
+    via: str
     bytes_sent: int
     bytes_received: int
 

@@ -7,6 +7,7 @@ into the message that gRPC sends; reading leaves the payload in place as a ``mem
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -35,11 +36,11 @@ class Frame:
     def __init__(self, header: pb.FrameHeader, payload: memoryview | bytes = b""):
         self._header: pb.FrameHeader | None = header
         self._payload: memoryview | bytes = payload
-        self._data: bytes | None = None
+        self._data: bytes | bytearray | None = None
         self._source = ""
 
     @classmethod
-    def of(cls, data: bytes, source: str = "") -> Frame:
+    def of(cls, data: bytes | bytearray, source: str = "") -> Frame:
         """Take a frame's bytes; nothing is known of them yet. ``source`` is whom errors name."""
         frame = cls.__new__(cls)
         frame._header, frame._payload, frame._data, frame._source = None, b"", data, source
@@ -62,7 +63,7 @@ class Frame:
         return self._payload
 
     @property
-    def data(self) -> bytes:
+    def data(self) -> bytes | bytearray:
         """The bytes of ``tpirt.v1.Frame``; made once, however many they are sent to."""
         if self._data is None:
             assert self._header is not None
@@ -123,6 +124,10 @@ class Envelope:
         """What the header says."""
         return pb.Tensor(step=self.step, seq=self.seq, dtype=self.dtype, shape=self.shape)
 
+    def following(self) -> Envelope:
+        """The next collective's, of a tensor that is like this one's."""
+        return Envelope(self.kind, self.step, self.seq + 1, self.dtype, self.shape, self.nbytes)
+
     def seal(self, payload: memoryview | bytes) -> Frame:
         """Make the whole frame; copies the payload, once."""
         return Frame.of(b"".join((self.head, payload)))
@@ -157,7 +162,7 @@ def _join(header: bytes, payload: memoryview | bytes) -> bytes:
     return b"".join(parts)
 
 
-def _split(data: bytes) -> tuple[bytes, memoryview | bytes]:
+def _split(data: bytes | bytearray) -> tuple[bytes, memoryview | bytes]:
     """Cut a frame's bytes into the header's and the payload's, a view.
 
     Raises:
@@ -178,7 +183,7 @@ def _split(data: bytes) -> tuple[bytes, memoryview | bytes]:
 
 
 def read_tensor(payload: memoryview | bytes, dtype: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """Copy a payload into a new tensor.
+    """Make a payload a tensor: in its own memory if that may be written to, else in a copy.
 
     Raises:
         TransportError: unknown dtype, or a payload whose length is not that of the shape.
@@ -186,9 +191,7 @@ def read_tensor(payload: memoryview | bytes, dtype: int, shape: tuple[int, ...])
     kind = _FROM_WIRE.get(dtype)
     if kind is None:
         raise TransportError(f"tensor of unknown dtype {dtype}")
-    expected = kind.itemsize
-    for size in shape:
-        expected *= size
+    expected = kind.itemsize * math.prod(shape)
     if len(payload) != expected:
         raise TransportError(
             f"tensor {shape} of {kind}: expected {expected} bytes, got {len(payload)}"
@@ -197,8 +200,9 @@ def read_tensor(payload: memoryview | bytes, dtype: int, shape: tuple[int, ...])
         if max(shape) >> 31:
             raise TransportError(f"tensor {shape} of {kind}: no such shape")
         return torch.empty(shape, dtype=kind)
-    # frombuffer on a read-only buffer warns; the copy costs less than the wire did.
-    return torch.frombuffer(bytearray(payload), dtype=kind).view(shape)
+    # frombuffer on a read-only buffer warns.
+    own = isinstance(payload, memoryview) and not payload.readonly
+    return torch.frombuffer(payload if own else bytearray(payload), dtype=kind).view(shape)
 
 
 def _varint(value: int) -> bytes:

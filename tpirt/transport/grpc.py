@@ -7,6 +7,7 @@ are answered by gRPC's own threads, so a peer that computes for a long time is n
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.metadata import version
@@ -34,14 +35,16 @@ from tpirt.errors import (
     TpirtError,
     TransportError,
 )
-from tpirt.transport.base import PeerService
+from tpirt.transport.base import Channel, PeerService
 from tpirt.transport.codec import Frame
 from tpirt.transport.deadline import Deadline
 from tpirt.transport.pb import tpirt_pb2 as pb
+from tpirt.transport.tcp import MAX_FRAME_BYTES, TcpChannel, TcpListener, connect
 
 _T = TypeVar("_T")
 _SERVICE = "tpirt.v1.Peer"
-_MAX_MESSAGE_BYTES = 1 << 30  # far above any step; a bound against a peer gone mad
+_OFFER = "tpirt-tcp"  # metadata of an answer: where frames may go instead; see tpirt.transport.tcp
+_OFFER_S = 2.0  # for it to come
 _KEEPALIVE_MS = 2_000
 _KEEPALIVE_TIMEOUT_MS = 6_000  # a large frame on a slow link may stand before the answer
 _PATIENCE_S = 3.0  # with a peer that is just being started
@@ -49,8 +52,8 @@ _RETRY_S = 0.25
 _LEAVE_S = 10.0  # for a session to end by itself: threads that read or compute a block
 
 _OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_FRAME_BYTES),
+    ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
     ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
     # The one that counts: gRPC core never starts its keepalive timer (grpc/grpc#39239), so that a
@@ -78,11 +81,17 @@ class GrpcChannel:
 
     def __init__(self, peer_id: str, call: Any):
         self.peer_id = peer_id
+        self.via = "grpc"
         self.bytes_sent = 0
         self.bytes_received = 0
         self._call = call
         self._closed = False
         self._deadline = Deadline()
+        self._unread: asyncio.Task[Frame] | None = None
+
+    def unread(self, frame: asyncio.Task[Frame]) -> None:
+        """Have the next :meth:`recv` return what has been read already."""
+        self._unread = frame
 
     async def send(self, frame: Frame) -> None:
         """See :class:`tpirt.transport.base.Channel`."""
@@ -97,6 +106,9 @@ class GrpcChannel:
     async def recv(self, timeout_s: float | None = None) -> Frame:
         """See :class:`tpirt.transport.base.Channel`."""
         self._check_open()
+        if self._unread is not None:
+            unread, self._unread = self._unread, None
+            return await unread
         try:
             data = await self._deadline.wait(self._read(), timeout_s)
         except TimeoutError as exc:
@@ -152,7 +164,7 @@ class GrpcPeerClient:
         self.address = address
         self.peer_id = address
         self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
-        self._calls: list[GrpcChannel] = []
+        self._calls: list[GrpcChannel | TcpChannel] = []
 
     async def hello(self, request: pb.HelloRequest, timeout_s: float) -> pb.HelloReply:
         """See :class:`tpirt.transport.base.PeerClient`."""
@@ -207,13 +219,13 @@ class GrpcPeerClient:
         assert isinstance(reply, pb.PutSliceReply)
         return reply
 
-    async def open_session(self) -> GrpcChannel:
+    async def open_session(self) -> Channel:
         """See :class:`tpirt.transport.base.PeerClient`."""
-        return self._open("Session")
+        return await self._open("Session")
 
-    async def open_link(self) -> GrpcChannel:
+    async def open_link(self) -> Channel:
         """See :class:`tpirt.transport.base.PeerClient`."""
-        return self._open("Link")
+        return await self._open("Link")
 
     async def aclose(self) -> None:
         """See :class:`tpirt.transport.base.PeerClient`."""
@@ -221,10 +233,22 @@ class GrpcPeerClient:
             await call.aclose()
         await self._channel.close(grace=None)
 
-    def _open(self, method: str) -> GrpcChannel:
-        channel = GrpcChannel(self.peer_id, self._channel.stream_stream(f"/{_SERVICE}/{method}")())
+    async def _open(self, method: str) -> Channel:
+        """Make a call, and the connection beside it if there can be one."""
+        call = self._channel.stream_stream(f"/{_SERVICE}/{method}")()
+        channel = GrpcChannel(self.peer_id, call)
         self._calls.append(channel)
-        return channel
+        try:
+            async with asyncio.timeout(_OFFER_S):
+                offer = dict(await call.initial_metadata()).get(_OFFER)
+        except (TimeoutError, grpc.RpcError):
+            return channel  # whoever reads from it will hear of it
+        try:
+            if offer:
+                self._calls[-1] = TcpChannel(await connect(self.address, str(offer)), channel)
+        except (OSError, ValueError) as exc:
+            channel.via = f"grpc ({exc})"
+        return self._calls[-1]
 
 
 class GrpcPeerServer:
@@ -232,7 +256,8 @@ class GrpcPeerServer:
 
     def __init__(self, service: PeerService):
         self._service = service
-        self._running: set[asyncio.Task[Any]] = set()  # handlers
+        self._running: set[asyncio.Task[Any]] = set()  # handlers, and what ends their connections
+        self._listener: TcpListener | None = None
         self._server = grpc.aio.server(options=_OPTIONS)
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(_SERVICE, self._handlers()),)
@@ -253,14 +278,19 @@ class GrpcPeerServer:
                 "machine's; choose another with --listen"
             ) from exc
         await self._server.start()
+        self._listener = TcpListener.beside(host, bound)
         return bound
 
     async def aclose(self) -> None:
         """Stop listening and end every session, whose own ends it waits for."""
+        if self._listener is not None:
+            await self._listener.aclose()
         await self._server.stop(grace=None)
         # gRPC does not; cancelled with the loop, it would print the traceback of each.
-        if self._running:
-            await asyncio.wait(self._running, timeout=_LEAVE_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LEAVE_S):
+                while self._running:
+                    await asyncio.wait(self._running)
 
     def _handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         async def hello(request: pb.HelloRequest, _: Any) -> pb.HelloReply:
@@ -270,12 +300,10 @@ class GrpcPeerServer:
             return await self._guarded(lambda: self._service.put_slice(chunks), context)
 
         async def session(_: Any, context: Any) -> None:
-            channel = GrpcChannel(f"master {_address(context)}", context)
-            await self._guarded(lambda: self._service.session(channel), context)
+            await self._stream(f"master {_address(context)}", context, self._service.session)
 
         async def link(_: Any, context: Any) -> None:
-            channel = GrpcChannel(_address(context), context)
-            await self._guarded(lambda: self._service.link(channel), context)
+            await self._stream(_address(context), context, self._service.link)
 
         return {
             "Hello": grpc.unary_unary_rpc_method_handler(
@@ -292,12 +320,48 @@ class GrpcPeerServer:
             "Link": grpc.stream_stream_rpc_method_handler(link),
         }
 
+    async def _stream(
+        self, caller: str, context: Any, serve: Callable[[Channel], Awaitable[None]]
+    ) -> None:
+        async def work() -> None:
+            channel = await self._accept(GrpcChannel(caller, context), context)
+            try:
+                await serve(channel)
+            finally:
+                if isinstance(channel, TcpChannel):  # after the call, whose status says why
+                    self._track(asyncio.create_task(channel.leave()))
+
+        await self._guarded(work, context)
+
+    async def _accept(self, channel: GrpcChannel, context: Any) -> Channel:
+        """Offer a connection beside the call; the caller takes it, or speaks here."""
+        if self._listener is None:
+            await context.send_initial_metadata(())
+            return channel
+        offer, connected = self._listener.offer()
+        await context.send_initial_metadata(((_OFFER, offer),))
+        spoken = asyncio.create_task(channel.recv())
+        either: set[asyncio.Future[Any]] = {connected, spoken}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            spoken.cancel()
+            raise
+        channel.unread(spoken)
+        if connected.done() and not spoken.done():
+            return TcpChannel(connected.result(), channel)
+        connected.cancel()
+        return channel
+
+    def _track(self, task: asyncio.Task[Any]) -> None:
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
     async def _guarded(self, work: Callable[[], Awaitable[_T]], context: Any) -> _T | None:
         """Run a handler; an error of our tree becomes an RPC status with its message."""
         task = asyncio.current_task()
         assert task is not None
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        self._track(task)
         try:
             return await work()
         except PeerLostError:

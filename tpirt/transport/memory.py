@@ -12,8 +12,14 @@ from tpirt.transport.deadline import Deadline
 class MemoryChannel:
     """One end of an in-memory stream; make two with :func:`memory_pair`."""
 
-    def __init__(self, peer_id: str, inbox: asyncio.Queue[bytes], outbox: asyncio.Queue[bytes]):
+    def __init__(
+        self,
+        peer_id: str,
+        inbox: asyncio.Queue[bytes | bytearray],
+        outbox: asyncio.Queue[bytes | bytearray],
+    ):
         self.peer_id = peer_id
+        self.via = "memory"
         self.bytes_sent = 0
         self.bytes_received = 0
         self._inbox = inbox
@@ -52,6 +58,6 @@ class MemoryChannel:
 
 def memory_pair(first: str, second: str) -> tuple[MemoryChannel, MemoryChannel]:
     """Make two connected channels: the first leads to peer ``first``, the other to ``second``."""
-    there: asyncio.Queue[bytes] = asyncio.Queue()
-    back: asyncio.Queue[bytes] = asyncio.Queue()
+    there: asyncio.Queue[bytes | bytearray] = asyncio.Queue()
+    back: asyncio.Queue[bytes | bytearray] = asyncio.Queue()
     return MemoryChannel(first, back, there), MemoryChannel(second, there, back)

@@ -226,16 +226,18 @@ class LinkStates(_message.Message):
     def __init__(self, links: _Optional[_Iterable[_Union[LinkState, _Mapping]]] = ...) -> None: ...
 
 class LinkState(_message.Message):
-    __slots__ = ("rank", "latency_s", "bytes_per_s", "failure")
+    __slots__ = ("rank", "latency_s", "bytes_per_s", "failure", "via")
     RANK_FIELD_NUMBER: _ClassVar[int]
     LATENCY_S_FIELD_NUMBER: _ClassVar[int]
     BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    VIA_FIELD_NUMBER: _ClassVar[int]
     rank: int
     latency_s: float
     bytes_per_s: float
     failure: str
-    def __init__(self, rank: _Optional[int] = ..., latency_s: _Optional[float] = ..., bytes_per_s: _Optional[float] = ..., failure: _Optional[str] = ...) -> None: ...
+    via: str
+    def __init__(self, rank: _Optional[int] = ..., latency_s: _Optional[float] = ..., bytes_per_s: _Optional[float] = ..., failure: _Optional[str] = ..., via: _Optional[str] = ...) -> None: ...
 
 class Step(_message.Message):
     __slots__ = ("step", "start", "tokens", "rope_length", "prefill", "algorithm", "wire", "halves")

@@ -22,9 +22,15 @@ _CHOSEN = re.compile(r"(?:used: |one token [^:]*: )([a-z-]+)")
 
 @dataclass(frozen=True)
 class Request:
-    """One request as it went; ``traffic`` is bytes sent and received per device for decoding."""
+    """One request as it went.
+
+    Attributes:
+        emulator_cpu_ms: what the links' forwarder computed until the first token.
+        traffic: bytes sent and received per device for decoding.
+    """
 
     ttft_ms: float
+    emulator_cpu_ms: float
     decoded: list[dict[str, Any]]
     ranks: list[dict[str, Any]]
     traffic: list[tuple[int, int]]
@@ -104,7 +110,9 @@ class Group:
         Raises:
             LinkError: the master or a peer failed; says why.
         """
+        emulator_cpu_s = self._network.emulator_cpu_s()
         first = self._ask({"prompt_tokens": prompt_tokens, "tokens": tokens})
+        first["emulator_cpu_ms"] = (self._network.emulator_cpu_s() - emulator_cpu_s) * 1e3
         before = self._traffic()
         rest = self._ask({})
         traffic = [

@@ -9,7 +9,8 @@ Real peers run in network namespaces of their own, on this machine's cores. List
 value with every other one. The floor of a token is the compute of the busiest rank, measured in
 the same run without links, and what the links need for the hops of the collective that was used:
 latency, and serialization of what the busiest link carries. ``hidden`` is the share of the links'
-part of the first token that took no time of its own, for it was under way while ranks computed.
+part of the first token that took no time of its own, for it was under way while ranks computed;
+``apart`` is that share when the time is left out which the emulator itself took of the cores.
 
 With more peers than cores, ranks wait for cores, not only for links: compare the compute column.
 """
@@ -95,16 +96,18 @@ def chosen_points(arguments: argparse.Namespace, devices: int) -> list[tuple[str
 def show(rows: Sequence[Row]) -> None:
     """Print the table for people."""
     print(
-        "dev  links               collective  wire      window   TTFT ms  hidden  TPOT ms     p95"
+        "dev  links               collective  wire      window   TTFT ms  hidden   apart  TPOT ms     p95"
         "     p99  compute   disk  network  other   floor  ratio  hops  KiB/token  busiest"
     )
     for row in rows:
         window = "-" if row.window is None else str(row.window)
-        hidden = "-" if row.hidden is None else f"{row.hidden:.0%}"
+        hidden, apart = (
+            "-" if share is None else f"{share:.0%}" for share in (row.hidden, row.hidden_apart)
+        )
         busiest = max(row.busiest_sent_bytes, row.busiest_received_bytes) / 1024
         print(
             f"{row.devices:3d}  {row.link[:18]:18}  {row.collective:10}  {row.wire:8}  {window:>6} "
-            f"{row.ttft_ms:9.1f} {hidden:>7} {row.tpot_ms:8.2f} {row.tpot_p95_ms:7.2f} "
+            f"{row.ttft_ms:9.1f} {hidden:>7} {apart:>7} {row.tpot_ms:8.2f} {row.tpot_p95_ms:7.2f} "
             f"{row.tpot_p99_ms:7.2f} {row.compute_ms:8.2f} {row.disk_ms:6.2f} "
             f"{row.network_ms:8.2f} {row.other_ms:6.2f} {row.floor_ms:7.2f} {row.ratio:6.2f} "
             f"{row.hops:5d} {row.wire_bytes / 1024:10.0f} {busiest:8.0f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,8 +26,10 @@ class Row:
 
     ``compute_ms``, ``disk_ms``, ``network_ms`` and ``other_ms`` are parts of ``tpot_ms``, as
     :class:`tpirt.types.TokenTimes` tells them apart. ``resident_ms`` is the compute of the same
-    ranks without links, ``links_ms`` what the links need. Bytes are on the wire, headers
-    included, per decoded token: of all devices, and of the busiest one each way.
+    ranks without links, ``links_ms`` what the links need. ``hidden`` is the share of the links'
+    part of the first token that added nothing to its time; ``hidden_apart`` does not count what
+    the emulator took of the ranks' cores, ``emulator_ms`` on each of them. Bytes are on the wire,
+    headers included, per decoded token: of all devices, and of the busiest one each way.
     """
 
     devices: int
@@ -49,7 +52,9 @@ class Row:
     ratio: float
     hops: int
     base_ttft_ms: float
+    emulator_ms: float
     hidden: float | None
+    hidden_apart: float | None
     wire_bytes: float
     busiest_sent_bytes: float
     busiest_received_bytes: float
@@ -114,6 +119,8 @@ class Bench:
         tpot_ms = statistics.median(totals)
         floor_ms = base.resident_ms + links_ms
         ttft_ms = statistics.median(request.ttft_ms for request in requests)
+        emulator_ms = self._emulator_ms(requests)
+        added_ms = ttft_ms - base.ttft_ms
         traffic = _per_token(requests)
         latencies = {topology.latency_ms(*pair) for pair in topology.routes()}
         return Row(
@@ -137,7 +144,11 @@ class Bench:
             ratio=tpot_ms / floor_ms,
             hops=floor.latencies(topology.devices, hops),
             base_ttft_ms=base.ttft_ms,
-            hidden=self._hidden(topology, last.wire, ttft_ms - base.ttft_ms) if hops else None,
+            emulator_ms=emulator_ms,
+            hidden=self._hidden(topology, last.wire, added_ms) if hops else None,
+            hidden_apart=(
+                self._hidden(topology, last.wire, added_ms - emulator_ms) if hops else None
+            ),
             wire_bytes=sum(sent for sent, _ in traffic),
             busiest_sent_bytes=max(sent for sent, _ in traffic),
             busiest_received_bytes=max(received for _, received in traffic),
@@ -164,6 +175,13 @@ class Bench:
             sum_bytes=Wire(wire).nbytes(hidden),
             step_bytes=Wire.FLOAT32.nbytes(hidden),
         )
+
+    def _emulator_ms(self, requests: Sequence[Request]) -> float:
+        """What the emulator took from ranks that keep all cores busy with a prompt."""
+        cores = len(os.sched_getaffinity(0))
+        if len(self._network.devices) * (self._arguments.threads or 1) < cores:
+            return 0.0
+        return statistics.median(request.emulator_cpu_ms for request in requests) / cores
 
     def _hidden(self, topology: Topology, wire: str, added_ms: float) -> float | None:
         """Share of the links' part of the first token that did not add to its time."""

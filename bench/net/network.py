@@ -157,6 +157,10 @@ class Network:
         """What the forwarder did since the last call, where there is one."""
         return self.backend.forwarded() if isinstance(self.backend, TunnelBackend) else None
 
+    def emulator_cpu_s(self) -> float:
+        """CPU time that the forwarder has taken so far; 0 where there is none."""
+        return self.backend.cpu_s() if isinstance(self.backend, TunnelBackend) else 0.0
+
 
 @contextmanager
 def emulate(

@@ -80,8 +80,7 @@ class TunnelBackend:
     def forwarded(self) -> Forwarded:
         """What was done since the last call."""
         packets, wire_bytes, dropped, p50, p99, latest = map(int, self._ask("stats").split())
-        times = psutil.Process(self._process.pid).cpu_times()
-        before, self._cpu_s = self._cpu_s, times.user + times.system
+        before, self._cpu_s = self._cpu_s, self.cpu_s()
         return Forwarded(
             packets,
             wire_bytes,
@@ -91,6 +90,11 @@ class TunnelBackend:
             late_max_ms=latest / 1e6,
             cpu_s=self._cpu_s - before,
         )
+
+    def cpu_s(self) -> float:
+        """CPU time of the forwarder so far."""
+        times = psutil.Process(self._process.pid).cpu_times()
+        return times.user + times.system
 
     def close(self) -> None:
         """End the forwarder and remove the devices."""

@@ -27,6 +27,7 @@ PORT_OFFSET = 1000  # from gRPC's port to ours where that one is free: firewalls
 
 _LENGTH = struct.Struct("<I")
 _BUFFER_BYTES = 64 << 10
+_PORTION_BYTES = 128 << 10  # of a large frame: what is worth waking up for
 _TICKET_BYTES = 16
 _WELCOME = b"\x06"
 _PATIENCE_S = 1.0  # with a port that may be shut: firewalls swallow what they do not want
@@ -50,6 +51,7 @@ class TcpChannel:
         self._reading = False
         self._deadline = Deadline()
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
+        self._woken_at = 1
         self._start = self._stop = 0  # of what has come and is not taken yet
         self._call_ends = asyncio.ensure_future(call.recv())
         self._call_ends.add_done_callback(self._follow)
@@ -169,7 +171,9 @@ class TcpChannel:
             data[:taken] = self._buffer[self._start : self._start + taken]
             self._start += taken
             while taken < len(data):
+                self._wake_at(min(len(data) - taken, _PORTION_BYTES))
                 taken += await self._receive(memoryview(data)[taken:])
+            self._wake_at(1)
         except asyncio.CancelledError:
             self._closed = True  # part of a frame may be gone
             raise
@@ -178,6 +182,12 @@ class TcpChannel:
             if self._closed:
                 self._socket.close()
         return data
+
+    def _wake_at(self, count: int) -> None:
+        """Be woken when so many bytes are there: a slow link brings a packet at a time."""
+        if count != self._woken_at:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
+            self._woken_at = count
 
     async def _receive(self, view: memoryview) -> int:
         count = await self._loop.sock_recv_into(self._socket, view)

@@ -96,8 +96,8 @@ def chosen_points(arguments: argparse.Namespace, devices: int) -> list[tuple[str
 def show(rows: Sequence[Row]) -> None:
     """Print the table for people."""
     print(
-        "dev  links               collective  wire      window   TTFT ms  hidden   apart  TPOT ms     p95"
-        "     p99  compute   disk  network  other   floor  ratio  hops  KiB/token  busiest"
+        "dev  links               collective  wire      window   TTFT ms  hidden   apart  TPOT ms"
+        "     p95     p99  compute   disk  network  other   floor  ratio  hops  KiB/token  busiest"
     )
     for row in rows:
         window = "-" if row.window is None else str(row.window)

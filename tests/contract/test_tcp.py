@@ -176,6 +176,25 @@ async def test_strangers_are_turned_away_and_a_ticket_lets_in_one(
     await listener.aclose()
 
 
+async def test_an_offer_can_be_withdrawn_before_and_after_it_was_taken() -> None:
+    loop = asyncio.get_running_loop()
+    listener = TcpListener.beside("127.0.0.1", 20_000)
+    assert listener is not None
+    for late in (False, True):
+        offer, expected = listener.offer()
+        if late:
+            listener.withdraw(expected)
+            with pytest.raises(OSError, match="port"):
+                await tcp.connect("127.0.0.1:20000", offer)
+        else:
+            taken = await tcp.connect("127.0.0.1:20000", offer)
+            await asyncio.wait_for(asyncio.shield(expected), TIMEOUT_S)
+            listener.withdraw(expected)
+            assert await asyncio.wait_for(loop.sock_recv(taken, 1), TIMEOUT_S) == b""
+            taken.close()
+    await listener.aclose()
+
+
 # -- what goes wrong ---------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ from tpirt.collectives.base import Algorithm
 from tpirt.units import format_bytes
 
 _LOOPBACK_BYTES_PER_S = 125e6  # the least that a busy machine gives itself
-_MESSAGE_S = 60e-6  # c: a core's time to send or to take a message (bench.allreduce)
+_MESSAGE_S = 45e-6  # c: a core's time to send or to take a message (bench.allreduce)
 _REMEMBERED = 5  # measurements of an algorithm; their median, for one stall must not decide
 _LEAST = 0.25  # of the prediction; less can only be chance
 _TRIALS = 3  # tokens that each algorithm is tried for

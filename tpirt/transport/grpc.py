@@ -346,11 +346,12 @@ class GrpcPeerServer:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             spoken.cancel()
+            self._listener.withdraw(connected)
             raise
         channel.unread(spoken)
         if connected.done() and not spoken.done():
             return TcpChannel(connected.result(), channel)
-        connected.cancel()
+        self._listener.withdraw(connected)
         return channel
 
     def _track(self, task: asyncio.Task[Any]) -> None:

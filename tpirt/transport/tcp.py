@@ -251,6 +251,12 @@ class TcpListener:
         expected.add_done_callback(lambda _: self._expected.pop(ticket, None))
         return f"{self._offset}:{ticket.hex()}", expected
 
+    @staticmethod
+    def withdraw(expected: asyncio.Future[socket.socket]) -> None:
+        """Take no connection on this offer any more, nor keep the one that came."""
+        if not expected.cancel() and not expected.cancelled():
+            expected.result().close()
+
     async def aclose(self) -> None:
         """Take no more."""
         for task in self._tasks:
@@ -260,7 +266,12 @@ class TcpListener:
 
     async def _accept(self) -> None:
         while True:
-            connection, _ = await self._loop.sock_accept(self._listener)
+            try:
+                connection, _ = await self._loop.sock_accept(self._listener)
+            except OSError:  # no descriptor left, or a caller that is gone already
+                await asyncio.sleep(_PATIENCE_S)
+                continue
+            connection.setblocking(False)
             admitting = asyncio.create_task(self._admit(connection))
             self._tasks.add(admitting)
             admitting.add_done_callback(self._tasks.discard)
@@ -273,6 +284,8 @@ class TcpListener:
                 if expected is None or expected.done():
                     raise ConnectionRefusedError
                 await self._loop.sock_sendall(connection, _WELCOME)
+            if expected.done():  # withdrawn meanwhile
+                raise ConnectionRefusedError
             expected.set_result(connection)
         except (OSError, asyncio.CancelledError):
             connection.close()

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ class Rendezvous:
 
 
 @asynccontextmanager
-async def tcp_pair() -> AsyncIterator[tuple[Channel, Channel]]:
+async def served_pair(via: str) -> AsyncIterator[tuple[Channel, Channel]]:
     service = Rendezvous()
     server = GrpcPeerServer(service)
     port = await server.start("127.0.0.1", 0)
@@ -63,7 +64,7 @@ async def tcp_pair() -> AsyncIterator[tuple[Channel, Channel]]:
         mine = await client.open_session()
         async with asyncio.timeout(TIMEOUT_S):
             theirs = await service.channel
-            assert mine.via == theirs.via == "tcp"
+            assert mine.via == theirs.via == via
             yield mine, theirs
     finally:
         service.leave.set()
@@ -76,20 +77,8 @@ async def grpc_pair() -> AsyncIterator[tuple[Channel, Channel]]:
     """Where there is no port for a connection beside the call."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TcpListener, "beside", lambda *_: None)
-        service = Rendezvous()
-        server = GrpcPeerServer(service)
-        port = await server.start("127.0.0.1", 0)
-    client = GrpcPeerClient(f"127.0.0.1:{port}")
-    try:
-        mine = await client.open_session()
-        async with asyncio.timeout(TIMEOUT_S):
-            theirs = await service.channel
-            assert mine.via == theirs.via == "grpc"
-            yield mine, theirs
-    finally:
-        service.leave.set()
-        await client.aclose()
-        await server.aclose()
+        async with served_pair("grpc") as pair:
+            yield pair
 
 
 @asynccontextmanager
@@ -116,7 +105,7 @@ ALGORITHMS = pytest.mark.parametrize("algorithm", Algorithm, ids=lambda algorith
 PAIRS = {
     "memory": in_memory_pair,
     "grpc": grpc_pair,
-    "tcp": tcp_pair,
+    "tcp": partial(served_pair, "tcp"),
     "faulty": wrapped_pair,
 }
 

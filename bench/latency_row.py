@@ -179,7 +179,7 @@ class Bench:
     def _emulator_ms(self, requests: Sequence[Request]) -> float:
         """What the emulator took from ranks that keep all cores busy with a prompt."""
         cores = len(os.sched_getaffinity(0))
-        if len(self._network.devices) * (self._arguments.threads or 1) < cores:
+        if len(self._network.devices) * self._engine["threads"] < cores:
             return 0.0
         return statistics.median(request.emulator_cpu_ms for request in requests) / cores
 

@@ -162,7 +162,7 @@ class RelayBackend:
         """
         key = source, target, port
         if key not in self._routes:
-            servers = _adjoining_servers()
+            servers = adjoining_servers()
             self._sockets += servers
             self._routes[key] = servers[0].getsockname()[1]
             for server, offset in zip(servers, (0, PORT_OFFSET), strict=True):
@@ -209,7 +209,8 @@ def _clock(link: Link | None) -> LinkClock:
     return LinkClock(link.latency_ms / 1e3, link.jitter_ms / 1e3, s_per_byte, 0.0, False)
 
 
-def _adjoining_servers() -> list[socket.socket]:
+def adjoining_servers() -> list[socket.socket]:
+    """Two that listen on loopback, as far apart as a peer's ports."""
     while True:
         first = socket.create_server((HOST, 0))
         with contextlib.suppress(OSError, OverflowError):

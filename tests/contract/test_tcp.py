@@ -73,11 +73,6 @@ async def ends() -> AsyncIterator[tuple[TcpChannel, socket.socket, MemoryChannel
     theirs.close()
 
 
-@pytest.fixture(autouse=True)
-def socketpairs_have_no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp, "_prompt", lambda _: None)
-
-
 # -- who gets one ------------------------------------------------------------------------------
 
 

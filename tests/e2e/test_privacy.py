@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
 
+from bench.net.relay import adjoining_servers
 from tpirt.cluster.worker import Worker
 from tpirt.config import ModelConfig
 from tpirt.engine import Engine
@@ -117,7 +118,7 @@ class Tap:
 
     def __init__(self, target: str):
         host, _, port = target.rpartition(":")
-        self._listeners = adjoining_listeners()
+        self._listeners = adjoining_servers()
         self.address = f"127.0.0.1:{self._listeners[0].getsockname()[1]}"
         self.there = bytearray()  # from the master to the worker
         self.back = bytearray()
@@ -158,16 +159,6 @@ class Tap:
             listener.close()
             thread.join(10)
             assert not thread.is_alive()
-
-
-def adjoining_listeners() -> list[socket.socket]:
-    """Two that are as far apart as a peer's."""
-    while True:
-        first = socket.create_server(("127.0.0.1", 0))
-        with suppress(OSError, OverflowError):
-            second = ("127.0.0.1", first.getsockname()[1] + PORT_OFFSET)
-            return [first, socket.create_server(second)]
-        first.close()
 
 
 def secrets_of(model: Path) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 
 from tpirt.cluster.probing import measure
 from tpirt.collectives.base import Algorithm, Collective
-from tpirt.collectives.choosing import Chooser, Machine, Topology, predict_s
+from tpirt.collectives.choosing import Chooser, Machine, Topology
 from tpirt.collectives.wire import Wire
 from tpirt.errors import ConfigError, TransportError
 from tpirt.transport.base import Channel
@@ -79,7 +79,10 @@ class Sums:
         # Products of half the tokens are less efficient, and can differ in their last bits: not
         # for sums that take no time, and not by what changes from step to step.
         topology = self._chooser.topology
-        slow = not topology.on_loopback and predict_s(algorithm, topology, nbytes) > _WORTH_HIDING_S
+        slow = (
+            not topology.on_loopback
+            and self._chooser.predicted_s(algorithm, nbytes) > _WORTH_HIDING_S
+        )
         return Collective(algorithm, self._wire, halves=slow and tokens >= _LEAST_HALVED)
 
     def learn(self, tokens: int, algorithm: Algorithm, measured_s: float) -> None:

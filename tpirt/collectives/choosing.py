@@ -9,7 +9,7 @@ what a pair reaches is bounded by both ends), w the work of sending and taking m
     two-shot  2 (max L(i, j) + (R - 1) / R n / min B(i)) + w
 
 Incast is in the second terms: what several ranks send to one shares its link. The work w is that
-of the busiest machine, c = 60 us for each message that a rank of it sends or takes, over the cores
+of the busiest machine, c for each message that a rank of it sends or takes, over the cores
 that its ranks share, less what a hop's latency counts already: eight ranks on two cores are quicker
 through the master, for the star has the fewest messages.
 
@@ -122,6 +122,7 @@ class Chooser:
     topology: Topology
     beyond_s: dict[Algorithm, deque[float]] = field(default_factory=dict)
     _used: Algorithm | None = None
+    _predicted: dict[tuple[Algorithm, int], float] = field(default_factory=dict, repr=False)
 
     @property
     def candidates(self) -> list[Algorithm]:
@@ -132,11 +133,18 @@ class Chooser:
             return [Algorithm.DIRECT]
         return list(Algorithm)
 
+    def predicted_s(self, algorithm: Algorithm, nbytes: int) -> float:
+        """The model's time; computed once, for every token asks and links stay as measured."""
+        key = algorithm, nbytes
+        if key not in self._predicted:
+            self._predicted[key] = predict_s(algorithm, self.topology, nbytes)
+        return self._predicted[key]
+
     def expected_s(self, algorithm: Algorithm, nbytes: int) -> float:
         """The model's time, corrected by what was measured: of the others, if not of this one."""
         medians = {tried: statistics.median(took) for tried, took in self.beyond_s.items()}
         beyond = medians.get(algorithm, min(medians.values(), default=0.0))
-        predicted = predict_s(algorithm, self.topology, nbytes)
+        predicted = self.predicted_s(algorithm, nbytes)
         return max(predicted + beyond, _LEAST * predicted)
 
     def choose(self, nbytes: int) -> Algorithm:
@@ -150,7 +158,7 @@ class Chooser:
 
     def choose_to_learn(self, nbytes: int) -> Algorithm:
         """As :meth:`choose`, for a decoded token, whose time is going to be learned from."""
-        predicted = {a: predict_s(a, self.topology, nbytes) for a in self.candidates}
+        predicted = {a: self.predicted_s(a, nbytes) for a in self.candidates}
         best = self.choose(nbytes)
         limit = max(_WORTH_TRYING * min(predicted.values()), self.expected_s(best, nbytes))
         untried = [
@@ -163,7 +171,7 @@ class Chooser:
 
     def learn(self, algorithm: Algorithm, nbytes: int, measured_s: float) -> None:
         """Account for what a decoded token's allreduces took."""
-        beyond = measured_s - predict_s(algorithm, self.topology, nbytes)
+        beyond = measured_s - self.predicted_s(algorithm, nbytes)
         self.beyond_s.setdefault(algorithm, deque(maxlen=_REMEMBERED)).append(beyond)
 
     def explain(self, sizes: Mapping[str, int]) -> list[str]:

@@ -56,6 +56,7 @@ class FaultyChannel:
             delay_s: how late, for ``DELAY``.
         """
         self.fired = asyncio.Event()
+        self.via = inner.via
         self._inner = inner
         self._fault = fault
         self._left = after
@@ -71,15 +72,6 @@ class FaultyChannel:
     @peer_id.setter
     def peer_id(self, value: str) -> None:
         self._inner.peer_id = value
-
-    @property
-    def via(self) -> str:
-        """See :class:`tpirt.transport.base.Channel`."""
-        return self._inner.via
-
-    @via.setter
-    def via(self, value: str) -> None:
-        self._inner.via = value
 
     @property
     def bytes_sent(self) -> int:

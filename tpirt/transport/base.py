@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Protocol
 
+from tpirt.errors import PeerLostError
 from tpirt.transport.codec import Frame
 from tpirt.transport.pb import tpirt_pb2 as pb
 
@@ -42,6 +43,18 @@ class Channel(Protocol):
 
     async def aclose(self) -> None:
         """End the stream; the other side's ``recv`` fails. Safe to call twice."""
+
+
+def silent(peer_id: str, timeout_s: float | None) -> PeerLostError:
+    """What a channel's ``recv`` raises at its deadline."""
+    return PeerLostError(
+        f"peer {peer_id}: said nothing for {timeout_s:g} s; it hangs, or its link does"
+    )
+
+
+def closed(peer_id: str) -> PeerLostError:
+    """What a channel raises whose own side has closed it."""
+    return PeerLostError(f"peer {peer_id}: the channel is closed")
 
 
 class PeerService(Protocol):

@@ -35,7 +35,7 @@ from tpirt.errors import (
     TpirtError,
     TransportError,
 )
-from tpirt.transport.base import Channel, PeerService
+from tpirt.transport.base import Channel, PeerService, closed, silent
 from tpirt.transport.codec import Frame
 from tpirt.transport.deadline import Deadline
 from tpirt.transport.pb import tpirt_pb2 as pb
@@ -112,9 +112,7 @@ class GrpcChannel:
         try:
             data = await self._deadline.wait(self._read(), timeout_s)
         except TimeoutError as exc:
-            raise PeerLostError(
-                f"peer {self.peer_id}: said nothing for {timeout_s:g} s; it hangs, or its link does"
-            ) from exc
+            raise silent(self.peer_id, timeout_s) from exc
         except (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.BaseError) as exc:
             raise await self._lost(exc) from exc
         if data is grpc.aio.EOF:
@@ -135,7 +133,7 @@ class GrpcChannel:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise PeerLostError(f"peer {self.peer_id}: the channel is closed")
+            raise closed(self.peer_id)
 
     async def _read(self) -> Any:
         """Read, and tell our task's cancellation from that of the call, which looks the same."""
@@ -245,10 +243,13 @@ class GrpcPeerClient:
             return channel  # whoever reads from it will hear of it
         try:
             if offer:
-                self._calls[-1] = TcpChannel(await connect(self.address, str(offer)), channel)
+                beside = TcpChannel(await connect(self.address, str(offer)), channel)
+                self._calls.remove(channel)  # the connection ends it
+                self._calls.append(beside)
+                return beside
         except (OSError, ValueError) as exc:
             channel.via = f"grpc ({exc})"
-        return self._calls[-1]
+        return channel
 
 
 class GrpcPeerServer:

@@ -18,7 +18,7 @@ import socket
 import struct
 
 from tpirt.errors import PeerLostError, TransportError
-from tpirt.transport.base import Channel
+from tpirt.transport.base import Channel, closed, silent
 from tpirt.transport.codec import Frame
 from tpirt.transport.deadline import Deadline
 
@@ -39,7 +39,6 @@ class TcpChannel:
 
     def __init__(self, connection: socket.socket, call: Channel):
         """Take a connected socket over; on ``call`` nothing more is said."""
-        _prompt(connection)
         self.peer_id = call.peer_id
         self.via = "tcp"
         self.bytes_sent = 0
@@ -83,9 +82,7 @@ class TcpChannel:
             else:
                 data = await self._deadline.wait(self._read(), timeout_s)
         except TimeoutError as exc:
-            raise PeerLostError(
-                f"peer {self.peer_id}: said nothing for {timeout_s:g} s; it hangs, or its link does"
-            ) from exc
+            raise silent(self.peer_id, timeout_s) from exc
         except OSError as exc:
             self._check_open()
             raise await self._lost() from exc
@@ -98,8 +95,7 @@ class TcpChannel:
         self._deadline.close()
         self._call_ends.cancel()
         await self._call.aclose()
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes who reads
+        self._hang_up()
         if not self._reading:
             self._socket.close()
 
@@ -131,10 +127,9 @@ class TcpChannel:
         """The next frame's bytes if all of them are here and fit the buffer."""
         there = self._stop - self._start
         if there < _LENGTH.size:
-            self._buffer[:there] = self._buffer[self._start : self._stop]
-            self._start, self._stop = 0, there
+            space = self._space()
             try:
-                self._stop += self._socket.recv_into(self._buffer[there:])
+                self._stop += self._socket.recv_into(space)
             except BlockingIOError:
                 return None
             there = self._stop
@@ -146,6 +141,13 @@ class TcpChannel:
         data = bytearray(self._buffer[self._start + _LENGTH.size : self._start + whole])
         self._start += whole
         return data
+
+    def _space(self) -> memoryview:
+        """Where more may come, behind what is left in the buffer: a piece of a length at most."""
+        left = self._stop - self._start
+        self._buffer[:left] = self._buffer[self._start : self._stop]
+        self._start, self._stop = 0, left
+        return self._buffer[left:]
 
     def _length(self) -> int:
         """What the next frame says of its own."""
@@ -161,10 +163,9 @@ class TcpChannel:
         """Wait for the next frame's bytes."""
         self._reading = True
         try:
-            while (there := self._stop - self._start) < _LENGTH.size:
-                self._buffer[:there] = self._buffer[self._start : self._stop]
-                self._start, self._stop = 0, there
-                self._stop += await self._receive(self._buffer[there:])
+            while self._stop - self._start < _LENGTH.size:
+                space = self._space()
+                self._stop += await self._receive(space)
             data = bytearray(self._length())
             self._start += _LENGTH.size
             taken = min(len(data), self._stop - self._start)
@@ -197,17 +198,19 @@ class TcpChannel:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise PeerLostError(f"peer {self.peer_id}: the channel is closed")
+            raise closed(self.peer_id)
 
-    def _follow(self, _: asyncio.Future[Frame]) -> None:
+    def _follow(self, ended: asyncio.Future[Frame]) -> None:
         """End with the call; what was sent before may still be under way."""
+        if not ended.cancelled():
+            ended.exception()  # whoever reads is told; if nobody does, it is not worth a log line
         if not self._closed:
             self._loop.call_later(_LAST_WORDS_S, self._hang_up)
 
     def _hang_up(self) -> None:
-        if not self._closed:
-            with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
+        """Wake who reads or sends; the socket may be closed already."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     async def _lost(self) -> PeerLostError:
         """Why the connection ended: the call knows more, and says so soon."""
@@ -271,7 +274,7 @@ class TcpListener:
             except OSError:  # no descriptor left, or a caller that is gone already
                 await asyncio.sleep(_PATIENCE_S)
                 continue
-            connection.setblocking(False)
+            _set_up(connection)
             admitting = asyncio.create_task(self._admit(connection))
             self._tasks.add(admitting)
             admitting.add_done_callback(self._tasks.discard)
@@ -317,7 +320,7 @@ async def _connect(host: str, port: int, ticket: bytes) -> socket.socket:
     family, kind, protocol, _, where = found[0]
     connection = socket.socket(family, kind, protocol)
     try:
-        connection.setblocking(False)
+        _set_up(connection)
         await loop.sock_connect(connection, where)
         await loop.sock_sendall(connection, ticket)
         await _read(connection, len(_WELCOME))
@@ -327,8 +330,9 @@ async def _connect(host: str, port: int, ticket: bytes) -> socket.socket:
     return connection
 
 
-def _prompt(connection: socket.socket) -> None:
-    """Have small messages sent at once."""
+def _set_up(connection: socket.socket) -> None:
+    """Make a connection the loop's, and have small messages sent at once."""
+    connection.setblocking(False)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 

@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -32,6 +33,7 @@ BACKENDS = ("netem", "tun", "tun-python", "relay")
 LOOPBACK = "loopback"  # no links; never chosen by itself
 PORT = 50051
 _LEAVE_S = 5.0
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PAUSES_S = (0.1, 0.5, 2.0, 0.0)  # after a bad measurement: the machine may be busy for a moment
 # Delays as measured are those of the link, not of a sender that paces itself: BBR would, and some
 # systems have it as their default. Without losses the two behave alike.
@@ -74,10 +76,16 @@ class Device:
 
     def popen(self, command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
         """Start a command; it is ended with the network. ``options`` are those of ``Popen``."""
-        process = subprocess.Popen(
-            command, preexec_fn=self._enter, start_new_session=True, **options
-        )
-        self._processes.append(process)
+        # A signal that unwinds this process must not come between a child's start and its being
+        # known here: nobody would end the child.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+        try:
+            process = subprocess.Popen(
+                command, preexec_fn=partial(self._enter, mask), start_new_session=True, **options
+            )
+            self._processes.append(process)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return process
 
     def run(self, work: Callable[[], _T]) -> _T:
@@ -95,7 +103,8 @@ class Device:
             process.wait()
         self._processes.clear()
 
-    def _enter(self) -> None:
+    def _enter(self, mask: set[int]) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         end_with_parent()
         if self.namespace is not None:
             self.namespace.enter()

@@ -172,7 +172,7 @@ def links(*arguments: str, **options: object) -> Iterator[subprocess.Popen[str]]
 
 
 def sleepers(pid: int) -> list[psutil.Process]:
-    return [each for each in descendants(pid) if each.name() == "sleep"]
+    return descendants(pid, lambda each: each.name() == "sleep")
 
 
 @pytest.mark.parametrize(
@@ -191,6 +191,21 @@ def test_nothing_is_left(number: signal.Signals, code: int) -> None:
     if number is signal.SIGKILL:
         remove_leftovers()  # as the next run does
     assert not list(CGROUPS.glob(f"**/tpirt-links-{process.pid}-*"))
+
+
+def test_a_signal_while_a_process_starts_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:  # in the child, before it has become the command
+        os.kill(os.getppid(), signal.SIGINT)
+
+    with emulate(parse_topology("20ms", 2), backend="tun") as network:
+        device = network.devices[0]
+        assert device.namespace is not None
+        monkeypatch.setattr(device.namespace, "enter", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            device.popen(["sleep", "1000"])
+        monkeypatch.undo()
+        wait_for(lambda: sleepers(os.getpid()))
+    assert not descendants()
 
 
 def test_an_exception_leaves_nothing() -> None:

@@ -21,6 +21,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tpirt.testing.models import make_model
+from tpirt.testing.processes import descendants
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -100,7 +101,7 @@ def start(command: list[str], environment: dict[str, str]) -> Iterator[Start]:
 
 def workers(master: int) -> list[psutil.Process]:
     """The worker processes that this master has started."""
-    return [p for p in psutil.Process(master).children() if "peer" in p.cmdline()]
+    return descendants(master, lambda each: "peer" in each.cmdline())
 
 
 def leave(chat: pexpect.spawn, keys: str = CTRL_D) -> None:

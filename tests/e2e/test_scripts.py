@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
@@ -145,8 +144,7 @@ def workers_of(master: int) -> list[psutil.Process]:
     found: list[psutil.Process] = []
 
     def both() -> bool:
-        with contextlib.suppress(psutil.Error):
-            found[:] = [p for p in descendants(master) if "--until-stdin-closes" in p.cmdline()]
+        found[:] = descendants(master, lambda each: "--until-stdin-closes" in each.cmdline())
         return len(found) == 2
 
     wait_for(both, "two workers")

@@ -123,12 +123,20 @@ def killed_at_exit(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[
             process.kill()
 
 
-def descendants(pid: int | None = None) -> list[psutil.Process]:
-    """The processes started by ``pid`` (this one when absent) that run, at any depth."""
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
+def descendants(
+    pid: int | None = None, where: Callable[[psutil.Process], bool] = lambda _: True
+) -> list[psutil.Process]:
+    """The processes started by ``pid`` (this one when absent) that run, at any depth.
+
+    Of those, the ones that ``where`` is true of; one that ends while it is asked does not count.
+    """
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if where(process):
+                    found.append(process)
+    return found
 
 
 def survivors(processes: Sequence[psutil.Process], timeout_s: float = 10.0) -> list[psutil.Process]:

@@ -195,16 +195,23 @@ def test_nothing_is_left(number: signal.Signals, code: int) -> None:
 
 def test_a_signal_while_a_process_starts_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt() -> None:  # in the child, before it has become the command
-        os.kill(os.getppid(), signal.SIGINT)
+        os.kill(os.getppid(), signal.SIGHUP)
 
-    with emulate(parse_topology("20ms", 2), backend="tun") as network:
-        device = network.devices[0]
-        assert device.namespace is not None
-        monkeypatch.setattr(device.namespace, "enter", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            device.popen(["sleep", "1000"])
-        monkeypatch.undo()
-        wait_for(lambda: sleepers(os.getpid()))
+    def unwind(*_: object) -> None:
+        raise ZeroDivisionError
+
+    before = signal.signal(signal.SIGHUP, unwind)
+    try:
+        with emulate(parse_topology("20ms", 2), backend="tun") as network:
+            device = network.devices[0]
+            assert device.namespace is not None
+            monkeypatch.setattr(device.namespace, "enter", interrupt)
+            with pytest.raises(ZeroDivisionError):
+                device.popen(["sleep", "1000"])
+            monkeypatch.undo()
+            wait_for(lambda: sleepers(os.getpid()))
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert not descendants()
 
 

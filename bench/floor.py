@@ -43,16 +43,26 @@ def all_reduce_hops(algorithm: str, world_size: int, nbytes: float) -> list[Hop]
     }[algorithm]
 
 
-def token_hops(
-    algorithm: str, world_size: int, layers: int, sum_bytes: float, step_bytes: float
+def step_hops(
+    algorithm: str,
+    world_size: int,
+    layers: int,
+    *,
+    hidden_bytes: float,
+    sum_bytes: float,
+    last_bytes: float,
 ) -> list[Hop]:
-    """What one step sends: the master's hidden states, a sum after each block, the last to it."""
+    """What one step sends: the master's hidden states, a sum after each block, the last to it.
+
+    The last layer's two sums are of ``last_bytes``: of the tokens whose results are wanted.
+    """
     if world_size == 1:
         return []
     return [
-        [(0, rank, step_bytes) for rank in range(1, world_size)],
-        *all_reduce_hops(algorithm, world_size, sum_bytes) * (2 * layers - 1),
-        [(rank, 0, sum_bytes) for rank in range(1, world_size)],
+        [(0, rank, hidden_bytes) for rank in range(1, world_size)],
+        *all_reduce_hops(algorithm, world_size, sum_bytes) * (2 * layers - 2),
+        *all_reduce_hops(algorithm, world_size, last_bytes),
+        [(rank, 0, last_bytes) for rank in range(1, world_size)],
     ]
 
 

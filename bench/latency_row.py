@@ -166,14 +166,15 @@ class Bench:
         ]
 
     def _hops(self, collective: str, wire: str, tokens: int) -> list[floor.Hop]:
-        """The hops of a step of so many tokens."""
-        hidden = tokens * self._model["hidden_size"]
-        return floor.token_hops(
+        """The hops of a step of so many tokens, whose last one's result is wanted."""
+        hidden_size, form = self._model["hidden_size"], Wire(wire)
+        return floor.step_hops(
             collective,
             len(self._network.devices),
             self._model["layers"],
-            sum_bytes=Wire(wire).nbytes(hidden),
-            step_bytes=Wire.FLOAT32.nbytes(hidden),
+            hidden_bytes=self._model["embedding_bytes"] * tokens,
+            sum_bytes=form.nbytes(tokens * hidden_size),
+            last_bytes=form.nbytes(hidden_size),
         )
 
     def _emulator_ms(self, requests: Sequence[Request]) -> float:

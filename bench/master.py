@@ -66,7 +66,13 @@ async def serve() -> None:
                     await stack.aclose()
                     engine = await stack.enter_async_context(Engine.connect(**order))
                     config = engine.config
-                    answer({"layers": config.num_hidden_layers, "hidden_size": config.hidden_size})
+                    answer(
+                        {
+                            "layers": config.num_hidden_layers,
+                            "hidden_size": config.hidden_size,
+                            "embedding_bytes": engine.embed([0]).nbytes,
+                        }
+                    )
                 else:
                     assert engine is not None
                     await generate(engine, **order)

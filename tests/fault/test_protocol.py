@@ -175,7 +175,7 @@ async def first_answer(store: Path, frame: Frame) -> str:
     [
         (Frame(pb.FrameHeader(ready=pb.Ready())), "must begin with its setup"),
         (Frame(pb.FrameHeader()), "must begin with its setup"),
-        (Frame(pb.FrameHeader(setup=setup(protocol_version=99))), "speaks protocol 1"),
+        (Frame(pb.FrameHeader(setup=setup(protocol_version=99))), "speaks protocol 2"),
         (Frame(pb.FrameHeader(setup=setup(rank=2))), "makes no sense"),
         (Frame(pb.FrameHeader(setup=setup(rank=0))), "makes no sense"),
         (Frame(pb.FrameHeader(setup=setup(chunk_tokens=0))), "makes no sense"),
@@ -191,19 +191,25 @@ async def test_worker_refuses_a_setup_that_makes_no_sense(
 
 
 @pytest.mark.parametrize(
-    "step",
+    "wrong",
     [
-        pb.Step(step=1, start=5, tokens=1, rope_length=6),  # nothing is cached there
-        pb.Step(step=1, start=0, tokens=0, rope_length=1),
-        pb.Step(step=1, start=0, tokens=9, rope_length=9),  # more than a chunk
-        pb.Step(step=1, start=0, tokens=1, rope_length=10**6),
-        pb.Step(step=0, start=0, tokens=1, rope_length=1),
-        pb.Step(step=1, start=2**63, tokens=1, rope_length=1),
+        {"start": 5, "rope_length": 6},  # nothing is cached there
+        {"tokens": 0},
+        {"tokens": 9, "rope_length": 9},  # more than a chunk
+        {"rope_length": 10**6},
+        {"step": 0},
+        {"start": 2**63},
+        {"outputs": 0},
+        {"outputs": 2},  # more than there are
+        {"dtype": pb.INT8},
+        {"dtype": pb.BFLOAT16},  # of half as many bytes
     ],
 )
 async def test_worker_refuses_a_step_that_makes_no_sense(
-    model: Path, store: Path, expected: list[int], step: pb.Step
+    model: Path, store: Path, expected: list[int], wrong: dict[str, int]
 ) -> None:
+    good = {"step": 1, "start": 0, "tokens": 1, "rope_length": 1, "outputs": 1, "dtype": pb.FLOAT32}
+    step = pb.Step(**(good | wrong))
     ends: list[Channel] = []
 
     def keep(_: int, channel: Channel) -> Channel:

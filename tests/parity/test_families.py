@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tpirt.cluster import sums
 from tpirt.cluster.rank import RankRuntime
 from tpirt.collectives.algorithms import Ranks
-from tpirt.collectives.base import Algorithm
+from tpirt.collectives.base import DEFAULT_COLLECTIVE, Algorithm
 from tpirt.collectives.choosing import Topology
 from tpirt.engine import Engine
 from tpirt.errors import MemoryLimitError
@@ -331,6 +331,35 @@ async def test_halves_of_a_chunk_interleaved(
             torch.testing.assert_close(logits, expected.logits)
             assert await run(engine, expected.prompt) == expected.tokens
             assert torch.equal(await engine.logits(expected.prompt), logits)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral-window"])
+@pytest.mark.parametrize("halves", [False, True])
+async def test_results_of_the_last_tokens_alone(
+    reference: Callable[[str], Reference],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    halves: bool,
+) -> None:
+    """What is not computed of the last layer is not missed: neither now nor by the next token."""
+    monkeypatch.setattr(
+        sums.Sums, "for_step", lambda *_: replace(DEFAULT_COLLECTIVE, halves=halves)
+    )
+    expected = reference(name)
+    tokens = len(expected.prompt)
+    async with memory_engine(expected.path, 2) as engine:
+
+        async def step(ids: list[int], start: int, outputs: int) -> torch.Tensor:
+            hidden = engine.embed(ids)
+            return await engine._group.step(hidden, start, tokens + 1, outputs, prefill=True)
+
+        whole = await step(expected.prompt, 0, tokens)
+        following = await step([1], tokens, 1)
+        for outputs in range(1, tokens):
+            torch.testing.assert_close(
+                await step(expected.prompt, 0, outputs), whole[tokens - outputs :]
+            )
+            torch.testing.assert_close(await step([1], tokens, 1), following)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "llama-biases"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.floor import Hop, all_reduce_hops, finish_ms, latencies, messages, token_hops
+from bench.floor import Hop, all_reduce_hops, finish_ms, latencies, messages, step_hops
 from bench.net.spec import Link, parse_topology, uniform
 
 KB = 1000  # 8 ms at 1 Mbit/s
@@ -40,13 +40,23 @@ def test_who_is_ahead_stays_so() -> None:
     assert finish_ms(topology, [TO_ONE, TO_ALL, TO_ONE])[0] == pytest.approx(21 + 21 + 5 + 8)
 
 
-def test_a_token() -> None:
-    hops = token_hops("star", 2, layers=16, sum_bytes=KB, step_bytes=KB)
+def token(algorithm: str, devices: int) -> list[Hop]:
+    return step_hops(algorithm, devices, 16, hidden_bytes=KB, sum_bytes=KB, last_bytes=KB)
+
+
+def test_a_step() -> None:
+    hops = token("star", 2)
     assert latencies(2, hops) == 4 * 16
-    hops = token_hops("direct", 2, layers=16, sum_bytes=KB, step_bytes=KB)
+    hops = token("direct", 2)
     assert latencies(2, hops) == 2 * 16  # the worker is a latency behind, and never more
     assert messages(hops) == 1 + 31 * 2 + 1
-    assert token_hops("direct", 1, layers=16, sum_bytes=KB, step_bytes=KB) == []
+    assert token("direct", 1) == []
+    assert step_hops("star", 2, 16, hidden_bytes=8 * KB, sum_bytes=4 * KB, last_bytes=KB) == [
+        [(0, 1, 8 * KB)],
+        *[[(1, 0, 4 * KB)], [(0, 1, 4 * KB)]] * 30,
+        *[[(1, 0, KB)], [(0, 1, KB)]],
+        [(1, 0, KB)],
+    ]
 
 
 def test_unequal_links_and_no_bound() -> None:

@@ -37,7 +37,7 @@ from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout
 from tpirt.parallel.partition import Plan
 from tpirt.stopwatch import SAMPLE
 from tpirt.transport.base import Channel, PeerClient
-from tpirt.transport.codec import PROTOCOL_VERSION, Frame
+from tpirt.transport.codec import PROTOCOL_VERSION, TO_WIRE, Frame
 from tpirt.transport.pb import tpirt_pb2 as pb
 from tpirt.types import Progress, ProgressCallback, RankStats
 from tpirt.version import __version__
@@ -251,7 +251,7 @@ class Group:
             await self._tracer.read_clocks()
 
     async def step(
-        self, hidden: torch.Tensor, start: int, rope_length: int, prefill: bool
+        self, hidden: torch.Tensor, start: int, rope_length: int, outputs: int, prefill: bool
     ) -> torch.Tensor:
         """Run all layers on all ranks; see :meth:`tpirt.model.decoder.Decoder.forward`.
 
@@ -259,13 +259,15 @@ class Group:
         all caches are then as if it had not been.
 
         Args:
-            hidden: (T, H) float32; overwritten.
+            hidden: (T, H), crosses the wire as it is: float32, or bfloat16 where that is what
+                embeddings are stored in. Overwritten.
             start: position of its first token; cached positions from there on are forgotten.
             rope_length: sequence length that dynamic rope scaling is computed for.
+            outputs: N, how many of the last tokens' results are wanted, at least 1.
             prefill: whether the tokens are a prompt's; for the statistics.
 
         Returns:
-            (T, H) float32, before the final norm.
+            (N, H) float32, before the final norm.
 
         Raises:
             PeerLostError: a worker is gone or silent; names it. The group is broken.
@@ -280,7 +282,7 @@ class Group:
 
         try:
             # Whole: cancelling a read of gRPC's would tear the stream down.
-            work = self._step_all(hidden, start, rope_length, prefill)
+            work = self._step_all(hidden, start, rope_length, outputs, prefill)
             return await self._talk(work, give_up)
         finally:
             decoder.aborted = False
@@ -354,7 +356,7 @@ class Group:
             raise
 
     async def _step_all(
-        self, hidden: torch.Tensor, start: int, rope_length: int, prefill: bool
+        self, hidden: torch.Tensor, start: int, rope_length: int, outputs: int, prefill: bool
     ) -> torch.Tensor:
         self._step += 1
         tokens = hidden.shape[0]
@@ -368,6 +370,8 @@ class Group:
             algorithm=collective.algorithm.number,
             wire=collective.wire.dtype,
             halves=collective.halves,
+            outputs=outputs,
+            dtype=TO_WIRE[hidden.dtype],
         )
         self.runtime.begin(self._step, tokens, prefill, collective)
         try:
@@ -376,7 +380,9 @@ class Group:
                     frame = Frame(pb.FrameHeader(step=header), tensor_bytes(hidden))
                     with self.runtime.comm.clock.running("send step", hidden.nbytes, self._step):
                         await self._links.send(self._links.others, frame)
-                out = await self.runtime.step(hidden, start, rope_length, collective.halves)
+                out = await self.runtime.step(
+                    hidden.float(), start, rope_length, outputs, collective.halves
+                )
         except BaseException:
             await self._abort()
             raise

@@ -87,7 +87,7 @@ class RankRuntime:
         )
         self._base = (0, 0)  # bytes read and nanoseconds of reading at the last reset
 
-    def check_step(self, start: int, tokens: int, rope_length: int) -> None:
+    def check_step(self, start: int, tokens: int, rope_length: int, outputs: int) -> None:
         """Refuse a step that no master in its senses asks for.
 
         Raises:
@@ -98,6 +98,8 @@ class RankRuntime:
             raise TransportError(
                 f"step of {tokens} tokens: expected 1 to {self._limits.chunk_tokens}"
             )
+        if not 1 <= outputs <= tokens:
+            raise TransportError(f"step of {tokens} tokens: results of {outputs} are wanted")
         if start > cached:
             raise TransportError(f"step at position {start}: only {cached} are cached")
         if start + tokens > context or rope_length > context:
@@ -122,7 +124,12 @@ class RankRuntime:
         self.step_log.begin(step, tokens, prefill)
 
     async def step(
-        self, hidden: torch.Tensor, start: int, rope_length: int, halves: bool = False
+        self,
+        hidden: torch.Tensor,
+        start: int,
+        rope_length: int,
+        outputs: int,
+        halves: bool = False,
     ) -> torch.Tensor | None:
         """Run all layers over ``hidden`` (T, H) float32; see :meth:`Decoder.forward`.
 
@@ -131,7 +138,7 @@ class RankRuntime:
         """
         self._make_room(start, hidden.shape[0])
         try:
-            return await self.decoder.forward(hidden, start, rope_length, halves)
+            return await self.decoder.forward(hidden, start, rope_length, outputs, halves)
         finally:
             self.step_log.end_layers()
 

@@ -21,14 +21,14 @@ from tpirt.types import Progress, ProgressCallback
 from tpirt.weights.checkpoint import Checkpoint, resolve_tied
 from tpirt.weights.slicer import slice_bytes
 from tpirt.weights.store import Manifest, SlicePiece, SliceStore, StoredSlice
-from tpirt.weights.synthetic import WeightSource
+from tpirt.weights.synthetic import AnyCheckpoint
 
 
 @dataclass(frozen=True)
 class SliceMaker:
     """Makes slices of one model in one form."""
 
-    checkpoint: WeightSource
+    checkpoint: AnyCheckpoint
     config: ModelConfig
     form: WeightFormat
 

@@ -189,11 +189,11 @@ async def serve_step(runtime: RankRuntime, channel: Channel, links: Links, frame
     links.begin(step.step)
     try:
         shape = (step.tokens, runtime.decoder.config.hidden_size)
-        runtime.check_step(step.start, step.tokens, step.rope_length)
-        hidden = read_tensor(frame.payload, pb.FLOAT32, shape)
+        runtime.check_step(step.start, step.tokens, step.rope_length, step.outputs)
+        hidden = read_tensor(frame.payload, step.dtype, shape).float()
         collective = Collective.of(step)
         runtime.begin(step.step, step.tokens, step.prefill, collective)
-        await runtime.step(hidden, step.start, step.rope_length, collective.halves)
+        await runtime.step(hidden, step.start, step.rope_length, step.outputs, collective.halves)
     except StepAborted:
         pass
     except TransportError:

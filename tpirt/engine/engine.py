@@ -51,7 +51,7 @@ from tpirt.types import (
 from tpirt.weights.checkpoint import Checkpoint, check_tensors, resolve_tied
 from tpirt.weights.names import EMBEDDING
 from tpirt.weights.store import SliceStore, default_store
-from tpirt.weights.synthetic import SyntheticCheckpoint, WeightSource, is_synthetic
+from tpirt.weights.synthetic import AnyCheckpoint, SyntheticCheckpoint, is_synthetic
 from tpirt.weights.window import MIN_SLOTS
 
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -70,7 +70,7 @@ class Model:
     """
 
     config: ModelConfig
-    checkpoint: WeightSource
+    checkpoint: AnyCheckpoint
     embedding: str
     store: Path
     tokenizer: Tokenizer
@@ -306,7 +306,7 @@ class Engine:
                 yield token
                 if token.finish_reason is not None:
                     return
-                hidden = await self._forward([token.id], len(history), prefill=False)
+                hidden = await self._forward([token.id], len(history), 1, prefill=False)
 
     async def complete(
         self,
@@ -366,10 +366,19 @@ class Engine:
             await self._group.stats(reset=True)
             for start in range(0, len(ids), self._chunk_tokens):
                 chunk = ids[start : start + self._chunk_tokens]
-                hidden = await self._forward(chunk, len(ids), prefill=True)
+                hidden = await self._forward(chunk, len(ids), len(chunk), prefill=True)
                 for part in torch.split(hidden, at_once):
                     yield start, await self._group.logits(part)
                     start += len(part)
+
+    def embed(self, ids: Sequence[int]) -> torch.Tensor:
+        """Look ids up: (T, H), what a step begins with; bfloat16 if stored so, else float32.
+
+        Raises:
+            CheckpointError: no such row; a read failed.
+        """
+        rows = self._checkpoint.gather_rows(self._embedding, ids)
+        return rows if rows.dtype is torch.bfloat16 else rows.float()
 
     async def stats(self) -> list[RankStats]:
         """What each rank used and did since the last request began."""
@@ -402,11 +411,11 @@ class Engine:
         todo = len(ids) - start
         while True:
             chunk = ids[len(self._cached) : len(self._cached) + self._chunk_tokens]
-            hidden = await self._forward(chunk, len(ids), prefill=True)
+            hidden = await self._forward(chunk, len(ids), 1, prefill=True)
             done = len(self._cached) - start
             progress(Progress("prefill", done, todo, "tokens"))
             if done == todo:
-                return hidden[-1:]
+                return hidden
 
     def _reusable(self, ids: Sequence[int]) -> int:
         """Count leading ids whose keys and values can be kept; the last id is always computed."""
@@ -421,11 +430,11 @@ class Engine:
         return shared
 
     async def _forward(
-        self, ids: Sequence[int], rope_length: int, *, prefill: bool
+        self, ids: Sequence[int], rope_length: int, outputs: int, *, prefill: bool
     ) -> torch.Tensor:
+        """Let ``ids`` through all layers; returns the hidden states of the last ``outputs``."""
         start = len(self._cached)
-        hidden = self._checkpoint.gather_rows(self._embedding, ids).float()
-        out = await self._group.step(hidden, start, rope_length, prefill)
+        out = await self._group.step(self.embed(ids), start, rope_length, outputs, prefill)
         self._rope_length = max(self._rope_length if start else 0, rope_length)
         self._cached.extend(ids)
         return out

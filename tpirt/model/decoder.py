@@ -54,7 +54,9 @@ class _Part:
     """Tokens that go through the layers together: a step's, or half of them.
 
     Attributes:
-        hidden: (T, H) float32, the residual stream.
+        hidden: (T, H) float32, the residual stream; of the ``outputs`` alone once no other token's
+            is needed.
+        outputs: how many of the last tokens the step's result is wanted of.
         offset: of the first token within the step.
         cos, sin: rotation of its positions.
         normed: what the pieces of an MLP or of the head multiply, (T, H).
@@ -63,6 +65,7 @@ class _Part:
     """
 
     hidden: torch.Tensor
+    outputs: int = 0
     offset: int = 0
     cos: torch.Tensor = _NOTHING
     sin: torch.Tensor = _NOTHING
@@ -75,6 +78,10 @@ class _Part:
         if self.pending is not None:
             pending, self.pending = self.pending, None
             self.hidden += await pending
+
+    def narrow(self) -> None:
+        """Go on with the outputs alone."""
+        self.hidden = self.hidden[len(self.hidden) - self.outputs :]
 
 
 async def _settle(parts: Sequence[_Part], exc: BaseException) -> None:
@@ -90,7 +97,7 @@ async def _settle(parts: Sequence[_Part], exc: BaseException) -> None:
 
 
 class Decoder:
-    """Runs steps: hidden states of T tokens in, reduced hidden states of all layers out."""
+    """Runs steps: hidden states of T tokens in, those of the last N behind all layers out."""
 
     def __init__(
         self,
@@ -118,22 +125,29 @@ class Decoder:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tpirt-compute")
 
     async def forward(
-        self, hidden: torch.Tensor, start: int, rope_length: int, halves: bool = False
+        self,
+        hidden: torch.Tensor,
+        start: int,
+        rope_length: int,
+        outputs: int,
+        halves: bool = False,
     ) -> torch.Tensor | None:
         """Run all layers over new tokens.
 
         Positions from ``start`` on are forgotten first; when the step fails or is aborted, the
-        cache is left with the positions before ``start``.
+        cache is left with the positions before ``start``. Of the last layer, tokens before the
+        outputs need no more than their keys and values.
 
         Args:
             hidden: (T, H) float32, the same bits on every rank; overwritten.
             start: position of the first token.
             rope_length: sequence length that dynamic rope scaling is computed for.
+            outputs: N, how many of the last tokens' results are wanted, at least 1.
             halves: take the tokens in two halves, and compute one while the other's sum is under
                 way. Which of two products a token is in can change its last bits.
 
         Returns:
-            (T, H) float32 before the final norm on rank 0, None on the others.
+            (N, H) float32 before the final norm on rank 0, None on the others.
 
         Raises:
             StepAborted: ``aborted`` was set, or the master gave the step up.
@@ -145,8 +159,11 @@ class Decoder:
         self.kv.truncate(start)
         self.kv.reserve(start + tokens)
         cuts = [0, tokens // 2, tokens] if halves and tokens > 1 else [0, tokens]
+        first = tokens - outputs  # of those that are wanted
         parts = [
-            _Part(hidden[low:high], low, cos[low:high], sin[low:high])
+            _Part(
+                hidden[low:high], max(0, high - max(low, first)), low, cos[low:high], sin[low:high]
+            )
             for low, high in pairwise(cuts)
         ]
         try:
@@ -154,10 +171,12 @@ class Decoder:
         except BaseException as exc:
             await _settle(parts, exc)
             raise
-        whole = parts[0].partial if len(parts) == 1 else torch.cat([p.partial for p in parts])
-        reduced = await self._comm.reduce(whole)
+        partials = [part.partial for part in parts if part.outputs]
+        reduced = await self._comm.reduce(
+            partials[0] if len(partials) == 1 else torch.cat(partials)
+        )
         self.kv.advance(tokens)
-        return None if reduced is None else hidden.add_(reduced)
+        return None if reduced is None else hidden[first:].add_(reduced)
 
     async def _layers(self, parts: Sequence[_Part]) -> None:
         """Run all layers; the last one's partials stay in ``parts``, not summed over ranks."""
@@ -165,6 +184,8 @@ class Decoder:
         for layer in range(last_layer + 1):
             first = layer * (1 + self._mlp_pieces)
             await self._block(first, self._attention, layer, parts, summed=True)
+            if layer == last_layer:
+                parts = [part for part in parts if part.outputs]
             for piece in range(self._mlp_pieces):
                 summed = piece == last_piece and layer < last_layer
                 await self._block(first + 1 + piece, self._mlp, piece, parts, summed=summed)
@@ -218,7 +239,7 @@ class Decoder:
                         part.partial = await loop.run_in_executor(
                             self._thread, compute, tensors, number, part
                         )
-                if summed and len(parts) > 1:
+                if summed and len(parts) > 1 and len(part.partial):
                     part.pending = asyncio.create_task(self._comm.all_reduce(part.partial))
         finally:
             self._weights.release(index)
@@ -239,8 +260,13 @@ class Decoder:
             turning = torch.cat((q, k)).to(self._dtype)
         q, k = torch.split(rotate(turning, part.cos, part.sin), [queries, keys])
         k, v = self.kv.append(layer, k, v, part.offset)
+        if layer == config.num_hidden_layers - 1:
+            part.narrow()
+            if not part.outputs:
+                return part.hidden
+            q = q[:, len(x) - part.outputs :]
         out = attention(q, k, v, self._groups, config.sliding_windows[layer])
-        flat = out.transpose(0, 1).reshape(len(x), -1)  # (T, Q D)
+        flat = out.transpose(0, 1).reshape(len(part.hidden), -1)  # (T, Q D)
         return self._project(flat, w, "o_proj")
 
     def _mlp(self, w: Weights, piece: int, part: _Part) -> torch.Tensor:

@@ -16,12 +16,13 @@ from google.protobuf.message import DecodeError
 from tpirt.errors import TransportError
 from tpirt.transport.pb import tpirt_pb2 as pb
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 _HEADER_TAG = 0x0A  # field 1, length-delimited
 _PAYLOAD_TAG = 0x12  # field 2, length-delimited
 
 _FROM_WIRE: dict[int, torch.dtype] = {pb.FLOAT32: torch.float32, pb.BFLOAT16: torch.bfloat16}
+TO_WIRE = {torch.float32: pb.FLOAT32, torch.bfloat16: pb.BFLOAT16}
 
 
 class Frame:

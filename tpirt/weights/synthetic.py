@@ -85,8 +85,8 @@ class SyntheticCheckpoint:
         return self.path / SLICES
 
     def gather_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
-        """Draw rows of the embedding, the only matrix there is; (len(rows), H) float32."""
-        out = torch.empty(len(rows), self._config.hidden_size)
+        """Draw rows of the embedding, the only matrix there is; (len(rows), H) bfloat16."""
+        out = torch.empty(len(rows), self._config.hidden_size, dtype=torch.bfloat16)
         for index, row in enumerate(rows):
             (numbers,) = _int16_pieces(f"{self.seed}/{name}/{row}", [out.shape[1]])
             torch.mul(numbers, _STD / _UNIFORM_16_BITS, out=out[index])
@@ -128,7 +128,7 @@ class SyntheticCheckpoint:
         pass
 
 
-WeightSource = Checkpoint | SyntheticCheckpoint
+AnyCheckpoint = Checkpoint | SyntheticCheckpoint
 
 
 def is_synthetic(path: Path) -> bool:

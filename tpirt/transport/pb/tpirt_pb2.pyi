@@ -240,7 +240,7 @@ class LinkState(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., latency_s: _Optional[float] = ..., bytes_per_s: _Optional[float] = ..., failure: _Optional[str] = ..., via: _Optional[str] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("step", "start", "tokens", "rope_length", "prefill", "algorithm", "wire", "halves")
+    __slots__ = ("step", "start", "tokens", "rope_length", "prefill", "algorithm", "wire", "halves", "outputs", "dtype")
     STEP_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -249,6 +249,8 @@ class Step(_message.Message):
     ALGORITHM_FIELD_NUMBER: _ClassVar[int]
     WIRE_FIELD_NUMBER: _ClassVar[int]
     HALVES_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
     step: int
     start: int
     tokens: int
@@ -257,7 +259,9 @@ class Step(_message.Message):
     algorithm: Algorithm
     wire: DType
     halves: bool
-    def __init__(self, step: _Optional[int] = ..., start: _Optional[int] = ..., tokens: _Optional[int] = ..., rope_length: _Optional[int] = ..., prefill: _Optional[bool] = ..., algorithm: _Optional[_Union[Algorithm, str]] = ..., wire: _Optional[_Union[DType, str]] = ..., halves: _Optional[bool] = ...) -> None: ...
+    outputs: int
+    dtype: DType
+    def __init__(self, step: _Optional[int] = ..., start: _Optional[int] = ..., tokens: _Optional[int] = ..., rope_length: _Optional[int] = ..., prefill: _Optional[bool] = ..., algorithm: _Optional[_Union[Algorithm, str]] = ..., wire: _Optional[_Union[DType, str]] = ..., halves: _Optional[bool] = ..., outputs: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ...) -> None: ...
 
 class Abort(_message.Message):
     __slots__ = ("step",)

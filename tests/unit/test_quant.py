@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -491,6 +492,26 @@ def test_probe_answers_for_any_shape(spec: QuantSpec, monkeypatch: pytest.Monkey
         assert choice.dense_dtype in ("bfloat16", "float32")
         assert choice == KernelChoice(choice.packed_rows, choice.dense_dtype)
         assert all(set(times) == {1, 4, 8, 32, 128} for times in choice.timings_ms.values())
+
+
+def test_the_probe_does_not_count_what_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: set[int] = set()
+
+    def disturbed(x: torch.Tensor, matrix: QuantMatrix, choice: KernelChoice) -> torch.Tensor:
+        threads.add(torch.get_num_threads())
+        time.sleep(0.01)
+        return linear(x, matrix, choice)
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(quant_linear, "linear", disturbed)
+    torch.set_num_threads(2)
+    try:
+        choice = probe_kernels(QuantSpec("int4", 64), 64, 128, local_layout())
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert threads == {1}
+    assert all(ms < 10 for times in choice.timings_ms.values() for ms in times.values())
 
 
 def test_the_threshold_is_where_dense_overtakes() -> None:

@@ -26,7 +26,7 @@ def choose_kernels(folder: Path, blocks: Iterable[Block]) -> Mapping[MatrixShape
     """Choose a kernel for each shape of quantized matrix: as noted in ``folder``, else measured.
 
     What is measured (up to 0.2 s per shape) is noted there for the next start; a folder that
-    cannot be written to is no error. Another CPU, number of threads or torch measures anew.
+    cannot be written to is no error. Another CPU or torch measures anew.
     """
     shapes = {
         MatrixShape(tensor.quant, *tensor.shape)
@@ -48,8 +48,7 @@ def choose_kernels(folder: Path, blocks: Iterable[Block]) -> Mapping[MatrixShape
 
 
 def _machine() -> str:
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{capability}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
 
 
 def _read(path: Path, machine: str) -> dict[MatrixShape, KernelChoice]:

@@ -51,7 +51,8 @@ class KernelChoice:
     """Which kernel multiplies how many rows: all that the bits of a product depend on.
 
     Up to ``packed_rows`` rows go through the packed kernel, 0 for none; more through the dense
-    product in ``dense_dtype``. ``timings_ms`` is what the probe saw, by kernel and rows.
+    product in ``dense_dtype``. ``timings_ms`` is the CPU time that the probe saw, by kernel
+    and rows.
     """
 
     packed_rows: int
@@ -152,15 +153,25 @@ def default_choice(spec: QuantSpec, layout: Layout | None, *, bfloat16: bool) ->
 
 
 def probe_kernels(spec: QuantSpec, rows: int, inputs: int, layout: Layout | None) -> KernelChoice:
-    """Measure on this machine, with the threads it has now, which kernel a shape wants.
+    """Measure on this machine which kernel a shape wants.
 
-    At most 4 Mi weights are multiplied: below 0.3 s. A measurement is noisy and the bits hang
+    At most 4 Mi weights are multiplied: 0.15 s of work. A measurement is noisy and the bits hang
     on it: probe once per shape and keep the answer beside the weights. Thresholds are powers of
-    two, so that most noise does not show.
+    two, so that most noise does not show. Other processes may be busy meanwhile, such as ranks
+    that probe too: what counts is CPU time, of one thread, for several wait for each other.
 
     Args:
         layout: what ``local_layout`` says; None where torch has no 4-bit kernel.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _probe(spec, rows, inputs, layout)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _probe(spec: QuantSpec, rows: int, inputs: int, layout: Layout | None) -> KernelChoice:
     probe = _probe_matrix(spec, rows, inputs, layout or PORTABLE_LAYOUT)
 
     def measure(choice: KernelChoice, count: int) -> float:
@@ -263,13 +274,13 @@ def _probe_matrix(spec: QuantSpec, rows: int, inputs: int, layout: Layout) -> Qu
 
 
 def _time_ms(work: Callable[[], object]) -> float:
-    """The shortest of at least two runs after a first one."""
+    """CPU time of the shortest of at least two runs after a first one."""
     work()
     shortest, spent = float("inf"), 0.0
     for count in range(50):
-        start = time.perf_counter()
+        start = time.thread_time()
         work()
-        lasted = time.perf_counter() - start
+        lasted = time.thread_time() - start
         shortest, spent = min(shortest, lasted), spent + lasted
         if count and spent > _PROBE_S:
             break

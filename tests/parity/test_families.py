@@ -25,7 +25,9 @@ from tpirt.collectives.algorithms import Ranks
 from tpirt.collectives.base import DEFAULT_COLLECTIVE, Algorithm
 from tpirt.collectives.choosing import Topology
 from tpirt.engine import Engine
+from tpirt.engine.engine import LoadPlan
 from tpirt.errors import MemoryLimitError
+from tpirt.model import decoder
 from tpirt.parallel import sharding
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.models import make_tokenizer
@@ -319,9 +321,7 @@ async def test_halves_of_a_chunk_interleaved(
     name: str,
     algorithm: Algorithm,
 ) -> None:
-    monkeypatch.setattr(sums, "_WORTH_HIDING_S", 0.0)
-    monkeypatch.setattr(sums, "_LEAST_HALVED", 2)
-    monkeypatch.setattr(Topology, "on_loopback", False)
+    always_in_halves(monkeypatch)
     expected = reference(name)
     for world, chunk_tokens in ((2, 64), (4, 7)):
         async with memory_engine(
@@ -331,6 +331,35 @@ async def test_halves_of_a_chunk_interleaved(
             torch.testing.assert_close(logits, expected.logits)
             assert await run(engine, expected.prompt) == expected.tokens
             assert torch.equal(await engine.logits(expected.prompt), logits)
+
+
+def always_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sums, "_WORTH_HIDING_S", 0.0)
+    monkeypatch.setattr(sums, "_LEAST_HALVED", 2)
+    monkeypatch.setattr(Topology, "on_loopback", False)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-biases"])
+async def test_halves_where_ranks_cut_their_mlps_differently(
+    reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    always_in_halves(monkeypatch)
+    monkeypatch.setattr(decoder, "ROWS_UNIT", 8)
+    monkeypatch.setattr(sharding, "_PIECE_BYTES", 6000)
+    monkeypatch.setattr(sharding, "_PIECE_COLUMNS", 8)
+    expected = reference(name)
+    got = []
+    for window in (None, 2):
+        plans: list[LoadPlan] = []
+        async with memory_engine(
+            expected.path, 3, ratio=[4, 1, 2], window=window, on_plan=plans.append
+        ) as engine:
+            blocks = [len(rank.block_bytes) // 3 for rank in plans[0].ranks]
+            assert blocks == [1 + 5, 1 + 1, 1 + 2]  # a layer's: attention, pieces of the MLP
+            got.append(await engine.logits(expected.prompt))
+            torch.testing.assert_close(got[-1], expected.logits)
+            assert await run(engine, expected.prompt) == expected.tokens
+    assert torch.equal(*got)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral-window"])

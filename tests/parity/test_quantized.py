@@ -7,6 +7,7 @@ rounding inside the kernels.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from tpirt.cluster.machine import int4_layout
 from tpirt.cluster.rank import Limits, RankRuntime
 from tpirt.cluster.slices import SliceMaker, write_slice
-from tpirt.collectives.base import Solo
+from tpirt.cluster.sums import Sums
+from tpirt.collectives.base import DEFAULT_COLLECTIVE, Solo
 from tpirt.config import ModelConfig
 from tpirt.errors import StoreError
 from tpirt.ops.buffers import page_buffer
@@ -98,10 +100,12 @@ async def test_logits_are_those_of_the_rounded_weights(
 
 
 @pytest.mark.parametrize("how", ["int8", "int4"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "halves"), [("float32", 0), ("bfloat16", 0), ("bfloat16", 1)])
 async def test_streamed_equals_resident_bit_for_bit(
-    model: Path, tmp_path: Path, how: str, dtype: str
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, dtype: str, halves: int
 ) -> None:
+    choice = replace(DEFAULT_COLLECTIVE, halves=bool(halves))
+    monkeypatch.setattr(Sums, "for_step", lambda *_: choice)
     got = []
     for window in (None, 2, 3):
         async with memory_engine(

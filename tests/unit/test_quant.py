@@ -481,6 +481,18 @@ def test_dense_products_take_bounded_pieces(
     torch.testing.assert_close(linear(x, matrix, EXACT), x @ weights.t(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("choice", [PACKED, EXACT], ids=["packed", "dense"])
+def test_a_part_of_a_matrix_is_a_matrix(spec: QuantSpec, choice: KernelChoice) -> None:
+    matrix, _ = matrix_of(spec, random(300, 500), local_layout() or PORTABLE_LAYOUT)
+    x = random(3, 500, seed=2)
+    whole = linear(x, matrix, choice)
+    for start, stop in ((0, 128), (128, 300), (192, 193), (0, 300), (64, 64)):
+        part = matrix.part(start, stop)
+        assert part.shape == (spec, stop - start, 500)
+        torch.testing.assert_close(linear(x, part, choice), whole[:, start:stop])
+
+
 # The probe
 
 

@@ -22,9 +22,9 @@ from tpirt.config import ModelConfig
 from tpirt.errors import PeerLostError, TransportError
 from tpirt.model.kv_cache import KVCache
 from tpirt.ops.nn import ACTIVATIONS, attention, gated_mlp, rms_norm
-from tpirt.ops.quant_linear import KernelChoice, MatrixShape, QuantMatrix, linear
+from tpirt.ops.quant_linear import ROWS_UNIT, KernelChoice, MatrixShape, QuantMatrix, linear
 from tpirt.ops.rope import inverse_frequencies, rotate, rotation
-from tpirt.parallel.partition import Shard
+from tpirt.parallel.partition import Shard, Span
 from tpirt.parallel.sharding import Block
 from tpirt.stopwatch import COMPUTE, Recorder
 from tpirt.weights.layout import Weights
@@ -84,6 +84,27 @@ class _Part:
         self.hidden = self.hidden[len(self.hidden) - self.outputs :]
 
 
+_Compute = Callable[[Weights, int, _Part], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """What a part does with a block in one go.
+
+    Attributes:
+        block: index of the block.
+        compute, number: makes the part's partial; the number is its own second argument.
+        summed: whether partials are then summed over ranks.
+        leaves: whether the part is done with the block.
+    """
+
+    block: int
+    compute: _Compute
+    number: int
+    summed: bool = False
+    leaves: bool = True
+
+
 async def _settle(parts: Sequence[_Part], exc: BaseException) -> None:
     """Leave no sum behind when a step fails: the others' messages of it must be read, or never.
 
@@ -121,8 +142,12 @@ class Decoder:
         self._kernels = kernels
         self._groups = _group_sizes(config, shard)
         self._mlp_pieces = mlp_pieces
+        self._mlp_rows = 2 * shard.columns.size  # of gate and up together
+        self._mlp_cut = self._mlp_rows * 3 // 4 // ROWS_UNIT * ROWS_UNIT
         self._activation = ACTIVATIONS[config.hidden_act]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tpirt-compute")
+        self._whole_stages = self._stages(halves=False)
+        self._half_stages = self._stages(halves=True)
 
     async def forward(
         self,
@@ -167,7 +192,7 @@ class Decoder:
             for low, high in pairwise(cuts)
         ]
         try:
-            await self._layers(parts)
+            await self._run(self._half_stages if halves else self._whole_stages, parts)
         except BaseException as exc:
             await _settle(parts, exc)
             raise
@@ -177,18 +202,6 @@ class Decoder:
         )
         self.kv.advance(tokens)
         return None if reduced is None else hidden[first:].add_(reduced)
-
-    async def _layers(self, parts: Sequence[_Part]) -> None:
-        """Run all layers; the last one's partials stay in ``parts``, not summed over ranks."""
-        last_layer, last_piece = self.config.num_hidden_layers - 1, self._mlp_pieces - 1
-        for layer in range(last_layer + 1):
-            first = layer * (1 + self._mlp_pieces)
-            await self._block(first, self._attention, layer, parts, summed=True)
-            if layer == last_layer:
-                parts = [part for part in parts if part.outputs]
-            for piece in range(self._mlp_pieces):
-                summed = piece == last_piece and layer < last_layer
-                await self._block(first + 1 + piece, self._mlp, piece, parts, summed=summed)
 
     async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the final norm and the LM head, rank 0 only.
@@ -203,7 +216,8 @@ class Decoder:
         rows = _Part(hidden)
         parts: list[torch.Tensor] = []
         while sum(part.shape[1] for part in parts) < self.config.vocab_size:
-            await self._block(index + len(parts), self._head, len(parts), [rows], summed=False)
+            stage = _Stage(index + len(parts), self._head, len(parts))
+            await self._run([stage], [rows])
             parts.append(rows.partial)
         return torch.cat(parts, dim=1)
 
@@ -211,40 +225,74 @@ class Decoder:
         """End the compute thread."""
         self._thread.shutdown()
 
-    async def _block(
-        self,
-        index: int,
-        compute: Callable[[Weights, int, _Part], torch.Tensor],
-        number: int,
-        parts: Sequence[_Part],
-        *,
-        summed: bool,
-    ) -> None:
-        """Let every part through a block, and sum what comes out over ranks if it is to be.
+    def _stages(self, halves: bool) -> list[_Stage]:
+        """List the stages of all layers; the last one's partials are left for :meth:`forward`.
 
-        Of several parts, one is computed while the other's sum is under way; it is added when the
-        part's turn comes again.
+        Halves need two stages of every MLP at least: see :meth:`_run`.
         """
+        stages: list[_Stage] = []
+        for layer in range(self.config.num_hidden_layers):
+            block = layer * (1 + self._mlp_pieces)
+            summed = layer < self.config.num_hidden_layers - 1
+            stages.append(_Stage(block, self._attention, layer, summed=True))
+            if halves and self._mlp_pieces == 1:
+                stages.append(_Stage(block + 1, self._mlp_begin, 0, leaves=False))
+                stages.append(_Stage(block + 1, self._mlp_end, 0, summed=summed))
+                continue
+            for piece in range(self._mlp_pieces):
+                last = piece == self._mlp_pieces - 1
+                stages.append(_Stage(block + 1 + piece, self._mlp, piece, summed=summed and last))
+        return stages
+
+    async def _run(self, stages: Sequence[_Stage], parts: Sequence[_Part]) -> None:
+        """Let every part through all stages, each one stage behind the part before it.
+
+        While a part's sum is under way the other computes. Were both at the same stage, the sum
+        of an attention, the shortest of all, would have but the other's attention to hide behind;
+        so it has a piece of an MLP. Every rank sums in the same order, in however many pieces its
+        MLPs are, if they are two at least.
+        """
+        in_use: dict[int, Weights] = {}
+        try:
+            for at in range(len(stages) + len(parts) - 1):
+                for behind, part in enumerate(parts):
+                    # A part without outputs has nothing left to do in the last layer.
+                    if 0 <= at - behind < len(stages) and len(part.hidden):
+                        await self._stage(stages[at - behind], part, parts, in_use)
+        finally:
+            for block in in_use:
+                self._weights.release(block)
+
+    async def _stage(
+        self,
+        stage: _Stage,
+        part: _Part,
+        parts: Sequence[_Part],
+        in_use: dict[int, Weights],
+    ) -> None:
         if self.aborted:
             raise StepAborted
-        tensors = await self._weights.acquire(index)
-        try:
-            for part in parts:
-                await part.settle()
-                with self.clock.running(self._weights.blocks[index].name, number=index):
-                    if part.hidden.shape[0] <= _INLINE_TOKENS:
-                        part.partial = compute(tensors, number, part)
-                    else:
-                        loop = asyncio.get_running_loop()
-                        part.partial = await loop.run_in_executor(
-                            self._thread, compute, tensors, number, part
-                        )
-                if summed and len(parts) > 1 and len(part.partial):
-                    part.pending = asyncio.create_task(self._comm.all_reduce(part.partial))
-        finally:
-            self._weights.release(index)
-        if summed and len(parts) == 1:
-            parts[0].hidden += await self._comm.all_reduce(parts[0].partial)
+        block = stage.block
+        if block not in in_use:
+            in_use[block] = await self._weights.acquire(block)
+        tensors = in_use[block]
+        await part.settle()
+        with self.clock.running(self._weights.blocks[block].name, number=block):
+            if len(part.hidden) <= _INLINE_TOKENS:
+                part.partial = stage.compute(tensors, stage.number, part)
+            else:
+                part.partial = await asyncio.get_running_loop().run_in_executor(
+                    self._thread, stage.compute, tensors, stage.number, part
+                )
+        if stage.leaves and part is parts[-1]:
+            self._weights.release(block)
+            del in_use[block]
+        if not stage.summed or not len(part.partial):
+            return
+        if len(parts) == 1:
+            part.hidden += await self._comm.all_reduce(part.partial)
+        else:
+            part.pending = asyncio.create_task(self._comm.all_reduce(part.partial))
 
     def _attention(self, w: Weights, layer: int, part: _Part) -> torch.Tensor:
         config, shard = self.config, self._shard
@@ -279,6 +327,18 @@ class Decoder:
             return out
         return out.float() if piece == 0 else part.partial.add_(out)
 
+    def _mlp_begin(self, w: Weights, _: int, part: _Part) -> torch.Tensor:
+        """About half of an MLP's work: three quarters of the first of two products."""
+        part.normed = self._normed(w, part)
+        return self._project(part.normed, w, "gate_up_proj", Span(0, self._mlp_cut))
+
+    def _mlp_end(self, w: Weights, _: int, part: _Part) -> torch.Tensor:
+        """The rest of it."""
+        rest = Span(self._mlp_cut, self._mlp_rows)
+        others = self._project(part.normed, w, "gate_up_proj", rest)
+        gate_up = torch.cat((part.partial, others), dim=1)
+        return self._project(gated_mlp(gate_up, self._activation), w, "down_proj")
+
     def _head(self, w: Weights, number: int, part: _Part) -> torch.Tensor:
         if number == 0:
             part.normed = self._normed(w, part)
@@ -287,12 +347,20 @@ class Decoder:
     def _normed(self, w: Weights, part: _Part) -> torch.Tensor:
         return _norm(w, part.hidden, "norm", self.config.rms_norm_eps).to(self._dtype)
 
-    def _project(self, x: torch.Tensor, w: Weights, name: str) -> torch.Tensor:
-        """``x W^T + b`` with weights in whatever form they are stored; x's dtype."""
+    def _project(
+        self, x: torch.Tensor, w: Weights, name: str, rows: Span | None = None
+    ) -> torch.Tensor:
+        """``x W^T + b`` with weights in whatever form they are stored; x's dtype.
+
+        With ``rows``, which begin at a multiple of ``ROWS_UNIT``, of these outputs only.
+        """
         weight, bias = w[f"{name}.weight"], _plain(w, f"{name}.bias")
+        if rows is not None and bias is not None:
+            bias = bias[slice(*rows)]
         if isinstance(weight, torch.Tensor):
-            return F.linear(x, weight, bias)
-        out = linear(x, weight, self._kernels[weight.shape])
+            return F.linear(x, weight if rows is None else weight[slice(*rows)], bias)
+        kernel = self._kernels[weight.shape]
+        out = linear(x, weight if rows is None else weight.part(*rows), kernel)
         return out if bias is None else out.add_(bias)
 
 

@@ -35,6 +35,9 @@ from tpirt.ops.quant_layout import (
 # Elements de-quantised at once: 2 MiB in bfloat16; a single block of rows may be more.
 PIECE_ELEMENTS = 1 << 20
 
+# A multiple of every layout's block: where a matrix can be cut.
+ROWS_UNIT = 64
+
 INT4_KERNEL = "_weight_int4pack_mm_for_cpu"
 INT8_KERNEL = "_weight_int8pack_mm"
 
@@ -93,10 +96,32 @@ class QuantMatrix:
         """View a matrix in flat uint8 memory that starts at a multiple of 64 bytes: no copy."""
         assert buffer.data_ptr() % ALIGN == 0
         codes, scales = view_regions(local_regions(spec, rows, inputs, layout), buffer)
+        return cls._of(spec, rows, inputs, layout, codes, scales)
+
+    @classmethod
+    def _of(
+        cls,
+        spec: QuantSpec,
+        rows: int,
+        inputs: int,
+        layout: Layout,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+    ) -> QuantMatrix:
         width = spec.padded_inputs(inputs)
         # The 4-bit kernel takes N from the codes' first axis and knows its blocks by itself.
-        operand = codes if spec.kind == "int8" else codes.view(scales.shape[1], -1)
+        operand = codes if spec.kind == "int8" else codes.view(scales.shape[1], width // 2)
         return cls(spec, rows, inputs, layout, codes, scales, width, operand)
+
+    def part(self, start: int, stop: int) -> QuantMatrix:
+        """Rows ``start`` to ``stop``, of codes a view; ``start`` is a multiple of ``ROWS_UNIT``."""
+        if self.spec.kind == "int8":
+            codes, scales = self.codes[start:stop], self.scales[start:stop]
+        else:
+            size = self.layout.block
+            codes = self.codes[start // size : -(-stop // size)]
+            scales = self.scales[:, start : start + size * len(codes)].contiguous()
+        return self._of(self.spec, stop - start, self.inputs, self.layout, codes, scales)
 
     @property
     def shape(self) -> MatrixShape:
@@ -118,7 +143,7 @@ def linear(x: torch.Tensor, matrix: QuantMatrix, choice: KernelChoice) -> torch.
         (T, N) in x's dtype, as exact as bfloat16 (packed; dense in bfloat16) or float32. Beside
         it memory is x in another dtype and, dense, twice a piece of 1 Mi weights or 64 rows.
     """
-    if not x.shape[0] or not matrix.inputs:
+    if not (x.shape[0] and matrix.inputs and matrix.rows):
         return x.new_zeros(x.shape[0], matrix.rows)
     if x.shape[0] <= choice.packed_rows:
         kernel = find_kernel(INT8_KERNEL if matrix.spec.kind == "int8" else INT4_KERNEL)

@@ -51,15 +51,23 @@ def step_hops(
     hidden_bytes: float,
     sum_bytes: float,
     last_bytes: float,
+    spread: bool = False,
 ) -> list[Hop]:
     """What one step sends: the master's hidden states, a sum after each block, the last to it.
 
-    The last layer's two sums are of ``last_bytes``: of the tokens whose results are wanted.
+    The last layer's two sums are of ``last_bytes``: of the tokens whose results are wanted. With
+    ``spread`` each worker gets a share of the hidden states, and passes it on to the others.
     """
     if world_size == 1:
         return []
+    workers = range(1, world_size)
+    hidden: list[Hop] = [[(0, rank, hidden_bytes) for rank in workers]]
+    if spread:
+        share = hidden_bytes / len(workers)
+        passed = [(a, b, share) for a in workers for b in workers if a != b]
+        hidden = [[(0, rank, share) for rank in workers], passed]
     return [
-        [(0, rank, hidden_bytes) for rank in range(1, world_size)],
+        *hidden,
         *all_reduce_hops(algorithm, world_size, sum_bytes) * (2 * layers - 2),
         *all_reduce_hops(algorithm, world_size, last_bytes),
         [(rank, 0, last_bytes) for rank in range(1, world_size)],

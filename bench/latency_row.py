@@ -175,6 +175,7 @@ class Bench:
             hidden_bytes=self._model["embedding_bytes"] * tokens,
             sum_bytes=form.nbytes(tokens * hidden_size),
             last_bytes=form.nbytes(hidden_size),
+            spread=tokens > 1 and collective != Algorithm.STAR.value,
         )
 
     def _emulator_ms(self, requests: Sequence[Request]) -> float:

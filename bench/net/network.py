@@ -11,10 +11,10 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -76,16 +76,11 @@ class Device:
 
     def popen(self, command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
         """Start a command; it is ended with the network. ``options`` are those of ``Popen``."""
-        # A signal that unwinds this process must not come between a child's start and its being
-        # known here: nobody would end the child.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
-        try:
+        with _signals_held():
             process = subprocess.Popen(
-                command, preexec_fn=partial(self._enter, mask), start_new_session=True, **options
+                command, preexec_fn=self._enter, start_new_session=True, **options
             )
             self._processes.append(process)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return process
 
     def run(self, work: Callable[[], _T]) -> _T:
@@ -103,8 +98,7 @@ class Device:
             process.wait()
         self._processes.clear()
 
-    def _enter(self, mask: set[int]) -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    def _enter(self) -> None:
         end_with_parent()
         if self.namespace is not None:
             self.namespace.enter()
@@ -254,6 +248,30 @@ def _choose_congestion_control() -> None:
         with contextlib.suppress(OSError):
             Path("/proc/sys/net/ipv4/tcp_congestion_control").write_text(name)
             return
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let signals that end this process wait until the block has ended.
+
+    Between a child's start and its being known here nothing may unwind this process: nobody would
+    end the child. A signal mask would not do: another thread would take the signal.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in _ENDING}
+    held = {n: handler for n, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
+    for number in held:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def _signal(process: subprocess.Popen[Any], number: signal.Signals) -> None:

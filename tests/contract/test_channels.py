@@ -467,6 +467,32 @@ async def test_two_collectives_may_be_under_way(pair: Pairs, algorithm: Algorith
             assert all(bool(total.eq(total[0, 0]).all()) for total in sums)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 7), (3, 130), (700, 1000)])
+@ALGORITHMS
+async def test_halves_come_one_after_the_other(
+    pair: Pairs, algorithm: Algorithm, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """A step in halves: the second may still come when the first is summed already."""
+    values = [torch.randn(shape).to(dtype) for _ in range(2)]
+    async with mesh(pair, 4) as members:
+
+        async def rank(comm: Communicator) -> list[torch.Tensor]:
+            comm.begin(1, Collective(algorithm))
+            halves = [half.clone() if comm.rank == 0 else torch.zeros_like(half) for half in values]
+            first, second = (asyncio.create_task(comm.broadcast(half)) for half in halves)
+            await first
+            if comm.rank == 1:
+                await asyncio.sleep(0.001)
+            sums = [await comm.all_reduce(halves[0].float().clone())]
+            await second
+            return [*halves, *sums, await comm.all_reduce(halves[1].float().clone())]
+
+        for each in await asyncio.gather(*map(rank, members)):
+            assert all(map(torch.equal, each[:2], values))
+            torch.testing.assert_close(each[2:], [4 * value.float() for value in values])
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 128), (2, 129), (0, 5)])
 @pytest.mark.parametrize("wire", Wire, ids=lambda wire: wire.value)
 def test_senders_go_on_with_what_receivers_read(wire: Wire, shape: tuple[int, ...]) -> None:

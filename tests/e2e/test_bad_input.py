@@ -32,6 +32,7 @@ from tpirt.testing.processes import (
     survivors,
     wait_for,
 )
+from tpirt.transport.codec import PROTOCOL_VERSION
 
 
 @dataclass
@@ -512,7 +513,7 @@ def test_peer_of_another_version(cli: Cli, whole: Path, tmp_path: Path) -> None:
         address = process.stdout.readline().split()[2]
         result = generate_with(cli, whole, address)
     assert result.code == 2
-    assert "speaks protocol 99 (tpirt 9.9), this is 1" in result.line
+    assert f"speaks protocol 99 (tpirt 9.9), this is {PROTOCOL_VERSION}" in result.line
     assert address.rpartition(":")[2] in result.line
 
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -201,6 +202,9 @@ def test_a_signal_while_a_process_starts_leaves_nothing(monkeypatch: pytest.Monk
         raise ZeroDivisionError
 
     before = signal.signal(signal.SIGHUP, unwind)
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)  # which might take the signal
+    other.start()
     try:
         with emulate(parse_topology("20ms", 2), backend="tun") as network:
             device = network.devices[0]
@@ -212,6 +216,8 @@ def test_a_signal_while_a_process_starts_leaves_nothing(monkeypatch: pytest.Monk
             wait_for(lambda: sleepers(os.getpid()))
     finally:
         signal.signal(signal.SIGHUP, before)
+        done.set()
+        other.join()
     assert not descendants()
 
 

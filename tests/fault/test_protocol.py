@@ -175,7 +175,10 @@ async def first_answer(store: Path, frame: Frame) -> str:
     [
         (Frame(pb.FrameHeader(ready=pb.Ready())), "must begin with its setup"),
         (Frame(pb.FrameHeader()), "must begin with its setup"),
-        (Frame(pb.FrameHeader(setup=setup(protocol_version=99))), "speaks protocol 2"),
+        (
+            Frame(pb.FrameHeader(setup=setup(protocol_version=99))),
+            f"speaks protocol {PROTOCOL_VERSION}",
+        ),
         (Frame(pb.FrameHeader(setup=setup(rank=2))), "makes no sense"),
         (Frame(pb.FrameHeader(setup=setup(rank=0))), "makes no sense"),
         (Frame(pb.FrameHeader(setup=setup(chunk_tokens=0))), "makes no sense"),

@@ -59,6 +59,12 @@ def test_a_step() -> None:
     ]
 
 
+def test_hidden_states_are_passed_on() -> None:
+    hops = step_hops("direct", 3, 1, hidden_bytes=2 * KB, sum_bytes=KB, last_bytes=KB, spread=True)
+    assert hops[:2] == [TO_ALL, [(1, 2, KB), (2, 1, KB)]]
+    assert hops[2:] == [*all_reduce_hops("direct", 3, KB), TO_ONE]
+
+
 def test_unequal_links_and_no_bound() -> None:
     topology = parse_topology("2ms;1:up=9ms/1mbit,down=1ms", 3)
     assert finish_ms(topology, [TO_ONE]) == pytest.approx([9 + 1 + 8, 0, 0])

@@ -377,11 +377,12 @@ class Group:
         try:
             with self._breaking():
                 if self._channels:
-                    frame = Frame(pb.FrameHeader(step=header), tensor_bytes(hidden))
-                    with self.runtime.comm.clock.running("send step", hidden.nbytes, self._step):
+                    payload = b"" if collective.halves else tensor_bytes(hidden)
+                    frame = Frame(pb.FrameHeader(step=header), payload)
+                    with self.runtime.comm.clock.running("send step", len(payload), self._step):
                         await self._links.send(self._links.others, frame)
                 out = await self.runtime.step(
-                    hidden.float(), start, rope_length, outputs, collective.halves
+                    hidden, start, rope_length, outputs, collective.halves
                 )
         except BaseException:
             await self._abort()

@@ -131,7 +131,7 @@ class RankRuntime:
         outputs: int,
         halves: bool = False,
     ) -> torch.Tensor | None:
-        """Run all layers over ``hidden`` (T, H) float32; see :meth:`Decoder.forward`.
+        """Run all layers over ``hidden`` (T, H); see :meth:`Decoder.forward`.
 
         Raises:
             MemoryLimitError: the longer KV cache no longer fits beside two blocks.

@@ -34,7 +34,7 @@ from tpirt.errors import (
 )
 from tpirt.parallel.sharding import rank_blocks
 from tpirt.transport.base import Channel
-from tpirt.transport.codec import PROTOCOL_VERSION, Frame, read_tensor
+from tpirt.transport.codec import PROTOCOL_VERSION, Frame, empty_tensor, read_tensor
 from tpirt.transport.pb import tpirt_pb2 as pb
 from tpirt.types import Progress
 from tpirt.version import __version__
@@ -190,8 +190,11 @@ async def serve_step(runtime: RankRuntime, channel: Channel, links: Links, frame
     try:
         shape = (step.tokens, runtime.decoder.config.hidden_size)
         runtime.check_step(step.start, step.tokens, step.rope_length, step.outputs)
-        hidden = read_tensor(frame.payload, step.dtype, shape).float()
         collective = Collective.of(step)
+        if collective.halves:  # each comes by itself
+            hidden = empty_tensor(step.dtype, shape)
+        else:
+            hidden = read_tensor(frame.payload, step.dtype, shape)
         runtime.begin(step.step, step.tokens, step.prefill, collective)
         await runtime.step(hidden, step.start, step.rope_length, step.outputs, collective.halves)
     except StepAborted:

@@ -19,6 +19,7 @@ import torch
 from tpirt.collectives.base import DEFAULT_COLLECTIVE, Algorithm, Collective
 from tpirt.collectives.links import EAGER_BYTES, Links
 from tpirt.collectives.wire import BLOCK, Wire, encode, rounded
+from tpirt.ops.buffers import tensor_bytes
 from tpirt.parallel.partition import Span
 from tpirt.transport.codec import Envelope, Frame
 
@@ -60,6 +61,22 @@ class Ranks:
         self._ready.clear()
         self._links.begin(step)
 
+    async def broadcast(self, rows: torch.Tensor) -> None:
+        """See :class:`tpirt.collectives.base.Communicator`.
+
+        Workers with links among themselves get a share each and pass it on: the master's link
+        bears the rows once, not once a worker.
+        """
+        job = self._next(rows, Wire.keeping(rows.dtype))
+        if self._how.algorithm is not Algorithm.STAR and self.world_size > 2:
+            await self._spread(job)
+        elif self.rank == 0:
+            frame = self._envelope(job, "reduced", rows).seal(tensor_bytes(rows))
+            await self._links.send(self._links.others, frame)
+        else:
+            async with self._turn:
+                rows.copy_(await self._links.receive(0, self._envelope(job, "reduced", rows)))
+
     async def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
         """See :class:`tpirt.collectives.base.Communicator`."""
         return await self._algorithms[self._how.algorithm](self._next(partial))
@@ -77,9 +94,9 @@ class Ranks:
         self._links.complete = self._links.step
         return total
 
-    def _next(self, partial: torch.Tensor) -> _Sum:
+    def _next(self, partial: torch.Tensor, wire: Wire | None = None) -> _Sum:
         self._seq += 1
-        return _Sum(self._seq - 1, self._how.wire, partial)
+        return _Sum(self._seq - 1, wire or self._how.wire, partial)
 
     # -- star ------------------------------------------------------------------------------
 
@@ -144,6 +161,37 @@ class Ranks:
             else await self._links.receive(rank, self._envelope(job, "reduced", part))
             for rank, part in enumerate(parts)
         ]
+
+    # -- broadcast -------------------------------------------------------------------------
+
+    async def _spread(self, job: _Sum) -> None:
+        """Scatter over the workers, and let them gather all from each other."""
+        flat = job.partial.view(-1)
+        spans = _spans(len(flat), self.world_size - 1)
+        shares = {rank: flat[span.start : span.stop] for rank, span in enumerate(spans, start=1)}
+        if self.rank == 0:
+            await self._links.send_each(
+                {
+                    rank: self._envelope(job, "partial", shares[rank]).seal(
+                        tensor_bytes(shares[rank])
+                    )
+                    for rank in self._links.others
+                }
+            )
+            return
+        mine = shares[self.rank]
+        async with self._turn:
+            mine.copy_(await self._links.receive(0, self._envelope(job, "partial", mine)))
+            frame = self._envelope(job, "reduced", mine).seal(tensor_bytes(mine))
+            others = [rank for rank in self._links.others if rank]
+            await self._send_and(
+                dict.fromkeys(others, frame),
+                self._fill({rank: shares[rank] for rank in others}, job),
+            )
+
+    async def _fill(self, shares: Mapping[int, torch.Tensor], job: _Sum) -> None:
+        for rank, share in shares.items():
+            share.copy_(await self._links.receive(rank, self._envelope(job, "reduced", share)))
 
     # -- common ----------------------------------------------------------------------------
 

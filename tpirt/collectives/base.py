@@ -81,6 +81,12 @@ class Communicator(Protocol):
     def begin(self, step: int, collective: Collective = DEFAULT_COLLECTIVE) -> None:
         """Start numbering the collectives of ``step``."""
 
+    async def broadcast(self, rows: torch.Tensor) -> None:
+        """Fill ``rows`` (T, H), float32 or bfloat16, with what rank 0 has there.
+
+        Cancelled, the call leaves the group unusable. Raises as :meth:`all_reduce`.
+        """
+
     async def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
         """Sum ``partial`` (T, H), float32 or bfloat16, over ranks; every rank gets the sum (T, H).
 
@@ -105,6 +111,9 @@ class Solo:
     world_size = 1
 
     def begin(self, step: int, collective: Collective = DEFAULT_COLLECTIVE) -> None:
+        """See :class:`Communicator`."""
+
+    async def broadcast(self, rows: torch.Tensor) -> None:
         """See :class:`Communicator`."""
 
     async def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
@@ -136,6 +145,11 @@ class Timed:
         self._step = step
         self._took_ns.clear()
         self._inner.begin(step, collective)
+
+    async def broadcast(self, rows: torch.Tensor) -> None:
+        """See :class:`Communicator`."""
+        with self.clock.running("broadcast", rows.nbytes, self._step):
+            await self._inner.broadcast(rows)
 
     async def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
         """See :class:`Communicator`."""

@@ -34,6 +34,11 @@ class Wire(Enum):
         return _DTYPES[self]
 
     @classmethod
+    def keeping(cls, dtype: torch.dtype) -> Wire:
+        """The form that loses nothing of a tensor that is float32 or bfloat16."""
+        return cls.BFLOAT16 if dtype is torch.bfloat16 else cls.FLOAT32
+
+    @classmethod
     def of(cls, dtype: int) -> Wire:
         """The form that the protocol calls ``dtype``.
 

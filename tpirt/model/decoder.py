@@ -61,6 +61,7 @@ class _Part:
         cos, sin: rotation of its positions.
         normed: what the pieces of an MLP or of the head multiply, (T, H).
         partial: what the last block made of it; of an MLP in pieces their sum so far, float32.
+        arriving: the broadcast that fills ``hidden``, where it does not come with the step.
         pending: the sum over ranks that is under way.
     """
 
@@ -71,10 +72,15 @@ class _Part:
     sin: torch.Tensor = _NOTHING
     normed: torch.Tensor = _NOTHING
     partial: torch.Tensor = _NOTHING
+    arriving: asyncio.Task[None] | None = None
     pending: asyncio.Task[torch.Tensor] | None = None
 
     async def settle(self) -> None:
-        """Wait for the sum that is under way, and add it."""
+        """Wait for what is under way, and add it if it is a sum."""
+        if self.arriving is not None:
+            arriving, self.arriving = self.arriving, None
+            await arriving
+            self.hidden = self.hidden.float()
         if self.pending is not None:
             pending, self.pending = self.pending, None
             self.hidden += await pending
@@ -110,7 +116,7 @@ async def _settle(parts: Sequence[_Part], exc: BaseException) -> None:
 
     Where a peer is lost, nothing more can be relied on to come.
     """
-    pending = [part.pending for part in parts if part.pending is not None]
+    pending = [task for part in parts for task in (part.arriving, part.pending) if task is not None]
     if isinstance(exc, (PeerLostError, TransportError)):
         for task in pending:
             task.cancel()
@@ -164,7 +170,8 @@ class Decoder:
         outputs need no more than their keys and values.
 
         Args:
-            hidden: (T, H) float32, the same bits on every rank; overwritten.
+            hidden: (T, H) float32 or bfloat16, the same bits on every rank; overwritten. With
+                ``halves`` only rank 0's count, and the others' are filled with them.
             start: position of the first token.
             rope_length: sequence length that dynamic rope scaling is computed for.
             outputs: N, how many of the last tokens' results are wanted, at least 1.
@@ -191,17 +198,20 @@ class Decoder:
             )
             for low, high in pairwise(cuts)
         ]
+        for part in parts:
+            if halves:
+                part.arriving = asyncio.create_task(self._comm.broadcast(part.hidden))
+            else:
+                part.hidden = part.hidden.float()
         try:
             await self._run(self._half_stages if halves else self._whole_stages, parts)
         except BaseException as exc:
             await _settle(parts, exc)
             raise
-        partials = [part.partial for part in parts if part.outputs]
-        reduced = await self._comm.reduce(
-            partials[0] if len(partials) == 1 else torch.cat(partials)
-        )
+        wanted = [part for part in parts if part.outputs]
+        reduced = await self._comm.reduce(_joined([part.partial for part in wanted]))
         self.kv.advance(tokens)
-        return None if reduced is None else hidden[first:].add_(reduced)
+        return None if reduced is None else _joined([p.hidden for p in wanted]).add_(reduced)
 
     async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the final norm and the LM head, rank 0 only.
@@ -362,6 +372,10 @@ class Decoder:
         kernel = self._kernels[weight.shape]
         out = linear(x, weight if rows is None else weight.part(*rows), kernel)
         return out if bias is None else out.add_(bias)
+
+
+def _joined(rows: list[torch.Tensor]) -> torch.Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _plain(w: Weights, name: str) -> torch.Tensor | None:

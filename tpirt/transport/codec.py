@@ -183,15 +183,22 @@ def _split(data: bytes | bytearray) -> tuple[bytes, memoryview | bytes]:
     return bytes(fields.get(_HEADER_TAG, b"")), fields.get(_PAYLOAD_TAG, b"")
 
 
+def empty_tensor(dtype: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """Make room for a tensor that will come.
+
+    Raises:
+        TransportError: unknown dtype.
+    """
+    return torch.empty(shape, dtype=_known(dtype))
+
+
 def read_tensor(payload: memoryview | bytes, dtype: int, shape: tuple[int, ...]) -> torch.Tensor:
     """Make a payload a tensor: in its own memory if that may be written to, else in a copy.
 
     Raises:
         TransportError: unknown dtype, or a payload whose length is not that of the shape.
     """
-    kind = _FROM_WIRE.get(dtype)
-    if kind is None:
-        raise TransportError(f"tensor of unknown dtype {dtype}")
+    kind = _known(dtype)
     expected = kind.itemsize * math.prod(shape)
     if len(payload) != expected:
         raise TransportError(
@@ -204,6 +211,13 @@ def read_tensor(payload: memoryview | bytes, dtype: int, shape: tuple[int, ...])
     # frombuffer on a read-only buffer warns.
     own = isinstance(payload, memoryview) and not payload.readonly
     return torch.frombuffer(payload if own else bytearray(payload), dtype=kind).view(shape)
+
+
+def _known(dtype: int) -> torch.dtype:
+    kind = _FROM_WIRE.get(dtype)
+    if kind is None:
+        raise TransportError(f"tensor of unknown dtype {dtype}")
+    return kind
 
 
 def _varint(value: int) -> bytes:

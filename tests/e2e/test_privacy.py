@@ -197,7 +197,8 @@ def test_no_byte_between_two_processes_tells_of_the_prompt_or_the_answer(
     assert b"layers.2.mlp" in there
     assert ModelConfig.from_dir(model).to_json().encode() in there
     tokens = len(answer["prompt_token_ids"]) + len(answer["token_ids"]) - 1
-    assert min(len(there), len(back)) > tokens * 64 * 4 * 5
+    # Of three layers, the last one's two sums are of a prompt's last token alone.
+    assert min(len(there), len(back)) > tokens * 64 * 4 * 4
     ids = answer["prompt_token_ids"] + answer["token_ids"]
     texts = [SECRET, answer["text"], STOP, prompt.name, str(model.parent), *secrets_of(model)]
     numbers = (TEMPERATURE, TOP_P, SEED)

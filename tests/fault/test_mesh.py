@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tpirt.cluster import mesh
+from tpirt.cluster import mesh, sums
 from tpirt.cluster.mesh import Switchboard
+from tpirt.collectives.choosing import Topology
 from tpirt.errors import PeerUnreachableError, TransportError
 from tpirt.testing.cluster import MemoryPeerClient, memory_engine
 from tpirt.transport.base import Channel
@@ -72,21 +73,29 @@ async def test_star_asked_for_opens_no_links(
     assert any("used: star" in line for line in explained)
 
 
+@pytest.mark.parametrize("halves", [False, True])
 async def test_a_failure_in_one_worker_frees_the_others_in_direct_exchange(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, halves: bool
 ) -> None:
-    """The engine lives on: everybody heard that the step is over."""
+    """The engine lives on: everybody heard that the step is over.
+
+    It fails at a decoded token, or at a prompt that goes in halves, which are under way by then.
+    """
     from tpirt.cluster.rank import RankRuntime
     from tpirt.errors import StoreError
 
+    if halves:
+        monkeypatch.setattr(sums, "_WORTH_HIDING_S", 0.0)
+        monkeypatch.setattr(sums, "_LEAST_HALVED", 2)
+        monkeypatch.setattr(Topology, "on_loopback", False)
     failing = {"left": 1}
     check = RankRuntime.check_step
 
-    def once(self: RankRuntime, start: int, tokens: int, rope_length: int) -> None:
-        if self.comm.rank == 2 and start > 20 and failing["left"]:
+    def once(self: RankRuntime, start: int, tokens: int, rope_length: int, outputs: int) -> None:
+        if self.comm.rank == 2 and (halves or start > 20) and failing["left"]:
             failing["left"] -= 1
             raise StoreError("disk on fire")
-        check(self, start, tokens, rope_length)
+        check(self, start, tokens, rope_length, outputs)
 
     monkeypatch.setattr(RankRuntime, "check_step", once)
     for algorithm in ("direct", "two-shot"):

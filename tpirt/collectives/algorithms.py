@@ -8,6 +8,7 @@ that follows measurements does not change a token.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from tpirt.collectives.base import DEFAULT_COLLECTIVE, Algorithm, Collective
+from tpirt.collectives.base import DEFAULT_COLLECTIVE, Algorithm, Collective, StepAborted
 from tpirt.collectives.links import EAGER_BYTES, Links
 from tpirt.collectives.wire import BLOCK, Wire, encode, rounded
 from tpirt.ops.buffers import tensor_bytes
@@ -170,26 +171,23 @@ class Ranks:
         spans = _spans(len(flat), self.world_size - 1)
         shares = {rank: flat[span.start : span.stop] for rank, span in enumerate(spans, start=1)}
         if self.rank == 0:
-            await self._links.send_each(
-                {
-                    rank: self._envelope(job, "partial", shares[rank]).seal(
-                        tensor_bytes(shares[rank])
-                    )
-                    for rank in self._links.others
-                }
-            )
+            seal = {rank: self._envelope(job, "partial", shares[rank]).seal for rank in shares}
+            await self._links.send_each({r: seal[r](tensor_bytes(shares[r])) for r in shares})
             return
-        mine = shares[self.rank]
         async with self._turn:
-            mine.copy_(await self._links.receive(0, self._envelope(job, "partial", mine)))
-            frame = self._envelope(job, "reduced", mine).seal(tensor_bytes(mine))
-            others = [rank for rank in self._links.others if rank]
-            await self._send_and(
-                dict.fromkeys(others, frame),
-                self._fill({rank: shares[rank] for rank in others}, job),
-            )
+            # When another worker has failed, the master hears of it behind everybody's part of the
+            # first sum: so that one is still sent. What is missing here no longer matters.
+            with contextlib.suppress(StepAborted):
+                await self._pass_on(job, shares)
 
-    async def _fill(self, shares: Mapping[int, torch.Tensor], job: _Sum) -> None:
+    async def _pass_on(self, job: _Sum, shares: dict[int, torch.Tensor]) -> None:
+        """Take this worker's share, send it to the other workers, and take theirs."""
+        mine = shares.pop(self.rank)
+        mine.copy_(await self._links.receive(0, self._envelope(job, "partial", mine)))
+        frame = self._envelope(job, "reduced", mine).seal(tensor_bytes(mine))
+        await self._send_and(dict.fromkeys(shares, frame), self._fill(job, shares))
+
+    async def _fill(self, job: _Sum, shares: Mapping[int, torch.Tensor]) -> None:
         for rank, share in shares.items():
             share.copy_(await self._links.receive(rank, self._envelope(job, "reduced", share)))
 

@@ -42,6 +42,7 @@ class Links:
         self.step = 0
         self.complete = 0  # the last step that came to its end
         self._given_up: set[int] = set()  # steps that did not
+        self._over = 0  # the step of which a peer has said that it will not come to its end
         self.timeout_s = timeout_s
         self.others: list[int] = []
         self._channels: dict[int, Channel] = {}
@@ -129,6 +130,8 @@ class Links:
             StepAborted: the step was given up.
             TpirtError: the peer reports a failure of its own.
         """
+        if self._over == self.step:  # one of two collectives under way has heard it for both
+            raise StepAborted
         frame = self._early[rank].pop((due.kind, due.seq), None)
         payload = None if frame is None else self._open(rank, frame, due)
         while payload is None:
@@ -163,10 +166,12 @@ class Links:
         elif kind == "error":
             if self._is_past(frame.header.error.step):
                 return None
+            self._over = self.step
             raise remote_error(frame.header.error, peer)
         elif kind == "abort":
             if frame.header.abort.step < self.step:
                 return None
+            self._over = self.step
             raise StepAborted
         raise TransportError(
             f"peer {peer}: expected a {due.kind} of step {self.step}, got {kind}; refused"

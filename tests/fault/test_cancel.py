@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tpirt.collectives.base import Algorithm
 from tpirt.engine import Engine
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.faults import Fault, FaultyChannel
@@ -159,6 +160,18 @@ async def test_cancel_storm_never_desynchronises(
 ) -> None:
     async with counted(model, store) as (engine, _):
         await storm(engine, seed, 40)
+        await check_answers(engine, expected)
+
+
+@pytest.mark.usefixtures("in_halves")
+@pytest.mark.parametrize("algorithm", Algorithm, ids=lambda algorithm: algorithm.value)
+async def test_cancel_storm_of_prompts_in_halves(
+    model: Path, store: Path, expected: list[list[int]], algorithm: Algorithm
+) -> None:
+    async with memory_engine(
+        model, 4, store=store, chunk_tokens=16, timeout_s=5, collective=algorithm.value
+    ) as engine:
+        await storm(engine, 7, 40)
         await check_answers(engine, expected)
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tpirt.cluster import mesh, sums
+from tpirt.cluster import mesh
 from tpirt.cluster.mesh import Switchboard
-from tpirt.collectives.choosing import Topology
 from tpirt.errors import PeerUnreachableError, TransportError
 from tpirt.testing.cluster import MemoryPeerClient, memory_engine
 from tpirt.transport.base import Channel
@@ -75,7 +74,11 @@ async def test_star_asked_for_opens_no_links(
 
 @pytest.mark.parametrize("halves", [False, True])
 async def test_a_failure_in_one_worker_frees_the_others_in_direct_exchange(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, halves: bool
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    halves: bool,
 ) -> None:
     """The engine lives on: everybody heard that the step is over.
 
@@ -85,9 +88,7 @@ async def test_a_failure_in_one_worker_frees_the_others_in_direct_exchange(
     from tpirt.errors import StoreError
 
     if halves:
-        monkeypatch.setattr(sums, "_WORTH_HIDING_S", 0.0)
-        monkeypatch.setattr(sums, "_LEAST_HALVED", 2)
-        monkeypatch.setattr(Topology, "on_loopback", False)
+        request.getfixturevalue("in_halves")
     failing = {"left": 1}
     check = RankRuntime.check_step
 

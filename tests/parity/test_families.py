@@ -23,7 +23,6 @@ from tpirt.cluster import sums
 from tpirt.cluster.rank import RankRuntime
 from tpirt.collectives.algorithms import Ranks
 from tpirt.collectives.base import DEFAULT_COLLECTIVE, Algorithm
-from tpirt.collectives.choosing import Topology
 from tpirt.engine import Engine
 from tpirt.engine.engine import LoadPlan
 from tpirt.errors import MemoryLimitError
@@ -313,15 +312,12 @@ async def test_chunks_of_any_size(
         assert await run(engine, expected.prompt) == expected.tokens
 
 
+@pytest.mark.usefixtures("in_halves")
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "dynamic-old", "odd-qwen3"])
 @pytest.mark.parametrize("algorithm", Algorithm, ids=lambda algorithm: algorithm.value)
 async def test_halves_of_a_chunk_interleaved(
-    reference: Callable[[str], Reference],
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    algorithm: Algorithm,
+    reference: Callable[[str], Reference], name: str, algorithm: Algorithm
 ) -> None:
-    always_in_halves(monkeypatch)
     expected = reference(name)
     for world, chunk_tokens in ((2, 64), (4, 7)):
         async with memory_engine(
@@ -333,17 +329,11 @@ async def test_halves_of_a_chunk_interleaved(
             assert torch.equal(await engine.logits(expected.prompt), logits)
 
 
-def always_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sums, "_WORTH_HIDING_S", 0.0)
-    monkeypatch.setattr(sums, "_LEAST_HALVED", 2)
-    monkeypatch.setattr(Topology, "on_loopback", False)
-
-
+@pytest.mark.usefixtures("in_halves")
 @pytest.mark.parametrize("name", ["llama-gqa", "llama-biases"])
 async def test_halves_where_ranks_cut_their_mlps_differently(
     reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    always_in_halves(monkeypatch)
     monkeypatch.setattr(decoder, "ROWS_UNIT", 8)
     monkeypatch.setattr(sharding, "_PIECE_BYTES", 6000)
     monkeypatch.setattr(sharding, "_PIECE_COLUMNS", 8)

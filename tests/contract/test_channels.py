@@ -600,10 +600,11 @@ async def test_a_late_abort_does_not_end_the_next_step(pair: Pairs) -> None:
 async def test_remote_errors_keep_their_class_and_name_the_peer() -> None:
     async with in_memory_pair() as (mine, theirs):
         master = master_of(mine)
-        for kind, expected in (("StoreError", StoreError), ("nonsense", Exception)):
-            error = pb.Error(step=1, kind=kind, message="disk on fire")
+        kinds = (("StoreError", StoreError), ("nonsense", Exception))
+        for step, (kind, expected) in enumerate(kinds, start=1):
+            error = pb.Error(step=step, kind=kind, message="disk on fire")
             await theirs.send(Frame(pb.FrameHeader(error=error)))
-            master.begin(1)
+            master.begin(step)
             with pytest.raises(expected, match="worker: disk on fire"):
                 await master.all_reduce(torch.ones(1, 1))
 

@@ -42,7 +42,7 @@ class Links:
         self.step = 0
         self.complete = 0  # the last step that came to its end
         self._given_up: set[int] = set()  # steps that did not
-        self._over = 0  # the step of which a peer has said that it will not come to its end
+        self._over = -1  # the step of which a peer has said that it will not come to its end
         self.timeout_s = timeout_s
         self.others: list[int] = []
         self._channels: dict[int, Channel] = {}

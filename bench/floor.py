@@ -70,7 +70,7 @@ def step_hops(
         *hidden,
         *all_reduce_hops(algorithm, world_size, sum_bytes) * (2 * layers - 2),
         *all_reduce_hops(algorithm, world_size, last_bytes),
-        [(rank, 0, last_bytes) for rank in range(1, world_size)],
+        [(rank, 0, last_bytes) for rank in workers],
     ]
 
 

@@ -31,13 +31,14 @@ from tpirt.collectives.algorithms import Ranks
 from tpirt.collectives.base import DEFAULT_COLLECTIVE, Algorithm, Communicator, Solo, StepAborted
 from tpirt.collectives.choosing import Machine
 from tpirt.collectives.links import Links, remote_error
+from tpirt.collectives.wire import Wire
 from tpirt.errors import HandshakeError, PeerLostError, TransportError
 from tpirt.ops.buffers import tensor_bytes
 from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout
 from tpirt.parallel.partition import Plan
 from tpirt.stopwatch import SAMPLE
 from tpirt.transport.base import Channel, PeerClient
-from tpirt.transport.codec import PROTOCOL_VERSION, TO_WIRE, Frame
+from tpirt.transport.codec import PROTOCOL_VERSION, Frame
 from tpirt.transport.pb import tpirt_pb2 as pb
 from tpirt.types import Progress, ProgressCallback, RankStats
 from tpirt.version import __version__
@@ -371,7 +372,7 @@ class Group:
             wire=collective.wire.dtype,
             halves=collective.halves,
             outputs=outputs,
-            dtype=TO_WIRE[hidden.dtype],
+            dtype=Wire.keeping(hidden.dtype).dtype,
         )
         self.runtime.begin(self._step, tokens, prefill, collective)
         try:

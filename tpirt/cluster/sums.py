@@ -51,7 +51,7 @@ class SumOptions:
         """The form of sums where products are of ``dtype``: no finer than they are."""
         if self.wire is not None:
             return self.wire
-        return Wire.FLOAT32 if dtype is torch.float32 else Wire.BFLOAT16
+        return Wire.keeping(dtype)
 
 
 class Sums:

@@ -72,8 +72,7 @@ class Ranks:
         if self._how.algorithm is not Algorithm.STAR and self.world_size > 2:
             await self._spread(job)
         elif self.rank == 0:
-            frame = self._envelope(job, "reduced", rows).seal(tensor_bytes(rows))
-            await self._links.send(self._links.others, frame)
+            await self._links.send(self._links.others, self._as_it_is(job, "reduced", rows))
         else:
             async with self._turn:
                 rows.copy_(await self._links.receive(0, self._envelope(job, "reduced", rows)))
@@ -171,8 +170,8 @@ class Ranks:
         spans = _spans(len(flat), self.world_size - 1)
         shares = {rank: flat[span.start : span.stop] for rank, span in enumerate(spans, start=1)}
         if self.rank == 0:
-            seal = {rank: self._envelope(job, "partial", shares[rank]).seal for rank in shares}
-            await self._links.send_each({r: seal[r](tensor_bytes(shares[r])) for r in shares})
+            frames = {rank: self._as_it_is(job, "partial", shares[rank]) for rank in shares}
+            await self._links.send_each(frames)
             return
         async with self._turn:
             # When another worker has failed, the master hears of it behind everybody's part of the
@@ -184,8 +183,11 @@ class Ranks:
         """Take this worker's share, send it to the other workers, and take theirs."""
         mine = shares.pop(self.rank)
         mine.copy_(await self._links.receive(0, self._envelope(job, "partial", mine)))
-        frame = self._envelope(job, "reduced", mine).seal(tensor_bytes(mine))
+        frame = self._as_it_is(job, "reduced", mine)
         await self._send_and(dict.fromkeys(shares, frame), self._fill(job, shares))
+
+    def _as_it_is(self, job: _Sum, kind: str, rows: torch.Tensor) -> Frame:
+        return self._envelope(job, kind, rows).seal(tensor_bytes(rows))
 
     async def _fill(self, job: _Sum, shares: Mapping[int, torch.Tensor]) -> None:
         for rank, share in shares.items():

@@ -22,7 +22,6 @@ _HEADER_TAG = 0x0A  # field 1, length-delimited
 _PAYLOAD_TAG = 0x12  # field 2, length-delimited
 
 _FROM_WIRE: dict[int, torch.dtype] = {pb.FLOAT32: torch.float32, pb.BFLOAT16: torch.bfloat16}
-TO_WIRE = {torch.float32: pb.FLOAT32, torch.bfloat16: pb.BFLOAT16}
 
 
 class Frame:

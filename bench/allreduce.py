@@ -33,9 +33,8 @@ from bench.net.network import LOOPBACK, Network, emulate
 from bench.net.relay import RelayBackend
 from bench.net.spec import Link, LinkError, uniform
 from bench.record import add_out_option, finish
+from tpirt.batch import Algorithm, CommDtype
 from tpirt.cli.options import count
-from tpirt.collectives.base import Algorithm
-from tpirt.collectives.wire import Wire
 from tpirt.units import format_bytes, parse_bytes
 
 _TPIRT = "tpirt"
@@ -116,7 +115,12 @@ def started(contender: str, network: Network) -> Iterator[Ranks]:
 
 
 def measure(
-    network: Network, ranks: Ranks, contender: str, link: Link, order: Order, seconds: float
+    network: Network,
+    ranks: Ranks,
+    contender: str,
+    link: Link,
+    order: Order,
+    seconds: float,
 ) -> Row:
     """Measure one contender at one size."""
     trial = ranks.measure(replace(order, rounds=_TRIAL_ROUNDS))
@@ -127,7 +131,7 @@ def measure(
     forwarded = network.forwarded()
     times = _rounds_s(answers)
     world_size = len(network.devices)
-    wire_bytes = Wire(order.wire).nbytes(order.nbytes // 4)
+    wire_bytes = CommDtype(order.comm_dtype).nbytes(order.nbytes // 4)
     hops = {
         algorithm: floor.all_reduce_hops(algorithm, world_size, wire_bytes)
         for algorithm in ([order.algorithm] if order.algorithm else _algorithms())
@@ -176,7 +180,10 @@ def sweep(arguments: argparse.Namespace) -> Iterator[Row]:
                         tell(f"{devices} devices, {link}, {format_bytes(nbytes)}")
                         for name in arguments.collective:
                             order = Order(
-                                nbytes, arguments.rounds, algorithm=name, wire=arguments.wire
+                                nbytes,
+                                arguments.rounds,
+                                algorithm=name,
+                                comm_dtype=arguments.comm_dtype,
                             )
                             yield measure(network, ours, name, link, order, arguments.seconds)
                         if gloo is not None:
@@ -240,7 +247,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--collective", type=_list(_algorithm), default=_algorithms(), metavar="NAME,..."
     )
-    parser.add_argument("--wire", choices=[wire.value for wire in Wire], default="float32")
+    parser.add_argument(
+        "--comm-dtype", choices=[comm_dtype.value for comm_dtype in CommDtype], default="float32"
+    )
     parser.add_argument("--rounds", type=count, default=200)
     parser.add_argument(
         "--seconds", type=float, default=6.0, help="fewer rounds, where they would take longer"

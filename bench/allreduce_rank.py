@@ -19,12 +19,11 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.distributed
 
+from tpirt.batch import Algorithm, Collective, CommDtype
 from tpirt.cli.options import run_async, split_address
-from tpirt.cluster.mesh import Mesh, Switchboard
-from tpirt.collectives.algorithms import Ranks
-from tpirt.collectives.base import Algorithm, Collective
-from tpirt.collectives.links import Links
-from tpirt.collectives.wire import Wire
+from tpirt.cluster.worker_links import Switchboard, WorkerLinks
+from tpirt.collectives.algorithms import GroupCommunicator
+from tpirt.collectives.links import LinkSet
 from tpirt.errors import PeerUnreachableError, TpirtError
 from tpirt.ops.buffers import tensor_bytes
 from tpirt.transport.base import Channel
@@ -52,7 +51,7 @@ class Order:
     rounds: int
     period_s: float = 0.0
     algorithm: str = ""
-    wire: str = Wire.FLOAT32.value
+    comm_dtype: str = CommDtype.FLOAT32.value
 
 
 @dataclass(frozen=True)
@@ -133,16 +132,16 @@ async def tpirt_ranks(rank: int, listen: str, addresses: list[str]) -> AsyncIter
     """Meet over tpirt's own transport, as peers do, and sum with its own collectives."""
     async with AsyncExitStack() as stack:
         if rank == 0:
-            links = Links(0, await _open_sessions(addresses, stack), TIMEOUT_S)
+            links = LinkSet(0, await _open_sessions(addresses, stack), TIMEOUT_S)
         else:
             links = await _await_session(rank, listen, addresses, stack)
-        ranks = Ranks(len(addresses), links)
+        ranks = GroupCommunicator(len(addresses), links)
         step = 0
 
         def prepare(order: Order) -> AllReduce:
             nonlocal step
             step += 1
-            ranks.begin(step, Collective(Algorithm(order.algorithm), Wire(order.wire)))
+            ranks.begin(step, Collective(Algorithm(order.algorithm), CommDtype(order.comm_dtype)))
             return ranks.all_reduce
 
         yield prepare
@@ -192,14 +191,14 @@ async def _until_there(client: GrpcPeerClient) -> None:
 
 async def _await_session(
     rank: int, listen: str, addresses: list[str], stack: AsyncExitStack
-) -> Links:
+) -> LinkSet:
     service = _Service()
     server = GrpcPeerServer(service)
     await server.start(*split_address(listen))
     stack.push_async_callback(server.aclose)
-    links = Links(rank, {0: await service.master}, TIMEOUT_S)
+    links = LinkSet(rank, {0: await service.master}, TIMEOUT_S)
     stack.callback(service.done.set)
-    mesh = Mesh(links, GrpcPeerClient, service.board)
+    mesh = WorkerLinks(links, GrpcPeerClient, service.board)
     stack.push_async_callback(mesh.aclose)
     for state in await mesh.form(_SESSION, addresses):
         if state.failure:

@@ -37,7 +37,7 @@ def all_reduce_hops(algorithm: str, world_size: int, nbytes: float) -> list[Hop]
     around: Hop = [(rank, (rank + 1) % world_size, share) for rank in ranks if world_size > 1]
     return {
         "star": [gather, scatter],
-        "direct": [exchange(nbytes)],
+        "one-shot": [exchange(nbytes)],
         "two-shot": [exchange(share), exchange(share)],
         "ring": [around] * (2 * (world_size - 1)),
     }[algorithm]

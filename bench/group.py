@@ -43,7 +43,7 @@ class Request:
         return found[-1] if found else "none"
 
     @property
-    def wire(self) -> str:
+    def comm_dtype(self) -> str:
         """The form of sums on the wire."""
         return self.explained[-1].rpartition(": ")[2]
 

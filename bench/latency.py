@@ -2,7 +2,7 @@
 
     python -m bench.latency --devices 4 --link 1ms/300mbit --shape bench-1.1b --quantize int4
     python -m bench.latency --profile home-wifi --model DIR
-    python -m bench.latency --devices 2,4 --latency 0.1,0.5,1,2,5,10 --collective star,direct \\
+    python -m bench.latency --devices 2,4 --latency 0.1,0.5,1,2,5,10 --collective star,one-shot \\
         --shape bench-1.1b --quantize int4 --plot latency.png --out latency.json
 
 Real peers run in network namespaces of their own, on this machine's cores. Lists are swept, every
@@ -96,7 +96,7 @@ def chosen_points(arguments: argparse.Namespace, devices: int) -> list[tuple[str
 def show(rows: Sequence[Row]) -> None:
     """Print the table for people."""
     print(
-        "dev  links               collective  wire      window   TTFT ms  hidden   apart  TPOT ms"
+        "dev  links               collective  dtype     window   TTFT ms  hidden   apart  TPOT ms"
         "     p95     p99  compute   disk  network  other   floor  ratio  hops  KiB/token  busiest"
     )
     for row in rows:
@@ -106,7 +106,8 @@ def show(rows: Sequence[Row]) -> None:
         )
         busiest = max(row.busiest_sent_bytes, row.busiest_received_bytes) / 1024
         print(
-            f"{row.devices:3d}  {row.link[:18]:18}  {row.collective:10}  {row.wire:8}  {window:>6} "
+            f"{row.devices:3d}  {row.link[:18]:18}  {row.collective:10}  {row.comm_dtype:8}  "
+            f"{window:>6} "
             f"{row.ttft_ms:9.1f} {hidden:>7} {apart:>7} {row.tpot_ms:8.2f} {row.tpot_p95_ms:7.2f} "
             f"{row.tpot_p99_ms:7.2f} {row.compute_ms:8.2f} {row.disk_ms:6.2f} "
             f"{row.network_ms:8.2f} {row.other_ms:6.2f} {row.floor_ms:7.2f} {row.ratio:6.2f} "
@@ -161,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         help="keeps slices and the models of --shape between runs (default: a temporary folder)",
     )
     model.add_argument("--collective", type=_list(str), default=[None], metavar="NAME,...")
-    model.add_argument("--wire", type=_list(str), default=[None], metavar="FORM,...")
+    model.add_argument("--comm-dtype", type=_list(str), default=[None], metavar="FORM,...")
     model.add_argument("--window", type=_list(count), default=[None], metavar="N,...")
     model.add_argument("--prompt-tokens", type=count, default=64, metavar="N")
     model.add_argument("--tokens", type=count, default=32, metavar="N", help="after the first")
@@ -177,9 +178,9 @@ def _default_devices(arguments: argparse.Namespace) -> int:
 
 def _settings(arguments: argparse.Namespace) -> list[Setting]:
     return [
-        Setting(collective, wire, window)
+        Setting(collective, comm_dtype, window)
         for window in arguments.window
-        for wire in arguments.wire
+        for comm_dtype in arguments.comm_dtype
         for collective in arguments.collective
     ]
 

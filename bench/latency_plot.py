@@ -89,7 +89,7 @@ def _bars(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _name(row: Row) -> str:
-    parts = [row.collective, row.wire]
+    parts = [row.collective, row.comm_dtype]
     if row.window is not None:
         parts.append(f"window {row.window}")
     rate = row.link.partition("/")[2]

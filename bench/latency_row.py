@@ -14,8 +14,7 @@ from bench.group import Group, Request
 from bench.net.network import Network
 from bench.net.spec import Topology
 from bench.net.tunnels import Forwarded
-from tpirt.collectives.base import Algorithm
-from tpirt.collectives.wire import Wire
+from tpirt.batch import Algorithm, CommDtype
 
 _WARM_UP_TOKENS = 8
 
@@ -36,7 +35,7 @@ class Row:
     link: str
     latency_ms: float | None
     collective: str
-    wire: str
+    comm_dtype: str
     window: int | None
     ttft_ms: float
     tpot_ms: float
@@ -75,7 +74,7 @@ class Setting:
     """What one connection of the master is made with; None is tpirt's own default."""
 
     collective: str | None
-    wire: str | None
+    comm_dtype: str | None
     window: int | None
 
     def options(self) -> dict[str, Any]:
@@ -113,7 +112,7 @@ class Bench:
         requests = self._requests(setting)
         forwarded = self._network.forwarded()
         last = requests[-1]
-        hops = self._hops(last.collective, last.wire, 1) if topology.devices > 1 else []
+        hops = self._hops(last.collective, last.comm_dtype, 1) if topology.devices > 1 else []
         links_ms = floor.finish_ms(topology, hops)[0]
         totals = sorted(_each(requests, "total_ms"))
         tpot_ms = statistics.median(totals)
@@ -128,7 +127,7 @@ class Bench:
             link=label,
             latency_ms=latencies.pop() if len(latencies) == 1 else None,
             collective=last.collective,
-            wire=last.wire,
+            comm_dtype=last.comm_dtype,
             window=setting.window,
             ttft_ms=ttft_ms,
             tpot_ms=tpot_ms,
@@ -145,9 +144,9 @@ class Bench:
             hops=floor.latencies(topology.devices, hops),
             base_ttft_ms=base.ttft_ms,
             emulator_ms=emulator_ms,
-            hidden=self._hidden(topology, last.wire, added_ms) if hops else None,
+            hidden=self._hidden(topology, last.comm_dtype, added_ms) if hops else None,
             hidden_apart=(
-                self._hidden(topology, last.wire, added_ms - emulator_ms) if hops else None
+                self._hidden(topology, last.comm_dtype, added_ms - emulator_ms) if hops else None
             ),
             wire_bytes=sum(sent for sent, _ in traffic),
             busiest_sent_bytes=max(sent for sent, _ in traffic),
@@ -165,9 +164,9 @@ class Bench:
             for _ in range(arguments.trials)
         ]
 
-    def _hops(self, collective: str, wire: str, tokens: int) -> list[floor.Hop]:
+    def _hops(self, collective: str, comm_dtype: str, tokens: int) -> list[floor.Hop]:
         """The hops of a step of so many tokens, whose last one's result is wanted."""
-        hidden_size, form = self._model["hidden_size"], Wire(wire)
+        hidden_size, form = self._model["hidden_size"], CommDtype(comm_dtype)
         return floor.step_hops(
             collective,
             len(self._network.devices),
@@ -185,11 +184,11 @@ class Bench:
             return 0.0
         return statistics.median(request.emulator_cpu_ms for request in requests) / cores
 
-    def _hidden(self, topology: Topology, wire: str, added_ms: float) -> float | None:
+    def _hidden(self, topology: Topology, comm_dtype: str, added_ms: float) -> float | None:
         """Share of the links' part of the first token that did not add to its time."""
         tokens = self._arguments.prompt_tokens
         links_ms = min(
-            floor.finish_ms(topology, self._hops(algorithm.value, wire, tokens))[0]
+            floor.finish_ms(topology, self._hops(algorithm.value, comm_dtype, tokens))[0]
             for algorithm in Algorithm
         )
         return 1 - added_ms / links_ms if links_ms else None

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tpirt.cluster import sums
-from tpirt.collectives.choosing import Topology
+from tpirt.cluster import collective_policy
+from tpirt.collectives.cost_model import Topology
 
 # Two pools of threads that spin on the same cores only slow each other down.
 torch.set_num_threads(1)
@@ -25,6 +25,6 @@ settings.load_profile("tpirt")
 @pytest.fixture
 def in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have every step of several tokens go through the layers in two halves."""
-    monkeypatch.setattr(sums, "_WORTH_HIDING_S", 0.0)
-    monkeypatch.setattr(sums, "_LEAST_HALVED", 2)
+    monkeypatch.setattr(collective_policy, "_WORTH_HIDING_S", 0.0)
+    monkeypatch.setattr(collective_policy, "_LEAST_HALVED", 2)
     monkeypatch.setattr(Topology, "on_loopback", False)

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from tpirt.collectives.algorithms import Ranks
-from tpirt.collectives.base import Algorithm, Collective, Communicator, Solo, StepAborted
-from tpirt.collectives.links import Links
-from tpirt.collectives.wire import Wire, decode, encode
+from tpirt.batch import Algorithm, Collective, CommDtype
+from tpirt.collectives.algorithms import GroupCommunicator
+from tpirt.collectives.base import Communicator, SingleRankCommunicator, StepAborted
+from tpirt.collectives.comm_dtype import decode, encode
+from tpirt.collectives.links import LinkSet
 from tpirt.errors import PeerLostError, StoreError, TransportError
 from tpirt.ops.buffers import tensor_bytes
 from tpirt.testing.faults import Fault, FaultyChannel
@@ -319,20 +320,23 @@ async def mesh(pair: Pairs, world: int) -> AsyncIterator[list[Communicator]]:
         for low, high in itertools.combinations(range(world), 2):
             mine, theirs = await stack.enter_async_context(pair())
             channels[low][high], channels[high][low] = mine, theirs
-        yield [Ranks(world, Links(rank, own, TIMEOUT_S)) for rank, own in enumerate(channels)]
+        yield [
+            GroupCommunicator(world, LinkSet(rank, own, TIMEOUT_S))
+            for rank, own in enumerate(channels)
+        ]
 
 
-def master_of(*channels: Channel) -> Ranks:
-    links = Links(0, dict(enumerate(channels, start=1)), TIMEOUT_S)
-    return Ranks(len(channels) + 1, links)
+def master_of(*channels: Channel) -> GroupCommunicator:
+    links = LinkSet(0, dict(enumerate(channels, start=1)), TIMEOUT_S)
+    return GroupCommunicator(len(channels) + 1, links)
 
 
-def worker_of(channel: Channel, rank: int = 1, world: int = 2) -> Ranks:
-    return Ranks(world, Links(rank, {0: channel}, TIMEOUT_S))
+def worker_of(channel: Channel, rank: int = 1, world: int = 2) -> GroupCommunicator:
+    return GroupCommunicator(world, LinkSet(rank, {0: channel}, TIMEOUT_S))
 
 
 def channel_to(member: Communicator, rank: int) -> Channel:
-    assert isinstance(member, Ranks)
+    assert isinstance(member, GroupCommunicator)
     return member._links._channels[rank]
 
 
@@ -352,7 +356,7 @@ def in_rank_order(values: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 async def test_solo_sums_to_itself() -> None:
-    comm = Solo()
+    comm = SingleRankCommunicator()
     comm.begin(1)
     value = torch.randn(2, 3)
     assert torch.equal(await comm.all_reduce(value.clone()), value)
@@ -409,25 +413,25 @@ async def test_many_collectives_in_a_step_and_a_last_reduce(
                 assert total is None
 
 
-@pytest.mark.parametrize("wire", Wire, ids=lambda wire: wire.value)
+@pytest.mark.parametrize("comm_dtype", CommDtype, ids=lambda comm_dtype: comm_dtype.value)
 @pytest.mark.parametrize("world", [2, 3, 5])
 async def test_all_ranks_and_algorithms_have_the_same_bits_in_every_form(
-    wire: Wire, world: int
+    comm_dtype: CommDtype, world: int
 ) -> None:
     values = partials(world, (3, 130))
     sums: list[torch.Tensor] = []
     async with mesh(in_memory_pair, world) as members:
         for step, algorithm in enumerate(Algorithm, start=1):
             for comm in members:
-                comm.begin(step, Collective(algorithm, wire))
+                comm.begin(step, Collective(algorithm, comm_dtype))
             sums += await asyncio.gather(
                 *(comm.all_reduce(values[comm.rank].clone()) for comm in members)
             )
     exact = in_rank_order(values)
     assert all(torch.equal(total, sums[0]) for total in sums)
-    if wire is Wire.FLOAT32:
+    if comm_dtype is CommDtype.FLOAT32:
         assert torch.equal(sums[0], exact)
-    error = {Wire.FLOAT32: 0.0, Wire.BFLOAT16: 2**-7, Wire.INT8: 2**-5}[wire]
+    error = {CommDtype.FLOAT32: 0.0, CommDtype.BFLOAT16: 2**-7, CommDtype.INT8: 2**-5}[comm_dtype]
     assert (sums[0] - exact).norm() <= error * exact.norm()
 
 
@@ -494,16 +498,18 @@ async def test_halves_come_one_after_the_other(
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 128), (2, 129), (0, 5)])
-@pytest.mark.parametrize("wire", Wire, ids=lambda wire: wire.value)
-def test_senders_go_on_with_what_receivers_read(wire: Wire, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("comm_dtype", CommDtype, ids=lambda comm_dtype: comm_dtype.value)
+def test_senders_go_on_with_what_receivers_read(
+    comm_dtype: CommDtype, shape: tuple[int, ...]
+) -> None:
     tensor = torch.randn(shape) * 100
-    payload, own = encode(tensor, wire)
-    assert len(payload) == wire.nbytes(tensor.numel())
-    assert torch.equal(decode(bytes(payload), wire, shape), own)
+    payload, own = encode(tensor, comm_dtype)
+    assert len(payload) == comm_dtype.nbytes(tensor.numel())
+    assert torch.equal(decode(bytes(payload), comm_dtype, shape), own)
     with pytest.raises(TransportError, match="expected"):
-        decode(bytes(payload) + b"0", wire, shape)
-    again, once_more = encode(own.clone(), wire)
-    if wire is not Wire.INT8:
+        decode(bytes(payload) + b"0", comm_dtype, shape)
+    again, once_more = encode(own.clone(), comm_dtype)
+    if comm_dtype is not CommDtype.INT8:
         assert bytes(again) == bytes(payload)
         assert torch.equal(once_more, own)
 

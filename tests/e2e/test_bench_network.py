@@ -14,7 +14,7 @@ import pytest
 from bench.latency import chosen_points
 from bench.net.namespace import Namespace
 from bench.net.spec import LinkError
-from tpirt.collectives.base import Algorithm
+from tpirt.batch import Algorithm
 from tpirt.testing.models import make_model
 from tpirt.testing.processes import descendants
 
@@ -76,12 +76,12 @@ def test_latency(model: Path, tmp_path: Path, backend: str) -> None:
     plot = tmp_path / "plot.png"
     done = bench(
         "latency",
-        *("--link", LINK, "--backend", backend, "--model", str(model), "--collective", "direct"),
+        *("--link", LINK, "--backend", backend, "--model", str(model), "--collective", "one-shot"),
         *("--prompt-tokens", "8", "--tokens", "4", "--trials", "1", "--plot", str(plot)),
     )
     values = result(done)
     (row,) = values["rows"]
-    assert (row["collective"], row["hops"], row["latency_ms"]) == ("direct", 4, 20)
+    assert (row["collective"], row["hops"], row["latency_ms"]) == ("one-shot", 4, 20)
     parts = (row[f"{cause}_ms"] for cause in ("compute", "disk", "network", "other"))
     assert row["tpot_ms"] == pytest.approx(sum(parts), rel=0.2)
     assert row["tpot_ms"] >= row["links_ms"] > 4 * 20
@@ -100,7 +100,16 @@ def test_latency(model: Path, tmp_path: Path, backend: str) -> None:
         (("--model", "MODEL", "--latency", "-3"), "is no latency"),
         (("--model", "MODEL", "--profile", "home-wifi", "--latency", "1"), "not one value for all"),
         (
-            ("--model", "MODEL", "--backend", "relay", "--devices", "3", "--collective", "direct"),
+            (
+                "--model",
+                "MODEL",
+                "--backend",
+                "relay",
+                "--devices",
+                "3",
+                "--collective",
+                "one-shot",
+            ),
             "take --collective star",
         ),
     ],

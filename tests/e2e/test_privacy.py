@@ -383,7 +383,7 @@ ALLOWED = {
         "rope_length",
         "prefill",
         "algorithm",
-        "wire",
+        "comm_dtype",
         "halves",
         "outputs",
         "dtype",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tpirt.cli.main import main
-from tpirt.cluster import slices
+from tpirt.cluster import provision as slices
 from tpirt.testing.models import make_model
 from tpirt.testing.processes import PeerProcess, descendants, survivors
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tpirt.collectives.base import Algorithm
+from tpirt.batch import Algorithm
 from tpirt.engine import Engine
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.faults import Fault, FaultyChannel

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from tpirt.cli.main import main
-from tpirt.cluster.slices import SliceMaker
+from tpirt.cluster.provision import SliceMaker
 from tpirt.cluster.worker import Worker
 from tpirt.config import ModelConfig
 from tpirt.engine import Engine
 from tpirt.errors import MemoryLimitError, StoreError, TpirtError
-from tpirt.parallel.format import WeightFormat
-from tpirt.parallel.partition import make_plan
+from tpirt.sharding.format import WeightFormat
+from tpirt.sharding.partition import make_plan
 from tpirt.testing.cluster import MemoryPeerClient, memory_engine
 from tpirt.transport.pb import tpirt_pb2 as pb
 from tpirt.types import SamplingParams
@@ -191,7 +191,7 @@ async def upload(maker: SliceMaker, store: Path, change: object = None) -> None:
         text = json.dumps(json.loads(text) | change)
 
     async def chunks() -> AsyncIterator[pb.SliceChunk]:
-        from tpirt.cluster.slices import _next_chunk
+        from tpirt.cluster.provision import _next_chunk
 
         if change == "no manifest":
             return

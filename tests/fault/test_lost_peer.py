@@ -199,7 +199,7 @@ async def test_error_while_cutting_a_slice_is_told_as_it_is(
     model: Path, peers: Peers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not as a cancellation, which is what gRPC makes of an error in what it sends."""
-    from tpirt.cluster import slices
+    from tpirt.cluster import provision as slices
     from tpirt.errors import CheckpointError
 
     (peer,) = peers(1)

@@ -39,7 +39,7 @@ CASES = [
     *(
         (algorithm, side, kind, fault, 3)
         for algorithm, kind in (
-            ("direct", "partial"),
+            ("one-shot", "partial"),
             ("two-shot", "partial"),
             ("two-shot", "reduced"),
         )

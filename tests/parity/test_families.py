@@ -19,15 +19,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tpirt.cluster import sums
+from tpirt.batch import DEFAULT_COLLECTIVE, Algorithm
+from tpirt.cluster import collective_policy
 from tpirt.cluster.rank import RankRuntime
-from tpirt.collectives.algorithms import Ranks
-from tpirt.collectives.base import DEFAULT_COLLECTIVE, Algorithm
+from tpirt.collectives.algorithms import GroupCommunicator
 from tpirt.engine import Engine
 from tpirt.engine.engine import LoadPlan
 from tpirt.errors import MemoryLimitError
 from tpirt.model import decoder
-from tpirt.parallel import sharding
+from tpirt.sharding import blocks as sharding
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.models import make_tokenizer
 from tpirt.types import SamplingParams
@@ -362,7 +362,9 @@ async def test_results_of_the_last_tokens_alone(
 ) -> None:
     """What is not computed of the last layer is not missed: neither now nor by the next token."""
     monkeypatch.setattr(
-        sums.Sums, "for_step", lambda *_: replace(DEFAULT_COLLECTIVE, halves=halves)
+        collective_policy.CollectivePolicy,
+        "for_step",
+        lambda *_: replace(DEFAULT_COLLECTIVE, micro_batches=halves),
     )
     expected = reference(name)
     tokens = len(expected.prompt)
@@ -467,7 +469,9 @@ async def test_all_ranks_hold_identical_bits(
 ) -> None:
     expected = reference("llama-gqa")
     recorded: dict[int, list[torch.Tensor]] = {}
-    monkeypatch.setattr(Ranks, "all_reduce", recording(Ranks.all_reduce, recorded))
+    monkeypatch.setattr(
+        GroupCommunicator, "all_reduce", recording(GroupCommunicator.all_reduce, recorded)
+    )
     async with memory_engine(
         expected.path, **split(world), chunk_tokens=CHUNK_TOKENS, collective=algorithm.value
     ) as engine:

@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tpirt.batch import DEFAULT_COLLECTIVE
+from tpirt.cluster.collective_policy import CollectivePolicy
 from tpirt.cluster.machine import int4_layout
+from tpirt.cluster.provision import SliceMaker, write_slice
 from tpirt.cluster.rank import Limits, RankRuntime
-from tpirt.cluster.slices import SliceMaker, write_slice
-from tpirt.cluster.sums import Sums
-from tpirt.collectives.base import DEFAULT_COLLECTIVE, Solo
+from tpirt.collectives.base import SingleRankCommunicator
 from tpirt.config import ModelConfig
 from tpirt.errors import StoreError
 from tpirt.ops.buffers import page_buffer
@@ -33,8 +34,8 @@ from tpirt.ops.quant_layout import (
 )
 from tpirt.ops.quant_linear import QuantMatrix, dequantize
 from tpirt.ops.quant_rounding import Workspace
-from tpirt.parallel.format import WeightFormat
-from tpirt.parallel.partition import make_plan
+from tpirt.sharding.format import WeightFormat
+from tpirt.sharding.partition import make_plan
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.models import make_model
 from tpirt.types import SamplingParams, ignore_progress
@@ -104,8 +105,8 @@ async def test_logits_are_those_of_the_rounded_weights(
 async def test_streamed_equals_resident_bit_for_bit(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, dtype: str, halves: int
 ) -> None:
-    choice = replace(DEFAULT_COLLECTIVE, halves=bool(halves))
-    monkeypatch.setattr(Sums, "for_step", lambda *_: choice)
+    choice = replace(DEFAULT_COLLECTIVE, micro_batches=bool(halves))
+    monkeypatch.setattr(CollectivePolicy, "for_step", lambda *_: choice)
     got = []
     for window in (None, 2, 3):
         async with memory_engine(
@@ -156,4 +157,4 @@ def test_slice_for_another_cpu_is_refused(model: Path, tmp_path: Path) -> None:
         maker = SliceMaker(checkpoint, config, form)
         stored = write_slice(maker, plan, 0, SliceStore(tmp_path), ignore_progress)
     with pytest.raises(StoreError, match=f"layout {other.name}, this one wants {mine.name}"):
-        RankRuntime(config, stored, Solo(), Limits(None, None, 16, 1.0))
+        RankRuntime(config, stored, SingleRankCommunicator(), Limits(None, None, 16, 1.0))

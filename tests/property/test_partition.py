@@ -15,10 +15,10 @@ from safetensors.torch import load
 
 from tpirt.config import ModelConfig
 from tpirt.ops.quant import QuantSpec
-from tpirt.parallel import sharding
-from tpirt.parallel.format import WeightFormat
-from tpirt.parallel.partition import Plan, Shard, Span, apportion, make_plan
-from tpirt.parallel.sharding import mlp_pieces, rank_blocks
+from tpirt.sharding import blocks as sharding
+from tpirt.sharding.blocks import mlp_pieces, rank_blocks
+from tpirt.sharding.format import WeightFormat
+from tpirt.sharding.partition import Plan, Shard, Span, apportion, make_plan
 from tpirt.testing.models import make_model
 from tpirt.weights.checkpoint import Checkpoint, resolve_tied
 from tpirt.weights.layout import block_header, file_bytes, view_weights

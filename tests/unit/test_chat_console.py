@@ -17,16 +17,16 @@ from tpirt.chat.plan_view import show_plan
 from tpirt.chat.prompt import CommandCompleter, clean, history_file, open_history
 from tpirt.chat.reader import PlainReader
 from tpirt.chat.status import is_lost
-from tpirt.cluster.group import PeerInfo
 from tpirt.cluster.rank import Limits
+from tpirt.cluster.roster import PeerProfile
 from tpirt.config import ModelConfig
 from tpirt.engine.dtype import ChosenDtype
 from tpirt.engine.engine import LoadPlan
 from tpirt.errors import PeerLostError
 from tpirt.model.memory import PROCESS_BYTES, plan_rank
 from tpirt.ops.quant_layout import PORTABLE_LAYOUT
-from tpirt.parallel.format import WeightFormat
-from tpirt.parallel.partition import make_plan
+from tpirt.sharding.format import WeightFormat
+from tpirt.sharding.partition import make_plan
 from tpirt.testing.models import make_model
 
 
@@ -108,7 +108,7 @@ def load_plan(
     config = ModelConfig.from_dir(make_model(path, num_attention_heads=16, num_key_value_heads=4))
     plan = make_plan(config, ranks)
     peers = (
-        PeerInfo(r, f"pi\x1b{r}", "host", None, 1 << 30, 1, 1, False, PORTABLE_LAYOUT)
+        PeerProfile(r, f"pi\x1b{r}", "host", None, 1 << 30, 1, 1, False, PORTABLE_LAYOUT)
         for r in range(ranks)
     )
     return LoadPlan(
@@ -246,7 +246,7 @@ def test_history_where_none_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_who_is_lost() -> None:
-    peer = PeerInfo(1, "pi:1", "host", None, 0, 1, 1, False, PORTABLE_LAYOUT)
+    peer = PeerProfile(1, "pi:1", "host", None, 0, 1, 1, False, PORTABLE_LAYOUT)
     assert not is_lost(peer, None)
     assert is_lost(peer, PeerLostError("pi:1: connection lost"))
     assert not is_lost(peer, PeerLostError("pi:11: connection lost"))

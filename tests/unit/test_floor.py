@@ -13,11 +13,11 @@ KB = 1000  # 8 ms at 1 Mbit/s
 @pytest.mark.parametrize(
     ("algorithm", "devices", "expected_ms"),
     [
-        ("direct", 2, 5 + 8),
+        ("one-shot", 2, 5 + 8),
         ("star", 2, 2 * (5 + 8)),
         ("two-shot", 2, 2 * (5 + 4)),
         ("ring", 2, 2 * (5 + 4)),
-        ("direct", 4, 5 + 3 * 8),
+        ("one-shot", 4, 5 + 3 * 8),
         ("star", 4, 2 * (5 + 3 * 8)),
         ("two-shot", 4, 2 * (5 + 3 * 2)),
         ("ring", 4, 6 * (5 + 2)),
@@ -47,10 +47,10 @@ def token(algorithm: str, devices: int) -> list[Hop]:
 def test_a_step() -> None:
     hops = token("star", 2)
     assert latencies(2, hops) == 4 * 16
-    hops = token("direct", 2)
+    hops = token("one-shot", 2)
     assert latencies(2, hops) == 2 * 16  # the worker is a latency behind, and never more
     assert messages(hops) == 1 + 31 * 2 + 1
-    assert token("direct", 1) == []
+    assert token("one-shot", 1) == []
     assert step_hops("star", 2, 16, hidden_bytes=8 * KB, sum_bytes=4 * KB, last_bytes=KB) == [
         [(0, 1, 8 * KB)],
         *[[(1, 0, 4 * KB)], [(0, 1, 4 * KB)]] * 30,
@@ -60,9 +60,11 @@ def test_a_step() -> None:
 
 
 def test_hidden_states_are_passed_on() -> None:
-    hops = step_hops("direct", 3, 1, hidden_bytes=2 * KB, sum_bytes=KB, last_bytes=KB, spread=True)
+    hops = step_hops(
+        "one-shot", 3, 1, hidden_bytes=2 * KB, sum_bytes=KB, last_bytes=KB, spread=True
+    )
     assert hops[:2] == [TO_ALL, [(1, 2, KB), (2, 1, KB)]]
-    assert hops[2:] == [*all_reduce_hops("direct", 3, KB), TO_ONE]
+    assert hops[2:] == [*all_reduce_hops("one-shot", 3, KB), TO_ONE]
 
 
 def test_unequal_links_and_no_bound() -> None:
@@ -78,5 +80,5 @@ def test_a_pair_with_a_link_of_its_own_does_not_share_it() -> None:
 
 def test_nothing_to_send_takes_no_time() -> None:
     topology = uniform(Link(5.0), 1)
-    for algorithm in ("star", "direct", "two-shot", "ring"):
+    for algorithm in ("star", "one-shot", "two-shot", "ring"):
         assert finish_ms(topology, all_reduce_hops(algorithm, 1, KB)) == [0]

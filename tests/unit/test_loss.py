@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tpirt.config import ModelConfig
 from tpirt.model.decoder import Decoder
 from tpirt.model.memory import activation_bytes
-from tpirt.parallel.partition import make_plan
+from tpirt.sharding.partition import make_plan
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.models import make_model
 

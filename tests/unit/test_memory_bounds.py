@@ -85,10 +85,10 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 SLICING = """
 import torch
-from tpirt.cluster.slices import SliceMaker, write_slice
+from tpirt.cluster.provision import SliceMaker, write_slice
 from tpirt.config import ModelConfig
-from tpirt.parallel.format import WeightFormat
-from tpirt.parallel.partition import make_plan
+from tpirt.sharding.format import WeightFormat
+from tpirt.sharding.partition import make_plan
 from tpirt.types import ignore_progress
 from tpirt.weights.checkpoint import Checkpoint
 from tpirt.weights.store import SliceStore

@@ -9,7 +9,7 @@ import pytest
 
 from tpirt.config import ModelConfig
 from tpirt.errors import PlanError
-from tpirt.parallel.partition import Span, apportion, make_plan
+from tpirt.sharding.partition import Span, apportion, make_plan
 
 
 def config(**changes: Any) -> ModelConfig:

@@ -17,9 +17,9 @@ import xxhash
 
 from tpirt.errors import StoreError
 from tpirt.ops.quant import QuantSpec
-from tpirt.parallel.format import WeightFormat
-from tpirt.parallel.partition import Shard, Span
-from tpirt.parallel.sharding import Block, StoredTensor
+from tpirt.sharding.blocks import Block, StoredTensor
+from tpirt.sharding.format import WeightFormat
+from tpirt.sharding.partition import Shard, Span
 from tpirt.weights import store as module
 from tpirt.weights.layout import block_header
 from tpirt.weights.store import Manifest, SliceStore, SliceWriter, StoredSlice, default_store

@@ -19,9 +19,9 @@ from tpirt.config import ModelConfig
 from tpirt.errors import CheckpointError, ConfigError, StoreError, TpirtError
 from tpirt.ops.quant import QuantSpec
 from tpirt.ops.quant_linear import QuantMatrix, dequantize
-from tpirt.parallel.format import WeightFormat
-from tpirt.parallel.partition import make_plan
-from tpirt.parallel.sharding import rank_blocks
+from tpirt.sharding.blocks import rank_blocks
+from tpirt.sharding.format import WeightFormat
+from tpirt.sharding.partition import make_plan
 from tpirt.testing.cluster import memory_engine
 from tpirt.text import Tokenizer
 from tpirt.types import Progress, ignore_progress

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TextIO
 
 from tpirt.chat.console import columns, printable
-from tpirt.cluster.group import PeerInfo
 from tpirt.cluster.rank import Limits
+from tpirt.cluster.roster import PeerProfile
 from tpirt.engine.engine import LoadPlan
 from tpirt.errors import MemoryLimitError
 from tpirt.model.memory import PROCESS_BYTES, RankPlan
 from tpirt.units import format_bytes
-from tpirt.weights.window import plan_window
+from tpirt.weights.streamer import plan_streaming
 
 _MOST_LINES = 8
 _HEAD = ("rank", "peer", "heads", "KV heads", "MLP columns", "weights", "limit", "held")
@@ -31,7 +31,7 @@ def show_plan(plan: LoadPlan, out: TextIO) -> None:
     out.flush()
 
 
-def _row(rank: RankPlan, peer: PeerInfo, limits: Limits) -> tuple[str, ...]:
+def _row(rank: RankPlan, peer: PeerProfile, limits: Limits) -> tuple[str, ...]:
     limit = limits.memory_bytes
     return (
         str(rank.rank),
@@ -51,7 +51,7 @@ def _held(rank: RankPlan, limits: Limits) -> str:
     if budget is not None:
         budget -= PROCESS_BYTES + rank.activation_bytes
     try:
-        window = plan_window(rank.block_bytes, limits.window_blocks, budget)
+        window = plan_streaming(rank.block_bytes, limits.window_blocks, budget)
     except MemoryLimitError:
         return "too little memory"
     if not window.slots:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 
 from tpirt.chat.console import columns
-from tpirt.cluster.group import PeerInfo
+from tpirt.cluster.roster import PeerProfile
 from tpirt.engine.engine import LoadPlan
 from tpirt.engine.token_times import token_times
 from tpirt.types import RankStats, StepTimes, TokenTimes
@@ -128,7 +128,7 @@ def _what_gated(decoded: Sequence[TokenTimes]) -> str:
 
 
 def peers_table(
-    peers: Sequence[PeerInfo], plan: LoadPlan | None, broken: Exception | None
+    peers: Sequence[PeerProfile], plan: LoadPlan | None, broken: Exception | None
 ) -> list[str]:
     """One line per rank: who it is, what it computes, and whether it is lost."""
     rows = [("rank", "peer", "heads", "KV heads", "threads", "state")]
@@ -140,7 +140,7 @@ def peers_table(
     return columns(rows, left=2)
 
 
-def is_lost(peer: PeerInfo, broken: Exception | None) -> bool:
+def is_lost(peer: PeerProfile, broken: Exception | None) -> bool:
     """Tell whether ``broken`` is about this peer: such messages begin with its name."""
     return broken is not None and str(broken).startswith(
         (f"{peer.peer_id}:", f"peer {peer.peer_id}:")

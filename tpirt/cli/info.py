@@ -40,17 +40,17 @@ def _run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from tpirt.cluster.group import this_peer
     from tpirt.cluster.machine import int4_layout
+    from tpirt.cluster.roster import this_peer
     from tpirt.engine.dtype import choose_dtype
     from tpirt.engine.engine import BUNDLED_MODEL, open_model
     from tpirt.model.memory import DEFAULT_CHUNK_TOKENS, PROCESS_BYTES, SLACK_BYTES, plan_rank
     from tpirt.ops.quant import QuantSpec
-    from tpirt.parallel.format import WeightFormat
-    from tpirt.parallel.partition import make_plan
+    from tpirt.sharding.format import WeightFormat
+    from tpirt.sharding.partition import make_plan
     from tpirt.units import format_bytes
     from tpirt.weights.names import expected_tensors
-    from tpirt.weights.window import plan_window
+    from tpirt.weights.streamer import plan_streaming
 
     path = Path(arguments.model) if arguments.model else BUNDLED_MODEL
     model = open_model(path)
@@ -85,7 +85,7 @@ def _run(arguments: argparse.Namespace) -> None:
         table.add_column(column, justify="right", no_wrap=True, min_width=6)
     for rank in range(plan.world_size):
         row = plan_rank(config, plan, rank, form, DEFAULT_CHUNK_TOKENS)
-        window_plan = plan_window(row.block_bytes, arguments.window)
+        window_plan = plan_streaming(row.block_bytes, arguments.window)
         held = window_plan.held_bytes(row.block_bytes)
         kv = row.kv_token_bytes * context
         work = row.activation_bytes + SLACK_BYTES

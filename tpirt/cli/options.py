@@ -80,10 +80,10 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--collective",
         default="auto",
         metavar="HOW",
-        help="how ranks sum: star, direct, two-shot or auto (default): what suits the links",
+        help="how ranks sum: star, one-shot, two-shot or auto (default): what suits the links",
     )
     parser.add_argument(
-        "--wire",
+        "--comm-dtype",
         default="auto",
         metavar="DTYPE",
         help="sums between ranks in float32, bfloat16, int8 or auto (default): as fine as products",
@@ -187,7 +187,7 @@ def engine_options(
         "dtype": arguments.dtype,
         "quantize": arguments.quantize,
         "collective": arguments.collective,
-        "wire": arguments.wire,
+        "comm_dtype": arguments.comm_dtype,
         "threads": arguments.threads,
         "store": arguments.store,
         "timeout_s": arguments.timeout,

@@ -45,14 +45,14 @@ def add_command(commands: Commands) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     from tpirt.chat.progress import ConsoleProgress
-    from tpirt.cluster.group import this_peer
     from tpirt.cluster.machine import int4_layout
+    from tpirt.cluster.roster import this_peer
     from tpirt.cluster.synth import make_synthetic
     from tpirt.config import ModelConfig
     from tpirt.engine.dtype import choose_dtype
     from tpirt.ops.quant import QuantSpec
-    from tpirt.parallel.format import WeightFormat
-    from tpirt.parallel.partition import make_plan
+    from tpirt.sharding.format import WeightFormat
+    from tpirt.sharding.partition import make_plan
     from tpirt.units import format_bytes
     from tpirt.weights.shapes import find_shape
 

@@ -5,116 +5,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
-from tpirt.cluster.cancellation import finish, in_thread
-from tpirt.cluster.machine import (
-    available_bytes,
-    has_bfloat16,
-    host_id,
-    int4_layout,
-    machine_cores,
-    resident_bytes,
-)
+from tpirt.batch import DEFAULT_COLLECTIVE, Algorithm, CommDtype
+from tpirt.cluster.cancellation import finish
+from tpirt.cluster.collective_policy import CollectiveOptions, CollectivePolicy, meet
+from tpirt.cluster.provision import SliceMaker
 from tpirt.cluster.rank import Limits, RankRuntime
-from tpirt.cluster.slices import SliceMaker, send_slice, write_slice
+from tpirt.cluster.roster import PeerProfile, machines
 from tpirt.cluster.stats import read_stats
-from tpirt.cluster.sums import SumOptions, Sums, meet
 from tpirt.cluster.tracing import RankTrace, Tracer
-from tpirt.collectives.algorithms import Ranks
-from tpirt.collectives.base import DEFAULT_COLLECTIVE, Algorithm, Communicator, Solo, StepAborted
-from tpirt.collectives.choosing import Machine
-from tpirt.collectives.links import Links, remote_error
-from tpirt.collectives.wire import Wire
-from tpirt.errors import HandshakeError, PeerLostError, TransportError
+from tpirt.collectives.algorithms import GroupCommunicator
+from tpirt.collectives.base import Communicator, SingleRankCommunicator, algorithm_number
+from tpirt.collectives.comm_dtype import number_of
+from tpirt.collectives.links import LinkSet, remote_error
+from tpirt.errors import PeerLostError, TransportError
 from tpirt.ops.buffers import tensor_bytes
-from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout
-from tpirt.parallel.partition import Plan
+from tpirt.sharding.partition import Plan
 from tpirt.stopwatch import SAMPLE
 from tpirt.transport.base import Channel, PeerClient
 from tpirt.transport.codec import PROTOCOL_VERSION, Frame
 from tpirt.transport.pb import tpirt_pb2 as pb
 from tpirt.types import Progress, ProgressCallback, RankStats
-from tpirt.version import __version__
-from tpirt.weights.store import SliceStore, StoredSlice
+from tpirt.weights.store import SliceStore
 
 _T = TypeVar("_T")
 _HELLO_TIMEOUT_S = 10.0
 _SHARE_OF_FREE_MEMORY = 0.85
-
-
-@dataclass(frozen=True)
-class PeerInfo:
-    """What one rank's peer said of itself when it was asked."""
-
-    rank: int
-    peer_id: str
-    host_id: str
-    memory_bytes: int | None
-    available_bytes: int
-    threads: int
-    cores: int
-    bfloat16: bool
-    int4_layout: Layout
-
-
-def this_peer(threads: int) -> PeerInfo:
-    """Describe this process as rank 0."""
-    return PeerInfo(
-        rank=0,
-        peer_id="master",
-        host_id=host_id(),
-        memory_bytes=None,
-        available_bytes=available_bytes() + resident_bytes(),
-        threads=threads,
-        cores=machine_cores(),
-        bfloat16=has_bfloat16(),
-        int4_layout=int4_layout(),
-    )
-
-
-async def meet_peers(clients: Sequence[PeerClient], threads: int) -> list[PeerInfo]:
-    """Ask every worker who it is; entry 0 is this process itself.
-
-    Raises:
-        PeerUnreachableError: nobody answers at an address.
-        HandshakeError: a peer speaks another protocol version or serves another master.
-    """
-    replies = await asyncio.gather(*(_hello(client) for client in clients))
-    others = [
-        PeerInfo(
-            rank,
-            client.peer_id,
-            reply.host_id,
-            reply.memory_bytes or None,
-            reply.available_bytes,
-            reply.threads,
-            reply.cores,
-            reply.bfloat16,
-            Layout.named(reply.int4_layout) or PORTABLE_LAYOUT,
-        )
-        for rank, (client, reply) in enumerate(zip(clients, replies, strict=True), start=1)
-    ]
-    return [this_peer(threads), *others]
-
-
-def memory_limits(peers: Sequence[PeerInfo], asked: int | None) -> list[int]:
-    """Decide each rank's memory limit: what was asked for, or a fair share of what is free.
-
-    Ranks on one machine share its free memory; a tenth and a half stays for everything else.
-    """
-    limits = []
-    for peer in peers:
-        beside = sum(other.host_id == peer.host_id for other in peers)
-        share = int(peer.available_bytes * _SHARE_OF_FREE_MEMORY / beside)
-        limits.append(min(asked or share, peer.memory_bytes or asked or share))
-    return limits
 
 
 class Group:
@@ -129,8 +50,8 @@ class Group:
         self._clients = clients
         self._timeout_s = timeout_s
         self._channels: list[Channel] = []
-        self._links = Links(0, {}, timeout_s)
-        self._sums: Sums | None = None
+        self._links = LinkSet(0, {}, timeout_s)
+        self._sums: CollectivePolicy | None = None
         self._runtime: RankRuntime | None = None
         self._tracer: Tracer | None = None
         self._step = 0
@@ -149,39 +70,9 @@ class Group:
         return self._broken
 
     @property
-    def sums(self) -> Sums | None:
+    def sums(self) -> CollectivePolicy | None:
         """How the ranks' results are combined; None for one rank or before :meth:`start`."""
         return self._sums
-
-    async def distribute(
-        self,
-        makers: Sequence[SliceMaker],
-        plan: Plan,
-        store: SliceStore,
-        progress: ProgressCallback,
-    ) -> None:
-        """See to it that every rank has its slice: rank 0 in ``store``, workers in theirs.
-
-        ``makers[r]`` makes rank ``r``'s, in the form that its CPU wants. What ``store`` has is
-        sent as it is, the rest cut anew.
-
-        Raises:
-            CheckpointError, StoreError, PeerLostError: the slice could not be made or kept.
-        """
-
-        async def equip(rank: int) -> None:
-            maker = makers[rank]
-            if rank == 0:
-                await _in_thread(write_slice, maker, plan, rank, store, progress)
-                return
-            client = self._clients[rank - 1]
-            slice_id = maker.manifest(plan.shards[rank]).slice_id
-            if not (await _hello(client, slice_id)).has_slice:
-                await send_slice(maker, plan, rank, store, client, progress, self._timeout_s)
-
-        # One after another: they would only compete for the same disk.
-        for rank in range(self.world_size):
-            await equip(rank)
 
     async def start(
         self,
@@ -189,8 +80,8 @@ class Group:
         plan: Plan,
         store: SliceStore,
         limits: Sequence[Limits],
-        peers: Sequence[PeerInfo],
-        options: SumOptions,
+        peers: Sequence[PeerProfile],
+        options: CollectiveOptions,
         progress: ProgressCallback,
     ) -> None:
         """Open the sessions, load the weights on all ranks side by side, measure the links.
@@ -241,7 +132,7 @@ class Group:
             self._sums = await meet(
                 self._channels,
                 [task.result().links for task in readies],
-                _machines(peers),
+                machines(peers),
                 options,
                 options.wire_for(form.dtype),
                 makers[0].config.hidden_size,
@@ -330,8 +221,8 @@ class Group:
 
     def _communicator(self) -> Communicator:
         if not self._channels:
-            return Solo()
-        return Ranks(self.world_size, self._links)
+            return SingleRankCommunicator()
+        return GroupCommunicator(self.world_size, self._links)
 
     async def _talk(
         self, work: Coroutine[Any, Any, _T], on_cancel: Callable[[], None] | None = None
@@ -368,22 +259,22 @@ class Group:
             tokens=tokens,
             rope_length=rope_length,
             prefill=prefill,
-            algorithm=collective.algorithm.number,
-            wire=collective.wire.dtype,
-            halves=collective.halves,
+            algorithm=algorithm_number(collective.algorithm),
+            comm_dtype=number_of(collective.comm_dtype),
+            halves=collective.micro_batches,
             outputs=outputs,
-            dtype=Wire.keeping(hidden.dtype).dtype,
+            dtype=number_of(CommDtype.keeping(hidden.dtype)),
         )
         self.runtime.begin(self._step, tokens, prefill, collective)
         try:
             with self._breaking():
                 if self._channels:
-                    payload = b"" if collective.halves else tensor_bytes(hidden)
+                    payload = b"" if collective.micro_batches else tensor_bytes(hidden)
                     frame = Frame(pb.FrameHeader(step=header), payload)
                     with self.runtime.comm.clock.running("send step", len(payload), self._step):
                         await self._links.send(self._links.others, frame)
                 out = await self.runtime.step(
-                    hidden, start, rope_length, outputs, collective.halves
+                    hidden, start, rope_length, outputs, collective.micro_batches
                 )
         except BaseException:
             await self._abort()
@@ -437,50 +328,3 @@ class Group:
                 return read_stats(frame.header.stats, channel.peer_id)
             if frame.kind not in ("partial", "reduced", "error"):  # leftovers of a step given up
                 raise TransportError(f"peer {channel.peer_id}: expected stats, got {frame.kind}")
-
-
-def _machines(peers: Sequence[PeerInfo]) -> list[Machine]:
-    """Who shares a machine's cores with whom."""
-    found: dict[str, list[PeerInfo]] = {}
-    for peer in peers:
-        found.setdefault(peer.host_id, []).append(peer)
-    return [
-        Machine(tuple(peer.rank for peer in beside), max(1, beside[0].cores))
-        for beside in found.values()
-    ]
-
-
-async def _in_thread(
-    write: Callable[[SliceMaker, Plan, int, SliceStore, ProgressCallback], StoredSlice],
-    maker: SliceMaker,
-    plan: Plan,
-    rank: int,
-    store: SliceStore,
-    progress: ProgressCallback,
-) -> StoredSlice:
-    """Run ``write`` in a thread; cancelled, it has ended and left nothing when this raises."""
-    cancelled = threading.Event()
-
-    def report(step: Progress) -> None:
-        if cancelled.is_set():
-            raise StepAborted
-        progress(step)
-
-    return await in_thread(write, maker, plan, rank, store, report, on_cancel=cancelled.set)
-
-
-async def _hello(client: PeerClient, slice_id: str = "") -> pb.HelloReply:
-    request = pb.HelloRequest(
-        protocol_version=PROTOCOL_VERSION, tpirt_version=__version__, slice_id=slice_id
-    )
-    reply = await client.hello(request, _HELLO_TIMEOUT_S)
-    client.peer_id = reply.peer_id or client.address
-    if reply.protocol_version != PROTOCOL_VERSION:
-        raise HandshakeError(
-            f"peer {client.peer_id}: speaks protocol {reply.protocol_version} (tpirt "
-            f"{reply.tpirt_version}), this is {PROTOCOL_VERSION} (tpirt {__version__}); "
-            "install the same tpirt on both"
-        )
-    if reply.busy:
-        raise HandshakeError(f"peer {client.peer_id}: serves another master now; try later")
-    return reply

@@ -17,7 +17,7 @@ import torch
 from tpirt.ops.quant import QuantSpec
 from tpirt.ops.quant_layout import local_layout
 from tpirt.ops.quant_linear import KernelChoice, MatrixShape, probe_kernels
-from tpirt.parallel.sharding import Block
+from tpirt.sharding.blocks import Block
 
 _FILE = "kernels.json"
 

@@ -7,20 +7,21 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from tpirt.batch import DEFAULT_COLLECTIVE, Collective
 from tpirt.cluster.kernels import choose_kernels
 from tpirt.cluster.machine import int4_layout, peak_resident_bytes, resident_bytes
 from tpirt.cluster.stats import StepLog
-from tpirt.collectives.base import DEFAULT_COLLECTIVE, Collective, Communicator, Timed
+from tpirt.collectives.base import Communicator, TimedCommunicator
 from tpirt.config import ModelConfig
 from tpirt.errors import MemoryLimitError, StoreError, TransportError
 from tpirt.model.decoder import Decoder
 from tpirt.model.memory import SLACK_BYTES, activation_bytes
-from tpirt.parallel.sharding import mlp_pieces, rank_blocks
+from tpirt.sharding.blocks import mlp_pieces, rank_blocks
 from tpirt.stopwatch import Recorder
 from tpirt.types import ProgressCallback, RankStats
 from tpirt.units import format_bytes
 from tpirt.weights.store import StoredSlice
-from tpirt.weights.window import MIN_SLOTS, Window
+from tpirt.weights.streamer import MIN_SLOTS, WeightStreamer
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class RankRuntime:
             StoreError: the slice's 4-bit codes are in another CPU's order.
         """
         self.recorder = Recorder(limits.trace_spans)
-        self.comm = Timed(comm, self.recorder)
+        self.comm = TimedCommunicator(comm, self.recorder)
         self._config = config
         self._limits = limits
         manifest = stored.manifest
@@ -63,7 +64,7 @@ class RankRuntime:
         self._base_bytes = resident_bytes() + SLACK_BYTES
         self._reserved = (self._work_bytes(limits.chunk_tokens), 0)
         try:
-            self.window = Window(
+            self.window = WeightStreamer(
                 stored,
                 blocks,
                 max_blocks=limits.window_blocks,

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from tpirt.cluster.slices import SliceMaker, keep_slice
+from tpirt.cluster.provision import SliceMaker, keep_slice
 from tpirt.config import ModelConfig
 from tpirt.errors import CheckpointError, ConfigError, StoreError
-from tpirt.parallel.format import WeightFormat
-from tpirt.parallel.partition import Plan, Shard
-from tpirt.parallel.sharding import rank_blocks
+from tpirt.sharding.blocks import rank_blocks
+from tpirt.sharding.format import WeightFormat
+from tpirt.sharding.partition import Plan, Shard
 from tpirt.text.byte_level import MIN_VOCAB_SIZE, write_byte_level_tokenizer
 from tpirt.types import Progress, ProgressCallback
 from tpirt.weights.shapes import Shape

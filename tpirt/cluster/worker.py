@@ -15,14 +15,14 @@ from tpirt.cluster.machine import (
     machine_cores,
     resident_bytes,
 )
-from tpirt.cluster.mesh import Connect, Mesh, Switchboard
 from tpirt.cluster.probing import answer
 from tpirt.cluster.rank import Limits, RankRuntime
 from tpirt.cluster.stats import stats_message
 from tpirt.cluster.tracing import TRACE_SPANS, send_clock, send_trace
-from tpirt.collectives.algorithms import Ranks
-from tpirt.collectives.base import Collective, StepAborted
-from tpirt.collectives.links import Links
+from tpirt.cluster.worker_links import Connect, Switchboard, WorkerLinks
+from tpirt.collectives.algorithms import GroupCommunicator
+from tpirt.collectives.base import StepAborted, collective_of
+from tpirt.collectives.links import LinkSet
 from tpirt.config import ModelConfig
 from tpirt.errors import (
     ConfigError,
@@ -32,7 +32,7 @@ from tpirt.errors import (
     TpirtError,
     TransportError,
 )
-from tpirt.parallel.sharding import rank_blocks
+from tpirt.sharding.blocks import rank_blocks
 from tpirt.transport.base import Channel
 from tpirt.transport.codec import PROTOCOL_VERSION, Frame, empty_tensor, read_tensor
 from tpirt.transport.pb import tpirt_pb2 as pb
@@ -129,12 +129,12 @@ class Worker:
         frame = await channel.recv(_LONGEST_SILENCE_S)
         try:
             setup = _checked_setup(frame)
-            links = Links(setup.rank, {0: channel}, setup.timeout_ms / 1e3)
+            links = LinkSet(setup.rank, {0: channel}, setup.timeout_ms / 1e3)
             runtime = self._prepare(setup, links)
         except TpirtError as exc:
             await _report(channel, 0, exc)
             return
-        mesh = Mesh(links, self._connect, self._board)
+        mesh = WorkerLinks(links, self._connect, self._board)
         try:
             forming = asyncio.create_task(mesh.form(setup.session, setup.addresses))
             try:
@@ -147,7 +147,7 @@ class Worker:
             await mesh.aclose()
             await runtime.aclose()
 
-    def _prepare(self, setup: pb.Setup, links: Links) -> RankRuntime:
+    def _prepare(self, setup: pb.Setup, links: LinkSet) -> RankRuntime:
         config = ModelConfig.from_json(setup.model_config)
         stored = self._store.find(setup.slice_id)
         if stored is None:
@@ -166,7 +166,7 @@ class Worker:
             timeout_s=setup.timeout_ms / 1e3,
             trace_spans=min(setup.trace_spans, TRACE_SPANS),
         )
-        return RankRuntime(config, stored, Ranks(setup.world_size, links), limits)
+        return RankRuntime(config, stored, GroupCommunicator(setup.world_size, links), limits)
 
     def _holds(self, slice_id: str) -> bool:
         try:
@@ -176,7 +176,7 @@ class Worker:
             return False
 
 
-async def serve_step(runtime: RankRuntime, channel: Channel, links: Links, frame: Frame) -> None:
+async def serve_step(runtime: RankRuntime, channel: Channel, links: LinkSet, frame: Frame) -> None:
     """Run one step; a failure of this rank's own is reported and the session goes on.
 
     So is the loss of another worker: it is the master's to end the session.
@@ -190,13 +190,15 @@ async def serve_step(runtime: RankRuntime, channel: Channel, links: Links, frame
     try:
         shape = (step.tokens, runtime.decoder.config.hidden_size)
         runtime.check_step(step.start, step.tokens, step.rope_length, step.outputs)
-        collective = Collective.of(step)
-        if collective.halves:  # each comes by itself
+        collective = collective_of(step)
+        if collective.micro_batches:  # each comes by itself
             hidden = empty_tensor(step.dtype, shape)
         else:
             hidden = read_tensor(frame.payload, step.dtype, shape)
         runtime.begin(step.step, step.tokens, step.prefill, collective)
-        await runtime.step(hidden, step.start, step.rope_length, step.outputs, collective.halves)
+        await runtime.step(
+            hidden, step.start, step.rope_length, step.outputs, collective.micro_batches
+        )
     except StepAborted:
         pass
     except TransportError:
@@ -208,7 +210,9 @@ async def serve_step(runtime: RankRuntime, channel: Channel, links: Links, frame
         await _report(channel, step.step, exc)
 
 
-async def _serve_steps(runtime: RankRuntime, channel: Channel, links: Links, mesh: Mesh) -> None:
+async def _serve_steps(
+    runtime: RankRuntime, channel: Channel, links: LinkSet, mesh: WorkerLinks
+) -> None:
     last_step = 0
     while True:
         frame = await channel.recv()

@@ -1,4 +1,4 @@
-"""The collectives, over gRPC or whatever carries frames: star, direct exchange, two-shot.
+"""The collectives, over gRPC or whatever carries frames: star, one-shot, two-shot.
 
 All add in rank order, whatever the order of arrival: gRPC keeps what comes early. All give the
 same bits: the sum, as it looks on the wire, of partials as they look on the wire. So a choice
@@ -17,11 +17,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from tpirt.collectives.base import DEFAULT_COLLECTIVE, Algorithm, Collective, StepAborted
-from tpirt.collectives.links import EAGER_BYTES, Links
-from tpirt.collectives.wire import BLOCK, Wire, encode, rounded
+from tpirt.batch import DEFAULT_COLLECTIVE, SCALE_BLOCK, Algorithm, Collective, CommDtype
+from tpirt.collectives.base import StepAborted
+from tpirt.collectives.comm_dtype import encode, number_of, rounded
+from tpirt.collectives.links import EAGER_BYTES, LinkSet
 from tpirt.ops.buffers import tensor_bytes
-from tpirt.parallel.partition import Span
+from tpirt.sharding.partition import Span
 from tpirt.transport.codec import Envelope, Frame
 
 _T = TypeVar("_T")
@@ -32,17 +33,17 @@ class _Sum:
     """One collective under way: its number, the form on the wire, what this rank adds."""
 
     seq: int
-    wire: Wire
+    comm_dtype: CommDtype
     partial: torch.Tensor
 
 
-class Ranks:
+class GroupCommunicator:
     """The communicator of a rank that has others; see :class:`Communicator`.
 
     Workers need channels among themselves for all but the star.
     """
 
-    def __init__(self, world_size: int, links: Links):
+    def __init__(self, world_size: int, links: LinkSet):
         self.rank = links.rank
         self.world_size = world_size
         self._links = links
@@ -52,7 +53,7 @@ class Ranks:
         self._turn = asyncio.Lock()  # of two collectives under way, the first receives first
         self._algorithms: dict[Algorithm, Callable[[_Sum], Coroutine[Any, Any, torch.Tensor]]] = {
             Algorithm.STAR: self._star_master if links.rank == 0 else self._star_worker,
-            Algorithm.DIRECT: self._direct,
+            Algorithm.ONE_SHOT: self._one_shot,
             Algorithm.TWO_SHOT: self._two_shot,
         }
 
@@ -68,7 +69,7 @@ class Ranks:
         Workers with links among themselves get a share each and pass it on: the master's link
         bears the rows once, not once a worker.
         """
-        job = self._next(rows, Wire.keeping(rows.dtype))
+        job = self._next(rows, CommDtype.keeping(rows.dtype))
         if self._how.algorithm is not Algorithm.STAR and self.world_size > 2:
             await self._spread(job)
         elif self.rank == 0:
@@ -89,27 +90,27 @@ class Ranks:
             due = self._envelope(job, "partial", partial)
             total = await self._gather(due, partial)
         else:
-            payload, _ = encode(partial, job.wire)
+            payload, _ = encode(partial, job.comm_dtype)
             await self._links.send([0], self._envelope(job, "partial", partial).seal(payload))
         self._links.complete = self._links.step
         return total
 
-    def _next(self, partial: torch.Tensor, wire: Wire | None = None) -> _Sum:
+    def _next(self, partial: torch.Tensor, comm_dtype: CommDtype | None = None) -> _Sum:
         self._seq += 1
-        return _Sum(self._seq - 1, wire or self._how.wire, partial)
+        return _Sum(self._seq - 1, comm_dtype or self._how.comm_dtype, partial)
 
     # -- star ------------------------------------------------------------------------------
 
     async def _star_master(self, job: _Sum) -> torch.Tensor:
         due = self._envelope(job, "partial", job.partial)
-        total = await self._gather(due, rounded(job.partial, job.wire))
-        payload, total = encode(total, job.wire)
+        total = await self._gather(due, rounded(job.partial, job.comm_dtype))
+        payload, total = encode(total, job.comm_dtype)
         frame = self._envelope(job, "reduced", total).seal(payload)
         await self._links.send(self._links.others, frame)
         return total
 
     async def _star_worker(self, job: _Sum) -> torch.Tensor:
-        payload, _ = encode(job.partial, job.wire)
+        payload, _ = encode(job.partial, job.comm_dtype)
         sent = self._envelope(job, "partial", job.partial)
         await self._links.send([0], sent.seal(payload))
         due = self._envelope(job, "reduced", job.partial)
@@ -117,14 +118,14 @@ class Ranks:
         async with self._turn:
             return await self._links.receive(0, due)
 
-    # -- direct ----------------------------------------------------------------------------
+    # -- one-shot ---------------------------------------------------------------------------
 
-    async def _direct(self, job: _Sum) -> torch.Tensor:
-        payload, own = encode(job.partial, job.wire)
+    async def _one_shot(self, job: _Sum) -> torch.Tensor:
+        payload, own = encode(job.partial, job.comm_dtype)
         envelope = self._envelope(job, "partial", own)  # what is due is like what is sent
         frames = dict.fromkeys(self._links.others, envelope.seal(payload))
         total = await self._send_and(frames, self._gather(envelope, own))
-        return rounded(total, job.wire)  # as it comes out of the others
+        return rounded(total, job.comm_dtype)  # as it comes out of the others
 
     # -- two-shot --------------------------------------------------------------------------
 
@@ -132,7 +133,7 @@ class Ranks:
         flat = job.partial.view(-1)
         spans = _spans(len(flat), self.world_size)
         parts = [flat[span.start : span.stop] for span in spans]
-        encoded = [encode(part, job.wire) for part in parts]
+        encoded = [encode(part, job.comm_dtype) for part in parts]
         frames = {
             rank: self._envelope(job, "partial", parts[rank]).seal(encoded[rank][0])
             for rank in self._links.others
@@ -147,7 +148,7 @@ class Ranks:
         """Sum this rank's share, and exchange shares."""
         due = self._envelope(job, "partial", own)
         async with self._turn:
-            payload, mine = encode(await self._summed(due, own), job.wire)
+            payload, mine = encode(await self._summed(due, own), job.comm_dtype)
             frame = self._envelope(job, "reduced", mine).seal(payload)
             shares = self._shares(job, parts, mine)
             return await self._send_and(dict.fromkeys(self._links.others, frame), shares)
@@ -219,8 +220,10 @@ class Ranks:
         ready = self._ready.pop((kind, job.seq), None)
         if ready is not None and ready.shape == tensor.shape:
             return ready
-        nbytes = job.wire.nbytes(tensor.numel())
-        return Envelope(kind, self._links.step, job.seq, job.wire.dtype, tensor.shape, nbytes)
+        nbytes = job.comm_dtype.nbytes(tensor.numel())
+        return Envelope(
+            kind, self._links.step, job.seq, number_of(job.comm_dtype), tensor.shape, nbytes
+        )
 
     async def _send_and(self, frames: Mapping[int, Frame], receive: Coroutine[Any, Any, _T]) -> _T:
         """Send; and receive at the same time what is too large for buffers on the way.
@@ -245,6 +248,6 @@ class Ranks:
 
 def _spans(elements: int, world_size: int) -> list[Span]:
     """Cut a flat tensor into one share per rank, in whole blocks of those that share a scale."""
-    blocks = math.ceil(elements / BLOCK)
-    cuts = [min(elements, blocks * r // world_size * BLOCK) for r in range(world_size + 1)]
+    blocks = math.ceil(elements / SCALE_BLOCK)
+    cuts = [min(elements, blocks * r // world_size * SCALE_BLOCK) for r in range(world_size + 1)]
     return [Span(low, high) for low, high in itertools.pairwise(cuts)]

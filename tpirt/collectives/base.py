@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
-from enum import Enum
 from typing import Protocol
 
 import torch
 
-from tpirt.collectives.wire import Wire
+from tpirt.batch import DEFAULT_COLLECTIVE, Algorithm, Collective
+from tpirt.collectives.comm_dtype import comm_dtype_of
 from tpirt.errors import TransportError
 from tpirt.stopwatch import NETWORK, Recorder
 from tpirt.transport.pb import tpirt_pb2 as pb
@@ -19,52 +18,28 @@ class StepAborted(Exception):  # noqa: N818 - it is no error
     """The step was given up on the master's wish; not an error, and not a user's to see."""
 
 
-class Algorithm(Enum):
-    """How a sum comes about; R ranks, n bytes of a partial. The value is what users type.
-
-    Measured and left out: a ring moves as many bytes over each link as ``TWO_SHOT`` and needs
-    2 (R - 1) hops for it, so it is never faster where every pair of ranks is connected.
-    """
-
-    STAR = "star"  # through the master: 2 hops, 2 (R - 1) n bytes in all, the master's link bears
-    DIRECT = "direct"  # everyone to everyone: 1 hop, (R - 1) n bytes in and out of every rank
-    TWO_SHOT = "two-shot"  # reduce-scatter, all-gather: 2 hops, 2 (R - 1) / R n bytes per rank
-
-    @property
-    def number(self) -> pb.Algorithm:
-        """Its name in the protocol."""
-        return _NUMBERS[self]
+def algorithm_number(algorithm: Algorithm) -> pb.Algorithm:
+    """An algorithm's name in the protocol."""
+    return _NUMBERS[algorithm]
 
 
 _NUMBERS = {
     Algorithm.STAR: pb.STAR,
-    Algorithm.DIRECT: pb.DIRECT,
+    Algorithm.ONE_SHOT: pb.ONE_SHOT,
     Algorithm.TWO_SHOT: pb.TWO_SHOT,
 }
 
 
-@dataclass(frozen=True)
-class Collective:
-    """What the master decides for a step: the same on all ranks."""
+def collective_of(step: pb.Step) -> Collective:
+    """What a step's header asks for.
 
-    algorithm: Algorithm = Algorithm.STAR
-    wire: Wire = Wire.FLOAT32
-    halves: bool = False  # of a step's tokens, one computed while the other's sum is under way
-
-    @classmethod
-    def of(cls, step: pb.Step) -> Collective:
-        """What a step's header asks for.
-
-        Raises:
-            TransportError: something that this version does not know.
-        """
-        for algorithm, number in _NUMBERS.items():
-            if number == step.algorithm:
-                return cls(algorithm, Wire.of(step.wire), step.halves)
-        raise TransportError(f"step {step.step}: unknown algorithm {step.algorithm}")
-
-
-DEFAULT_COLLECTIVE = Collective()
+    Raises:
+        TransportError: something that this version does not know.
+    """
+    for algorithm, number in _NUMBERS.items():
+        if number == step.algorithm:
+            return Collective(algorithm, comm_dtype_of(step.comm_dtype), step.halves)
+    raise TransportError(f"step {step.step}: unknown algorithm {step.algorithm}")
 
 
 class Communicator(Protocol):
@@ -104,7 +79,7 @@ class Communicator(Protocol):
         """As :meth:`all_reduce`, but only rank 0 gets the sum; the others return at once."""
 
 
-class Solo:
+class SingleRankCommunicator:
     """The group of one rank: nothing to combine."""
 
     rank = 0
@@ -125,7 +100,7 @@ class Solo:
         return partial
 
 
-class Timed:
+class TimedCommunicator:
     """Any communicator, with the time in its collectives counted and recorded.
 
     Attributes:

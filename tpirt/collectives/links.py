@@ -14,7 +14,7 @@ import torch
 
 from tpirt import errors
 from tpirt.collectives.base import StepAborted
-from tpirt.collectives.wire import Wire, decode
+from tpirt.collectives.comm_dtype import comm_dtype_of, decode
 from tpirt.errors import PeerError, PeerLostError, TpirtError, TransportError
 from tpirt.transport.base import Channel
 from tpirt.transport.codec import Envelope, Frame
@@ -28,7 +28,7 @@ _MOST_GIVEN_UP = 4096  # messages of older ones have long been read
 Key = tuple[str, int]  # what a message is, and of which collective
 
 
-class Links:
+class LinkSet:
     """The channels of one rank, by the rank that each leads to.
 
     Attributes:
@@ -136,7 +136,7 @@ class Links:
         payload = None if frame is None else self._open(rank, frame, due)
         while payload is None:
             payload = await self._next(rank, due)
-        return decode(payload, Wire.of(due.dtype), due.shape)
+        return decode(payload, comm_dtype_of(due.dtype), due.shape)
 
     async def _next(self, rank: int, due: Envelope) -> memoryview | None:
         """Read one frame; None if it is not for now."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from tpirt.cluster.group import PeerInfo
+from tpirt.cluster.roster import PeerProfile
 from tpirt.config import ModelConfig
 from tpirt.errors import ConfigError
-from tpirt.parallel.format import DTYPES
+from tpirt.sharding.format import DTYPES
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class ChosenDtype:
         return DTYPES[self.name]
 
 
-def choose_dtype(config: ModelConfig, asked: str, peers: Sequence[PeerInfo]) -> ChosenDtype:
+def choose_dtype(config: ModelConfig, asked: str, peers: Sequence[PeerProfile]) -> ChosenDtype:
     """Take what was asked for, or what the checkpoint and every peer's CPU suggest.
 
     Raises:

@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from tpirt.cluster.group import Group, PeerInfo, meet_peers, memory_limits
+from tpirt.cluster.collective_policy import CollectiveOptions
+from tpirt.cluster.group import Group
 from tpirt.cluster.launcher import LocalPeers
 from tpirt.cluster.machine import default_threads
+from tpirt.cluster.provision import SliceMaker, distribute
 from tpirt.cluster.rank import Limits
-from tpirt.cluster.slices import SliceMaker
-from tpirt.cluster.sums import SumOptions
+from tpirt.cluster.roster import PeerProfile, memory_limits, profile_peers
 from tpirt.cluster.tracing import TRACE_SPANS
 from tpirt.config import ModelConfig
 from tpirt.engine.defaults import GenerationDefaults
@@ -33,8 +34,8 @@ from tpirt.engine.trace_file import TraceFile
 from tpirt.errors import ConfigError, MemoryLimitError, RequestError
 from tpirt.model.memory import RankPlan, choose_chunk_tokens, logits_tokens, plan_rank
 from tpirt.ops.quant import QuantSpec
-from tpirt.parallel.format import WeightFormat
-from tpirt.parallel.partition import make_plan
+from tpirt.sharding.format import WeightFormat
+from tpirt.sharding.partition import make_plan
 from tpirt.text import StopMatcher, Tokenizer
 from tpirt.transport.base import PeerClient
 from tpirt.transport.grpc import GrpcPeerClient
@@ -51,8 +52,8 @@ from tpirt.types import (
 from tpirt.weights.checkpoint import Checkpoint, check_tensors, resolve_tied
 from tpirt.weights.names import EMBEDDING
 from tpirt.weights.store import SliceStore, default_store
+from tpirt.weights.streamer import MIN_SLOTS
 from tpirt.weights.synthetic import AnyCheckpoint, SyntheticCheckpoint, is_synthetic
-from tpirt.weights.window import MIN_SLOTS
 
 Prompt = str | Sequence[int] | Sequence[Message]
 
@@ -83,7 +84,7 @@ class LoadPlan:
 
     dtype: ChosenDtype
     ranks: tuple[RankPlan, ...]
-    peers: tuple[PeerInfo, ...]
+    peers: tuple[PeerProfile, ...]
     limits: tuple[Limits, ...]
 
 
@@ -97,7 +98,7 @@ class Engine:
         self,
         model: Model,
         group: Group,
-        peers: Sequence[PeerInfo],
+        peers: Sequence[PeerProfile],
         chunk_tokens: int,
         loss_tokens: int,
     ):
@@ -128,7 +129,7 @@ class Engine:
         dtype: str = "auto",
         quantize: str = "none",
         collective: str = "auto",
-        wire: str = "auto",
+        comm_dtype: str = "auto",
         threads: int | None = None,
         chunk_tokens: int | None = None,
         store: str | Path | None = None,
@@ -152,10 +153,10 @@ class Engine:
             dtype: ``auto``, ``float32`` or ``bfloat16``.
             quantize: ``none``, ``int8``, ``int4`` or ``int4:GROUP`` with 32, 64 or 128: how the
                 projections are stored; the LM head is kept in 8 bits at least.
-            collective: how the ranks' results are summed: ``star``, ``direct``, ``two-shot``, or
+            collective: how the ranks' results are summed: ``star``, ``one-shot``, ``two-shot``, or
                 ``auto``: what suits the links, as measured.
-            wire: form of the sums between ranks: ``float32``, ``bfloat16``, ``int8``, or ``auto``:
-                float32 for a float32 run, else bfloat16.
+            comm_dtype: dtype of the sums between ranks: ``float32``, ``bfloat16``, ``int8``, or
+                ``auto``: float32 for a float32 run, else bfloat16.
             threads: compute threads per process; the machine's cores shared out when absent.
             chunk_tokens: most tokens of a prefill step; chosen by ``memory_bytes`` when absent.
             store: folder of this machine's slices; when absent ``~/.cache/tpirt/slices``, or a
@@ -179,7 +180,7 @@ class Engine:
             raise ConfigError("local and peers exclude each other: give one of them")
         _check_options(window, memory_bytes, threads, chunk_tokens, timeout_s)
         quant = QuantSpec.parse(quantize)
-        sums = SumOptions.parse(collective, wire)
+        sums = CollectiveOptions.parse(collective, comm_dtype)
         world_size = len(peers) + 1 if peers else local
         async with AsyncExitStack() as stack:
             trace_file = stack.enter_context(TraceFile(Path(trace))) if trace is not None else None
@@ -198,7 +199,7 @@ class Engine:
             clients = [GrpcPeerClient(p) if isinstance(p, str) else p for p in peers]
             group = Group(clients, timeout_s)
             stack.push_async_callback(group.aclose)
-            infos = await meet_peers(clients, threads)
+            infos = await profile_peers(clients, threads)
             chosen = choose_dtype(config, dtype, infos)
             forms = [WeightFormat(chosen.dtype, quant, peer.int4_layout) for peer in infos]
             makers = [SliceMaker(model_dir.checkpoint, config, form) for form in forms]
@@ -209,7 +210,7 @@ class Engine:
             if on_plan is not None:
                 ranks = (plan_rank(config, plan, r, f, chunk) for r, f in enumerate(forms))
                 on_plan(LoadPlan(chosen, tuple(ranks), tuple(infos), bounds))
-            await group.distribute(makers, plan, slices, progress)
+            await distribute(makers, plan, slices, clients, timeout_s, progress)
             await group.start(makers, plan, slices, bounds, infos, sums, progress)
             loss_tokens = logits_tokens(config, plan.shards[0], world_size, chunk)
             engine = cls(model_dir, group, infos, chunk, loss_tokens)

@@ -24,8 +24,8 @@ from tpirt.model.kv_cache import KVCache
 from tpirt.ops.nn import ACTIVATIONS, attention, gated_mlp, rms_norm
 from tpirt.ops.quant_linear import ROWS_UNIT, KernelChoice, MatrixShape, QuantMatrix, linear
 from tpirt.ops.rope import inverse_frequencies, rotate, rotation
-from tpirt.parallel.partition import Shard, Span
-from tpirt.parallel.sharding import Block
+from tpirt.sharding.blocks import Block
+from tpirt.sharding.partition import Shard, Span
 from tpirt.stopwatch import COMPUTE, Recorder
 from tpirt.weights.layout import Weights
 
@@ -35,7 +35,7 @@ _INLINE_TOKENS = 8
 
 
 class WeightSource(Protocol):
-    """Where blocks come from; :class:`tpirt.weights.window.Window` is one."""
+    """Where blocks come from; :class:`tpirt.weights.streamer.WeightStreamer` is one."""
 
     blocks: Sequence[Block]
 

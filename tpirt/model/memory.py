@@ -11,9 +11,9 @@ import torch
 
 from tpirt.config import ModelConfig
 from tpirt.ops.nn import MASK_ELEMENTS
-from tpirt.parallel.format import WeightFormat
-from tpirt.parallel.partition import Plan, Shard
-from tpirt.parallel.sharding import rank_blocks
+from tpirt.sharding.blocks import rank_blocks
+from tpirt.sharding.format import WeightFormat
+from tpirt.sharding.partition import Plan, Shard
 from tpirt.weights.layout import file_bytes
 from tpirt.weights.reader import buffer_bytes
 

@@ -15,7 +15,7 @@ import torch
 
 from tpirt.ops.buffers import Region
 from tpirt.ops.quant_linear import QuantMatrix
-from tpirt.parallel.sharding import Block, StoredTensor
+from tpirt.sharding.blocks import Block, StoredTensor
 
 PAGE_BYTES = 4096
 

@@ -12,9 +12,9 @@ from collections.abc import Iterable
 import torch
 
 from tpirt.config import ModelConfig
-from tpirt.parallel.format import WeightFormat
-from tpirt.parallel.partition import make_plan
-from tpirt.parallel.sharding import layer_blocks
+from tpirt.sharding.blocks import layer_blocks
+from tpirt.sharding.format import WeightFormat
+from tpirt.sharding.partition import make_plan
 
 PREFIX = "model."
 EMBEDDING = "embed_tokens.weight"

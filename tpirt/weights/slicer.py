@@ -22,7 +22,7 @@ from tpirt.errors import CheckpointError
 from tpirt.ops.buffers import page_buffer, tensor_bytes
 from tpirt.ops.quant_layout import local_regions, quantize_rows
 from tpirt.ops.quant_rounding import Workspace, rows_at_once
-from tpirt.parallel.sharding import Block, Piece, StoredTensor
+from tpirt.sharding.blocks import Block, Piece, StoredTensor
 from tpirt.weights.checkpoint import Checkpoint
 from tpirt.weights.layout import block_header
 

@@ -25,9 +25,9 @@ import xxhash
 
 from tpirt.errors import StoreError
 from tpirt.ops.buffers import page_buffer, tensor_bytes
-from tpirt.parallel.format import WeightFormat
-from tpirt.parallel.partition import Shard, Span
-from tpirt.parallel.sharding import Block
+from tpirt.sharding.blocks import Block
+from tpirt.sharding.format import WeightFormat
+from tpirt.sharding.partition import Shard, Span
 from tpirt.types import Progress, ProgressCallback, ignore_progress
 from tpirt.weights.layout import file_bytes
 from tpirt.weights.reader import buffer_bytes, read_file
@@ -59,7 +59,7 @@ class BlockFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a slice holds, and in which form; see :class:`tpirt.parallel.format.WeightFormat`."""
+    """What a slice holds, and in which form; see :class:`tpirt.sharding.format.WeightFormat`."""
 
     slice_id: str
     fingerprint: str

@@ -28,9 +28,9 @@ from tpirt.config import ModelConfig
 from tpirt.errors import CheckpointError
 from tpirt.ops.buffers import Region, tensor_bytes
 from tpirt.ops.quant_layout import PORTABLE_LAYOUT, local_layout
-from tpirt.parallel.format import WeightFormat
-from tpirt.parallel.partition import Plan, Shard
-from tpirt.parallel.sharding import Block, StoredTensor
+from tpirt.sharding.blocks import Block, StoredTensor
+from tpirt.sharding.format import WeightFormat
+from tpirt.sharding.partition import Plan, Shard
 from tpirt.weights.checkpoint import Checkpoint
 from tpirt.weights.layout import block_header
 

@@ -17,14 +17,14 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 class Algorithm(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     STAR: _ClassVar[Algorithm]
-    DIRECT: _ClassVar[Algorithm]
+    ONE_SHOT: _ClassVar[Algorithm]
     TWO_SHOT: _ClassVar[Algorithm]
 DTYPE_UNSPECIFIED: DType
 FLOAT32: DType
 BFLOAT16: DType
 INT8: DType
 STAR: Algorithm
-DIRECT: Algorithm
+ONE_SHOT: Algorithm
 TWO_SHOT: Algorithm
 
 class HelloRequest(_message.Message):
@@ -240,14 +240,14 @@ class LinkState(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., latency_s: _Optional[float] = ..., bytes_per_s: _Optional[float] = ..., failure: _Optional[str] = ..., via: _Optional[str] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("step", "start", "tokens", "rope_length", "prefill", "algorithm", "wire", "halves", "outputs", "dtype")
+    __slots__ = ("step", "start", "tokens", "rope_length", "prefill", "algorithm", "comm_dtype", "halves", "outputs", "dtype")
     STEP_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     ROPE_LENGTH_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     ALGORITHM_FIELD_NUMBER: _ClassVar[int]
-    WIRE_FIELD_NUMBER: _ClassVar[int]
+    COMM_DTYPE_FIELD_NUMBER: _ClassVar[int]
     HALVES_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -257,11 +257,11 @@ class Step(_message.Message):
     rope_length: int
     prefill: bool
     algorithm: Algorithm
-    wire: DType
+    comm_dtype: DType
     halves: bool
     outputs: int
     dtype: DType
-    def __init__(self, step: _Optional[int] = ..., start: _Optional[int] = ..., tokens: _Optional[int] = ..., rope_length: _Optional[int] = ..., prefill: _Optional[bool] = ..., algorithm: _Optional[_Union[Algorithm, str]] = ..., wire: _Optional[_Union[DType, str]] = ..., halves: _Optional[bool] = ..., outputs: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ...) -> None: ...
+    def __init__(self, step: _Optional[int] = ..., start: _Optional[int] = ..., tokens: _Optional[int] = ..., rope_length: _Optional[int] = ..., prefill: _Optional[bool] = ..., algorithm: _Optional[_Union[Algorithm, str]] = ..., comm_dtype: _Optional[_Union[DType, str]] = ..., halves: _Optional[bool] = ..., outputs: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ...) -> None: ...
 
 class Abort(_message.Message):
     __slots__ = ("step",)

@@ -24,8 +24,8 @@ from tpirt.config import ModelConfig
 from tpirt.ops.buffers import ALIGN, Region, round_up
 from tpirt.ops.quant import AS_THEY_ARE, QuantSpec
 from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout, local_regions
-from tpirt.parallel.format import WeightFormat
-from tpirt.parallel.partition import Shard, Span
+from tpirt.sharding.format import WeightFormat
+from tpirt.sharding.partition import Shard, Span
 
 # Pieces of the MLP are no larger than this. Halving it again was no faster streamed, and slower
 # resident, for every piece is two more matrix products.

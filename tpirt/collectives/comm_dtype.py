@@ -7,73 +7,51 @@ read of it: :func:`encode` returns both.
 from __future__ import annotations
 
 import math
-from enum import Enum
 
 import torch
 import torch.nn.functional as F
 
+from tpirt.batch import SCALE_BLOCK, CommDtype
 from tpirt.errors import TransportError
 from tpirt.ops.buffers import tensor_bytes
 from tpirt.transport.codec import read_tensor
 from tpirt.transport.pb import tpirt_pb2 as pb
 
-# Elements that share a scale in int8: 3 % more bytes, and an outlier spoils no more than these.
-BLOCK = 128
+
+def comm_dtype_of(dtype: int) -> CommDtype:
+    """The form that the protocol calls ``dtype``.
+
+    Raises:
+        TransportError: none that this version knows.
+    """
+    for known, number in _DTYPES.items():
+        if number == dtype:
+            return known
+    raise TransportError(f"tensor of unknown dtype {dtype}")
 
 
-class Wire(Enum):
-    """Form of a tensor on the wire; the value is what users type."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    INT8 = "int8"
-
-    @property
-    def dtype(self) -> pb.DType:
-        """Its name in the protocol."""
-        return _DTYPES[self]
-
-    @classmethod
-    def keeping(cls, dtype: torch.dtype) -> Wire:
-        """The form that loses nothing of a tensor that is float32 or bfloat16."""
-        return cls.BFLOAT16 if dtype is torch.bfloat16 else cls.FLOAT32
-
-    @classmethod
-    def of(cls, dtype: int) -> Wire:
-        """The form that the protocol calls ``dtype``.
-
-        Raises:
-            TransportError: none that this version knows.
-        """
-        for wire, known in _DTYPES.items():
-            if known == dtype:
-                return wire
-        raise TransportError(f"tensor of unknown dtype {dtype}")
-
-    def nbytes(self, elements: int) -> int:
-        """Bytes that so many elements take."""
-        if self is Wire.INT8:
-            return elements + 4 * math.ceil(elements / BLOCK)
-        return elements * (4 if self is Wire.FLOAT32 else 2)
+def number_of(comm_dtype: CommDtype) -> pb.DType:
+    """A form's name in the protocol."""
+    return _DTYPES[comm_dtype]
 
 
-_DTYPES = {Wire.FLOAT32: pb.FLOAT32, Wire.BFLOAT16: pb.BFLOAT16, Wire.INT8: pb.INT8}
+_DTYPES = {CommDtype.FLOAT32: pb.FLOAT32, CommDtype.BFLOAT16: pb.BFLOAT16, CommDtype.INT8: pb.INT8}
 
 
-def rounded(tensor: torch.Tensor, wire: Wire) -> torch.Tensor:
+def rounded(tensor: torch.Tensor, comm_dtype: CommDtype) -> torch.Tensor:
     """A tensor as the readers of its payload will have it; in float32 itself."""
-    return tensor if wire is Wire.FLOAT32 else encode(tensor, wire)[1]
+    return tensor if comm_dtype is CommDtype.FLOAT32 else encode(tensor, comm_dtype)[1]
 
 
-def encode(tensor: torch.Tensor, wire: Wire) -> tuple[memoryview, torch.Tensor]:
+def encode(tensor: torch.Tensor, comm_dtype: CommDtype) -> tuple[memoryview, torch.Tensor]:
     """Serialise a contiguous tensor, float32 or bfloat16.
 
     Returns:
         The payload, and the tensor as its readers will have it, the same shape: in bfloat16 that
         dtype, else float32. It is the given one where nothing had to be done.
     """
-    if wire is not Wire.INT8:
-        form = tensor.float() if wire is Wire.FLOAT32 else tensor.to(torch.bfloat16)
+    if comm_dtype is not CommDtype.INT8:
+        form = tensor.float() if comm_dtype is CommDtype.FLOAT32 else tensor.to(torch.bfloat16)
         return tensor_bytes(form), form
     blocks = _blocks(tensor.float())
     scales = blocks.abs().amax(1) / 127
@@ -83,7 +61,9 @@ def encode(tensor: torch.Tensor, wire: Wire) -> tuple[memoryview, torch.Tensor]:
     return tensor_bytes(payload), _scaled(codes, scales).view(tensor.shape)
 
 
-def decode(payload: memoryview | bytes, wire: Wire, shape: tuple[int, ...]) -> torch.Tensor:
+def decode(
+    payload: memoryview | bytes, comm_dtype: CommDtype, shape: tuple[int, ...]
+) -> torch.Tensor:
     """Read a payload of :func:`encode`: a tensor of the caller's own, of the dtype it tells.
 
     The payload's memory becomes the tensor's where that may be written to.
@@ -91,12 +71,12 @@ def decode(payload: memoryview | bytes, wire: Wire, shape: tuple[int, ...]) -> t
     Raises:
         TransportError: a payload whose length is not that of the shape.
     """
-    if wire is not Wire.INT8:
-        return read_tensor(payload, wire.dtype, shape)
+    if comm_dtype is not CommDtype.INT8:
+        return read_tensor(payload, number_of(comm_dtype), shape)
     elements = math.prod(shape)
-    if len(payload) != wire.nbytes(elements):
+    if len(payload) != comm_dtype.nbytes(elements):
         raise TransportError(
-            f"tensor {shape} in {wire.value}: expected {wire.nbytes(elements)} bytes, "
+            f"tensor {shape} in {comm_dtype.value}: expected {comm_dtype.nbytes(elements)} bytes, "
             f"got {len(payload)}"
         )
     if not elements:
@@ -110,7 +90,7 @@ def decode(payload: memoryview | bytes, wire: Wire, shape: tuple[int, ...]) -> t
 
 def _blocks(tensor: torch.Tensor) -> torch.Tensor:
     flat = tensor.reshape(-1)
-    return F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    return F.pad(flat, (0, -len(flat) % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
 
 
 def _scaled(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

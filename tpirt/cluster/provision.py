@@ -6,15 +6,17 @@ import asyncio
 import contextlib
 import threading
 import zlib
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tpirt.cluster.cancellation import in_thread
+from tpirt.cluster.roster import hello
+from tpirt.collectives.base import StepAborted
 from tpirt.config import ModelConfig
 from tpirt.errors import PeerLostError, StoreError
-from tpirt.parallel.format import WeightFormat
-from tpirt.parallel.partition import Plan, Shard
-from tpirt.parallel.sharding import rank_blocks
+from tpirt.sharding.blocks import rank_blocks
+from tpirt.sharding.format import WeightFormat
+from tpirt.sharding.partition import Plan, Shard
 from tpirt.transport.base import PeerClient
 from tpirt.transport.pb import tpirt_pb2 as pb
 from tpirt.types import Progress, ProgressCallback
@@ -178,3 +180,46 @@ def split_model(
 ) -> list[StoredSlice]:
     """Write every rank's slice, rank ``r`` into ``stores[r]``; see :func:`write_slice`."""
     return [write_slice(maker, plan, rank, store, progress) for rank, store in enumerate(stores)]
+
+
+async def distribute(
+    makers: Sequence[SliceMaker],
+    plan: Plan,
+    store: SliceStore,
+    clients: Sequence[PeerClient],
+    timeout_s: float,
+    progress: ProgressCallback,
+) -> None:
+    """Provide every rank with its slice: rank 0 in ``store``, workers in their own stores.
+
+    ``makers[r]`` makes rank ``r``'s slice in the format of its CPU. What ``store`` has is sent as
+    it is; the rest is cut.
+
+    Raises:
+        CheckpointError, StoreError, PeerLostError: the slice could not be made or kept.
+    """
+    await _in_thread(write_slice, makers[0], plan, 0, store, progress)
+    # One after another: in parallel they would compete for the same disk.
+    for rank, client in enumerate(clients, start=1):
+        slice_id = makers[rank].manifest(plan.shards[rank]).slice_id
+        if not (await hello(client, slice_id)).has_slice:
+            await send_slice(makers[rank], plan, rank, store, client, progress, timeout_s)
+
+
+async def _in_thread(
+    write: Callable[[SliceMaker, Plan, int, SliceStore, ProgressCallback], StoredSlice],
+    maker: SliceMaker,
+    plan: Plan,
+    rank: int,
+    store: SliceStore,
+    progress: ProgressCallback,
+) -> StoredSlice:
+    """Run ``write`` in a thread; cancelled, it has ended and left nothing when this raises."""
+    cancelled = threading.Event()
+
+    def report(step: Progress) -> None:
+        if cancelled.is_set():
+            raise StepAborted
+        progress(step)
+
+    return await in_thread(write, maker, plan, rank, store, report, on_cancel=cancelled.set)

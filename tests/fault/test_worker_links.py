@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tpirt.cluster import mesh
-from tpirt.cluster.mesh import Switchboard
+from tpirt.cluster import worker_links as mesh
+from tpirt.cluster.worker_links import Switchboard
 from tpirt.errors import PeerUnreachableError, TransportError
 from tpirt.testing.cluster import MemoryPeerClient, memory_engine
 from tpirt.transport.base import Channel
@@ -27,7 +27,7 @@ async def answer(model: Path, store: Path, **options: str) -> tuple[list[int], s
         return completion.token_ids, engine.notice, engine.explain()
 
 
-@pytest.mark.parametrize("collective", ["auto", "direct", "two-shot"])
+@pytest.mark.parametrize("collective", ["auto", "one-shot", "two-shot"])
 async def test_unreachable_worker(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, collective: str
 ) -> None:
@@ -99,7 +99,7 @@ async def test_a_failure_in_one_worker_frees_the_others_in_direct_exchange(
         check(self, start, tokens, rope_length, outputs)
 
     monkeypatch.setattr(RankRuntime, "check_step", once)
-    for algorithm in ("direct", "two-shot"):
+    for algorithm in ("one-shot", "two-shot"):
         failing["left"] = 1
         async with (
             asyncio.timeout(20),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tpirt.cluster.probing import answer, answer_all, measure, round_trip, send_last
-from tpirt.collectives.links import Links
+from tpirt.collectives.links import LinkSet
 from tpirt.errors import TpirtError, TransportError
 from tpirt.transport.base import Channel, PeerClient
 from tpirt.transport.codec import Frame
@@ -79,10 +79,10 @@ class Switchboard:
             caller.done.set()
 
 
-class Mesh:
+class WorkerLinks:
     """One worker's links to the others of its session."""
 
-    def __init__(self, links: Links, connect: Connect | None, board: Switchboard):
+    def __init__(self, links: LinkSet, connect: Connect | None, board: Switchboard):
         self._links = links
         self._connect = connect
         self._board = board

@@ -16,15 +16,15 @@ import pytest
 import torch
 
 from tpirt.errors import MemoryLimitError, StoreError
-from tpirt.parallel.format import WeightFormat
-from tpirt.parallel.partition import Shard, Span
-from tpirt.parallel.sharding import Block, StoredTensor
+from tpirt.sharding.blocks import Block, StoredTensor
+from tpirt.sharding.format import WeightFormat
+from tpirt.sharding.partition import Shard, Span
 from tpirt.types import Progress, ignore_progress
-from tpirt.weights import window as module
+from tpirt.weights import streamer as module
 from tpirt.weights.layout import block_header
 from tpirt.weights.reader import buffer_bytes
 from tpirt.weights.store import Manifest, SliceStore, StoredSlice
-from tpirt.weights.window import Window
+from tpirt.weights.streamer import WeightStreamer
 
 COUNT = 6
 FLOATS = 500
@@ -50,8 +50,8 @@ def stored(tmp_path: Path) -> tuple[StoredSlice, list[Block]]:
 @asynccontextmanager
 async def opened(
     stored: tuple[StoredSlice, Sequence[Block]], **limits: Any
-) -> AsyncIterator[Window]:
-    window = Window(*stored, **limits)
+) -> AsyncIterator[WeightStreamer]:
+    window = WeightStreamer(*stored, **limits)
     try:
         async with asyncio.timeout(20):
             yield window
@@ -59,7 +59,7 @@ async def opened(
         await window.aclose()
 
 
-async def visit(window: Window, index: int) -> None:
+async def visit(window: WeightStreamer, index: int) -> None:
     tensors = await window.acquire(index)
     assert tensors["t"].eq(index).all()
     window.release(index)

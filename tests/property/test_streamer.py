@@ -18,15 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpirt.errors import MemoryLimitError
-from tpirt.parallel.format import WeightFormat
-from tpirt.parallel.partition import Shard, Span
-from tpirt.parallel.sharding import Block, StoredTensor
+from tpirt.sharding.blocks import Block, StoredTensor
+from tpirt.sharding.format import WeightFormat
+from tpirt.sharding.partition import Shard, Span
 from tpirt.types import ignore_progress
-from tpirt.weights import window as module
+from tpirt.weights import streamer as module
 from tpirt.weights.layout import block_header
 from tpirt.weights.reader import buffer_bytes
 from tpirt.weights.store import Manifest, SliceStore, StoredSlice
-from tpirt.weights.window import Window, plan_window
+from tpirt.weights.streamer import WeightStreamer, plan_streaming
 
 SIZES = st.lists(st.integers(1, 1000), min_size=1, max_size=20)
 
@@ -46,9 +46,9 @@ def test_plan_stays_within_its_bounds(
         fits_two = 2 * max(sizes) <= budget
     if not fits_all and not fits_two:
         with pytest.raises(MemoryLimitError):
-            plan_window(sizes, max_blocks, budget)
+            plan_streaming(sizes, max_blocks, budget)
         return
-    plan = plan_window(sizes, max_blocks, budget)
+    plan = plan_streaming(sizes, max_blocks, budget)
     pinned = sum(sizes[i] for i in plan.pinned)
     assert pinned + plan.slots * plan.slot_bytes <= budget
     if len(plan.pinned) < len(sizes):
@@ -64,7 +64,7 @@ def test_smaller_budget_pins_a_subset(sizes: list[int], budgets: list[int]) -> N
     plans = []
     for budget in sorted(budgets):
         try:
-            plans.append(plan_window(sizes, None, budget))
+            plans.append(plan_streaming(sizes, None, budget))
         except MemoryLimitError:
             assert not plans  # what fitted less fits more
     for smaller, larger in pairwise(plans):
@@ -73,7 +73,7 @@ def test_smaller_budget_pins_a_subset(sizes: list[int], budgets: list[int]) -> N
 
 @given(sizes=SIZES, max_blocks=st.integers(2, 25))
 def test_block_bound_alone(sizes: list[int], max_blocks: int) -> None:
-    plan = plan_window(sizes, max_blocks)
+    plan = plan_streaming(sizes, max_blocks)
     assert len(plan.pinned) + plan.slots <= max(max_blocks, len(plan.pinned))
     assert plan.slots == (0 if max_blocks >= len(sizes) else max_blocks)
 
@@ -175,7 +175,7 @@ async def use(
         patch.setattr(os, "preadv", gated)
         patch.setattr(module, "page_buffer", buffers.make)
         budget = budget_of(percent)
-        window = Window(stored, blocks, budget_bytes=budget)
+        window = WeightStreamer(stored, blocks, budget_bytes=budget)
         try:
             if preload:
                 await window.preload(ignore_progress)
@@ -213,7 +213,7 @@ async def use(
             await window.aclose()
 
 
-async def visit(window: Window, index: int) -> None:
+async def visit(window: WeightStreamer, index: int) -> None:
     tensors = await window.acquire(index)
     await asyncio.sleep(0)  # let reading go on while the block is in use
     values = tensors["t"]
@@ -222,7 +222,7 @@ async def visit(window: Window, index: int) -> None:
     window.release(index)
 
 
-async def give_up(window: Window, index: int) -> None:
+async def give_up(window: WeightStreamer, index: int) -> None:
     """Begin to acquire and be cancelled, as an aborted step does."""
     task = asyncio.ensure_future(window.acquire(index))
     await asyncio.sleep(0)
@@ -241,7 +241,7 @@ def test_resident_reads_nothing_twice(
     stored, blocks = write_blocks(tmp_path_factory.mktemp("slice"), counts)
 
     async def run() -> None:
-        window = Window(stored, blocks)
+        window = WeightStreamer(stored, blocks)
         try:
             if preload:
                 await window.preload(ignore_progress)
@@ -263,7 +263,7 @@ def test_streaming_in_order_reads_each_block_once_a_step(
     stored, blocks = write_blocks(tmp_path_factory.mktemp("slice"), counts)
 
     async def run() -> None:
-        window = Window(stored, blocks, max_blocks=max_blocks)
+        window = WeightStreamer(stored, blocks, max_blocks=max_blocks)
         try:
             for _ in range(rounds):
                 for index in range(len(blocks)):
@@ -282,7 +282,7 @@ def test_all_buffers_go_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "page_buffer", buffers.make)
 
     async def run(budget: int) -> Callable[[], Any]:
-        window = Window(stored, blocks, budget_bytes=budget)
+        window = WeightStreamer(stored, blocks, budget_bytes=budget)
         for index in (*range(6), *range(4)):
             await visit(window, index)
         await window.aclose()

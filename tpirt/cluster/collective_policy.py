@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from tpirt.batch import Algorithm, Collective, CommDtype
 from tpirt.cluster.probing import measure
-from tpirt.collectives.base import Algorithm, Collective
-from tpirt.collectives.choosing import Chooser, Machine, Topology
-from tpirt.collectives.wire import Wire
+from tpirt.collectives.cost_model import Chooser, Machine, Topology
 from tpirt.errors import ConfigError, TransportError
 from tpirt.transport.base import Channel
 from tpirt.transport.codec import Frame
@@ -23,15 +22,15 @@ _DECODED_TOKENS = 8  # steps of more are not learnt from: their ranks wait for e
 
 
 @dataclass(frozen=True)
-class SumOptions:
+class CollectiveOptions:
     """What the user asks for; None leaves it to us."""
 
     algorithm: Algorithm | None = None
-    wire: Wire | None = None
+    comm_dtype: CommDtype | None = None
 
     @classmethod
-    def parse(cls, collective: str, wire: str) -> SumOptions:
-        """Read the values of ``--collective`` and ``--wire``.
+    def parse(cls, collective: str, comm_dtype: str) -> CollectiveOptions:
+        """Read the values of ``--collective`` and ``--comm-dtype``.
 
         Raises:
             ConfigError: none that there is.
@@ -42,19 +41,19 @@ class SumOptions:
             names = ", ".join([AUTO, *(known.value for known in Algorithm)])
             raise ConfigError(f"collective {collective!r}: expected one of {names}") from None
         try:
-            return cls(algorithm, None if wire == AUTO else Wire(wire))
+            return cls(algorithm, None if comm_dtype == AUTO else CommDtype(comm_dtype))
         except ValueError:
-            names = ", ".join([AUTO, *(known.value for known in Wire)])
-            raise ConfigError(f"wire {wire!r}: expected one of {names}") from None
+            names = ", ".join([AUTO, *(known.value for known in CommDtype)])
+            raise ConfigError(f"comm_dtype {comm_dtype!r}: expected one of {names}") from None
 
-    def wire_for(self, dtype: torch.dtype) -> Wire:
+    def wire_for(self, dtype: torch.dtype) -> CommDtype:
         """The form of sums where products are of ``dtype``: no finer than they are."""
-        if self.wire is not None:
-            return self.wire
-        return Wire.keeping(dtype)
+        if self.comm_dtype is not None:
+            return self.comm_dtype
+        return CommDtype.keeping(dtype)
 
 
-class Sums:
+class CollectivePolicy:
     """The master's choice of collectives, step by step.
 
     Attributes:
@@ -62,11 +61,13 @@ class Sums:
         detours: links whose frames go through gRPC, and why, a line each.
     """
 
-    def __init__(self, chooser: Chooser, options: SumOptions, wire: Wire, hidden_size: int):
+    def __init__(
+        self, chooser: Chooser, options: CollectiveOptions, comm_dtype: CommDtype, hidden_size: int
+    ):
         self.notice = ""
         self.detours: list[str] = []
         self._chooser = chooser
-        self._wire = wire
+        self._comm_dtype = comm_dtype
         self._hidden_size = hidden_size
         self._fixed = options.algorithm if chooser.topology.complete else Algorithm.STAR
 
@@ -83,7 +84,9 @@ class Sums:
             not topology.on_loopback
             and self._chooser.predicted_s(algorithm, nbytes) > _WORTH_HIDING_S
         )
-        return Collective(algorithm, self._wire, halves=slow and tokens >= _LEAST_HALVED)
+        return Collective(
+            algorithm, self._comm_dtype, micro_batches=slow and tokens >= _LEAST_HALVED
+        )
 
     def learn(self, tokens: int, algorithm: Algorithm, measured_s: float) -> None:
         """Account for what a step's allreduces took at the median."""
@@ -96,21 +99,21 @@ class Sums:
         lines = [*self.detours, *self._chooser.explain(sizes)]
         if self._fixed is not None:
             lines.append(f"used: {self._fixed.value} ({self.notice or 'as asked for'})")
-        return [*lines, f"on the wire: {self._wire.value}"]
+        return [*lines, f"on the wire: {self._comm_dtype.value}"]
 
     def _nbytes(self, tokens: int) -> int:
-        return self._wire.nbytes(tokens * self._hidden_size)
+        return self._comm_dtype.nbytes(tokens * self._hidden_size)
 
 
 async def meet(
     channels: Sequence[Channel],
     links: Sequence[Sequence[pb.LinkState]],
     machines: Sequence[Machine],
-    options: SumOptions,
-    wire: Wire,
+    options: CollectiveOptions,
+    comm_dtype: CommDtype,
     hidden_size: int,
     timeout_s: float,
-) -> Sums:
+) -> CollectivePolicy:
     """Measure the master's links, add what the workers measured, and decide.
 
     Args:
@@ -118,7 +121,7 @@ async def meet(
         links: what each worker said of its links to the others; empty where none were wanted.
         machines: who shares cores with whom.
         options: what the user asks for.
-        wire: form of the sums.
+        comm_dtype: form of the sums.
         hidden_size: H.
         timeout_s: longest silence of a worker.
 
@@ -150,7 +153,7 @@ async def meet(
                 via[pair] = state.via
     complete = linked and not failures
     topology = Topology(len(channels) + 1, latency, rate, complete, tuple(machines))
-    sums = Sums(Chooser(topology), options, wire, hidden_size)
+    sums = CollectivePolicy(Chooser(topology), options, comm_dtype, hidden_size)
     sums.detours = [
         f"link {i}-{j}: over {how}" for (i, j), how in sorted(via.items()) if how.startswith("grpc")
     ]

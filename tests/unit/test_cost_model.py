@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpirt.cluster.sums import SumOptions
-from tpirt.collectives.base import Algorithm
-from tpirt.collectives.choosing import Chooser, Topology, predict_s
+from tpirt.batch import Algorithm
+from tpirt.cluster.collective_policy import CollectiveOptions
+from tpirt.collectives.cost_model import Chooser, Topology, predict_s
 from tpirt.errors import ConfigError
 
 
@@ -25,12 +25,12 @@ def even(world: int, latency_s: float, mbit: float, complete: bool = True) -> To
 
 def test_two_ranks_exchange_directly_whatever_the_size() -> None:
     chooser = Chooser(even(2, 0.001, 300))
-    assert {chooser.choose(size) for size in (1, 1 << 14, 1 << 26)} == {Algorithm.DIRECT}
+    assert {chooser.choose(size) for size in (1, 1 << 14, 1 << 26)} == {Algorithm.ONE_SHOT}
 
 
 def test_latency_makes_for_one_hop_and_bytes_for_two() -> None:
     chooser = Chooser(even(8, 0.005, 300))
-    assert chooser.choose(8 << 10) is Algorithm.DIRECT
+    assert chooser.choose(8 << 10) is Algorithm.ONE_SHOT
     assert chooser.choose(4 << 20) is Algorithm.TWO_SHOT
 
 
@@ -58,11 +58,11 @@ def decode(chooser: Chooser, size: int, took_s: dict[Algorithm, float], tokens: 
 def test_what_is_measured_corrects_the_choice_and_one_stall_does_not() -> None:
     chooser = Chooser(even(3, 0.002, 1000))
     size = 16 << 10
-    took_s = {Algorithm.DIRECT: 0.003, Algorithm.STAR: 0.005, Algorithm.TWO_SHOT: 0.006}
-    assert decode(chooser, size, took_s, 20) is Algorithm.DIRECT
-    chooser.learn(Algorithm.DIRECT, size, 10.0)
-    assert decode(chooser, size, took_s, 1) is Algorithm.DIRECT
-    assert decode(chooser, size, took_s | {Algorithm.DIRECT: 0.008}, 10) is Algorithm.STAR
+    took_s = {Algorithm.ONE_SHOT: 0.003, Algorithm.STAR: 0.005, Algorithm.TWO_SHOT: 0.006}
+    assert decode(chooser, size, took_s, 20) is Algorithm.ONE_SHOT
+    chooser.learn(Algorithm.ONE_SHOT, size, 10.0)
+    assert decode(chooser, size, took_s, 1) is Algorithm.ONE_SHOT
+    assert decode(chooser, size, took_s | {Algorithm.ONE_SHOT: 0.008}, 10) is Algorithm.STAR
 
 
 def test_a_wait_that_comes_with_every_algorithm_changes_nothing() -> None:
@@ -77,14 +77,14 @@ def test_what_may_be_the_quickest_is_tried_and_kept() -> None:
     """The model is wrong about this machine; measurements of a few tokens tell."""
     chooser = Chooser(even(4, 0.0002, 300))
     size = 4 << 10
-    assert chooser.choose(size) is Algorithm.DIRECT
-    took_s = {Algorithm.DIRECT: 0.004, Algorithm.STAR: 0.003, Algorithm.TWO_SHOT: 0.009}
+    assert chooser.choose(size) is Algorithm.ONE_SHOT
+    took_s = {Algorithm.ONE_SHOT: 0.004, Algorithm.STAR: 0.003, Algorithm.TWO_SHOT: 0.009}
     assert decode(chooser, size, took_s, 12) is Algorithm.STAR
 
 
 def test_less_than_noise_does_not_change_the_choice() -> None:
     chooser = Chooser(even(4, 0.001, 300))
-    took_s = {Algorithm.DIRECT: 0.00300, Algorithm.STAR: 0.00302, Algorithm.TWO_SHOT: 0.00302}
+    took_s = {Algorithm.ONE_SHOT: 0.00300, Algorithm.STAR: 0.00302, Algorithm.TWO_SHOT: 0.00302}
     used = decode(chooser, 4 << 10, took_s, 20)
     swapped = {**took_s, used: 0.00303}
     assert decode(chooser, 4 << 10, swapped, 20) is used
@@ -108,11 +108,11 @@ def test_the_choice_is_the_least_of_what_is_expected(
 
 
 @pytest.mark.parametrize(
-    ("collective", "wire", "names"),
+    ("collective", "comm_dtype", "names"),
     [("ring", "auto", "two-shot"), ("auto", "float16", "bfloat16"), ("", "auto", "star")],
 )
 def test_unknown_options_are_refused_with_what_there_is(
-    collective: str, wire: str, names: str
+    collective: str, comm_dtype: str, names: str
 ) -> None:
     with pytest.raises(ConfigError, match=names):
-        SumOptions.parse(collective, wire)
+        CollectiveOptions.parse(collective, comm_dtype)

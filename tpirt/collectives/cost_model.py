@@ -5,7 +5,7 @@ with our own work on a message in it, B(i) the rate of rank i's link (the best o
 what a pair reaches is bounded by both ends), w the work of sending and taking messages.
 
     star      2 (max L(i, 0) + (R - 1) n / B(0)) + w
-    direct    max L(i, j) + (R - 1) n / min B(i) + w
+    one-shot  max L(i, j) + (R - 1) n / min B(i) + w
     two-shot  2 (max L(i, j) + (R - 1) / R n / min B(i)) + w
 
 Incast is in the second terms: what several ranks send to one shares its link. The work w is that
@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from tpirt.collectives.base import Algorithm
+from tpirt.batch import Algorithm
 from tpirt.units import format_bytes
 
 _LOOPBACK_BYTES_PER_S = 125e6  # the least that a busy machine gives itself
@@ -89,7 +89,7 @@ def predict_s(algorithm: Algorithm, topology: Topology, nbytes: int) -> float:
         moved = (world - 1) * nbytes / topology.rate(0)
         return 2 * (topology.master_hop_s() + moved) + work
     slowest = min(topology.rate(rank) for rank in range(world))
-    if algorithm is Algorithm.DIRECT:
+    if algorithm is Algorithm.ONE_SHOT:
         return topology.slowest_hop_s() + (world - 1) * nbytes / slowest + work
     return 2 * (topology.slowest_hop_s() + (world - 1) / world * nbytes / slowest) + work
 
@@ -97,7 +97,7 @@ def predict_s(algorithm: Algorithm, topology: Topology, nbytes: int) -> float:
 def _work_s(algorithm: Algorithm, topology: Topology) -> float:
     """The busiest machine's time with messages, beyond those that a hop's latency counts."""
     others = topology.world_size - 1
-    hops = 1 if algorithm is Algorithm.DIRECT else 2
+    hops = 1 if algorithm is Algorithm.ONE_SHOT else 2
 
     def messages(rank: int) -> int:
         """Sent and taken by a rank."""
@@ -126,11 +126,11 @@ class Chooser:
 
     @property
     def candidates(self) -> list[Algorithm]:
-        """What can be had here; of two ranks, direct is the better of all sizes."""
+        """What can be had here; of two ranks, one-shot is the better of all sizes."""
         if not self.topology.complete:
             return [Algorithm.STAR]
         if self.topology.world_size == 2:
-            return [Algorithm.DIRECT]
+            return [Algorithm.ONE_SHOT]
         return list(Algorithm)
 
     def predicted_s(self, algorithm: Algorithm, nbytes: int) -> float:

@@ -21,7 +21,7 @@ import torch
 
 from tpirt.errors import MemoryLimitError, StoreError
 from tpirt.ops.buffers import page_buffer, tensor_bytes
-from tpirt.parallel.sharding import Block
+from tpirt.sharding.blocks import Block
 from tpirt.stopwatch import COMPUTE, DISK, WAIT_DISK, Recorder
 from tpirt.types import Progress, ProgressCallback
 from tpirt.units import format_bytes
@@ -35,7 +35,7 @@ _READERS = 2  # while one file is opened and closed, the disk is busy with the o
 
 
 @dataclass(frozen=True)
-class WindowPlan:
+class StreamPlan:
     """Which blocks stay (``pinned``) and how many buffers the others pass through."""
 
     pinned: frozenset[int]
@@ -47,9 +47,9 @@ class WindowPlan:
         return sum(sizes[i] for i in self.pinned) + self.slots * self.slot_bytes
 
 
-def plan_window(
+def plan_streaming(
     sizes: Sequence[int], max_blocks: int | None = None, budget_bytes: int | None = None
-) -> WindowPlan:
+) -> StreamPlan:
     """Divide a budget between pinned blocks and the ring.
 
     Args:
@@ -60,7 +60,7 @@ def plan_window(
     Raises:
         MemoryLimitError: fewer than two blocks fit; says how much is needed.
     """
-    everything = WindowPlan(frozenset(range(len(sizes))), 0, 0)
+    everything = StreamPlan(frozenset(range(len(sizes))), 0, 0)
     if max_blocks is not None and max_blocks >= len(sizes):
         max_blocks = None
     if max_blocks is None and (budget_bytes is None or sum(sizes) <= budget_bytes):
@@ -73,7 +73,7 @@ def plan_window(
             "one in use and one being read"
         )
     if budget_bytes is None:
-        return WindowPlan(frozenset(), slots, slot)
+        return StreamPlan(frozenset(), slots, slot)
     slots = min(slots, budget_bytes // slot)
     if slots < MIN_SLOTS:
         raise MemoryLimitError(
@@ -83,7 +83,7 @@ def plan_window(
     # Fewer than the best number of slots leave less than a slot over, and pinning that little
     # would make a smaller budget pin what a larger one does not.
     spare = budget_bytes - slots * slot if slots == _BEST_SLOTS and max_blocks is None else 0
-    return WindowPlan(_pin(sizes, spare), slots, slot)
+    return StreamPlan(_pin(sizes, spare), slots, slot)
 
 
 def _pin(sizes: Sequence[int], spare_bytes: int) -> frozenset[int]:
@@ -114,7 +114,7 @@ class _Entry:
     error: Exception | None = None
 
 
-class Window:
+class WeightStreamer:
     """Serves one rank's blocks, in memory or streamed; the same bits either way.
 
     The consumer acquires blocks in the order of use, each once per step, and releases each when
@@ -133,7 +133,7 @@ class Window:
         """Plan and start reading.
 
         Raises:
-            MemoryLimitError: see :func:`plan_window`.
+            MemoryLimitError: see :func:`plan_streaming`.
         """
         self.blocks = blocks
         self.bytes_read = 0
@@ -159,8 +159,8 @@ class Window:
         self._cursor = 0
         self._position = 0
         self._closing = False
-        self.plan = WindowPlan(frozenset(), 0, 0)
-        self._apply(plan_window(self._sizes, max_blocks, budget_bytes))
+        self.plan = StreamPlan(frozenset(), 0, 0)
+        self._apply(plan_streaming(self._sizes, max_blocks, budget_bytes))
         self._threads = [
             threading.Thread(target=self._run, name="tpirt-window", daemon=True)
             for _ in range(_READERS)
@@ -208,9 +208,9 @@ class Window:
         What becomes pinned is read when its turn comes.
 
         Raises:
-            MemoryLimitError: see :func:`plan_window`; the old plan stays in force.
+            MemoryLimitError: see :func:`plan_streaming`; the old plan stays in force.
         """
-        plan = plan_window(self._sizes, self._max_blocks, budget_bytes)
+        plan = plan_streaming(self._sizes, self._max_blocks, budget_bytes)
         if plan == self.plan:
             return
         assert not self._in_use
@@ -297,7 +297,7 @@ class Window:
 
     # -- the reader thread -----------------------------------------------------------------
 
-    def _apply(self, plan: WindowPlan) -> None:
+    def _apply(self, plan: StreamPlan) -> None:
         """Put a plan in force, giving memory up before any is taken."""
         geometry = (self.plan.slots, self.plan.slot_bytes)
         self.plan = plan

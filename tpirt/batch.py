@@ -1,0 +1,153 @@
+"""What a step computes, the same on all ranks: rows of sequences, and how partial sums combine.
+
+Plain data. The master makes a :class:`Batch` for every step; the group sends it to the workers,
+and every rank's decoder and communicator read it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import cached_property
+
+import torch
+
+# Elements that share a scale in int8: 3% more bytes, and an outlier spoils no more than these.
+SCALE_BLOCK = 128
+
+
+class Algorithm(Enum):
+    """How an allreduce is done; R ranks, n bytes of a partial. The value is what users type.
+
+    Measured and left out: a ring moves as many bytes over each link as ``TWO_SHOT`` and needs
+    2 (R - 1) hops, so it is never faster where every pair of ranks is connected.
+    """
+
+    STAR = "star"  # through the master: 2 hops, 2 (R - 1) n bytes, all over the master's link
+    ONE_SHOT = "one-shot"  # everyone to everyone: 1 hop, (R - 1) n bytes in and out of every rank
+    TWO_SHOT = "two-shot"  # reduce-scatter, all-gather: 2 hops, 2 (R - 1) / R n bytes per rank
+
+
+class CommDtype(Enum):
+    """Form of a partial sum on the wire; the value is what users type."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"  # codes, then one float32 scale per SCALE_BLOCK elements
+
+    @classmethod
+    def keeping(cls, dtype: torch.dtype) -> CommDtype:
+        """The form that loses nothing of a float32 or bfloat16 tensor."""
+        return cls.BFLOAT16 if dtype is torch.bfloat16 else cls.FLOAT32
+
+    def nbytes(self, elements: int) -> int:
+        """Bytes that ``elements`` numbers take."""
+        if self is CommDtype.INT8:
+            return elements + 4 * math.ceil(elements / SCALE_BLOCK)
+        return elements * (4 if self is CommDtype.FLOAT32 else 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """How the partial sums of one step are combined.
+
+    With ``micro_batches`` the rows go through the layers in two halves, one computed while the
+    other's sum is in flight (two-batch overlap).
+    """
+
+    algorithm: Algorithm = Algorithm.STAR
+    comm_dtype: CommDtype = CommDtype.FLOAT32
+    micro_batches: bool = False
+
+
+DEFAULT_COLLECTIVE = Collective()
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One sequence's rows of a step.
+
+    Attributes:
+        slot: which sequence of the KV store.
+        position: of the first token; cached positions from there on are dropped first.
+        tokens: how many, at least 1.
+        num_logits: how many of the last tokens' hidden states are wanted, 0 to ``tokens``.
+        rope_length: sequence length that dynamic rope scaling is computed for.
+    """
+
+    slot: int
+    position: int
+    tokens: int
+    num_logits: int
+    rope_length: int
+
+    @property
+    def end(self) -> int:
+        """Position behind the last token."""
+        return self.position + self.tokens
+
+    def split(self, at: int) -> tuple[Segment, Segment]:
+        """Cut into the first ``at`` tokens and the rest; wanted rows stay with their tokens."""
+        rest = self.tokens - at
+        late = min(self.num_logits, rest)
+        first = replace(self, tokens=at, num_logits=self.num_logits - late)
+        return first, replace(self, position=self.position + at, tokens=rest, num_logits=late)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Everything that all ranks must agree on about one step.
+
+    Row ``i`` of the step's hidden states (T, H) belongs to the segments in order.
+
+    Attributes:
+        segments: at least one.
+        prefill: whether the rows are (also) a prompt's; for statistics.
+        collective: how partial sums are combined.
+    """
+
+    segments: tuple[Segment, ...]
+    prefill: bool = False
+    collective: Collective = DEFAULT_COLLECTIVE
+
+    @cached_property
+    def tokens(self) -> int:
+        """T, the rows of all segments."""
+        return sum(segment.tokens for segment in self.segments)
+
+    @cached_property
+    def num_logits(self) -> int:
+        """How many rows' hidden states are wanted."""
+        return sum(segment.num_logits for segment in self.segments)
+
+    @cached_property
+    def wanted_rows(self) -> tuple[int, ...]:
+        """Indices of those rows."""
+        return tuple(self._wanted())
+
+    def micro_batches(self) -> tuple[Batch, ...]:
+        """The batch itself, or its two halves where the collective asks for micro-batches."""
+        if not self.collective.micro_batches or self.tokens < 2:
+            return (self,)
+        halves: tuple[list[Segment], list[Segment]] = ([], [])
+        room = self.tokens // 2
+        for segment in self.segments:
+            if segment.tokens <= room:
+                halves[0].append(segment)
+            elif room:
+                first, rest = segment.split(room)
+                halves[0].append(first)
+                halves[1].append(rest)
+            else:
+                halves[1].append(segment)
+            room = max(0, room - segment.tokens)
+        return tuple(replace(self, segments=tuple(half)) for half in halves)
+
+    def _wanted(self) -> Iterator[int]:
+        start = 0
+        for segment in self.segments:
+            stop = start + segment.tokens
+            yield from range(stop - segment.num_logits, stop)
+            start = stop

@@ -15,8 +15,9 @@ import torch
 
 from tpirt.batch import Algorithm, Collective, CommDtype
 from tpirt.collectives.algorithms import GroupCommunicator
-from tpirt.collectives.base import Communicator, SingleRankCommunicator, StepAborted
+from tpirt.collectives.base import Communicator, SingleRankCommunicator
 from tpirt.collectives.comm_dtype import decode, encode
+from tpirt.collectives.context import StepAborted
 from tpirt.collectives.links import LinkSet
 from tpirt.errors import PeerLostError, StoreError, TransportError
 from tpirt.ops.buffers import tensor_bytes

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tpirt.cluster.cancellation import in_thread
 from tpirt.cluster.roster import hello
-from tpirt.collectives.base import StepAborted
+from tpirt.collectives.context import StepAborted
 from tpirt.config import ModelConfig
 from tpirt.errors import PeerLostError, StoreError
 from tpirt.sharding.blocks import rank_blocks

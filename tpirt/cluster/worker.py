@@ -21,7 +21,8 @@ from tpirt.cluster.stats import stats_message
 from tpirt.cluster.tracing import TRACE_SPANS, send_clock, send_trace
 from tpirt.cluster.worker_links import Connect, Switchboard, WorkerLinks
 from tpirt.collectives.algorithms import GroupCommunicator
-from tpirt.collectives.base import StepAborted, collective_of
+from tpirt.collectives.base import collective_of
+from tpirt.collectives.context import StepAborted
 from tpirt.collectives.links import LinkSet
 from tpirt.config import ModelConfig
 from tpirt.errors import (

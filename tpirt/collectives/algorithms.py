@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 import torch
 
 from tpirt.batch import DEFAULT_COLLECTIVE, SCALE_BLOCK, Algorithm, Collective, CommDtype
-from tpirt.collectives.base import StepAborted
 from tpirt.collectives.comm_dtype import encode, number_of, rounded
+from tpirt.collectives.context import StepAborted
 from tpirt.collectives.links import EAGER_BYTES, LinkSet
 from tpirt.ops.buffers import tensor_bytes
 from tpirt.sharding.partition import Span

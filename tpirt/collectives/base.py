@@ -14,10 +14,6 @@ from tpirt.stopwatch import NETWORK, Recorder
 from tpirt.transport.pb import tpirt_pb2 as pb
 
 
-class StepAborted(Exception):  # noqa: N818 - it is no error
-    """The step was given up on the master's wish; not an error, and not a user's to see."""
-
-
 def algorithm_number(algorithm: Algorithm) -> pb.Algorithm:
     """An algorithm's name in the protocol."""
     return _NUMBERS[algorithm]

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from tpirt import errors
-from tpirt.collectives.base import StepAborted
 from tpirt.collectives.comm_dtype import comm_dtype_of, decode
+from tpirt.collectives.context import StepAborted
 from tpirt.errors import PeerError, PeerLostError, TpirtError, TransportError
 from tpirt.transport.base import Channel
 from tpirt.transport.codec import Envelope, Frame

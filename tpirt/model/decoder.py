@@ -17,7 +17,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from tpirt.collectives.base import Communicator, StepAborted
+from tpirt.collectives.base import Communicator
+from tpirt.collectives.context import StepAborted
 from tpirt.config import ModelConfig
 from tpirt.errors import PeerLostError, TransportError
 from tpirt.model.kv_cache import KVCache

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Generates tpirt/transport/pb/ from protos/. With --check, only tells whether it is current.
+# Generates tpirt/protocol/pb/ from protos/. With --check, only tells whether it is current.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
-target=tpirt/transport/pb
+target=tpirt/protocol/pb
 out=$target
 if [[ ${1:-} == --check ]]; then
   out=$(mktemp -d)

@@ -42,6 +42,11 @@ class CommDtype(Enum):
         """The form that loses nothing of a float32 or bfloat16 tensor."""
         return cls.BFLOAT16 if dtype is torch.bfloat16 else cls.FLOAT32
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of a tensor that was read from this form."""
+        return torch.bfloat16 if self is CommDtype.BFLOAT16 else torch.float32
+
     def nbytes(self, elements: int) -> int:
         """Bytes that ``elements`` numbers take."""
         if self is CommDtype.INT8:

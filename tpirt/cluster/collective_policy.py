@@ -1,8 +1,8 @@
-"""How the group's sums come about: links measured when ranks meet, an algorithm for every step."""
+"""The master's choice of a collective for every step, from links measured at the start."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,14 +10,15 @@ import torch
 from tpirt.batch import Algorithm, Collective, CommDtype
 from tpirt.cluster.probing import measure
 from tpirt.collectives.cost_model import Chooser, Machine, Topology
-from tpirt.errors import ConfigError, TransportError
-from tpirt.transport.base import Channel
-from tpirt.transport.codec import Frame
-from tpirt.transport.pb import tpirt_pb2 as pb
+from tpirt.collectives.links import LinkSet
+from tpirt.errors import ConfigError, TpirtError, TransportError
+from tpirt.protocol.link import Link
+from tpirt.protocol.messages import LinkQuality, LinkState, MeasureLink
+from tpirt.types import Progress, ProgressCallback
 
 AUTO = "auto"
 _WORTH_HIDING_S = 4e-3
-_LEAST_HALVED = 32
+_LEAST_SPLIT = 32
 _DECODED_TOKENS = 8  # steps of more are not learnt from: their ranks wait for each other's compute
 
 
@@ -53,40 +54,152 @@ class CollectiveOptions:
         return CommDtype.keeping(dtype)
 
 
+Pair = tuple[int, int]  # of ranks, the lower first
+
+
+@dataclass(frozen=True)
+class LinkMatrix:
+    """What is known of the links between ranks: measured, or why there is none.
+
+    Attributes:
+        world_size: number of ranks.
+        latency_s, bytes_per_s: of each pair that was measured.
+        carriers: what carries each link's frames: ``tcp``, or ``grpc`` and why nothing better.
+        failures: links between workers that could not be made or measured, a line each.
+        complete: whether every pair of ranks has a link.
+    """
+
+    world_size: int
+    latency_s: Mapping[Pair, float]
+    bytes_per_s: Mapping[Pair, float]
+    carriers: Mapping[Pair, tuple[str, str]]
+    failures: Sequence[str] = ()
+    complete: bool = True
+
+    def detours(self) -> list[str]:
+        """Links whose frames go through gRPC, and why, a line each."""
+        return [
+            f"link {i}-{j}: over grpc" + (f" ({reason})" if reason else "")
+            for (i, j), (kind, reason) in sorted(self.carriers.items())
+            if kind == "grpc"
+        ]
+
+
+async def survey_links(
+    links: LinkSet, states: Mapping[int, Sequence[LinkState]], progress: ProgressCallback
+) -> LinkMatrix:
+    """Measure all links, one after another: at the same time they would measure each other.
+
+    Args:
+        links: the master's, to all workers.
+        states: what each worker said of its links to the others; empty where none were wanted.
+        progress: called after each link.
+
+    Raises:
+        PeerLostError, TransportError: the master's own link to a worker is gone.
+    """
+    ranks = sorted(links.others)
+    pairs = [(i, j) for j in ranks for i in range(j)]
+    found: dict[Pair, LinkQuality] = {}
+    carriers = {(0, rank): (links[rank].channel.carrier.kind, links[rank].channel.carrier.reason)
+                for rank in ranks}
+    failures = _failures(states)
+    linked = len(ranks) == 1 or all(len(states[rank]) == len(ranks) - 1 for rank in ranks)
+    for rank in ranks:
+        for state in states[rank]:
+            carriers[min(rank, state.rank), max(rank, state.rank)] = (state.carrier, state.reason)
+    wanted = pairs if linked and not failures else [(0, rank) for rank in ranks]
+    for number, (i, j) in enumerate(wanted, start=1):
+        try:
+            found[i, j] = await _quality(links[j], i)
+        except TpirtError as exc:
+            if i == 0 or links[j].lost is not None:
+                raise
+            failures.append(f"the link of rank {j} to rank {i} failed: {exc}")
+        progress(Progress("measuring links", number, len(wanted), "links"))
+    return LinkMatrix(
+        world_size=len(ranks) + 1,
+        latency_s={pair: max(1e-6, quality.latency_s) for pair, quality in found.items()},
+        bytes_per_s={pair: max(1.0, quality.bytes_per_s) for pair, quality in found.items()},
+        carriers=carriers,
+        failures=failures,
+        complete=linked and not failures,
+    )
+
+
+async def _quality(link: Link, other: int) -> LinkQuality:
+    """The quality of the link between ``other`` and the worker that ``link`` leads to."""
+    if other == 0:
+        return await measure(link)
+    answer = (await link.request(MeasureLink(other))).body
+    if not isinstance(answer, LinkQuality):
+        raise TransportError(
+            f"peer {link.peer_id}: expected LinkQuality, got {type(answer).__name__}; refused"
+        )
+    return answer
+
+
+def _failures(states: Mapping[int, Sequence[LinkState]]) -> list[str]:
+    """Links that could not be made; what their opener says first, for it knows more."""
+    lines = [
+        (rank < state.rank, f"rank {rank} has no link to rank {state.rank}: {state.reason}")
+        for rank, of_rank in states.items()
+        for state in of_rank
+        if not state.carrier
+    ]
+    return [line for _, line in sorted(lines)]
+
+
 class CollectivePolicy:
     """The master's choice of collectives, step by step.
 
     Attributes:
-        notice: why what was asked for is not to be had; empty if it is.
-        detours: links whose frames go through gRPC, and why, a line each.
+        notice: why the requested algorithm is not available; empty if it is.
     """
 
     def __init__(
-        self, chooser: Chooser, options: CollectiveOptions, comm_dtype: CommDtype, hidden_size: int
+        self,
+        links: LinkMatrix,
+        machines: Sequence[Machine],
+        options: CollectiveOptions,
+        comm_dtype: CommDtype,
+        hidden_size: int,
     ):
+        """Decide from measured links.
+
+        Args:
+            links: of all ranks.
+            machines: who shares cores with whom.
+            options: what the user asks for.
+            comm_dtype: form of the sums.
+            hidden_size: H.
+        """
+        topology = Topology(
+            links.world_size, links.latency_s, links.bytes_per_s, links.complete, tuple(machines)
+        )
         self.notice = ""
-        self.detours: list[str] = []
-        self._chooser = chooser
+        if links.failures and options.algorithm is not Algorithm.STAR:
+            self.notice = f"sums go through the master (star): {links.failures[0]}"
+        self._links = links
+        self._chooser = Chooser(topology)
         self._comm_dtype = comm_dtype
         self._hidden_size = hidden_size
-        self._fixed = options.algorithm if chooser.topology.complete else Algorithm.STAR
+        self._fixed = options.algorithm if topology.complete else Algorithm.STAR
 
     def for_step(self, tokens: int) -> Collective:
         """Choose for a step of so many tokens."""
         nbytes = self._nbytes(tokens)
         learned = tokens <= _DECODED_TOKENS
         choose = self._chooser.choose_to_learn if learned else self._chooser.choose
-        algorithm = self._fixed or choose(nbytes)
-        # Products of half the tokens are less efficient, and can differ in their last bits: not
-        # for sums that take no time, and not by what changes from step to step.
-        topology = self._chooser.topology
-        slow = (
-            not topology.on_loopback
-            and self._chooser.predicted_s(algorithm, nbytes) > _WORTH_HIDING_S
-        )
-        return Collective(
-            algorithm, self._comm_dtype, micro_batches=slow and tokens >= _LEAST_HALVED
-        )
+        micro_batches = tokens >= _LEAST_SPLIT and self._is_slow(nbytes)
+        return Collective(self._fixed or choose(nbytes), self._comm_dtype, micro_batches)
+
+    def used(self, tokens: int) -> Collective:
+        """The collective for a step of so many tokens, as far as is known now."""
+        nbytes = self._nbytes(tokens)
+        micro_batches = tokens >= _LEAST_SPLIT and self._is_slow(nbytes)
+        algorithm = self._fixed or self._chooser.choose(nbytes)
+        return Collective(algorithm, self._comm_dtype, micro_batches)
 
     def learn(self, tokens: int, algorithm: Algorithm, measured_s: float) -> None:
         """Account for what a step's allreduces took at the median."""
@@ -96,74 +209,22 @@ class CollectivePolicy:
     def explain(self, chunk_tokens: int) -> list[str]:
         """Say what was measured and chosen, a line each."""
         sizes = {"one token": self._nbytes(1), f"{chunk_tokens} tokens": self._nbytes(chunk_tokens)}
-        lines = [*self.detours, *self._chooser.explain(sizes)]
+        lines = [*self._links.detours(), *self._chooser.explain(sizes)]
         if self._fixed is not None:
-            lines.append(f"used: {self._fixed.value} ({self.notice or 'as asked for'})")
+            lines.append(f"used: {self._fixed.value} ({self.notice or 'as requested'})")
         return [*lines, f"on the wire: {self._comm_dtype.value}"]
+
+    def _is_slow(self, nbytes: int) -> bool:
+        """Whether a sum is worth hiding behind the other micro-batch's compute.
+
+        Two halves multiply less efficiently, and may differ in their last bits from a whole. So
+        this depends on the links as measured at the start, not on what steps took since.
+        """
+        if self._chooser.topology.on_loopback:
+            return False
+        candidates = [self._fixed] if self._fixed else self._chooser.candidates
+        fastest = min(self._chooser.predicted_s(algorithm, nbytes) for algorithm in candidates)
+        return fastest > _WORTH_HIDING_S
 
     def _nbytes(self, tokens: int) -> int:
         return self._comm_dtype.nbytes(tokens * self._hidden_size)
-
-
-async def meet(
-    channels: Sequence[Channel],
-    links: Sequence[Sequence[pb.LinkState]],
-    machines: Sequence[Machine],
-    options: CollectiveOptions,
-    comm_dtype: CommDtype,
-    hidden_size: int,
-    timeout_s: float,
-) -> CollectivePolicy:
-    """Measure the master's links, add what the workers measured, and decide.
-
-    Args:
-        channels: to the workers, by rank.
-        links: what each worker said of its links to the others; empty where none were wanted.
-        machines: who shares cores with whom.
-        options: what the user asks for.
-        comm_dtype: form of the sums.
-        hidden_size: H.
-        timeout_s: longest silence of a worker.
-
-    Raises:
-        PeerLostError, TransportError: a worker is gone or makes no sense.
-    """
-    latency: dict[tuple[int, int], float] = {}
-    rate: dict[tuple[int, int], float] = {}
-    via = {(0, rank): channel.via for rank, channel in enumerate(channels, start=1)}
-    for rank, channel in enumerate(channels, start=1):
-        quality = await measure(channel, timeout_s)
-        latency[0, rank], rate[0, rank] = quality.latency_s, quality.bytes_per_s
-    failures: list[str] = []
-    linked = len(channels) == 1 or all(len(states) == len(channels) - 1 for states in links)
-    for rank, states in enumerate(links, start=1):
-        for state in states:
-            if state.failure:
-                text = f"rank {rank} has no link to rank {state.rank}: {state.failure}"
-                # Whoever opens it knows more than who waits for it.
-                failures.insert(0 if rank > state.rank else len(failures), text)
-    if linked and not failures and len(channels) > 1:
-        for channel in channels:
-            await channel.send(Frame(pb.FrameHeader(measure_links=pb.MeasureLinks())))
-        for rank, channel in enumerate(channels, start=1):
-            for state in await _measured(channel, timeout_s):
-                pair = (state.rank, rank)
-                latency[pair] = max(1e-6, state.latency_s)
-                rate[pair] = max(1.0, state.bytes_per_s)
-                via[pair] = state.via
-    complete = linked and not failures
-    topology = Topology(len(channels) + 1, latency, rate, complete, tuple(machines))
-    sums = CollectivePolicy(Chooser(topology), options, comm_dtype, hidden_size)
-    sums.detours = [
-        f"link {i}-{j}: over {how}" for (i, j), how in sorted(via.items()) if how.startswith("grpc")
-    ]
-    if failures and options.algorithm is not Algorithm.STAR:
-        sums.notice = f"sums go through the master (star): {failures[0]}"
-    return sums
-
-
-async def _measured(channel: Channel, timeout_s: float) -> Sequence[pb.LinkState]:
-    frame = await channel.recv(timeout_s)
-    if frame.kind != "link_states":
-        raise TransportError(f"peer {channel.peer_id}: expected link_states, got {frame.kind}")
-    return frame.header.link_states.links

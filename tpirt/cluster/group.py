@@ -1,330 +1,367 @@
-"""The tensor-parallel group as its master sees it: workers found, equipped, driven, dismissed."""
+"""The tensor-parallel group as its master sees it: formed, driven step by step, closed."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from tpirt.batch import DEFAULT_COLLECTIVE, Algorithm, CommDtype
+from tpirt.batch import DEFAULT_COLLECTIVE, Algorithm, Batch, Collective, CommDtype, Segment
 from tpirt.cluster.cancellation import finish
-from tpirt.cluster.collective_policy import CollectiveOptions, CollectivePolicy, meet
-from tpirt.cluster.provision import SliceMaker
-from tpirt.cluster.rank import Limits, RankRuntime
-from tpirt.cluster.roster import PeerProfile, machines
-from tpirt.cluster.stats import read_stats
+from tpirt.cluster.collective_policy import CollectivePolicy, survey_links
+from tpirt.cluster.rank import RankRuntime, frame_limit
+from tpirt.cluster.roster import machines
 from tpirt.cluster.tracing import RankTrace, Tracer
-from tpirt.collectives.algorithms import GroupCommunicator
-from tpirt.collectives.base import Communicator, SingleRankCommunicator, algorithm_number
-from tpirt.collectives.comm_dtype import number_of
-from tpirt.collectives.links import LinkSet, remote_error
-from tpirt.errors import PeerLostError, TransportError
+from tpirt.collectives.context import StepAborted, StepContext
+from tpirt.collectives.links import LinkSet
+from tpirt.errors import PeerLostError, TpirtError, TransportError
 from tpirt.ops.buffers import tensor_bytes
-from tpirt.sharding.partition import Plan
+from tpirt.planning import Deployment
+from tpirt.protocol.link import Incoming, Link, message_frame
+from tpirt.protocol.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    Failure,
+    FreeSlot,
+    Loading,
+    Ready,
+    Setup,
+    StatsRequest,
+)
+from tpirt.protocol.tensors import dtype_number
 from tpirt.stopwatch import SAMPLE
-from tpirt.transport.base import Channel, PeerClient
-from tpirt.transport.codec import PROTOCOL_VERSION, Frame
-from tpirt.transport.pb import tpirt_pb2 as pb
+from tpirt.transport.base import PeerClient
+from tpirt.transport.frame import Kind
 from tpirt.types import Progress, ProgressCallback, RankStats
-from tpirt.weights.store import SliceStore
+from tpirt.weights.store import Manifest, StoredSlice
 
-_T = TypeVar("_T")
-_HELLO_TIMEOUT_S = 10.0
-_SHARE_OF_FREE_MEMORY = 0.85
+_HINT_S = 0.5  # from one worker's report of a lost link until it counts: the lost one may show
 
 
 class Group:
-    """Drives all ranks in step; this process is rank 0.
+    """Drives all ranks in step; this process is rank 0. A :class:`tpirt.protocol.link.Handler`.
 
-    After a peer is lost, or its messages made no sense, the group is broken: every further call
-    raises the same error at once.
+    Steps run one at a time. Everything else may be called at any time, by any number of tasks.
+
+    After a peer is lost or has sent something invalid, the group is broken: workers are released
+    and every further call raises the same error at once.
     """
 
-    def __init__(self, clients: Sequence[PeerClient], timeout_s: float):
-        self.world_size = len(clients) + 1
+    def __init__(self, clients: Sequence[PeerClient], timeout_s: float, progress: ProgressCallback):
+        """Take the clients over; :meth:`form` opens the sessions."""
         self._clients = clients
         self._timeout_s = timeout_s
-        self._channels: list[Channel] = []
-        self._links = LinkSet(0, {}, timeout_s)
-        self._sums: CollectivePolicy | None = None
+        self._progress = progress
+        self._session = secrets.randbits(63)
+        self._links = LinkSet(0)
         self._runtime: RankRuntime | None = None
+        self._policy: CollectivePolicy | None = None
         self._tracer: Tracer | None = None
-        self._step = 0
-        self._talking = False
-        self._broken: PeerLostError | TransportError | None = None
+        self._stepping = asyncio.Lock()
+        self._current: StepContext | None = None
+        self._last_step = 0
+        self._draining: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._broken: TpirtError | None = None
 
     @property
     def runtime(self) -> RankRuntime:
-        """Rank 0's own runtime; there after :meth:`start`."""
+        """Rank 0's own runtime, once the group is formed."""
         assert self._runtime is not None
         return self._runtime
 
     @property
-    def broken(self) -> PeerLostError | TransportError | None:
-        """Why the group can do nothing any more; None while it can."""
+    def broken(self) -> TpirtError | None:
+        """Why the group cannot do anything any more; None while it can."""
         return self._broken
 
     @property
-    def sums(self) -> CollectivePolicy | None:
-        """How the ranks' results are combined; None for one rank or before :meth:`start`."""
-        return self._sums
+    def policy(self) -> CollectivePolicy | None:
+        """How partial sums are combined; None for one rank."""
+        return self._policy
 
-    async def start(
-        self,
-        makers: Sequence[SliceMaker],
-        plan: Plan,
-        store: SliceStore,
-        limits: Sequence[Limits],
-        peers: Sequence[PeerProfile],
-        options: CollectiveOptions,
-        progress: ProgressCallback,
+    @property
+    def next_step(self) -> int:
+        """Number of the step that comes next."""
+        return self._last_step + 1
+
+    async def form(
+        self, deployment: Deployment, manifests: Sequence[Manifest], stored: StoredSlice
     ) -> None:
-        """Open the sessions, load the weights on all ranks side by side, measure the links.
+        """Open the sessions, load the weights on all ranks at once, measure the links.
+
+        Args:
+            deployment: who runs which shard under which limits.
+            manifests: of every rank's shard, which its store has.
+            stored: rank 0's.
 
         Raises:
             MemoryLimitError: a rank's limit is too low; says how much is needed.
             HandshakeError, PeerLostError, StoreError: a worker refused, is gone, cannot read.
         """
-        session = secrets.randbits(63)
-        linked = len(self._clients) > 1 and options.algorithm is not Algorithm.STAR
-        addresses = ["", *(client.address for client in self._clients)] if linked else []
-        for rank, client in enumerate(self._clients, start=1):
-            channel = await client.open_session()
-            self._channels.append(channel)
-            self._links.add(rank, channel)
-            maker = makers[rank]
-            manifest = maker.manifest(plan.shards[rank])
-            setup = pb.Setup(
-                protocol_version=PROTOCOL_VERSION,
-                model_fingerprint=manifest.fingerprint,
-                model_config=maker.config.to_json(),
-                slice_id=manifest.slice_id,
-                rank=rank,
-                world_size=self.world_size,
-                window_blocks=limits[rank].window_blocks or 0,
-                memory_bytes=limits[rank].memory_bytes or 0,
-                chunk_tokens=limits[rank].chunk_tokens,
-                timeout_ms=int(self._timeout_s * 1e3),
-                trace_spans=limits[rank].trace_spans,
-                session=session,
-                addresses=addresses,
-            )
-            await channel.send(Frame(pb.FrameHeader(setup=setup)))
-        stored = store.find(makers[0].manifest(plan.shards[0]).slice_id)
-        assert stored is not None
-        self._runtime = RankRuntime(makers[0].config, stored, self._communicator(), limits[0])
+        limits = deployment.limits
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._runtime.load(progress))
-                readies = [
-                    tasks.create_task(self._await_ready(rank, channel, progress))
-                    for rank, channel in enumerate(self._channels, start=1)
-                ]
+                own = tasks.create_task(self._load(deployment, stored))
+                readies = {
+                    rank: tasks.create_task(self._open(rank, client, deployment, manifests[rank]))
+                    for rank, client in enumerate(self._clients, start=1)
+                }
         except BaseExceptionGroup as group:
-            raise group.exceptions[0] from None
-        if self._channels:
-            form = makers[0].form
-            self._sums = await meet(
-                self._channels,
-                [task.result().links for task in readies],
-                machines(peers),
-                options,
-                options.wire_for(form.dtype),
-                makers[0].config.hidden_size,
-                self._timeout_s,
+            raise self._broken or group.exceptions[0] from None
+        self._runtime = own.result()
+        if self._clients:
+            states = {rank: task.result().links for rank, task in readies.items()}
+            self._policy = CollectivePolicy(
+                await survey_links(self._links, states, self._progress),
+                machines(deployment.peers),
+                deployment.collectives,
+                deployment.collectives.comm_dtype_for(deployment.ranks[0].form.dtype),
+                deployment.config.hidden_size,
             )
         if limits[0].trace_spans:
-            self._tracer = Tracer(self._channels, self._timeout_s)
+            self._tracer = Tracer([self._links[rank] for rank in sorted(self._links.others)])
             await self._tracer.read_clocks()
 
     async def step(
-        self, hidden: torch.Tensor, start: int, rope_length: int, outputs: int, prefill: bool
+        self, hidden: torch.Tensor, segments: Sequence[Segment], prefill: bool
     ) -> torch.Tensor:
         """Run all layers on all ranks; see :meth:`tpirt.model.decoder.Decoder.forward`.
 
-        A cancelled call gives the step up on every rank, after the block that is being computed;
-        all caches are then as if it had not been.
+        Cancelled, the step is given up on every rank after the block that is being computed; the
+        next step waits until every worker has left it. All KV stores are then as before the step.
 
         Args:
-            hidden: (T, H), crosses the wire as it is: float32, or bfloat16 where that is what
-                embeddings are stored in. Overwritten.
-            start: position of its first token; cached positions from there on are forgotten.
-            rope_length: sequence length that dynamic rope scaling is computed for.
-            outputs: N, how many of the last tokens' results are wanted, at least 1.
-            prefill: whether the tokens are a prompt's; for the statistics.
+            hidden: (T, H) float32 or bfloat16, the segments' rows in order. Overwritten.
+            segments: which sequences and positions they belong to.
+            prefill: whether they are (also) a prompt's; for statistics.
 
         Returns:
-            (N, H) float32, before the final norm.
+            (N, H) float32, the wanted rows before the final norm.
 
         Raises:
             PeerLostError: a worker is gone or silent; names it. The group is broken.
-            TransportError: a worker's messages make no sense; refused. The group is broken.
+            TransportError: a worker sent something invalid; the group is broken.
             TpirtError: a rank failed by itself (disk, memory); the group lives on.
         """
-        self._check_alive()
-        decoder = self.runtime.decoder
-
-        def give_up() -> None:
-            decoder.aborted = True
-
-        try:
-            # Whole: cancelling a read of gRPC's would tear the stream down.
-            work = self._step_all(hidden, start, rope_length, outputs, prefill)
-            return await self._talk(work, give_up)
-        finally:
-            decoder.aborted = False
+        async with self._stepping:
+            await self._settled()
+            self._last_step += 1
+            collective = self._collective(hidden.shape[0])
+            step = StepContext(self._last_step, Batch(tuple(segments), prefill, collective))
+            self._current = step
+            try:
+                return await finish(self._run(step, hidden), lambda: step.abort(StepAborted()))
+            finally:
+                self._current = None
 
     async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Apply the LM head to (T, H); returns (T, V) float32. Master's own work only."""
+        """Apply the LM head to (T, H); returns (T, V) float32. The master's own work only."""
         return await self.runtime.decoder.logits(hidden)
 
     def sampling(self, token: int) -> AbstractContextManager[None]:
         """Count what is done in this block as the master's compute, for the answer's ``token``."""
         return self.runtime.decoder.clock.running(SAMPLE, number=token)
 
-    async def stats(self, reset: bool = False) -> list[RankStats]:
-        """Measurements of every rank since the last reset; see :class:`tpirt.types.RankStats`.
+    async def free(self, slot: int) -> None:
+        """Drop a sequence on every rank, between steps; memory goes back to the weights."""
+        async with self._stepping:
+            await self._settled()
+            await self.runtime.free(slot)
+            await asyncio.gather(*(link.notify(FreeSlot(slot)) for link in self._all_links()))
+
+    async def stats(self, since_step: int = 0) -> list[RankStats]:
+        """What every rank measured since step ``since_step`` began; 0: since the start.
 
         Raises:
             PeerLostError: a worker is gone.
         """
         self._check_alive()
-        mine = self.runtime.stats(reset)
-        mine.peer_id = "master"
-        mine.bytes_sent, mine.bytes_received = self._links.traffic
-        others = await self._talk(self._stats_of_workers(reset))
-        if reset:
-            self._links.reset_traffic()
-        return [mine, *others]
+        replies = await asyncio.gather(
+            *(link.request(StatsRequest(since_step)) for link in self._all_links())
+        )
+        ranks = [self.runtime.stats(since_step)]
+        ranks[0].peer_id = "master"
+        for reply, link in zip(replies, self._all_links(), strict=True):
+            if not isinstance(reply.body, RankStats):
+                raise _unexpected(link, "Stats", reply)
+            reply.body.peer_id = link.peer_id
+            ranks.append(reply.body)
+        return ranks
 
     async def trace(self) -> AsyncIterator[RankTrace]:
-        """Yield what each rank recorded, as far as it can still be had; nothing without a trace."""
+        """Yield what each rank recorded, as far as it can be had; nothing without a trace."""
         if self._tracer is None:
             return
         self.runtime.step_log.flush()
-        async for trace in self._tracer.collect(self.runtime.recorder, self._talking):
+        async for trace in self._tracer.collect(self.runtime.recorder):
             yield trace
 
     async def aclose(self) -> None:
-        """Dismiss the workers; they wait for another master."""
-        for channel in self._channels:
-            await channel.aclose()
+        """Release the workers, which wait for another master, and stop this rank."""
+        tasks = [task for task in (self._draining, self._closing) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._links.aclose()
         if self._runtime is not None:
             await self._runtime.aclose()
-        for client in self._clients:
-            await client.aclose()
+        await asyncio.gather(*(client.aclose() for client in self._clients))
 
-    def _communicator(self) -> Communicator:
-        if not self._channels:
-            return SingleRankCommunicator()
-        return GroupCommunicator(self.world_size, self._links)
+    # -- the links' side -------------------------------------------------------------------
 
-    async def _talk(
-        self, work: Coroutine[Any, Any, _T], on_cancel: Callable[[], None] | None = None
-    ) -> _T:
-        """Let ``work`` have the channels until it ends; see :func:`finish`."""
-        self._talking = True
-        try:
-            return await finish(work, on_cancel)
-        finally:
-            self._talking = False
+    def on_message(self, link: Link, incoming: Incoming) -> None:
+        """See :class:`tpirt.protocol.link.Handler`."""
+        match incoming.body:
+            case Loading(done_bytes=done, total_bytes=total):
+                detail = f"rank {link.rank}"
+                self._progress(Progress("loading weights", done, total, detail=detail))
+            case Failure() as failure:
+                self._take_failure(link, failure)
+            case body:
+                raise TransportError(
+                    f"peer {link.peer_id}: {type(body).__name__} to a master; refused"
+                )
+
+    def on_lost(self, link: Link, exc: TpirtError) -> None:
+        """See :class:`tpirt.protocol.link.Handler`."""
+        self._break(exc)
+
+    def _take_failure(self, link: Link, failure: Failure) -> None:
+        """Abort the step that a rank failed in."""
+        step = self._current
+        if step is None or failure.step != step.number:
+            return  # of a step that was given up
+        error = failure.error(link.peer_id)
+        if isinstance(error, PeerLostError):
+            # Its own link to the lost rank shows soon whether that rank is gone, or only a link.
+            asyncio.get_running_loop().call_later(_HINT_S, step.abort, error)
+        else:
+            step.abort(error)
+
+    def _break(self, exc: TpirtError) -> None:
+        if self._broken is not None:
+            return
+        self._broken = exc
+        if self._current is not None:
+            self._current.abort(exc)
+        # Healthy workers are free for another master at once.
+        self._closing = asyncio.get_running_loop().create_task(self._links.aclose())
 
     def _check_alive(self) -> None:
         if self._broken is not None:
             raise self._broken
 
-    @contextlib.contextmanager
-    def _breaking(self) -> Iterator[None]:
-        """Remember an error after which ranks can no longer be in step."""
-        try:
-            yield
-        except (PeerLostError, TransportError) as exc:
-            self._broken = exc
-            raise
+    # -- forming ---------------------------------------------------------------------------
 
-    async def _step_all(
-        self, hidden: torch.Tensor, start: int, rope_length: int, outputs: int, prefill: bool
-    ) -> torch.Tensor:
-        self._step += 1
-        tokens = hidden.shape[0]
-        collective = self._sums.for_step(tokens) if self._sums else DEFAULT_COLLECTIVE
-        header = pb.Step(
-            step=self._step,
-            start=start,
-            tokens=tokens,
-            rope_length=rope_length,
-            prefill=prefill,
-            algorithm=algorithm_number(collective.algorithm),
-            comm_dtype=number_of(collective.comm_dtype),
-            halves=collective.micro_batches,
-            outputs=outputs,
-            dtype=number_of(CommDtype.keeping(hidden.dtype)),
+    async def _load(self, deployment: Deployment, stored: StoredSlice) -> RankRuntime:
+        limits = deployment.limits[0]
+        world_size = deployment.world_size
+        runtime = await RankRuntime.open(
+            deployment.config, stored, world_size, self._links, limits
         )
-        self.runtime.begin(self._step, tokens, prefill, collective)
         try:
-            with self._breaking():
-                if self._channels:
-                    payload = b"" if collective.micro_batches else tensor_bytes(hidden)
-                    frame = Frame(pb.FrameHeader(step=header), payload)
-                    with self.runtime.comm.clock.running("send step", len(payload), self._step):
-                        await self._links.send(self._links.others, frame)
-                out = await self.runtime.step(
-                    hidden, start, rope_length, outputs, collective.micro_batches
-                )
+            await runtime.load(self._progress)
         except BaseException:
-            await self._abort()
+            await runtime.aclose()
+            raise
+        return runtime
+
+    async def _open(
+        self, rank: int, client: PeerClient, deployment: Deployment, manifest: Manifest
+    ) -> Ready:
+        """Begin a worker's session; returns when its weights are loaded."""
+        limits = deployment.limits[rank]
+        linked = len(self._clients) > 1 and deployment.collectives.algorithm is not Algorithm.STAR
+        link = Link(await client.open_session(), rank, self._timeout_s, self)
+        link.channel.frame_limit = frame_limit(deployment.config, limits)
+        link.start()
+        self._links.add(link)
+        reply = await link.request(
+            Setup(
+                protocol_version=PROTOCOL_VERSION,
+                model_fingerprint=manifest.fingerprint,
+                model_config=deployment.config.to_json(),
+                shard_id=manifest.slice_id,
+                rank=rank,
+                world_size=deployment.world_size,
+                window_blocks=limits.window_blocks,
+                memory_bytes=limits.memory_bytes,
+                chunk_tokens=limits.chunk_tokens,
+                timeout_ms=max(1, int(self._timeout_s * 1e3)),
+                trace_spans=limits.trace_spans,
+                session=self._session,
+                addresses=("", *(c.address for c in self._clients)) if linked else (),
+            )
+        )
+        if not isinstance(reply.body, Ready):
+            raise _unexpected(link, "Ready", reply)
+        loaded = reply.body.resident_bytes
+        self._progress(Progress("loading weights", loaded, loaded, detail=f"rank {rank}"))
+        return reply.body
+
+    # -- steps -----------------------------------------------------------------------------
+
+    def _collective(self, tokens: int) -> Collective:
+        return self._policy.for_step(tokens) if self._policy else DEFAULT_COLLECTIVE
+
+    async def _settled(self) -> None:
+        """Wait until every worker has left the step that was given up last."""
+        if self._draining is not None:
+            await asyncio.shield(self._draining)
+            self._draining = None
+        self._check_alive()
+
+    async def _run(self, step: StepContext, hidden: torch.Tensor) -> torch.Tensor:
+        self.runtime.begin(step)
+        try:
+            await self._send_step(step, hidden)
+            out = await self.runtime.run(hidden, step)
+        except BaseException as exc:
+            reason = exc if isinstance(exc, Exception) else StepAborted()
+            step.abort(reason)
+            if isinstance(exc, (PeerLostError, TransportError)):
+                self._break(exc)
+            self._draining = asyncio.get_running_loop().create_task(self._drain(step.number))
             raise
         assert out is not None
-        if self._sums is not None and (median_s := self.runtime.comm.median_s()) is not None:
-            self._sums.learn(tokens, collective.algorithm, median_s)
+        took_s = self.runtime.comm.median_s()
+        if self._policy is not None and took_s is not None:
+            batch = step.batch
+            self._policy.learn(batch.tokens, batch.collective.algorithm, took_s)
         return out
 
-    async def _abort(self) -> None:
-        frame = Frame(pb.FrameHeader(abort=pb.Abort(step=self._step)))
-        with contextlib.suppress(PeerLostError):  # the others have it all the same
-            await self._links.send(self._links.others, frame)
+    async def _send_step(self, step: StepContext, hidden: torch.Tensor) -> None:
+        """Tell all workers what to compute; micro-batches' rows are broadcast by the decoder."""
+        if not self._clients:
+            return
+        payload = b"" if step.batch.collective.micro_batches else tensor_bytes(hidden)
+        frame = message_frame(
+            Kind.MESSAGE,
+            step.batch,
+            payload,
+            step=step.number,
+            dtype=dtype_number(CommDtype.keeping(hidden.dtype)),
+            shape=(hidden.shape[0], hidden.shape[1]),
+        )
+        with self.runtime.comm.clock.running("send step", len(payload), step.number):
+            await self._links.send(step, dict.fromkeys(self._links.others, frame))
 
-    async def _await_ready(
-        self, rank: int, channel: Channel, progress: ProgressCallback
-    ) -> pb.Ready:
-        while True:
-            frame = await channel.recv(self._timeout_s)
-            match frame.kind:
-                case "ready":
-                    resident = frame.header.ready.resident_bytes
-                    progress(Progress("loading weights", resident, resident, detail=f"rank {rank}"))
-                    return frame.header.ready
-                case "loading":
-                    loading = frame.header.loading
-                    detail = f"rank {rank}"
-                    progress(
-                        Progress(
-                            "loading weights",
-                            loading.done_bytes,
-                            loading.total_bytes,
-                            detail=detail,
-                        )
-                    )
-                case "error":
-                    raise remote_error(frame.header.error, channel.peer_id)
-                case kind:
-                    raise TransportError(f"peer {channel.peer_id}: expected ready, got {kind}")
+    async def _drain(self, number: int) -> None:
+        """Have every worker leave a step; links take care of what is still on its way."""
+        requests = (link.request(Abort(number)) for link in self._all_links())
+        for result in await asyncio.gather(*requests, return_exceptions=True):
+            if isinstance(result, TpirtError):
+                self._break(result)
 
-    async def _stats_of_workers(self, reset: bool) -> list[RankStats]:
-        request = Frame(pb.FrameHeader(stats_request=pb.StatsRequest(reset=reset)))
-        with self._breaking():
-            await self._links.send(self._links.others, request)
-            return [await self._stats_from(channel) for channel in self._channels]
+    def _all_links(self) -> list[Link]:
+        return [self._links[rank] for rank in sorted(self._links.others)]
 
-    async def _stats_from(self, channel: Channel) -> RankStats:
-        while True:
-            frame = await channel.recv(self._timeout_s)
-            if frame.kind == "stats":
-                return read_stats(frame.header.stats, channel.peer_id)
-            if frame.kind not in ("partial", "reduced", "error"):  # leftovers of a step given up
-                raise TransportError(f"peer {channel.peer_id}: expected stats, got {frame.kind}")
+
+def _unexpected(link: Link, expected: str, got: Incoming) -> TransportError:
+    kind: Any = type(got.body).__name__
+    return TransportError(f"peer {link.peer_id}: expected {expected}, got {kind}; refused")

@@ -39,20 +39,36 @@ class Limits:
 
 
 class RankRuntime:
-    """Executes steps for one rank of one session."""
+    """Executes the steps of one rank of one session."""
 
     def __init__(
-        self, config: ModelConfig, stored: StoredSlice, comm: Communicator, limits: Limits
+        self,
+        config: ModelConfig,
+        stored: StoredSlice,
+        world_size: int,
+        links: LinkSet,
+        limits: Limits,
+        base_bytes: int | None = None,
     ):
-        """Begin reading weights.
+        """Choose kernels and begin to read weights; takes a while, so call it in a thread.
+
+        Args:
+            config: the model.
+            stored: this rank's shard.
+            world_size: number of ranks.
+            links: this rank's links to the others.
+            limits: its bounds.
+            base_bytes: what the process takes without a model; measured when absent.
 
         Raises:
             MemoryLimitError: the limit is below what two blocks and a step need.
-            StoreError: the slice's 4-bit codes are in another CPU's order.
+            StoreError: the shard's 4-bit codes are in another CPU's order.
         """
+        self.config = config
         self.recorder = Recorder(limits.trace_spans)
+        comm = GroupCommunicator(world_size, links) if world_size > 1 else SingleRankCommunicator()
         self.comm = TimedCommunicator(comm, self.recorder)
-        self._config = config
+        self._links = links
         self._limits = limits
         manifest = stored.manifest
         form = manifest.form
@@ -61,7 +77,8 @@ class RankRuntime:
         blocks = rank_blocks(config, manifest.shard, form)
         kernels = choose_kernels(stored.path, blocks)
         self._shard = manifest.shard
-        self._base_bytes = resident_bytes() + SLACK_BYTES
+        base_bytes = resident_bytes() if base_bytes is None else base_bytes
+        self._base_bytes = base_bytes + SLACK_BYTES
         self._reserved = (self._work_bytes(limits.chunk_tokens), 0)
         try:
             self.window = WeightStreamer(
@@ -83,31 +100,68 @@ class RankRuntime:
             kernels,
             self.recorder,
         )
-        self.step_log = StepLog(
-            self.decoder.clock, self.window.clock, self.comm.clock, self.recorder
-        )
-        self._base = (0, 0)  # bytes read and nanoseconds of reading at the last reset
+        self.step_log = StepLog(self._counters, self._last_ns, self.recorder)
 
-    def check_step(self, start: int, tokens: int, rope_length: int, outputs: int) -> None:
-        """Refuse a step that no master in its senses asks for.
+    @classmethod
+    async def open(
+        cls,
+        config: ModelConfig,
+        stored: StoredSlice,
+        world_size: int,
+        links: LinkSet,
+        limits: Limits,
+    ) -> RankRuntime:
+        """Make a runtime without blocking the event loop; see the class for the arguments.
+
+        Cancelled, nothing of it is left running.
+        """
+        made: list[RankRuntime] = []
+        try:
+            await in_thread(lambda: made.append(cls(config, stored, world_size, links, limits)))
+        except BaseException:
+            for runtime in made:
+                await runtime.aclose()
+            raise
+        return made[0]
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of all this rank's weights, wherever they are."""
+        return self.window.weights_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Most bytes of weights in memory at once."""
+        return self.window.held_bytes
+
+    def validate(self, batch: Batch) -> None:
+        """Validate a step request.
 
         Raises:
-            TransportError: names what is wrong.
+            TransportError: out of range; names what.
         """
-        context, cached = self._config.context_length, self.decoder.kv.length
-        if not 1 <= tokens <= self._limits.chunk_tokens:
+        context = self.config.context_length
+        if not 1 <= batch.tokens <= self._limits.chunk_tokens:
             raise TransportError(
-                f"step of {tokens} tokens: expected 1 to {self._limits.chunk_tokens}"
+                f"step of {batch.tokens} tokens: expected 1 to {self._limits.chunk_tokens}"
             )
-        if not 1 <= outputs <= tokens:
-            raise TransportError(f"step of {tokens} tokens: results of {outputs} are wanted")
-        if start > cached:
-            raise TransportError(f"step at position {start}: only {cached} are cached")
-        if start + tokens > context or rope_length > context:
-            raise TransportError(
-                f"step from {start} to {start + tokens} (rope {rope_length}): "
-                f"the context ends at {context}"
-            )
+        if len({segment.slot for segment in batch.segments}) < len(batch.segments):
+            raise TransportError("step with two segments of one sequence")
+        for segment in batch.segments:
+            cached = self.decoder.kv.length(segment.slot)
+            if segment.tokens < 1 or segment.num_logits > segment.tokens:
+                raise TransportError(
+                    f"step of {segment.tokens} tokens: results of {segment.num_logits} are wanted"
+                )
+            if segment.position > cached:
+                raise TransportError(
+                    f"step at position {segment.position}: only {cached} are cached"
+                )
+            if segment.end > context or segment.rope_length > context:
+                raise TransportError(
+                    f"step from {segment.position} to {segment.end} (rope "
+                    f"{segment.rope_length}): the context ends at {context}"
+                )
 
     async def load(self, progress: ProgressCallback) -> None:
         """Wait until what stays in memory is there.
@@ -117,56 +171,67 @@ class RankRuntime:
         """
         await self.window.preload(progress, detail=f"rank {self.comm.rank}")
 
-    def begin(
-        self, step: int, tokens: int, prefill: bool, collective: Collective = DEFAULT_COLLECTIVE
-    ) -> None:
-        """Number the collectives that follow, and count what is done as this step's."""
-        self.comm.begin(step, collective)
-        self.step_log.begin(step, tokens, prefill)
+    def begin(self, step: StepContext) -> None:
+        """Expect the step's tensors, and count what is done from here on as its own."""
+        self._links.begin(step)
+        self.comm.begin()
+        self.step_log.begin(step.number, step.batch.tokens, step.batch.prefill)
 
-    async def step(
-        self,
-        hidden: torch.Tensor,
-        start: int,
-        rope_length: int,
-        outputs: int,
-        halves: bool = False,
-    ) -> torch.Tensor | None:
+    async def run(self, hidden: torch.Tensor, step: StepContext) -> torch.Tensor | None:
         """Run all layers over ``hidden`` (T, H); see :meth:`Decoder.forward`.
 
         Raises:
-            MemoryLimitError: the longer KV cache no longer fits beside two blocks.
+            MemoryLimitError: the longer KV cache no longer fits with two blocks.
         """
-        self._make_room(start, hidden.shape[0])
         try:
-            return await self.decoder.forward(hidden, start, rope_length, outputs, halves)
+            await self._make_room(step.batch)
+            return await self.decoder.forward(hidden, step)
         finally:
             self.step_log.end_layers()
+            self._links.end()
 
-    def stats(self, reset: bool = False) -> RankStats:
-        """Measure since the last reset, after which there are no steps to tell of."""
-        bytes_read, read_ns = self.window.bytes_read, self.window.reads.total_ns
-        compute_ms, io_ms, comm_ms = self.step_log.totals_ms()
-        stats = RankStats(
+    async def free(self, slot: int) -> None:
+        """Drop a sequence's keys and values; their memory goes to the weights."""
+        self.decoder.kv.free(slot)
+
+    def stats(self, since_step: int = 0) -> RankStats:
+        """What was measured since step ``since_step`` began; 0: since the session began."""
+        counted, steps = self.step_log.since(since_step)
+        return RankStats(
             rank=self.comm.rank,
             peak_rss_bytes=peak_resident_bytes(),
             weights_bytes=self.window.weights_bytes,
-            bytes_read=bytes_read - self._base[0],
-            io_ms=io_ms,
-            compute_ms=compute_ms,
-            comm_ms=comm_ms,
-            read_ms=(read_ns - self._base[1]) / 1e6,
-            steps=[] if reset else self.step_log.steps(),
+            bytes_sent=counted.bytes_sent,
+            bytes_received=counted.bytes_received,
+            bytes_read=counted.bytes_read,
+            io_ms=counted.io_ns / 1e6,
+            compute_ms=counted.compute_ns / 1e6,
+            comm_ms=counted.comm_ns / 1e6,
+            read_ms=counted.read_ns / 1e6,
+            steps=steps,
         )
-        if reset:
-            self._base = (bytes_read, read_ns)
-            self.step_log.reset()
-        return stats
 
     async def aclose(self) -> None:
         """Stop the threads and let go of the memory."""
         self.decoder.close()
         await self.window.aclose()
+
+    def _counters(self) -> Counters:
+        sent, received = self._links.traffic
+        return Counters(
+            compute_ns=self.decoder.clock.total_ns,
+            io_ns=self.window.clock.total_ns,
+            comm_ns=self.comm.clock.total_ns,
+            read_ns=self.window.reads.total_ns,
+            bytes_read=self.window.bytes_read,
+            bytes_sent=sent,
+            bytes_received=received,
+        )
+
+    def _last_ns(self) -> int:
+        """When the rank last did anything that counts."""
+        clocks = (self.decoder.clock, self.window.clock, self.comm.clock)
+        return max(clock.ended_ns for clock in clocks)
 
     def _work_bytes(self, tokens: int) -> int:
         """What a step of about so many tokens takes: of few sizes, so that plans rarely change."""

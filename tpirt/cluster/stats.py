@@ -1,128 +1,119 @@
-"""One rank's time, divided among its steps; and what a worker tells its master of it."""
+"""One rank's time and traffic, divided among its steps. Counters only grow: a difference of two
+readings is what happened in between, for any number of readers."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from tpirt.stopwatch import STEPS, Recorder, Stopwatch
-from tpirt.transport.pb import tpirt_pb2 as pb
-from tpirt.types import RankStats, StepTimes
+from tpirt.stopwatch import STEPS, Recorder
+from tpirt.types import StepTimes
 
-MAX_STEPS = 4096  # so many are kept, for answers of any length
+MAX_STEPS = 4096  # remembered
 
 
-@dataclass
+class Counters(NamedTuple):
+    """What a rank has counted since its session began."""
+
+    compute_ns: int = 0
+    io_ns: int = 0
+    comm_ns: int = 0
+    read_ns: int = 0
+    bytes_read: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+    def since(self, earlier: Counters) -> Counters:
+        """The difference to an earlier reading."""
+        return Counters(*(now - then for now, then in zip(self, earlier, strict=True)))
+
+
+@dataclass(slots=True)
 class _Step:
-    """The step at hand: what the watches showed when it began, and when its layers ended."""
+    """A step: the counters when it began, when its layers ended, when it ended."""
 
-    step: int
+    number: int
     tokens: int
     prefill: bool
     begin_ns: int
-    begin: Sequence[int]
-    layers: Sequence[int] | None = None
+    begin: Counters
+    layers: Counters | None = None
+    end_ns: int | None = None
+    end: Counters | None = None
 
 
 class StepLog:
-    """Reads three stopwatches at the borders of steps.
+    """Reads a rank's counters at the borders of its steps.
 
-    What they count from one beginning to the next belongs to one step, so that steps add up to
-    what was counted in total.
+    A step lasts until the next one begins, so steps add up to what was counted in total.
     """
 
-    def __init__(self, compute: Stopwatch, io: Stopwatch, comm: Stopwatch, recorder: Recorder):
-        self._watches = (compute, io, comm)
-        self._lane = recorder.lanes.get(STEPS)
-        self._done: deque[StepTimes] = deque(maxlen=MAX_STEPS)
-        self._current: _Step | None = None
-        self._base = self._totals()
+    def __init__(
+        self, read: Callable[[], Counters], last_ns: Callable[[], int], recorder: Recorder
+    ):
+        """Begin with no steps.
 
-    def begin(self, step: int, tokens: int, prefill: bool) -> None:
+        Args:
+            read: the counters now.
+            last_ns: when anything was last counted, by ``perf_counter_ns``.
+            recorder: whose steps lane gets a span for every step.
+        """
+        self._read = read
+        self._last_ns = last_ns
+        self._lane = recorder.lanes.get(STEPS)
+        self._steps: deque[_Step] = deque(maxlen=MAX_STEPS)
+
+    def begin(self, number: int, tokens: int, prefill: bool) -> None:
         """End the step before, if there is one, and begin this one."""
-        now = time.perf_counter_ns()
-        self._close(now)
-        self._current = _Step(step, tokens, prefill, now, self._totals())
+        now, counters = time.perf_counter_ns(), self._read()
+        self._end(now, counters)
+        self._steps.append(_Step(number, tokens, prefill, now, counters))
 
     def end_layers(self) -> None:
         """What follows in this step is the master's own work."""
-        if self._current is not None:
-            self._current.layers = self._totals()
+        if self._steps:
+            self._steps[-1].layers = self._read()
 
-    def totals_ms(self) -> tuple[float, float, float]:
-        """Milliseconds of compute, io and comm since the last reset."""
-        compute, io, comm = (
-            (now - base) / 1e6 for now, base in zip(self._totals(), self._base, strict=True)
-        )
-        return compute, io, comm
-
-    def steps(self) -> list[StepTimes]:
-        """The latest steps since the last reset, the one at hand as far as it came."""
-        current = self._current
-        if current is None:
-            return list(self._done)
-        return [*self._done, self._times(current, self._last_ns(current))][-MAX_STEPS:]
-
-    def reset(self) -> None:
-        """Begin anew."""
-        self.flush()
-        self._done.clear()
-        self._base = self._totals()
+    def since(self, number: int) -> tuple[Counters, list[StepTimes]]:
+        """What was counted since step ``number`` began (0: since the session began), by step."""
+        now = self._read()
+        steps = [step for step in self._steps if step.number >= number]
+        if number == 0:
+            first = Counters()
+        else:
+            first = steps[0].begin if steps else now
+        return now.since(first), [self._times(step, now) for step in steps]
 
     def flush(self) -> None:
         """End the step at hand, so that the trace has it."""
-        if self._current is not None:
-            self._close(self._last_ns(self._current))
+        self._end(None, self._read())
 
-    def _close(self, until_ns: int) -> None:
-        current, self._current = self._current, None
-        if current is None:
+    def _end(self, now_ns: int | None, counters: Counters) -> None:
+        step = self._steps[-1] if self._steps else None
+        if step is None or step.end is not None:
             return
-        self._done.append(self._times(current, until_ns))
+        last_ns = max(step.begin_ns, self._last_ns())
+        step.end_ns, step.end = now_ns or last_ns, counters
         if self._lane is not None:
-            name = "prefill" if current.prefill else "decode"
-            end_ns = self._last_ns(current)
-            self._lane.record(name, current.begin_ns, end_ns, current.tokens, current.step)
+            name = "prefill" if step.prefill else "decode"
+            self._lane.record(name, step.begin_ns, last_ns, step.tokens, step.number)
 
-    def _times(self, current: _Step, until_ns: int) -> StepTimes:
-        now = self._totals()
-        whole = [(n - b) / 1e6 for n, b in zip(now, current.begin, strict=True)]
-        head = [(n - b) / 1e6 for n, b in zip(now, current.layers or now, strict=True)]
+    def _times(self, step: _Step, now: Counters) -> StepTimes:
+        end = step.end or now
+        end_ns = step.end_ns or max(step.begin_ns, self._last_ns())
+        whole = end.since(step.begin)
+        head = end.since(step.layers or end)
         return StepTimes(
-            step=current.step,
-            tokens=current.tokens,
-            prefill=current.prefill,
-            total_ms=(until_ns - current.begin_ns) / 1e6,
-            compute_ms=whole[0],
-            io_ms=whole[1],
-            comm_ms=whole[2],
-            head_compute_ms=head[0],
-            head_io_ms=head[1],
+            step=step.number,
+            tokens=step.tokens,
+            prefill=step.prefill,
+            total_ms=(end_ns - step.begin_ns) / 1e6,
+            compute_ms=whole.compute_ns / 1e6,
+            io_ms=whole.io_ns / 1e6,
+            comm_ms=whole.comm_ns / 1e6,
+            head_compute_ms=head.compute_ns / 1e6,
+            head_io_ms=head.io_ns / 1e6,
         )
-
-    def _totals(self) -> tuple[int, ...]:
-        return tuple(watch.total_ns for watch in self._watches)
-
-    def _last_ns(self, current: _Step) -> int:
-        """When anything was last done for a step."""
-        return max(current.begin_ns, *(watch.ended_ns for watch in self._watches))
-
-
-def stats_message(stats: RankStats) -> pb.Stats:
-    """Turn a worker's figures into a message; who the worker is, its master knows."""
-    fields = asdict(stats)
-    del fields["peer_id"]
-    fields["steps"] = [pb.StepTimes(**asdict(step)) for step in stats.steps]
-    return pb.Stats(**fields)
-
-
-def read_stats(message: pb.Stats, peer_id: str) -> RankStats:
-    """Turn a worker's message back into figures."""
-    fields = {field.name: getattr(message, field.name) for field in pb.Stats.DESCRIPTOR.fields}
-    fields["steps"] = [
-        StepTimes(**{field.name: getattr(step, field.name) for field in step.DESCRIPTOR.fields})
-        for step in message.steps
-    ]
-    return RankStats(peer_id=peer_id, **fields)

@@ -8,20 +8,19 @@ several such answers is narrower than that of the quickest; its half is the unce
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from tpirt.errors import TpirtError, TransportError
+from tpirt.protocol.link import Link
+from tpirt.protocol.messages import Clock, ClockRequest, Trace, TraceRequest
 from tpirt.stopwatch import LANES, Lane, Recorder
-from tpirt.transport.base import Channel
-from tpirt.transport.codec import Frame
-from tpirt.transport.pb import tpirt_pb2 as pb
 
 TRACE_SPANS = 1 << 17  # in each lane, 16 MiB a rank: about 1,000 tokens of 32 layers
 _PROBES = 16
 _PATIENCE_S = 10.0  # a trace is worth no longer wait
-_LEFTOVERS = ("partial", "reduced", "error", "stats")  # of what was given up
 
 
 @dataclass(frozen=True)
@@ -88,77 +87,88 @@ class RankTrace:
 class Tracer:
     """The master's side: reads clocks when the session begins, collects when it ends."""
 
-    def __init__(self, channels: Sequence[Channel], timeout_s: float):
-        self._channels = channels
-        self._timeout_s = min(timeout_s, _PATIENCE_S)
-        self._readings: list[list[ClockReading]] = [[] for _ in channels]
+    def __init__(self, links: Sequence[Link]):
+        self._links = links
+        self._readings: list[list[ClockReading]] = [[] for _ in links]
 
     async def read_clocks(self) -> None:
         """Read every worker's clock, one after another.
 
         Raises:
-            PeerLostError, TransportError: a worker is gone or makes no sense.
+            PeerLostError, TransportError: a worker is gone.
         """
-        for channel, readings in zip(self._channels, self._readings, strict=True):
-            readings.append(await self._read_clock(channel))
+        for link, readings in zip(self._links, self._readings, strict=True):
+            readings.append(await _read_clock(link))
 
-    async def collect(self, own: Recorder, busy: bool) -> AsyncIterator[RankTrace]:
-        """Yield each rank's trace; a worker that cannot be asked is told of as missing.
+    async def collect(self, own: Recorder) -> AsyncIterator[RankTrace]:
+        """Yield each rank's trace; one that cannot be had says why.
 
         Args:
-            own: the master's.
-            busy: somebody else talks to the workers still, so that none can be asked.
+            own: the master's recorder.
         """
         yield RankTrace(0, "master", lanes=lane_traces(own))
-        for rank, channel in enumerate(self._channels, start=1):
-            if busy:
-                yield RankTrace(rank, channel.peer_id, missing="it was still at a step")
+        for link, readings in zip(self._links, self._readings, strict=True):
+            try:
+                async with asyncio.timeout(_PATIENCE_S):
+                    readings.append(await _read_clock(link))
+                    lanes = [await _fetch(link, lane) for lane in LANES]
+            except TimeoutError:
+                missing = f"peer {link.peer_id}: no answer within {_PATIENCE_S:g} s"
+                yield RankTrace(link.rank, link.peer_id, missing=missing)
+            except TpirtError as exc:
+                yield RankTrace(link.rank, link.peer_id, missing=str(exc))
             else:
-                yield await self._rank_trace(rank)
+                yield RankTrace(link.rank, link.peer_id, ClockMap.fit(readings), lanes)
 
-    async def _rank_trace(self, rank: int) -> RankTrace:
-        channel, readings = self._channels[rank - 1], self._readings[rank - 1]
-        try:
-            readings.append(await self._read_clock(channel))
-            lanes = await self._fetch(channel)
-        except TpirtError as exc:
-            return RankTrace(rank, channel.peer_id, missing=str(exc))
-        return RankTrace(rank, channel.peer_id, ClockMap.fit(readings), lanes)
 
-    async def _read_clock(self, channel: Channel) -> ClockReading:
-        lowest, highest = -(1 << 63), 1 << 63
-        begin = time.perf_counter_ns()
-        for _ in range(_PROBES):
-            asked = time.perf_counter_ns()
-            await channel.send(Frame(pb.FrameHeader(clock_request=pb.ClockRequest())))
-            frame = await self._reply(channel, "clock")
-            answered = time.perf_counter_ns()
-            now = frame.header.clock.now_ns
-            lowest, highest = max(lowest, now - answered), min(highest, now - asked)
-        middle = (begin + time.perf_counter_ns()) // 2
-        return ClockReading(middle, (lowest + highest) // 2, max(0, (highest - lowest + 1) // 2))
+def answer_clock() -> Clock:
+    """Tell the time, as a worker."""
+    return Clock(time.perf_counter_ns())
 
-    async def _fetch(self, channel: Channel) -> list[LaneTrace]:
-        await channel.send(Frame(pb.FrameHeader(trace_request=pb.TraceRequest())))
-        lanes: dict[str, LaneTrace] = {}
-        while True:
-            frame = await self._reply(channel, "trace")
-            trace = frame.header.trace
-            if trace.lane in lanes or not _makes_sense(trace, frame.payload):
-                raise TransportError(
-                    f"peer {channel.peer_id}: a trace of lane {trace.lane!r} that makes no sense; "
-                    "refused"
-                )
-            names = list(trace.names)
-            lanes[trace.lane] = LaneTrace(trace.lane, names, trace.dropped, frame.payload)
-            if trace.last:
-                return list(lanes.values())
 
-    async def _reply(self, channel: Channel, kind: str) -> Frame:
-        while (frame := await channel.recv(self._timeout_s)).kind != kind:
-            if frame.kind not in _LEFTOVERS:
-                raise TransportError(f"peer {channel.peer_id}: expected {kind}, got {frame.kind}")
-        return frame
+def answer_trace(recorder: Recorder, lane: str) -> tuple[Trace, memoryview | bytes]:
+    """What was recorded in a lane, as a worker; nothing where no trace was asked for."""
+    recorded = recorder.lanes.get(lane)
+    if recorded is None:
+        return Trace(lane), b""
+    return Trace(lane, tuple(recorded.names), recorded.dropped), recorded.records
+
+
+async def _read_clock(link: Link) -> ClockReading:
+    lowest, highest = -(1 << 63), 1 << 63
+    begin = time.perf_counter_ns()
+    for _ in range(_PROBES):
+        asked = time.perf_counter_ns()
+        answer = (await link.request(ClockRequest())).body
+        answered = time.perf_counter_ns()
+        if not isinstance(answer, Clock):
+            raise _unexpected(link, "Clock", answer)
+        lowest, highest = max(lowest, answer.now_ns - answered), min(highest, answer.now_ns - asked)
+    middle = (begin + time.perf_counter_ns()) // 2
+    return ClockReading(middle, (lowest + highest) // 2, max(0, (highest - lowest + 1) // 2))
+
+
+async def _fetch(link: Link, lane: str) -> LaneTrace:
+    reply = await link.request(TraceRequest(lane))
+    trace, records = reply.body, reply.frame.payload
+    if not isinstance(trace, Trace) or trace.lane != lane or not _is_valid(trace, records):
+        raise _unexpected(link, f"the trace of lane {lane}", trace)
+    return LaneTrace(lane, trace.names, trace.dropped, records)
+
+
+def _unexpected(link: Link, expected: str, got: object) -> TransportError:
+    return TransportError(
+        f"peer {link.peer_id}: expected {expected}, got {type(got).__name__}; refused"
+    )
+
+
+def _is_valid(trace: Trace, records: memoryview | bytes) -> bool:
+    if len(records) % Lane.RECORD.size:
+        return False
+    return all(
+        begin <= end and name < len(trace.names)
+        for begin, end, _, name, _ in Lane.RECORD.iter_unpack(records)
+    )
 
 
 def lane_traces(recorder: Recorder) -> list[LaneTrace]:
@@ -167,35 +177,3 @@ def lane_traces(recorder: Recorder) -> list[LaneTrace]:
         LaneTrace(name, lane.names, lane.dropped, lane.records)
         for name, lane in recorder.lanes.items()
     ]
-
-
-async def send_clock(channel: Channel) -> None:
-    """Tell the time, as a worker.
-
-    Raises:
-        PeerLostError: the master left.
-    """
-    await channel.send(Frame(pb.FrameHeader(clock=pb.Clock(now_ns=time.perf_counter_ns()))))
-
-
-async def send_trace(channel: Channel, recorder: Recorder) -> None:
-    """Send what was recorded so far, as a worker; nothing where no trace was asked for.
-
-    Raises:
-        PeerLostError: the master left.
-    """
-    lanes = lane_traces(recorder)
-    for lane in lanes:
-        trace = pb.Trace(
-            lane=lane.lane, names=lane.names, dropped=lane.dropped, last=lane is lanes[-1]
-        )
-        await channel.send(Frame(pb.FrameHeader(trace=trace), lane.records))
-
-
-def _makes_sense(trace: pb.Trace, payload: memoryview | bytes) -> bool:
-    if trace.lane not in LANES or len(payload) % Lane.RECORD.size:
-        return False
-    return all(
-        begin <= end and name < len(trace.names)
-        for begin, end, _, name, _ in Lane.RECORD.iter_unpack(payload)
-    )

@@ -1,12 +1,10 @@
-"""A worker: waits for a master, takes its slice, runs steps, and waits again when it leaves."""
+"""A worker: waits for a master, stores its shard, serves its session, and waits again."""
 
 from __future__ import annotations
 
 import asyncio
-import zlib
 from collections.abc import AsyncIterator, Callable
 
-from tpirt.cluster.cancellation import in_thread
 from tpirt.cluster.machine import (
     available_bytes,
     has_bfloat16,
@@ -15,14 +13,10 @@ from tpirt.cluster.machine import (
     machine_cores,
     resident_bytes,
 )
-from tpirt.cluster.probing import answer
-from tpirt.cluster.rank import Limits, RankRuntime
-from tpirt.cluster.stats import stats_message
-from tpirt.cluster.tracing import TRACE_SPANS, send_clock, send_trace
+from tpirt.cluster.rank import Limits, RankRuntime, frame_limit
+from tpirt.cluster.session import Prepared, WorkerSession
+from tpirt.cluster.tracing import TRACE_SPANS
 from tpirt.cluster.worker_links import Connect, Switchboard, WorkerLinks
-from tpirt.collectives.algorithms import GroupCommunicator
-from tpirt.collectives.base import collective_of
-from tpirt.collectives.context import StepAborted
 from tpirt.collectives.links import LinkSet
 from tpirt.config import ModelConfig
 from tpirt.errors import (
@@ -33,24 +27,32 @@ from tpirt.errors import (
     TpirtError,
     TransportError,
 )
+from tpirt.protocol.link import Link
+from tpirt.protocol.messages import (
+    PROTOCOL_VERSION,
+    HelloReply,
+    HelloRequest,
+    Setup,
+    decode_call,
+    encode_call,
+)
 from tpirt.sharding.blocks import rank_blocks
 from tpirt.transport.base import Channel
-from tpirt.transport.codec import PROTOCOL_VERSION, Frame, empty_tensor, read_tensor
-from tpirt.transport.pb import tpirt_pb2 as pb
-from tpirt.types import Progress
 from tpirt.version import __version__
-from tpirt.weights.store import Manifest, SliceStore, SliceWriter, StoredSlice
+from tpirt.weights.store import Manifest, SliceStore, StoredSlice
 
 Log = Callable[[str], None]
 
-_LONGEST_SILENCE_S = 5.0  # a loading worker reports at least this often
+_LEAVING_S = 20.0  # for a session whose master is gone to let go of threads and memory
+_MOST_RANKS = 1024
+_MOST_CHUNK_TOKENS = 1 << 16
 
 
 class Worker:
     """See :class:`tpirt.transport.base.PeerService`.
 
     ``memory_bytes`` is the peer's own limit; a master may ask for less, never for more.
-    ``connect`` makes the way to another worker; without it, sums go through the master.
+    ``connect`` opens links to other workers; without it, sums go through the master.
     """
 
     def __init__(
@@ -69,262 +71,145 @@ class Worker:
         self._log = log
         self._connect = connect
         self._board = Switchboard()
-        self._master: str | None = None  # whom it serves now
+        self._base_bytes = resident_bytes()  # before any session: what later ones leave is not base
+        self._session: WorkerSession | None = None
+        self._free = asyncio.Condition()
 
-    async def hello(self, request: pb.HelloRequest) -> pb.HelloReply:
+    async def answer(self, method: str, request: bytes) -> bytes:
         """See :class:`tpirt.transport.base.PeerService`."""
-        return pb.HelloReply(
-            protocol_version=PROTOCOL_VERSION,
-            tpirt_version=__version__,
-            peer_id=self.peer_id,
-            host_id=host_id(),
-            memory_bytes=self._memory_bytes or 0,
-            available_bytes=available_bytes() + resident_bytes(),
-            threads=self._threads,
-            cores=machine_cores(),
-            bfloat16=has_bfloat16(),
-            busy=self._master is not None,
-            int4_layout=int4_layout().name,
-            has_slice=bool(request.slice_id) and self._holds(request.slice_id),
-        )
+        if method == "Hello":
+            decode_call(HelloRequest, request, "caller")
+            return encode_call(self._hello())
+        raise TransportError(f"unknown method {method}")
 
-    async def put_slice(self, chunks: AsyncIterator[pb.SliceChunk]) -> pb.PutSliceReply:
+    async def receive(self, method: str, chunks: AsyncIterator[bytes]) -> bytes:
         """See :class:`tpirt.transport.base.PeerService`."""
-        if self._master is not None:  # it may be reading these very files
-            raise HandshakeError(f"it serves {self._master} already")
-        first = await anext(aiter(chunks), None)
-        if first is None or first.WhichOneof("body") != "manifest":
-            raise TransportError("a slice must begin with its manifest")
-        manifest = Manifest.from_json(first.manifest)
-        # Each call in a thread ends before the writer is left, also when the master goes away.
-        with self._store.write(manifest) as writer:
-            async for message in chunks:
-                await in_thread(_write_chunk, writer, message.chunk)
-            stored = await in_thread(writer.commit)
-        self._log(f"received slice {manifest.slice_id} of {manifest.model}: {stored.path}")
-        return pb.PutSliceReply(bytes_written=manifest.nbytes)
+        raise TransportError(f"unknown method {method}")
 
     async def session(self, channel: Channel) -> None:
         """See :class:`tpirt.transport.base.PeerService`."""
-        if self._master is not None:
-            await _report(channel, 0, HandshakeError(f"it serves {self._master} already"))
-            return
-        self._master = channel.peer_id
-        self._log(f"serving {channel.peer_id}")
+        session = WorkerSession(channel)
         try:
-            await self._serve(channel)
+            await self._serve(session)
         except PeerLostError:
             pass  # the ordinary end: the master left
         except TpirtError as exc:
             self._log(f"session ended: {exc}")
             raise
         finally:
-            self._master = None
-            self._log("waiting for a master")
+            await session.aclose()
+            if self._session is session:
+                async with self._free:
+                    self._session = None
+                    self._free.notify_all()
+                self._log("waiting for a master")
 
     async def link(self, channel: Channel) -> None:
         """See :class:`tpirt.transport.base.PeerService`."""
         await self._board.serve(channel)
 
-    async def _serve(self, channel: Channel) -> None:
-        frame = await channel.recv(_LONGEST_SILENCE_S)
-        try:
-            setup = _checked_setup(frame)
-            links = LinkSet(setup.rank, {0: channel}, setup.timeout_ms / 1e3)
-            runtime = self._prepare(setup, links)
-        except TpirtError as exc:
-            await _report(channel, 0, exc)
-            return
-        mesh = WorkerLinks(links, self._connect, self._board)
-        try:
-            forming = asyncio.create_task(mesh.form(setup.session, setup.addresses))
-            try:
-                await _load(runtime, channel)
-                await _send_ready(runtime, channel, await forming)
-            finally:
-                forming.cancel()
-            await _serve_steps(runtime, channel, links, mesh)
-        finally:
-            await mesh.aclose()
-            await runtime.aclose()
+    def _hello(self) -> HelloReply:
+        return HelloReply(
+            protocol_version=PROTOCOL_VERSION,
+            tpirt_version=__version__,
+            peer_id=self.peer_id,
+            host_id=host_id(),
+            memory_bytes=self._memory_bytes,
+            available_bytes=available_bytes() + resident_bytes(),
+            base_bytes=self._base_bytes,
+            threads=self._threads,
+            cores=machine_cores(),
+            bfloat16=has_bfloat16(),
+            int4_layout=int4_layout().name,
+            busy=self._session is not None and not self._session.lost,
+        )
 
-    def _prepare(self, setup: pb.Setup, links: LinkSet) -> RankRuntime:
+    async def _serve(self, session: WorkerSession) -> None:
+        request = await session.setup()
+        if request is None:
+            return
+        incoming, setup = request
+        try:
+            _check_setup(setup)
+            await self._claim(session)
+        except TpirtError as exc:
+            await session.refuse(incoming, exc)
+            raise
+        self._log(f"serving {session.link.peer_id}")
+        await session.serve(incoming, setup, self._prepare)
+
+    async def _claim(self, session: WorkerSession) -> None:
+        """Make ``session`` the one that is served; wait for one whose master has left."""
+        async with self._free:
+            while self._session is not None:
+                if not self._session.lost:
+                    raise HandshakeError(f"it serves {self._session.link.peer_id} already")
+                try:
+                    async with asyncio.timeout(_LEAVING_S):
+                        await self._free.wait()
+                except TimeoutError:
+                    raise HandshakeError("it has not let go of its last master yet") from None
+            self._session = session
+
+    async def _prepare(self, setup: Setup, master: Link) -> Prepared:
         config = ModelConfig.from_json(setup.model_config)
-        stored = self._store.find(setup.slice_id)
+        stored = self._store.find(setup.shard_id)
         if stored is None:
-            raise StoreError(f"its store holds no slice {setup.slice_id}")
+            raise StoreError(f"its store holds no shard {setup.shard_id}")
         if stored.manifest.fingerprint != setup.model_fingerprint:
             raise HandshakeError(
-                f"its slice is of model {stored.manifest.fingerprint}, the master runs "
+                f"its shard is of model {stored.manifest.fingerprint}, the master runs "
                 f"{setup.model_fingerprint}; remove {stored.path}"
             )
-        _check_slice(stored, config)
-        own, asked = self._memory_bytes, setup.memory_bytes or None
+        _check_shard(stored, config)
+        own, asked = self._memory_bytes, setup.memory_bytes
         limits = Limits(
-            window_blocks=setup.window_blocks or None,
+            window_blocks=setup.window_blocks,
             memory_bytes=min(own, asked) if own and asked else own or asked,
             chunk_tokens=setup.chunk_tokens,
             timeout_s=setup.timeout_ms / 1e3,
             trace_spans=min(setup.trace_spans, TRACE_SPANS),
         )
-        return RankRuntime(config, stored, GroupCommunicator(setup.world_size, links), limits)
-
-    def _holds(self, slice_id: str) -> bool:
-        try:
-            return self._store.find(slice_id) is not None
-        except StoreError as exc:  # damaged: have it sent anew
-            self._log(str(exc))
-            return False
-
-
-async def serve_step(runtime: RankRuntime, channel: Channel, links: LinkSet, frame: Frame) -> None:
-    """Run one step; a failure of this rank's own is reported and the session goes on.
-
-    So is the loss of another worker: it is the master's to end the session.
-
-    Raises:
-        PeerLostError: the master left.
-        TransportError: the master's messages make no sense; the session must end.
-    """
-    step = frame.header.step
-    links.begin(step.step)
-    try:
-        shape = (step.tokens, runtime.decoder.config.hidden_size)
-        runtime.check_step(step.start, step.tokens, step.rope_length, step.outputs)
-        collective = collective_of(step)
-        if collective.micro_batches:  # each comes by itself
-            hidden = empty_tensor(step.dtype, shape)
-        else:
-            hidden = read_tensor(frame.payload, step.dtype, shape)
-        runtime.begin(step.step, step.tokens, step.prefill, collective)
-        await runtime.step(
-            hidden, step.start, step.rope_length, step.outputs, collective.micro_batches
-        )
-    except StepAborted:
-        pass
-    except TransportError:
-        raise
-    except TpirtError as exc:
-        if isinstance(exc, PeerLostError) and not exc.rank:
-            raise
-        await links.give_up()
-        await _report(channel, step.step, exc)
+        limit = frame_limit(config, limits)
+        links = LinkSet(setup.rank)
+        links.add(master)
+        runtime = await RankRuntime.open(config, stored, setup.world_size, links, limits)
+        master.channel.frame_limit = limit
+        workers = WorkerLinks(links, self._connect, self._board, limits.timeout_s, limit)
+        return Prepared(runtime, links, workers)
 
 
-async def _serve_steps(
-    runtime: RankRuntime, channel: Channel, links: LinkSet, mesh: WorkerLinks
-) -> None:
-    last_step = 0
-    while True:
-        frame = await channel.recv()
-        match frame.kind:
-            case "step":
-                if frame.header.step.step <= last_step:
-                    raise TransportError(
-                        f"expected a step after {last_step}, got {frame.header.step.step}; refused"
-                    )
-                last_step = frame.header.step.step
-                await serve_step(runtime, channel, links, frame)
-            case "stats_request":
-                stats = runtime.stats(frame.header.stats_request.reset)
-                stats.bytes_sent, stats.bytes_received = links.traffic
-                if frame.header.stats_request.reset:
-                    links.reset_traffic()
-                await channel.send(Frame(pb.FrameHeader(stats=stats_message(stats))))
-            case "clock_request":
-                await send_clock(channel)
-            case "trace_request":
-                runtime.step_log.flush()
-                await send_trace(channel, runtime.recorder)
-            case "measure_links":
-                states = pb.LinkStates(links=await mesh.measure())
-                await channel.send(Frame(pb.FrameHeader(link_states=states)))
-            case "probe":
-                await answer(channel, frame)
-            case "abort":
-                pass  # the step was over here already
-            case "partial" | "reduced" if links.is_leftover(frame):
-                pass
-            case kind:
-                raise TransportError(f"{channel.peer_id}: {kind} between steps; refused")
-
-
-async def _load(runtime: RankRuntime, channel: Channel) -> None:
-    """Load, telling the master how far; its errors go to the master too."""
-    done = Progress("", 0, runtime.window.weights_bytes)
-
-    def remember(progress: Progress) -> None:
-        nonlocal done
-        done = progress
-
-    loading = asyncio.ensure_future(runtime.load(remember))
-    try:
-        while not (await asyncio.wait({loading}, timeout=0.25))[0]:
-            header = pb.FrameHeader(
-                loading=pb.Loading(done_bytes=done.done, total_bytes=done.total)
-            )
-            await channel.send(Frame(header))
-        await loading
-    except TpirtError as exc:
-        if not isinstance(exc, PeerLostError):
-            await _report(channel, 0, exc)
-        raise PeerLostError(f"{channel.peer_id}: loading failed") from exc
-    finally:
-        loading.cancel()
-
-
-async def _send_ready(runtime: RankRuntime, channel: Channel, links: list[pb.LinkState]) -> None:
-    window = runtime.window
-    ready = pb.Ready(
-        weights_bytes=window.weights_bytes, resident_bytes=window.held_bytes, links=links
-    )
-    await channel.send(Frame(pb.FrameHeader(ready=ready)))
-
-
-def _checked_setup(frame: Frame) -> pb.Setup:
-    if frame.kind != "setup":
-        raise TransportError(f"a session must begin with its setup, got {frame.kind}")
-    setup = frame.header.setup
+def _check_setup(setup: Setup) -> None:
     if setup.protocol_version != PROTOCOL_VERSION:
         raise HandshakeError(
             f"it speaks protocol {PROTOCOL_VERSION}, the master {setup.protocol_version}; "
             "install the same tpirt on both"
         )
-    if (
-        not 1 <= setup.rank < setup.world_size
-        or not (setup.chunk_tokens and setup.timeout_ms)
-        or len(setup.addresses) not in (0, setup.world_size)
+    if not (
+        1 <= setup.rank < setup.world_size <= _MOST_RANKS
+        and 1 <= setup.chunk_tokens <= _MOST_CHUNK_TOKENS
+        and setup.timeout_ms
+        and len(setup.addresses) in (0, setup.world_size)
     ):
         raise TransportError(
-            f"a setup that makes no sense: rank {setup.rank} of {setup.world_size}, chunks of "
-            f"{setup.chunk_tokens} tokens, timeout {setup.timeout_ms} ms"
+            f"invalid Setup message: rank {setup.rank} of {setup.world_size}, chunks of "
+            f"{setup.chunk_tokens} tokens, timeout {setup.timeout_ms} ms, "
+            f"{len(setup.addresses)} addresses"
         )
-    return setup
 
 
-def _check_slice(stored: StoredSlice, config: ModelConfig) -> None:
-    """Check that a slice's files are those which its manifest's model, dtype and shard ask for."""
+def _check_shard(stored: StoredSlice, config: ModelConfig) -> None:
+    """Check that a shard's files are those which its manifest's model, dtype and plan ask for."""
     manifest = stored.manifest
     try:
         form = manifest.form
         blocks = rank_blocks(config, manifest.shard, form)
         asked = Manifest.plan(manifest.fingerprint, manifest.model, form, manifest.shard, blocks)
     except (ConfigError, ValueError, IndexError) as exc:
-        raise StoreError(f"{stored.path}: no slice of this model ({exc}); remove it") from exc
+        raise StoreError(f"{stored.path}: no shard of this model ({exc}); remove it") from exc
     found = [(block.name, block.nbytes) for block in manifest.blocks]
     if (manifest.slice_id, found) != (
         asked.slice_id,
         [(block.name, block.nbytes) for block in asked.blocks],
     ):
         raise StoreError(f"{stored.path}: its files are not those of this model; remove it")
-
-
-def _write_chunk(writer: SliceWriter, chunk: pb.BlockChunk) -> None:
-    if zlib.crc32(chunk.data) != chunk.crc32:
-        raise TransportError(f"slice block {chunk.block} at {chunk.offset}: checksum mismatch")
-    writer.write(chunk.block, chunk.offset, chunk.data)
-
-
-async def _report(channel: Channel, step: int, exc: TpirtError) -> None:
-    error = pb.Error(step=step, kind=type(exc).__name__, message=str(exc))
-    await channel.send(Frame(pb.FrameHeader(error=error)))

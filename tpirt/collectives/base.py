@@ -7,71 +7,44 @@ from typing import Protocol
 
 import torch
 
-from tpirt.batch import DEFAULT_COLLECTIVE, Algorithm, Collective
-from tpirt.collectives.comm_dtype import comm_dtype_of
-from tpirt.errors import TransportError
+from tpirt.collectives.context import StepContext
 from tpirt.stopwatch import NETWORK, Recorder
-from tpirt.transport.pb import tpirt_pb2 as pb
-
-
-def algorithm_number(algorithm: Algorithm) -> pb.Algorithm:
-    """An algorithm's name in the protocol."""
-    return _NUMBERS[algorithm]
-
-
-_NUMBERS = {
-    Algorithm.STAR: pb.STAR,
-    Algorithm.ONE_SHOT: pb.ONE_SHOT,
-    Algorithm.TWO_SHOT: pb.TWO_SHOT,
-}
-
-
-def collective_of(step: pb.Step) -> Collective:
-    """What a step's header asks for.
-
-    Raises:
-        TransportError: something that this version does not know.
-    """
-    for algorithm, number in _NUMBERS.items():
-        if number == step.algorithm:
-            return Collective(algorithm, comm_dtype_of(step.comm_dtype), step.halves)
-    raise TransportError(f"step {step.step}: unknown algorithm {step.algorithm}")
 
 
 class Communicator(Protocol):
     """One rank's membership of the tensor-parallel group.
 
-    Every rank makes the same calls in the same order within a step; two may be under way at a
-    time. Sums run in rank order with float32 accumulation whatever the algorithm, so all ranks
-    hold identical bits and a rerun repeats them; all algorithms give the same bits.
+    Every rank makes the same calls in the same order within each micro-batch (``part``) of a step;
+    calls of the two parts may overlap. Sums run in rank order with float32 accumulation whatever
+    the algorithm, so all ranks hold identical bits and a rerun repeats them; all algorithms give
+    the same bits.
+
+    All calls raise:
+        PeerLostError: a rank is gone or silent; names it.
+        TransportError: a message of another step, collective, shape or dtype came; it was not
+            summed.
+        StepAborted, or the reason the step was aborted for.
+
+    A cancelled or aborted call leaves the links usable: frames that were begun go out whole, and
+    those that come for the step are dropped once it is over.
     """
 
     rank: int
     world_size: int
 
-    def begin(self, step: int, collective: Collective = DEFAULT_COLLECTIVE) -> None:
-        """Start numbering the collectives of ``step``."""
+    async def broadcast(self, step: StepContext, part: int, rows: torch.Tensor) -> None:
+        """Fill ``rows`` (T, H), float32 or bfloat16, with what rank 0 has there."""
 
-    async def broadcast(self, rows: torch.Tensor) -> None:
-        """Fill ``rows`` (T, H), float32 or bfloat16, with what rank 0 has there.
-
-        Cancelled, the call leaves the group unusable. Raises as :meth:`all_reduce`.
-        """
-
-    async def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
+    async def all_reduce(
+        self, step: StepContext, part: int, partial: torch.Tensor
+    ) -> torch.Tensor:
         """Sum ``partial`` (T, H), float32 or bfloat16, over ranks; every rank gets the sum (T, H).
 
-        It comes in bfloat16 where that is the form on the wire, else in float32. ``partial`` may be
-        overwritten. Cancelled, the call leaves the group unusable.
-
-        Raises:
-            PeerLostError: a rank is gone or silent beyond the deadline.
-            TransportError: a message of another step, shape or dtype came; it was not summed.
-            PeerError: a rank reports a failure of its own.
-            StepAborted: the master gave the step up.
+        The sum is bfloat16 where that is the form on the wire, else float32. ``partial`` may be
+        overwritten.
         """
 
-    async def reduce(self, partial: torch.Tensor) -> torch.Tensor | None:
+    async def reduce(self, step: StepContext, partial: torch.Tensor) -> torch.Tensor | None:
         """As :meth:`all_reduce`, but only rank 0 gets the sum; the others return at once."""
 
 
@@ -81,17 +54,16 @@ class SingleRankCommunicator:
     rank = 0
     world_size = 1
 
-    def begin(self, step: int, collective: Collective = DEFAULT_COLLECTIVE) -> None:
+    async def broadcast(self, step: StepContext, part: int, rows: torch.Tensor) -> None:
         """See :class:`Communicator`."""
 
-    async def broadcast(self, rows: torch.Tensor) -> None:
-        """See :class:`Communicator`."""
-
-    async def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
+    async def all_reduce(
+        self, step: StepContext, part: int, partial: torch.Tensor
+    ) -> torch.Tensor:
         """See :class:`Communicator`."""
         return partial
 
-    async def reduce(self, partial: torch.Tensor) -> torch.Tensor | None:
+    async def reduce(self, step: StepContext, partial: torch.Tensor) -> torch.Tensor | None:
         """See :class:`Communicator`."""
         return partial
 
@@ -108,32 +80,31 @@ class TimedCommunicator:
         self.world_size = inner.world_size
         self.clock = recorder.stopwatch(NETWORK)
         self._inner = inner
-        self._step = 0
         self._took_ns: list[int] = []
 
-    def begin(self, step: int, collective: Collective = DEFAULT_COLLECTIVE) -> None:
-        """See :class:`Communicator`."""
-        self._step = step
+    def begin(self) -> None:
+        """Forget what the collectives of the last step took."""
         self._took_ns.clear()
-        self._inner.begin(step, collective)
 
-    async def broadcast(self, rows: torch.Tensor) -> None:
+    async def broadcast(self, step: StepContext, part: int, rows: torch.Tensor) -> None:
         """See :class:`Communicator`."""
-        with self.clock.running("broadcast", rows.nbytes, self._step):
-            await self._inner.broadcast(rows)
+        with self.clock.running("broadcast", rows.nbytes, step.number):
+            await self._inner.broadcast(step, part, rows)
 
-    async def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
+    async def all_reduce(
+        self, step: StepContext, part: int, partial: torch.Tensor
+    ) -> torch.Tensor:
         """See :class:`Communicator`."""
         began_ns = self.clock.total_ns
-        with self.clock.running("all_reduce", partial.nbytes, self._step):
-            total = await self._inner.all_reduce(partial)
+        with self.clock.running("all_reduce", partial.nbytes, step.number):
+            total = await self._inner.all_reduce(step, part, partial)
         self._took_ns.append(self.clock.total_ns - began_ns)
         return total
 
-    async def reduce(self, partial: torch.Tensor) -> torch.Tensor | None:
+    async def reduce(self, step: StepContext, partial: torch.Tensor) -> torch.Tensor | None:
         """See :class:`Communicator`."""
-        with self.clock.running("reduce", partial.nbytes, self._step):
-            return await self._inner.reduce(partial)
+        with self.clock.running("reduce", partial.nbytes, step.number):
+            return await self._inner.reduce(step, partial)
 
     def median_s(self) -> float | None:
         """What an allreduce of this step took; None if there was none."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 from tpirt.batch import Batch
+
+_T = TypeVar("_T")
 
 
 class StepAborted(Exception):  # noqa: N818 - not an error
@@ -22,6 +26,7 @@ class StepContext:
     def __init__(self, number: int, batch: Batch):
         self.number = number
         self.batch = batch
+        self._numbers = [0, 1]  # of the next collective of each micro-batch
         self._reason: Exception | None = None
         self._callbacks: list[Callable[[Exception], None]] = []
 
@@ -29,6 +34,15 @@ class StepContext:
     def aborted(self) -> bool:
         """Whether the step was given up or has failed."""
         return self._reason is not None
+
+    def next_seq(self, part: int) -> int:
+        """Number the next collective of micro-batch ``part``: even for the first, odd for the other.
+
+        Every rank makes the same calls in the same order within a part; the order between parts
+        does not matter.
+        """
+        self._numbers[part] += 2
+        return self._numbers[part] - 2
 
     def check(self) -> None:
         """Raise the reason if the step was aborted."""
@@ -50,3 +64,30 @@ class StepContext:
             callback(self._reason)
         else:
             self._callbacks.append(callback)
+
+    async def run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Await ``work``, but no longer than the step lives.
+
+        ``work`` is cancelled when the step is aborted or the caller is cancelled.
+
+        Raises:
+            Exception: the reason of the abort, or what ``work`` raises.
+        """
+        self.check()
+        task = asyncio.ensure_future(work)
+
+        def give_up(_: Exception) -> None:
+            task.cancel()
+
+        self.on_abort(give_up)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if self._reason is None or (current is not None and current.cancelling()):
+                raise
+            raise self._reason from None
+        finally:
+            task.cancel()
+            if give_up in self._callbacks:
+                self._callbacks.remove(give_up)

@@ -7,6 +7,7 @@ sampling stay in here, on the master; what leaves is hidden states.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import operator
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
@@ -25,13 +26,14 @@ from tpirt.cluster.provision import SliceMaker, distribute
 from tpirt.cluster.rank import Limits
 from tpirt.cluster.roster import PeerProfile, memory_limits, profile_peers
 from tpirt.cluster.tracing import TRACE_SPANS
+from tpirt.batch import Collective, Segment
 from tpirt.config import ModelConfig
 from tpirt.engine.defaults import GenerationDefaults
 from tpirt.engine.dtype import ChosenDtype, choose_dtype
 from tpirt.engine.sampler import Sampler, check_params
 from tpirt.engine.token_times import token_times
 from tpirt.engine.trace_file import TraceFile
-from tpirt.errors import ConfigError, MemoryLimitError, RequestError
+from tpirt.errors import ConfigError, MemoryLimitError, RequestError, TpirtError
 from tpirt.model.memory import RankPlan, choose_chunk_tokens, logits_tokens, plan_rank
 from tpirt.ops.quant import QuantSpec
 from tpirt.sharding.format import WeightFormat
@@ -58,6 +60,7 @@ from tpirt.weights.synthetic import AnyCheckpoint, SyntheticCheckpoint, is_synth
 Prompt = str | Sequence[int] | Sequence[Message]
 
 BUNDLED_MODEL = Path(__file__).parent.parent / "demo"
+_SLOT = 0  # the one sequence of the KV store
 DEFAULT_TIMEOUT_S = 60.0
 MAX_TIMEOUT_S = 86_400.0
 
@@ -113,7 +116,10 @@ class Engine:
         self._loss_tokens = loss_tokens
         self._cached: list[int] = []  # ids whose keys and values every rank holds
         self._rope_length = 0  # the longest that their keys were rotated for
-        self._busy = asyncio.Lock()
+        self._turn = asyncio.Lock()  # requests take turns
+        self._resets = 0  # how often reset() was called
+        self._first_step = 1  # of the latest request
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @classmethod
     @asynccontextmanager
@@ -246,12 +252,16 @@ class Engine:
     @property
     def notice(self) -> str:
         """What a user should know of how ranks work together; empty if all is as asked for."""
-        return self._group.sums.notice if self._group.sums else ""
+        return self._group.policy.notice if self._group.policy else ""
 
     def explain(self) -> list[str]:
         """Say which links were measured and how sums go over them, a line each."""
-        sums = self._group.sums
-        return sums.explain(self._chunk_tokens) if sums else ["one rank: nothing to sum"]
+        policy = self._group.policy
+        return policy.explain(self._chunk_tokens) if policy else ["one rank: nothing to sum"]
+
+    def collective(self, tokens: int) -> Collective | None:
+        """How partial sums of a step of so many tokens are combined; None for one rank."""
+        return self._group.policy.used(tokens) if self._group.policy else None
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Turn a prompt into ids: text with BOS as the tokenizer says, messages by the template.
@@ -293,11 +303,10 @@ class Engine:
         check_params(params)
         ids = self._checked(self.encode(prompt))
         limit = min(params.max_tokens, self.context_length - len(ids))
-        async with self._busy:
-            await self._group.stats(reset=True)
-            writer = _Writer(self.tokenizer, ids, params, self.defaults.eos_ids, limit)
-            sampler = Sampler(params)
-            history = list(ids)
+        writer = _Writer(self.tokenizer, ids, params, self.defaults.eos_ids, limit)
+        sampler = Sampler(params)
+        history = list(ids)
+        async with self._request():
             hidden = await self._prefill(ids, progress)
             while True:
                 logits = await self._group.logits(hidden)
@@ -320,11 +329,13 @@ class Engine:
         started = time.perf_counter()
         times: list[float] = []
         tokens: list[Token] = []
+        ranks: list[RankStats] = []
         async for token in self.generate(ids, params, progress):
             times.append(time.perf_counter())
             tokens.append(token)
+            if token.finish_reason is not None:  # the next request has not begun yet
+                ranks = await self.stats()
         steps = max(1, len(times) - 1)
-        ranks = await self.stats()
         return Completion(
             text="".join(token.text for token in tokens),
             prompt_token_ids=ids,
@@ -362,9 +373,8 @@ class Engine:
     ) -> AsyncIterator[tuple[int, torch.Tensor]]:
         """Yield the logits after each id, (T, V) with T at most ``at_once``, and T's first id."""
         ids = self._checked(list(ids), room=0)
-        async with self._busy:
+        async with self._request():
             self._cached.clear()
-            await self._group.stats(reset=True)
             for start in range(0, len(ids), self._chunk_tokens):
                 chunk = ids[start : start + self._chunk_tokens]
                 hidden = await self._forward(chunk, len(ids), len(chunk), prefill=True)
@@ -382,12 +392,35 @@ class Engine:
         return rows if rows.dtype is torch.bfloat16 else rows.float()
 
     async def stats(self) -> list[RankStats]:
-        """What each rank used and did since the last request began."""
-        return await self._group.stats()
+        """What each rank used and did since the latest request began. Callable at any time."""
+        return await self._group.stats(self._first_step)
 
     def reset(self) -> None:
-        """Forget the cached tokens."""
-        self._cached.clear()
+        """Forget the cached tokens and give their memory back; a running request is not affected.
+
+        Callable at any time. The memory is free before the next request begins.
+        """
+        self._resets += 1
+        task = asyncio.get_running_loop().create_task(self._free())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _free(self) -> None:
+        async with self._turn:
+            self._cached.clear()
+            with contextlib.suppress(TpirtError):  # a broken group is reported by its next user
+                await self._group.free(_SLOT)
+
+    @asynccontextmanager
+    async def _request(self) -> AsyncIterator[None]:
+        """Wait for this request's turn; what a reset during it cached is forgotten at its end."""
+        async with self._turn:
+            resets, self._first_step = self._resets, self._group.next_step
+            try:
+                yield
+            finally:
+                if self._resets != resets:
+                    self._cached.clear()
 
     def _checked(self, ids: list[int], room: int = 1) -> list[int]:
         if not ids:
@@ -431,11 +464,12 @@ class Engine:
         return shared
 
     async def _forward(
-        self, ids: Sequence[int], rope_length: int, outputs: int, *, prefill: bool
+        self, ids: Sequence[int], rope_length: int, num_logits: int, *, prefill: bool
     ) -> torch.Tensor:
-        """Let ``ids`` through all layers; returns the hidden states of the last ``outputs``."""
+        """Let ``ids`` through all layers; returns the hidden states of the last ``num_logits``."""
         start = len(self._cached)
-        out = await self._group.step(self.embed(ids), start, rope_length, outputs, prefill)
+        segment = Segment(_SLOT, start, len(ids), num_logits, rope_length)
+        out = await self._group.step(self.embed(ids), [segment], prefill)
         self._rope_length = max(self._rope_length if start else 0, rope_length)
         self._cached.extend(ids)
         return out

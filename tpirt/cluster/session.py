@@ -1,0 +1,279 @@
+"""One master's session on a worker, from Setup until the master leaves.
+
+The link's callbacks answer at once what needs no waiting (statistics, clocks, traces) and mark a
+step as aborted; everything else goes through a queue, one at a time. An Abort is answered when
+nothing of its step is under way on this rank any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+import torch
+
+from tpirt.batch import Batch
+from tpirt.cluster.probing import measure
+from tpirt.cluster.rank import RankRuntime
+from tpirt.cluster.tracing import answer_clock, answer_trace
+from tpirt.cluster.worker_links import WorkerLinks
+from tpirt.collectives.context import StepAborted, StepContext
+from tpirt.collectives.links import LinkSet
+from tpirt.errors import TpirtError, TransportError
+from tpirt.protocol.link import Incoming, Link
+from tpirt.protocol.messages import (
+    Abort,
+    ClockRequest,
+    Failure,
+    FreeSlot,
+    Loading,
+    MeasureLink,
+    Ready,
+    Setup,
+    StatsRequest,
+    StepEnded,
+    TraceRequest,
+)
+from tpirt.protocol.tensors import decode, hidden_dtype
+from tpirt.transport.base import Channel
+from tpirt.types import Progress
+
+_T = TypeVar("_T")
+
+SETUP_S = 5.0  # for a caller to say what it wants
+_REPORT_S = 0.25  # between two reports of a loading worker
+_MOST_QUEUED = 64
+
+
+class Prepared:
+    """What a worker makes of a valid Setup: a runtime, and links to the other workers."""
+
+    def __init__(self, runtime: RankRuntime, links: LinkSet, workers: WorkerLinks):
+        self.runtime = runtime
+        self.links = links
+        self.workers = workers
+
+    async def aclose(self) -> None:
+        """Close the links to other workers, stop the threads, give the memory back."""
+        await self.workers.aclose()
+        await self.runtime.aclose()
+
+
+Prepare = Callable[[Setup, Link], Awaitable[Prepared]]
+
+
+class WorkerSession:
+    """Serves one master over one channel; a :class:`tpirt.protocol.link.Handler`."""
+
+    def __init__(self, channel: Channel):
+        """Take the channel over; nothing large is accepted before a valid Setup."""
+        self.link = Link(channel, 0, SETUP_S, self)
+        self._queue: asyncio.Queue[Incoming | None] = asyncio.Queue()
+        self._prepared: Prepared | None = None
+        self._current: StepContext | None = None
+        self._last_step = 0
+        self._aborted_step = 0
+        self._lost: asyncio.Future[TpirtError] = asyncio.get_running_loop().create_future()
+
+    @property
+    def lost(self) -> bool:
+        """Whether the master is gone: what is left to do is to clean up."""
+        return self._lost.done()
+
+    async def setup(self) -> tuple[Incoming, Setup] | None:
+        """Wait for the session's first request; None if the caller asks for nothing in time.
+
+        Raises:
+            PeerLostError, TransportError: the caller left, or said something else.
+        """
+        self.link.start()
+        try:
+            async with asyncio.timeout(SETUP_S):
+                incoming = await self._queue.get()
+        except TimeoutError:
+            return None
+        if incoming is None:
+            raise self._lost.result()
+        if not isinstance(incoming.body, Setup):
+            raise TransportError(
+                f"peer {self.link.peer_id}: expected Setup, got {type(incoming.body).__name__}"
+            )
+        return incoming, incoming.body
+
+    async def refuse(self, to: Incoming, exc: TpirtError) -> None:
+        """Answer a request with a failure."""
+        await self.link.respond(to, Failure.of(exc))
+
+    async def serve(self, to: Incoming, setup: Setup, prepare: Prepare) -> None:
+        """Load the rank and run steps until the master leaves.
+
+        Raises:
+            PeerLostError: the master left; the ordinary end.
+            TpirtError: the session cannot go on; the master was told.
+        """
+        self.link.silence(setup.timeout_ms / 1e3)
+        try:
+            self._prepared = await prepare(setup, self.link)
+            ready = await self._until_lost(self._load(self._prepared, setup))
+        except TpirtError as exc:
+            if not self.lost:
+                await self.refuse(to, exc)
+            raise
+        await self.link.respond(to, ready)
+        while (incoming := await self._queue.get()) is not None:
+            await self._serve(self._prepared, incoming)
+        raise self._lost.result()
+
+    async def aclose(self) -> None:
+        """End the session, whatever it is doing."""
+        await self.link.aclose()
+        if self._prepared is not None:
+            await self._prepared.aclose()
+
+    # -- the link's side -------------------------------------------------------------------
+
+    def on_message(self, link: Link, incoming: Incoming) -> None:
+        """See :class:`tpirt.protocol.link.Handler`."""
+        runtime = None if self._prepared is None else self._prepared.runtime
+        match incoming.body:
+            case StatsRequest(since_step=since) if runtime is not None:
+                link.reply(incoming, runtime.stats(since))
+            case ClockRequest():
+                link.reply(incoming, answer_clock())
+            case TraceRequest(lane=lane) if runtime is not None:
+                runtime.step_log.flush()
+                link.reply(incoming, *answer_trace(runtime.recorder, lane))
+            case body:
+                if isinstance(body, Abort):
+                    self._give_up(body.step)
+                if self._queue.qsize() >= _MOST_QUEUED:
+                    raise TransportError(f"peer {link.peer_id}: too many messages at once; refused")
+                self._queue.put_nowait(incoming)
+
+    def on_lost(self, link: Link, exc: TpirtError) -> None:
+        """See :class:`tpirt.protocol.link.Handler`."""
+        self._lost.set_result(exc)
+        if self._current is not None:
+            self._current.abort(exc)
+        self._queue.put_nowait(None)
+
+    def _give_up(self, step: int) -> None:
+        """Abort a step that runs, or one that is still in the queue."""
+        self._aborted_step = max(self._aborted_step, step)
+        if self._current is not None and self._current.number == step:
+            self._current.abort(StepAborted())
+
+    # -- the queue -------------------------------------------------------------------------
+
+    async def _serve(self, prepared: Prepared, incoming: Incoming) -> None:
+        match incoming.body:
+            case Batch():
+                await self._step(prepared.runtime, incoming)
+            case Abort(step=number):
+                if number > self._last_step:  # it never came here
+                    self._last_step = number
+                    prepared.links.skip(number)
+                await self.link.respond(incoming, StepEnded(number))
+            case FreeSlot(slot=slot):
+                await prepared.runtime.free(slot)
+            case MeasureLink(rank=rank):
+                await self._measure(prepared.links, incoming, rank)
+            case body:
+                raise TransportError(
+                    f"peer {self.link.peer_id}: {type(body).__name__} between steps; refused"
+                )
+
+    async def _step(self, runtime: RankRuntime, incoming: Incoming) -> None:
+        """Run one step; a failure of this rank's own is reported and the session goes on."""
+        number = incoming.frame.header.step
+        if number <= self._last_step:
+            raise TransportError(
+                f"peer {self.link.peer_id}: expected a step after {self._last_step}, got {number}; "
+                "refused"
+            )
+        self._last_step = number
+        step = self._current = StepContext(number, incoming.body)
+        if number <= self._aborted_step:
+            step.abort(StepAborted())
+        try:
+            runtime.validate(step.batch)
+            hidden = _hidden(incoming, step.batch, runtime.config.hidden_size)
+            runtime.begin(step)
+            await runtime.run(hidden, step)
+        except StepAborted:
+            pass
+        except TpirtError as exc:
+            step.abort(exc)
+            if not self.lost:
+                await self.link.notify(Failure.of(exc, number))
+        finally:
+            self._current = None
+
+    async def _measure(self, links: LinkSet, to: Incoming, rank: int) -> None:
+        if rank not in links.others:
+            exc: TpirtError = TransportError(f"there is no link to rank {rank}")
+            await self.refuse(to, exc)
+            return
+        try:
+            quality = await measure(links[rank])
+        except TpirtError as exc:
+            await self.refuse(to, exc)
+        else:
+            await self.link.respond(to, quality)
+
+    async def _load(self, prepared: Prepared, setup: Setup) -> Ready:
+        """Load the weights and form links to the other workers; report progress meanwhile."""
+        reporting = _Reports(self.link)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(prepared.runtime.load(reporting.remember))
+                forming = tasks.create_task(prepared.workers.form(setup.session, setup.addresses))
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+        finally:
+            reporting.stop()
+        runtime = prepared.runtime
+        return Ready(runtime.weights_bytes, runtime.held_bytes, forming.result())
+
+    async def _until_lost(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Await work, but no longer than the master is there."""
+        task = asyncio.ensure_future(work)
+        either: set[asyncio.Future[Any]] = {task, self._lost}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise self._lost.result()
+            return task.result()
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+
+class _Reports:
+    """Tells the master how far loading is, a few times a second."""
+
+    def __init__(self, link: Link):
+        self._link = link
+        self._loop = asyncio.get_running_loop()
+        self._next_s = 0.0
+
+    def remember(self, progress: Progress) -> None:
+        """A :data:`tpirt.types.ProgressCallback`; may be called from the event loop only."""
+        if self._loop.time() >= self._next_s:
+            self._next_s = self._loop.time() + _REPORT_S
+            self._link.tell(Loading(progress.done, progress.total))
+
+    def stop(self) -> None:
+        """Report nothing more."""
+        self._next_s = float("inf")
+
+
+def _hidden(incoming: Incoming, batch: Batch, hidden_size: int) -> torch.Tensor:
+    """The step's hidden states (T, H); with micro-batches, room for them."""
+    shape = (batch.tokens, hidden_size)
+    dtype = hidden_dtype(incoming.frame.header.dtype)
+    if batch.collective.micro_batches:
+        return torch.empty(shape, dtype=dtype.torch_dtype)
+    return decode(incoming.frame.payload, dtype, shape)

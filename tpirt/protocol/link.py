@@ -1,0 +1,378 @@
+"""A link to another rank: the only reader of its channel, and the judge of whether it lives.
+
+A link always reads. What comes is a tensor of the step at hand, a message, a reply, or a heartbeat;
+tensors of steps that are over are dropped. So no sender waits for a reader that has left a step,
+and nobody but the link ever reads from a channel.
+
+A peer counts as lost when nothing at all has come from it for ``timeout_s``. Both sides send
+heartbeats, and bytes of a large frame count while they arrive: slow is not dead, silent is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tpirt.errors import PeerLostError, TpirtError, TransportError
+from tpirt.protocol.messages import Failure, Probe, decode, encode
+from tpirt.transport.base import Channel
+from tpirt.transport.frame import Frame, Header, Kind
+
+HEARTBEAT_S = 2.0
+PARTS = 2  # a step has one or two micro-batches
+_MOST_AHEAD = 4  # frames of a part that nobody has asked for yet: collectives run in lockstep
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A message that came over a link; ``id`` is the request's, 0 if no answer is expected."""
+
+    body: Any
+    frame: Frame
+    id: int = 0
+
+
+class Handler(Protocol):
+    """Gets what a link does not settle by itself; called on the event loop, must not block."""
+
+    def on_message(self, link: Link, incoming: Incoming) -> None:
+        """Take a message or a request. A TransportError raised here breaks the link."""
+
+    def on_lost(self, link: Link, exc: TpirtError) -> None:
+        """The other side is gone, silent, or sent something invalid. Called once."""
+
+
+@dataclass(slots=True)
+class _Waiter:
+    head: bytes
+    future: asyncio.Future[Frame]
+
+
+class Link:
+    """One rank's connection to another.
+
+    Attributes:
+        rank: the other side's.
+        channel: what carries the frames; nobody else reads it.
+        lost: why the link is gone; None while it lives.
+    """
+
+    def __init__(self, channel: Channel, rank: int, timeout_s: float, handler: Handler):
+        """Take a channel over; :meth:`start` begins to read."""
+        self.rank = rank
+        self.channel = channel
+        self.lost: TpirtError | None = None
+        self._handler = handler
+        self._timeout_s = 0.0
+        self._loop = asyncio.get_running_loop()
+        self._step = 0
+        self._parts = 0  # of the step at hand; 0 when it is over
+        self._inbox: list[deque[Frame]] = _queues()
+        self._ahead: list[deque[Frame]] = _queues()  # of the next step: its sender is ahead of us
+        self._newest = [-1] * PARTS
+        self._waiters: list[_Waiter | None] = [None] * PARTS
+        self._requests: dict[int, asyncio.Future[Incoming]] = {}
+        self._last_id = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
+        self._interval_s = 0.0
+        self._received = self._sent = 0
+        self._heard_s = self._ticked_s = self._loop.time()
+        self._timer: asyncio.TimerHandle | None = None
+        self.silence(timeout_s)
+
+    @property
+    def peer_id(self) -> str:
+        """Name of the other side, for messages."""
+        return self.channel.peer_id
+
+    def silence(self, timeout_s: float) -> None:
+        """Set the longest silence before the other side counts as lost."""
+        self._timeout_s = timeout_s
+        self._interval_s = min(HEARTBEAT_S, timeout_s / 4)
+
+    def start(self) -> None:
+        """Begin to read and to send heartbeats."""
+        self._heard_s = self._ticked_s = self._loop.time()
+        self._timer = self._loop.call_later(self._interval_s, self._tick)
+        self.channel.start(self)
+
+    # -- steps -----------------------------------------------------------------------------
+
+    def begin(self, step: int, parts: int) -> None:
+        """Expect tensors of ``step``; what is left of older steps is dropped."""
+        follows = step == self._step + 1
+        self._step, self._parts = step, parts
+        self._inbox, self._ahead = (self._ahead if follows else _queues()), _queues()
+        self._newest = [-1] * PARTS
+
+    def skip(self, step: int) -> None:
+        """Take note of a step that was given up before it came here."""
+        self.begin(step, 0)
+
+    def end(self) -> None:
+        """Expect no further tensor of the step at hand."""
+        self._parts = 0
+        for inbox in self._inbox:
+            inbox.clear()
+
+    def wake(self, reason: Exception) -> None:
+        """Have everyone who waits for a tensor raise ``reason``."""
+        for waiter in self._waiters:
+            if waiter is not None and not waiter.future.done():
+                waiter.future.set_exception(reason)
+
+    async def expect(self, part: int, head: bytes) -> memoryview | bytes:
+        """Wait for the tensor whose frame begins with ``head``; returns its payload.
+
+        A cancelled call leaves the link as it was; the tensor is then the next call's.
+
+        Raises:
+            PeerLostError: the other side is gone or silent.
+            TransportError: something else came; the link is broken.
+        """
+        inbox = self._inbox[part]
+        if not inbox:
+            self.channel.poll()
+        if inbox:
+            frame = inbox.popleft()
+            await asyncio.sleep(0)  # a rank that finds everything there must not starve the loop
+        elif self.lost is not None:
+            raise self.lost
+        else:
+            waiter = self._waiters[part] = _Waiter(head, self._loop.create_future())
+            try:
+                frame = await waiter.future
+            finally:
+                self._waiters[part] = None
+        if frame.head != head:
+            raise self._broken(_mismatch(self.peer_id, head, frame))
+        return frame.payload
+
+    # -- messages --------------------------------------------------------------------------
+
+    async def send(self, frame: Frame) -> None:
+        """Send a frame, in order. Cancelled, the frame still goes out whole.
+
+        Raises:
+            PeerLostError, TransportError: the link is gone.
+        """
+        if self.lost is not None:
+            raise self.lost
+        try:
+            await self.channel.send(frame)
+        except PeerLostError as exc:
+            raise self._broken(exc) from exc
+
+    async def notify(self, body: object, payload: memoryview | bytes = b"") -> None:
+        """Send a message that needs no answer."""
+        await self.send(message_frame(Kind.MESSAGE, body, payload))
+
+    async def request(self, body: object, payload: memoryview | bytes = b"") -> Incoming:
+        """Send a request and wait for its reply; any number at a time, in any order.
+
+        Cancelled, the reply is ignored when it comes.
+
+        Raises:
+            PeerLostError, TransportError: the link is gone.
+            TpirtError: the other side answers with a failure of its own.
+        """
+        self._last_id += 1
+        number, future = self._last_id, self._loop.create_future()
+        self._requests[number] = future
+        try:
+            await self.send(message_frame(Kind.REQUEST, body, payload, number))
+            reply = await future
+        finally:
+            del self._requests[number]
+            if future.done() and not future.cancelled():
+                future.exception()  # seen: asyncio need not report it
+        if isinstance(reply.body, Failure):
+            raise reply.body.error(self.peer_id)
+        return reply
+
+    async def respond(self, to: Incoming, body: object, payload: memoryview | bytes = b"") -> None:
+        """Answer a request; raises as :meth:`send`."""
+        await self.send(message_frame(Kind.REPLY, body, payload, to.id))
+
+    def reply(self, to: Incoming, body: object, payload: memoryview | bytes = b"") -> None:
+        """Answer a request; the answer goes out in the background."""
+        self._spawn(self._post(message_frame(Kind.REPLY, body, payload, to.id)))
+
+    def tell(self, body: object) -> None:
+        """Send a message in the background."""
+        self._spawn(self._post(message_frame(Kind.MESSAGE, body)))
+
+    async def aclose(self) -> None:
+        """Close the channel; everyone who waits raises PeerLostError. Safe to call twice."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._release(PeerLostError(f"peer {self.peer_id}: the link is closed"))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.channel.aclose()
+
+    # -- the channel's side ----------------------------------------------------------------
+
+    def on_frame(self, frame: Frame) -> None:
+        """See :class:`tpirt.transport.base.Receiver`."""
+        for waiter in self._waiters:  # nearly always: just what is expected
+            if waiter is not None and waiter.head == frame.head and not waiter.future.done():
+                self._newest[frame.header.seq % PARTS] = _order(frame.header)
+                waiter.future.set_result(frame)
+                return
+        if self.lost is not None or self._closed:
+            return
+        try:
+            self._sort(frame)
+        except TransportError as exc:
+            self._broken(exc)
+
+    def on_lost(self, exc: TpirtError) -> None:
+        """See :class:`tpirt.transport.base.Receiver`."""
+        self._broken(exc)
+
+    def _sort(self, frame: Frame) -> None:
+        header = frame.header
+        match header.kind:
+            case Kind.PARTIAL | Kind.REDUCED:
+                self._take_tensor(header, frame)
+            case Kind.HEARTBEAT:
+                pass
+            case Kind.REPLY:
+                future = self._requests.get(header.seq)
+                incoming = Incoming(decode(frame.message, self.peer_id), frame, header.seq)
+                if future is not None and not future.done():
+                    future.set_result(incoming)
+                elif header.seq > self._last_id:
+                    raise TransportError(f"peer {self.peer_id}: a reply to nothing; refused")
+            case Kind.MESSAGE | Kind.REQUEST:
+                body = decode(frame.message, self.peer_id)
+                number = header.seq if header.kind is Kind.REQUEST else 0
+                incoming = Incoming(body, frame, number)
+                if number and isinstance(body, Probe):  # measured: answered without detour
+                    self.reply(incoming, body)
+                else:
+                    self._handler.on_message(self, incoming)
+
+    def _take_tensor(self, header: Header, frame: Frame) -> None:
+        """Keep a tensor that nobody waits for yet, or drop what is left of an older step."""
+        part = header.seq % PARTS
+        if header.step == self._step + 1:
+            queue = self._ahead[part]
+        elif header.step == self._step and self._parts:
+            order, newest = _order(header), self._newest[part]
+            waiter = self._waiters[part]
+            if part >= self._parts or order <= newest or waiter is not None:
+                expected = None if waiter is None else waiter.head
+                raise _mismatch(self.peer_id, expected, frame)
+            self._newest[part] = order
+            queue = self._inbox[part]
+        elif header.step <= self._step:
+            return
+        else:
+            raise _mismatch(self.peer_id, None, frame)
+        if len(queue) >= _MOST_AHEAD:
+            raise TransportError(
+                f"peer {self.peer_id}: {len(queue)} tensors ahead of step {self._step}; refused"
+            )
+        queue.append(frame)
+
+    # -- life ------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        """Note whether anything came, and let the other side hear something."""
+        now = self._loop.time()
+        stood_still = now - self._ticked_s > 2 * self._interval_s + 0.5
+        if self.channel.bytes_received != self._received or stood_still:
+            self._heard_s = now  # our own pause says nothing of the other side
+        self._received, self._ticked_s = self.channel.bytes_received, now
+        if now - self._heard_s > self._timeout_s:
+            self._broken(
+                PeerLostError(
+                    f"peer {self.peer_id}: said nothing for {self._timeout_s:g} s; it hangs, or "
+                    "its link does"
+                )
+            )
+            return
+        if self.channel.bytes_sent == self._sent:
+            self.channel.send_nowait(_HEARTBEAT)
+        self._sent = self.channel.bytes_sent
+        self._timer = self._loop.call_later(self._interval_s, self._tick)
+
+    def _broken(self, exc: TpirtError) -> TpirtError:
+        """Give the link up; returns the error that counts, which is the first."""
+        if self.lost is not None or self._closed:
+            return self.lost or exc
+        if isinstance(exc, PeerLostError):
+            exc.rank = self.rank
+        self.lost = exc
+        if self._timer is not None:
+            self._timer.cancel()
+        self._release(exc)
+        self._spawn(self.channel.aclose())
+        self._handler.on_lost(self, exc)
+        return exc
+
+    def _release(self, exc: Exception) -> None:
+        self.wake(exc)
+        for future in self._requests.values():
+            if not future.done():
+                future.set_exception(exc)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _post(self, frame: Frame) -> None:
+        try:
+            await self.send(frame)
+        except TpirtError:
+            pass  # on_lost has said so
+
+
+def message_frame(
+    kind: Kind,
+    body: object,
+    payload: memoryview | bytes = b"",
+    number: int = 0,
+    step: int = 0,
+    dtype: int = 0,
+    shape: tuple[int, int] = (0, 0),
+) -> Frame:
+    """Make the frame of a message; ``dtype`` and ``shape`` describe a tensor that goes with it."""
+    message = encode(body)
+    header = Header(kind, dtype, step, number, *shape, len(message), len(payload))
+    return Frame(header.pack(), message, payload)
+
+
+_HEARTBEAT = Frame(Header(Kind.HEARTBEAT, 0, 0, 0, 0, 0, 0, 0).pack(), b"", b"")
+
+
+def _queues() -> list[deque[Frame]]:
+    return [deque() for _ in range(PARTS)]
+
+
+def _order(header: Header) -> int:
+    """Where a tensor comes in its part of a step: later ones compare greater."""
+    return 2 * header.seq + (header.kind is Kind.REDUCED)
+
+
+def _mismatch(peer_id: str, expected: bytes | None, frame: Frame) -> TransportError:
+    wanted = "nothing" if expected is None else _words(Header.unpack(expected))
+    return TransportError(
+        f"peer {peer_id}: expected {wanted}, got {_words(frame.header)}; refused"
+    )
+
+
+def _words(header: Header) -> str:
+    return (
+        f"a {Kind(header.kind).name.lower()} of step {header.step} collective {header.seq} "
+        f"[{header.rows}, {header.columns}] dtype {header.dtype}, {header.payload_bytes} bytes"
+    )

@@ -1,0 +1,118 @@
+"""Tensors on the wire: the frame that carries one, and its payload in float32, bfloat16 or int8.
+
+Every rank must add the same numbers, so a sender goes on with what the others read of its tensor:
+:func:`encode` returns both.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from tpirt.batch import SCALE_BLOCK, CommDtype
+from tpirt.errors import TransportError
+from tpirt.ops.buffers import tensor_bytes
+from tpirt.transport.frame import Header, Kind
+
+_NUMBERS = {CommDtype.FLOAT32: 1, CommDtype.BFLOAT16: 2, CommDtype.INT8: 3}
+_BY_NUMBER = {number: dtype for dtype, number in _NUMBERS.items()}
+
+
+def tensor_head(
+    kind: Kind, step: int, seq: int, dtype: CommDtype, shape: torch.Size | tuple[int, ...]
+) -> bytes:
+    """The header of a tensor's frame: the receiver compares it with what it expects.
+
+    Args:
+        kind: PARTIAL or REDUCED.
+        step: number of the step.
+        seq: number of the collective within the step.
+        dtype: form of the payload.
+        shape: (rows, columns), or (elements,) for a share of a flattened tensor.
+    """
+    rows, columns = (1, *shape) if len(shape) == 1 else shape
+    nbytes = dtype.nbytes(rows * columns)
+    return Header(kind, _NUMBERS[dtype], step, seq, rows, columns, 0, nbytes).pack()
+
+
+def dtype_number(dtype: CommDtype) -> int:
+    """A form's number in a frame's header."""
+    return _NUMBERS[dtype]
+
+
+def hidden_dtype(number: int) -> CommDtype:
+    """The form of hidden states that a header's number stands for.
+
+    Raises:
+        TransportError: neither float32 nor bfloat16.
+    """
+    dtype = _BY_NUMBER.get(number)
+    if dtype is None or dtype is CommDtype.INT8:
+        raise TransportError(f"hidden states of unknown dtype {number}; refused")
+    return dtype
+
+
+def rounded(tensor: torch.Tensor, dtype: CommDtype) -> torch.Tensor:
+    """A tensor as the readers of its payload will have it; in float32 itself."""
+    return tensor if dtype is CommDtype.FLOAT32 else encode(tensor, dtype)[1]
+
+
+def encode(tensor: torch.Tensor, dtype: CommDtype) -> tuple[memoryview, torch.Tensor]:
+    """Serialise a contiguous tensor, float32 or bfloat16.
+
+    Returns:
+        The payload, and the tensor as its readers will have it, the same shape: in bfloat16 that
+        dtype, else float32. It is the given one where nothing had to be done; the payload then
+        shares its memory.
+    """
+    if dtype is not CommDtype.INT8:
+        form = tensor.to(dtype.torch_dtype)
+        return tensor_bytes(form), form
+    blocks = _blocks(tensor.float())
+    scales = blocks.abs().amax(1) / 127
+    inverse = scales.reciprocal().masked_fill_(scales == 0, 0)
+    codes = (blocks * inverse.unsqueeze(1)).round_().to(torch.int8).view(-1)[: tensor.numel()]
+    payload = torch.cat((codes.view(torch.uint8), scales.view(torch.uint8)))
+    return tensor_bytes(payload), _scaled(codes, scales).view(tensor.shape)
+
+
+def decode(
+    payload: memoryview | bytes, dtype: CommDtype, shape: torch.Size | tuple[int, ...]
+) -> torch.Tensor:
+    """Read a payload of :func:`encode`: a tensor of the caller's own.
+
+    Returns:
+        bfloat16 for a bfloat16 payload, else float32. The payload's memory becomes the tensor's
+        where it is writable.
+
+    Raises:
+        TransportError: the payload's length is not that of the shape.
+    """
+    elements = math.prod(shape)
+    if len(payload) != dtype.nbytes(elements):
+        raise TransportError(
+            f"tensor {tuple(shape)} in {dtype.value}: expected {dtype.nbytes(elements)} bytes, "
+            f"got {len(payload)}"
+        )
+    if not elements:
+        return torch.empty(shape, dtype=dtype.torch_dtype)
+    if dtype is not CommDtype.INT8:
+        # frombuffer on a read-only buffer warns.
+        own = isinstance(payload, memoryview) and not payload.readonly
+        buffer = payload if own else bytearray(payload)
+        return torch.frombuffer(buffer, dtype=dtype.torch_dtype).view(shape)
+    data = bytearray(payload)
+    codes = torch.frombuffer(data, dtype=torch.int8, count=elements)
+    scales = torch.frombuffer(data[elements:], dtype=torch.float32)
+    return _scaled(codes, scales).view(shape)
+
+
+def _blocks(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.reshape(-1)
+    return F.pad(flat, (0, -len(flat) % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
+
+
+def _scaled(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return (_blocks(codes.float()) * scales.unsqueeze(1)).view(-1)[: len(codes)]

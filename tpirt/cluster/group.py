@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from tpirt.batch import DEFAULT_COLLECTIVE, Algorithm, CommDtype
+from tpirt.batch import DEFAULT_COLLECTIVE, Algorithm, Batch, CommDtype, Segment
 from tpirt.cluster.cancellation import finish
 from tpirt.cluster.collective_policy import CollectiveOptions, CollectivePolicy, meet
 from tpirt.cluster.provision import SliceMaker
@@ -20,8 +20,13 @@ from tpirt.cluster.roster import PeerProfile, machines
 from tpirt.cluster.stats import read_stats
 from tpirt.cluster.tracing import RankTrace, Tracer
 from tpirt.collectives.algorithms import GroupCommunicator
-from tpirt.collectives.base import Communicator, SingleRankCommunicator, algorithm_number
+from tpirt.collectives.base import (
+    OrderedCommunicator,
+    SingleRankCommunicator,
+    algorithm_number,
+)
 from tpirt.collectives.comm_dtype import number_of
+from tpirt.collectives.context import StepAborted, StepContext
 from tpirt.collectives.links import LinkSet, remote_error
 from tpirt.errors import PeerLostError, TransportError
 from tpirt.ops.buffers import tensor_bytes
@@ -143,7 +148,7 @@ class Group:
             await self._tracer.read_clocks()
 
     async def step(
-        self, hidden: torch.Tensor, start: int, rope_length: int, outputs: int, prefill: bool
+        self, hidden: torch.Tensor, segments: Sequence[Segment], *, prefill: bool
     ) -> torch.Tensor:
         """Run all layers on all ranks; see :meth:`tpirt.model.decoder.Decoder.forward`.
 
@@ -153,13 +158,11 @@ class Group:
         Args:
             hidden: (T, H), crosses the wire as it is: float32, or bfloat16 where that is what
                 embeddings are stored in. Overwritten.
-            start: position of its first token; cached positions from there on are forgotten.
-            rope_length: sequence length that dynamic rope scaling is computed for.
-            outputs: N, how many of the last tokens' results are wanted, at least 1.
+            segments: whose rows these are; one for now.
             prefill: whether the tokens are a prompt's; for the statistics.
 
         Returns:
-            (N, H) float32, before the final norm.
+            (N, H) float32, before the final norm, of the N wanted rows.
 
         Raises:
             PeerLostError: a worker is gone or silent; names it. The group is broken.
@@ -167,17 +170,11 @@ class Group:
             TpirtError: a rank failed by itself (disk, memory); the group lives on.
         """
         self._check_alive()
-        decoder = self.runtime.decoder
-
-        def give_up() -> None:
-            decoder.aborted = True
-
-        try:
-            # Whole: cancelling a read of gRPC's would tear the stream down.
-            work = self._step_all(hidden, start, rope_length, outputs, prefill)
-            return await self._talk(work, give_up)
-        finally:
-            decoder.aborted = False
+        self._step += 1
+        collective = self._sums.for_step(hidden.shape[0]) if self._sums else DEFAULT_COLLECTIVE
+        step = StepContext(self._step, Batch(tuple(segments), prefill, collective))
+        # Whole: cancelling a read of gRPC's would tear the stream down.
+        return await self._talk(self._step_all(hidden, step), lambda: step.abort(StepAborted()))
 
     async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the LM head to (T, H); returns (T, V) float32. Master's own work only."""
@@ -219,7 +216,7 @@ class Group:
         for client in self._clients:
             await client.aclose()
 
-    def _communicator(self) -> Communicator:
+    def _communicator(self) -> OrderedCommunicator:
         if not self._channels:
             return SingleRankCommunicator()
         return GroupCommunicator(self.world_size, self._links)
@@ -247,41 +244,36 @@ class Group:
             self._broken = exc
             raise
 
-    async def _step_all(
-        self, hidden: torch.Tensor, start: int, rope_length: int, outputs: int, prefill: bool
-    ) -> torch.Tensor:
-        self._step += 1
-        tokens = hidden.shape[0]
-        collective = self._sums.for_step(tokens) if self._sums else DEFAULT_COLLECTIVE
+    async def _step_all(self, hidden: torch.Tensor, step: StepContext) -> torch.Tensor:
+        batch, collective = step.batch, step.batch.collective
+        (segment,) = batch.segments
         header = pb.Step(
-            step=self._step,
-            start=start,
-            tokens=tokens,
-            rope_length=rope_length,
-            prefill=prefill,
+            step=step.number,
+            start=segment.position,
+            tokens=segment.tokens,
+            rope_length=segment.rope_length,
+            prefill=batch.prefill,
             algorithm=algorithm_number(collective.algorithm),
             comm_dtype=number_of(collective.comm_dtype),
             halves=collective.micro_batches,
-            outputs=outputs,
+            outputs=segment.num_logits,
             dtype=number_of(CommDtype.keeping(hidden.dtype)),
         )
-        self.runtime.begin(self._step, tokens, prefill, collective)
+        self.runtime.begin(step)
         try:
             with self._breaking():
                 if self._channels:
                     payload = b"" if collective.micro_batches else tensor_bytes(hidden)
                     frame = Frame(pb.FrameHeader(step=header), payload)
-                    with self.runtime.comm.clock.running("send step", len(payload), self._step):
+                    with self.runtime.comm.clock.running("send step", len(payload), step.number):
                         await self._links.send(self._links.others, frame)
-                out = await self.runtime.step(
-                    hidden, start, rope_length, outputs, collective.micro_batches
-                )
+                out = await self.runtime.step(hidden, step)
         except BaseException:
             await self._abort()
             raise
         assert out is not None
         if self._sums is not None and (median_s := self.runtime.comm.median_s()) is not None:
-            self._sums.learn(tokens, collective.algorithm, median_s)
+            self._sums.learn(batch.tokens, collective.algorithm, median_s)
         return out
 
     async def _abort(self) -> None:

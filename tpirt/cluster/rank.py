@@ -7,16 +7,18 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from tpirt.batch import DEFAULT_COLLECTIVE, Collective
+from tpirt.batch import Batch
 from tpirt.cluster.kernels import choose_kernels
 from tpirt.cluster.machine import int4_layout, peak_resident_bytes, resident_bytes
 from tpirt.cluster.stats import StepLog
-from tpirt.collectives.base import Communicator, TimedCommunicator
+from tpirt.collectives.base import OrderedCommunicator, TimedCommunicator
+from tpirt.collectives.context import StepContext
 from tpirt.config import ModelConfig
 from tpirt.errors import MemoryLimitError, StoreError, TransportError
 from tpirt.model.decoder import Decoder
 from tpirt.model.memory import SLACK_BYTES, activation_bytes
-from tpirt.sharding.blocks import mlp_pieces, rank_blocks
+from tpirt.sharding.blocks import rank_blocks
+from tpirt.sharding.program import Program
 from tpirt.stopwatch import Recorder
 from tpirt.types import ProgressCallback, RankStats
 from tpirt.units import format_bytes
@@ -42,7 +44,7 @@ class RankRuntime:
     """Executes steps for one rank of one session."""
 
     def __init__(
-        self, config: ModelConfig, stored: StoredSlice, comm: Communicator, limits: Limits
+        self, config: ModelConfig, stored: StoredSlice, comm: OrderedCommunicator, limits: Limits
     ):
         """Begin reading weights.
 
@@ -76,7 +78,7 @@ class RankRuntime:
         self.decoder = Decoder(
             config,
             manifest.shard,
-            len(mlp_pieces(config, manifest.shard, form)),
+            Program.of(blocks),
             form.dtype,
             self.window,
             self.comm,
@@ -88,26 +90,31 @@ class RankRuntime:
         )
         self._base = (0, 0)  # bytes read and nanoseconds of reading at the last reset
 
-    def check_step(self, start: int, tokens: int, rope_length: int, outputs: int) -> None:
-        """Refuse a step that no master in its senses asks for.
+    def check_step(self, batch: Batch) -> None:
+        """Validate a step request.
 
         Raises:
             TransportError: names what is wrong.
         """
-        context, cached = self._config.context_length, self.decoder.kv.length
-        if not 1 <= tokens <= self._limits.chunk_tokens:
+        context = self._config.context_length
+        if not 1 <= batch.tokens <= self._limits.chunk_tokens:
             raise TransportError(
-                f"step of {tokens} tokens: expected 1 to {self._limits.chunk_tokens}"
+                f"step of {batch.tokens} tokens: expected 1 to {self._limits.chunk_tokens}"
             )
-        if not 1 <= outputs <= tokens:
-            raise TransportError(f"step of {tokens} tokens: results of {outputs} are wanted")
-        if start > cached:
-            raise TransportError(f"step at position {start}: only {cached} are cached")
-        if start + tokens > context or rope_length > context:
-            raise TransportError(
-                f"step from {start} to {start + tokens} (rope {rope_length}): "
-                f"the context ends at {context}"
-            )
+        for segment in batch.segments:
+            start, tokens, rope_length = segment.position, segment.tokens, segment.rope_length
+            cached = self.decoder.kv.length(segment.slot)
+            if not 0 <= segment.num_logits <= tokens:
+                raise TransportError(
+                    f"step of {tokens} tokens: results of {segment.num_logits} are wanted"
+                )
+            if start > cached:
+                raise TransportError(f"step at position {start}: only {cached} are cached")
+            if segment.end > context or rope_length > context:
+                raise TransportError(
+                    f"step from {start} to {segment.end} (rope {rope_length}): "
+                    f"the context ends at {context}"
+                )
 
     async def load(self, progress: ProgressCallback) -> None:
         """Wait until what stays in memory is there.
@@ -117,29 +124,20 @@ class RankRuntime:
         """
         await self.window.preload(progress, detail=f"rank {self.comm.rank}")
 
-    def begin(
-        self, step: int, tokens: int, prefill: bool, collective: Collective = DEFAULT_COLLECTIVE
-    ) -> None:
+    def begin(self, step: StepContext) -> None:
         """Number the collectives that follow, and count what is done as this step's."""
-        self.comm.begin(step, collective)
-        self.step_log.begin(step, tokens, prefill)
+        self.comm.begin(step)
+        self.step_log.begin(step.number, step.batch.tokens, step.batch.prefill)
 
-    async def step(
-        self,
-        hidden: torch.Tensor,
-        start: int,
-        rope_length: int,
-        outputs: int,
-        halves: bool = False,
-    ) -> torch.Tensor | None:
+    async def step(self, hidden: torch.Tensor, step: StepContext) -> torch.Tensor | None:
         """Run all layers over ``hidden`` (T, H); see :meth:`Decoder.forward`.
 
         Raises:
             MemoryLimitError: the longer KV cache no longer fits beside two blocks.
         """
-        self._make_room(start, hidden.shape[0])
+        self._make_room(step.batch)
         try:
-            return await self.decoder.forward(hidden, start, rope_length, outputs, halves)
+            return await self.decoder.forward(hidden, step)
         finally:
             self.step_log.end_layers()
 
@@ -194,21 +192,22 @@ class RankRuntime:
             f"raise --memory to at least {format_bytes(needed)}, and some for the conversation"
         )
 
-    def _make_room(self, start: int, tokens: int) -> None:
+    def _make_room(self, batch: Batch) -> None:
         """Let the step and the KV cache have what they need, at the expense of pinned blocks.
 
         A decoded token leaves a long prompt's working memory to the weights again.
         """
-        kv_bytes = self.decoder.kv.bytes_for(start + tokens)
-        reserved = (self._work_bytes(tokens), kv_bytes)
+        kv_bytes = self.decoder.kv.bytes_for(batch.segments)
+        reserved = (self._work_bytes(batch.tokens), kv_bytes)
         budget = self._budget(*reserved)
         if budget is None or reserved == self._reserved:
             return
         try:
             self.window.set_budget(budget)
         except MemoryLimitError as exc:
+            tokens = sum(segment.end for segment in batch.segments)
             raise MemoryLimitError(
-                f"rank {self.comm.rank}: {start + tokens} tokens of context need "
+                f"rank {self.comm.rank}: {tokens} tokens of context need "
                 f"{format_bytes(kv_bytes)} of KV cache, and then {exc}; raise --memory or shorten "
                 "the conversation"
             ) from exc

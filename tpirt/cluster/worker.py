@@ -6,6 +6,7 @@ import asyncio
 import zlib
 from collections.abc import AsyncIterator, Callable
 
+from tpirt.batch import Batch, Segment
 from tpirt.cluster.cancellation import in_thread
 from tpirt.cluster.machine import (
     available_bytes,
@@ -22,7 +23,7 @@ from tpirt.cluster.tracing import TRACE_SPANS, send_clock, send_trace
 from tpirt.cluster.worker_links import Connect, Switchboard, WorkerLinks
 from tpirt.collectives.algorithms import GroupCommunicator
 from tpirt.collectives.base import collective_of
-from tpirt.collectives.context import StepAborted
+from tpirt.collectives.context import StepAborted, StepContext
 from tpirt.collectives.links import LinkSet
 from tpirt.config import ModelConfig
 from tpirt.errors import (
@@ -186,20 +187,19 @@ async def serve_step(runtime: RankRuntime, channel: Channel, links: LinkSet, fra
         PeerLostError: the master left.
         TransportError: the master's messages make no sense; the session must end.
     """
-    step = frame.header.step
-    links.begin(step.step)
+    header = frame.header.step
+    links.begin(header.step)
     try:
-        shape = (step.tokens, runtime.decoder.config.hidden_size)
-        runtime.check_step(step.start, step.tokens, step.rope_length, step.outputs)
-        collective = collective_of(step)
-        if collective.micro_batches:  # each comes by itself
-            hidden = empty_tensor(step.dtype, shape)
+        segment = Segment(0, header.start, header.tokens, header.outputs, header.rope_length)
+        step = StepContext(header.step, Batch((segment,), header.prefill, collective_of(header)))
+        runtime.check_step(step.batch)
+        shape = (header.tokens, runtime.decoder.config.hidden_size)
+        if step.batch.collective.micro_batches:  # each comes by itself
+            hidden = empty_tensor(header.dtype, shape)
         else:
-            hidden = read_tensor(frame.payload, step.dtype, shape)
-        runtime.begin(step.step, step.tokens, step.prefill, collective)
-        await runtime.step(
-            hidden, step.start, step.rope_length, step.outputs, collective.micro_batches
-        )
+            hidden = read_tensor(frame.payload, header.dtype, shape)
+        runtime.begin(step)
+        await runtime.step(hidden, step)
     except StepAborted:
         pass
     except TransportError:
@@ -208,7 +208,7 @@ async def serve_step(runtime: RankRuntime, channel: Channel, links: LinkSet, fra
         if isinstance(exc, PeerLostError) and not exc.rank:
             raise
         await links.give_up()
-        await _report(channel, step.step, exc)
+        await _report(channel, header.step, exc)
 
 
 async def _serve_steps(

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from tpirt.batch import Segment
 from tpirt.cluster.collective_policy import CollectiveOptions
 from tpirt.cluster.group import Group
 from tpirt.cluster.launcher import LocalPeers
@@ -435,7 +436,8 @@ class Engine:
     ) -> torch.Tensor:
         """Let ``ids`` through all layers; returns the hidden states of the last ``outputs``."""
         start = len(self._cached)
-        out = await self._group.step(self.embed(ids), start, rope_length, outputs, prefill)
+        segment = Segment(0, start, len(ids), outputs, rope_length)
+        out = await self._group.step(self.embed(ids), [segment], prefill=prefill)
         self._rope_length = max(self._rope_length if start else 0, rope_length)
         self._cached.extend(ids)
         return out

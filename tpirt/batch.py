@@ -7,10 +7,10 @@ and every rank's decoder and communicator read it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -59,7 +59,7 @@ class Collective:
     """How the partial sums of one step are combined.
 
     With ``micro_batches`` the rows go through the layers in two halves, one computed while the
-    other's sum is in flight (two-batch overlap).
+    other's sum is in flight (two-batch overlap). Rank 0 then broadcasts each half's rows.
     """
 
     algorithm: Algorithm = Algorithm.STAR
@@ -78,7 +78,8 @@ class Segment:
         slot: which sequence of the KV store.
         position: of the first token; cached positions from there on are dropped first.
         tokens: how many, at least 1.
-        num_logits: how many of the last tokens' hidden states are wanted, 0 to ``tokens``.
+        num_logits: how many of the last tokens' hidden states are wanted, 0 to ``tokens``. Of the
+            last layer the other tokens need no more than their keys and values.
         rope_length: sequence length that dynamic rope scaling is computed for.
     """
 
@@ -128,31 +129,37 @@ class Batch:
         return sum(segment.num_logits for segment in self.segments)
 
     @cached_property
+    def rows(self) -> tuple[range, ...]:
+        """Row indices of each segment."""
+        ends = tuple(accumulate(segment.tokens for segment in self.segments))
+        return tuple(range(low, high) for low, high in pairwise((0, *ends)))
+
+    @cached_property
     def wanted_rows(self) -> tuple[int, ...]:
-        """Indices of those rows."""
-        return tuple(self._wanted())
+        """Indices of the rows whose hidden states are wanted."""
+        return tuple(
+            row
+            for segment, rows in zip(self.segments, self.rows, strict=True)
+            for row in rows[len(rows) - segment.num_logits :]
+        )
 
     def micro_batches(self) -> tuple[Batch, ...]:
-        """The batch itself, or its two halves where the collective asks for micro-batches."""
+        """The batch itself, or its two halves where the collective asks for micro-batches.
+
+        The first one has ``tokens // 2`` rows; a segment that lies across the cut is split.
+        """
         if not self.collective.micro_batches or self.tokens < 2:
             return (self,)
-        halves: tuple[list[Segment], list[Segment]] = ([], [])
-        room = self.tokens // 2
-        for segment in self.segments:
-            if segment.tokens <= room:
-                halves[0].append(segment)
-            elif room:
-                first, rest = segment.split(room)
-                halves[0].append(first)
-                halves[1].append(rest)
+        cut = self.tokens // 2
+        first: list[Segment] = []
+        second: list[Segment] = []
+        for segment, rows in zip(self.segments, self.rows, strict=True):
+            if rows.stop <= cut:
+                first.append(segment)
+            elif rows.start >= cut:
+                second.append(segment)
             else:
-                halves[1].append(segment)
-            room = max(0, room - segment.tokens)
-        return tuple(replace(self, segments=tuple(half)) for half in halves)
-
-    def _wanted(self) -> Iterator[int]:
-        start = 0
-        for segment in self.segments:
-            stop = start + segment.tokens
-            yield from range(stop - segment.num_logits, stop)
-            start = stop
+                before, after = segment.split(cut - rows.start)
+                first.append(before)
+                second.append(after)
+        return tuple(replace(self, segments=tuple(half)) for half in (first, second))

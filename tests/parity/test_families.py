@@ -19,7 +19,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tpirt.batch import DEFAULT_COLLECTIVE, Algorithm
+from tpirt.batch import DEFAULT_COLLECTIVE, Algorithm, Segment
 from tpirt.cluster import collective_policy
 from tpirt.cluster.rank import RankRuntime
 from tpirt.collectives.algorithms import GroupCommunicator
@@ -371,8 +371,8 @@ async def test_results_of_the_last_tokens_alone(
     async with memory_engine(expected.path, 2) as engine:
 
         async def step(ids: list[int], start: int, outputs: int) -> torch.Tensor:
-            hidden = engine.embed(ids)
-            return await engine._group.step(hidden, start, tokens + 1, outputs, prefill=True)
+            segment = Segment(0, start, len(ids), outputs, tokens + 1)
+            return await engine._group.step(engine.embed(ids), [segment], prefill=True)
 
         whole = await step(expected.prompt, 0, tokens)
         following = await step([1], tokens, 1)

@@ -7,21 +7,29 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from tpirt.batch import DEFAULT_COLLECTIVE, Collective
+from tpirt.batch import Batch
+from tpirt.cluster.cancellation import in_thread
 from tpirt.cluster.kernels import choose_kernels
 from tpirt.cluster.machine import int4_layout, peak_resident_bytes, resident_bytes
-from tpirt.cluster.stats import StepLog
-from tpirt.collectives.base import Communicator, TimedCommunicator
+from tpirt.cluster.stats import Counters, StepLog
+from tpirt.collectives.algorithms import GroupCommunicator
+from tpirt.collectives.base import Communicator, SingleRankCommunicator, TimedCommunicator
+from tpirt.collectives.context import StepContext
+from tpirt.collectives.links import LinkSet
 from tpirt.config import ModelConfig
 from tpirt.errors import MemoryLimitError, StoreError, TransportError
 from tpirt.model.decoder import Decoder
 from tpirt.model.memory import SLACK_BYTES, activation_bytes
-from tpirt.sharding.blocks import mlp_pieces, rank_blocks
+from tpirt.sharding.blocks import rank_blocks
+from tpirt.sharding.program import Program
 from tpirt.stopwatch import Recorder
 from tpirt.types import ProgressCallback, RankStats
 from tpirt.units import format_bytes
 from tpirt.weights.store import StoredSlice
 from tpirt.weights.streamer import MIN_SLOTS, WeightStreamer
+
+
+_LEAST_FRAME_LIMIT = 8 << 20  # traces, statistics of thousands of steps
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,11 @@ class Limits:
     chunk_tokens: int
     timeout_s: float
     trace_spans: int = 0
+
+
+def frame_limit(config: ModelConfig, limits: Limits) -> int:
+    """Largest frame that the ranks of a session send each other, in bytes."""
+    return max(_LEAST_FRAME_LIMIT, 4 * limits.chunk_tokens * config.hidden_size + (1 << 20))
 
 
 class RankRuntime:
@@ -66,7 +79,9 @@ class RankRuntime:
         """
         self.config = config
         self.recorder = Recorder(limits.trace_spans)
-        comm = GroupCommunicator(world_size, links) if world_size > 1 else SingleRankCommunicator()
+        comm: Communicator = SingleRankCommunicator()
+        if world_size > 1:
+            comm = GroupCommunicator(world_size, links)
         self.comm = TimedCommunicator(comm, self.recorder)
         self._links = links
         self._limits = limits
@@ -93,7 +108,7 @@ class RankRuntime:
         self.decoder = Decoder(
             config,
             manifest.shard,
-            len(mlp_pieces(config, manifest.shard, form)),
+            Program.of(blocks),
             form.dtype,
             self.window,
             self.comm,
@@ -259,24 +274,13 @@ class RankRuntime:
             f"raise --memory to at least {format_bytes(needed)}, and some for the conversation"
         )
 
-    def _make_room(self, start: int, tokens: int) -> None:
-        """Let the step and the KV cache have what they need, at the expense of pinned blocks.
-
-        A decoded token leaves a long prompt's working memory to the weights again.
-        """
-        kv_bytes = self.decoder.kv.bytes_for(start + tokens)
-        reserved = (self._work_bytes(tokens), kv_bytes)
+    async def _make_room(self, batch: Batch) -> None:
+        kv_bytes = self.decoder.kv.bytes_for(batch.segments)
+        reserved = (self._work_bytes(batch.tokens), kv_bytes)
         budget = self._budget(*reserved)
         if budget is None or reserved == self._reserved:
             return
-        try:
-            self.window.set_budget(budget)
-        except MemoryLimitError as exc:
-            raise MemoryLimitError(
-                f"rank {self.comm.rank}: {start + tokens} tokens of context need "
-                f"{format_bytes(kv_bytes)} of KV cache, and then {exc}; raise --memory or shorten "
-                "the conversation"
-            ) from exc
+        self.window.set_budget(budget)
         self._reserved = reserved
 
 

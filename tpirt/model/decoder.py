@@ -8,25 +8,25 @@ dtype.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Protocol
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 
+from tpirt.batch import Batch
 from tpirt.collectives.base import Communicator
-from tpirt.collectives.context import StepAborted
+from tpirt.collectives.context import StepContext
 from tpirt.config import ModelConfig
-from tpirt.errors import PeerLostError, TransportError
-from tpirt.model.kv_cache import KVCache
+from tpirt.model.kv_store import KVStore
+from tpirt.model.pipeline import Pipeline, WeightSource
 from tpirt.ops.nn import ACTIVATIONS, attention, gated_mlp, rms_norm
 from tpirt.ops.quant_linear import ROWS_UNIT, KernelChoice, MatrixShape, QuantMatrix, linear
-from tpirt.ops.rope import inverse_frequencies, rotate, rotation
-from tpirt.sharding.blocks import Block
+from tpirt.ops.rope import RotaryEmbedding, rotate
 from tpirt.sharding.partition import Shard, Span
+from tpirt.sharding.program import Program
 from tpirt.stopwatch import COMPUTE, Recorder
 from tpirt.weights.layout import Weights
 
@@ -34,104 +34,39 @@ from tpirt.weights.layout import Weights
 # back costs more than it frees. Longer ones go to a thread, so that the loop stays responsive.
 _INLINE_TOKENS = 8
 
-
-class WeightSource(Protocol):
-    """Where blocks come from; :class:`tpirt.weights.streamer.WeightStreamer` is one."""
-
-    blocks: Sequence[Block]
-
-    async def acquire(self, index: int) -> Weights:
-        """Wait for a block's tensors."""
-
-    def release(self, index: int) -> None:
-        """Give them back."""
+_T = TypeVar("_T")
 
 
-_NOTHING = torch.empty(0)
-
-
-@dataclass
+@dataclass(slots=True)
 class _Part:
-    """Tokens that go through the layers together: a step's, or half of them.
+    """A micro-batch on its way through the layers: a step's rows, or half of them.
 
     Attributes:
-        hidden: (T, H) float32, the residual stream; of the ``outputs`` alone once no other token's
-            is needed.
-        outputs: how many of the last tokens the step's result is wanted of.
-        offset: of the first token within the step.
-        cos, sin: rotation of its positions.
-        normed: what the pieces of an MLP or of the head multiply, (T, H).
-        partial: what the last block made of it; of an MLP in pieces their sum so far, float32.
-        arriving: the broadcast that fills ``hidden``, where it does not come with the step.
-        pending: the sum over ranks that is under way.
+        index: 0, or 1 for the second half.
+        hidden: (T, H) float32, the residual stream; in the last layer of the wanted rows alone.
+        cos, sin: rotation of the rows' positions.
+        pipeline: what it shares with the other half.
+        alone: whether there is no other half.
     """
 
+    index: int
+    step: StepContext
+    batch: Batch
     hidden: torch.Tensor
-    outputs: int = 0
-    offset: int = 0
-    cos: torch.Tensor = _NOTHING
-    sin: torch.Tensor = _NOTHING
-    normed: torch.Tensor = _NOTHING
-    partial: torch.Tensor = _NOTHING
-    arriving: asyncio.Task[None] | None = None
-    pending: asyncio.Task[torch.Tensor] | None = None
-
-    async def settle(self) -> None:
-        """Wait for what is under way, and add it if it is a sum."""
-        if self.arriving is not None:
-            arriving, self.arriving = self.arriving, None
-            await arriving
-            self.hidden = self.hidden.float()
-        if self.pending is not None:
-            pending, self.pending = self.pending, None
-            self.hidden += await pending
-
-    def narrow(self) -> None:
-        """Go on with the outputs alone."""
-        self.hidden = self.hidden[len(self.hidden) - self.outputs :]
-
-
-_Compute = Callable[[Weights, int, _Part], torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class _Stage:
-    """What a part does with a block in one go.
-
-    Attributes:
-        block: index of the block.
-        compute, number: makes the part's partial; the number is its own second argument.
-        summed: whether partials are then summed over ranks.
-        leaves: whether the part is done with the block.
-    """
-
-    block: int
-    compute: _Compute
-    number: int
-    summed: bool = False
-    leaves: bool = True
-
-
-async def _settle(parts: Sequence[_Part], exc: BaseException) -> None:
-    """Leave no sum behind when a step fails: the others' messages of it must be read, or never.
-
-    Where a peer is lost, nothing more can be relied on to come.
-    """
-    pending = [task for part in parts for task in (part.arriving, part.pending) if task is not None]
-    if isinstance(exc, (PeerLostError, TransportError)):
-        for task in pending:
-            task.cancel()
-    await asyncio.gather(*pending, return_exceptions=True)
+    cos: torch.Tensor
+    sin: torch.Tensor
+    pipeline: Pipeline
+    alone: bool
 
 
 class Decoder:
-    """Runs steps: hidden states of T tokens in, those of the last N behind all layers out."""
+    """Runs steps: hidden states of new tokens in, those that are wanted out, behind all layers."""
 
     def __init__(
         self,
         config: ModelConfig,
         shard: Shard,
-        mlp_pieces: int,
+        program: Program,
         dtype: torch.dtype,
         weights: WeightSource,
         comm: Communicator,
@@ -140,79 +75,53 @@ class Decoder:
     ):
         self.config = config
         self.clock = recorder.stopwatch(COMPUTE)
-        self.aborted = False  # set from outside to give the running step up
-        self.kv = KVCache(config.num_hidden_layers, shard.kv_heads.size, config.head_dim, dtype)
-        self._shard = shard
+        self.kv = KVStore(config.num_hidden_layers, shard.kv_heads.size, config.head_dim, dtype)
+        self._program = program
         self._dtype = dtype
         self._weights = weights
         self._comm = comm
         self._kernels = kernels
+        self._rotary = RotaryEmbedding(config, dtype)
+        self._queries, self._keys = shard.q_heads.size, shard.kv_heads.size
         self._groups = _group_sizes(config, shard)
-        self._mlp_pieces = mlp_pieces
         self._mlp_rows = 2 * shard.columns.size  # of gate and up together
         self._mlp_cut = self._mlp_rows * 3 // 4 // ROWS_UNIT * ROWS_UNIT
         self._activation = ACTIVATIONS[config.hidden_act]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tpirt-compute")
-        self._whole_stages = self._stages(halves=False)
-        self._half_stages = self._stages(halves=True)
 
-    async def forward(
-        self,
-        hidden: torch.Tensor,
-        start: int,
-        rope_length: int,
-        outputs: int,
-        halves: bool = False,
-    ) -> torch.Tensor | None:
-        """Run all layers over new tokens.
+    async def forward(self, hidden: torch.Tensor, step: StepContext) -> torch.Tensor | None:
+        """Run all layers over the rows of a step's batch.
 
-        Positions from ``start`` on are forgotten first; when the step fails or is aborted, the
-        cache is left with the positions before ``start``. Of the last layer, tokens before the
-        outputs need no more than their keys and values.
+        Each sequence gets what it would get alone: positions, rotation, keys and values and the
+        causal mask are its own. Matrix products are over the rows of all sequences, and the number
+        of rows can change a product's last bits. So the same batch gives the same bits, and other
+        batches give a sequence the same values to within rounding.
+
+        If the step fails or is aborted, each sequence keeps the positions before its segment, no
+        block is held and nothing is left running.
 
         Args:
             hidden: (T, H) float32 or bfloat16, the same bits on every rank; overwritten. With
-                ``halves`` only rank 0's count, and the others' are filled with them.
-            start: position of the first token.
-            rope_length: sequence length that dynamic rope scaling is computed for.
-            outputs: N, how many of the last tokens' results are wanted, at least 1.
-            halves: take the tokens in two halves, and compute one while the other's sum is under
-                way. Which of two products a token is in can change its last bits.
+                micro-batches only rank 0's count, and the others' are filled with them.
+            step: its batch says which rows belong to which sequence, and which are wanted.
 
         Returns:
-            (N, H) float32 before the final norm on rank 0, None on the others.
+            (``batch.num_logits``, H) float32 before the final norm on rank 0, None on the others.
 
         Raises:
-            StepAborted: ``aborted`` was set, or the master gave the step up.
+            StepAborted: the step was given up.
             TpirtError: weights could not be read or another rank is lost.
         """
-        tokens = hidden.shape[0]
-        frequencies = inverse_frequencies(self.config, rope_length)
-        cos, sin = rotation(frequencies, start, tokens, self._dtype)
-        self.kv.truncate(start)
-        self.kv.reserve(start + tokens)
-        cuts = [0, tokens // 2, tokens] if halves and tokens > 1 else [0, tokens]
-        first = tokens - outputs  # of those that are wanted
-        parts = [
-            _Part(
-                hidden[low:high], max(0, high - max(low, first)), low, cos[low:high], sin[low:high]
-            )
-            for low, high in pairwise(cuts)
-        ]
-        for part in parts:
-            if halves:
-                part.arriving = asyncio.create_task(self._comm.broadcast(part.hidden))
-            else:
-                part.hidden = part.hidden.float()
-        try:
-            await self._run(self._half_stages if halves else self._whole_stages, parts)
-        except BaseException as exc:
-            await _settle(parts, exc)
-            raise
-        wanted = [part for part in parts if part.outputs]
-        reduced = await self._comm.reduce(_joined([part.partial for part in wanted]))
-        self.kv.advance(tokens)
-        return None if reduced is None else _joined([p.hidden for p in wanted]).add_(reduced)
+        segments = step.batch.segments
+        self.kv.prepare(segments)
+        parts = self._parts(hidden, step)
+        if len(parts) == 1:
+            partials = [await self._run(parts[0])]
+        else:
+            partials = await _all(step, [self._run(part) for part in parts])
+        reduced = await self._comm.reduce(step, _joined(partials))
+        self.kv.commit(segments)
+        return None if reduced is None else _joined([part.hidden for part in parts]).add_(reduced)
 
     async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the final norm and the LM head, rank 0 only.
@@ -223,94 +132,113 @@ class Decoder:
         Returns:
             (T, V) float32.
         """
-        index = self.config.num_hidden_layers * (1 + self._mlp_pieces)
-        rows = _Part(hidden)
-        parts: list[torch.Tensor] = []
-        while sum(part.shape[1] for part in parts) < self.config.vocab_size:
-            stage = _Stage(index + len(parts), self._head, len(parts))
-            await self._run([stage], [rows])
-            parts.append(rows.partial)
-        return torch.cat(parts, dim=1)
+        x, pieces = hidden, []
+        for block in self._program.head:
+            weights = await self._weights.acquire(block)
+            try:
+                x, piece = await self._compute(len(x), block, self._head, weights, x)
+            finally:
+                self._weights.release(block)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
 
     def close(self) -> None:
         """End the compute thread."""
         self._thread.shutdown()
 
-    def _stages(self, halves: bool) -> list[_Stage]:
-        """List the stages of all layers; the last one's partials are left for :meth:`forward`.
+    # -- the schedule ----------------------------------------------------------------------
 
-        Halves need two stages of every MLP at least: see :meth:`_run`.
-        """
-        stages: list[_Stage] = []
-        for layer in range(self.config.num_hidden_layers):
-            block = layer * (1 + self._mlp_pieces)
-            summed = layer < self.config.num_hidden_layers - 1
-            stages.append(_Stage(block, self._attention, layer, summed=True))
-            if halves and self._mlp_pieces == 1:
-                stages.append(_Stage(block + 1, self._mlp_begin, 0, leaves=False))
-                stages.append(_Stage(block + 1, self._mlp_end, 0, summed=summed))
-                continue
-            for piece in range(self._mlp_pieces):
-                last = piece == self._mlp_pieces - 1
-                stages.append(_Stage(block + 1 + piece, self._mlp, piece, summed=summed and last))
-        return stages
+    def _parts(self, hidden: torch.Tensor, step: StepContext) -> list[_Part]:
+        batches = step.batch.micro_batches()
+        pipeline = Pipeline(self._weights, len(batches))
+        rows = torch.split(hidden, [batch.tokens for batch in batches])
+        return [
+            _Part(
+                index,
+                step,
+                batch,
+                rows[index],
+                *self._rotary.tables(batch.segments),
+                pipeline,
+                len(batches) == 1,
+            )
+            for index, batch in enumerate(batches)
+        ]
 
-    async def _run(self, stages: Sequence[_Stage], parts: Sequence[_Part]) -> None:
-        """Let every part through all stages, each one stage behind the part before it.
-
-        While a part's sum is under way the other computes. Were both at the same stage, the sum
-        of an attention, the shortest of all, would have but the other's attention to hide behind;
-        so it has a piece of an MLP. Every rank sums in the same order, in however many pieces its
-        MLPs are, if they are two at least.
-        """
-        in_use: dict[int, Weights] = {}
+    async def _run(self, part: _Part) -> torch.Tensor:
+        """Take a micro-batch through all layers; returns its last partial, not summed yet."""
         try:
-            for at in range(len(stages) + len(parts) - 1):
-                for behind, part in enumerate(parts):
-                    # A part without outputs has nothing left to do in the last layer.
-                    if 0 <= at - behind < len(stages) and len(part.hidden):
-                        await self._stage(stages[at - behind], part, parts, in_use)
+            if part.batch.collective.micro_batches:
+                await self._comm.broadcast(part.step, part.index, part.hidden)
+            part.hidden = part.hidden.float()
+            return await self._layers(part)
+        except Exception as exc:
+            part.step.abort(exc)  # the other one ends where it is
+            raise
         finally:
-            for block in in_use:
-                self._weights.release(block)
+            part.pipeline.finish(part.index)
+
+    async def _layers(self, part: _Part) -> torch.Tensor:
+        for number, layer in enumerate(self._program.layers):
+            partial = await self._stage(part, layer.attention, self._attention, part, number)
+            if not len(partial):  # the last layer, and no row is wanted
+                break
+            part.hidden += await self._comm.all_reduce(part.step, part.index, partial)
+            partial = await self._mlp(part, layer.mlp)
+            if layer is self._program.layers[-1]:
+                break
+            part.hidden += await self._comm.all_reduce(part.step, part.index, partial)
+        return partial
+
+    async def _mlp(self, part: _Part, blocks: tuple[int, ...]) -> torch.Tensor:
+        """Two stages at least where there are two micro-batches: see :class:`Pipeline`."""
+        if len(blocks) > 1:
+            x, total = part.hidden, None
+            for block in blocks:
+                x, total = await self._stage(part, block, self._mlp_piece, x, total)
+            assert total is not None
+            return total
+        if part.alone:
+            return await self._stage(part, blocks[0], self._mlp_whole, part.hidden)
+        begun = await self._stage(part, blocks[0], self._mlp_begin, part.hidden, keep=True)
+        return await self._stage(part, blocks[0], self._mlp_end, *begun)
 
     async def _stage(
-        self,
-        stage: _Stage,
-        part: _Part,
-        parts: Sequence[_Part],
-        in_use: dict[int, Weights],
-    ) -> None:
-        if self.aborted:
-            raise StepAborted
-        block = stage.block
-        if block not in in_use:
-            in_use[block] = await self._weights.acquire(block)
-        tensors = in_use[block]
-        await part.settle()
-        with self.clock.running(self._weights.blocks[block].name, number=block):
-            if len(part.hidden) <= _INLINE_TOKENS:
-                part.partial = stage.compute(tensors, stage.number, part)
-            else:
-                part.partial = await asyncio.get_running_loop().run_in_executor(
-                    self._thread, stage.compute, tensors, stage.number, part
-                )
-        if stage.leaves and part is parts[-1]:
-            self._weights.release(block)
-            del in_use[block]
-        if not stage.summed or not len(part.partial):
-            return
-        if len(parts) == 1:
-            part.hidden += await self._comm.all_reduce(part.partial)
-        else:
-            part.pending = asyncio.create_task(self._comm.all_reduce(part.partial))
+        self, part: _Part, block: int, compute: Callable[..., _T], *args: Any, keep: bool = False
+    ) -> _T:
+        """Compute with a block when it is ``part``'s turn; ``keep`` it for the next stage."""
+        pipeline = part.pipeline
+        await pipeline.turn(part.index)
+        part.step.check()
+        weights = await pipeline.acquire(block)
+        result = await self._compute(len(part.hidden), block, compute, weights, *args)
+        if not keep:
+            pipeline.release(part.index, block)
+        pipeline.pass_turn(part.index)
+        return result
 
-    def _attention(self, w: Weights, layer: int, part: _Part) -> torch.Tensor:
-        config, shard = self.config, self._shard
-        x = _norm(w, part.hidden, "norm", config.rms_norm_eps).to(self._dtype)
+    async def _compute(
+        self, rows: int, block: int, compute: Callable[..., _T], weights: Weights, *args: Any
+    ) -> _T:
+        with self.clock.running(self._weights.blocks[block].name, number=block):
+            if rows <= _INLINE_TOKENS:
+                return compute(weights, *args)
+            loop = asyncio.get_running_loop()
+            running = loop.run_in_executor(self._thread, compute, weights, *args)
+            try:
+                return await asyncio.shield(running)
+            except asyncio.CancelledError:
+                await asyncio.wait([running])  # it uses the block until it ends
+                raise
+
+    # -- what is computed ------------------------------------------------------------------
+
+    def _attention(self, w: Weights, part: _Part, layer: int) -> torch.Tensor:
+        config = self.config
+        x = self._normed(w, part.hidden)
         qkv = self._project(x, w, "qkv_proj")  # (T, (Q + 2 K) D)
         heads = qkv.view(len(x), -1, config.head_dim).transpose(0, 1)  # (Q + 2 K, T, D)
-        queries, keys = shard.q_heads.size, shard.kv_heads.size
+        queries, keys = self._queries, self._keys
         turning, v = torch.split(heads, [queries + keys, keys])  # queries and keys, then values
         if config.qk_norm:
             q, k = torch.split(turning, [queries, keys])
@@ -318,45 +246,65 @@ class Decoder:
             k = _norm(w, k, "k_norm", config.rms_norm_eps)
             turning = torch.cat((q, k)).to(self._dtype)
         q, k = torch.split(rotate(turning, part.cos, part.sin), [queries, keys])
-        k, v = self.kv.append(layer, k, v, part.offset)
         if layer == config.num_hidden_layers - 1:
-            part.narrow()
-            if not part.outputs:
-                return part.hidden
-            q = q[:, len(x) - part.outputs :]
-        out = attention(q, k, v, self._groups, config.sliding_windows[layer])
+            part.hidden = _rows(part.hidden, part.batch.wanted_rows)
+        out = self._attend(part.batch, layer, q, k, v)  # (Q, T, D)
+        if not out.shape[1]:
+            return part.hidden
         flat = out.transpose(0, 1).reshape(len(part.hidden), -1)  # (T, Q D)
         return self._project(flat, w, "o_proj")
 
-    def _mlp(self, w: Weights, piece: int, part: _Part) -> torch.Tensor:
-        if piece == 0:
-            part.normed = self._normed(w, part)
-        gate_up = self._project(part.normed, w, "gate_up_proj")  # (T, 2 I)
-        x = gated_mlp(gate_up, self._activation)
-        out = self._project(x, w, "down_proj")
-        if self._mlp_pieces == 1:
-            return out
-        return out.float() if piece == 0 else part.partial.add_(out)
+    def _attend(
+        self, batch: Batch, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """Let each sequence's queries see its own keys; in the last layer the wanted ones alone."""
+        last = layer == self.config.num_hidden_layers - 1
+        window = self.config.sliding_windows[layer]
+        outs = []
+        for segment, rows in zip(batch.segments, batch.rows, strict=True):
+            own = slice(rows.start, rows.stop)
+            keys, values = self.kv.append(layer, segment, k[:, own], v[:, own])
+            first = rows.stop - segment.num_logits if last else rows.start
+            if first < rows.stop:
+                queries = q[:, first : rows.stop]
+                outs.append(attention(queries, keys, values, self._groups, window))
+        if len(outs) == 1:
+            return outs[0]
+        return torch.cat(outs, dim=1) if outs else q[:, :0]
 
-    def _mlp_begin(self, w: Weights, _: int, part: _Part) -> torch.Tensor:
-        """About half of an MLP's work: three quarters of the first of two products."""
-        part.normed = self._normed(w, part)
-        return self._project(part.normed, w, "gate_up_proj", Span(0, self._mlp_cut))
-
-    def _mlp_end(self, w: Weights, _: int, part: _Part) -> torch.Tensor:
-        """The rest of it."""
-        rest = Span(self._mlp_cut, self._mlp_rows)
-        others = self._project(part.normed, w, "gate_up_proj", rest)
-        gate_up = torch.cat((part.partial, others), dim=1)
+    def _mlp_whole(self, w: Weights, hidden: torch.Tensor) -> torch.Tensor:
+        gate_up = self._project(self._normed(w, hidden), w, "gate_up_proj")  # (T, 2 I)
         return self._project(gated_mlp(gate_up, self._activation), w, "down_proj")
 
-    def _head(self, w: Weights, number: int, part: _Part) -> torch.Tensor:
-        if number == 0:
-            part.normed = self._normed(w, part)
-        return self._project(part.normed, w, "lm_head").float()
+    def _mlp_piece(
+        self, w: Weights, x: torch.Tensor, total: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add some columns' part to ``total``, float32; the first one normalises ``x`` for all."""
+        if total is None:
+            x = self._normed(w, x)
+        gate_up = self._project(x, w, "gate_up_proj")
+        out = self._project(gated_mlp(gate_up, self._activation), w, "down_proj")
+        return x, out.float() if total is None else total.add_(out)
 
-    def _normed(self, w: Weights, part: _Part) -> torch.Tensor:
-        return _norm(w, part.hidden, "norm", self.config.rms_norm_eps).to(self._dtype)
+    def _mlp_begin(self, w: Weights, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """About half of an MLP's work: three quarters of the first of two products."""
+        x = self._normed(w, hidden)
+        return x, self._project(x, w, "gate_up_proj", Span(0, self._mlp_cut))
+
+    def _mlp_end(self, w: Weights, x: torch.Tensor, begun: torch.Tensor) -> torch.Tensor:
+        """The rest of it."""
+        rest = self._project(x, w, "gate_up_proj", Span(self._mlp_cut, self._mlp_rows))
+        gate_up = torch.cat((begun, rest), dim=1)
+        return self._project(gated_mlp(gate_up, self._activation), w, "down_proj")
+
+    def _head(self, w: Weights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Some of the vocabulary's logits; the first piece normalises ``x`` for all."""
+        if "norm.weight" in w:
+            x = self._normed(w, x)
+        return x, self._project(x, w, "lm_head").float()
+
+    def _normed(self, w: Weights, x: torch.Tensor) -> torch.Tensor:
+        return _norm(w, x, "norm", self.config.rms_norm_eps).to(self._dtype)
 
     def _project(
         self, x: torch.Tensor, w: Weights, name: str, rows: Span | None = None
@@ -375,8 +323,30 @@ class Decoder:
         return out if bias is None else out.add_(bias)
 
 
+async def _all(step: StepContext, runs: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """Wait for all; raises why the step failed once none runs any more.
+
+    A task group would cancel the others' sums, which breaks links; aborting the step ends them.
+    """
+    results = await asyncio.gather(*runs, return_exceptions=True)
+    step.check()
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return cast("list[_T]", results)
+
+
+def _rows(x: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
+    """Rows of ``x``, ascending; a view where they are one run."""
+    if not wanted:
+        return x[:0]
+    first, stop = wanted[0], wanted[-1] + 1
+    return x[first:stop] if stop - first == len(wanted) else x[list(wanted)]
+
+
 def _joined(rows: list[torch.Tensor]) -> torch.Tensor:
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
+    filled = [part for part in rows if len(part)] or rows[:1]
+    return filled[0] if len(filled) == 1 else torch.cat(filled)
 
 
 def _plain(w: Weights, name: str) -> torch.Tensor | None:

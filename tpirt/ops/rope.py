@@ -6,9 +6,11 @@ Axes: T tokens, D head_dim.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 
+from tpirt.batch import Segment
 from tpirt.config import ModelConfig, RopeConfig
 
 
@@ -53,17 +55,34 @@ def _llama3(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
     return torch.where(wavelength < shortest, frequencies, scaled)
 
 
-def rotation(
-    frequencies: torch.Tensor, start: int, tokens: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cos and signed sin, each (T, D), for positions start, start + 1, ...
+class RotaryEmbedding:
+    """Rotation angles for the rows of a batch."""
 
-    The first half of sin is negated: :func:`rotate` then need not negate what it turns.
-    """
-    positions = torch.arange(start, start + tokens, dtype=torch.float32)
-    angles = torch.outer(positions, frequencies)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+    def __init__(self, config: ModelConfig, dtype: torch.dtype):
+        self._config = config
+        self._dtype = dtype
+        self._dynamic = config.rope.kind == "dynamic"
+        self._frequencies = inverse_frequencies(config, 0)
+
+    def tables(self, segments: Iterable[Segment]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cos and signed sin for the segments' rows in order, each (T, D).
+
+        The first half of sin is negated: :func:`rotate` then need not negate what it turns.
+        """
+        angles = [self._angles(segment) for segment in segments]
+        turn = angles[0] if len(angles) == 1 else torch.cat(angles)
+        cos, sin = turn.cos(), turn.sin()
+        return (
+            torch.cat((cos, cos), dim=-1).to(self._dtype),
+            torch.cat((-sin, sin), dim=-1).to(self._dtype),
+        )
+
+    def _angles(self, segment: Segment) -> torch.Tensor:
+        positions = torch.arange(segment.position, segment.end, dtype=torch.float32)
+        frequencies = self._frequencies
+        if self._dynamic:
+            frequencies = inverse_frequencies(self._config, segment.rope_length)
+        return torch.outer(positions, frequencies)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

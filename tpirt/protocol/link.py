@@ -253,12 +253,14 @@ class Link:
                     raise TransportError(f"peer {self.peer_id}: a reply to nothing; refused")
             case Kind.MESSAGE | Kind.REQUEST:
                 body = decode(frame.message, self.peer_id)
-                number = header.seq if header.kind is Kind.REQUEST else 0
+                number = header.seq if header.kind == Kind.REQUEST else 0
                 incoming = Incoming(body, frame, number)
                 if number and isinstance(body, Probe):  # measured: answered without detour
                     self.reply(incoming, body)
                 else:
                     self._handler.on_message(self, incoming)
+            case kind:
+                raise TransportError(f"peer {self.peer_id}: a frame of unknown kind {kind}; refused")
 
     def _take_tensor(self, header: Header, frame: Frame) -> None:
         """Keep a tensor that nobody waits for yet, or drop what is left of an older step."""
@@ -361,7 +363,7 @@ def _queues() -> list[deque[Frame]]:
 
 def _order(header: Header) -> int:
     """Where a tensor comes in its part of a step: later ones compare greater."""
-    return 2 * header.seq + (header.kind is Kind.REDUCED)
+    return 2 * header.seq + (header.kind == Kind.REDUCED)
 
 
 def _mismatch(peer_id: str, expected: bytes | None, frame: Frame) -> TransportError:

@@ -1,0 +1,170 @@
+"""Keys and values of the local KV heads, one contiguous cache per sequence.
+
+Axes: K local KV heads, S positions of a sequence, T new tokens, D head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tpirt.batch import Segment
+from tpirt.ops.buffers import page_buffer, round_up
+
+_STEP_TOKENS = 64
+
+
+@dataclass
+class _Slot:
+    """One sequence: ``layers`` holds keys and values, each (K, capacity, D)."""
+
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+    capacity: int = 0
+    length: int = 0
+
+
+class KVStore:
+    """Keys and values of many sequences, each in a slot.
+
+    A slot opens when it is first used and holds nothing then. Every layer appends the same tokens
+    in a step; they count only after :meth:`commit`, so a step that fails leaves each sequence with
+    the positions before it. Memory goes back to the operating system as soon as a slot holds more
+    than twice what it needs.
+    """
+
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype):
+        self._shape = (kv_heads, head_dim)
+        self._dtype = dtype
+        self._layers = layers
+        self._token_bytes = 2 * layers * kv_heads * head_dim * dtype.itemsize
+        self._slots: dict[int, _Slot] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all slots."""
+        return self._token_bytes * sum(slot.capacity for slot in self._slots.values())
+
+    def length(self, slot: int) -> int:
+        """Number of positions that ``slot`` holds; 0 if it was never used."""
+        found = self._slots.get(slot)
+        return 0 if found is None else found.length
+
+    def bytes_for(self, segments: Iterable[Segment]) -> int:
+        """Most bytes held at once while a step of these segments is prepared and runs."""
+        held = peak = self.nbytes
+        for segment in segments:
+            slot = self._slots.get(segment.slot)
+            old = 0 if slot is None else slot.capacity
+            new = _capacity(old, segment.end)
+            if new != old:
+                # Layers move one by one: while one is copied, it is there twice.
+                copied = min(old, new) * self._token_bytes // self._layers
+                after = held + (new - old) * self._token_bytes
+                peak = max(peak, max(held, after) + copied)
+                held = after
+        return peak
+
+    def prepare(self, segments: Iterable[Segment]) -> None:
+        """Drop what each sequence holds from its segment on, and make room for the segment."""
+        for segment in segments:
+            slot = self._opened(segment.slot)
+            assert segment.position <= slot.length
+            slot.length = segment.position
+            self._fit(slot, segment.end)
+
+    def append(
+        self, layer: int, segment: Segment, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write a segment's (K, T, D) at its positions; return views of all so far, (K, S, D)."""
+        all_keys, all_values = self._slots[segment.slot].layers[layer]
+        start, end = segment.position, segment.end
+        all_keys[:, start:end] = keys
+        all_values[:, start:end] = values
+        return all_keys[:, :end], all_values[:, :end]
+
+    def commit(self, segments: Iterable[Segment]) -> None:
+        """Count the segments' positions, which all layers have appended."""
+        for segment in segments:
+            self._slots[segment.slot].length = segment.end
+
+    def reserve(self, slot: int, tokens: int) -> None:
+        """Make room for ``tokens`` positions in all; positions held stay."""
+        found = self._opened(slot)
+        self._fit(found, max(tokens, found.length))
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Drop the positions from ``length`` on."""
+        found = self._opened(slot)
+        assert length <= found.length
+        found.length = length
+        self._fit(found, length)
+
+    def fork(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` positions of ``source`` to ``target``, replacing it."""
+        origin = self._slots[source]
+        assert source != target
+        assert length <= origin.length
+        self.free(target)
+        copy = self._slots[target] = _Slot(origin.layers, length=length)
+        self._move(copy, _capacity(0, length))
+
+    def keep(self, slot: int, start: int, indices: Sequence[int]) -> None:
+        """Of the positions from ``start`` on, keep ``indices`` only and close the gaps.
+
+        This is for a verified tree of drafts: ``indices`` is the accepted path, ascending.
+        """
+        found = self._slots[slot]
+        end = start + len(indices)
+        assert all(start <= index < found.length for index in indices)
+        chosen = torch.tensor(indices, dtype=torch.int64)
+        for layer in found.layers:
+            for rows in layer:
+                rows[:, start:end] = rows[:, chosen]
+        self.truncate(slot, end)
+
+    def free(self, slot: int) -> None:
+        """Forget a sequence and release its memory; an unused slot is fine."""
+        self._slots.pop(slot, None)
+
+    def _opened(self, slot: int) -> _Slot:
+        found = self._slots.get(slot)
+        if found is None:
+            found = self._slots[slot] = _Slot([self._allocate(0)] * self._layers)
+        return found
+
+    def _fit(self, slot: _Slot, tokens: int) -> None:
+        capacity = _capacity(slot.capacity, tokens)
+        if capacity != slot.capacity:
+            self._move(slot, capacity)
+
+    def _move(self, slot: _Slot, capacity: int) -> None:
+        """Copy the positions held to buffers of another size, one layer after another."""
+        slot.layers = list(slot.layers)
+        for index, old in enumerate(slot.layers):
+            new = self._allocate(capacity)
+            for source, target in zip(old, new, strict=True):
+                target[:, : slot.length] = source[:, : slot.length]
+            slot.layers[index] = new
+        slot.capacity = capacity
+
+    def _allocate(self, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Uninitialised keys and values of one layer, in one buffer."""
+        heads, dim = self._shape
+        shape = (2, heads, capacity, dim)
+        buffer = page_buffer(math.prod(shape) * self._dtype.itemsize)
+        keys, values = buffer.view(self._dtype).view(shape)
+        return keys, values
+
+
+def _capacity(current: int, tokens: int) -> int:
+    """Positions to have room for when ``tokens`` are needed and there is room for ``current``."""
+    needed = round_up(tokens, _STEP_TOKENS)
+    if needed <= current <= 2 * needed:
+        return current
+    if not 0 < current < needed:
+        return needed
+    # By a quarter at least: the copies of a sequence that grows stay linear in its length.
+    return max(needed, round_up(current * 5 // 4, _STEP_TOKENS))

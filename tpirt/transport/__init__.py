@@ -1,4 +1,4 @@
-"""Frames between peers: the wire format, gRPC, and an in-memory pair for tests.
+"""Bytes and frames between peers: TCP, gRPC, and an in-memory pair for tests.
 
-The only room that imports ``grpc`` or the generated protobuf code's frames by hand.
+The only package that imports ``grpc``. It knows nothing of what a message says.
 """

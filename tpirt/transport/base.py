@@ -1,108 +1,139 @@
-"""The seam between what ranks say and what carries it."""
+"""The interface between the protocol and the carriers of its bytes."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
-from tpirt.errors import PeerLostError
-from tpirt.transport.codec import Frame
-from tpirt.transport.pb import tpirt_pb2 as pb
+from tpirt.errors import TpirtError
+from tpirt.transport.frame import Frame
+
+
+class Carrier(NamedTuple):
+    """The way frames travel, and the reason why nothing better carries them."""
+
+    kind: Literal["tcp", "grpc", "memory"]
+    reason: str = ""
+
+
+class Receiver(Protocol):
+    """The owner's side of a channel; the channel calls it on the event loop.
+
+    A :class:`~tpirt.errors.TpirtError` raised by ``on_frame`` ends the channel and is handed to
+    ``on_lost``. Any other exception is a bug: it goes to the loop's exception handler, with its
+    traceback, and ``on_lost`` gets a ``TransportError``.
+    """
+
+    def on_frame(self, frame: Frame) -> None:
+        """Take the next frame, in order."""
+
+    def on_lost(self, exc: TpirtError) -> None:
+        """Take note that nothing more comes; called once, and not after ``aclose``.
+
+        ``exc`` is a ``PeerLostError`` if the other side is gone, a ``TransportError`` if it sent
+        something that is not a frame or is too large. The channel still has to be closed.
+        """
 
 
 class Channel(Protocol):
     """An ordered, reliable, two-way stream of frames to one other peer.
 
-    One coroutine may send while one other receives. A cancelled ``recv`` may close the channel:
-    cancel only what is being given up.
-
     Attributes:
-        peer_id: whom errors name.
-        via: what carries the frames, and in brackets why nothing better does.
-        bytes_sent, bytes_received: so far.
+        peer_id: the peer's name in errors.
+        carrier: what carries the frames.
+        bytes_sent, bytes_received: so far, headers included. They also move while only a part of
+            a large frame is through: a peer whose counters move is alive.
+        frame_limit: largest message plus payload that is accepted, in bytes; checked before memory
+            is allocated. 64 KiB until the owner raises it. Applies to frames that come later.
     """
 
     peer_id: str
-    via: str
+    carrier: Carrier
     bytes_sent: int
     bytes_received: int
+    frame_limit: int
 
-    async def send(self, frame: Frame) -> None:
-        """Hand ``frame`` over, in order.
+    def start(self, receiver: Receiver) -> None:
+        """Begin to read, once. Frames that came before are delivered in order."""
 
-        Raises:
-            PeerLostError: the other side is gone.
+    def poll(self) -> None:
+        """Deliver what has arrived already, without waiting.
+
+        Does nothing over gRPC, whose library reads on its own schedule.
         """
 
-    async def recv(self, timeout_s: float | None = None) -> Frame:
-        """Wait for the next frame; what it says is read, and refused if it is none, by its user.
+    async def send(self, frame: Frame) -> None:
+        """Send a frame; returns when the carrier has taken all of it.
+
+        Several tasks may send; frames do not interleave and keep the order of the calls. The
+        payload's memory may be changed once this returns or is cancelled. A cancelled send still
+        sends the whole frame, in the background, and leaves the channel usable.
 
         Raises:
-            PeerLostError: the other side is gone, or said nothing for ``timeout_s``.
+            PeerLostError: the other side is gone, or the channel is closed.
+            TransportError: the other side sent garbage before.
+        """
+
+    def send_nowait(self, frame: Frame) -> bool:
+        """Send a small frame (a heartbeat) unless others wait to be sent; False if they do.
+
+        Also False on a channel that is closed or lost.
         """
 
     async def aclose(self) -> None:
-        """End the stream; the other side's ``recv`` fails. Safe to call twice."""
+        """End the stream. Sends under way raise ``PeerLostError``. Safe to call twice.
 
-
-def silent(peer_id: str, timeout_s: float | None) -> PeerLostError:
-    """What a channel's ``recv`` raises at its deadline."""
-    return PeerLostError(
-        f"peer {peer_id}: said nothing for {timeout_s:g} s; it hangs, or its link does"
-    )
-
-
-def closed(peer_id: str) -> PeerLostError:
-    """What a channel raises whose own side has closed it."""
-    return PeerLostError(f"peer {peer_id}: the channel is closed")
+        On a server's side the call ends when the service's ``session`` or ``link`` returns.
+        """
 
 
 class PeerService(Protocol):
-    """What a worker answers; a transport's server calls it."""
+    """The handlers of a peer; a transport's server calls them.
 
-    async def hello(self, request: pb.HelloRequest) -> pb.HelloReply:
-        """Tell who this peer is."""
+    A ``TpirtError`` that they raise reaches the caller with its message.
+    """
 
-    async def put_slice(self, chunks: AsyncIterator[pb.SliceChunk]) -> pb.PutSliceReply:
-        """Store a slice."""
+    async def answer(self, method: str, request: bytes) -> bytes:
+        """Answer a request: ``Hello`` or ``Lacking``."""
+
+    async def receive(self, method: str, chunks: AsyncIterator[bytes]) -> bytes:
+        """Take an upload: ``PutUnits``."""
 
     async def session(self, channel: Channel) -> None:
         """Serve one master until it leaves."""
 
     async def link(self, channel: Channel) -> None:
-        """Let another worker of the same session have a channel, until the session ends."""
+        """Use a channel from another worker of the same session, until the session ends."""
 
 
 class PeerClient(Protocol):
-    """A master's way to one worker, or another worker's."""
+    """A way to one peer."""
 
     peer_id: str
     address: str
 
-    async def hello(self, request: pb.HelloRequest, timeout_s: float) -> pb.HelloReply:
-        """Ask who it is.
+    async def call(self, method: str, request: bytes, timeout_s: float) -> bytes:
+        """Make one request.
 
         Raises:
-            PeerUnreachableError: nobody answers within ``timeout_s``.
+            PeerUnreachableError: no answer within ``timeout_s``.
+            HandshakeError: something else than a tpirt peer answers.
+            PeerError: the peer could not do it.
         """
 
-    async def put_slice(self, chunks: AsyncIterator[pb.SliceChunk]) -> pb.PutSliceReply:
-        """Upload a slice.
+    async def upload(self, method: str, chunks: AsyncIterator[bytes], timeout_s: float) -> bytes:
+        """Send chunks of at most 1 MiB; returns the answer.
 
         Raises:
-            PeerLostError: the peer is gone.
+            PeerLostError: the peer is gone, or took no chunk for ``timeout_s``.
             StoreError: the peer could not keep it.
         """
 
     async def open_session(self) -> Channel:
-        """Begin a session.
-
-        Raises:
-            HandshakeError: the peer serves another master.
-        """
+        """Open a master's channel to a worker; whether it is accepted shows when it is read."""
 
     async def open_link(self) -> Channel:
-        """Open a worker's channel to another worker; nothing is known of it until it answers."""
+        """Open a worker's channel to another worker."""
 
     async def aclose(self) -> None:
-        """Close the connection."""
+        """Close the connection and every channel."""

@@ -1,0 +1,206 @@
+"""gRPC's options, a channel over one of its streams, and the wording of its errors.
+
+Reference for the options: gRPC core's channel arguments and its keepalive guide. Keepalive pings
+are answered by gRPC's own threads, so a peer that computes for a long time is not taken for dead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+# gRPC's core reads this once, when it is loaded. Its own log lines (a peer's goodbye, say) mean
+# nothing to a user; what matters arrives as our errors.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+# Our children exec at once: gRPC need not stop its threads around a fork, which can abort.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+# A task that waits for a completion polls the sockets itself, instead of being woken by a pool of
+# threads that do: a round trip of 16 KiB takes 155 us instead of 240 (docs/collectives.md). The
+# names are those of one version; another one logs an error about names it does not know.
+if version("grpcio").startswith("1.85."):
+    os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
+
+import grpc
+import grpc.aio
+
+from tpirt.errors import HandshakeError, PeerLostError, PeerUnreachableError, TpirtError
+from tpirt.transport.base import Carrier, Receiver
+from tpirt.transport.stream import StreamChannel, closed
+
+_T = TypeVar("_T")
+
+RETRY_S = 0.25
+MESSAGE_BYTES = 1 << 20  # of a stream's bytes, or of an upload, in one gRPC message
+_MESSAGE_LIMIT = MESSAGE_BYTES + (64 << 10)  # a chunk of an upload is wrapped
+_KEEPALIVE_MS = 2_000
+# Far above what a slow link may take: heartbeats tell whether a peer is alive, not these pings.
+_KEEPALIVE_TIMEOUT_MS = 120_000
+
+OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_send_message_length", _MESSAGE_LIMIT),
+    ("grpc.max_receive_message_length", _MESSAGE_LIMIT),
+    # Accept no compression: a message of 1 MB could become 1 GB.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
+    ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+    # The one that counts: gRPC core never starts its keepalive timer (grpc/grpc#39239), so that a
+    # ping without an answer is noticed by this timeout alone, after a minute by default.
+    ("grpc.http2.ping_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server beside it
+    ("grpc.enable_retries", 0),  # streams are never retried; what would do it costs every message
+    ("grpc.enable_http_proxy", 0),  # peers are on the local network
+    ("grpc.initial_reconnect_backoff_ms", int(RETRY_S * 1e3)),
+    ("grpc.max_reconnect_backoff_ms", int(RETRY_S * 1e3)),
+)
+
+ERRORS = (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.BaseError)
+
+
+class GrpcChannel(StreamChannel):
+    """Frames over a call's stream of messages, whose borders mean nothing.
+
+    ``call`` is the client's stream call or the server's servicer context: both have ``read`` and
+    ``write`` coroutines, and the client's has ``cancel``.
+    """
+
+    def __init__(self, peer_id: str, call: Any):
+        super().__init__(peer_id, Carrier("grpc"))
+        self._call = call
+        self._ahead: asyncio.Task[Any] | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._writing: asyncio.Task[None] | None = None
+
+    def first(self) -> asyncio.Task[Any]:
+        """Read one message ahead of :meth:`start`; done when it is here, or the call's end is."""
+        self._ahead = asyncio.create_task(own(self._call.read(), self.peer_id))
+        return self._ahead
+
+    def start(self, receiver: Receiver) -> None:
+        """See :class:`tpirt.transport.base.Channel`."""
+        self._receiver = receiver
+        self._reading = asyncio.create_task(self._read_all())
+
+    async def aclose(self) -> None:
+        """See :class:`tpirt.transport.base.Channel`."""
+        self._give_up(closed(self.peer_id))
+        for task in (self._ahead, self._reading, self._writing):
+            if task is not None:
+                task.cancel()
+        cancel = getattr(self._call, "cancel", None)
+        if cancel is not None:
+            cancel()
+
+    async def stay(self) -> None:
+        """Tell the server, with an empty message, that no connection will come for this call."""
+        try:
+            await own(self._call.write(b""), self.peer_id)
+        except (*ERRORS, PeerLostError):
+            pass  # the reader will learn why
+
+    async def _read_all(self) -> None:
+        try:
+            data = await (self._ahead or own(self._call.read(), self.peer_id))
+            while data is not grpc.aio.EOF:
+                self.bytes_received += len(data)
+                self._deliver(self._reader.feed(data))
+                if self._receiver is None:
+                    return
+                data = await own(self._call.read(), self.peer_id)
+        except PeerLostError as exc:
+            self._lost(exc)
+        except ERRORS as exc:
+            self._lost(await self._reason(exc))
+        else:
+            self._lost(await self._reason(None))
+
+    def _write_later(self) -> None:
+        self._writing = asyncio.create_task(self._write_all())
+
+    async def _write_all(self) -> None:
+        try:
+            while self._outbox:
+                outgoing = self._outbox[0]
+                while piece := outgoing.cut(MESSAGE_BYTES):
+                    await own(self._call.write(piece), self.peer_id)
+                    outgoing.skip(len(piece))
+                    self.bytes_sent += len(piece)
+                self._sent()
+        except PeerLostError as exc:
+            self._lost(exc)
+        except ERRORS as exc:
+            self._lost(await self._reason(exc))
+
+    async def _reason(self, exc: BaseException | None) -> PeerLostError:
+        details = ""
+        if isinstance(exc, grpc.aio.AioRpcError):
+            details = exc.details() or exc.code().name.lower()
+        elif isinstance(self._call, grpc.aio.Call) and self._call.done():
+            details = await self._call.details()
+        return lost(self.peer_id, details)
+
+
+async def own(operation: Awaitable[_T], peer_id: str) -> _T:
+    """Await an operation of a call, and tell our task's cancellation from that of the call.
+
+    Raises:
+        PeerLostError: the call was cancelled, which looks the same.
+    """
+    try:
+        return await operation
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise lost(peer_id, "the call was cancelled") from None
+
+
+def lost(peer_id: str, details: str | None) -> PeerLostError:
+    """Word the end of a connection for a user who does not know gRPC."""
+    details = details or "the connection closed"
+    if "ping timeout" in details or "keepalive" in details:
+        why = (
+            f"it has not answered for {_KEEPALIVE_TIMEOUT_MS / 1e3:g} s; it hangs, or its link does"
+        )
+    elif any(
+        sign in details for sign in ("Socket closed", "reset by peer", "Broken pipe", "GOAWAY")
+    ):
+        why = f"it ended, was killed, or its machine went away ({details})"
+    else:
+        why = details
+    return PeerLostError(f"peer {peer_id}: connection lost: {why}")
+
+
+def is_foreign(exc: grpc.aio.AioRpcError) -> bool:
+    """Tell whether the service that answered does not speak our protocol."""
+    return exc.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INTERNAL) or (
+        "Failed parsing HTTP/2" in (exc.details() or "")
+    )
+
+
+def unreachable(address: str, exc: grpc.aio.AioRpcError, timeout_s: float) -> TpirtError:
+    """Word a request that got no answer."""
+    details = exc.details() or ""
+    if is_foreign(exc):
+        return HandshakeError(
+            f"peer {address}: something else than a tpirt peer answers there "
+            f"({details.rpartition('last error: ')[2]}); check the port"
+        )
+    if exc.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        why = f"no answer within {timeout_s:g} s"
+    elif "Connection refused" in details:
+        why = "nothing listens there (connection refused)"
+    elif "lookup" in details or "resolving" in details:
+        why = "the host name is unknown"
+    else:
+        why = details.rpartition("last error: ")[2]
+    return PeerUnreachableError(
+        f"peer {address}: {why}; is `tpirt peer --listen ...` running there, and the port open?"
+    )

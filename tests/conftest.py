@@ -26,5 +26,5 @@ settings.load_profile("tpirt")
 def in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have every step of several tokens go through the layers in two halves."""
     monkeypatch.setattr(collective_policy, "_WORTH_HIDING_S", 0.0)
-    monkeypatch.setattr(collective_policy, "_LEAST_HALVED", 2)
+    monkeypatch.setattr(collective_policy, "_LEAST_SPLIT", 2)
     monkeypatch.setattr(Topology, "on_loopback", False)

@@ -47,7 +47,7 @@ class CollectiveOptions:
             names = ", ".join([AUTO, *(known.value for known in CommDtype)])
             raise ConfigError(f"comm_dtype {comm_dtype!r}: expected one of {names}") from None
 
-    def wire_for(self, dtype: torch.dtype) -> CommDtype:
+    def comm_dtype_for(self, dtype: torch.dtype) -> CommDtype:
         """The form of sums where products are of ``dtype``: no finer than they are."""
         if self.comm_dtype is not None:
             return self.comm_dtype
@@ -101,8 +101,10 @@ async def survey_links(
     ranks = sorted(links.others)
     pairs = [(i, j) for j in ranks for i in range(j)]
     found: dict[Pair, LinkQuality] = {}
-    carriers = {(0, rank): (links[rank].channel.carrier.kind, links[rank].channel.carrier.reason)
-                for rank in ranks}
+    carriers: dict[Pair, tuple[str, str]] = {
+        (0, rank): (links[rank].channel.carrier.kind, links[rank].channel.carrier.reason)
+        for rank in ranks
+    }
     failures = _failures(states)
     linked = len(ranks) == 1 or all(len(states[rank]) == len(ranks) - 1 for rank in ranks)
     for rank in ranks:

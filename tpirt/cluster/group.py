@@ -69,6 +69,11 @@ class Group:
         self._broken: TpirtError | None = None
 
     @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return len(self._clients) + 1
+
+    @property
     def runtime(self) -> RankRuntime:
         """Rank 0's own runtime, once the group is formed."""
         assert self._runtime is not None
@@ -261,9 +266,7 @@ class Group:
     async def _load(self, deployment: Deployment, stored: StoredSlice) -> RankRuntime:
         limits = deployment.limits[0]
         world_size = deployment.world_size
-        runtime = await RankRuntime.open(
-            deployment.config, stored, world_size, self._links, limits
-        )
+        runtime = await RankRuntime.open(deployment.config, stored, world_size, self._links, limits)
         try:
             await runtime.load(self._progress)
         except BaseException:

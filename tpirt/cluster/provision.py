@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
 import zlib
@@ -10,15 +9,21 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterat
 from dataclasses import dataclass
 
 from tpirt.cluster.cancellation import in_thread
-from tpirt.cluster.roster import hello
 from tpirt.collectives.context import StepAborted
 from tpirt.config import ModelConfig
-from tpirt.errors import PeerLostError, StoreError
+from tpirt.errors import StoreError
+from tpirt.protocol.messages import (
+    LackingReply,
+    LackingRequest,
+    PutUnitsReply,
+    UnitChunk,
+    decode_call,
+    encode_call,
+)
 from tpirt.sharding.blocks import rank_blocks
 from tpirt.sharding.format import WeightFormat
 from tpirt.sharding.partition import Plan, Shard
 from tpirt.transport.base import PeerClient
-from tpirt.transport.pb import tpirt_pb2 as pb
 from tpirt.types import Progress, ProgressCallback
 from tpirt.weights.checkpoint import Checkpoint, resolve_tied
 from tpirt.weights.slicer import slice_bytes
@@ -126,26 +131,18 @@ async def send_slice(
     """
     manifest = maker.manifest(plan.shards[rank])
     pieces = _ChunkSource(await in_thread(maker.pieces, plan, rank, store))
-    loop = asyncio.get_running_loop()
 
-    async def chunks() -> AsyncIterator[pb.SliceChunk]:
-        yield pb.SliceChunk(manifest=manifest.to_json())
+    async def chunks() -> AsyncIterator[bytes]:
+        yield encode_call(UnitChunk(manifest=manifest.to_json()))
         done = 0
         while (chunk := await in_thread(pieces.next)) is not None:
-            if not deadline.expired():
-                deadline.reschedule(loop.time() + timeout_s)
-            yield pb.SliceChunk(chunk=chunk)
+            yield encode_call(chunk)
             done += len(chunk.data)
             progress(Progress("sending slice", done, manifest.nbytes, detail=f"rank {rank}"))
 
     try:
-        async with asyncio.timeout(timeout_s) as deadline:
-            return (await client.put_slice(chunks())).bytes_written
-    except TimeoutError as exc:
-        raise PeerLostError(
-            f"peer {client.peer_id}: took no data of its slice for {timeout_s:g} s; it, its disk "
-            "or its link hangs"
-        ) from exc
+        reply = await client.upload("PutUnits", chunks(), timeout_s)
+        return decode_call(PutUnitsReply, reply, client.peer_id).bytes_written
     finally:
         await in_thread(pieces.close)
 
@@ -157,7 +154,7 @@ class _ChunkSource:
         self._pieces = pieces
         self._lock = threading.Lock()
 
-    def next(self) -> pb.BlockChunk | None:
+    def next(self) -> UnitChunk | None:
         """The next one; None at the end, and when closed."""
         with self._lock:
             return _next_chunk(self._pieces)
@@ -168,10 +165,10 @@ class _ChunkSource:
             self._pieces.close()
 
 
-def _next_chunk(pieces: Iterator[SlicePiece]) -> pb.BlockChunk | None:
+def _next_chunk(pieces: Iterator[SlicePiece]) -> UnitChunk | None:
     for block, offset, data in pieces:
         raw = bytes(data)
-        return pb.BlockChunk(block=block, offset=offset, crc32=zlib.crc32(raw), data=raw)
+        return UnitChunk(unit=block, offset=offset, crc32=zlib.crc32(raw), data=raw)
     return None
 
 
@@ -201,8 +198,9 @@ async def distribute(
     await _in_thread(write_slice, makers[0], plan, 0, store, progress)
     # One after another: in parallel they would compete for the same disk.
     for rank, client in enumerate(clients, start=1):
-        slice_id = makers[rank].manifest(plan.shards[rank]).slice_id
-        if not (await hello(client, slice_id)).has_slice:
+        request = LackingRequest(makers[rank].manifest(plan.shards[rank]).to_json())
+        answer = await client.call("Lacking", encode_call(request), 60.0)
+        if decode_call(LackingReply, answer, client.peer_id).units:
             await send_slice(makers[rank], plan, rank, store, client, progress, timeout_s)
 
 

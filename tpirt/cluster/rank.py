@@ -28,7 +28,6 @@ from tpirt.units import format_bytes
 from tpirt.weights.store import StoredSlice
 from tpirt.weights.streamer import MIN_SLOTS, WeightStreamer
 
-
 _LEAST_FRAME_LIMIT = 8 << 20  # traces, statistics of thousands of steps
 
 
@@ -252,7 +251,7 @@ class RankRuntime:
         """What a step of about so many tokens takes: of few sizes, so that plans rarely change."""
         rounded = 1 << (tokens - 1).bit_length()
         return activation_bytes(
-            self._config,
+            self.config,
             self._shard,
             self.comm.world_size,
             min(rounded, self._limits.chunk_tokens),

@@ -17,9 +17,14 @@ from tpirt.cluster.machine import (
 from tpirt.collectives.cost_model import Machine
 from tpirt.errors import HandshakeError
 from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout
+from tpirt.protocol.messages import (
+    PROTOCOL_VERSION,
+    HelloReply,
+    HelloRequest,
+    decode_call,
+    encode_call,
+)
 from tpirt.transport.base import PeerClient
-from tpirt.transport.codec import PROTOCOL_VERSION
-from tpirt.transport.pb import tpirt_pb2 as pb
 from tpirt.version import __version__
 
 _HELLO_TIMEOUT_S = 10.0
@@ -69,7 +74,7 @@ async def profile_peers(clients: Sequence[PeerClient], threads: int) -> list[Pee
             rank,
             client.peer_id,
             reply.host_id,
-            reply.memory_bytes or None,
+            reply.memory_bytes,
             reply.available_bytes,
             reply.threads,
             reply.cores,
@@ -105,11 +110,16 @@ def machines(peers: Sequence[PeerProfile]) -> list[Machine]:
     ]
 
 
-async def hello(client: PeerClient, slice_id: str = "") -> pb.HelloReply:
-    request = pb.HelloRequest(
-        protocol_version=PROTOCOL_VERSION, tpirt_version=__version__, slice_id=slice_id
-    )
-    reply = await client.hello(request, _HELLO_TIMEOUT_S)
+async def hello(client: PeerClient) -> HelloReply:
+    """Ask a peer who it is.
+
+    Raises:
+        PeerUnreachableError: nobody answers.
+        HandshakeError: it speaks another protocol version or serves another master.
+    """
+    request = encode_call(HelloRequest(PROTOCOL_VERSION, __version__))
+    answer = await client.call("Hello", request, _HELLO_TIMEOUT_S)
+    reply = decode_call(HelloReply, answer, client.address)
     client.peer_id = reply.peer_id or client.address
     if reply.protocol_version != PROTOCOL_VERSION:
         raise HandshakeError(

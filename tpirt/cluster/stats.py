@@ -81,10 +81,8 @@ class StepLog:
         """What was counted since step ``number`` began (0: since the session began), by step."""
         now = self._read()
         steps = [step for step in self._steps if step.number >= number]
-        if number == 0:
-            first = Counters()
-        else:
-            first = steps[0].begin if steps else now
+        earliest = steps[0].begin if steps else now
+        first = earliest if number else Counters()
         return now.since(first), [self._times(step, now) for step in steps]
 
     def flush(self) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import zlib
 from collections.abc import AsyncIterator, Callable
 
+from tpirt.cluster.cancellation import in_thread
 from tpirt.cluster.machine import (
     available_bytes,
     has_bfloat16,
@@ -32,14 +34,18 @@ from tpirt.protocol.messages import (
     PROTOCOL_VERSION,
     HelloReply,
     HelloRequest,
+    LackingReply,
+    LackingRequest,
+    PutUnitsReply,
     Setup,
+    UnitChunk,
     decode_call,
     encode_call,
 )
 from tpirt.sharding.blocks import rank_blocks
 from tpirt.transport.base import Channel
 from tpirt.version import __version__
-from tpirt.weights.store import Manifest, SliceStore, StoredSlice
+from tpirt.weights.store import Manifest, SliceStore, SliceWriter, StoredSlice
 
 Log = Callable[[str], None]
 
@@ -80,11 +86,27 @@ class Worker:
         if method == "Hello":
             decode_call(HelloRequest, request, "caller")
             return encode_call(self._hello())
+        if method == "Lacking":
+            manifest = Manifest.from_json(decode_call(LackingRequest, request, "caller").manifest)
+            lacks = self._store.find(manifest.slice_id) is None
+            units = tuple(range(len(manifest.blocks))) if lacks else ()
+            return encode_call(LackingReply(units))
         raise TransportError(f"unknown method {method}")
 
     async def receive(self, method: str, chunks: AsyncIterator[bytes]) -> bytes:
         """See :class:`tpirt.transport.base.PeerService`."""
-        raise TransportError(f"unknown method {method}")
+        first = decode_call(UnitChunk, await anext(aiter(chunks), b""), "caller")
+        if not first.manifest:
+            raise TransportError("a slice must begin with its manifest")
+        manifest = Manifest.from_json(first.manifest)
+        # Each call in a thread ends before the writer is left, also when the master goes away.
+        with self._store.write(manifest) as writer:
+            async for data in chunks:
+                chunk = decode_call(UnitChunk, data, "caller")
+                await in_thread(_write_chunk, writer, chunk)
+            stored = await in_thread(writer.commit)
+        self._log(f"received slice {manifest.slice_id} of {manifest.model}: {stored.path}")
+        return encode_call(PutUnitsReply(manifest.nbytes))
 
     async def session(self, channel: Channel) -> None:
         """See :class:`tpirt.transport.base.PeerService`."""
@@ -213,3 +235,9 @@ def _check_shard(stored: StoredSlice, config: ModelConfig) -> None:
         [(block.name, block.nbytes) for block in asked.blocks],
     ):
         raise StoreError(f"{stored.path}: its files are not those of this model; remove it")
+
+
+def _write_chunk(writer: SliceWriter, chunk: UnitChunk) -> None:
+    if zlib.crc32(chunk.data) != chunk.crc32:
+        raise TransportError(f"slice block {chunk.unit} at {chunk.offset}: checksum mismatch")
+    writer.write(chunk.unit, chunk.offset, chunk.data)

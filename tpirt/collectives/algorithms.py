@@ -76,9 +76,7 @@ class GroupCommunicator:
         else:
             rows.copy_(await self._receive(job, 0, REDUCED, rows))
 
-    async def all_reduce(
-        self, step: StepContext, part: int, partial: torch.Tensor
-    ) -> torch.Tensor:
+    async def all_reduce(self, step: StepContext, part: int, partial: torch.Tensor) -> torch.Tensor:
         """See :class:`Communicator`."""
         collective = step.batch.collective
         job = _Sum(step, step.next_seq(part), collective.comm_dtype, partial)
@@ -177,9 +175,7 @@ class GroupCommunicator:
         assert total is not None
         return total
 
-    async def _receive(
-        self, job: _Sum, rank: int, kind: Kind, like: torch.Tensor
-    ) -> torch.Tensor:
+    async def _receive(self, job: _Sum, rank: int, kind: Kind, like: torch.Tensor) -> torch.Tensor:
         return await self._links.receive(job.step, rank, kind, job.seq, job.dtype, like.shape)
 
 

@@ -35,9 +35,7 @@ class Communicator(Protocol):
     async def broadcast(self, step: StepContext, part: int, rows: torch.Tensor) -> None:
         """Fill ``rows`` (T, H), float32 or bfloat16, with what rank 0 has there."""
 
-    async def all_reduce(
-        self, step: StepContext, part: int, partial: torch.Tensor
-    ) -> torch.Tensor:
+    async def all_reduce(self, step: StepContext, part: int, partial: torch.Tensor) -> torch.Tensor:
         """Sum ``partial`` (T, H), float32 or bfloat16, over ranks; every rank gets the sum (T, H).
 
         The sum is bfloat16 where that is the form on the wire, else float32. ``partial`` may be
@@ -57,9 +55,7 @@ class SingleRankCommunicator:
     async def broadcast(self, step: StepContext, part: int, rows: torch.Tensor) -> None:
         """See :class:`Communicator`."""
 
-    async def all_reduce(
-        self, step: StepContext, part: int, partial: torch.Tensor
-    ) -> torch.Tensor:
+    async def all_reduce(self, step: StepContext, part: int, partial: torch.Tensor) -> torch.Tensor:
         """See :class:`Communicator`."""
         return partial
 
@@ -91,9 +87,7 @@ class TimedCommunicator:
         with self.clock.running("broadcast", rows.nbytes, step.number):
             await self._inner.broadcast(step, part, rows)
 
-    async def all_reduce(
-        self, step: StepContext, part: int, partial: torch.Tensor
-    ) -> torch.Tensor:
+    async def all_reduce(self, step: StepContext, part: int, partial: torch.Tensor) -> torch.Tensor:
         """See :class:`Communicator`."""
         began_ns = self.clock.total_ns
         with self.clock.running("all_reduce", partial.nbytes, step.number):

@@ -36,7 +36,7 @@ class StepContext:
         return self._reason is not None
 
     def next_seq(self, part: int) -> int:
-        """Number the next collective of micro-batch ``part``: even for the first, odd for the other.
+        """Number the next collective of a micro-batch: even for the first, odd for the second.
 
         Every rank makes the same calls in the same order within a part; the order between parts
         does not matter.

@@ -155,5 +155,3 @@ async def _all(sends: Any) -> None:
     for result in results:
         if isinstance(result, BaseException):
             raise result
-
-

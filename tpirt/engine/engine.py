@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from tpirt.batch import Collective, Segment
 from tpirt.cluster.collective_policy import CollectiveOptions
 from tpirt.cluster.group import Group
 from tpirt.cluster.launcher import LocalPeers
@@ -26,7 +27,6 @@ from tpirt.cluster.provision import SliceMaker, distribute
 from tpirt.cluster.rank import Limits
 from tpirt.cluster.roster import PeerProfile, memory_limits, profile_peers
 from tpirt.cluster.tracing import TRACE_SPANS
-from tpirt.batch import Collective, Segment
 from tpirt.config import ModelConfig
 from tpirt.engine.defaults import GenerationDefaults
 from tpirt.engine.dtype import ChosenDtype, choose_dtype
@@ -203,7 +203,7 @@ class Engine:
                 peers = (await stack.enter_async_context(started)).addresses
                 progress(Progress("starting peers", local - 1, local - 1, "peers"))
             clients = [GrpcPeerClient(p) if isinstance(p, str) else p for p in peers]
-            group = Group(clients, timeout_s)
+            group = Group(clients, timeout_s, progress)
             stack.push_async_callback(group.aclose)
             infos = await profile_peers(clients, threads)
             chosen = choose_dtype(config, dtype, infos)
@@ -213,11 +213,15 @@ class Engine:
             chunk = chunk_tokens or choose_chunk_tokens(config, plan.shards, memory_bytes)
             spans = TRACE_SPANS if trace_file else 0
             bounds = tuple(Limits(window, limit, chunk, timeout_s, spans) for limit in limits)
+            ranks = tuple(plan_rank(config, plan, r, f, chunk) for r, f in enumerate(forms))
             if on_plan is not None:
-                ranks = (plan_rank(config, plan, r, f, chunk) for r, f in enumerate(forms))
-                on_plan(LoadPlan(chosen, tuple(ranks), tuple(infos), bounds))
+                on_plan(LoadPlan(chosen, ranks, tuple(infos), bounds))
             await distribute(makers, plan, slices, clients, timeout_s, progress)
-            await group.start(makers, plan, slices, bounds, infos, sums, progress)
+            from tpirt.planning import Deployment
+
+            deployment = Deployment(config, bounds, tuple(infos), ranks, sums, world_size)
+            manifests = [m.manifest(plan.shards[r]) for r, m in enumerate(makers)]
+            await group.form(deployment, manifests, slices.find(manifests[0].slice_id))
             loss_tokens = logits_tokens(config, plan.shards[0], world_size, chunk)
             engine = cls(model_dir, group, infos, chunk, loss_tokens)
             if trace_file is not None:

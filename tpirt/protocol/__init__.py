@@ -1,1 +1,1 @@
-"""What peers say to each other: messages, tensors' frames, links. Protobuf is imported here only."""
+"""What peers say to each other: messages, tensors' frames, links. It alone imports protobuf."""

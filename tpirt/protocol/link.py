@@ -11,6 +11,7 @@ heartbeats, and bytes of a large frame count while they arrive: slow is not dead
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Coroutine
 from dataclasses import dataclass
@@ -181,7 +182,8 @@ class Link:
             TpirtError: the other side answers with a failure of its own.
         """
         self._last_id += 1
-        number, future = self._last_id, self._loop.create_future()
+        number = self._last_id
+        future: asyncio.Future[Incoming] = self._loop.create_future()
         self._requests[number] = future
         try:
             await self.send(message_frame(Kind.REQUEST, body, payload, number))
@@ -260,7 +262,9 @@ class Link:
                 else:
                     self._handler.on_message(self, incoming)
             case kind:
-                raise TransportError(f"peer {self.peer_id}: a frame of unknown kind {kind}; refused")
+                raise TransportError(
+                    f"peer {self.peer_id}: a frame of unknown kind {kind}; refused"
+                )
 
     def _take_tensor(self, header: Header, frame: Frame) -> None:
         """Keep a tensor that nobody waits for yet, or drop what is left of an older step."""
@@ -333,10 +337,8 @@ class Link:
         task.add_done_callback(self._tasks.discard)
 
     async def _post(self, frame: Frame) -> None:
-        try:
+        with contextlib.suppress(TpirtError):  # the handler hears of it
             await self.send(frame)
-        except TpirtError:
-            pass  # on_lost has said so
 
 
 def message_frame(
@@ -368,9 +370,7 @@ def _order(header: Header) -> int:
 
 def _mismatch(peer_id: str, expected: bytes | None, frame: Frame) -> TransportError:
     wanted = "nothing" if expected is None else _words(Header.unpack(expected))
-    return TransportError(
-        f"peer {peer_id}: expected {wanted}, got {_words(frame.header)}; refused"
-    )
+    return TransportError(f"peer {peer_id}: expected {wanted}, got {_words(frame.header)}; refused")
 
 
 def _words(header: Header) -> str:

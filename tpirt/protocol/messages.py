@@ -342,7 +342,8 @@ def _read(kind: type, message: Any, peer_id: str) -> Any:
 
 
 def _fill(value: Any, message: Any) -> None:
-    for name, _, _ in _shared_fields(type(value)):
+    kind: type = type(value)
+    for name, _, _ in _shared_fields(kind):
         _set(message, name, getattr(value, name))
 
 

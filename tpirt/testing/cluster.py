@@ -14,7 +14,6 @@ from tpirt.engine.engine import Engine, PlanCallback
 from tpirt.errors import TpirtError
 from tpirt.transport.base import Channel, PeerService
 from tpirt.transport.memory import memory_pair
-from tpirt.transport.pb import tpirt_pb2 as pb
 from tpirt.types import ProgressCallback, ignore_progress
 from tpirt.weights.store import SliceStore
 
@@ -32,7 +31,7 @@ def same_channel(_: int, channel: Channel) -> Channel:
 class MemoryPeerClient:
     """See :class:`tpirt.transport.base.PeerClient`: leads to a service in this process.
 
-    Every message is serialised and parsed on its way, as if it had crossed a network. A session
+    Frames pass through pipes of ``capacity`` bytes, as if they had crossed a network. A session
     runs as a task; an error of our tree ends its channel, as it would end the RPC. Any other error
     is a bug and raised by :meth:`aclose`.
 
@@ -45,6 +44,7 @@ class MemoryPeerClient:
         service: PeerService,
         rank: int = 1,
         *,
+        capacity: int | None = None,
         master_side: ChannelHook = same_channel,
         worker_side: ChannelHook = same_channel,
     ):
@@ -53,43 +53,33 @@ class MemoryPeerClient:
         self.session_errors: list[TpirtError] = []
         self._service = service
         self._rank = rank
+        self._capacity = capacity
         self._master_side = master_side
         self._worker_side = worker_side
         self._channels: list[Channel] = []
         self._sessions: list[asyncio.Task[None]] = []
 
-    async def hello(self, request: pb.HelloRequest, timeout_s: float) -> pb.HelloReply:
+    async def call(self, method: str, request: bytes, timeout_s: float) -> bytes:
         """See :class:`tpirt.transport.base.PeerClient`."""
         async with asyncio.timeout(timeout_s):
-            reply = await self._service.hello(
-                pb.HelloRequest.FromString(request.SerializeToString())
-            )
-        return pb.HelloReply.FromString(reply.SerializeToString())
+            return await self._service.answer(method, request)
 
-    async def put_slice(self, chunks: AsyncIterator[pb.SliceChunk]) -> pb.PutSliceReply:
+    async def upload(self, method: str, chunks: AsyncIterator[bytes], timeout_s: float) -> bytes:
         """See :class:`tpirt.transport.base.PeerClient`."""
-
-        async def received() -> AsyncIterator[pb.SliceChunk]:
-            async for chunk in chunks:
-                yield pb.SliceChunk.FromString(chunk.SerializeToString())
-
-        return await self._service.put_slice(received())
+        return await self._service.receive(method, chunks)
 
     async def open_session(self) -> Channel:
         """See :class:`tpirt.transport.base.PeerClient`."""
-        mine, theirs = memory_pair(self.peer_id, "master")
-        self._sessions.append(
-            asyncio.create_task(
-                self._serve(self._worker_side(self._rank, theirs), self._service.session)
-            )
-        )
+        mine, theirs = memory_pair(self.peer_id, "master", self._capacity)
+        served = self._worker_side(self._rank, theirs)
+        self._sessions.append(asyncio.create_task(self._serve(served, self._service.session)))
         channel = self._master_side(self._rank, mine)
         self._channels.append(channel)
         return channel
 
     async def open_link(self) -> Channel:
         """See :class:`tpirt.transport.base.PeerClient`."""
-        mine, theirs = memory_pair(self.peer_id, "worker")
+        mine, theirs = memory_pair(self.peer_id, "worker", self._capacity)
         self._sessions.append(asyncio.create_task(self._serve(theirs, self._service.link)))
         self._channels.append(mine)
         return mine

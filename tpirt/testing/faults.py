@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from enum import Enum
-from typing import Any, cast
 
+from tpirt.batch import Batch
 from tpirt.errors import PeerLostError
-from tpirt.transport.base import Channel
-from tpirt.transport.codec import Frame
-from tpirt.transport.pb import tpirt_pb2 as pb
+from tpirt.protocol.messages import decode
+from tpirt.transport.base import Carrier, Channel, Receiver
+from tpirt.transport.frame import Frame, Header, Kind
 
 
 class Fault(Enum):
@@ -18,23 +18,34 @@ class Fault(Enum):
     DROP = "the connection ends instead of the frame"
     SILENCE = "the frame and all after it are swallowed; the connection stays"
     DELAY = "the frame comes late"
-    TRUNCATE = "the payload ends early"
+    TRUNCATE = "the payload is half as long as the tensor"
     DUPLICATE = "the frame comes twice"
     REORDER = "the frame comes after the next one"
     WRONG_DTYPE = "a tensor's header names another dtype"
     WRONG_SHAPE = "a tensor's header has another shape of the same size"
     WRONG_SIZE = "header and payload agree on one row too many"
-    WRONG_STEP = "a tensor or step frame claims to be of a later step"
-    OLD_STEP = "a tensor or step frame claims to be of the step before"
+    WRONG_STEP = "a tensor or step claims to be of a later step"
+    OLD_STEP = "a tensor or step claims to be of the step before"
     WRONG_SEQ = "a tensor's header claims another collective"
     GARBAGE = "the frame's header is random bytes"
+
+
+def frame_kind(frame: Frame) -> str:
+    """What a frame is: ``partial``, ``reduced``, ``step``, ``heartbeat``, or a message's name."""
+    kind = Kind(frame.header.kind)
+    if kind in (Kind.MESSAGE, Kind.REQUEST, Kind.REPLY):
+        body = decode(frame.message, "test")
+        return "step" if isinstance(body, Batch) else type(body).__name__
+    return kind.name.lower()
 
 
 class FaultyChannel:
     """Wraps a :class:`~tpirt.transport.base.Channel`; what it *sends* goes wrong.
 
-    To have what an end receives go wrong, wrap the other end. ``fired`` is set once the fault has
-    happened.
+    To have what an end receives go wrong, wrap the other end.
+
+    Attributes:
+        fired: set once the fault has happened.
     """
 
     def __init__(
@@ -51,12 +62,11 @@ class FaultyChannel:
         Args:
             inner: the channel.
             fault: what goes wrong.
-            after: how many frames go through before; the next one is hit.
-            kind: count and hit frames of this kind only (``partial``, ``reduced``, ``step`` ...).
+            after: how many frames go through before; the next one is hit. Heartbeats do not count.
+            kind: count and hit frames of this kind only (see :func:`frame_kind`).
             delay_s: how late, for ``DELAY``.
         """
         self.fired = asyncio.Event()
-        self.via = inner.via
         self._inner = inner
         self._fault = fault
         self._left = after
@@ -69,33 +79,49 @@ class FaultyChannel:
         """See :class:`tpirt.transport.base.Channel`."""
         return self._inner.peer_id
 
-    @peer_id.setter
-    def peer_id(self, value: str) -> None:
-        self._inner.peer_id = value
+    @property
+    def carrier(self) -> Carrier:
+        """See :class:`tpirt.transport.base.Channel`."""
+        return self._inner.carrier
 
     @property
     def bytes_sent(self) -> int:
         """See :class:`tpirt.transport.base.Channel`."""
         return self._inner.bytes_sent
 
-    @bytes_sent.setter
-    def bytes_sent(self, value: int) -> None:
-        self._inner.bytes_sent = value
-
     @property
     def bytes_received(self) -> int:
         """See :class:`tpirt.transport.base.Channel`."""
         return self._inner.bytes_received
 
-    @bytes_received.setter
-    def bytes_received(self, value: int) -> None:
-        self._inner.bytes_received = value
+    @property
+    def frame_limit(self) -> int:
+        """See :class:`tpirt.transport.base.Channel`."""
+        return self._inner.frame_limit
+
+    @frame_limit.setter
+    def frame_limit(self, value: int) -> None:
+        self._inner.frame_limit = value
+
+    def start(self, receiver: Receiver) -> None:
+        """See :class:`tpirt.transport.base.Channel`."""
+        self._inner.start(receiver)
+
+    def poll(self) -> None:
+        """See :class:`tpirt.transport.base.Channel`."""
+        self._inner.poll()
+
+    def send_nowait(self, frame: Frame) -> bool:
+        """See :class:`tpirt.transport.base.Channel`: heartbeats, swallowed by a silent channel."""
+        if self.fired.is_set() and self._fault is Fault.SILENCE:
+            return True
+        return self._inner.send_nowait(frame)
 
     async def send(self, frame: Frame) -> None:
         """See :class:`tpirt.transport.base.Channel`; this is where the fault happens."""
         if self.fired.is_set():
             await self._send_after(frame)
-        elif self._kind not in (None, frame.kind):
+        elif self._kind not in (None, frame_kind(frame)):
             await self._inner.send(frame)
         elif self._left > 0:
             self._left -= 1
@@ -103,10 +129,6 @@ class FaultyChannel:
         else:
             self.fired.set()
             await self._misbehave(frame)
-
-    async def recv(self, timeout_s: float | None = None) -> Frame:
-        """See :class:`tpirt.transport.base.Channel`."""
-        return await self._inner.recv(timeout_s)
 
     async def aclose(self) -> None:
         """See :class:`tpirt.transport.base.Channel`."""
@@ -129,7 +151,7 @@ class FaultyChannel:
                 return
             case Fault.REORDER:
                 # A tensor's bytes may be overwritten as soon as the call returns.
-                self._held = Frame(frame.header, bytes(frame.payload))
+                self._held = Frame(frame.head, frame.message, bytes(frame.payload))
                 return
             case Fault.DELAY:
                 await asyncio.sleep(self._delay_s)
@@ -144,43 +166,28 @@ def spoil(frame: Frame, fault: Fault) -> Frame:
     """Return a copy of ``frame`` that lies in the way of ``fault``.
 
     Raises:
-        ValueError: the fault is none of a frame's content, or does not fit its kind.
+        ValueError: the fault is none of a frame's content.
     """
-    header = pb.FrameHeader()
-    header.CopyFrom(frame.header)
-    payload = bytes(frame.payload)
-    body: Any = getattr(header, frame.kind, None)
+    header, payload = frame.header, bytes(frame.payload)
+    row = len(payload) // max(1, header.rows)
     match fault:
-        case Fault.TRUNCATE:
-            return Frame(header, payload[: len(payload) // 2])
         case Fault.GARBAGE:
-            return Frame(cast(pb.FrameHeader, _Garbage()), payload)
-        case Fault.WRONG_STEP | Fault.OLD_STEP if hasattr(body, "step"):
-            body.step += 1 if fault is Fault.WRONG_STEP else -1
-        case Fault.WRONG_SIZE if isinstance(body, pb.Tensor):
-            row = len(payload) // body.shape[0]
-            body.shape[0] += 1
-            payload += payload[:row]
-        case Fault.WRONG_SIZE if isinstance(body, pb.Step):
-            row = len(payload) // body.tokens
-            body.tokens += 1
-            payload += payload[:row]
-        case Fault.WRONG_DTYPE if isinstance(body, pb.Tensor):
-            body.dtype = pb.BFLOAT16 if body.dtype == pb.FLOAT32 else pb.FLOAT32
-        case Fault.WRONG_SHAPE if isinstance(body, pb.Tensor):
-            body.shape[:] = [1, *body.shape]
-        case Fault.WRONG_SEQ if isinstance(body, pb.Tensor):
-            body.seq += 1
+            return Frame(b"\xff" * len(frame.head), frame.message, payload)
+        case Fault.TRUNCATE:
+            payload = payload[: len(payload) // 2]
+        case Fault.WRONG_STEP:
+            header = header._replace(step=header.step + 1)
+        case Fault.OLD_STEP:
+            header = header._replace(step=header.step - 1)
+        case Fault.WRONG_SIZE:
+            header, payload = header._replace(rows=header.rows + 1), payload + payload[:row]
+        case Fault.WRONG_DTYPE:
+            header = header._replace(dtype=3 - header.dtype)  # float32 and bfloat16 swapped
+        case Fault.WRONG_SHAPE:
+            header = header._replace(rows=header.columns, columns=header.rows)
+        case Fault.WRONG_SEQ:
+            header = header._replace(seq=header.seq + 1)
         case _:
-            raise ValueError(f"{fault.name} of a {frame.kind} frame")
-    return Frame(header, payload)
-
-
-class _Garbage:
-    """Stands in for a header and serialises to what no protobuf parser accepts."""
-
-    def SerializeToString(self) -> bytes:  # noqa: N802
-        return b"\xff" * 23
-
-    def WhichOneof(self, _: str) -> None:  # noqa: N802
-        return None
+            raise ValueError(f"{fault.name} is not a fault of a frame's content")
+    header = Header(*header[:-1], len(payload))
+    return Frame(header.pack(), frame.message, payload)

@@ -274,6 +274,8 @@ class Link:
         elif header.step == self._step and self._parts:
             order, newest = _order(header), self._newest[part]
             waiter = self._waiters[part]
+            if waiter is not None and waiter.future.done():  # it has its own, and runs soon
+                waiter = None
             if part >= self._parts or order <= newest or waiter is not None:
                 expected = None if waiter is None else waiter.head
                 raise _mismatch(self.peer_id, expected, frame)

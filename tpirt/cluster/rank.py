@@ -197,12 +197,15 @@ class RankRuntime:
         Raises:
             MemoryLimitError: the longer KV cache no longer fits with two blocks.
         """
+        completed = False
         try:
             await self._make_room(step.batch)
-            return await self.decoder.forward(hidden, step)
+            out = await self.decoder.forward(hidden, step)
+            completed = True
+            return out
         finally:
             self.step_log.end_layers()
-            self._links.end()
+            self._links.end(completed=completed)
 
     async def free(self, slot: int) -> None:
         """Drop a sequence's keys and values; their memory goes to the weights."""

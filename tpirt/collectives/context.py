@@ -73,7 +73,9 @@ class StepContext:
         Raises:
             Exception: the reason of the abort, or what ``work`` raises.
         """
-        self.check()
+        if self._reason is not None:
+            work.close()
+            raise self._reason
         task = asyncio.ensure_future(work)
 
         def give_up(_: Exception) -> None:

@@ -61,10 +61,10 @@ class LinkSet:
         for link in self._links.values():
             link.skip(number)
 
-    def end(self) -> None:
-        """Expect no further tensor of the step at hand."""
+    def end(self, *, completed: bool) -> None:
+        """Expect no further tensor of the step at hand; drop what comes if it was given up."""
         for link in self._links.values():
-            link.end()
+            link.end(completed=completed)
 
     async def send(self, step: StepContext, frames: Mapping[int, Frame]) -> None:
         """Send every rank its frame: large ones at the same time, small ones in turn.

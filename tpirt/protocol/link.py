@@ -24,6 +24,7 @@ from tpirt.transport.frame import Frame, Header, Kind
 
 HEARTBEAT_S = 2.0
 PARTS = 2  # a step has one or two micro-batches
+_REMEMBERED = 1024  # steps that were given up: what is left of older ones has long been read
 _MOST_AHEAD = 4  # frames of a part that nobody has asked for yet: collectives run in lockstep
 
 
@@ -71,6 +72,7 @@ class Link:
         self._loop = asyncio.get_running_loop()
         self._step = 0
         self._parts = 0  # of the step at hand; 0 when it is over
+        self._given_up: deque[int] = deque(maxlen=_REMEMBERED)  # steps that did not complete
         self._inbox: list[deque[Frame]] = _queues()
         self._ahead: list[deque[Frame]] = _queues()  # of the next step: its sender is ahead of us
         self._newest = [-1] * PARTS
@@ -113,10 +115,13 @@ class Link:
     def skip(self, step: int) -> None:
         """Take note of a step that was given up before it came here."""
         self.begin(step, 0)
+        self._given_up.append(step)
 
-    def end(self) -> None:
-        """Expect no further tensor of the step at hand."""
+    def end(self, *, completed: bool) -> None:
+        """Expect no further tensor of the step at hand; drop what comes if it was given up."""
         self._parts = 0
+        if not completed:
+            self._given_up.append(self._step)
         for inbox in self._inbox:
             inbox.clear()
 
@@ -141,6 +146,8 @@ class Link:
         if inbox:
             frame = inbox.popleft()
             await asyncio.sleep(0)  # a rank that finds everything there must not starve the loop
+        elif ahead := next(filter(None, self._ahead), None):
+            raise self._broken(_mismatch(self.peer_id, head, ahead[0]))
         elif self.lost is not None:
             raise self.lost
         else:
@@ -269,7 +276,13 @@ class Link:
     def _take_tensor(self, header: Header, frame: Frame) -> None:
         """Keep a tensor that nobody waits for yet, or drop what is left of an older step."""
         part = header.seq % PARTS
+        if header.step in self._given_up:
+            return
         if header.step == self._step + 1:
+            # The sender has left this step, so everyone has: its end is acknowledged by all ranks.
+            for waiter in self._waiters:
+                if waiter is not None and not waiter.future.done():
+                    raise _mismatch(self.peer_id, waiter.head, frame)
             queue = self._ahead[part]
         elif header.step == self._step and self._parts:
             order, newest = _order(header), self._newest[part]
@@ -281,8 +294,6 @@ class Link:
                 raise _mismatch(self.peer_id, expected, frame)
             self._newest[part] = order
             queue = self._inbox[part]
-        elif header.step <= self._step:
-            return
         else:
             raise _mismatch(self.peer_id, None, frame)
         if len(queue) >= _MOST_AHEAD:

@@ -22,6 +22,7 @@ from tpirt.errors import (
 from tpirt.transport.base import Channel
 from tpirt.transport.frame import Frame, Kind
 from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
+from tpirt.transport.grpc_channel import GrpcChannel
 
 TIMEOUT_S = 10.0
 MIB = 1 << 20
@@ -169,6 +170,36 @@ async def test_an_upload_can_be_cancelled() -> None:
         with pytest.raises(asyncio.CancelledError):
             await uploading
         assert await client.call("Hello", b"", TIMEOUT_S) == b"Hello:"
+
+
+# -- streams -----------------------------------------------------------------------------------
+
+
+async def test_last_frames_come_before_the_end_that_a_write_shows() -> None:
+    """The other side said why it leaves, and left; a write fails before that is read."""
+
+    class EndedCall:
+        async def write(self, _: bytes) -> None:
+            raise asyncio.InvalidStateError
+
+        async def read(self) -> Any:
+            await asyncio.sleep(0.05)
+            return b"".join(Frame.of(Kind.MESSAGE).parts()) if not came else grpc.aio.EOF
+
+    class Inbox:
+        def on_frame(self, frame: Frame) -> None:
+            came.append(frame)
+
+        def on_lost(self, exc: TpirtError) -> None:
+            came.append(exc)
+
+    came: list[Frame | TpirtError] = []
+    channel = GrpcChannel("worker", EndedCall())
+    channel.start(Inbox())
+    with pytest.raises(PeerLostError):
+        await channel.send(Frame.of(Kind.MESSAGE))
+    assert [type(each) for each in came] == [Frame, PeerLostError]
+    await channel.aclose()
 
 
 # -- strangers ---------------------------------------------------------------------------------

@@ -438,20 +438,25 @@ async def test_a_large_send_to_a_peer_that_takes_nothing_ends_with_the_call(ends
 async def test_no_descriptor_is_watched_after_it_was_closed(ends: Ends) -> None:
     """A new socket that gets the same number is nobody else's."""
     channel, there, _ = ends
+    number = channel._socket.fileno()
+    reused: list[socket.socket] = []
     inbox = Inbox(channel)
     sending = asyncio.create_task(channel.send(numbered(1, bytes(LARGE))))
     await asyncio.sleep(0)
     closing = asyncio.create_task(channel.aclose())
     await asyncio.wait({sending, closing})
-    reused = [socket.socketpair() for _ in range(3)]
-    for a, b in reused:
-        a.send(b"x")
-        b.send(b"y")
-    await asyncio.sleep(0.05)
-    for a, b in reused:
-        assert (a.recv(9), b.recv(9)) == (b"y", b"x")
-        a.close()
-        b.close()
+    loop = asyncio.get_running_loop()
+    for a, b in [socket.socketpair() for _ in range(3)]:
+        for end, other in ((a, b), (b, a)):
+            end.setblocking(False)
+            receiving = asyncio.create_task(loop.sock_recv(end, 9))
+            await asyncio.sleep(0.01)
+            other.send(b"x")
+            assert await receiving == b"x"
+        reused += [a, b]
+    assert number in [end.fileno() for end in reused]
+    for end in reused:
+        end.close()
     assert isinstance(sending.exception(), PeerLostError)
     assert not inbox.lost
     there.close()

@@ -54,7 +54,10 @@ class Channel(Protocol):
     frame_limit: int
 
     def start(self, receiver: Receiver) -> None:
-        """Begin to read, once. Frames that came before are delivered in order."""
+        """Begin to read, once. Frames that came before are delivered in order.
+
+        On a channel that is closed or lost already, ``on_lost`` is called soon.
+        """
 
     def poll(self) -> None:
         """Deliver what has arrived already, without waiting.

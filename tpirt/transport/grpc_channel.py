@@ -27,12 +27,13 @@ import grpc
 import grpc.aio
 
 from tpirt.errors import HandshakeError, PeerLostError, PeerUnreachableError, TpirtError
-from tpirt.transport.base import Carrier, Receiver
+from tpirt.transport.base import Carrier
 from tpirt.transport.stream import StreamChannel, closed
 
 _T = TypeVar("_T")
 
 RETRY_S = 0.25
+_LAST_WORDS_S = 0.5  # for what a call still brings after a write has failed
 MESSAGE_BYTES = 1 << 20  # of a stream's bytes, or of an upload, in one gRPC message
 _MESSAGE_LIMIT = MESSAGE_BYTES + (64 << 10)  # a chunk of an upload is wrapped
 _KEEPALIVE_MS = 2_000
@@ -81,12 +82,8 @@ class GrpcChannel(StreamChannel):
     def first(self) -> asyncio.Task[Any]:
         """Read one message ahead of :meth:`start`; done when it is here, or the call's end is."""
         self._ahead = asyncio.create_task(own(self._call.read(), self.peer_id))
+        self._ahead.add_done_callback(_retrieve)  # the channel may never be started
         return self._ahead
-
-    def start(self, receiver: Receiver) -> None:
-        """See :class:`tpirt.transport.base.Channel`."""
-        self._receiver = receiver
-        self._reading = asyncio.create_task(self._read_all())
 
     async def aclose(self) -> None:
         """See :class:`tpirt.transport.base.Channel`."""
@@ -104,6 +101,9 @@ class GrpcChannel(StreamChannel):
             await own(self._call.write(b""), self.peer_id)
         except (*ERRORS, PeerLostError):
             pass  # the reader will learn why
+
+    def _begin(self) -> None:
+        self._reading = asyncio.create_task(self._read_all())
 
     async def _read_all(self) -> None:
         try:
@@ -133,10 +133,10 @@ class GrpcChannel(StreamChannel):
                     outgoing.skip(len(piece))
                     self.bytes_sent += len(piece)
                 self._sent()
-        except PeerLostError as exc:
-            self._lost(exc)
-        except ERRORS as exc:
-            self._lost(await self._reason(exc))
+        except (PeerLostError, *ERRORS) as exc:
+            if self._reading is not None:  # the last frames of the other side come first
+                await asyncio.wait({self._reading}, timeout=_LAST_WORDS_S)
+            self._lost(exc if isinstance(exc, PeerLostError) else await self._reason(exc))
 
     async def _reason(self, exc: BaseException | None) -> PeerLostError:
         details = ""
@@ -145,6 +145,11 @@ class GrpcChannel(StreamChannel):
         elif isinstance(self._call, grpc.aio.Call) and self._call.done():
             details = await self._call.details()
         return lost(self.peer_id, details)
+
+
+def _retrieve(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled():
+        task.exception()
 
 
 async def own(operation: Awaitable[_T], peer_id: str) -> _T:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from tpirt.errors import PeerLostError
-from tpirt.transport.base import Carrier, Receiver
+from tpirt.transport.base import Carrier
 from tpirt.transport.stream import Buffer, StreamChannel, closed, cut
 
 
@@ -65,12 +65,6 @@ class MemoryChannel(StreamChannel):
         self._out = outbox
         self._out.on_writable = self._flush
 
-    def start(self, receiver: Receiver) -> None:
-        """See :class:`tpirt.transport.base.Channel`."""
-        self._receiver = receiver
-        self._in.on_readable = self.poll
-        asyncio.get_running_loop().call_soon(self.poll)
-
     def poll(self) -> None:
         """See :class:`tpirt.transport.base.Channel`."""
         while self._receiver is not None:
@@ -90,6 +84,10 @@ class MemoryChannel(StreamChannel):
         self._give_up(closed(self.peer_id))
         self._in.close()
         self._out.close()
+
+    def _begin(self) -> None:
+        self._in.on_readable = self.poll
+        asyncio.get_running_loop().call_soon(self.poll)
 
     def _write(self, parts: Sequence[Buffer]) -> int:
         try:

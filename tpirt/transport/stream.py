@@ -54,8 +54,8 @@ class Outgoing:
 class StreamChannel:
     """See :class:`tpirt.transport.base.Channel`.
 
-    A carrier implements ``start``, ``aclose``, :meth:`_write` and :meth:`_write_later`; it hands
-    frames to :meth:`_deliver` and reports with :meth:`_lost` that nothing more comes.
+    A carrier implements ``aclose``, :meth:`_begin`, :meth:`_write` and :meth:`_write_later`; it
+    hands frames to :meth:`_deliver` and reports with :meth:`_lost` that nothing more comes.
     """
 
     def __init__(self, peer_id: str, carrier: Carrier):
@@ -76,6 +76,14 @@ class StreamChannel:
     @frame_limit.setter
     def frame_limit(self, limit: int) -> None:
         self._reader.limit = limit
+
+    def start(self, receiver: Receiver) -> None:
+        """See :class:`tpirt.transport.base.Channel`."""
+        if self._error is not None:
+            asyncio.get_running_loop().call_soon(receiver.on_lost, self._error)
+            return
+        self._receiver = receiver
+        self._begin()
 
     def poll(self) -> None:
         """See :class:`tpirt.transport.base.Channel`."""
@@ -106,6 +114,10 @@ class StreamChannel:
         return True
 
     # -- what a carrier implements ---------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Begin to read."""
+        raise NotImplementedError
 
     def _write(self, parts: Sequence[Buffer]) -> int:
         """Write what the carrier takes at once; returns the number of bytes. Never raises."""

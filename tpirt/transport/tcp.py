@@ -14,7 +14,7 @@ import socket
 from collections.abc import Sequence
 
 from tpirt.errors import PeerLostError, TpirtError
-from tpirt.transport.base import Carrier, Channel, Receiver
+from tpirt.transport.base import Carrier, Channel
 from tpirt.transport.frame import Frame
 from tpirt.transport.stream import Buffer, StreamChannel, closed
 
@@ -40,14 +40,6 @@ class TcpChannel(StreamChannel):
         self._reason: TpirtError | None = None  # why the call ended
         self._timer: asyncio.TimerHandle | None = None
         call.start(_CallEnd(self))
-
-    def start(self, receiver: Receiver) -> None:
-        """See :class:`tpirt.transport.base.Channel`."""
-        if self._error is not None:
-            self._loop.call_soon(receiver.on_lost, self._error)
-            return
-        self._receiver = receiver
-        self._loop.add_reader(self._socket.fileno(), self._read)
 
     def poll(self) -> None:
         """See :class:`tpirt.transport.base.Channel`."""
@@ -86,6 +78,9 @@ class TcpChannel(StreamChannel):
             self._socket.close()
 
     # -- reading ---------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        self._loop.add_reader(self._socket.fileno(), self._read)
 
     def _read(self) -> bool:
         """Read once and deliver; returns whether more may be there."""

@@ -1,0 +1,303 @@
+"""Requests and uploads, and the bounds that gRPC keeps against strangers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+
+from tpirt.errors import (
+    HandshakeError,
+    PeerError,
+    PeerLostError,
+    PeerUnreachableError,
+    StoreError,
+    TpirtError,
+)
+from tpirt.transport.base import Channel
+from tpirt.transport.frame import Frame, Kind
+from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
+from tpirt.transport.grpc_channel import GrpcChannel
+
+TIMEOUT_S = 10.0
+MIB = 1 << 20
+
+
+class Service:
+    """Answers with what it got; keeps sessions open."""
+
+    def __init__(self) -> None:
+        self.sessions: asyncio.Queue[Channel] = asyncio.Queue()
+        self.held = asyncio.Event()  # an upload that nobody reads on
+
+    async def answer(self, method: str, request: bytes) -> bytes:
+        if request == b"full":
+            raise StoreError("disk full")
+        return method.encode() + b":" + request
+
+    async def receive(self, method: str, chunks: AsyncIterator[bytes]) -> bytes:
+        total = 0
+        async for chunk in chunks:
+            total += len(chunk)
+            if chunk == b"refuse":
+                raise StoreError("no room")
+            if chunk == b"hang":
+                await self.held.wait()
+        return str(total).encode()
+
+    async def session(self, channel: Channel) -> None:
+        self.sessions.put_nowait(channel)
+        await asyncio.Event().wait()
+
+    link = session
+
+
+@asynccontextmanager
+async def peer() -> AsyncIterator[tuple[GrpcPeerClient, Service]]:
+    service = Service()
+    server = GrpcPeerServer(service)
+    client = GrpcPeerClient(f"127.0.0.1:{await server.start('127.0.0.1', 0)}")
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            yield client, service
+    finally:
+        service.held.set()
+        await client.aclose()
+        await server.aclose()
+
+
+async def chunks_of(*chunks: bytes) -> AsyncIterator[bytes]:
+    for chunk in chunks:
+        yield chunk
+
+
+# -- requests ----------------------------------------------------------------------------------
+
+
+async def test_requests_are_answered_and_refused_with_the_peers_words() -> None:
+    async with peer() as (client, _):
+        assert await client.call("Hello", b"me", TIMEOUT_S) == b"Hello:me"
+        assert await client.call("Lacking", b"", TIMEOUT_S) == b"Lacking:"
+        with pytest.raises(PeerError, match=rf"^peer {client.address}: disk full$"):
+            await client.call("Lacking", b"full", TIMEOUT_S)
+
+
+async def test_a_method_that_the_peer_does_not_know_is_another_service() -> None:
+    async with peer() as (client, _):
+        with pytest.raises(HandshakeError, match="something else than a tpirt peer"):
+            await client.call("Unknown", b"", TIMEOUT_S)
+
+
+async def test_nobody_there() -> None:
+    client = GrpcPeerClient("127.0.0.1:1")
+    with pytest.raises(PeerUnreachableError, match="nothing listens there"):
+        await client.call("Hello", b"", 0.3)
+    await client.aclose()
+
+
+# -- uploads -----------------------------------------------------------------------------------
+
+
+async def test_uploads_arrive() -> None:
+    async with peer() as (client, _):
+        chunks = chunks_of(*[bytes(MIB)] * 5)
+        assert await client.upload("PutUnits", chunks, TIMEOUT_S) == str(5 * MIB).encode()
+        assert await client.upload("PutUnits", chunks_of(), TIMEOUT_S) == b"0"
+
+
+async def test_a_refused_upload_says_why_however_much_is_to_come() -> None:
+    async with peer() as (client, _):
+        for rest in ([], [bytes(MIB)] * 50):
+            with pytest.raises(StoreError, match="no room"):
+                await client.upload("PutUnits", chunks_of(b"refuse", *rest), TIMEOUT_S)
+
+
+async def test_an_upload_without_progress_is_given_up() -> None:
+    async with peer() as (client, _):
+        for rest in ([], [bytes(MIB)] * 50):  # in the answer, and in a chunk
+            with pytest.raises(PeerLostError, match=r"took nothing for 0\.3 s"):
+                await client.upload("PutUnits", chunks_of(b"hang", *rest), 0.3)
+
+
+async def test_a_slow_upload_is_not_one_without_progress() -> None:
+    async def slow() -> AsyncIterator[bytes]:
+        for _ in range(6):
+            await asyncio.sleep(0.1)
+            yield bytes(1000)
+
+    async with peer() as (client, _):
+        assert await client.upload("PutUnits", slow(), 0.3) == b"6000"
+
+
+@pytest.mark.parametrize("error", [StoreError("cannot read"), TimeoutError(), ZeroDivisionError()])
+async def test_errors_of_the_sources_own_are_kept(error: Exception) -> None:
+    async def broken() -> AsyncIterator[bytes]:
+        yield b"some"
+        raise error
+
+    async with peer() as (client, _):
+        with pytest.raises(type(error)) as caught:
+            await client.upload("PutUnits", broken(), TIMEOUT_S)
+        assert caught.value is error
+
+
+async def test_an_upload_to_a_peer_that_leaves_is_lost() -> None:
+    server = GrpcPeerServer(Service())
+    client = GrpcPeerClient(f"127.0.0.1:{await server.start('127.0.0.1', 0)}")
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b"some"
+        await server.aclose()
+        for _ in range(50):
+            yield bytes(MIB)
+
+    with pytest.raises(PeerLostError, match="connection lost"):
+        await asyncio.wait_for(client.upload("PutUnits", chunks(), TIMEOUT_S), TIMEOUT_S)
+    await client.aclose()
+
+
+async def test_an_upload_can_be_cancelled() -> None:
+    async with peer() as (client, _):
+        chunks = chunks_of(b"hang", *[bytes(MIB)] * 50)
+        uploading = asyncio.create_task(client.upload("PutUnits", chunks, TIMEOUT_S))
+        await asyncio.sleep(0.1)
+        uploading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await uploading
+        assert await client.call("Hello", b"", TIMEOUT_S) == b"Hello:"
+
+
+# -- streams -----------------------------------------------------------------------------------
+
+
+async def test_last_frames_come_before_the_end_that_a_write_shows() -> None:
+    """The other side said why it leaves, and left; a write fails before that is read."""
+
+    class EndedCall:
+        async def write(self, _: bytes) -> None:
+            raise asyncio.InvalidStateError
+
+        async def read(self) -> Any:
+            await asyncio.sleep(0.05)
+            return b"".join(Frame.of(Kind.MESSAGE).parts()) if not came else grpc.aio.EOF
+
+    class Inbox:
+        def on_frame(self, frame: Frame) -> None:
+            came.append(frame)
+
+        def on_lost(self, exc: TpirtError) -> None:
+            came.append(exc)
+
+    came: list[Frame | TpirtError] = []
+    channel = GrpcChannel("worker", EndedCall())
+    channel.start(Inbox())
+    with pytest.raises(PeerLostError):
+        await channel.send(Frame.of(Kind.MESSAGE))
+    assert [type(each) for each in came] == [Frame, PeerLostError]
+    await channel.aclose()
+
+
+# -- strangers ---------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def stranger(address: str, **options: Any) -> AsyncIterator[grpc.aio.Channel]:
+    unbounded = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+    async with grpc.aio.insecure_channel(address, options=unbounded, **options) as channel:
+        yield channel
+
+
+Attack = Callable[[grpc.aio.Channel, bytes], Any]
+
+
+async def unary(channel: grpc.aio.Channel, data: bytes) -> None:
+    await channel.unary_unary("/tpirt.v1.Peer/Hello")(data)
+
+
+async def uploading(channel: grpc.aio.Channel, data: bytes) -> None:
+    await channel.stream_unary("/tpirt.v1.Peer/PutUnits")(chunks_of(data))
+
+
+async def streaming(channel: grpc.aio.Channel, data: bytes) -> None:
+    call = channel.stream_stream("/tpirt.v1.Peer/Session")()
+    await call.write(data)
+    await call.read()
+
+
+@pytest.mark.parametrize("attack", [unary, uploading, streaming])
+@pytest.mark.parametrize(
+    ("compression", "code"),
+    [
+        (grpc.Compression.NoCompression, grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (grpc.Compression.Gzip, grpc.StatusCode.UNIMPLEMENTED),
+        (grpc.Compression.Deflate, grpc.StatusCode.UNIMPLEMENTED),
+    ],
+    ids=str,
+)
+async def test_large_and_compressed_messages_are_refused(
+    attack: Attack, compression: grpc.Compression, code: grpc.StatusCode
+) -> None:
+    async with (
+        peer() as (client, service),
+        stranger(client.address, compression=compression) as channel,
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await attack(channel, bytes(32 * MIB))
+        assert caught.value.code() in (code, grpc.StatusCode.INTERNAL)
+        assert service.sessions.empty()
+        assert await client.call("Hello", b"", TIMEOUT_S) == b"Hello:"
+
+
+async def test_a_peer_that_compresses_its_answers_is_refused() -> None:
+    async def zeros(*_: Any) -> bytes:
+        return bytes(32 * MIB)
+
+    unbounded = [("grpc.max_send_message_length", -1)]
+    server = grpc.aio.server(options=unbounded, compression=grpc.Compression.Gzip)
+    handlers = {"Hello": grpc.unary_unary_rpc_method_handler(zeros)}
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("tpirt.v1.Peer", handlers),)
+    )
+    client = GrpcPeerClient(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+    await server.start()
+    with pytest.raises(TpirtError):
+        await client.call("Hello", b"", TIMEOUT_S)
+    await client.aclose()
+    await server.stop(None)
+
+
+async def test_callers_that_neither_connect_nor_speak_are_dropped() -> None:
+    async with peer() as (client, service), stranger(client.address) as channel:
+        calls = [
+            channel.stream_stream(f"/tpirt.v1.Peer/{method}")() for method in ("Session", "Link")
+        ]
+        async with asyncio.timeout(8):
+            for call in calls:
+                with pytest.raises(grpc.aio.AioRpcError, match="nor spoke within 5 s"):
+                    await call.read()
+        assert service.sessions.empty()
+
+
+async def test_a_caller_that_stays_on_the_call_need_not_speak_soon() -> None:
+    class Inbox:
+        def on_frame(self, frame: Frame) -> None:
+            came.set_result(frame)
+
+        def on_lost(self, exc: TpirtError) -> None:
+            came.set_exception(exc)
+
+    async with peer() as (client, service), stranger(client.address) as channel:
+        came: asyncio.Future[Frame] = asyncio.get_running_loop().create_future()
+        call = channel.stream_stream("/tpirt.v1.Peer/Session")()
+        await call.write(b"")
+        session = await service.sessions.get()
+        assert session.carrier == ("grpc", "the caller did not connect")
+        session.start(Inbox())
+        for part in Frame.of(Kind.MESSAGE, b"hello").parts():
+            await call.write(part)
+        assert (await came).message == b"hello"

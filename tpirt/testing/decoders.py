@@ -143,13 +143,16 @@ class DecoderGroup:
         inputs = [rows.clone() for _ in self.ranks]
         if steps[0].batch.collective.micro_batches:  # the others have them from rank 0
             inputs = [rows, *(torch.full_like(rows, torch.nan) for _ in self.ranks[1:])]
-        out, *_ = await asyncio.gather(
-            *(
-                rank.decoder.forward(hidden, step)
-                for rank, hidden, step in zip(self.ranks, inputs, steps, strict=True)
-            )
+        runs = (
+            rank.decoder.forward(hidden, step)
+            for rank, hidden, step in zip(self.ranks, inputs, steps, strict=True)
         )
-        assert out is not None
+        results = await asyncio.gather(*runs, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        out = results[0]
+        assert isinstance(out, torch.Tensor)
         return out
 
     async def logits(

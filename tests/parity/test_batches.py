@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 import transformers
 
 from tpirt.batch import Segment
+from tpirt.collectives.context import StepContext
 from tpirt.engine import Engine
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.decoders import DecoderGroup, decoder_group
@@ -55,9 +55,7 @@ def ids_of(slot: int, count: int) -> list[int]:
     return [(37 * slot + 11 * i * i + 5 * i) % 256 for i in range(count)]
 
 
-def theirs(
-    path: Path, ids: Sequence[int], dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
+def theirs(path: Path, ids: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Logits after each id, (T, V) float32, of a model that has seen nothing else."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, attn_implementation="eager"
@@ -229,43 +227,84 @@ async def check_greedy(engine: Engine, path: Path, ids: list[int]) -> None:
 # -- how a step ends ---------------------------------------------------------------------------
 
 
+class GivenUpError(Exception):
+    pass
+
+
+async def run_until(
+    group: DecoderGroup, ids: Sequence[int], steps: Sequence[StepContext], blocks: int
+) -> None:
+    """Run a step and abort it on all ranks when rank 1 has acquired ``blocks`` blocks."""
+    window = group.ranks[1].window
+    acquire, acquired = window.acquire, 0
+
+    async def counted(index: int) -> Any:
+        nonlocal acquired
+        acquired += 1
+        if acquired > blocks:
+            for step in steps:
+                step.abort(GivenUpError())
+        return await acquire(index)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(window, "acquire", counted)
+        await group.run(ids, steps)
+
+
 @MICRO_BATCHES
 async def test_an_aborted_step_leaves_the_positions_before_it(
     models: Any, micro_batches: bool
 ) -> None:
-    """Given up at every possible block, nothing is left running and the next step is right."""
-
-    class GivenUpError(Exception):
-        pass
-
+    """Given up at any block, nothing is left running, and the next step is right."""
     path = models("llama")
     async with decoder_group(path, 2, window=2) as group:
         sequences = Sequences(group, path, {0: 60, 1: 60})
         await sequences.step((0, 10, 1), (1, 3, 1), micro_batches=micro_batches)
-        for after in range(0, 16):
-            steps = group.contexts(
-                [Segment(0, 10, 14, 1, 60), Segment(1, 3, 20, 20, 60)], micro_batches=micro_batches
-            )
-            acquired = 0
-            acquire = group.ranks[1].window.acquire
-
-            async def counted(index: int, steps: Any = steps, acquire: Any = acquire) -> Any:
-                nonlocal acquired
-                acquired += 1
-                if acquired > after:
-                    for step in steps:
-                        step.abort(GivenUpError())
-                return await acquire(index)
-
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(group.ranks[1].window, "acquire", counted)
-                with suppress(GivenUpError):
-                    await group.run([*ids_of(0, 24)[10:], *ids_of(1, 23)[3:]], steps)
-                    for rank in group.ranks:  # it was over before: take it back
-                        rank.decoder.kv.truncate(0, 10)
-                        rank.decoder.kv.truncate(1, 3)
+        ids = [*ids_of(0, 24)[10:], *ids_of(1, 23)[3:]]
+        segments = [Segment(0, 10, 14, 1, 60), Segment(1, 3, 20, 20, 60)]
+        for blocks in range(2 * 3):  # three layers of two
+            steps = group.contexts(segments, micro_batches=micro_batches)
+            with pytest.raises(GivenUpError):
+                await run_until(group, ids, steps, blocks)
             assert asyncio.all_tasks() == {asyncio.current_task()}
             for rank in group.ranks:
                 assert [rank.decoder.kv.length(slot) for slot in (0, 1)] == [10, 3]
         # A block still held would make this wait for ever: there is room for two.
         await sequences.step((1, 20, 20), (0, 14, 1), micro_batches=micro_batches)
+
+
+@MICRO_BATCHES
+async def test_a_cancelled_step_leaves_nothing_running(models: Any, micro_batches: bool) -> None:
+    """Rank 1 is not there: rank 0 is cancelled while it waits for a sum."""
+    path = models("llama")
+    async with decoder_group(path, 2, window=2) as group:
+        segments = [Segment(0, 0, 20, 1, 20)]
+        step, _ = group.contexts(segments, micro_batches=micro_batches)
+        running = asyncio.create_task(
+            group.ranks[0].decoder.forward(group.embed(ids_of(0, 20)), step)
+        )
+        while not group.ranks[0].comm.calls:  # noqa: ASYNC110 - compute takes a thread's time
+            await asyncio.sleep(0)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert group.ranks[0].decoder.kv.length(0) == 0
+        sequences = Sequences(group, path, {0: 20})
+        await sequences.step((0, 20, 1), micro_batches=micro_batches)
+
+
+async def test_every_sum_of_two_micro_batches_has_the_others_work_to_hide_behind(
+    models: Any,
+) -> None:
+    """The second is one stage behind, on all ranks."""
+    async with decoder_group(models("llama"), 2) as group:
+        await group.logits(ids_of(0, 20), [Segment(0, 0, 20, 11, 20)], micro_batches=True)
+        for rank in group.ranks:
+            calls = rank.comm.calls
+            assert calls[:2] == [("broadcast", 0), ("broadcast", 1)]
+            # Three layers of attention and MLP. After the first attentions, one half begins its
+            # MLP's and its next attention's sum between which the other computes half an MLP. The
+            # last MLP's partials share one reduce.
+            order = [0, 1, *[0, 0, 1, 1] * 2]
+            assert calls[2:] == [*(("all_reduce", part) for part in order), ("reduce", -1)]

@@ -40,9 +40,9 @@ def test_micro_batches_are_the_batch_in_two(batch: Batch) -> None:
     if batch.tokens > 1:
         assert [part.tokens for part in parts] == [batch.tokens // 2, (batch.tokens + 1) // 2]
     for part in parts:
-        assert all(
-            0 <= segment.num_logits <= segment.tokens and segment.tokens for segment in part.segments
-        )
+        for segment in part.segments:
+            assert 0 <= segment.num_logits <= segment.tokens
+            assert segment.tokens
 
 
 @given(batches(), st.data())

@@ -44,7 +44,8 @@ class Exchange:
         self, step: StepContext, key: _Key, rank: int, value: torch.Tensor
     ) -> dict[int, torch.Tensor]:
         """Give a tensor and wait for everybody's; raises the reason if ``step`` is aborted."""
-        future = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[dict[int, torch.Tensor]] = loop.create_future()
         given = self._given.setdefault(key, {})
         waiting = self._waiting.setdefault(key, [])
         given[rank] = value.clone()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tpirt.batch import Batch
 from tpirt.cluster import worker_links as mesh
 from tpirt.cluster.worker_links import Switchboard
 from tpirt.errors import PeerUnreachableError, TransportError
@@ -92,11 +93,12 @@ async def test_a_failure_in_one_worker_frees_the_others_in_direct_exchange(
     failing = {"left": 1}
     check = RankRuntime.check_step
 
-    def once(self: RankRuntime, start: int, tokens: int, rope_length: int, outputs: int) -> None:
+    def once(self: RankRuntime, batch: Batch) -> None:
+        start = batch.segments[0].position
         if self.comm.rank == 2 and (halves or start > 20) and failing["left"]:
             failing["left"] -= 1
             raise StoreError("disk on fire")
-        check(self, start, tokens, rope_length, outputs)
+        check(self, batch)
 
     monkeypatch.setattr(RankRuntime, "check_step", once)
     for algorithm in ("one-shot", "two-shot"):

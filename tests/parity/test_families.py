@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tpirt.batch import DEFAULT_COLLECTIVE, Algorithm, Segment
-from tpirt.cluster import collective_policy
+from tpirt.batch import Algorithm, Segment
 from tpirt.cluster.rank import RankRuntime
 from tpirt.collectives.algorithms import GroupCommunicator
 from tpirt.engine import Engine
@@ -29,6 +28,7 @@ from tpirt.errors import MemoryLimitError
 from tpirt.model import decoder
 from tpirt.sharding import blocks as sharding
 from tpirt.testing.cluster import memory_engine
+from tpirt.testing.decoders import decoder_group
 from tpirt.testing.models import make_tokenizer
 from tpirt.types import SamplingParams
 from tpirt.weights.layout import file_bytes
@@ -352,33 +352,37 @@ async def test_halves_where_ranks_cut_their_mlps_differently(
     assert torch.equal(*got)
 
 
+@pytest.mark.usefixtures("in_halves")
+@pytest.mark.parametrize("name", CASES)
+async def test_micro_batches_give_the_same_tokens(
+    reference: Callable[[str], Reference], name: str
+) -> None:
+    expected = reference(name)
+    async with memory_engine(
+        expected.path, 2, chunk_tokens=CHUNK_TOKENS, store=expected.path / "slices"
+    ) as engine:
+        assert await run(engine, expected.prompt) == expected.tokens
+
+
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral-window"])
 @pytest.mark.parametrize("halves", [False, True])
 async def test_results_of_the_last_tokens_alone(
-    reference: Callable[[str], Reference],
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    halves: bool,
+    reference: Callable[[str], Reference], name: str, halves: bool
 ) -> None:
     """What is not computed of the last layer is not missed: neither now nor by the next token."""
-    monkeypatch.setattr(
-        collective_policy.CollectivePolicy,
-        "for_step",
-        lambda *_: replace(DEFAULT_COLLECTIVE, micro_batches=halves),
-    )
     expected = reference(name)
     tokens = len(expected.prompt)
-    async with memory_engine(expected.path, 2) as engine:
+    async with decoder_group(expected.path, 2) as group:
 
-        async def step(ids: list[int], start: int, outputs: int) -> torch.Tensor:
-            segment = Segment(0, start, len(ids), outputs, tokens + 1)
-            return await engine._group.step(engine.embed(ids), [segment], prefill=True)
+        async def step(ids: list[int], start: int, num_logits: int) -> torch.Tensor:
+            segment = Segment(0, start, len(ids), num_logits, tokens + 1)
+            return await group.run(ids, group.contexts([segment], micro_batches=halves))
 
         whole = await step(expected.prompt, 0, tokens)
         following = await step([1], tokens, 1)
-        for outputs in range(1, tokens):
+        for num_logits in range(tokens):
             torch.testing.assert_close(
-                await step(expected.prompt, 0, outputs), whole[tokens - outputs :]
+                await step(expected.prompt, 0, num_logits), whole[tokens - num_logits :]
             )
             torch.testing.assert_close(await step([1], tokens, 1), following)
 
@@ -397,9 +401,12 @@ async def test_mlp_in_pieces(
     expected = reference(name)
     got = []
     for window in (None, 3):
-        async with memory_engine(expected.path, world, window=window, store=tmp_path) as engine:
-            names = [block.name for block in engine._group.runtime.window.blocks]
-            assert "layers.0.mlp.1" in names
+        plans: list[LoadPlan] = []
+        async with memory_engine(
+            expected.path, world, window=window, store=tmp_path, on_plan=plans.append
+        ) as engine:
+            layers = 3
+            assert len(plans[0].ranks[-1].block_bytes) >= layers * (1 + 2)  # pieces of the MLP
             got.append(await engine.logits(expected.prompt))
             torch.testing.assert_close(got[-1], expected.logits)
             assert await run(engine, expected.prompt) == expected.tokens
@@ -484,8 +491,8 @@ async def test_all_ranks_hold_identical_bits(
 
 
 def recording(all_reduce: Any, sums: dict[int, list[torch.Tensor]]) -> Any:
-    async def recorded(self: Any, partial: torch.Tensor) -> torch.Tensor:
-        total: torch.Tensor = await all_reduce(self, partial)
+    async def recorded(self: Any, *args: Any) -> torch.Tensor:
+        total: torch.Tensor = await all_reduce(self, *args)
         sums.setdefault(self.rank, []).append(total.clone())
         return total
 

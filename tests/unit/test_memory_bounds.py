@@ -159,3 +159,44 @@ def test_attention_is_linear_in_the_context() -> None:
     assert len(peaks) == 8
     # All scores of one chunk of the first case at once would be 800 MB.
     assert {name: peak >> 20 for name, peak in peaks.items() if peak >= 64 * MIB} == {}
+
+
+KEYS_AND_VALUES = """
+from tpirt.batch import Segment
+from tpirt.model.kv_store import KVStore
+
+kv = KVStore(layers=8, kv_heads=4, head_dim=64, dtype=torch.float32)
+base = resident_bytes()
+
+def fill(slot, position, tokens):
+    segment = Segment(slot, position, tokens, 1, position + tokens)
+    kv.prepare([segment])
+    rows = torch.ones(4, tokens, 64)
+    for layer in range(8):
+        kv.append(layer, segment, rows, rows)
+    kv.commit([segment])
+
+def report(name):
+    print(name, resident_bytes() - base)
+
+for position in range(0, 8192, 512):
+    fill(0, position, 512)
+    fill(1, position, 512)
+report("two")
+kv.free(1)
+report("freed")
+kv.truncate(0, 1000)
+report("truncated")
+fill(0, 0, 100)
+report("restarted")
+"""
+
+
+def test_memory_of_keys_and_values_goes_back_to_the_system() -> None:
+    """What a long conversation took is there for the next one, and for the weights."""
+    held = peaks_of(KEYS_AND_VALUES)
+    sequence = 8192 * 2 * 8 * 4 * 64 * 4
+    assert 2 * sequence < held["two"] < 2.6 * sequence
+    assert held["freed"] < 1.3 * sequence
+    assert held["truncated"] < 0.3 * sequence
+    assert held["restarted"] < held["truncated"] - 0.05 * sequence

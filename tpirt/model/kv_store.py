@@ -31,8 +31,8 @@ class KVStore:
 
     A slot opens when it is first used and holds nothing then. Every layer appends the same tokens
     in a step; they count only after :meth:`commit`, so a step that fails leaves each sequence with
-    the positions before it. Memory goes back to the operating system as soon as a slot holds more
-    than twice what it needs.
+    the positions before it. Where positions are dropped, memory goes back to the operating system
+    if a slot has more than twice the room it still needs.
     """
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype):
@@ -56,9 +56,9 @@ class KVStore:
         """Most bytes held at once while a step of these segments is prepared and runs."""
         held = peak = self.nbytes
         for segment in segments:
-            slot = self._slots.get(segment.slot)
-            old = 0 if slot is None else slot.capacity
-            new = _capacity(old, segment.end)
+            slot = self._slots.get(segment.slot) or _Slot([])
+            old = slot.capacity
+            new = _capacity(old, segment.end, shrink=segment.position < slot.length)
             if new != old:
                 # Layers move one by one: while one is copied, it is there twice.
                 copied = min(old, new) * self._token_bytes // self._layers
@@ -72,8 +72,8 @@ class KVStore:
         for segment in segments:
             slot = self._opened(segment.slot)
             assert segment.position <= slot.length
-            slot.length = segment.position
-            self._fit(slot, segment.end)
+            dropped, slot.length = slot.length - segment.position, segment.position
+            self._fit(slot, segment.end, shrink=dropped > 0)
 
     def append(
         self, layer: int, segment: Segment, keys: torch.Tensor, values: torch.Tensor
@@ -93,14 +93,14 @@ class KVStore:
     def reserve(self, slot: int, tokens: int) -> None:
         """Make room for ``tokens`` positions in all; positions held stay."""
         found = self._opened(slot)
-        self._fit(found, max(tokens, found.length))
+        self._fit(found, tokens)
 
     def truncate(self, slot: int, length: int) -> None:
         """Drop the positions from ``length`` on."""
         found = self._opened(slot)
         assert length <= found.length
         found.length = length
-        self._fit(found, length)
+        self._fit(found, length, shrink=True)
 
     def fork(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` positions of ``source`` to ``target``, replacing it."""
@@ -135,20 +135,25 @@ class KVStore:
             found = self._slots[slot] = _Slot([self._allocate(0)] * self._layers)
         return found
 
-    def _fit(self, slot: _Slot, tokens: int) -> None:
-        capacity = _capacity(slot.capacity, tokens)
+    def _fit(self, slot: _Slot, tokens: int, *, shrink: bool = False) -> None:
+        capacity = _capacity(slot.capacity, tokens, shrink=shrink)
         if capacity != slot.capacity:
             self._move(slot, capacity)
 
     def _move(self, slot: _Slot, capacity: int) -> None:
         """Copy the positions held to buffers of another size, one layer after another."""
         slot.layers = list(slot.layers)
-        for index, old in enumerate(slot.layers):
-            new = self._allocate(capacity)
-            for source, target in zip(old, new, strict=True):
-                target[:, : slot.length] = source[:, : slot.length]
-            slot.layers[index] = new
+        for index in range(self._layers):
+            slot.layers[index] = self._copied(slot.layers[index], slot.length, capacity)
         slot.capacity = capacity
+
+    def _copied(
+        self, layer: tuple[torch.Tensor, torch.Tensor], length: int, capacity: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        copy = self._allocate(capacity)
+        for old, new in zip(layer, copy, strict=True):
+            new[:, :length] = old[:, :length]
+        return copy
 
     def _allocate(self, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Uninitialised keys and values of one layer, in one buffer."""
@@ -159,12 +164,12 @@ class KVStore:
         return keys, values
 
 
-def _capacity(current: int, tokens: int) -> int:
+def _capacity(current: int, tokens: int, *, shrink: bool = False) -> int:
     """Positions to have room for when ``tokens`` are needed and there is room for ``current``."""
     needed = round_up(tokens, _STEP_TOKENS)
-    if needed <= current <= 2 * needed:
-        return current
-    if not 0 < current < needed:
+    if current == 0 or (shrink and current > 2 * needed):
         return needed
+    if current >= needed:
+        return current
     # By a quarter at least: the copies of a sequence that grows stay linear in its length.
     return max(needed, round_up(current * 5 // 4, _STEP_TOKENS))

@@ -3,54 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
 
 from tpirt.batch import Algorithm, Collective, CommDtype
 from tpirt.cluster.probing import measure
 from tpirt.collectives.cost_model import Chooser, Machine, Topology
-from tpirt.errors import ConfigError, TransportError
+from tpirt.errors import TransportError
+from tpirt.planning import CollectiveOptions
 from tpirt.transport.base import Channel
 from tpirt.transport.codec import Frame
 from tpirt.transport.pb import tpirt_pb2 as pb
 
-AUTO = "auto"
 _WORTH_HIDING_S = 4e-3
 _LEAST_HALVED = 32
 _DECODED_TOKENS = 8  # steps of more are not learnt from: their ranks wait for each other's compute
-
-
-@dataclass(frozen=True)
-class CollectiveOptions:
-    """What the user asks for; None leaves it to us."""
-
-    algorithm: Algorithm | None = None
-    comm_dtype: CommDtype | None = None
-
-    @classmethod
-    def parse(cls, collective: str, comm_dtype: str) -> CollectiveOptions:
-        """Read the values of ``--collective`` and ``--comm-dtype``.
-
-        Raises:
-            ConfigError: none that there is.
-        """
-        try:
-            algorithm = None if collective == AUTO else Algorithm(collective)
-        except ValueError:
-            names = ", ".join([AUTO, *(known.value for known in Algorithm)])
-            raise ConfigError(f"collective {collective!r}: expected one of {names}") from None
-        try:
-            return cls(algorithm, None if comm_dtype == AUTO else CommDtype(comm_dtype))
-        except ValueError:
-            names = ", ".join([AUTO, *(known.value for known in CommDtype)])
-            raise ConfigError(f"comm_dtype {comm_dtype!r}: expected one of {names}") from None
-
-    def wire_for(self, dtype: torch.dtype) -> CommDtype:
-        """The form of sums where products are of ``dtype``: no finer than they are."""
-        if self.comm_dtype is not None:
-            return self.comm_dtype
-        return CommDtype.keeping(dtype)
 
 
 class CollectivePolicy:

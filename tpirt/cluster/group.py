@@ -13,10 +13,10 @@ import torch
 
 from tpirt.batch import DEFAULT_COLLECTIVE, Algorithm, CommDtype
 from tpirt.cluster.cancellation import finish
-from tpirt.cluster.collective_policy import CollectiveOptions, CollectivePolicy, meet
+from tpirt.cluster.collective_policy import CollectivePolicy, meet
 from tpirt.cluster.provision import SliceMaker
-from tpirt.cluster.rank import Limits, RankRuntime
-from tpirt.cluster.roster import PeerProfile, machines
+from tpirt.cluster.rank import RankRuntime
+from tpirt.cluster.roster import machines
 from tpirt.cluster.stats import read_stats
 from tpirt.cluster.tracing import RankTrace, Tracer
 from tpirt.collectives.algorithms import GroupCommunicator
@@ -25,6 +25,7 @@ from tpirt.collectives.comm_dtype import number_of
 from tpirt.collectives.links import LinkSet, remote_error
 from tpirt.errors import PeerLostError, TransportError
 from tpirt.ops.buffers import tensor_bytes
+from tpirt.planning import CollectiveOptions, Limits, PeerProfile
 from tpirt.sharding.partition import Plan
 from tpirt.stopwatch import SAMPLE
 from tpirt.transport.base import Channel, PeerClient
@@ -34,8 +35,6 @@ from tpirt.types import Progress, ProgressCallback, RankStats
 from tpirt.weights.store import SliceStore
 
 _T = TypeVar("_T")
-_HELLO_TIMEOUT_S = 10.0
-_SHARE_OF_FREE_MEMORY = 0.85
 
 
 class Group:

@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 
 from tpirt.batch import DEFAULT_COLLECTIVE, Collective
 from tpirt.cluster.kernels import choose_kernels
-from tpirt.cluster.machine import int4_layout, peak_resident_bytes, resident_bytes
+from tpirt.cluster.machine import (
+    base_bytes,
+    int4_layout,
+    peak_resident_bytes,
+    release_free_memory,
+)
 from tpirt.cluster.stats import StepLog
 from tpirt.collectives.base import Communicator, TimedCommunicator
 from tpirt.config import ModelConfig
 from tpirt.errors import MemoryLimitError, StoreError, TransportError
 from tpirt.model.decoder import Decoder
-from tpirt.model.memory import SLACK_BYTES, activation_bytes
+from tpirt.planning import Limits, MemoryBudget, format_limit
 from tpirt.sharding.blocks import mlp_pieces, rank_blocks
 from tpirt.stopwatch import Recorder
 from tpirt.types import ProgressCallback, RankStats
 from tpirt.units import format_bytes
 from tpirt.weights.store import StoredSlice
-from tpirt.weights.streamer import MIN_SLOTS, WeightStreamer
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds of one rank; None means no bound. ``memory_bytes`` is of the whole process.
-
-    ``trace_spans`` is how many spans each lane of a trace may hold; 0 for no trace.
-    """
-
-    window_blocks: int | None
-    memory_bytes: int | None
-    chunk_tokens: int
-    timeout_s: float
-    trace_spans: int = 0
+from tpirt.weights.streamer import WeightStreamer
 
 
 class RankRuntime:
@@ -57,22 +45,23 @@ class RankRuntime:
         manifest = stored.manifest
         form = manifest.form
         _check_layout(stored)
-        _warm_up(form.dtype)
+        self._budget = MemoryBudget.of(
+            config, manifest.shard, comm.world_size, form, base_bytes(), limits
+        )
+        self._reserved = (limits.chunk_tokens, 0)  # tokens of a step, bytes of keys and values
         blocks = rank_blocks(config, manifest.shard, form)
         kernels = choose_kernels(stored.path, blocks)
-        self._shard = manifest.shard
-        self._base_bytes = resident_bytes() + SLACK_BYTES
-        self._reserved = (self._work_bytes(limits.chunk_tokens), 0)
+        release_free_memory()  # of trying kernels
         try:
             self.window = WeightStreamer(
                 stored,
                 blocks,
                 max_blocks=limits.window_blocks,
-                budget_bytes=self._budget(*self._reserved),
+                budget_bytes=self._budget.left_for_weights(),
                 recorder=self.recorder,
             )
         except MemoryLimitError as exc:
-            raise self._too_little(exc, max(file.nbytes for file in manifest.blocks)) from exc
+            raise self._too_little(exc) from exc
         self.decoder = Decoder(
             config,
             manifest.shard,
@@ -137,7 +126,7 @@ class RankRuntime:
         Raises:
             MemoryLimitError: the longer KV cache no longer fits beside two blocks.
         """
-        self._make_room(start, hidden.shape[0])
+        await self._make_room(start, hidden.shape[0], rope_length)
         try:
             return await self.decoder.forward(hidden, start, rope_length, outputs, halves)
         finally:
@@ -164,53 +153,43 @@ class RankRuntime:
         return stats
 
     async def aclose(self) -> None:
-        """Stop the threads and let go of the memory."""
+        """Stop the threads and return the memory to the system."""
         self.decoder.close()
         await self.window.aclose()
+        del self.decoder  # its keys and values
+        release_free_memory()
 
-    def _work_bytes(self, tokens: int) -> int:
-        """What a step of about so many tokens takes: of few sizes, so that plans rarely change."""
-        rounded = 1 << (tokens - 1).bit_length()
-        return activation_bytes(
-            self._config,
-            self._shard,
-            self.comm.world_size,
-            min(rounded, self._limits.chunk_tokens),
-        )
-
-    def _budget(self, work_bytes: int, kv_bytes: int) -> int | None:
-        limit = self._limits.memory_bytes
-        return None if limit is None else limit - self._base_bytes - work_bytes - kv_bytes
-
-    def _too_little(self, exc: MemoryLimitError, block_bytes: int) -> MemoryLimitError:
-        limit, rank = self._limits.memory_bytes, self.comm.rank
-        if limit is None:
+    def _too_little(self, exc: MemoryLimitError) -> MemoryLimitError:
+        budget, rank = self._budget, self.comm.rank
+        if budget.limits.memory_bytes is None:
             return MemoryLimitError(f"rank {rank}: {exc}")
-        fixed = self._base_bytes + self._reserved[0]
-        needed = fixed + MIN_SLOTS * block_bytes
+        enough = format_limit(budget.advised_bytes())
         return MemoryLimitError(
-            f"rank {rank}: of the memory limit of {format_bytes(limit)}, "
-            f"{format_bytes(fixed)} go to the process and a step's work; {exc}; "
-            f"raise --memory to at least {format_bytes(needed)}, and some for the conversation"
+            f"rank {rank}: {budget.shortage}; raise --memory to at least {enough}"
         )
 
-    def _make_room(self, start: int, tokens: int) -> None:
-        """Let the step and the KV cache have what they need, at the expense of pinned blocks.
+    async def _make_room(self, start: int, tokens: int, rope_length: int) -> None:
+        """Give the step and the KV cache what they need, and the weights the rest.
 
-        A decoded token leaves a long prompt's working memory to the weights again.
+        The cache can need less than before; after a long prompt, so does a step. Resident blocks
+        are given up, or read again, accordingly.
         """
         kv_bytes = self.decoder.kv.bytes_for(start + tokens)
-        reserved = (self._work_bytes(tokens), kv_bytes)
-        budget = self._budget(*reserved)
-        if budget is None or reserved == self._reserved:
+        reserved = (tokens, kv_bytes)
+        before = self._budget.left_for_weights(*self._reserved)
+        left = self._budget.left_for_weights(*reserved)
+        if left is None or before is None or left == before:
             return
+        if left > before:
+            release_free_memory()  # what steps and the cache no longer need is the weights' now
         try:
-            self.window.set_budget(budget)
+            await self.window.set_budget(left)
         except MemoryLimitError as exc:
+            context = max(start + tokens, rope_length)
             raise MemoryLimitError(
                 f"rank {self.comm.rank}: {start + tokens} tokens of context need "
-                f"{format_bytes(kv_bytes)} of KV cache, and then {exc}; raise --memory or shorten "
-                "the conversation"
+                f"{format_bytes(kv_bytes)} of KV cache, and then {exc}; raise --memory to at least "
+                f"{format_limit(self._budget.advised_bytes(context))}, or shorten the conversation"
             ) from exc
         self._reserved = reserved
 
@@ -223,11 +202,3 @@ def _check_layout(stored: StoredSlice) -> None:
             f"{stored.path}: its weights are laid out for a CPU of layout {form.layout.name}, "
             f"this one wants {mine.name}; remove it, and have the slice made for this machine"
         )
-
-
-def _warm_up(dtype: torch.dtype) -> None:
-    """Have torch's kernels allocate what they keep, so that it counts as this process's base."""
-    x = torch.ones(16, 64, dtype=dtype)
-    x = F.silu(F.linear(x, torch.ones(64, 64, dtype=dtype)))
-    heads = x.view(1, 1, 16, 64)
-    F.scaled_dot_product_attention(heads, heads, heads, is_causal=True).float().sum().item()

@@ -16,7 +16,7 @@ from tpirt.cluster.machine import (
     resident_bytes,
 )
 from tpirt.cluster.probing import answer
-from tpirt.cluster.rank import Limits, RankRuntime
+from tpirt.cluster.rank import RankRuntime
 from tpirt.cluster.stats import stats_message
 from tpirt.cluster.tracing import TRACE_SPANS, send_clock, send_trace
 from tpirt.cluster.worker_links import Connect, Switchboard, WorkerLinks
@@ -33,6 +33,7 @@ from tpirt.errors import (
     TpirtError,
     TransportError,
 )
+from tpirt.planning import Limits
 from tpirt.sharding.blocks import rank_blocks
 from tpirt.transport.base import Channel
 from tpirt.transport.codec import PROTOCOL_VERSION, Frame, empty_tensor, read_tensor
@@ -164,7 +165,6 @@ class Worker:
             window_blocks=setup.window_blocks or None,
             memory_bytes=min(own, asked) if own and asked else own or asked,
             chunk_tokens=setup.chunk_tokens,
-            timeout_s=setup.timeout_ms / 1e3,
             trace_spans=min(setup.trace_spans, TRACE_SPANS),
         )
         return RankRuntime(config, stored, GroupCommunicator(setup.world_size, links), limits)

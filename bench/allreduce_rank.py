@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed
+from tpirt.transport.codec import PROTOCOL_VERSION
+from tpirt.transport.pb import tpirt_pb2 as pb
 
 from tpirt.batch import Algorithm, Collective, CommDtype
 from tpirt.cli.options import run_async, split_address
@@ -27,9 +29,7 @@ from tpirt.collectives.links import LinkSet
 from tpirt.errors import PeerUnreachableError, TpirtError
 from tpirt.ops.buffers import tensor_bytes
 from tpirt.transport.base import Channel
-from tpirt.transport.codec import PROTOCOL_VERSION
 from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
-from tpirt.transport.pb import tpirt_pb2 as pb
 
 GLOO = "gloo"
 GLOO_PORT = 29500

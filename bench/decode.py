@@ -13,9 +13,9 @@ import time
 from contextlib import aclosing
 from dataclasses import asdict
 
-from tpirt import Engine, SamplingParams
+from tpirt import SamplingParams
 from tpirt.chat.progress import ConsoleProgress
-from tpirt.cli.options import add_engine_options, count, engine_options, run_async, tell
+from tpirt.cli.options import add_engine_options, connected, count, run_async
 from tpirt.errors import TpirtError
 
 
@@ -23,8 +23,7 @@ async def decode(arguments: argparse.Namespace) -> dict[str, object]:
     """Generate; returns TTFT, the time per token after it, and the ranks' figures at both ends."""
     params = SamplingParams(max_tokens=arguments.tokens + 1)
     with ConsoleProgress(quiet=arguments.quiet) as progress:
-        async with Engine.connect(**engine_options(arguments, progress)) as engine:
-            tell(engine, arguments)
+        async with connected(arguments, progress) as engine:
             prompt = [(17 * i + 3) % 256 for i in range(arguments.prompt_tokens)]
             asked = time.perf_counter()
             async with aclosing(engine.generate(prompt, params, progress)) as tokens:

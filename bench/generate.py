@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from tpirt import Engine, SamplingParams
+from tpirt import Engine, EngineOptions, SamplingParams
 from tpirt.cli.options import run_async, size
 from tpirt.cluster.machine import default_threads
 from tpirt.units import format_bytes
@@ -57,11 +57,13 @@ async def measure(arguments: argparse.Namespace, world_size: int, bandwidth: flo
     completions = []
     async with Engine.connect(
         arguments.model,
+        EngineOptions(
+            window=arguments.window,
+            memory_bytes=arguments.memory,
+            dtype=arguments.dtype,
+            store=arguments.store,
+        ),
         local=world_size,
-        window=arguments.window,
-        memory_bytes=arguments.memory,
-        dtype=arguments.dtype,
-        store=arguments.store,
     ) as engine:
         vocabulary = engine.config.vocab_size
         prompt = [(17 * i + 3) % vocabulary for i in range(arguments.prompt_tokens)]

@@ -2,7 +2,7 @@
 
     python -m bench.master
 
-An order with ``peers`` connects anew, with the keyword arguments of ``Engine.connect``. One with
+An order with ``peers`` connects anew; it has a ``model`` and fields of ``EngineOptions``. One with
 ``tokens`` generates so many after the first; it answers when the first is there, and goes on when
 it gets another line. Every answer is one JSON line; a failure is ``{"error": "..."}``.
 """
@@ -13,11 +13,12 @@ import asyncio
 import json
 import sys
 import time
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
 from dataclasses import asdict
 from typing import Any
 
-from tpirt import Engine, SamplingParams
+from tpirt import Engine, EngineOptions, SamplingParams
 from tpirt.cli.options import run_async
 from tpirt.engine.token_times import token_times
 from tpirt.errors import TpirtError
@@ -55,6 +56,12 @@ async def generate(engine: Engine, prompt_tokens: int, tokens: int) -> None:
     )
 
 
+def _connected(
+    peers: Sequence[str], model: str | None = None, **options: Any
+) -> AbstractAsyncContextManager[Engine]:
+    return Engine.connect(model, EngineOptions(**options), peers=peers)
+
+
 async def serve() -> None:
     """Carry out orders until there are no more."""
     async with AsyncExitStack() as stack:
@@ -64,7 +71,7 @@ async def serve() -> None:
             try:
                 if "peers" in order:
                     await stack.aclose()
-                    engine = await stack.enter_async_context(Engine.connect(**order))
+                    engine = await stack.enter_async_context(_connected(**order))
                     config = engine.config
                     answer(
                         {

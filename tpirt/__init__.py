@@ -14,7 +14,7 @@ from tpirt.types import Completion, Message, Progress, RankStats, SamplingParams
 from tpirt.version import __version__
 
 if TYPE_CHECKING:
-    from tpirt.engine import Conversation, Engine
+    from tpirt.engine import Conversation, Engine, EngineOptions
 
 # torch's threads spin while they wait for each other. Beside anything else that runs (another rank,
 # the disk's reader, another program) that made small operations up to 40 times slower; sleeping
@@ -25,6 +25,7 @@ __all__ = [
     "Completion",
     "Conversation",
     "Engine",
+    "EngineOptions",
     "Message",
     "Progress",
     "RankStats",
@@ -37,6 +38,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # The engine brings torch, which takes a second to import: `tpirt --help` must not wait for it.
-    if name in ("Conversation", "Engine"):
+    if name in ("Conversation", "Engine", "EngineOptions"):
         return getattr(import_module("tpirt.engine"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

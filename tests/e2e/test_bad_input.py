@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tpirt.transport.codec import PROTOCOL_VERSION
 
 from tpirt.cli.main import main
 from tpirt.testing.models import make_model
@@ -32,7 +33,6 @@ from tpirt.testing.processes import (
     survivors,
     wait_for,
 )
-from tpirt.transport.codec import PROTOCOL_VERSION
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tpirt.cli.main import main
-from tpirt.engine import Engine
+from tpirt.engine import Engine, EngineOptions
 from tpirt.testing.models import make_model
 from tpirt.testing.processes import PeerProcess, descendants, run_cli, survivors
 from tpirt.types import SamplingParams
@@ -167,7 +167,9 @@ def test_split_slices_are_used_by_peers_and_nothing_is_sent(
 async def test_python_interface_gives_the_same(
     generate: Generate, model: Path, store: Path
 ) -> None:
-    async with Engine.connect(model, dtype="float32", threads=1, store=store) as engine:
+    async with Engine.connect(
+        model, EngineOptions(dtype="float32", threads=1, store=store)
+    ) as engine:
         texts = [
             token.text async for token in engine.generate("Hello", SamplingParams(max_tokens=8))
         ]

@@ -14,17 +14,17 @@ from pathlib import Path
 
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
+from tpirt.transport.codec import Frame
+from tpirt.transport.pb import tpirt_pb2 as pb
 
 from bench.net.relay import adjoining_servers
 from tpirt.cluster.worker import Worker
 from tpirt.config import ModelConfig
-from tpirt.engine import Engine
+from tpirt.engine import Engine, EngineOptions
 from tpirt.testing.cluster import MemoryPeerClient
 from tpirt.testing.models import make_model
 from tpirt.testing.processes import PeerProcess, run_cli
 from tpirt.transport.base import Channel
-from tpirt.transport.codec import Frame
-from tpirt.transport.pb import tpirt_pb2 as pb
 from tpirt.transport.tcp import PORT_OFFSET
 from tpirt.types import Message, SamplingParams
 from tpirt.weights.store import SliceStore
@@ -255,7 +255,7 @@ async def test_no_message_tells_of_the_prompt_or_the_answer(model: Path, tmp_pat
     others: list[bytes] = []
     client = RecordingClient(tmp_path / "worker", frames, others)
     async with Engine.connect(
-        model, peers=[client], dtype="float32", threads=1, store=tmp_path / "master"
+        model, EngineOptions(dtype="float32", threads=1, store=tmp_path / "master"), peers=[client]
     ) as engine:
         params = SamplingParams(
             max_tokens=40, temperature=TEMPERATURE, top_p=TOP_P, seed=SEED, stop=(STOP,)
@@ -297,7 +297,9 @@ async def test_other_words_give_the_same_messages_but_for_hidden_states(
         frames: list[Frame] = []
         client = RecordingClient(tmp_path / "worker", frames, [])
         async with Engine.connect(
-            model, peers=[client], dtype="float32", threads=1, store=tmp_path / "master"
+            model,
+            EngineOptions(dtype="float32", threads=1, store=tmp_path / "master"),
+            peers=[client],
         ) as engine:
             await engine.complete(prompt, SamplingParams(max_tokens=6))
         for frame in frames:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tpirt.transport.codec import Frame
+from tpirt.transport.pb import tpirt_pb2 as pb
 
 from tpirt.cli.main import main
-from tpirt.engine import Engine
+from tpirt.engine import Engine, EngineOptions
 from tpirt.errors import CheckpointError, PeerLostError, RequestError
 from tpirt.stopwatch import LANES, Lane
 from tpirt.testing.cluster import ChannelHook, memory_engine
@@ -23,8 +25,6 @@ from tpirt.testing.faults import Fault, FaultyChannel
 from tpirt.testing.models import make_model
 from tpirt.testing.processes import killed_at_exit, run_cli, start_cli
 from tpirt.transport.base import Channel
-from tpirt.transport.codec import Frame
-from tpirt.transport.pb import tpirt_pb2 as pb
 from tpirt.types import SamplingParams
 
 PROMPT = list(range(40, 64))
@@ -446,7 +446,7 @@ async def test_what_was_there_stays_until_the_trace_is_whole(
 ) -> None:
     file.write_text("mine")
     with pytest.raises(CheckpointError):
-        async with Engine.connect(tmp_path / "no model", store=store, trace=file):
+        async with Engine.connect(tmp_path / "no model", EngineOptions(store=store, trace=file)):
             pass
     assert file.read_text() == "mine"
     assert list(tmp_path.iterdir()) == [file]

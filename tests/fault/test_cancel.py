@@ -9,14 +9,14 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
+from tpirt.transport.codec import Frame
 
 from tpirt.batch import Algorithm
-from tpirt.engine import Engine
+from tpirt.engine import Engine, EngineOptions
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.faults import Fault, FaultyChannel
 from tpirt.testing.processes import PeerProcess
 from tpirt.transport.base import Channel
-from tpirt.transport.codec import Frame
 from tpirt.types import Progress, SamplingParams
 
 PROMPT = [i % 250 for i in range(200)]
@@ -182,11 +182,8 @@ async def test_cancel_storm_over_grpc(
     with PeerProcess(tmp_path / "peer0") as first, PeerProcess(tmp_path / "peer1") as second:
         async with Engine.connect(
             model,
+            EngineOptions(dtype="float32", threads=1, chunk_tokens=16, store=tmp_path / "store"),
             peers=[first.address, second.address],
-            dtype="float32",
-            threads=1,
-            chunk_tokens=16,
-            store=tmp_path / "store",
         ) as engine:
             for seed in range(3):
                 await storm(engine, seed, 15)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tpirt.engine import Engine
+from tpirt.engine import Engine, EngineOptions
 from tpirt.errors import PeerLostError
 from tpirt.testing.processes import (
     PeerProcess,
@@ -88,10 +88,8 @@ async def test_killed_worker_is_named_in_prefill_in_decode_and_between_requests(
     for victim, (prompt, between) in zip(victims, asked, strict=True):
         async with Engine.connect(
             model,
+            EngineOptions(threads=1, chunk_tokens=16, store=tmp_path / "store"),
             peers=[other.address, victim.address],
-            threads=1,
-            chunk_tokens=16,
-            store=tmp_path / "store",
         ) as engine:
             if between:
                 await engine.complete([5, 6], SamplingParams(max_tokens=2))
@@ -115,7 +113,9 @@ async def test_hung_worker_is_noticed_without_waiting_for_the_timeout(
 ) -> None:
     (peer,) = peers(1)
     async with Engine.connect(
-        model, peers=[peer.address], threads=1, store=tmp_path / "store", timeout_s=60
+        model,
+        EngineOptions(threads=1, store=tmp_path / "store", timeout_s=60),
+        peers=[peer.address],
     ) as engine:
         seconds = await lose(engine, [1, 2, 3], lambda _: peer.signal(signal.SIGSTOP))
         assert seconds < HUNG_S
@@ -130,7 +130,9 @@ async def test_timeout_bounds_the_wait_for_a_worker_that_hangs(
 ) -> None:
     (peer,) = peers(1)
     async with Engine.connect(
-        model, peers=[peer.address], threads=1, store=tmp_path / "store", timeout_s=0.5
+        model,
+        EngineOptions(threads=1, store=tmp_path / "store", timeout_s=0.5),
+        peers=[peer.address],
     ) as engine:
         seconds = await lose(engine, [1, 2, 3], lambda _: peer.signal(signal.SIGSTOP))
     assert 0.4 < seconds < 3
@@ -155,7 +157,7 @@ async def test_worker_killed_while_it_loads(model: Path, peers: Peers, tmp_path:
     begun = time.monotonic()
     with pytest.raises(PeerLostError, match=peer.peer_port):
         async with Engine.connect(
-            model, peers=[KilledAtSession(peer)], threads=1, store=tmp_path / "store"
+            model, EngineOptions(threads=1, store=tmp_path / "store"), peers=[KilledAtSession(peer)]
         ):
             pytest.fail("loaded")
     assert time.monotonic() - begun < DEAD_S
@@ -178,9 +180,8 @@ async def test_worker_killed_while_its_slice_comes_has_none_and_gets_it_anew(
         with pytest.raises(PeerLostError, match=peer.peer_port):
             async with Engine.connect(
                 model,
+                EngineOptions(threads=1, store=tmp_path / "store"),
                 peers=[peer.address],
-                threads=1,
-                store=tmp_path / "store",
                 progress=on_progress,
             ):
                 pytest.fail("loaded")
@@ -188,7 +189,7 @@ async def test_worker_killed_while_its_slice_comes_has_none_and_gets_it_anew(
     assert whole_slices(peer.store) == []
     with PeerProcess(peer.store) as peer:
         async with Engine.connect(
-            model, peers=[peer.address], threads=1, store=tmp_path / "store"
+            model, EngineOptions(threads=1, store=tmp_path / "store"), peers=[peer.address]
         ) as engine:
             await engine.complete([1, 2], SamplingParams(max_tokens=2))
     assert len(whole_slices(peer.store)) == 1
@@ -209,7 +210,9 @@ async def test_error_while_cutting_a_slice_is_told_as_it_is(
 
     monkeypatch.setattr(slices, "_next_chunk", broken)
     with pytest.raises(CheckpointError, match="the disk says no"):
-        async with Engine.connect(model, peers=[peer.address], threads=1, store=tmp_path / "store"):
+        async with Engine.connect(
+            model, EngineOptions(threads=1, store=tmp_path / "store"), peers=[peer.address]
+        ):
             pytest.fail("loaded")
     assert whole_slices(peer.store) == []
     wait_for(lambda: not list(peer.store.glob(".*")), "cleared away")
@@ -222,7 +225,10 @@ async def test_local_workers_end_with_the_engine_whatever_happened(
     workers = []
     with suppress(PeerLostError):
         async with Engine.connect(
-            model, local=3, threads=1, store=tmp_path / "store", progress=ignore_progress
+            model,
+            EngineOptions(threads=1, store=tmp_path / "store"),
+            local=3,
+            progress=ignore_progress,
         ) as engine:
             workers = [p for p in descendants() if p.pid not in before]
             assert len(workers) == 2
@@ -260,15 +266,15 @@ def test_command_ends_clean_when_it_is_interrupted_while_it_generates(
 
 MASTER = """
 import asyncio, os, signal, sys
-from tpirt.engine import Engine
+from tpirt.engine import Engine, EngineOptions
 
 def report(progress):
     if progress.stage == sys.argv[4]:
         os.kill(os.getpid(), signal.SIGKILL)
 
 async def main():
-    async with Engine.connect(sys.argv[1], peers=[sys.argv[2]], threads=1, store=sys.argv[3],
-                              chunk_tokens=16, progress=report) as engine:
+    options = EngineOptions(threads=1, store=sys.argv[3], chunk_tokens=16)
+    async with Engine.connect(sys.argv[1], options, peers=[sys.argv[2]], progress=report) as engine:
         async for token in engine.generate([7] * 100, progress=report):
             if sys.argv[4] == "decode":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -296,7 +302,9 @@ async def test_worker_serves_the_next_master_after_one_was_killed(
             assert whole_slices(peer.store) == []
         else:
             wait_for(lambda: peer.log.rstrip().endswith("waiting for a master"), stage, DEAD_S)
-        async with Engine.connect(model, peers=[peer.address], threads=1, store=store) as engine:
+        async with Engine.connect(
+            model, EngineOptions(threads=1, store=store), peers=[peer.address]
+        ) as engine:
             await engine.complete([1, 2], SamplingParams(max_tokens=2))
         assert peer.log.count("received slice") == 1
         wait_for(lambda: peer.log.rstrip().endswith("waiting for a master"), stage, DEAD_S)

@@ -7,15 +7,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from tpirt.transport.codec import PROTOCOL_VERSION, Frame
+from tpirt.transport.pb import tpirt_pb2 as pb
 
 from tpirt.cluster.worker import Worker
 from tpirt.errors import PeerLostError, TpirtError, TransportError
 from tpirt.testing.cluster import memory_engine, same_channel
 from tpirt.testing.faults import Fault, FaultyChannel
 from tpirt.transport.base import Channel
-from tpirt.transport.codec import PROTOCOL_VERSION, Frame
 from tpirt.transport.memory import MemoryChannel, memory_pair
-from tpirt.transport.pb import tpirt_pb2 as pb
 from tpirt.types import SamplingParams
 from tpirt.weights.store import SliceStore
 

@@ -6,6 +6,8 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from tpirt.transport.codec import Frame
+from tpirt.transport.pb import tpirt_pb2 as pb
 
 from tpirt.batch import Batch
 from tpirt.cluster import worker_links as mesh
@@ -13,9 +15,7 @@ from tpirt.cluster.worker_links import Switchboard
 from tpirt.errors import PeerUnreachableError, TransportError
 from tpirt.testing.cluster import MemoryPeerClient, memory_engine
 from tpirt.transport.base import Channel
-from tpirt.transport.codec import Frame
 from tpirt.transport.memory import memory_pair
-from tpirt.transport.pb import tpirt_pb2 as pb
 from tpirt.types import SamplingParams
 
 PROMPT = list(range(40, 60))

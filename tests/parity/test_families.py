@@ -20,12 +20,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tpirt.batch import Algorithm, Segment
-from tpirt.cluster.rank import RankRuntime
 from tpirt.collectives.algorithms import GroupCommunicator
-from tpirt.engine import Engine
-from tpirt.engine.engine import LoadPlan
+from tpirt.engine import Engine, EngineOptions
 from tpirt.errors import MemoryLimitError
 from tpirt.model import decoder
+from tpirt.planning import Deployment, MemoryBudget
 from tpirt.sharding import blocks as sharding
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.decoders import decoder_group
@@ -340,11 +339,11 @@ async def test_halves_where_ranks_cut_their_mlps_differently(
     expected = reference(name)
     got = []
     for window in (None, 2):
-        plans: list[LoadPlan] = []
+        plans: list[Deployment] = []
         async with memory_engine(
             expected.path, 3, ratio=[4, 1, 2], window=window, on_plan=plans.append
         ) as engine:
-            blocks = [len(rank.block_bytes) // 3 for rank in plans[0].ranks]
+            blocks = [len(rank.budget.block_bytes) // 3 for rank in plans[0].ranks]
             assert blocks == [1 + 5, 1 + 1, 1 + 2]  # a layer's: attention, pieces of the MLP
             got.append(await engine.logits(expected.prompt))
             torch.testing.assert_close(got[-1], expected.logits)
@@ -401,7 +400,7 @@ async def test_mlp_in_pieces(
     expected = reference(name)
     got = []
     for window in (None, 3):
-        plans: list[LoadPlan] = []
+        plans: list[Deployment] = []
         async with memory_engine(
             expected.path, world, window=window, store=tmp_path, on_plan=plans.append
         ) as engine:
@@ -436,7 +435,7 @@ async def test_streamed_equals_resident_and_rerun(
     assert all(torch.equal(got[0], other) for other in got[1:])
 
 
-async def test_partly_pinned_equals_resident_while_the_cache_grows(
+async def test_partly_resident_equals_resident_while_the_cache_grows(
     reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = reference("llama-gqa")
@@ -446,11 +445,11 @@ async def test_partly_pinned_equals_resident_while_the_cache_grows(
         window = engine._group.runtime.window
         sizes = [buffer_bytes(file_bytes(block)) for block in window.blocks]
         whole, block = sum(sizes), max(sizes)
-    pinned = set()
+    resident_blocks = set()
     for budget in range(2 * block, whole + block, block):
-        monkeypatch.setattr(RankRuntime, "_budget", fixed_budget(budget))
+        monkeypatch.setattr(MemoryBudget, "left_for_weights", fixed_budget(budget))
         async with memory_engine(expected.path, 2, chunk_tokens=5, store=store) as engine:
-            pinned.add(len(engine._group.runtime.window.plan.pinned))
+            resident_blocks.add(len(engine._group.runtime.window.plan.resident))
             try:
                 logits = await engine.logits(expected.prompt)
             except MemoryLimitError as exc:
@@ -459,11 +458,11 @@ async def test_partly_pinned_equals_resident_while_the_cache_grows(
                 continue
             assert torch.equal(logits, resident), budget
             assert await run(engine, expected.prompt) == expected.tokens
-    assert len(pinned) >= 4
+    assert len(resident_blocks) >= 4
 
 
-def fixed_budget(total: int) -> Callable[[RankRuntime, int, int], int]:
-    return lambda _, work_bytes, kv_bytes: total - kv_bytes
+def fixed_budget(total: int) -> Callable[..., int]:
+    return lambda _, tokens=None, kv_bytes=0: total - kv_bytes
 
 
 @pytest.mark.parametrize("algorithm", Algorithm, ids=lambda algorithm: algorithm.value)
@@ -584,18 +583,24 @@ async def test_left_prefill_is_not_reused_wrongly(
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "local", "options"),
     [
-        ("llama-gqa", {"local": 3, "window": 2}),
-        ("qwen3", {"local": 2, "ratio": (3.0, 1.0)}),
+        ("llama-gqa", 3, {"window": 2}),
+        ("qwen3", 2, {"ratio": (3.0, 1.0)}),
     ],
 )
 async def test_processes_equal_transformers(
-    reference: Callable[[str], Reference], tmp_path: Path, name: str, options: dict[str, Any]
+    reference: Callable[[str], Reference],
+    tmp_path: Path,
+    name: str,
+    local: int,
+    options: dict[str, Any],
 ) -> None:
     expected = reference(name)
     async with Engine.connect(
-        expected.path, store=tmp_path, threads=1, chunk_tokens=CHUNK_TOKENS, **options
+        expected.path,
+        EngineOptions(store=tmp_path, threads=1, chunk_tokens=CHUNK_TOKENS, **options),
+        local=local,
     ) as engine:
         torch.testing.assert_close(await engine.logits(expected.prompt), expected.logits)
         assert await run(engine, expected.prompt) == expected.tokens

@@ -18,7 +18,7 @@ from tpirt.batch import DEFAULT_COLLECTIVE
 from tpirt.cluster.collective_policy import CollectivePolicy
 from tpirt.cluster.machine import int4_layout
 from tpirt.cluster.provision import SliceMaker, write_slice
-from tpirt.cluster.rank import Limits, RankRuntime
+from tpirt.cluster.rank import RankRuntime
 from tpirt.collectives.base import SingleRankCommunicator
 from tpirt.config import ModelConfig
 from tpirt.errors import StoreError
@@ -34,6 +34,7 @@ from tpirt.ops.quant_layout import (
 )
 from tpirt.ops.quant_linear import QuantMatrix, dequantize
 from tpirt.ops.quant_rounding import Workspace
+from tpirt.planning import Limits
 from tpirt.sharding.format import WeightFormat
 from tpirt.sharding.partition import make_plan
 from tpirt.testing.cluster import memory_engine
@@ -157,4 +158,4 @@ def test_slice_for_another_cpu_is_refused(model: Path, tmp_path: Path) -> None:
         maker = SliceMaker(checkpoint, config, form)
         stored = write_slice(maker, plan, 0, SliceStore(tmp_path), ignore_progress)
     with pytest.raises(StoreError, match=f"layout {other.name}, this one wants {mine.name}"):
-        RankRuntime(config, stored, SingleRankCommunicator(), Limits(None, None, 16, 1.0))
+        RankRuntime(config, stored, SingleRankCommunicator(), Limits(None, None, 16))

@@ -49,13 +49,13 @@ def test_plan_stays_within_its_bounds(
             plan_streaming(sizes, max_blocks, budget)
         return
     plan = plan_streaming(sizes, max_blocks, budget)
-    pinned = sum(sizes[i] for i in plan.pinned)
-    assert pinned + plan.slots * plan.slot_bytes <= budget
-    if len(plan.pinned) < len(sizes):
+    resident = sum(sizes[i] for i in plan.resident)
+    assert resident + plan.slots * plan.slot_bytes <= budget
+    if len(plan.resident) < len(sizes):
         assert plan.slots >= 2
-        assert plan.slot_bytes >= max(s for i, s in enumerate(sizes) if i not in plan.pinned)
+        assert plan.slot_bytes >= max(s for i, s in enumerate(sizes) if i not in plan.resident)
     if max_blocks is not None:
-        assert len(plan.pinned) + plan.slots <= max(max_blocks, 0) or fits_all
+        assert len(plan.resident) + plan.slots <= max(max_blocks, 0) or fits_all
 
 
 @given(sizes=SIZES, budgets=st.lists(st.integers(0, 25_000), min_size=2, max_size=12))
@@ -68,13 +68,13 @@ def test_smaller_budget_pins_a_subset(sizes: list[int], budgets: list[int]) -> N
         except MemoryLimitError:
             assert not plans  # what fitted less fits more
     for smaller, larger in pairwise(plans):
-        assert smaller.pinned <= larger.pinned
+        assert smaller.resident <= larger.resident
 
 
 @given(sizes=SIZES, max_blocks=st.integers(2, 25))
 def test_block_bound_alone(sizes: list[int], max_blocks: int) -> None:
     plan = plan_streaming(sizes, max_blocks)
-    assert len(plan.pinned) + plan.slots <= max(max_blocks, len(plan.pinned))
+    assert len(plan.resident) + plan.slots <= max(max_blocks, len(plan.resident))
     assert plan.slots == (0 if max_blocks >= len(sizes) else max_blocks)
 
 
@@ -204,7 +204,7 @@ async def use(
                         await asyncio.sleep(0)
                     case "budget":
                         budget = budget_of(value)
-                        window.set_budget(budget)
+                        await window.set_budget(budget)
                         buffers.peak = buffers.live
                 assert window.held_bytes <= budget
                 assert buffers.peak <= budget

@@ -18,7 +18,7 @@ from tpirt.chat.interrupts import Interrupts
 from tpirt.chat.progress import ConsoleProgress
 from tpirt.chat.session import ChatOptions, Session
 from tpirt.chat.settings import NAMES, change, shown
-from tpirt.engine import Engine
+from tpirt.engine import Engine, EngineOptions
 from tpirt.errors import ConfigError, PeerLostError, RequestError
 from tpirt.testing.models import make_model
 from tpirt.types import SamplingParams, Token
@@ -47,7 +47,9 @@ class Chat:
 
 @pytest.fixture
 async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
-    async with Engine.connect(make_model(tmp_path / "model"), store=tmp_path / "store") as engine:
+    async with Engine.connect(
+        make_model(tmp_path / "model"), EngineOptions(store=tmp_path / "store")
+    ) as engine:
         yield engine
 
 
@@ -249,19 +251,20 @@ async def test_a_lost_peer_is_explained_once(
     chat: Chat, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = PeerLostError("pi:50051: connection lost")
+    error.rank = 0
     monkeypatch.setattr(engine._group, "_broken", error)
     chat.session.complain(error)
     assert "error: pi:50051: connection lost\nNo answers without this peer" in chat.err.getvalue()
     chat.session.complain(error)
     assert chat.err.getvalue().endswith(
-        "error: still without pi:50051; /exit, then start tpirt again\n"
+        "error: still without peer master; /exit, then start tpirt again\n"
     )
 
 
 async def test_base_model_continues_text(tmp_path: Path) -> None:
     path = make_model(tmp_path / "model", template=None)
     params = SamplingParams(max_tokens=4)
-    async with Engine.connect(path, store=tmp_path / "store") as engine:
+    async with Engine.connect(path, EngineOptions(store=tmp_path / "store")) as engine:
         chat = Chat(engine, system="ignored")
         wanted = (await engine.complete("Once", params)).text
         assert await chat.ask("Once") == wanted + "\n" * (not wanted.endswith("\n"))

@@ -16,17 +16,10 @@ from tpirt.chat.console import Console, is_capable, is_terminal, printable
 from tpirt.chat.plan_view import show_plan
 from tpirt.chat.prompt import CommandCompleter, clean, history_file, open_history
 from tpirt.chat.reader import PlainReader
-from tpirt.chat.status import is_lost
-from tpirt.cluster.rank import Limits
-from tpirt.cluster.roster import PeerProfile
+from tpirt.chat.status import peers_table
 from tpirt.config import ModelConfig
-from tpirt.engine.dtype import ChosenDtype
-from tpirt.engine.engine import LoadPlan
-from tpirt.errors import PeerLostError
-from tpirt.model.memory import PROCESS_BYTES, plan_rank
 from tpirt.ops.quant_layout import PORTABLE_LAYOUT
-from tpirt.sharding.format import WeightFormat
-from tpirt.sharding.partition import make_plan
+from tpirt.planning import Deployment, PeerProfile, PlanOptions, plan
 from tpirt.testing.models import make_model
 
 
@@ -102,26 +95,21 @@ def test_kinds_of_streams(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def load_plan(
     path: Path, ranks: int, window: int | None = None, memory_bytes: int | None = None
-) -> LoadPlan:
-    import torch
-
+) -> Deployment:
     config = ModelConfig.from_dir(make_model(path, num_attention_heads=16, num_key_value_heads=4))
-    plan = make_plan(config, ranks)
-    peers = (
-        PeerProfile(r, f"pi\x1b{r}", "host", None, 1 << 30, 1, 1, False, PORTABLE_LAYOUT)
+    peers = [
+        PeerProfile(r, f"pi\x1b{r}", f"host{r}", None, None, 1, 1, False, PORTABLE_LAYOUT)
         for r in range(ranks)
+    ]
+    options = PlanOptions(
+        window=window, memory_bytes=memory_bytes, dtype="float32", chunk_tokens=16
     )
-    return LoadPlan(
-        ChosenDtype("float32", "as asked"),
-        tuple(plan_rank(config, plan, r, WeightFormat(torch.float32), 16) for r in range(ranks)),
-        tuple(peers),
-        (Limits(window, memory_bytes, 16, 1.0),) * ranks,
-    )
+    return plan(config, peers, options)
 
 
-def plan_lines(plan: LoadPlan) -> list[str]:
+def plan_lines(deployment: Deployment) -> list[str]:
     out = io.StringIO()
-    show_plan(plan, out)
+    show_plan(deployment, out)
     assert "\x1b" not in out.getvalue()
     return out.getvalue().splitlines()
 
@@ -146,7 +134,6 @@ def test_plan_of_many_is_cut(tmp_path: Path) -> None:
         (2, None, "streamed, window 2 of 8 blocks"),
         (8, None, "resident"),
         (None, 1 << 30, "resident"),
-        (None, 100 << 20, "too little memory"),
     ],
 )
 def test_how_weights_are_held(
@@ -156,11 +143,11 @@ def test_how_weights_are_held(
 
 
 @pytest.mark.parametrize(
-    ("spare", "held"), [(0, "resident"), (-1, "streamed, window 4 of 7 blocks, 1 kept")]
+    ("spare", "held"), [(0, "resident"), (-1, "streamed, window 4 of 7 blocks, 1 resident")]
 )
 def test_the_limit_decides(tmp_path: Path, spare: int, held: str) -> None:
-    rank = load_plan(tmp_path, 1).ranks[0]
-    need = PROCESS_BYTES + rank.activation_bytes + rank.weights_bytes
+    budget = load_plan(tmp_path, 1).ranks[0].budget
+    need = budget.process_bytes + budget.step_bytes() + budget.weights_bytes
     assert held in plan_lines(load_plan(tmp_path, 1, None, need + spare))[1]
 
 
@@ -245,8 +232,8 @@ def test_history_where_none_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert isinstance(open_history(None), InMemoryHistory)
 
 
-def test_who_is_lost() -> None:
-    peer = PeerProfile(1, "pi:1", "host", None, 0, 1, 1, False, PORTABLE_LAYOUT)
-    assert not is_lost(peer, None)
-    assert is_lost(peer, PeerLostError("pi:1: connection lost"))
-    assert not is_lost(peer, PeerLostError("pi:11: connection lost"))
+def test_who_is_lost(tmp_path: Path) -> None:
+    deployment = load_plan(tmp_path, 12)
+    states = [line.split()[-1] for line in peers_table(deployment, 1)[1:]]
+    assert states == ["ok", "lost", *["ok"] * 10]
+    assert not any("lost" in line for line in peers_table(deployment, None))

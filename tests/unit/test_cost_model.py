@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tpirt.batch import Algorithm
-from tpirt.cluster.collective_policy import CollectiveOptions
 from tpirt.collectives.cost_model import Chooser, Topology, predict_s
 from tpirt.errors import ConfigError
+from tpirt.planning import CollectiveOptions
 
 
 def even(world: int, latency_s: float, mbit: float, complete: bool = True) -> Topology:

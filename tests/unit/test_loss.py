@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from tpirt.config import ModelConfig
 from tpirt.model.decoder import Decoder
-from tpirt.model.memory import activation_bytes
+from tpirt.planning.memory import activation_bytes
 from tpirt.sharding.partition import make_plan
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.models import make_model

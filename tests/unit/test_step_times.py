@@ -6,11 +6,11 @@ import random
 from dataclasses import replace
 
 import pytest
+from tpirt.transport.pb import tpirt_pb2 as pb
 
 from tpirt.cluster.stats import MAX_STEPS, StepLog, read_stats, stats_message
 from tpirt.engine.token_times import token_times
 from tpirt.stopwatch import COMPUTE, NETWORK, STEPS, Recorder
-from tpirt.transport.pb import tpirt_pb2 as pb
 from tpirt.types import RankStats, StepTimes
 
 

@@ -223,14 +223,14 @@ async def test_budget_can_shrink_and_grow_between_steps(
     block = buffer_bytes(stored[0].manifest.blocks[0].nbytes)
     async with opened(stored, budget_bytes=COUNT * block) as window:
         await window.preload(ignore_progress)
-        assert len(window.plan.pinned) == COUNT
+        assert len(window.plan.resident) == COUNT
         for blocks in (5, 4, 3, 2, 3, 6):
-            window.set_budget(blocks * block)
+            await window.set_budget(blocks * block)
             assert window.held_bytes <= blocks * block
             for index in (*range(COUNT), 0, 1):
                 await visit(window, index)
         with pytest.raises(MemoryLimitError, match="two blocks"):
-            window.set_budget(2 * block - 1)
+            await window.set_budget(2 * block - 1)
         await visit(window, 2)  # the old plan holds
 
 
@@ -276,7 +276,7 @@ async def test_changing_the_budget_keeps_what_was_read_ahead(
             wait_until, lambda: [e.index for e in window._ring if e.done] == [1, 2, 3]
         )
         read = window.bytes_read
-        window.set_budget(5 * block)  # block 4 is to stay too
+        await window.set_budget(5 * block)  # block 4 is to stay too
         assert [entry.index for entry in window._ring] == [1, 2, 3]
         for index in range(COUNT):
             await visit(window, index)

@@ -84,8 +84,7 @@ async def _stats(session: Session, _: str) -> None:
 
 
 async def _peers(session: Session, _: str) -> None:
-    engine = session.engine
-    session.console.say(*peers_table(engine.peers, session.options.plan, engine.broken))
+    session.console.say(*peers_table(session.engine.deployment, session.lost_rank))
 
 
 async def _save(session: Session, name: str) -> None:

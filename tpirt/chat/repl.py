@@ -97,8 +97,7 @@ def _greet(session: Session) -> None:
     if not session.progress.quiet:
         ranks = f"{engine.world_size} rank" + "s" * (engine.world_size > 1)
         parts = [options.model_name or engine.config.model_type, ranks]
-        if options.plan is not None:
-            parts.append(options.plan.dtype.name)
+        parts.append(engine.deployment.dtype.name)
         parts.append(f"context {engine.context_length} tokens")
         session.console.note(", ".join(parts))
         session.console.note("/help for commands, Ctrl-C stops an answer, Ctrl-D leaves")

@@ -1,4 +1,4 @@
-"""One chat: the conversation, the settings, and the answer at hand."""
+"""One chat: the conversation, the settings and the current answer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from tpirt.chat.interrupts import Interrupts
 from tpirt.chat.progress import ConsoleProgress
 from tpirt.chat.status import Timing
 from tpirt.engine import Conversation, Engine
-from tpirt.engine.engine import LoadPlan
-from tpirt.errors import MemoryLimitError, RequestError, TpirtError
+from tpirt.errors import MemoryLimitError, PeerLostError, RequestError, TpirtError
 from tpirt.types import Progress, SamplingParams
 
 _MAKE_ROOM = "/reset begins a new conversation; /save FILE keeps this one."
@@ -29,8 +28,7 @@ class ChatOptions:
     Attributes:
         params: how tokens are chosen.
         system: the system message.
-        prompt: answer this once and return.
-        plan: what was loaded where, for the banner and ``/peers``.
+        prompt: a prompt to answer once instead of a chat.
         model_name: for the banner; the model's type when absent.
         progress: for prefills; one of its own when absent. ``quiet`` there quietens the chat too.
     """
@@ -38,13 +36,12 @@ class ChatOptions:
     params: SamplingParams
     system: str | None = None
     prompt: str | None = None
-    plan: LoadPlan | None = None
     model_name: str | None = None
     progress: ConsoleProgress | None = None
 
 
 class Session:
-    """What the commands work on."""
+    """The state of a chat, which the commands read and change."""
 
     def __init__(self, engine: Engine, options: ChatOptions, console: Console):
         self.engine = engine
@@ -65,7 +62,7 @@ class Session:
         interrupts: Interrupts,
         around: Around = nullcontext,
     ) -> None:
-        """Answer a message, until Ctrl-C at the latest; what was said by then is kept.
+        """Answer a message; Ctrl-C stops the answer, and keeps what was said so far.
 
         Args:
             text: the message.
@@ -88,8 +85,7 @@ class Session:
         if error is not self.engine.broken:
             self.console.complain(error)
         elif self._told_broken:
-            peer = str(error).partition(": ")[0]
-            self.console.complain(f"still without {peer}; /exit, then start tpirt again")
+            self.console.complain(f"still without {self._lost}; /exit, then start tpirt again")
         else:
             self._told_broken = True
             self.console.complain(error)
@@ -97,6 +93,17 @@ class Session:
                 "No answers without this peer: /exit, start it again (local ones start by "
                 "themselves), then tpirt. /save FILE keeps the conversation for /load FILE."
             )
+
+    @property
+    def lost_rank(self) -> int | None:
+        """The rank whose peer is lost; None while all are there."""
+        broken = self.engine.broken
+        return broken.rank if isinstance(broken, PeerLostError) else None
+
+    @property
+    def _lost(self) -> str:
+        rank = self.lost_rank
+        return "a peer" if rank is None else f"peer {self.engine.peers[rank].peer_id}"
 
     async def _stream(self, text: str) -> None:
         assert self.timing is not None
@@ -130,12 +137,12 @@ class Session:
 
     def _why_cut(self) -> str:
         if self.talk.used_tokens >= self.engine.context_length:
-            return "[the context is full: /reset begins anew]"
+            return "[the context is full: /reset begins a new conversation]"
         return f"[cut at {self.params.max_tokens} tokens: /set max_tokens allows more]"
 
 
 class _Stop:
-    """Stops an answer at the first press; at the third it is not waited for any more."""
+    """Stops an answer at the first press; at the third, nothing waits for it any more."""
 
     def __init__(self, task: asyncio.Task[None], session: Session):
         self.pressed = 0
@@ -150,7 +157,7 @@ class _Stop:
         elif self.pressed == 2:
             self._session.progress.close()
             self._session.console.note(
-                "still stopping, the peers finish the block at hand; Ctrl-C again leaves tpirt"
+                "still stopping, the peers finish the current block; Ctrl-C again leaves tpirt"
             )
         else:
             self._session.leaving = True
@@ -176,6 +183,6 @@ class _Stop:
 
 
 def _look_at(task: asyncio.Task[None]) -> None:
-    """Take note of how a task ended that nobody may wait for, lest asyncio report it."""
+    """Retrieve the result of a task that nobody may await, so that asyncio does not report it."""
     if not task.cancelled():
         task.exception()

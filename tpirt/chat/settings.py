@@ -1,4 +1,4 @@
-"""``/set``: sampling parameters by name, read from what a person types."""
+"""``/set``: sampling parameters by name, parsed from text."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _NONE = ("none", "off")
 
 
 def change(params: SamplingParams, name: str, text: str) -> SamplingParams:
-    """Return ``params`` with one of them changed.
+    """Return ``params`` with one value changed.
 
     Raises:
-        ConfigError: no such parameter, or not a value for it.
+        ConfigError: an unknown parameter, or an invalid value.
     """
     name = canonical(name)
     value: Any = _READERS[name](name, text)
@@ -30,21 +30,21 @@ def change(params: SamplingParams, name: str, text: str) -> SamplingParams:
 
 
 def canonical(name: str) -> str:
-    """Return the field's name; ``top-p`` is as good as ``top_p``.
+    """Return the field's name; ``top-p`` means ``top_p``.
 
     Raises:
-        ConfigError: no such parameter; names the nearest.
+        ConfigError: an unknown parameter; names the nearest.
     """
     wanted = name.lower().replace("-", "_")
     if wanted in NAMES:
         return wanted
     near = difflib.get_close_matches(wanted, NAMES, 1)
-    hint = f"did you mean {near[0]}?" if near else "there are " + ", ".join(NAMES)
+    hint = f"did you mean {near[0]}?" if near else "expected one of " + ", ".join(NAMES)
     raise ConfigError(f"no parameter {name!r}: {hint}")
 
 
 def shown(params: SamplingParams, name: str) -> str:
-    """Return a value as it would be typed."""
+    """Return a value as a user types it."""
     value = getattr(params, name)
     if name == "stop":
         return json.dumps(value, ensure_ascii=False) if value else "none"
@@ -70,7 +70,7 @@ def _seed(name: str, text: str) -> int | None:
 
 
 def _stops(name: str, text: str) -> tuple[str, ...]:
-    """Read one text as it stands, or a JSON list of them."""
+    """Parse one plain text, or a JSON list of texts."""
     if text.lower() in _NONE:
         return ()
     if not text.startswith("["):

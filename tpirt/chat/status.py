@@ -1,4 +1,4 @@
-"""Figures as text: the line after an answer, ``/stats`` and ``/peers``."""
+"""Statistics as text: the line after an answer, ``/stats`` and ``/peers``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 
 from tpirt.chat.console import columns
-from tpirt.cluster.roster import PeerProfile
-from tpirt.engine.engine import LoadPlan
 from tpirt.engine.token_times import token_times
+from tpirt.planning import Deployment
 from tpirt.types import RankStats, StepTimes, TokenTimes
 from tpirt.units import format_bytes
 
@@ -21,7 +20,7 @@ _CAUSES = ("compute", "io", "comm", "other")
 
 
 class Timing:
-    """When an answer's tokens came."""
+    """The times of an answer's tokens."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -30,7 +29,7 @@ class Timing:
         self._first_s = self._last_s = self._started_s
 
     def count(self) -> None:
-        """Note that a token came now."""
+        """Count a token that arrived now."""
         self._last_s = time.perf_counter()
         if self.tokens == 0:
             self._first_s = self._last_s
@@ -48,7 +47,7 @@ class Timing:
         return (self.tokens - 1) / elapsed if elapsed > 0 else None
 
     def __str__(self) -> str:
-        """TTFT and rate, as far as there are any."""
+        """TTFT and rate, where known."""
         if self.tokens == 0:
             return "no token yet"
         first = f"TTFT {self.ttft_s:.2f} s"
@@ -100,7 +99,7 @@ def _disk_rate(rank: RankStats) -> str:
 
 def _times(steps: Sequence[StepTimes], over: Callable[[Iterable[float]], float]) -> Row:
     """Sum up, or take the median of, some steps of one rank."""
-    if not steps:  # the rank did not come as far
+    if not steps:  # the rank has not reached this phase
         return ("-",) * len(_CAUSES)
     busy = [(s.compute_ms, s.io_ms, s.comm_ms) for s in steps]
     idle = [s.total_ms - sum(parts) for s, parts in zip(steps, busy, strict=True)]
@@ -127,21 +126,11 @@ def _what_gated(decoded: Sequence[TokenTimes]) -> str:
     return f"longest wait: {what}, in {times} of {len(decoded)} tokens"
 
 
-def peers_table(
-    peers: Sequence[PeerProfile], plan: LoadPlan | None, broken: Exception | None
-) -> list[str]:
-    """One line per rank: who it is, what it computes, and whether it is lost."""
+def peers_table(plan: Deployment, lost_rank: int | None) -> list[str]:
+    """One line per rank: its peer, what it computes, and whether it is lost."""
     rows = [("rank", "peer", "heads", "KV heads", "threads", "state")]
-    for peer in peers:
-        shard = plan.ranks[peer.rank].shard if plan else None
-        heads = (str(shard.q_heads.size), str(shard.kv_heads.size)) if shard else ("?", "?")
-        state = "lost" if is_lost(peer, broken) else "ok"
-        rows.append((str(peer.rank), peer.peer_id, *heads, str(peer.threads), state))
+    for rank, (peer, shard) in enumerate(zip(plan.peers, plan.shards.shards, strict=True)):
+        heads = (str(shard.q_heads.size), str(shard.kv_heads.size))
+        state = "lost" if rank == lost_rank else "ok"
+        rows.append((str(rank), peer.peer_id, *heads, str(peer.threads), state))
     return columns(rows, left=2)
-
-
-def is_lost(peer: PeerProfile, broken: Exception | None) -> bool:
-    """Tell whether ``broken`` is about this peer: such messages begin with its name."""
-    return broken is not None and str(broken).startswith(
-        (f"{peer.peer_id}:", f"peer {peer.peer_id}:")
-    )

@@ -11,10 +11,9 @@ from tpirt.cli.options import (
     Commands,
     add_engine_options,
     add_parser,
+    connected,
     count,
-    engine_options,
     run_async,
-    tell,
 )
 from tpirt.errors import RequestError
 from tpirt.types import Progress
@@ -44,12 +43,10 @@ def add_command(commands: Commands) -> None:
 
 async def _run(arguments: argparse.Namespace) -> None:
     from tpirt.chat.progress import ConsoleProgress
-    from tpirt.engine import Engine
 
     text = _read(Path(arguments.text))
     with ConsoleProgress(quiet=arguments.quiet) as progress:
-        async with Engine.connect(**engine_options(arguments, progress)) as engine:
-            tell(engine, arguments)
+        async with connected(arguments, progress) as engine:
             ids = engine.tokenizer.encode(text)
             length = min(arguments.context, engine.context_length)
             pieces = [ids[i : i + length] for i in range(0, len(ids), length)]

@@ -15,10 +15,9 @@ from tpirt.cli.options import (
     add_engine_options,
     add_parser,
     add_sampling_options,
-    engine_options,
+    connected,
     run_async,
     sampling_params,
-    tell,
 )
 from tpirt.errors import RequestError
 from tpirt.types import Message, SamplingParams
@@ -71,11 +70,9 @@ def _prompt(arguments: argparse.Namespace) -> str:
 
 async def _generate(arguments: argparse.Namespace, prompt: Prompt) -> None:
     from tpirt.chat.progress import ConsoleProgress
-    from tpirt.engine import Engine
 
     with ConsoleProgress(quiet=arguments.quiet) as progress:
-        async with Engine.connect(**engine_options(arguments, progress)) as engine:
-            tell(engine, arguments)
+        async with connected(arguments, progress) as engine:
             params = sampling_params(arguments, engine.defaults.sampling)
             if arguments.json:
                 completion = await engine.complete(prompt, params, progress)

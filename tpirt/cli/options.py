@@ -1,10 +1,11 @@
-"""Options that several commands share, and what they mean."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from tpirt.units import parse_bytes
 
 if TYPE_CHECKING:
     from tpirt.chat.progress import ConsoleProgress
-    from tpirt.engine.engine import Engine, LoadPlan, PlanCallback
+    from tpirt.engine import Engine, EngineOptions
+    from tpirt.planning import Deployment
 
 Commands = Any  # argparse's subparsers object, which has no public type
 
@@ -34,7 +36,7 @@ def add_parser(
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:
-    """``--model``; absent, the bundled model is meant."""
+    """``--model``; the bundled model when absent."""
     parser.add_argument(
         "--model", metavar="DIR", help="Hugging Face model directory (default: the bundled model)"
     )
@@ -51,7 +53,7 @@ def add_ratio_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """Where the model runs and within what bounds."""
+    """The options of :class:`tpirt.EngineOptions`, and where the ranks run."""
     add_model_option(parser)
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
@@ -70,26 +72,31 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     add_ratio_option(parser)
     parser.add_argument(
-        "--window", type=int, metavar="N", help="most blocks in memory per rank, at least 2"
+        "--window", type=int, metavar="N", help="most weight blocks in memory per rank, at least 2"
     )
     parser.add_argument(
-        "--memory", type=size, metavar="SIZE", help="most memory per rank's process, such as 900M"
+        "--memory",
+        type=size,
+        metavar="SIZE",
+        help="most memory of each rank's process, such as 900M",
     )
     add_format_options(parser)
     parser.add_argument(
         "--collective",
         default="auto",
         metavar="HOW",
-        help="how ranks sum: star, one-shot, two-shot or auto (default): what suits the links",
+        help="how partial sums are combined: star, one-shot, two-shot or auto (default), which "
+        "decides by measured links",
     )
     parser.add_argument(
         "--comm-dtype",
         default="auto",
         metavar="DTYPE",
-        help="sums between ranks in float32, bfloat16, int8 or auto (default): as fine as products",
+        help="dtype of the sums between ranks: float32, bfloat16, int8 or auto (default): bfloat16 "
+        "unless weights are in float32",
     )
     parser.add_argument(
-        "--explain", action="store_true", help="tell on stderr which links and sums were chosen"
+        "--explain", action="store_true", help="explain on stderr the plan, links and collectives"
     )
     add_process_options(parser)
     parser.add_argument(
@@ -97,18 +104,18 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         type=_seconds,
         default=60.0,
         metavar="S",
-        help="longest silence of a peer during a step, in seconds (default 60)",
+        help="longest silence of a peer before it counts as lost, in seconds (default 60)",
     )
     parser.add_argument(
         "--trace",
         metavar="FILE",
-        help="write what disk, compute and network did on every rank, for https://ui.perfetto.dev",
+        help="write a trace of disk, compute and network of all ranks, for https://ui.perfetto.dev",
     )
     parser.add_argument("--quiet", action="store_true", help="no plan and no progress on stderr")
 
 
 def add_format_options(parser: argparse.ArgumentParser) -> None:
-    """``--dtype`` and ``--quantize``: in what form weights are kept."""
+    """``--dtype`` and ``--quantize``: how weights are kept."""
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument(
         "--quantize",
@@ -130,7 +137,7 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """How tokens are chosen; what is not given is the model's own default."""
+    """How tokens are chosen; the model's own defaults when absent."""
     group = parser.add_argument_group("sampling (default: the model's generation_config.json)")
     group.add_argument("--max-tokens", type=int, metavar="N", help="default 256")
     group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
@@ -140,7 +147,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--repetition-penalty", type=float, metavar="R")
     group.add_argument("--seed", type=int, metavar="N")
     group.add_argument(
-        "--stop", action="append", metavar="TEXT", help="end at this text; may be repeated"
+        "--stop", action="append", metavar="TEXT", help="stop at this text; may be repeated"
     )
 
 
@@ -170,39 +177,54 @@ def sampling_params(arguments: argparse.Namespace, defaults: SamplingParams) -> 
     return params
 
 
-def engine_options(
-    arguments: argparse.Namespace, progress: ConsoleProgress, plans: list[LoadPlan] | None = None
-) -> dict[str, Any]:
-    """The keyword arguments of ``Engine.connect`` that the options stand for.
+def engine_options(arguments: argparse.Namespace) -> EngineOptions:
+    """Make the engine's options from the command line's.
 
-    The plan is shown on stderr before anything is loaded, and appended to ``plans``.
+    Raises:
+        ConfigError, MemoryLimitError: a value is invalid.
     """
-    return {
-        "model": arguments.model,
-        "local": arguments.local,
-        "peers": arguments.peers,
-        "ratio": arguments.ratio,
-        "window": arguments.window,
-        "memory_bytes": arguments.memory,
-        "dtype": arguments.dtype,
-        "quantize": arguments.quantize,
-        "collective": arguments.collective,
-        "comm_dtype": arguments.comm_dtype,
-        "threads": arguments.threads,
-        "store": arguments.store,
-        "timeout_s": arguments.timeout,
-        "trace": arguments.trace,
-        "progress": progress,
-        "on_plan": _plan_callback(arguments.quiet, progress, plans),
-    }
+    from tpirt.engine import EngineOptions
+
+    return EngineOptions(
+        ratio=arguments.ratio,
+        window=arguments.window,
+        memory_bytes=arguments.memory,
+        dtype=arguments.dtype,
+        quantize=arguments.quantize,
+        collective=arguments.collective,
+        comm_dtype=arguments.comm_dtype,
+        threads=arguments.threads,
+        store=arguments.store,
+        timeout_s=arguments.timeout,
+        trace=arguments.trace,
+    )
 
 
-def tell(engine: Engine, arguments: argparse.Namespace) -> None:
-    """Print on stderr what a user should know of a group that was just formed."""
-    if engine.notice and not arguments.quiet:
-        print(f"tpirt: {engine.notice}", file=sys.stderr)
-    if arguments.explain:
-        print("\n".join(engine.explain()), file=sys.stderr)
+@asynccontextmanager
+async def connected(
+    arguments: argparse.Namespace, progress: ConsoleProgress
+) -> AsyncIterator[Engine]:
+    """Connect the engine; show the plan before it loads, and how the group was formed.
+
+    Raises:
+        TpirtError: see :meth:`tpirt.Engine.connect`.
+    """
+    from tpirt.engine import Engine
+
+    def on_plan(plan: Deployment) -> None:
+        progress.close()  # its line ends before the table begins
+        _show_plan(arguments, plan)
+
+    async with Engine.connect(
+        arguments.model,
+        engine_options(arguments),
+        local=arguments.local,
+        peers=arguments.peers,
+        progress=progress,
+        on_plan=on_plan,
+    ) as engine:
+        _tell(arguments, engine)
+        yield engine
 
 
 def run_async(main: Coroutine[Any, Any, None]) -> None:
@@ -217,19 +239,22 @@ def run_async(main: Coroutine[Any, Any, None]) -> None:
         uvloop.run(main)
 
 
-def _plan_callback(
-    quiet: bool, progress: ConsoleProgress, plans: list[LoadPlan] | None
-) -> PlanCallback:
-    def take(plan: LoadPlan) -> None:
-        from tpirt.chat.plan_view import show_plan
+def _show_plan(arguments: argparse.Namespace, plan: Deployment) -> None:
+    from tpirt.chat.console import printable
+    from tpirt.chat.plan_view import show_plan
 
-        progress.close()  # its line ends before the table begins
-        if not quiet:
-            show_plan(plan, sys.stderr)
-        if plans is not None:
-            plans.append(plan)
+    if not arguments.quiet:
+        show_plan(plan, sys.stderr)
+    if arguments.explain:
+        print("\n".join(map(printable, plan.explain())), file=sys.stderr)
 
-    return take
+
+def _tell(arguments: argparse.Namespace, engine: Engine) -> None:
+    """Print on stderr what a user should know of the group."""
+    if engine.notice and not arguments.quiet:
+        print(f"tpirt: {engine.notice}", file=sys.stderr)
+    if arguments.explain:
+        print("\n".join(engine.explain()), file=sys.stderr)
 
 
 def _ratio(text: str) -> tuple[float, ...]:
@@ -237,7 +262,7 @@ def _ratio(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r}: expected numbers with commas between them, such as 2,1,1"
+            f"{text!r}: expected numbers separated by commas, such as 2,1,1"
         ) from None
 
 
@@ -246,15 +271,15 @@ def _addresses(text: str) -> tuple[str, ...]:
     for address in addresses:
         split_address(address)
         if addresses.count(address) > 1:
-            raise argparse.ArgumentTypeError(f"{address!r}: stands there twice")
+            raise argparse.ArgumentTypeError(f"{address!r}: listed twice")
     return addresses
 
 
 def split_address(text: str, lowest_port: int = 1) -> tuple[str, int]:
-    """Split ``host:port``; an IPv6 host stands in brackets.
+    """Split ``host:port``; an IPv6 host is written in brackets.
 
     Raises:
-        argparse.ArgumentTypeError: not of that form.
+        argparse.ArgumentTypeError: the text has another form.
     """
     host, _, port = text.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")
@@ -287,12 +312,12 @@ def size(text: str) -> int:
 
 
 def count(text: str) -> int:
-    """Argument type of a whole number from 1 on."""
+    """Argument type of a whole number, at least 1."""
     return whole_number(text, lowest=1)
 
 
 def whole_number(text: str, lowest: int = 0) -> int:
-    """Argument type of a whole number from 0 on."""
+    """Argument type of a whole number, at least ``lowest``."""
     if not (text.isdecimal() and len(text) < 10 and int(text) >= lowest):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from {lowest} on")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, at least {lowest}")
     return int(text)

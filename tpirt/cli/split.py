@@ -35,27 +35,22 @@ def add_command(commands: Commands) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     from tpirt.chat.progress import ConsoleProgress
-    from tpirt.cluster.machine import int4_layout
     from tpirt.cluster.provision import SliceMaker, split_model
     from tpirt.cluster.roster import this_peer
-    from tpirt.engine.dtype import choose_dtype
     from tpirt.engine.engine import BUNDLED_MODEL, open_model
-    from tpirt.ops.quant import QuantSpec
-    from tpirt.sharding.format import WeightFormat
-    from tpirt.sharding.partition import make_plan
+    from tpirt.planning import PlanOptions, plan_model
     from tpirt.units import format_bytes
     from tpirt.weights.store import SliceStore
 
+    options = PlanOptions(ratio=arguments.ratio, dtype=arguments.dtype, quantize=arguments.quantize)
     model = open_model(Path(arguments.model) if arguments.model else BUNDLED_MODEL)
     with model.checkpoint:
-        plan = make_plan(model.config, arguments.world_size, arguments.ratio)
-        dtype = choose_dtype(model.config, arguments.dtype, [this_peer(threads=1)])
-        print(f"dtype {dtype.name} ({dtype.reason})")
-        form = WeightFormat(dtype.dtype, QuantSpec.parse(arguments.quantize), int4_layout())
-        maker = SliceMaker(model.checkpoint, model.config, form)
+        plan = plan_model(model.config, arguments.world_size, this_peer(threads=1), options)
+        print(f"dtype {plan.dtype.name} ({plan.dtype.reason})")
+        maker = SliceMaker(model.checkpoint, model.config, plan.ranks[0].form)
         out = Path(arguments.out)
         stores = [SliceStore(out / f"rank{rank}") for rank in range(plan.world_size)]
         with ConsoleProgress(quiet=arguments.quiet) as progress:
-            slices = split_model(maker, plan, stores, progress)
+            slices = split_model(maker, plan.shards, stores, progress)
     for rank, stored in enumerate(slices):
         print(f"rank {rank}: {stored.path} ({format_bytes(stored.manifest.nbytes)})")

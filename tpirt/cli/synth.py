@@ -45,25 +45,21 @@ def add_command(commands: Commands) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     from tpirt.chat.progress import ConsoleProgress
-    from tpirt.cluster.machine import int4_layout
     from tpirt.cluster.roster import this_peer
     from tpirt.cluster.synth import make_synthetic
     from tpirt.config import ModelConfig
-    from tpirt.engine.dtype import choose_dtype
-    from tpirt.ops.quant import QuantSpec
-    from tpirt.sharding.format import WeightFormat
-    from tpirt.sharding.partition import make_plan
+    from tpirt.planning import PlanOptions, plan_model
     from tpirt.units import format_bytes
     from tpirt.weights.shapes import find_shape
 
     shape = find_shape(arguments.shape)
     config = ModelConfig.from_hf(shape)
-    plan = make_plan(config, arguments.world_size, arguments.ratio)
-    dtype = choose_dtype(config, arguments.dtype, [this_peer(threads=1)])
-    form = WeightFormat(dtype.dtype, QuantSpec.parse(arguments.quantize), int4_layout())
+    options = PlanOptions(ratio=arguments.ratio, dtype=arguments.dtype, quantize=arguments.quantize)
+    plan = plan_model(config, arguments.world_size, this_peer(threads=1), options)
+    form = plan.ranks[0].form
     out = Path(arguments.out)
-    print(f"dtype {dtype.name} ({dtype.reason})")
+    print(f"dtype {plan.dtype.name} ({plan.dtype.reason})")
     with ConsoleProgress(quiet=arguments.quiet) as progress:
-        slices = make_synthetic(out, shape, arguments.seed, plan, form, progress)
+        slices = make_synthetic(out, shape, arguments.seed, plan.shards, form, progress)
     for rank, stored in enumerate(slices):
         print(f"rank {rank}: {stored.path} ({format_bytes(stored.manifest.nbytes)})")

@@ -5,53 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from tpirt.batch import Algorithm, Collective, CommDtype
 from tpirt.cluster.probing import measure
 from tpirt.collectives.cost_model import Chooser, Machine, Topology
 from tpirt.collectives.links import LinkSet
-from tpirt.errors import ConfigError, TpirtError, TransportError
+from tpirt.errors import TpirtError, TransportError
+from tpirt.planning import CollectiveOptions
 from tpirt.protocol.link import Link
 from tpirt.protocol.messages import LinkQuality, LinkState, MeasureLink
 from tpirt.types import Progress, ProgressCallback
 
-AUTO = "auto"
 _WORTH_HIDING_S = 4e-3
 _LEAST_SPLIT = 32
 _DECODED_TOKENS = 8  # steps of more are not learnt from: their ranks wait for each other's compute
-
-
-@dataclass(frozen=True)
-class CollectiveOptions:
-    """What the user asks for; None leaves it to us."""
-
-    algorithm: Algorithm | None = None
-    comm_dtype: CommDtype | None = None
-
-    @classmethod
-    def parse(cls, collective: str, comm_dtype: str) -> CollectiveOptions:
-        """Read the values of ``--collective`` and ``--comm-dtype``.
-
-        Raises:
-            ConfigError: none that there is.
-        """
-        try:
-            algorithm = None if collective == AUTO else Algorithm(collective)
-        except ValueError:
-            names = ", ".join([AUTO, *(known.value for known in Algorithm)])
-            raise ConfigError(f"collective {collective!r}: expected one of {names}") from None
-        try:
-            return cls(algorithm, None if comm_dtype == AUTO else CommDtype(comm_dtype))
-        except ValueError:
-            names = ", ".join([AUTO, *(known.value for known in CommDtype)])
-            raise ConfigError(f"comm_dtype {comm_dtype!r}: expected one of {names}") from None
-
-    def comm_dtype_for(self, dtype: torch.dtype) -> CommDtype:
-        """The form of sums where products are of ``dtype``: no finer than they are."""
-        if self.comm_dtype is not None:
-            return self.comm_dtype
-        return CommDtype.keeping(dtype)
 
 
 Pair = tuple[int, int]  # of ranks, the lower first

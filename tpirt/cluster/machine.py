@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import sys
 import uuid
+from functools import cache
 from pathlib import Path
 
 import psutil
+import torch
+import torch.nn.functional as F
 
 from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout, local_layout
 
@@ -87,6 +91,31 @@ def default_threads(processes: int = 1) -> int:
 def resident_bytes() -> int:
     """Return this process's resident memory."""
     return int(psutil.Process().memory_info().rss)
+
+
+@cache
+def base_bytes() -> int:
+    """Return this process's resident memory before it holds anything of a model.
+
+    Measured at the first call, which comes before the first session: later, what the allocator
+    keeps of a session could not be told from it. torch's kernels run once before, because they
+    allocate memory that they keep.
+    """
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(16, 64, dtype=dtype)
+        x = F.silu(F.linear(x, torch.ones(64, 64, dtype=dtype)))
+        heads = x.view(1, 1, 16, 64)
+        F.scaled_dot_product_attention(heads, heads, heads, is_causal=True).float().sum().item()
+    release_free_memory()
+    return resident_bytes()
+
+
+def release_free_memory() -> None:
+    """Return the allocator's free memory to the system, where the C library can (glibc)."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def peak_resident_bytes() -> int:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 
 from tpirt.batch import Batch
 from tpirt.cluster.cancellation import in_thread
 from tpirt.cluster.kernels import choose_kernels
-from tpirt.cluster.machine import int4_layout, peak_resident_bytes, resident_bytes
+from tpirt.cluster.machine import (
+    base_bytes,
+    int4_layout,
+    peak_resident_bytes,
+    release_free_memory,
+)
 from tpirt.cluster.stats import Counters, StepLog
 from tpirt.collectives.algorithms import GroupCommunicator
 from tpirt.collectives.base import Communicator, SingleRankCommunicator, TimedCommunicator
@@ -19,30 +21,16 @@ from tpirt.collectives.links import LinkSet
 from tpirt.config import ModelConfig
 from tpirt.errors import MemoryLimitError, StoreError, TransportError
 from tpirt.model.decoder import Decoder
-from tpirt.model.memory import SLACK_BYTES, activation_bytes
+from tpirt.planning import Limits, MemoryBudget, format_limit
 from tpirt.sharding.blocks import rank_blocks
 from tpirt.sharding.program import Program
 from tpirt.stopwatch import Recorder
 from tpirt.types import ProgressCallback, RankStats
 from tpirt.units import format_bytes
 from tpirt.weights.store import StoredSlice
-from tpirt.weights.streamer import MIN_SLOTS, WeightStreamer
+from tpirt.weights.streamer import WeightStreamer
 
 _LEAST_FRAME_LIMIT = 8 << 20  # traces, statistics of thousands of steps
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds of one rank; None means no bound. ``memory_bytes`` is of the whole process.
-
-    ``trace_spans`` is how many spans each lane of a trace may hold; 0 for no trace.
-    """
-
-    window_blocks: int | None
-    memory_bytes: int | None
-    chunk_tokens: int
-    timeout_s: float
-    trace_spans: int = 0
 
 
 def frame_limit(config: ModelConfig, limits: Limits) -> int:
@@ -60,7 +48,6 @@ class RankRuntime:
         world_size: int,
         links: LinkSet,
         limits: Limits,
-        base_bytes: int | None = None,
     ):
         """Choose kernels and begin to read weights; takes a while, so call it in a thread.
 
@@ -70,7 +57,6 @@ class RankRuntime:
             world_size: number of ranks.
             links: this rank's links to the others.
             limits: its bounds.
-            base_bytes: what the process takes without a model; measured when absent.
 
         Raises:
             MemoryLimitError: the limit is below what two blocks and a step need.
@@ -87,23 +73,23 @@ class RankRuntime:
         manifest = stored.manifest
         form = manifest.form
         _check_layout(stored)
-        _warm_up(form.dtype)
+        self._budget = MemoryBudget.of(
+            config, manifest.shard, comm.world_size, form, base_bytes(), limits
+        )
+        self._reserved = (limits.chunk_tokens, 0)  # tokens of a step, bytes of keys and values
         blocks = rank_blocks(config, manifest.shard, form)
         kernels = choose_kernels(stored.path, blocks)
-        self._shard = manifest.shard
-        base_bytes = resident_bytes() if base_bytes is None else base_bytes
-        self._base_bytes = base_bytes + SLACK_BYTES
-        self._reserved = (self._work_bytes(limits.chunk_tokens), 0)
+        release_free_memory()  # of trying kernels
         try:
             self.window = WeightStreamer(
                 stored,
                 blocks,
                 max_blocks=limits.window_blocks,
-                budget_bytes=self._budget(*self._reserved),
+                budget_bytes=self._budget.left_for_weights(),
                 recorder=self.recorder,
             )
         except MemoryLimitError as exc:
-            raise self._too_little(exc, max(file.nbytes for file in manifest.blocks)) from exc
+            raise self._too_little(exc) from exc
         self.decoder = Decoder(
             config,
             manifest.shard,
@@ -210,6 +196,7 @@ class RankRuntime:
     async def free(self, slot: int) -> None:
         """Drop a sequence's keys and values; their memory goes to the weights."""
         self.decoder.kv.free(slot)
+        await self._divide(1, self.decoder.kv.nbytes, 0)
 
     def stats(self, since_step: int = 0) -> RankStats:
         """What was measured since step ``since_step`` began; 0: since the session began."""
@@ -229,9 +216,11 @@ class RankRuntime:
         )
 
     async def aclose(self) -> None:
-        """Stop the threads and let go of the memory."""
+        """Stop the threads and return the memory to the system."""
         self.decoder.close()
         await self.window.aclose()
+        del self.decoder  # its keys and values
+        release_free_memory()
 
     def _counters(self) -> Counters:
         sent, received = self._links.traffic
@@ -250,39 +239,41 @@ class RankRuntime:
         clocks = (self.decoder.clock, self.window.clock, self.comm.clock)
         return max(clock.ended_ns for clock in clocks)
 
-    def _work_bytes(self, tokens: int) -> int:
-        """What a step of about so many tokens takes: of few sizes, so that plans rarely change."""
-        rounded = 1 << (tokens - 1).bit_length()
-        return activation_bytes(
-            self.config,
-            self._shard,
-            self.comm.world_size,
-            min(rounded, self._limits.chunk_tokens),
-        )
-
-    def _budget(self, work_bytes: int, kv_bytes: int) -> int | None:
-        limit = self._limits.memory_bytes
-        return None if limit is None else limit - self._base_bytes - work_bytes - kv_bytes
-
-    def _too_little(self, exc: MemoryLimitError, block_bytes: int) -> MemoryLimitError:
-        limit, rank = self._limits.memory_bytes, self.comm.rank
-        if limit is None:
+    def _too_little(self, exc: MemoryLimitError) -> MemoryLimitError:
+        budget, rank = self._budget, self.comm.rank
+        if budget.limits.memory_bytes is None:
             return MemoryLimitError(f"rank {rank}: {exc}")
-        fixed = self._base_bytes + self._reserved[0]
-        needed = fixed + MIN_SLOTS * block_bytes
+        enough = format_limit(budget.advised_bytes())
         return MemoryLimitError(
-            f"rank {rank}: of the memory limit of {format_bytes(limit)}, "
-            f"{format_bytes(fixed)} go to the process and a step's work; {exc}; "
-            f"raise --memory to at least {format_bytes(needed)}, and some for the conversation"
+            f"rank {rank}: {budget.shortage}; raise --memory to at least {enough}"
         )
 
     async def _make_room(self, batch: Batch) -> None:
+        """Give the step and the KV store what they need, and the weights the rest.
+
+        The store can need less than before; after a long prompt, so does a step. Resident blocks
+        are given up, or read again, accordingly.
+        """
         kv_bytes = self.decoder.kv.bytes_for(batch.segments)
-        reserved = (self._work_bytes(batch.tokens), kv_bytes)
-        budget = self._budget(*reserved)
-        if budget is None or reserved == self._reserved:
+        await self._divide(batch.tokens, kv_bytes, max(s.rope_length for s in batch.segments))
+
+    async def _divide(self, tokens: int, kv_bytes: int, context: int) -> None:
+        """Divide the memory limit for steps of ``tokens`` tokens and a KV store of some size."""
+        reserved = (tokens, kv_bytes)
+        before = self._budget.left_for_weights(*self._reserved)
+        left = self._budget.left_for_weights(*reserved)
+        if left is None or before is None or left == before:
             return
-        self.window.set_budget(budget)
+        if left > before:
+            release_free_memory()  # what steps and the store no longer need is the weights' now
+        try:
+            await self.window.set_budget(left)
+        except MemoryLimitError as exc:
+            raise MemoryLimitError(
+                f"rank {self.comm.rank}: {context} tokens of context need "
+                f"{format_bytes(kv_bytes)} of KV cache, and then {exc}; raise --memory to at least "
+                f"{format_limit(self._budget.advised_bytes(context))}, or shorten the conversation"
+            ) from exc
         self._reserved = reserved
 
 
@@ -294,11 +285,3 @@ def _check_layout(stored: StoredSlice) -> None:
             f"{stored.path}: its weights are laid out for a CPU of layout {form.layout.name}, "
             f"this one wants {mine.name}; remove it, and have the slice made for this machine"
         )
-
-
-def _warm_up(dtype: torch.dtype) -> None:
-    """Have torch's kernels allocate what they keep, so that it counts as this process's base."""
-    x = torch.ones(16, 64, dtype=dtype)
-    x = F.silu(F.linear(x, torch.ones(64, 64, dtype=dtype)))
-    heads = x.view(1, 1, 16, 64)
-    F.scaled_dot_product_attention(heads, heads, heads, is_causal=True).float().sum().item()

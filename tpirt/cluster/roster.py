@@ -1,13 +1,13 @@
-"""The peers of a group: what each one is, asked before anything is planned."""
+"""The peers of a group and their profiles, which the planner starts from."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from tpirt.cluster.machine import (
     available_bytes,
+    base_bytes,
     has_bfloat16,
     host_id,
     int4_layout,
@@ -17,6 +17,7 @@ from tpirt.cluster.machine import (
 from tpirt.collectives.cost_model import Machine
 from tpirt.errors import HandshakeError
 from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout
+from tpirt.planning import PeerProfile
 from tpirt.protocol.messages import (
     PROTOCOL_VERSION,
     HelloReply,
@@ -28,22 +29,6 @@ from tpirt.transport.base import PeerClient
 from tpirt.version import __version__
 
 _HELLO_TIMEOUT_S = 10.0
-_SHARE_OF_FREE_MEMORY = 0.85
-
-
-@dataclass(frozen=True)
-class PeerProfile:
-    """What one rank's peer said of itself when it was asked."""
-
-    rank: int
-    peer_id: str
-    host_id: str
-    memory_bytes: int | None
-    available_bytes: int
-    threads: int
-    cores: int
-    bfloat16: bool
-    int4_layout: Layout
 
 
 def this_peer(threads: int) -> PeerProfile:
@@ -58,6 +43,7 @@ def this_peer(threads: int) -> PeerProfile:
         cores=machine_cores(),
         bfloat16=has_bfloat16(),
         int4_layout=int4_layout(),
+        base_bytes=base_bytes(),
     )
 
 
@@ -72,35 +58,23 @@ async def profile_peers(clients: Sequence[PeerClient], threads: int) -> list[Pee
     others = [
         PeerProfile(
             rank,
-            client.peer_id,
-            reply.host_id,
-            reply.memory_bytes,
-            reply.available_bytes,
-            reply.threads,
-            reply.cores,
-            reply.bfloat16,
-            Layout.named(reply.int4_layout) or PORTABLE_LAYOUT,
+            peer_id=client.peer_id,
+            host_id=reply.host_id,
+            memory_bytes=reply.memory_bytes,
+            available_bytes=reply.available_bytes,
+            threads=reply.threads,
+            cores=reply.cores,
+            bfloat16=reply.bfloat16,
+            int4_layout=Layout.named(reply.int4_layout) or PORTABLE_LAYOUT,
+            base_bytes=reply.base_bytes,
         )
         for rank, (client, reply) in enumerate(zip(clients, replies, strict=True), start=1)
     ]
     return [this_peer(threads), *others]
 
 
-def memory_limits(peers: Sequence[PeerProfile], asked: int | None) -> list[int]:
-    """Decide each rank's memory limit: what was asked for, or a fair share of what is free.
-
-    Ranks on one machine share its free memory; a tenth and a half stays for everything else.
-    """
-    limits = []
-    for peer in peers:
-        beside = sum(other.host_id == peer.host_id for other in peers)
-        share = int(peer.available_bytes * _SHARE_OF_FREE_MEMORY / beside)
-        limits.append(min(asked or share, peer.memory_bytes or asked or share))
-    return limits
-
-
 def machines(peers: Sequence[PeerProfile]) -> list[Machine]:
-    """Who shares a machine's cores with whom."""
+    """Group ranks by the machine whose cores they share."""
     found: dict[str, list[PeerProfile]] = {}
     for peer in peers:
         found.setdefault(peer.host_id, []).append(peer)

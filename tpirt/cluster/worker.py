@@ -9,13 +9,14 @@ from collections.abc import AsyncIterator, Callable
 from tpirt.cluster.cancellation import in_thread
 from tpirt.cluster.machine import (
     available_bytes,
+    base_bytes,
     has_bfloat16,
     host_id,
     int4_layout,
     machine_cores,
     resident_bytes,
 )
-from tpirt.cluster.rank import Limits, RankRuntime, frame_limit
+from tpirt.cluster.rank import RankRuntime, frame_limit
 from tpirt.cluster.session import Prepared, WorkerSession
 from tpirt.cluster.tracing import TRACE_SPANS
 from tpirt.cluster.worker_links import Connect, Switchboard, WorkerLinks
@@ -29,6 +30,7 @@ from tpirt.errors import (
     TpirtError,
     TransportError,
 )
+from tpirt.planning import Limits
 from tpirt.protocol.link import Link
 from tpirt.protocol.messages import (
     PROTOCOL_VERSION,
@@ -77,7 +79,6 @@ class Worker:
         self._log = log
         self._connect = connect
         self._board = Switchboard()
-        self._base_bytes = resident_bytes()  # before any session: what later ones leave is not base
         self._session: WorkerSession | None = None
         self._free = asyncio.Condition()
 
@@ -138,7 +139,7 @@ class Worker:
             host_id=host_id(),
             memory_bytes=self._memory_bytes,
             available_bytes=available_bytes() + resident_bytes(),
-            base_bytes=self._base_bytes,
+            base_bytes=base_bytes(),
             threads=self._threads,
             cores=machine_cores(),
             bfloat16=has_bfloat16(),
@@ -189,7 +190,6 @@ class Worker:
             window_blocks=setup.window_blocks,
             memory_bytes=min(own, asked) if own and asked else own or asked,
             chunk_tokens=setup.chunk_tokens,
-            timeout_s=setup.timeout_ms / 1e3,
             trace_spans=min(setup.trace_spans, TRACE_SPANS),
         )
         limit = frame_limit(config, limits)
@@ -197,7 +197,7 @@ class Worker:
         links.add(master)
         runtime = await RankRuntime.open(config, stored, setup.world_size, links, limits)
         master.channel.frame_limit = limit
-        workers = WorkerLinks(links, self._connect, self._board, limits.timeout_s, limit)
+        workers = WorkerLinks(links, self._connect, self._board, setup.timeout_ms / 1e3, limit)
         return Prepared(runtime, links, workers)
 
 

@@ -2,5 +2,6 @@
 
 from tpirt.engine.conversation import Conversation
 from tpirt.engine.engine import Engine
+from tpirt.engine.options import EngineOptions
 
-__all__ = ["Conversation", "Engine"]
+__all__ = ["Conversation", "Engine", "EngineOptions"]

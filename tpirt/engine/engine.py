@@ -19,25 +19,20 @@ import torch
 import torch.nn.functional as F
 
 from tpirt.batch import Collective, Segment
-from tpirt.cluster.collective_policy import CollectiveOptions
 from tpirt.cluster.group import Group
 from tpirt.cluster.launcher import LocalPeers
 from tpirt.cluster.machine import default_threads
 from tpirt.cluster.provision import SliceMaker, distribute
-from tpirt.cluster.rank import Limits
-from tpirt.cluster.roster import PeerProfile, memory_limits, profile_peers
+from tpirt.cluster.roster import profile_peers
 from tpirt.cluster.tracing import TRACE_SPANS
 from tpirt.config import ModelConfig
 from tpirt.engine.defaults import GenerationDefaults
-from tpirt.engine.dtype import ChosenDtype, choose_dtype
+from tpirt.engine.options import EngineOptions
 from tpirt.engine.sampler import Sampler, check_params
 from tpirt.engine.token_times import token_times
 from tpirt.engine.trace_file import TraceFile
-from tpirt.errors import ConfigError, MemoryLimitError, RequestError, TpirtError
-from tpirt.model.memory import RankPlan, choose_chunk_tokens, logits_tokens, plan_rank
-from tpirt.ops.quant import QuantSpec
-from tpirt.sharding.format import WeightFormat
-from tpirt.sharding.partition import make_plan
+from tpirt.errors import ConfigError, RequestError, TpirtError
+from tpirt.planning import Deployment, PeerProfile, plan
 from tpirt.text import StopMatcher, Tokenizer
 from tpirt.transport.base import PeerClient
 from tpirt.transport.grpc import GrpcPeerClient
@@ -54,15 +49,12 @@ from tpirt.types import (
 from tpirt.weights.checkpoint import Checkpoint, check_tensors, resolve_tied
 from tpirt.weights.names import EMBEDDING
 from tpirt.weights.store import SliceStore, default_store
-from tpirt.weights.streamer import MIN_SLOTS
 from tpirt.weights.synthetic import AnyCheckpoint, SyntheticCheckpoint, is_synthetic
 
 Prompt = str | Sequence[int] | Sequence[Message]
 
 BUNDLED_MODEL = Path(__file__).parent.parent / "demo"
 _SLOT = 0  # the one sequence of the KV store
-DEFAULT_TIMEOUT_S = 60.0
-MAX_TIMEOUT_S = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -81,39 +73,22 @@ class Model:
     defaults: GenerationDefaults
 
 
-@dataclass(frozen=True)
-class LoadPlan:
-    """What will be loaded where, known before anything is; entry ``r`` is rank ``r``'s."""
-
-    dtype: ChosenDtype
-    ranks: tuple[RankPlan, ...]
-    peers: tuple[PeerProfile, ...]
-    limits: tuple[Limits, ...]
-
-
-PlanCallback = Callable[[LoadPlan], None]
+PlanCallback = Callable[[Deployment], None]
 
 
 class Engine:
     """A loaded model, ready to generate; made by :meth:`connect`. One request runs at a time."""
 
-    def __init__(
-        self,
-        model: Model,
-        group: Group,
-        peers: Sequence[PeerProfile],
-        chunk_tokens: int,
-        loss_tokens: int,
-    ):
+    def __init__(self, model: Model, group: Group, deployment: Deployment):
         self.config = model.config
         self.tokenizer = model.tokenizer
         self.defaults = model.defaults
-        self.peers = peers
+        self.deployment = deployment
         self._checkpoint = model.checkpoint
         self._embedding = model.embedding
         self._group = group
-        self._chunk_tokens = chunk_tokens
-        self._loss_tokens = loss_tokens
+        self._chunk_tokens = deployment.chunk_tokens
+        self._loss_tokens = deployment.logits_tokens
         self._cached: list[int] = []  # ids whose keys and values every rank holds
         self._rope_length = 0  # the longest that their keys were rotated for
         self._turn = asyncio.Lock()  # requests take turns
@@ -126,112 +101,69 @@ class Engine:
     async def connect(
         cls,
         model: str | Path | None = None,
+        options: EngineOptions | None = None,
         *,
         local: int = 1,
         peers: Sequence[str | PeerClient] = (),
-        ratio: Sequence[float] | None = None,
-        window: int | None = None,
-        memory_bytes: int | None = None,
-        dtype: str = "auto",
-        quantize: str = "none",
-        collective: str = "auto",
-        comm_dtype: str = "auto",
-        threads: int | None = None,
-        chunk_tokens: int | None = None,
-        store: str | Path | None = None,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-        trace: str | Path | None = None,
         progress: ProgressCallback = ignore_progress,
         on_plan: PlanCallback | None = None,
     ) -> AsyncIterator[Engine]:
         """Load a model over this process and its workers; an async context manager.
 
-        Leaving it dismisses remote workers and ends local ones, whatever happened.
+        On leaving, local workers end and remote ones wait for another master.
 
         Args:
             model: Hugging Face model directory; the bundled model when absent.
-            local: world size on this machine; ``local - 1`` worker processes are started.
-            peers: addresses ``host:port`` of running workers, or clients of another transport
-                than gRPC (closed on leaving), instead of ``local``.
-            ratio: relative share of each rank, this process first; even when absent.
-            window: most blocks in memory per rank.
-            memory_bytes: most memory of each rank's process; a share of what is free when absent.
-            dtype: ``auto``, ``float32`` or ``bfloat16``.
-            quantize: ``none``, ``int8``, ``int4`` or ``int4:GROUP`` with 32, 64 or 128: how the
-                projections are stored; the LM head is kept in 8 bits at least.
-            collective: how the ranks' results are summed: ``star``, ``one-shot``, ``two-shot``, or
-                ``auto``: what suits the links, as measured.
-            comm_dtype: dtype of the sums between ranks: ``float32``, ``bfloat16``, ``int8``, or
-                ``auto``: float32 for a float32 run, else bfloat16.
-            threads: compute threads per process; the machine's cores shared out when absent.
-            chunk_tokens: most tokens of a prefill step; chosen by ``memory_bytes`` when absent.
-            store: folder of this machine's slices; when absent ``~/.cache/tpirt/slices``, or a
-                synthetic model's own ``slices``.
-            timeout_s: longest silence of a rank during a step before it is given up.
-            trace: file for a trace of all ranks, written on leaving; see
-                :mod:`tpirt.engine.trace_file`.
+            options: how to run it; defaults when absent.
+            local: number of ranks on this machine; ``local - 1`` worker processes are started.
+            peers: running workers instead, as addresses ``host:port`` or clients of another
+                transport than gRPC, which are closed on leaving.
             progress: called with progress reports, also from other threads.
-            on_plan: called with what each rank will hold, before anything is loaded.
+            on_plan: called with the plan before any weights are loaded.
 
         Raises:
-            ConfigError, CheckpointError, TokenizerError: the model or an option is at fault.
-            MemoryLimitError: a limit is too low; says how much is needed.
+            ConfigError, CheckpointError, TokenizerError: the model or an option is invalid.
+            MemoryLimitError: a memory limit is too low; names one that works.
             StoreError: slices cannot be written or read.
             HandshakeError: a peer is of another version, or busy.
-            PeerUnreachableError, PeerLostError: a peer does not answer or went away.
+            PeerUnreachableError, PeerLostError: a peer does not answer, or is lost.
             RequestError: the trace cannot be written.
         """
-        path = Path(model) if model is not None else BUNDLED_MODEL
-        if peers and local != 1:
-            raise ConfigError("local and peers exclude each other: give one of them")
-        _check_options(window, memory_bytes, threads, chunk_tokens, timeout_s)
-        quant = QuantSpec.parse(quantize)
-        sums = CollectiveOptions.parse(collective, comm_dtype)
-        world_size = len(peers) + 1 if peers else local
+        options = options or EngineOptions()
         async with AsyncExitStack() as stack:
-            trace_file = stack.enter_context(TraceFile(Path(trace))) if trace is not None else None
-            model_dir = await asyncio.to_thread(open_model, path)
-            config = model_dir.config
-            slices = SliceStore(Path(store) if store else model_dir.store)
-            stack.enter_context(model_dir.checkpoint)
-            plan = make_plan(config, world_size, ratio)
-            threads = threads or default_threads(local)
+            trace = None
+            if options.trace is not None:
+                trace = stack.enter_context(TraceFile(Path(options.trace)))
+            path = BUNDLED_MODEL if model is None else Path(model)
+            opened = await asyncio.to_thread(open_model, path)
+            stack.enter_context(opened.checkpoint)
+            store = SliceStore(Path(options.store or opened.store))
+            threads = options.threads or default_threads(local)
             stack.enter_context(_compute_threads(threads))
-            if local > 1:
-                progress(Progress("starting peers", 0, local - 1, "peers"))
-                started = LocalPeers(local - 1, threads, slices.root)
-                peers = (await stack.enter_async_context(started)).addresses
-                progress(Progress("starting peers", local - 1, local - 1, "peers"))
-            clients = [GrpcPeerClient(p) if isinstance(p, str) else p for p in peers]
-            group = Group(clients, timeout_s, progress)
+            workers = _clients(local, peers, threads, store, progress)
+            clients = await stack.enter_async_context(workers)
+            group = Group(clients, options.timeout_s, progress)
             stack.push_async_callback(group.aclose)
-            infos = await profile_peers(clients, threads)
-            chosen = choose_dtype(config, dtype, infos)
-            forms = [WeightFormat(chosen.dtype, quant, peer.int4_layout) for peer in infos]
-            makers = [SliceMaker(model_dir.checkpoint, config, form) for form in forms]
-            limits = memory_limits(infos, memory_bytes)
-            chunk = chunk_tokens or choose_chunk_tokens(config, plan.shards, memory_bytes)
-            spans = TRACE_SPANS if trace_file else 0
-            bounds = tuple(Limits(window, limit, chunk, timeout_s, spans) for limit in limits)
-            ranks = tuple(plan_rank(config, plan, r, f, chunk) for r, f in enumerate(forms))
+            profiles = await profile_peers(clients, threads)
+            spans = TRACE_SPANS if trace else 0
+            deployment = plan(opened.config, profiles, options, trace_spans=spans)
             if on_plan is not None:
-                on_plan(LoadPlan(chosen, ranks, tuple(infos), bounds))
-            await distribute(makers, plan, slices, clients, timeout_s, progress)
-            from tpirt.planning import Deployment
-
-            deployment = Deployment(config, bounds, tuple(infos), ranks, sums, world_size)
-            manifests = [m.manifest(plan.shards[r]) for r, m in enumerate(makers)]
-            await group.form(deployment, manifests, slices.find(manifests[0].slice_id))
-            loss_tokens = logits_tokens(config, plan.shards[0], world_size, chunk)
-            engine = cls(model_dir, group, infos, chunk, loss_tokens)
-            if trace_file is not None:
-                await stack.enter_async_context(trace_file.saved(group.trace, engine.name))
+                on_plan(deployment)
+            await _load(opened, deployment, store, clients, group, options.timeout_s, progress)
+            engine = cls(opened, group, deployment)
+            if trace is not None:
+                await stack.enter_async_context(trace.saved(group.trace, engine.name))
             yield engine
 
     @property
     def name(self) -> str:
         """The model directory's name."""
         return self._checkpoint.path.resolve().name
+
+    @property
+    def peers(self) -> Sequence[PeerProfile]:
+        """The process of every rank."""
+        return self.deployment.peers
 
     @property
     def world_size(self) -> int:
@@ -535,31 +467,43 @@ def open_model(path: Path) -> Model:
     return Model(config, checkpoint, embedding, default_store(), tokenizer, defaults)
 
 
-def _check_options(
-    window: int | None,
-    memory_bytes: int | None,
-    threads: int | None,
-    chunk_tokens: int | None,
+@asynccontextmanager
+async def _clients(
+    local: int,
+    peers: Sequence[str | PeerClient],
+    threads: int,
+    store: SliceStore,
+    progress: ProgressCallback,
+) -> AsyncIterator[list[PeerClient]]:
+    """Clients of the peers, or of ``local - 1`` worker processes that live as long as this."""
+    if local < 1 or (peers and local != 1):
+        raise ConfigError(f"local {local}: expected at least 1, and no peers beyond 1")
+    async with AsyncExitStack() as stack:
+        if local > 1:
+            progress(Progress("starting peers", 0, local - 1, "peers"))
+            started = LocalPeers(local - 1, threads, store.root)
+            peers = (await stack.enter_async_context(started)).addresses
+            progress(Progress("starting peers", local - 1, local - 1, "peers"))
+        yield [GrpcPeerClient(peer) if isinstance(peer, str) else peer for peer in peers]
+
+
+async def _load(
+    model: Model,
+    deployment: Deployment,
+    store: SliceStore,
+    clients: Sequence[PeerClient],
+    group: Group,
     timeout_s: float,
+    progress: ProgressCallback,
 ) -> None:
-    if window is not None and window < MIN_SLOTS:
-        raise MemoryLimitError(
-            f"window {window}: at least {MIN_SLOTS} blocks are needed, one in use and one being "
-            "read"
-        )
-    for name, value, most in (
-        ("window", window, 2**31 - 1),
-        ("memory_bytes", memory_bytes, 2**63 - 1),
-        ("threads", threads, 1024),
-        ("chunk_tokens", chunk_tokens, 2**31 - 1),
-    ):
-        if value is not None and not 1 <= value <= most:
-            raise ConfigError(f"{name}: expected a number from 1 to {most}, got {value}")
-    if not 0 < timeout_s <= MAX_TIMEOUT_S:
-        raise ConfigError(
-            f"timeout_s: expected a number of seconds above 0, at most {MAX_TIMEOUT_S:g}, "
-            f"got {timeout_s}"
-        )
+    """Provide every rank with its slice, and form the group."""
+    shards = deployment.shards
+    makers = [SliceMaker(model.checkpoint, model.config, rank.form) for rank in deployment.ranks]
+    await distribute(makers, shards, store, clients, timeout_s, progress)
+    manifests = [maker.manifest(shard) for maker, shard in zip(makers, shards.shards, strict=True)]
+    stored = store.find(manifests[0].slice_id)
+    assert stored is not None
+    await group.form(deployment, manifests, stored)
 
 
 @contextmanager

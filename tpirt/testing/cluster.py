@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from tpirt.cluster.worker import Worker
-from tpirt.engine.engine import Engine, PlanCallback
+from tpirt.engine import Engine, EngineOptions
+from tpirt.engine.engine import PlanCallback
 from tpirt.errors import TpirtError
 from tpirt.transport.base import Channel, PeerService
 from tpirt.transport.memory import memory_pair
@@ -21,6 +22,7 @@ from tpirt.weights.store import SliceStore
 ChannelHook = Callable[[int, Channel], Channel]
 
 TIMEOUT_S = 20.0
+_DEFAULTS: dict[str, Any] = {"dtype": "float32", "threads": 1, "timeout_s": TIMEOUT_S}
 
 
 def same_channel(_: int, channel: Channel) -> Channel:
@@ -117,37 +119,29 @@ async def memory_engine(
     path: Path,
     world_size: int = 1,
     *,
-    ratio: Sequence[float] | None = None,
-    window: int | None = None,
-    memory_bytes: int | None = None,
-    dtype: str = "float32",
-    quantize: str = "none",
-    collective: str = "auto",
-    comm_dtype: str = "auto",
-    threads: int = 1,
-    chunk_tokens: int | None = None,
-    store: Path | None = None,
-    timeout_s: float = TIMEOUT_S,
-    trace: Path | None = None,
     progress: ProgressCallback = ignore_progress,
     on_plan: PlanCallback | None = None,
     master_side: ChannelHook = same_channel,
     worker_side: ChannelHook = same_channel,
+    **options: Any,
 ) -> AsyncIterator[Engine]:
     """Load a model over ``world_size`` ranks in this process; see :meth:`Engine.connect`.
 
     Args:
         path: model directory.
         world_size: number of ranks.
-        store: folder of every rank's slices; a temporary one when absent.
+        progress, on_plan: see :meth:`Engine.connect`.
         master_side: changes the master's end of each worker's session, such as into a
             :class:`~tpirt.testing.faults.FaultyChannel`.
         worker_side: likewise the worker's end.
-
-    The other arguments are those of :meth:`Engine.connect`.
+        options: of :class:`EngineOptions`. The dtype is float32, one thread computes, and the
+            slices of all ranks are in a temporary ``store``, unless given.
     """
     with ExitStack() as stack:
-        folder = store or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if "store" not in options:
+            options["store"] = stack.enter_context(tempfile.TemporaryDirectory())
+        chosen = EngineOptions(**(_DEFAULTS | options))
+        store = SliceStore(Path(options["store"]))
         workers: dict[str, Worker] = {}
 
         def connect(address: str) -> MemoryPeerClient:
@@ -155,28 +149,13 @@ async def memory_engine(
 
         clients = []
         for rank in range(1, world_size):
-            worker = Worker(f"rank{rank}", SliceStore(folder), None, threads, _log_nothing, connect)
+            worker = Worker(f"rank{rank}", store, None, chosen.threads or 1, _log_nothing, connect)
             workers[f"memory:{rank}"] = worker
             clients.append(
                 MemoryPeerClient(worker, rank, master_side=master_side, worker_side=worker_side)
             )
         async with Engine.connect(
-            path,
-            peers=clients,
-            ratio=ratio,
-            window=window,
-            memory_bytes=memory_bytes,
-            dtype=dtype,
-            quantize=quantize,
-            collective=collective,
-            comm_dtype=comm_dtype,
-            threads=threads,
-            chunk_tokens=chunk_tokens,
-            store=folder,
-            timeout_s=timeout_s,
-            trace=trace,
-            progress=progress,
-            on_plan=on_plan,
+            path, chosen, peers=clients, progress=progress, on_plan=on_plan
         ) as engine:
             yield engine
 

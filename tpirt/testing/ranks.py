@@ -1,11 +1,17 @@
-"""Ranks within one process: link sets over channels of any transport, and a step for all of them."""
+"""Ranks within one process: link sets over channels of any transport."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    nullcontext,
+)
+from unittest.mock import patch
 
 from tpirt.batch import DEFAULT_COLLECTIVE, Batch, Collective, Segment
 from tpirt.collectives.algorithms import GroupCommunicator
@@ -16,6 +22,7 @@ from tpirt.protocol.link import Incoming, Link
 from tpirt.transport.base import Channel
 from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
 from tpirt.transport.memory import memory_pair
+from tpirt.transport.tickets import TcpListener
 
 Pair = Callable[[], AbstractAsyncContextManager[tuple[Channel, Channel]]]
 Hook = Callable[[int, int, Channel], Channel]  # rank, other rank, its end of their channel
@@ -88,8 +95,11 @@ class _Rendezvous:
 async def over_sockets(carrier: str) -> AsyncIterator[tuple[Channel, Channel]]:
     """A session between a real client and a real server, carried by ``tcp`` or ``grpc``."""
     service = _Rendezvous()
-    server = GrpcPeerServer(service, beside=carrier == "tcp")
-    client = GrpcPeerClient(f"127.0.0.1:{await server.start('127.0.0.1', 0)}")
+    server = GrpcPeerServer(service)
+    no_port = patch.object(TcpListener, "beside", lambda *_: None)
+    with no_port if carrier == "grpc" else nullcontext():
+        port = await server.start("127.0.0.1", 0)
+    client = GrpcPeerClient(f"127.0.0.1:{port}")
     try:
         mine = await client.open_session()
         theirs = await service.channel

@@ -2,7 +2,7 @@
 
 Background threads read ahead, in the order of use and around the end of a step into the next,
 while the model computes, while it waits for the network and while nobody asks anything. What a
-memory budget can hold beyond the ring of read-ahead buffers is pinned: read once, kept. Every
+memory budget can hold beyond the ring of read-ahead buffers is resident: read once, kept. Every
 file's checksum is compared when it is first read, before its weights are used. (TPI-LLM, arXiv
 2410.00531, section 3.3, with the block retention that the paper describes.)
 """
@@ -36,21 +36,21 @@ _READERS = 2  # while one file is opened and closed, the disk is busy with the o
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """Which blocks stay (``pinned``) and how many buffers the others pass through."""
+    """Which blocks stay in memory (``resident``), and how many buffers the others pass through."""
 
-    pinned: frozenset[int]
+    resident: frozenset[int]
     slots: int
     slot_bytes: int
 
     def held_bytes(self, sizes: Sequence[int]) -> int:
         """Most bytes held at once, given the blocks' sizes."""
-        return sum(sizes[i] for i in self.pinned) + self.slots * self.slot_bytes
+        return sum(sizes[i] for i in self.resident) + self.slots * self.slot_bytes
 
 
 def plan_streaming(
     sizes: Sequence[int], max_blocks: int | None = None, budget_bytes: int | None = None
 ) -> StreamPlan:
-    """Divide a budget between pinned blocks and the ring.
+    """Divide a budget between resident blocks and the ring.
 
     Args:
         sizes: bytes of each block in the order of use.
@@ -80,13 +80,20 @@ def plan_streaming(
             f"{format_bytes(max(0, budget_bytes))} are left for weights, but two blocks of up to "
             f"{format_bytes(slot)} need {format_bytes(MIN_SLOTS * slot)}"
         )
-    # Fewer than the best number of slots leave less than a slot over, and pinning that little
-    # would make a smaller budget pin what a larger one does not.
+    # Fewer than the best number of slots leave less than a slot over. Using that little for
+    # resident blocks would make a smaller budget keep what a larger one does not.
     spare = budget_bytes - slots * slot if slots == _BEST_SLOTS and max_blocks is None else 0
-    return StreamPlan(_pin(sizes, spare), slots, slot)
+    return StreamPlan(_choose_resident(sizes, spare), slots, slot)
 
 
-def _pin(sizes: Sequence[int], spare_bytes: int) -> frozenset[int]:
+def least_budget(sizes: Sequence[int], max_blocks: int | None = None) -> int:
+    """The lowest ``budget_bytes`` that :func:`plan_streaming` takes."""
+    two = MIN_SLOTS * max(sizes)
+    held_whole = max_blocks is None or max_blocks >= len(sizes)
+    return min(two, sum(sizes)) if held_whole else two
+
+
+def _choose_resident(sizes: Sequence[int], spare_bytes: int) -> frozenset[int]:
     """Choose blocks to keep, spread over the step so that reading never pauses for long.
 
     The order is that of bit-reversed indices: any prefix of it is spread evenly, and a smaller
@@ -94,24 +101,27 @@ def _pin(sizes: Sequence[int], spare_bytes: int) -> frozenset[int]:
     """
     bits = max(1, (len(sizes) - 1).bit_length())
     order = sorted(range(len(sizes)), key=lambda i: int(f"{i:0{bits}b}"[::-1], 2))
-    pinned: set[int] = set()
+    resident: set[int] = set()
     for index in order:
         spare_bytes -= sizes[index]
         if spare_bytes < 0:
             break
-        pinned.add(index)
-    return frozenset(pinned)
+        resident.add(index)
+    return frozenset(resident)
 
 
 @dataclass
 class _Entry:
-    """A block on its way through the ring, or a pinned one being read."""
+    """A block on its way through the ring, or a resident one being read."""
 
     index: int
     buffer: torch.Tensor
     done: bool = False
     wanted: bool = True
     error: Exception | None = None
+
+
+_Waiter = tuple[asyncio.AbstractEventLoop, asyncio.Event]
 
 
 class WeightStreamer:
@@ -146,8 +156,8 @@ class WeightStreamer:
         self._sizes = [buffer_bytes(file.nbytes) for file in self._files]
         self._checked: set[int] = set()  # files whose checksum was right when first read
         self._condition = threading.Condition()
-        self._resident: dict[int, Weights] = {}
-        self._missing: set[int] = set()  # pinned, and not read yet
+        self._loaded: dict[int, Weights] = {}
+        self._missing: set[int] = set()  # resident by plan, and not read yet
         self._errors: dict[int, Exception] = {}
         self._ring: deque[_Entry] = deque()  # streamed blocks, in the order of reading
         self._in_use: dict[int, _Entry] = {}
@@ -155,7 +165,8 @@ class WeightStreamer:
         self._kinds = _kinds(blocks, [file.nbytes for file in self._files])
         self._views: dict[tuple[int, int], Weights] = {}  # by block's kind and ring buffer
         self._reading: set[int] = set()  # blocks that are being read now
-        self._waiters: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Event]] = {}
+        self._waiters: dict[int, _Waiter] = {}
+        self._pause: _Waiter | None = None  # waits until nothing is being read
         self._cursor = 0
         self._position = 0
         self._closing = False
@@ -184,7 +195,7 @@ class WeightStreamer:
         Raises:
             StoreError: the file could not be read; names file and block.
         """
-        tensors = self._resident.get(index)
+        tensors = self._loaded.get(index)
         if tensors is not None:
             self._position = index
             return tensors
@@ -194,18 +205,19 @@ class WeightStreamer:
         return entry
 
     def release(self, index: int) -> None:
-        """Give a block up; its tensors must not be used any more unless it is pinned."""
-        if index in self._resident:
+        """Give a block up; its tensors must not be used any more unless it is resident."""
+        if index in self._loaded:
             return
         with self._condition:
             entry = self._in_use.pop(index)
             self._free.append(entry.buffer)
             self._condition.notify()
 
-    def set_budget(self, budget_bytes: int) -> None:
+    async def set_budget(self, budget_bytes: int) -> None:
         """Hold no more than this from now on; call it between steps.
 
-        What becomes pinned is read when its turn comes.
+        Waits for the reads under way, and no other begins until then. Blocks that become resident
+        are read when their turn comes. A cancelled call leaves the old plan in force.
 
         Raises:
             MemoryLimitError: see :func:`plan_streaming`; the old plan stays in force.
@@ -214,19 +226,27 @@ class WeightStreamer:
         if plan == self.plan:
             return
         assert not self._in_use
+        idle = asyncio.Event()
         with self._condition:
-            while self._reading:
-                self._condition.wait()
-            self._apply(plan)
-            self._condition.notify_all()
+            self._pause = (asyncio.get_running_loop(), idle)
+            if not self._reading:
+                idle.set()
+        try:
+            await idle.wait()
+            with self._condition:
+                self._apply(plan)
+        finally:
+            with self._condition:
+                self._pause = None
+                self._condition.notify_all()
 
     async def preload(self, progress: ProgressCallback, detail: str = "") -> None:
-        """Wait until everything pinned is in memory.
+        """Wait until all resident blocks are in memory.
 
         Raises:
             StoreError: a block could not be read.
         """
-        order = sorted(self.plan.pinned)
+        order = sorted(self.plan.resident)
         total = sum(self._files[i].nbytes for i in order)
         done = 0
         for index in order:
@@ -242,7 +262,7 @@ class WeightStreamer:
             self._condition.notify_all()
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
-        self._resident.clear()
+        self._loaded.clear()
         self._ring.clear()
         self._in_use.clear()
         self._views.clear()
@@ -257,8 +277,8 @@ class WeightStreamer:
             if (error := self._errors.pop(index, None)) is not None:
                 self._missing.add(index)
                 raise error
-            if index in self.plan.pinned:
-                found = self._resident.get(index)
+            if index in self.plan.resident:
+                found = self._loaded.get(index)
             else:
                 found = self._claim_streamed(index)
             if found is None:
@@ -301,11 +321,11 @@ class WeightStreamer:
         """Put a plan in force, giving memory up before any is taken."""
         geometry = (self.plan.slots, self.plan.slot_bytes)
         self.plan = plan
-        for index in list(self._resident):
-            if index not in plan.pinned:
-                del self._resident[index]
+        for index in list(self._loaded):
+            if index not in plan.resident:
+                del self._loaded[index]
         self._errors.clear()
-        self._missing = set(plan.pinned - self._resident.keys())
+        self._missing = set(plan.resident - self._loaded.keys())
         if (plan.slots, plan.slot_bytes) != geometry:
             self._ring.clear()
             self._views.clear()
@@ -326,9 +346,10 @@ class WeightStreamer:
                 self._free.append(entry.buffer)
 
     def _run(self) -> None:
+        entry: _Entry | None = None
         while True:
             with self._condition:
-                while not self._closing and (entry := self._next()) is None:
+                while not self._closing and (self._pause or (entry := self._next()) is None):
                     self._condition.wait()
                 if self._closing:
                     return
@@ -345,20 +366,20 @@ class WeightStreamer:
                 entry = None  # its buffer may be given up from here on
 
     def _next(self) -> _Entry | None:
-        """Choose what is needed first: a pinned block not read yet, or the next streamed one."""
+        """Choose what is needed first: a resident block not read yet, or the next streamed one."""
         count = len(self.blocks)
-        pinned = min(
+        resident = min(
             self._missing,
             key=lambda i: (i - self._position) % count,
             default=None,
         )
         streamed = self._next_streamed() if self._free else None
-        if pinned is not None and (
+        if resident is not None and (
             streamed is None
-            or (pinned - self._position) % count < (streamed - self._position) % count
+            or (resident - self._position) % count < (streamed - self._position) % count
         ):
-            self._missing.discard(pinned)
-            return _Entry(pinned, torch.empty(0, dtype=torch.uint8))
+            self._missing.discard(resident)
+            return _Entry(resident, torch.empty(0, dtype=torch.uint8))
         if streamed is None:
             return None
         self._cursor = (streamed + 1) % count
@@ -370,7 +391,7 @@ class WeightStreamer:
         count = len(self.blocks)
         for step in range(count):
             index = (self._cursor + step) % count
-            if index not in self.plan.pinned:
+            if index not in self.plan.resident:
                 return index
         return None
 
@@ -398,18 +419,23 @@ class WeightStreamer:
     def _finish(self, entry: _Entry) -> None:
         entry.done = True
         self._reading.discard(entry.index)
-        if entry.index in self.plan.pinned:
+        if entry.index in self.plan.resident:
             if entry.error is not None:
                 self._errors[entry.index] = entry.error
             else:
-                self._resident[entry.index] = self._view(entry)
+                self._loaded[entry.index] = self._view(entry)
         elif not entry.wanted:
             self._free.append(entry.buffer)
-        waiter = self._waiters.pop(entry.index, None)
-        if waiter is not None:
-            loop, event = waiter
-            loop.call_soon_threadsafe(event.set)
+        _wake(self._waiters.pop(entry.index, None))
+        if not self._reading:
+            _wake(self._pause)
         self._condition.notify_all()
+
+
+def _wake(waiter: _Waiter | None) -> None:
+    if waiter is not None:
+        loop, event = waiter
+        loop.call_soon_threadsafe(event.set)
 
 
 def _kinds(blocks: Sequence[Block], file_sizes: Sequence[int]) -> list[int]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from tpirt.cluster.roster import PeerProfile
 from tpirt.config import ModelConfig
-from tpirt.errors import ConfigError
+from tpirt.planning.options import AUTO
+from tpirt.planning.profile import PeerProfile
 from tpirt.sharding.format import DTYPES
 
 
@@ -27,15 +27,9 @@ class ChosenDtype:
 
 
 def choose_dtype(config: ModelConfig, asked: str, peers: Sequence[PeerProfile]) -> ChosenDtype:
-    """Take what was asked for, or what the checkpoint and every peer's CPU suggest.
-
-    Raises:
-        ConfigError: an unknown dtype.
-    """
-    if asked in DTYPES:
+    """Take the dtype that was asked for; for ``auto``, one that suits checkpoint and CPUs."""
+    if asked != AUTO:
         return ChosenDtype(asked, "as asked")
-    if asked != "auto":
-        raise ConfigError(f"dtype {asked!r}: expected auto, float32 or bfloat16")
     if config.dtype == "float32":
         return ChosenDtype("float32", "the checkpoint's own")
     lacking = [peer.peer_id for peer in peers if not peer.bfloat16]

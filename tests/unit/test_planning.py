@@ -1,0 +1,264 @@
+"""The plan and the memory budget: what is advised works, and the plan shown is the plan made."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tpirt.cluster import machine
+from tpirt.cluster.rank import RankRuntime
+from tpirt.config import ModelConfig
+from tpirt.engine import EngineOptions
+from tpirt.errors import ConfigError, MemoryLimitError
+from tpirt.ops.quant_layout import PORTABLE_LAYOUT
+from tpirt.planning import PeerProfile, PlanOptions, plan, plan_model
+from tpirt.planning.memory import PROCESS_BYTES, SLACK_BYTES
+from tpirt.testing.cluster import memory_engine
+from tpirt.testing.models import make_model
+from tpirt.types import ProgressCallback, SamplingParams
+from tpirt.units import parse_bytes
+from tpirt.weights.streamer import StreamPlan, plan_streaming
+
+MIB = 1 << 20
+
+# A few MiB of weights in blocks of 256 KiB: a limit in whole MiB then leaves some of them out.
+SIZES = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
+
+
+def profile(rank: int = 0, **changes: Any) -> PeerProfile:
+    peer = PeerProfile(rank, f"pi{rank}", f"host{rank}", None, None, 1, 1, False, PORTABLE_LAYOUT)
+    return replace(peer, **changes)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("planning") / "model", **SIZES)
+
+
+@pytest.fixture(scope="module")
+def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes = {
+        "hidden_size": 256,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 16_384,
+    }
+    return make_model(tmp_path_factory.mktemp("planning") / "long", **sizes)
+
+
+@pytest.fixture(autouse=True)
+def known_base(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All ranks are in this process, whose size depends on the tests before: take a fixed one."""
+    monkeypatch.setattr(machine, "resident_bytes", lambda: PROCESS_BYTES)
+    machine.base_bytes.cache_clear()
+    yield
+    machine.base_bytes.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def config(model: Path) -> ModelConfig:
+    return ModelConfig.from_dir(model)
+
+
+# -- options -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"window": 1}, MemoryLimitError, "window 1: at least 2 blocks"),
+        ({"memory_bytes": 0}, ConfigError, "memory_bytes: expected a number from 1"),
+        ({"chunk_tokens": 0}, ConfigError, "chunk_tokens: expected"),
+        ({"threads": 1025}, ConfigError, "threads: expected a number from 1 to 1024, got 1025"),
+        ({"dtype": "float16"}, ConfigError, "dtype 'float16': expected auto, float32"),
+        ({"quantize": "int3"}, ConfigError, "int3"),
+        ({"collective": "ring"}, ConfigError, "collective 'ring': expected one of"),
+        ({"comm_dtype": "fp8"}, ConfigError, "comm_dtype 'fp8': expected one of"),
+        ({"timeout_s": 0.0}, ConfigError, "timeout_s: expected"),
+        ({"timeout_s": float("nan")}, ConfigError, "timeout_s: expected"),
+    ],
+)
+def test_options_are_validated_when_made(
+    options: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=re.escape(text)):
+        EngineOptions(**options)
+
+
+# -- limits and chunks -------------------------------------------------------------------------
+
+
+def test_a_peers_own_limit_bounds_its_chunks(config: ModelConfig) -> None:
+    tight = PlanOptions(memory_bytes=310 * MIB)
+    with_limit = plan(config, [profile(), profile(1, memory_bytes=310 * MIB)], PlanOptions())
+    assert with_limit.chunk_tokens == plan(config, [profile(), profile(1)], tight).chunk_tokens
+    assert (
+        with_limit.chunk_tokens < plan(config, [profile(), profile(1)], PlanOptions()).chunk_tokens
+    )
+
+
+def test_ranks_of_one_machine_share_its_free_memory(config: ModelConfig) -> None:
+    free = 1000 * MIB
+    peers = [
+        profile(0, host_id="a", available_bytes=free),
+        profile(1, host_id="a", available_bytes=free),
+        profile(2, host_id="b", available_bytes=free),
+        profile(3, host_id="c", available_bytes=free, memory_bytes=400 * MIB),
+    ]
+    limits = [each.memory_bytes for each in plan(config, peers, PlanOptions()).limits]
+    assert limits == [425 * MIB, 425 * MIB, 850 * MIB, 400 * MIB]
+    asked = plan(config, peers, PlanOptions(memory_bytes=500 * MIB)).limits
+    assert [each.memory_bytes for each in asked] == [500 * MIB] * 3 + [400 * MIB]
+
+
+def test_ahead_of_time_there_are_no_limits(config: ModelConfig) -> None:
+    deployment = plan_model(
+        config, 3, profile(available_bytes=1, memory_bytes=1), PlanOptions(ratio=[2, 1, 1])
+    )
+    assert [rank.held for rank in deployment.ranks] == ["resident"] * 3
+    assert [rank.limits.memory_bytes for rank in deployment.ranks] == [None] * 3
+    assert deployment.ranks[0].shard.q_heads.size == 2 * deployment.ranks[1].shard.q_heads.size
+
+
+# -- advice ------------------------------------------------------------------------------------
+
+
+def refused(config: ModelConfig, peers: list[PeerProfile], options: PlanOptions) -> str:
+    with pytest.raises(MemoryLimitError) as caught:
+        plan(config, peers, options)
+    return str(caught.value)
+
+
+def test_every_limit_that_is_too_low_is_named(config: ModelConfig) -> None:
+    peers = [profile(), profile(1, memory_bytes=60 * MIB), profile(2, memory_bytes=900 * MIB)]
+    text = refused(config, peers, PlanOptions(memory_bytes=50 * MIB))
+    assert text.startswith("rank 0 (pi0): its memory limit of 50 MiB is too low: the process takes")
+    common, own = re.findall(r"raise --memory(?: of (?:\w+))? to at least (\w+)", text)
+    assert "--memory of pi1 to" in text
+    assert "pi2" not in text
+    peers[1] = profile(1, memory_bytes=parse_bytes(own))
+    deployment = plan(config, peers, PlanOptions(memory_bytes=parse_bytes(common)))
+    assert deployment.world_size == 3
+
+
+def test_too_little_free_memory_is_named(config: ModelConfig) -> None:
+    text = refused(config, [profile(available_bytes=100 * MIB)], PlanOptions())
+    assert "free memory on its machine, or set --memory to at least" in text
+    advised = parse_bytes(text.rpartition(" ")[2])
+    plan(config, [profile(available_bytes=100 * MIB)], PlanOptions(memory_bytes=advised))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "options"),
+    [
+        (1, {}),
+        (1, {"dtype": "bfloat16", "chunk_tokens": 40}),
+        (2, {"window": 3, "chunk_tokens": 64}),
+        (3, {"ratio": [4.0, 1.0, 2.0]}),
+        (4, {"quantize": "int8", "chunk_tokens": 256}),
+    ],
+)
+async def test_advice_works_at_the_first_try(
+    model: Path,
+    tmp_path: Path,
+    world_size: int,
+    options: dict[str, Any],
+) -> None:
+    options = {**options, "store": tmp_path}
+    with pytest.raises(MemoryLimitError) as caught:
+        async with memory_engine(model, world_size, memory_bytes=MIB, **options):
+            pytest.fail("loaded")
+    advised = parse_bytes(str(caught.value).rpartition(" ")[2])
+    async with memory_engine(model, world_size, memory_bytes=advised, **options) as engine:
+        await engine.complete([7] * 400, SamplingParams(max_tokens=3))
+
+
+async def test_advice_for_a_long_prompt_works_at_the_first_try(
+    long_model: Path, tmp_path: Path
+) -> None:
+    prompt = [7] * 3500
+    text = refused(ModelConfig.from_dir(long_model), [profile()] * 2, PlanOptions(memory_bytes=1))
+    limit = parse_bytes(text.rpartition(" ")[2])
+    with pytest.raises(MemoryLimitError, match="tokens of context need") as caught:
+        async with memory_engine(long_model, 2, memory_bytes=limit, store=tmp_path) as engine:
+            await engine.complete(prompt, SamplingParams(max_tokens=1))
+    advised = re.search(r"--memory to at least (\w+)", str(caught.value))
+    assert advised is not None
+    limit = parse_bytes(advised[1])
+    async with memory_engine(long_model, 2, memory_bytes=limit, store=tmp_path) as engine:
+        await engine.complete(prompt, SamplingParams(max_tokens=1))
+
+
+def test_every_limit_above_the_advised_one_works(long_model: Path) -> None:
+    """A higher limit brings longer steps, which must not take what the conversation needs."""
+    config = ModelConfig.from_dir(long_model)
+    chunks = set()
+    for context in (100, 3000, 12_000):
+        options = PlanOptions(chunk_tokens=16)
+        advised = plan_model(config, 1, profile(), options).ranks[0].budget.advised_bytes(context)
+        for limit in range(advised, advised + 64 * MIB, MIB):
+            deployment = plan(config, [profile()], PlanOptions(memory_bytes=limit))
+            chunks.add(deployment.chunk_tokens)
+            budget = deployment.ranks[0].budget
+            left = budget.left_for_weights(kv_bytes=budget.kv_bytes(context))
+            assert left is not None
+            plan_streaming(budget.block_bytes, None, left)
+    assert len(chunks) > 1
+
+
+# -- the plan shown is the plan made -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("world_size", [1, 3])
+async def test_ranks_hold_what_the_plan_says(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    world_size: int,
+    window: int | None,
+) -> None:
+    held: dict[int, list[StreamPlan]] = {}
+    load = RankRuntime.load
+
+    async def recorded(self: RankRuntime, progress: ProgressCallback) -> None:
+        held.setdefault(self.comm.rank, []).append(self.window.plan)
+        await load(self, progress)
+
+    monkeypatch.setattr(RankRuntime, "load", recorded)
+    kinds = set()
+    for spare in (8, 24, 48):
+        limit = PROCESS_BYTES + SLACK_BYTES + spare * MIB
+        held.clear()
+        async with memory_engine(
+            model,
+            world_size,
+            memory_bytes=limit,
+            window=window,
+            store=tmp_path,
+            ratio=[3, 1, 2][:world_size],
+        ) as engine:
+            plans = [rank.streaming for rank in engine.deployment.ranks]
+        assert [held[rank] for rank in range(world_size)] == [[each] for each in plans]
+        kinds |= {(each.slots, len(each.resident)) for each in plans}
+    assert len(kinds) > 1 or window is not None
+
+
+# -- memory given back -------------------------------------------------------------------------
+
+
+async def test_weights_use_the_memory_of_a_prompt_once_it_is_computed(
+    model: Path, tmp_path: Path
+) -> None:
+    async with memory_engine(
+        model, 1, memory_bytes=PROCESS_BYTES + SLACK_BYTES + 16 * MIB, store=tmp_path
+    ) as engine:
+        window = engine._group.runtime.window
+        before = len(window.plan.resident)
+        await engine.complete([7] * 300, SamplingParams(max_tokens=2))
+        assert len(window.plan.resident) > before

@@ -1,0 +1,46 @@
+"""The options of an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tpirt.errors import ConfigError
+from tpirt.planning.options import PlanOptions, check_range
+
+DEFAULT_TIMEOUT_S = 60.0
+MAX_TIMEOUT_S = 86_400.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(PlanOptions):
+    """How to run a model; validated when made.
+
+    All attributes of :class:`tpirt.planning.PlanOptions`, which decide who holds what, and these:
+
+    Attributes:
+        threads: compute threads per process; the machine's cores divided by its ranks when absent.
+        store: folder of this machine's slices; when absent ``~/.cache/tpirt/slices``, or a
+            synthetic model's own ``slices``.
+        timeout_s: longest silence of a peer before it counts as lost, in seconds.
+        trace: file for a trace of all ranks, written when the engine is left; see
+            :mod:`tpirt.engine.trace_file`.
+
+    Raises:
+        ConfigError: an option has an invalid value.
+        MemoryLimitError: the window is too small.
+    """
+
+    threads: int | None = None
+    store: str | Path | None = None
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    trace: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("threads", self.threads, 1024)
+        if not 0 < self.timeout_s <= MAX_TIMEOUT_S:
+            raise ConfigError(
+                f"timeout_s: expected a number of seconds above 0, at most {MAX_TIMEOUT_S:g}, "
+                f"got {self.timeout_s}"
+            )

@@ -1,0 +1,22 @@
+"""Planning, pure computation: from peers' profiles and options to a :class:`Deployment`.
+
+No input or output, no sockets, no paths.
+"""
+
+from tpirt.planning.deployment import Deployment, RankPlan, plan, plan_model
+from tpirt.planning.memory import Limits, MemoryBudget, format_limit
+from tpirt.planning.options import CollectiveOptions, PlanOptions
+from tpirt.planning.profile import PeerProfile
+
+__all__ = [
+    "CollectiveOptions",
+    "Deployment",
+    "Limits",
+    "MemoryBudget",
+    "PeerProfile",
+    "PlanOptions",
+    "RankPlan",
+    "format_limit",
+    "plan",
+    "plan_model",
+]

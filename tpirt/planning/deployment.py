@@ -1,0 +1,244 @@
+"""The plan of a deployment: which rank holds what, in which form, under which limits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from tpirt.config import ModelConfig
+from tpirt.errors import MemoryLimitError
+from tpirt.ops.quant import QuantSpec
+from tpirt.planning.dtype import ChosenDtype, choose_dtype
+from tpirt.planning.memory import (
+    PROCESS_BYTES,
+    Limits,
+    MemoryBudget,
+    format_limit,
+    logits_tokens,
+)
+from tpirt.planning.options import CollectiveOptions, PlanOptions
+from tpirt.planning.profile import PeerProfile
+from tpirt.sharding.format import WeightFormat
+from tpirt.sharding.partition import Plan, Shard, make_plan
+from tpirt.units import format_bytes
+from tpirt.weights.streamer import StreamPlan
+
+_SHARE_OF_FREE_MEMORY = 0.85
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """What one rank runs and holds.
+
+    Attributes:
+        peer: the process that runs it.
+        budget: how its memory is divided.
+        streaming: which weight blocks stay in memory once it has loaded.
+    """
+
+    peer: PeerProfile
+    budget: MemoryBudget
+    streaming: StreamPlan
+
+    @property
+    def shard(self) -> Shard:
+        """Its heads and columns."""
+        return self.budget.shard
+
+    @property
+    def form(self) -> WeightFormat:
+        """How its weights are kept."""
+        return self.budget.form
+
+    @property
+    def limits(self) -> Limits:
+        """Its bounds."""
+        return self.budget.limits
+
+    @property
+    def held(self) -> str:
+        """How its weights are held, in words."""
+        plan, blocks = self.streaming, len(self.budget.block_bytes)
+        if not plan.slots:
+            return "resident"
+        resident = f", {len(plan.resident)} resident" if plan.resident else ""
+        return f"streamed, window {plan.slots} of {blocks} blocks{resident}"
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """Who runs which shard, in which format, under which limits; made by :func:`plan`.
+
+    Attributes:
+        config: the model.
+        shards: the shard of every rank.
+        dtype: what weights are kept and multiplied in, and why.
+        ranks: entry ``r`` is rank ``r``'s.
+        chunk_tokens: most tokens of a step.
+        collectives: how partial sums are combined.
+    """
+
+    config: ModelConfig
+    shards: Plan
+    dtype: ChosenDtype
+    ranks: tuple[RankPlan, ...]
+    chunk_tokens: int
+    collectives: CollectiveOptions
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return len(self.ranks)
+
+    @property
+    def peers(self) -> tuple[PeerProfile, ...]:
+        """The process of every rank."""
+        return tuple(rank.peer for rank in self.ranks)
+
+    @property
+    def limits(self) -> tuple[Limits, ...]:
+        """The bounds of every rank."""
+        return tuple(rank.limits for rank in self.ranks)
+
+    @property
+    def logits_tokens(self) -> int:
+        """How many tokens' logits the master holds at once."""
+        shard = self.shards.shards[0]
+        return logits_tokens(self.config, shard, self.world_size, self.chunk_tokens)
+
+    def explain(self) -> list[str]:
+        """Say why the plan is as it is, one line per fact."""
+        lines = [
+            f"dtype {self.dtype.name}: {self.dtype.reason}",
+            f"prompts in chunks of {self.chunk_tokens} tokens",
+        ]
+        for rank in self.ranks:
+            budget = rank.budget
+            parts = (
+                f"{format_bytes(budget.process_bytes)} process, "
+                f"{format_bytes(budget.step_bytes())} step"
+            )
+            limit = rank.limits.memory_bytes
+            if limit is not None:
+                left = format_bytes(budget.left_for_weights() or 0)
+                parts = f"limit {format_bytes(limit)}: {parts}, {left} weights and conversation"
+            lines.append(
+                f"rank {rank.peer.rank} ({rank.peer.peer_id}): "
+                f"{format_bytes(budget.weights_bytes)} of weights {rank.held}; {parts}"
+            )
+        return lines
+
+
+def plan(
+    config: ModelConfig,
+    peers: Sequence[PeerProfile],
+    options: PlanOptions,
+    *,
+    trace_spans: int = 0,
+) -> Deployment:
+    """Decide which rank holds what.
+
+    Args:
+        config: the model.
+        peers: the processes, rank ``r`` at ``r``.
+        options: what the user asked for.
+        trace_spans: most spans that each lane of a trace may hold; 0 for no trace.
+
+    Raises:
+        PlanError: the ratio or the number of peers does not fit the model.
+        MemoryLimitError: a limit is too low; names one that works.
+    """
+    shards = make_plan(config, len(peers), options.ratio)
+    dtype = choose_dtype(config, options.dtype, peers)
+    quant = QuantSpec.parse(options.quantize)
+    longest = options.chunk_tokens or config.context_length
+    budgets = [
+        MemoryBudget.of(
+            config,
+            shard,
+            len(peers),
+            WeightFormat(dtype.dtype, quant, peer.int4_layout),
+            peer.base_bytes,
+            Limits(options.window, limit, longest, trace_spans),
+        )
+        for peer, shard, limit in zip(
+            peers, shards.shards, memory_limits(peers, options.memory_bytes), strict=True
+        )
+    ]
+    chunk = options.chunk_tokens or min(budget.chunk_tokens() for budget in budgets)
+    budgets = [replace(b, limits=replace(b.limits, chunk_tokens=chunk)) for b in budgets]
+    try:
+        ranks = tuple(
+            RankPlan(peer, budget, budget.streaming())
+            for peer, budget in zip(peers, budgets, strict=True)
+        )
+    except MemoryLimitError as exc:
+        raise _shortage(peers, budgets, options.memory_bytes) from exc
+    collectives = CollectiveOptions.parse(options.collective, options.comm_dtype)
+    return Deployment(config, shards, dtype, ranks, chunk, collectives)
+
+
+def plan_model(
+    config: ModelConfig, world_size: int, peer: PeerProfile, options: PlanOptions
+) -> Deployment:
+    """Plan ``world_size`` ranks like ``peer`` before any of them is there; no memory limits.
+
+    Raises:
+        PlanError: the ratio or the world size does not fit the model.
+    """
+    unbounded = replace(peer, memory_bytes=None, available_bytes=None, base_bytes=PROCESS_BYTES)
+    peers = [replace(unbounded, rank=rank) for rank in range(world_size)]
+    return plan(config, peers, options)
+
+
+def memory_limits(peers: Sequence[PeerProfile], asked: int | None) -> list[int | None]:
+    """Decide each rank's memory limit.
+
+    It is what was asked for, or else a fair share of what is free on the machine; and never more
+    than the peer's own limit. Ranks on one machine share its free memory.
+    """
+    sharing = Counter(peer.host_id for peer in peers)
+    limits = []
+    for peer in peers:
+        limit = asked
+        if limit is None and peer.available_bytes is not None:
+            limit = int(peer.available_bytes * _SHARE_OF_FREE_MEMORY / sharing[peer.host_id])
+        bounds = [bound for bound in (limit, peer.memory_bytes) if bound is not None]
+        limits.append(min(bounds, default=None))
+    return limits
+
+
+def _shortage(
+    peers: Sequence[PeerProfile], budgets: Sequence[MemoryBudget], asked: int | None
+) -> MemoryLimitError:
+    """Say which limit is too low, and limits with which every rank loads and has a conversation."""
+    unlimited = [replace(peer, memory_bytes=None) for peer in peers]
+    advice = []
+    by_master = _below(budgets, memory_limits(unlimited, asked))
+    if by_master:
+        enough = format_limit(max(budgets[rank].advised_bytes() for rank in by_master))
+        advice.append(
+            f"raise --memory to at least {enough}"
+            if asked is not None
+            else f"free memory on its machine, or set --memory to at least {enough}"
+        )
+    by_peers = _below(budgets, [peer.memory_bytes for peer in peers])
+    advice += [
+        f"raise --memory of {peers[rank].peer_id} to at least "
+        f"{format_limit(budgets[rank].advised_bytes())}"
+        for rank in by_peers
+    ]
+    rank = min(by_master + by_peers)
+    budget = budgets[rank]
+    return MemoryLimitError(
+        f"rank {rank} ({peers[rank].peer_id}): {budget.shortage}; {', and '.join(advice)}"
+    )
+
+
+def _below(budgets: Sequence[MemoryBudget], limits: Sequence[int | None]) -> list[int]:
+    """The ranks that could not load under ``limits``."""
+    pairs = enumerate(zip(budgets, limits, strict=True))
+    return [
+        rank for rank, (budget, limit) in pairs if limit is not None and limit < budget.least_bytes
+    ]

@@ -2,346 +2,138 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
-from typing import NamedTuple
-
-from . import tables as t
-from .arithmetic import arithmetic
-from .exchange import Asker, Exchange, State
+from .arithmetic import ask_addition, ask_subtraction
 from .facts import ask_capital, ask_colour, ask_opposite
-from .small_talk import small_talk
-from .wording import a, any_name, decapitalise, decorate, invented_word, sentence
-
-TELL_NAME = (
-    "My name is {x}.",
-    "I am {x}.",
-    "I'm {x}.",
-    "Call me {x}.",
-    "You can call me {x}.",
-    "Hi, I'm {x}.",
-    "Hi, I am {x}.",
-    "Hello, my name is {x}.",
-    "Hi! My name is {x}.",
-    "My name's {x}.",
-    "Hello, I'm {x}.",
-    "The name is {x}.",
-    "People call me {x}.",
-    "Remember, my name is {x}.",
-    "I am called {x}.",
-    "This is {x}.",
-    "Actually, my name is {x}.",
-    "No, my name is {x}.",
-    "Sorry, my name is {x}.",
-)
-
-ASK_NAME = (
-    "What is my name?",
-    "What's my name?",
-    "Do you remember my name?",
-    "Do you know my name?",
-    "Who am I?",
-    "Tell me my name.",
-    "My name?",
-    "And what is my name?",
-    "Can you tell me my name?",
-    "What am I called?",
-    "Say my name.",
-    "What was my name?",
-    "What was my name again?",
-    "Do you know who I am?",
-    "And my name?",
-    "And who am I?",
-)
+from .small_talk import ask_about
+from .talk import Exchange, Talk, a, decapitalise, sentence
 
 
-def tell_name(rng: random.Random, state: State) -> Exchange:
-    """Say one's name."""
-    name = any_name(rng)
-    user = rng.choice(TELL_NAME).format(x=name)
-    return Exchange(
-        "name",
-        user,
-        f"Nice to meet you, {name}!",
-        (f"name:{name}",),
-        {"name": name, "topic": "name"},
-    )
+def tell_name(talk: Talk) -> Exchange:
+    name = talk.any_name()
+    user = talk.fill(talk.pick("name.introduce", "name.insist"), x=name)
+    remember = {"name": name, "topic": "name"}
+    return Exchange("name", user, talk.say("name.reply", x=name), (f"name:{name}",), remember)
 
 
-def ask_name(rng: random.Random, state: State) -> Exchange:
+def ask_name(talk: Talk) -> Exchange:
     """Ask for the name told before, if one was."""
-    name = state.get("name")
+    name, question = talk.state.get("name"), talk.pick("name.ask")
     if name is None:
-        user, tag = decorate(rng, rng.choice(ASK_NAME))
+        user, tag = talk.decorate(question)
         keys = (f"noname:{user}",) if tag else ()
-        return Exchange("recall_untold", user, "You have not told me your name yet.", keys)
-    user, _ = decorate(rng, rng.choice(ASK_NAME), chance=0.05)
-    return Exchange("recall", user, f"Your name is {name}.", (f"name:{name}",))
+        return Exchange("recall_untold", user, talk.say("name.untold"), keys)
+    user, _ = talk.decorate(question, chance=0.05)
+    return Exchange("recall", user, talk.say("name.answer", x=name), (f"name:{name}",))
 
 
-class Personal(NamedTuple):
-    """One kind of thing a user tells about themselves and asks for later."""
-
-    kind: str
-    tell: Sequence[str]
-    reply: str
-    ask: Sequence[str]
-    answer: str
-    untold: str
-    values: Sequence[str]
-
-
-PERSONAL = (
-    Personal(
-        "age",
-        (
-            "I am {x} years old.",
-            "I'm {x} years old.",
-            "I am {x}.",
-            "My age is {x}.",
-            "I'm {x}.",
-            "I just turned {x}.",
-        ),
-        "{x} is a fine age!",
-        (
-            "How old am I?",
-            "What is my age?",
-            "What's my age?",
-            "Do you know how old I am?",
-            "Do you remember my age?",
-            "And my age?",
-        ),
-        "You are {x} years old.",
-        "You have not told me your age yet.",
-        [str(n) for n in range(4, 100)],
-    ),
-    Personal(
-        "colour",
-        (
-            "My favourite colour is {x}.",
-            "My favorite color is {x}.",
-            "The colour I like best is {x}.",
-            "I like the colour {x} best.",
-            "I love the color {x}.",
-        ),
-        "{X} is a beautiful colour!",
-        (
-            "What is my favourite colour?",
-            "What's my favorite color?",
-            "Which colour do I like?",
-            "Do you remember my favourite colour?",
-            "What colour do I like best?",
-            "And my favourite colour?",
-        ),
-        "Your favourite colour is {x}.",
-        "You have not told me your favourite colour yet.",
-        t.COLOURS,
-    ),
-    Personal(
-        "likes",
-        (
-            "I like {x}.",
-            "I love {x}.",
-            "I really like {x}.",
-            "I like {x} very much.",
-            "I enjoy {x}.",
-            "I'm a fan of {x}.",
-        ),
-        "I see, you like {x}. That is nice!",
-        (
-            "What do I like?",
-            "Do you remember what I like?",
-            "What do I love?",
-            "Tell me what I like.",
-            "What did I say I like?",
-            "And what do I like?",
-        ),
-        "You like {x}.",
-        "You have not told me what you like yet.",
-        t.FOODS + t.HOBBIES,
-    ),
-    Personal(
-        "city",
-        (
-            "I live in {x}.",
-            "I am from {x}.",
-            "I'm from {x}.",
-            "I come from {x}.",
-            "My home is in {x}.",
-            "My city is {x}.",
-        ),
-        "I have never been to {x}, but it sounds lovely.",
-        (
-            "Where do I live?",
-            "Where am I from?",
-            "Where do I come from?",
-            "Do you remember where I live?",
-            "And where do I live?",
-        ),
-        "You told me {x}.",
-        "You have not told me where you live yet.",
-        t.CITIES,
-    ),
-)
-
-
-def tell_personal(rng: random.Random, state: State) -> Exchange:
+def draw_fact(talk: Talk, invent_cities: bool) -> Exchange:
     """Tell an age, a favourite colour, a liking or a home."""
-    fact = rng.choice(PERSONAL)
-    value = rng.choice(fact.values)
-    if fact.kind == "city" and rng.random() < 0.3:
-        value = invented_word(rng).capitalize()
-    template = rng.choice(fact.tell)
-    reply = fact.reply.format(x=value, X=sentence(value))
-    keys = (f"{fact.kind}:{template}|{value}",)
-    return Exchange(
-        "personal", template.format(x=value), reply, keys, {fact.kind: value, "topic": "personal"}
-    )
+    kind = talk.rng.choice(talk.data.names("personal"))
+    value = talk.pick(*talk.data.phrases(f"personal.{kind}.values"))
+    if invent_cities and kind == "city" and talk.chance(0.3):
+        value = talk.invented_word().capitalize()
+    form = talk.pick(f"personal.{kind}.tell")
+    user, keys = talk.fill(form, x=value), (f"{kind}:{form}|{value}",)
+    reply = talk.say(f"personal.{kind}.reply", x=value, X=sentence(value))
+    return Exchange("personal", user, reply, keys, {kind: value})
 
 
-def ask_personal(rng: random.Random, state: State) -> Exchange:
+def tell_personal(talk: Talk) -> Exchange:
+    exchange = draw_fact(talk, invent_cities=True)
+    exchange.remember["topic"] = "personal"
+    return exchange
+
+
+def ask_personal(talk: Talk) -> Exchange:
     """Ask for something the user told about themselves, or did not."""
-    told = [p for p in PERSONAL if p.kind in state]
-    if not told or rng.random() < 0.1:
-        fact = rng.choice([p for p in PERSONAL if p.kind not in state] or list(PERSONAL))
-    else:
-        fact = rng.choice(told)
-    question = rng.choice(fact.ask)
-    user, tag = decorate(rng, question, chance=0.1)
-    if fact.kind not in state:
-        return Exchange(
-            "recall_untold", user, fact.untold, (f"untold:{question}|{tag}",) if tag else ()
-        )
-    value = state[fact.kind]
-    return Exchange("recall", user, fact.answer.format(x=value), (f"recall:{question}|{value}",))
+    kinds = talk.data.names("personal")
+    told = [kind for kind in kinds if kind in talk.state]
+    if not told or talk.chance(0.1):
+        told = [kind for kind in kinds if kind not in talk.state] or kinds
+    kind = talk.rng.choice(told)
+    question = talk.pick(f"personal.{kind}.ask")
+    user, tag = talk.decorate(question, chance=0.1)
+    if kind not in talk.state:
+        keys = (f"untold:{question}|{tag}",) if tag else ()
+        return Exchange("recall_untold", user, talk.say(f"personal.{kind}.untold"), keys)
+    value = talk.state[kind]
+    answer = talk.say(f"personal.{kind}.answer", x=value)
+    return Exchange("recall", user, answer, (f"recall:{question}|{value}",))
 
 
-TELL_PET = (
-    "I have a {pet} named {x}.",
-    "I have a {pet} called {x}.",
-    "My {pet} is called {x}.",
-    "My {pet}'s name is {x}.",
-    "The name of my {pet} is {x}.",
-    "I've got a {pet} named {x}.",
-)
-
-ASK_PET = (
-    "What is my {pet}'s name?",
-    "What's my {pet}'s name?",
-    "What is the name of my {pet}?",
-    "What is my {pet} called?",
-    "How is my {pet} called?",
-    "Do you remember my {pet}'s name?",
-    "Who is my {pet}?",
-    "And my {pet}?",
-    "And my {pet}'s name?",
-    "Do I have a {pet}?",
-)
-
-
-def tell_two_pets(rng: random.Random, state: State) -> Exchange:
+def two_pets(talk: Talk) -> Exchange:
     """Tell the names of two pets in one sentence."""
-    (first, second), name, other = rng.sample(t.PETS, 2), any_name(rng), any_name(rng)
-    verb = rng.choice(("named", "called"))
+    first, second = talk.rng.sample(talk.data.phrases("pets"), 2)
+    name, other = talk.any_name(), talk.any_name()
+    verb = talk.rng.choice(("named", "called"))
     user = f"I have {a(first)} {verb} {name} and {a(second)} {verb} {other}."
-    if rng.random() < 0.3:
+    if talk.chance(0.3):
         user = f"My {first} is called {name} and my {second} is called {other}."
-    pets = {**state.get("pets", {}), first: name, second: other}
-    keys = (f"name:{name}", f"name:{other}")
-    return Exchange(
-        "personal",
-        user,
-        f"{name} and {other} are nice names!",
-        keys,
-        {"pets": pets, "topic": "pet"},
-    )
+    pets = {**talk.state.get("pets", {}), first: name, second: other}
+    reply, keys = talk.say("pet.reply_two", x=name, y=other), (f"name:{name}", f"name:{other}")
+    return Exchange("personal", user, reply, keys, {"pets": pets, "topic": "pet"})
 
 
-def tell_pet(rng: random.Random, state: State) -> Exchange:
+def tell_pet(talk: Talk) -> Exchange:
     """Tell the name of a pet, or of two."""
-    if rng.random() < 0.2:
-        return tell_two_pets(rng, state)
-    pet, name = rng.choice(t.PETS), any_name(rng)
-    user = rng.choice(TELL_PET).format(pet=pet, x=name)
-    pets = {**state.get("pets", {}), pet: name}
-    return Exchange(
-        "personal",
-        user,
-        f"{name} is a nice name for a {pet}!",
-        (f"name:{name}",),
-        {"pets": pets, "topic": "pet"},
-    )
+    if talk.chance(0.2):
+        return two_pets(talk)
+    pet, name = talk.pick("pets"), talk.any_name()
+    user = talk.fill(talk.pick("pet.tell"), pet=pet, x=name)
+    remember = {"pets": {**talk.state.get("pets", {}), pet: name}, "topic": "pet"}
+    reply = talk.say("pet.reply", pet=pet, x=name)
+    return Exchange("personal", user, reply, (f"name:{name}",), remember)
 
 
-def ask_pet(rng: random.Random, state: State) -> Exchange:
+def ask_pet(talk: Talk) -> Exchange:
     """Ask for the name of a pet told before, or of one never mentioned.
 
     Both answers begin with the pet: the model looks it up while it writes, not before.
     """
-    pets: dict[str, str] = state.get("pets", {})
-    unknown = [pet for pet in t.PETS if pet not in pets]
-    if not pets or (unknown and rng.random() < 0.33):
-        pet = rng.choice(unknown)
-        user = rng.choice(ASK_PET).format(pet=pet)
-        answer = f"Your {pet}? You have not told me about it yet."
-        return Exchange("recall_untold", user, answer, (f"untold:{user}",))
-    pet = rng.choice(sorted(pets))
-    user = rng.choice(ASK_PET).format(pet=pet)
-    return Exchange("recall", user, f"Your {pet} is called {pets[pet]}.", (f"name:{pets[pet]}",))
+    pets: dict[str, str] = talk.state.get("pets", {})
+    unknown = [pet for pet in talk.data.phrases("pets") if pet not in pets]
+    if not pets or (unknown and talk.chance(0.33)):
+        pet = talk.rng.choice(unknown)
+        user = talk.fill(talk.pick("pet.ask"), pet=pet)
+        return Exchange("recall_untold", user, talk.say("pet.untold", pet=pet), (f"untold:{user}",))
+    pet = talk.rng.choice(sorted(pets))
+    user, name = talk.fill(talk.pick("pet.ask"), pet=pet), pets[pet]
+    answer = talk.say("pet.answer", pet=pet, x=name)
+    return Exchange("recall", user, answer, (f"name:{name}",))
 
 
-def introduce(rng: random.Random, state: State) -> Exchange:
+follow_pet = ask_pet
+
+
+def tell_introduction(talk: Talk) -> Exchange:
     """Say one's name and something more in one message."""
-    name = any_name(rng)
-    opening = rng.choice(TELL_NAME[:12]).format(x=name)
-    then = add_personal(rng) if rng.random() < 0.5 else add_question(rng)
-    more = then.user
+    name = talk.any_name()
+    opening = talk.fill(talk.pick("name.introduce"), x=name)
+    if talk.chance(0.5):
+        then = draw_fact(talk, invent_cities=False)
+        more = then.user
+        if talk.chance(0.5) and more.startswith(("I ", "I'm", "My")):
+            more = f"and {decapitalise(more)}"
+    else:
+        askers = (ask_about, ask_addition, ask_subtraction, ask_colour, ask_capital, ask_opposite)
+        then = talk.rng.choice(askers)(Talk(talk.data, talk.rng))
+        more = then.user
     if more.startswith("and "):
         opening = opening.rstrip(".")
-    elif opening.endswith(".") and rng.random() < 0.2:
+    elif opening.endswith(".") and talk.chance(0.2):
         opening, more = opening[:-1], decapitalise(more)
-    return Exchange(
-        "introduction",
-        f"{opening} {more}",
-        f"Nice to meet you, {name}! {then.assistant}",
-        (f"name:{name}", *then.keys),
-        {"topic": "name", **then.remember, "name": name},
-    )
+    answer = f"{talk.say('name.reply', x=name)} {then.assistant}"
+    keys, remember = (f"name:{name}", *then.keys), {"topic": "name", **then.remember, "name": name}
+    return Exchange("introduction", f"{opening} {more}", answer, keys, remember)
 
 
-def add_personal(rng: random.Random) -> Exchange:
-    """Go on from one's name with another fact, sometimes in the same sentence."""
-    fact = rng.choice(PERSONAL)
-    value, form = rng.choice(fact.values), rng.choice([form for form in fact.tell if "." in form])
-    user, reply = form.format(x=value), fact.reply.format(x=value, X=sentence(value))
-    if rng.random() < 0.5 and user.startswith(("I ", "I'm", "My")):
-        user = "and " + (user if user.startswith("I") else decapitalise(user))
-    return Exchange("", user, reply, (f"{fact.kind}:{form}|{value}",), {fact.kind: value})
-
-
-def add_question(rng: random.Random) -> Exchange:
-    """Go on from one's name with a question."""
-    questions: tuple[Asker, ...] = (
-        small_talk("about"),
-        arithmetic("+"),
-        arithmetic("-"),
-        ask_colour,
-        ask_capital,
-        ask_opposite,
-    )
-    return rng.choice(questions)(rng, {})
-
-
-def ask_recall(rng: random.Random, state: State) -> Exchange:
+def ask_recall(talk: Talk) -> Exchange:
     """Ask for something from the earlier turns, mostly for something that was told."""
-    choices: list[Asker] = [ask_name, ask_personal, ask_pet]
-    known: list[Asker] = []
-    if "name" in state:
-        known += [ask_name, ask_name]
-    if "pets" in state:
-        known += [ask_pet, ask_pet]
-    if any(fact.kind in state for fact in PERSONAL):
-        known.append(ask_personal)
-    if known and rng.random() < 0.85:
-        choices = known
-    return rng.choice(choices)(rng, state)
+    told = {
+        ask_name: 2 * ("name" in talk.state),
+        ask_pet: 2 * ("pets" in talk.state),
+        ask_personal: any(kind in talk.state for kind in talk.data.names("personal")),
+    }
+    known = [asker for asker, weight in told.items() for _ in range(weight)]
+    choices = known if known and talk.chance(0.85) else (ask_name, ask_personal, ask_pet)
+    return talk.rng.choice(choices)(talk)

@@ -11,39 +11,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import nn
 
-from .model import DemoConfig, DemoModel
-from .tokens import END_OF_TEXT, IM_END, token_id, tokenizer_config
-
-
-def round_to_bfloat16(model: nn.Module) -> None:
-    """Round every weight to bfloat16, as the saved file holds it, and go on in float32."""
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(weight.to(torch.bfloat16).float())
-
-
-def hugging_face_config(config: DemoConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the content of `config.json`."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **dataclasses.asdict(config),
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": True,
-        "bos_token_id": None,
-        "eos_token_id": token_id(tokenizer, IM_END),
-        "pad_token_id": token_id(tokenizer, END_OF_TEXT),
-        "initializer_range": 0.02,
-        "attention_dropout": 0.0,
-        "pretraining_tp": 1,
-        "rope_scaling": None,
-        "torch_dtype": "bfloat16",
-        "use_cache": True,
-    }
+from .model import DemoModel
+from .tokens import CHAT_TEMPLATE, END_OF_TEXT, IM_END, token_id
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -54,22 +24,48 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def save(out: Path, model: DemoModel, tokenizer: Tokenizer) -> int:
     """Write the model in Hugging Face layout and return the size of the weights file in bytes."""
     out.mkdir(parents=True, exist_ok=True)
-    end_ids = [token_id(tokenizer, IM_END), token_id(tokenizer, END_OF_TEXT)]
-    write_json(out / "config.json", hugging_face_config(model.config, tokenizer))
-    write_json(
-        out / "generation_config.json",
-        {"do_sample": False, "eos_token_id": end_ids, "pad_token_id": end_ids[1]},
-    )
-    write_json(
-        out / "tokenizer_config.json", tokenizer_config(model.config.max_position_embeddings)
-    )
+    end, filler = token_id(tokenizer, IM_END), token_id(tokenizer, END_OF_TEXT)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **dataclasses.asdict(model.config),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": end,
+        "pad_token_id": filler,
+        "initializer_range": 0.02,
+        "attention_dropout": 0.0,
+        "pretraining_tp": 1,
+        "rope_scaling": None,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+    }
+    generation = {"do_sample": False, "eos_token_id": [end, filler], "pad_token_id": filler}
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": None,
+        "eos_token": IM_END,
+        "pad_token": END_OF_TEXT,
+        "unk_token": None,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": model.config.max_position_embeddings,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    write_json(out / "config.json", config)
+    write_json(out / "generation_config.json", generation)
+    write_json(out / "tokenizer_config.json", tokenizer_config)
     tokenizer.save(str(out / "tokenizer.json"))
     weights = {
-        name: weight.detach().to("cpu", torch.bfloat16).contiguous()
+        name: weight.detach().to(torch.bfloat16).contiguous()
         for name, weight in model.state_dict().items()
     }
     partial = out / "model.safetensors.partial"
     save_file(weights, partial, metadata={"format": "pt"})
-    partial.chmod(0o644)  # save_file leaves it to its owner alone
+    partial.chmod(0o644)  # save_file makes it readable by its owner only
     os.replace(partial, out / "model.safetensors")
     return (out / "model.safetensors").stat().st_size

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from .exchange import Message
+from .data import Data
+from .talk import Message
 from .world import training_conversation
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-SPECIALS = (END_OF_TEXT, IM_START, IM_END)
 
 # Words with the space before them, single digits (so that place value can be learned), marks,
 # line ends, spaces.
@@ -28,19 +26,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(seed: int, vocab_size: int, conversations: int = 20000) -> Tokenizer:
+def train_tokenizer(data: Data, seed: int, vocab_size: int, conversations: int) -> Tokenizer:
     """Train the tokenizer on training conversations; it can encode any input, byte by byte."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, in_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIALS),
+        special_tokens=[END_OF_TEXT, IM_START, IM_END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -48,7 +43,7 @@ def train_tokenizer(seed: int, vocab_size: int, conversations: int = 20000) -> T
     texts = (
         f"{message['role']}\n{message['content']}"
         for _ in range(conversations)
-        for message in training_conversation(rng)
+        for message in training_conversation(data, rng)
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
@@ -61,24 +56,7 @@ def token_id(tokenizer: Tokenizer, token: str) -> int:
     return int(found)
 
 
-def tokenizer_config(max_length: int) -> dict[str, Any]:
-    """Return the content of `tokenizer_config.json`."""
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": None,
-        "eos_token": IM_END,
-        "pad_token": END_OF_TEXT,
-        "unk_token": None,
-        "add_bos_token": False,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": max_length,
-        "chat_template": CHAT_TEMPLATE,
-    }
-
-
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(NamedTuple):
     """A conversation as ids, and for each id whether the model has to predict it."""
 
     ids: list[int]
@@ -90,44 +68,32 @@ class ChatEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.end = token_id(tokenizer, IM_END)
-        self.line = self._ids("\n")
-        self.headers = {
-            role: self._ids(f"{IM_START}{role}\n") for role in ("system", "user", "assistant")
-        }
+        self.filler = token_id(tokenizer, END_OF_TEXT)
+        self.end, self.line = token_id(tokenizer, IM_END), self._ids("\n")
+        roles = ("system", "user", "assistant")
+        self.headers = {role: self._ids(f"{IM_START}{role}\n") for role in roles}
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
 
-    def encode_all(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
-        """Encode complete conversations; the targets are the assistant's words and the end of its
-        turn.
+    def encode(self, messages: Sequence[Message]) -> Encoded:
+        """Encode a conversation; targets are the assistant's words and the end of its turn.
 
         Header and content are encoded apart, which gives the same ids as the whole text: a special
         token stands before each header, and the split rule never joins a line end with what follows
         it.
         """
-        contents = [
-            message["content"] for conversation in conversations for message in conversation
-        ]
-        pieces = iter(self.tokenizer.encode_batch_fast(contents, add_special_tokens=False))
-        return [
-            self._join(conversation, (next(pieces).ids for _ in conversation))
-            for conversation in conversations
-        ]
-
-    def _join(self, conversation: Sequence[Message], contents: Iterable[list[int]]) -> Encoded:
         ids: list[int] = []
         is_target: list[bool] = []
-        for message, content in zip(conversation, contents, strict=True):
-            header = self.headers[message["role"]]
+        for message in messages:
+            header, content = self.headers[message["role"]], self._ids(message["content"])
             ids += [*header, *content, self.end, *self.line]
-            answers = message["role"] == "assistant"
-            is_target += (
-                [False] * len(header) + [answers] * (len(content) + 1) + [False] * len(self.line)
-            )
+            is_target += [False] * len(header)
+            is_target += [message["role"] == "assistant"] * (len(content) + 1)
+            is_target += [False] * len(self.line)
         return Encoded(ids, is_target)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Encode the messages so far and open the assistant's turn."""
-        return list(itertools.chain(self.encode_all([messages])[0].ids, self.headers["assistant"]))
+        return self.encode(messages).ids + self.headers["assistant"]

@@ -1,4 +1,8 @@
-"""Batches, schedule and training of the demo model."""
+"""Batches, schedule and training of the demo model.
+
+Training is data-parallel with one single-threaded process per CPU core. For products this small,
+processes that meet once per step use two cores better than two threads that meet at every operator.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,22 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from .exchange import Message
+from .data import Data
 from .model import DemoConfig, DemoModel
-from .team import Team
-from .tokens import END_OF_TEXT, ChatEncoder, Encoded, token_id
+from .talk import Message
+from .tokens import ChatEncoder, Encoded
 from .world import training_conversation
 
 LONG_CONVERSATION_CHARS = 2000  # about 900 tokens, below max_position_embeddings
 LONG_SHARE = 0.015
+LOG_EVERY_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,6 @@ class Recipe:
     warmup: float = 0.01
     decay: float = 0.5
     processes: int = 2
-    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -58,33 +62,32 @@ def pad(encoded: Sequence[Encoded], width: int, filler: int) -> Batch:
     return Batch(ids, predicting, ids.roll(-1, dims=1)[predicting])
 
 
-def draw_conversation(rng: random.Random) -> list[Message]:
+def draw_conversation(data: Data, rng: random.Random) -> list[Message]:
     """Draw a training conversation; now and then a long one, to learn to look far back."""
-    if rng.random() < LONG_SHARE:
-        return training_conversation(rng, min_chars=rng.randint(600, LONG_CONVERSATION_CHARS))
-    return training_conversation(rng)
+    is_long = rng.random() < LONG_SHARE
+    min_chars = rng.randint(600, LONG_CONVERSATION_CHARS) if is_long else 0
+    return training_conversation(data, rng, min_chars)
 
 
-def batches(recipe: Recipe, team: Team, encoder: ChatEncoder, max_length: int) -> Iterator[Batch]:
-    """Yield this member's share of fresh batches for ever.
+def batches(recipe: Recipe, rank: int, encoder: ChatEncoder, max_length: int) -> Iterator[Batch]:
+    """Yield this rank's share of fresh batches for ever.
 
     Each row is one conversation from position 0, so no mask between packed conversations is needed.
-    Rows wait until a batch of their width is full; widths are multiples of 16, so that little is
-    padded and only a few shapes occur (a CPU kernel is built anew for every shape). All members
-    draw the same conversations and take every `size`-th row: their shares cost the same.
+    Rows wait until a batch of their width is full. Widths are multiples of 16, so that little is
+    padded and only a few shapes occur (CPU kernels are prepared once for each shape). All ranks
+    draw the same conversations and take every `processes`-th row: their shares cost the same.
     """
-    rng = random.Random(f"train {recipe.seed}")
-    filler = token_id(encoder.tokenizer, END_OF_TEXT)
+    data, rng, size = Data(), random.Random(f"train {recipe.seed}"), recipe.processes
     waiting: dict[int, list[Encoded]] = {}
     while True:
-        for one in encoder.encode_all([draw_conversation(rng) for _ in range(256)]):
-            width = -(-len(one.ids) // 16) * 16
-            if width > max_length:
-                continue
-            rows = waiting.setdefault(width, [])
-            rows.append(one)
-            if len(rows) >= max(1, recipe.batch_tokens // width // team.size) * team.size:
-                yield pad(waiting.pop(width)[team.rank :: team.size], width, filler)
+        one = encoder.encode(draw_conversation(data, rng))
+        width = -(-len(one.ids) // 16) * 16
+        if width > max_length:
+            continue
+        rows = waiting.setdefault(width, [])
+        rows.append(one)
+        if len(rows) >= max(1, recipe.batch_tokens // width // size) * size:
+            yield pad(waiting.pop(width)[rank::size], width, encoder.filler)
 
 
 def learning_rate_factor(progress: float, recipe: Recipe) -> float:
@@ -99,109 +102,70 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimi
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in named if p.ndim != 2 or "embed" in name]
-    return [
-        torch.optim.Muon(
-            matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay, momentum=0.95
-        ),
-        torch.optim.AdamW(others, lr=recipe.adam_lr, weight_decay=0.0, betas=(0.9, 0.98)),
-    ]
+    muon = torch.optim.Muon(
+        matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay, momentum=0.95
+    )
+    return [muon, torch.optim.AdamW(others, recipe.adam_lr, weight_decay=0.0, betas=(0.9, 0.98))]
 
 
-class Trained(NamedTuple):
-    """A trained model and what the training took."""
-
-    model: DemoModel
-    took: dict[str, Any]
-
-
-class Meter:
-    """Counts what a training run has taken, and prints it now and then."""
-
-    def __init__(self, recipe: Recipe, team: Team, log_every_s: float = 15.0) -> None:
-        self.recipe, self.team, self.log_every_s = recipe, team, log_every_s
-        self.started = self.last_log = time.monotonic()
-        self.cpu_started = time.process_time()
-        self.progress = 0.0  # the share of the run that is over
-        self.tokens = self.steps = 0
-        self.losses: list[float] = []
-
-    def budget_used(self) -> float:
-        """Return the share of the time budget that this process has used.
-
-        Processor time, not time on the wall: the model shall not be worse for what else a shared
-        machine has to do.
-        """
-        return (time.process_time() - self.cpu_started) / (self.recipe.budget_minutes * 60)
-
-    def add(self, tokens: int, loss: float, budget_used: float) -> None:
-        """Count one step; the figures are means over the team.
-
-        The run is over by tokens or by the clock, whichever is ahead. Only where the machine is too
-        slow for the budget does the clock take over and the schedule end early; the run is then no
-        longer repeatable bit by bit.
-        """
-        self.tokens += tokens
-        self.steps += 1
-        self.losses.append(loss)
-        self.progress = max(self.tokens / self.recipe.tokens, budget_used)
-        if self.team.rank == 0 and time.monotonic() - self.last_log > self.log_every_s:
-            self._print()
-
-    def _print(self) -> None:
-        self.last_log = time.monotonic()
-        elapsed = self.last_log - self.started
-        left_s = elapsed * (1 - self.progress) / self.progress
-        print(
-            f"step {self.steps:6d}  loss {sum(self.losses) / len(self.losses):.4f}  "
-            f"{self.tokens / elapsed:8.0f} tokens/s  {100 * self.progress:5.1f} %  "
-            f"about {left_s / 60:5.1f} min left",
-            flush=True,
-        )
-        self.losses.clear()
-
-    def summary(self) -> dict[str, Any]:
-        """Return the totals of the run."""
-        return {
-            "steps": self.steps,
-            "tokens": self.tokens,
-            "train_s": round(time.monotonic() - self.started, 1),
-            "train_cpu_s_per_process": round(time.process_time() - self.cpu_started, 1),
-            "cut_short_by_clock": self.tokens < self.recipe.tokens,
-        }
+def backward(model: DemoModel, batch: Batch) -> float:
+    """Compute the gradients of a batch, in bfloat16 products, and return its loss."""
+    logits = model(batch.ids, batch.predicting, torch.bfloat16)
+    loss = F.cross_entropy(logits, batch.targets)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach())
 
 
-def train(team: Team, config: DemoConfig, encoder: ChatEncoder, recipe: Recipe) -> Trained:
-    """Train a new model; every member of the team ends with the same weights."""
+def average(parameters: Sequence[Tensor], figures: Sequence[float]) -> list[float]:
+    """Replace the gradients by their means over all ranks; return the means of the figures.
+
+    All of it goes in one message: the ranks meet once per step.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    parts = [gradient.flatten() for gradient in gradients] + [torch.tensor(figures)]
+    flat = torch.cat(parts)
+    dist.all_reduce(flat)
+    means = torch.split(flat.div_(dist.get_world_size()), [part.numel() for part in parts])
+    for gradient, mean in zip(gradients, means[:-1], strict=True):
+        gradient.copy_(mean.view_as(gradient))
+    return [float(mean) for mean in means[-1]]
+
+
+def train(
+    rank: int, config: DemoConfig, encoder: ChatEncoder, recipe: Recipe
+) -> tuple[DemoModel, dict[str, Any]]:
+    """Train a new model and return it with what the training took; all ranks end with the same.
+
+    The run is over by tokens or by processor time, whichever comes first. Only where the machine is
+    too slow for the budget does the schedule end early; the run is then not repeatable bit by bit.
+    """
     torch.manual_seed(recipe.seed)
-    device = torch.device(recipe.device)
-    model = DemoModel(config).to(device)
+    model = DemoModel(config)
     optimizers = make_optimizers(model, recipe)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    full_rates = [group["lr"] for group in groups]
-    meter = Meter(recipe, team)
-    for batch in batches(recipe, team, encoder, config.max_position_embeddings):
-        for group, rate in zip(groups, full_rates, strict=True):
-            group["lr"] = rate * learning_rate_factor(meter.progress, recipe)
-        loss = backward(model, batch, device)
-        figures = [batch.ids.numel(), loss, meter.budget_used()]
-        tokens, loss, budget_used = team.average(list(model.parameters()), figures)
+    groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
+    started = last_log = time.monotonic()
+    cpu_started, progress, tokens, steps = time.process_time(), 0.0, 0, 0
+    for batch in batches(recipe, rank, encoder, config.max_position_embeddings):
+        for group, full_rate in groups:
+            group["lr"] = full_rate * learning_rate_factor(progress, recipe)
+        loss = backward(model, batch)
+        budget_used = (time.process_time() - cpu_started) / (recipe.budget_minutes * 60)
+        figures = average(list(model.parameters()), [batch.ids.numel(), loss, budget_used])
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        meter.add(round(tokens * team.size), loss, budget_used)
-        if meter.progress >= 1.0:
+        tokens, steps = tokens + round(figures[0] * recipe.processes), steps + 1
+        progress = max(tokens / recipe.tokens, figures[2])
+        if rank == 0 and time.monotonic() - last_log > LOG_EVERY_S:
+            last_log = time.monotonic()
+            left = (last_log - started) * (1 - progress) / progress / 60
+            print(f"step {steps:6d}  loss {figures[1]:.4f}  {left:5.1f} min left", flush=True)
+        if progress >= 1.0:
             break
-    return Trained(model, meter.summary())
-
-
-def train_member(team: Team, config: DemoConfig, tokenizer: str, recipe: Recipe) -> None:
-    """Do the work of a member other than rank 0; the tokenizer comes as its JSON text."""
-    train(team, config, ChatEncoder(Tokenizer.from_str(tokenizer)), recipe)
-
-
-def backward(model: DemoModel, batch: Batch, device: torch.device) -> float:
-    """Compute the gradients of a batch, in bfloat16 products, and return its loss."""
-    ids, predicting, targets = (x.to(device) for x in (batch.ids, batch.predicting, batch.targets))
-    loss = F.cross_entropy(model(ids, predicting, torch.bfloat16), targets)
-    loss.backward()  # type: ignore[no-untyped-call]
-    return float(loss.detach())
+    return model, {
+        "steps": steps,
+        "tokens": tokens,
+        "train_s": round(time.monotonic() - started, 1),
+        "train_cpu_s_per_process": round(time.process_time() - cpu_started, 1),
+        "cut_short_by_clock": tokens < recipe.tokens,
+    }

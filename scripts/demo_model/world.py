@@ -1,252 +1,151 @@
 """Conversations about a small world, generated from a seed.
 
 Answers are a function of the conversation so far (never random), so that a greedy answer can be
-compared exactly. `exchange.py` says what is held back from training and why.
+compared exactly. `talk.py` says what is held out from training and why.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from . import tables as t
-from .arithmetic import arithmetic, ask_three_terms, ask_too_big, ask_twice, follow_arithmetic
-from .exchange import Asker, Exchange, Message, State, is_held_back
-from .facts import (
-    ask_animal,
-    ask_capital,
-    ask_colour,
-    ask_echo,
-    ask_opposite,
-    ask_to_name,
-    ask_translation,
-    follow_animal,
-    follow_capital,
-    follow_colour,
-    follow_opposite,
-    follow_translation,
-)
-from .order import ask_calendar, ask_counting, ask_size, follow_calendar
-from .personal import (
-    ask_name,
-    ask_personal,
-    ask_pet,
-    ask_recall,
-    introduce,
-    tell_name,
-    tell_personal,
-    tell_pet,
-)
-from .small_talk import (
-    ask_liking,
-    ask_unknown,
-    follow_how_are_you,
-    follow_joke,
-    follow_offer,
-    small_talk,
-)
-from .stories import ask_about_story, ask_story, follow_story
-from .wording import roughen
+from . import arithmetic, facts, order, personal, small_talk, stories
+from .data import Data
+from .talk import Asker, Exchange, Message, Talk, is_held_out
 
-OPENERS: tuple[tuple[float, Asker], ...] = (
-    (10, small_talk("greeting")),
-    (8, small_talk("about")),
-    (1.5, small_talk("joke")),
-    (6, ask_unknown),
-    (7, tell_name),
-    (3, introduce),
-    (6, tell_personal),
-    (5, tell_pet),
-    (9, arithmetic("+")),
-    (14, arithmetic("-")),
-    (9, arithmetic("×")),
-    (2, ask_three_terms),
-    (1, ask_twice),
-    (4.5, ask_too_big),
-    (9, ask_colour),
-    (1, ask_liking),
-    (2, ask_to_name),
-    (8, ask_calendar),
-    (7, ask_counting),
-    (6, ask_opposite),
-    (8, ask_animal),
-    (6, ask_size),
-    (5, ask_capital),
-    (4, ask_translation),
-    (3, ask_echo),
-    (9, ask_story),
-    (0.8, ask_name),
-    (0.8, ask_personal),
-    (0.4, ask_pet),
-    (0.4, ask_about_story),
-)
-
-FOLLOW_UPS: dict[str, Asker] = {
-    "arithmetic": follow_arithmetic,
-    "colour": follow_colour,
-    "calendar": follow_calendar,
-    "opposite": follow_opposite,
-    "animal": follow_animal,
-    "capital": follow_capital,
-    "translation": follow_translation,
-    "story": follow_story,
-    "pet": ask_pet,
-    "joke": follow_joke,
-    "how are you": follow_how_are_you,
-    "offer": follow_offer,
+# `ask_x` and `tell_x` can open a conversation, with the weights of `[openers]` in wording.toml.
+# `follow_x` can follow an exchange that has left the topic x.
+ASKERS: dict[str, Asker] = {
+    name: asker
+    for module in (arithmetic, facts, order, personal, small_talk, stories)
+    for name, asker in vars(module).items()
+    if name.startswith(("ask_", "tell_", "follow_"))
 }
 
-REPEATING = (
-    "name",
-    "introduction",
-    "personal",
-    "recall",
-    "recall_untold",
-    "echo",
-    "story",
-    "story_question",
-)
+# Answers in these categories repeat words of the question.
+REPEATING = {
+    "name", "introduction", "personal", "recall", "recall_untold", "echo", "story", "story_question"
+}  # fmt: skip
 
-RECALLABLE = ("name", "pets", "age", "colour", "likes", "city")
+CATEGORIES = {
+    "greeting", "about", "joke", "out_of_domain", "name", "introduction", "personal", "naming",
+    "recall", "recall_untold", "addition", "subtraction", "multiplication", "follow_up_arithmetic",
+    "too_big", "colour", "calendar", "counting", "opposite", "animal", "size", "capital",
+    "translation", "follow_up_fact", "echo", "story", "story_question",
+}  # fmt: skip
 
 
-def propose(rng: random.Random, state: State) -> Exchange:
+def propose(talk: Talk) -> Exchange:
     """Draw the next exchange: a follow-up, a question about the earlier turns, or a new topic."""
-    follow_up = FOLLOW_UPS.get(state.get("topic", ""))
-    roll = rng.random()
+    state = talk.state
+    follow_up = ASKERS.get(f"follow_{state.get('topic')}")
+    roll = talk.rng.random()
     if follow_up and roll < 0.4:
-        return follow_up(rng, state)
-    if roll < 0.7 and any(kind in state for kind in RECALLABLE):
-        return ask_recall(rng, state)
+        return follow_up(talk)
+    if roll < 0.7 and any(k in state for k in ("name", "pets", *talk.data.names("personal"))):
+        return personal.ask_recall(talk)
     if roll > 0.9 and len(state.get("pets", {})) == 1:
-        return tell_pet(rng, state)
+        return personal.tell_pet(talk)
     if roll > 0.95 and "story" in state:
-        return ask_about_story(rng, state)
-    asker = rng.choices([asker for _, asker in OPENERS], [weight for weight, _ in OPENERS])[0]
-    return asker(rng, state)
+        return stories.ask_story_detail(talk)
+    askers, weights = openers(talk.data)
+    return talk.rng.choices(askers, weights)[0](talk)
 
 
-def draw_trained(rng: random.Random, state: State) -> Exchange:
-    """Draw an exchange that contains nothing held back."""
+@functools.cache
+def openers(data: Data) -> tuple[list[Asker], list[float]]:
+    """Return what can open a conversation, with weights."""
+    names = data.names("openers")
+    for name in names:
+        if name not in ASKERS:
+            data.fail(f"openers.{name}", f"unknown; known are {', '.join(sorted(ASKERS))}")
+    return [ASKERS[name] for name in names], [data.number(f"openers.{name}") for name in names]
+
+
+def draw_trained(talk: Talk) -> Exchange:
+    """Draw an exchange that contains nothing held out."""
     while True:
-        exchange = propose(rng, state)
-        if not any(map(is_held_back, exchange.keys)):
+        exchange = propose(talk)
+        if not any(map(is_held_out, exchange.keys)):
             return exchange
 
 
-def extend(messages: list[Message], state: State, exchange: Exchange, rng: random.Random) -> None:
+def extend(messages: list[Message], talk: Talk, exchange: Exchange) -> None:
     """Append the exchange, its question roughened, and remember what it leaves behind."""
-    may_shout = exchange.category not in REPEATING
-    messages.append({"role": "user", "content": roughen(rng, exchange.user, may_shout)})
+    question = talk.roughen(exchange.user, may_shout=exchange.category not in REPEATING)
+    messages.append({"role": "user", "content": question})
     messages.append({"role": "assistant", "content": exchange.assistant})
-    state.update(exchange.remember)
+    talk.state.update(exchange.remember)
 
 
-def begin(rng: random.Random) -> list[Message]:
+def begin(talk: Talk) -> list[Message]:
     """Start a conversation, with a system message in a quarter of the cases."""
-    return (
-        [{"role": "system", "content": rng.choice(t.SYSTEM_MESSAGES)}]
-        if rng.random() < 0.25
-        else []
-    )
+    return [{"role": "system", "content": talk.pick("system")}] if talk.chance(0.25) else []
 
 
-def training_conversation(rng: random.Random, min_chars: int = 0) -> list[Message]:
-    """Return one conversation without anything held back.
+def characters(messages: list[Message]) -> int:
+    """Return the length of a conversation."""
+    return sum(len(message["content"]) for message in messages)
 
-    Args:
-        rng: The source of all choices.
-        min_chars: Go on until the conversation has this many characters; the usual length is
-            one to six exchanges.
+
+def training_conversation(data: Data, rng: random.Random, min_chars: int = 0) -> list[Message]:
+    """Return one conversation of one to six exchanges without anything held out.
+
+    With `min_chars` it goes on until it has this many characters.
     """
-    messages, state = begin(rng), State()
+    talk = Talk(data, rng)
+    messages = begin(talk)
     turns = rng.choice((1, 2, 2, 3, 3, 4, 4, 5, 6))
-    while turns > 0 or sum(len(m["content"]) for m in messages) < min_chars:
-        extend(messages, state, draw_trained(rng, state), rng)
+    while turns > 0 or characters(messages) < min_chars:
+        extend(messages, talk, draw_trained(talk))
         turns -= 1
     return messages
 
 
 @dataclass(frozen=True)
-class HeldBack:
-    """A conversation whose last question was held back, with the one right answer."""
+class HeldOut:
+    """A conversation whose last question was held out, with the one right answer."""
 
     category: str
     messages: list[Message]
     answer: str
 
 
-def held_back_questions(rng: random.Random, min_chars: int = 0) -> Iterator[HeldBack]:
-    """Yield questions that contain a held-back combination, after some trained turns.
+def held_out_questions(data: Data, rng: random.Random, min_chars: int = 0) -> Iterator[HeldOut]:
+    """Yield questions that contain a held-out combination, after some other turns.
 
-    A held-back name must come into the conversation to be asked for later, so the turns before are
-    drawn from both sets; every one of them that is held back is yielded as a question of its own as
-    well.
+    A held-out name must come into the conversation to be asked for later, so the turns before are
+    drawn from both sets; each of them that is held out is yielded as a question of its own as well.
     """
     while True:
-        messages, state = begin(rng), State()
+        talk = Talk(data, rng)
+        messages = begin(talk)
         for _ in range(rng.randint(1, 6) if not min_chars else 200):
-            exchange = propose(rng, state)
-            long_enough = sum(len(m["content"]) for m in messages) >= min_chars
-            extend(messages, state, exchange, rng)
-            if long_enough and any(map(is_held_back, exchange.keys)):
-                yield HeldBack(exchange.category, messages[:-1], exchange.assistant)
-            if min_chars and sum(len(m["content"]) for m in messages) >= min_chars + 300:
+            exchange = propose(talk)
+            long_enough = characters(messages) >= min_chars
+            extend(messages, talk, exchange)
+            if long_enough and any(map(is_held_out, exchange.keys)):
+                yield HeldOut(exchange.category, messages[:-1], exchange.assistant)
+            if min_chars and characters(messages) >= min_chars + 300:
                 break
 
 
-def held_back_set(seed: int, per_category: int, long_conversations: int) -> list[HeldBack]:
-    """Return the questions to score: as many for every category, and some in long conversations."""
-    rng = random.Random(f"held back {seed}")
-    chosen: dict[str, list[HeldBack]] = {}
-    for question in held_back_questions(rng):
+def held_out_set(data: Data, seed: int, per_category: int, long: int) -> list[HeldOut]:
+    """Return the questions to score, `per_category` of each and `long` in long conversations."""
+    rng = random.Random(f"held back {seed}")  # this text decides the questions of a seed
+    chosen: dict[str, list[HeldOut]] = {}
+    for question in held_out_questions(data, rng):
         of_category = chosen.setdefault(question.category, [])
         if len(of_category) < per_category:
             of_category.append(question)
-        elif len(chosen) == len(CATEGORIES) and all(
-            len(found) >= per_category for found in chosen.values()
-        ):
+        elif len(chosen) == len(CATEGORIES) and min(map(len, chosen.values())) >= per_category:
             break
-    recalls = (
-        q
-        for q in held_back_questions(rng, min_chars=1600)
-        if q.category in ("recall", "story_question")
+    far_back = (
+        HeldOut("long_conversation", question.messages, question.answer)
+        for question in held_out_questions(data, rng, min_chars=1600)
+        if question.category in ("recall", "story_question")
     )
-    long = [
-        HeldBack("long_conversation", question.messages, question.answer)
-        for question in itertools.islice(recalls, long_conversations)
-    ]
-    return [question for found in chosen.values() for question in found] + long
-
-
-CATEGORIES = (
-    "greeting",
-    "about",
-    "joke",
-    "out_of_domain",
-    "name",
-    "introduction",
-    "personal",
-    "naming",
-    "recall",
-    "recall_untold",
-    "addition",
-    "subtraction",
-    "multiplication",
-    "follow_up_arithmetic",
-    "too_big",
-    "colour",
-    "calendar",
-    "counting",
-    "opposite",
-    "animal",
-    "size",
-    "capital",
-    "translation",
-    "follow_up_fact",
-    "echo",
-    "story",
-    "story_question",
-)
+    return [q for found in chosen.values() for q in found] + list(itertools.islice(far_back, long))

@@ -1,10 +1,11 @@
-"""The demo model's conversations: repeatable, correct, and honest about what is held back."""
+"""The demo model's conversations: editable, repeatable, correct, honest about what is held out."""
 
 from __future__ import annotations
 
 import operator
 import random
 import re
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -13,58 +14,101 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from demo_model import tables, world
-from demo_model.arithmetic import calc_keys, follow_arithmetic, solve
-from demo_model.exchange import Message, State, is_held_back
+from demo_model.arithmetic import calc_keys, solve
+from demo_model.data import FOLDER, Data, DataError
+from demo_model.talk import Message, Talk, is_held_out
 from demo_model.tokens import ChatEncoder, train_tokenizer
+from demo_model.world import CATEGORIES, HeldOut, draw_trained, held_out_set, training_conversation
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "×": operator.mul}
 
 
-def expressions(answer: str) -> list[list[str]]:
+@pytest.fixture(scope="module")
+def data() -> Data:
+    return Data()
+
+
+@pytest.fixture(scope="module")
+def conversations(data: Data) -> list[list[Message]]:
+    rng = random.Random(1)
+    return [training_conversation(data, rng) for _ in range(1500)]
+
+
+@pytest.fixture(scope="module")
+def held_out(data: Data) -> list[HeldOut]:
+    return held_out_set(data, seed=3, per_category=3, long=2)
+
+
+def answers(conversations: list[list[Message]]) -> list[str]:
+    return [m["content"] for c in conversations for m in c if m["role"] == "assistant"]
+
+
+def sides(answer: str) -> list[list[str]]:
     """Return the sides of a worked answer, each as its words; none for other answers."""
     worked = answer.split("! ")[-1].removesuffix(".")
     return [side.split(" ") for side in worked.split(" = ")] if " = " in worked else []
 
 
 def value(words: list[str]) -> int:
-    """Return what an expression is worth, worked out from the left."""
+    """Return the value of an expression, worked out from the left."""
     result = int(words[0])
     for sign, term in zip(words[1::2], words[2::2], strict=True):
         result = OPERATIONS[sign](result, int(term))
     return result
 
 
-def conversations(seed: int, count: int) -> list[list[Message]]:
-    rng = random.Random(seed)
-    return [world.training_conversation(rng) for _ in range(count)]
+@pytest.mark.parametrize(
+    ("file", "old", "new", "problem"),
+    [
+        ("facts.toml", 'France = "Paris"', 'France = "Paris', "facts.toml: .*line"),
+        ("facts.toml", 'France = "Paris"', "France = true", "capital.of.France: .*True"),
+        ("facts.toml", 'cow = "moo | 4', 'cow = "4', "facts.toml: animal.known.cow: .* got 4 of 5"),
+        ("facts.toml", "The opposite of {x} is {y}", "{z}", "facts.toml: opposite.answer: .*{z}"),
+        ("facts.toml", "snow = ", "the snow = ", "facts.toml: .*line"),
+        ("arithmetic.toml", "Solve {e}.", "Solve {e.", "arithmetic.toml: arithmetic.ask: .*{e"),
+        ("stories.toml", "natures =", "nature =", "stories.toml: story.natures: is missing"),
+        ("small_talk.toml", "Goodbye! 👋", "", r"small_talk.toml: greeting\[13\].answer: is empty"),
+        ("wording.toml", "ask_colour =", "ask_color =", "wording.toml: openers.ask_color: unknown"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_data_file_is_reported_with_file_and_key(
+    tmp_path: Path, file: str, old: str, new: str, problem: str
+) -> None:
+    folder = shutil.copytree(FOLDER, tmp_path / "data")
+    text = (folder / file).read_text(encoding="utf-8")
+    assert old in text
+    (folder / file).write_text(text.replace(old, new, 1), encoding="utf-8")
+    rng = random.Random(2)
+    with pytest.raises(DataError, match=problem):  # noqa: PT012 - some keys are read when drawn
+        edited = Data(folder)
+        for _ in range(1000):
+            training_conversation(edited, rng)
 
 
-def answers(seed: int, count: int) -> list[str]:
-    return [
-        message["content"]
-        for conversation in conversations(seed, count)
-        for message in conversation
-        if message["role"] == "assistant"
-    ]
+def test_an_edited_fact_changes_the_answer(tmp_path: Path) -> None:
+    folder = shutil.copytree(FOLDER, tmp_path / "data")
+    text = (folder / "wording.toml").read_text(encoding="utf-8")
+    opening = re.sub(r"(?s)\[openers\]\n.*?\n\n", "[openers]\nask_capital = 1\n\n", text)
+    (folder / "wording.toml").write_text(opening, encoding="utf-8")
+    facts = (folder / "facts.toml").read_text(encoding="utf-8")
+    mars = re.sub(r"(?s)\[capital.of\]\n.*?\n\n", '[capital.of]\nMars = "Olympus"\n\n', facts)
+    (folder / "facts.toml").write_text(mars, encoding="utf-8")
+    rng, edited = random.Random(3), Data(folder)
+    spoken = answers([training_conversation(edited, rng) for _ in range(50)])
+    known = {answer for answer in spoken if "do not know" not in answer}
+    assert known == {"The capital of Mars is Olympus."}
 
 
-@pytest.fixture(scope="module")
-def held_back() -> list[world.HeldBack]:
-    return world.held_back_set(seed=3, per_category=8, long_conversations=4)
+def test_the_same_seed_gives_the_same_conversations(data: Data) -> None:
+    first, second = random.Random(4), random.Random(4)
+    for _ in range(50):
+        assert training_conversation(data, first) == training_conversation(data, second)
 
 
-def test_the_same_seed_gives_the_same_conversations() -> None:
-    assert conversations(1, 200) == conversations(1, 200)
-    assert conversations(1, 200) != conversations(2, 200)
-
-
-def test_the_same_seed_gives_the_same_held_back_set(held_back: list[world.HeldBack]) -> None:
-    assert world.held_back_set(seed=3, per_category=8, long_conversations=4) == held_back
-
-
-def test_a_conversation_alternates_and_ends_with_the_assistant() -> None:
-    for conversation in conversations(3, 500):
+def test_a_conversation_alternates_and_ends_with_the_assistant(
+    conversations: list[list[Message]],
+) -> None:
+    for conversation in conversations:
         roles = [message["role"] for message in conversation]
         turns = roles[1:] if roles[0] == "system" else roles
         assert turns == ["user", "assistant"] * (len(turns) // 2)
@@ -72,75 +116,52 @@ def test_a_conversation_alternates_and_ends_with_the_assistant() -> None:
         assert all(message["content"].strip() for message in conversation)
 
 
-def test_some_conversations_have_a_system_message_and_several_turns() -> None:
-    drawn = conversations(4, 500)
-    with_system = sum(conversation[0]["role"] == "system" for conversation in drawn)
-    assert 50 < with_system < 250
-    assert max(len(conversation) for conversation in drawn) >= 12
-
-
-def test_a_long_conversation_is_as_long_as_asked_for() -> None:
-    conversation = world.training_conversation(random.Random(5), min_chars=3000)
+def test_a_long_conversation_is_as_long_as_asked_for(data: Data) -> None:
+    conversation = training_conversation(data, random.Random(5), min_chars=3000)
     assert sum(len(message["content"]) for message in conversation) >= 3000
 
 
-def test_training_exchanges_carry_no_held_back_key() -> None:
-    rng, state = random.Random(6), State()
+def test_nothing_held_out_leaks_into_training(data: Data) -> None:
+    talk, names = Talk(data, random.Random(6)), set(data.phrases("names"))
+    categories = set()
     for _ in range(3000):
-        exchange = world.draw_trained(rng, state)
-        assert not any(map(is_held_back, exchange.keys))
-        state.update(exchange.remember)
+        exchange = draw_trained(talk)
+        talk.state.update(exchange.remember)
+        categories.add(exchange.category)
+        assert not any(map(is_held_out, exchange.keys))
+        told = re.match(r"Nice to meet you, ([^!]+)!", exchange.assistant)
+        assert not (told and told[1] in names and is_held_out(f"name:{told[1]}"))
+    assert categories == CATEGORIES
 
 
-def test_held_back_pairs_appear_in_no_training_answer() -> None:
-    """Not even within the working of a product or of a sum of three numbers."""
-    seen = 0
-    for answer in answers(7, 4000):
-        for side in expressions(answer):
+def test_every_calculation_is_right_and_contains_no_held_out_pair(
+    conversations: list[list[Message]],
+) -> None:
+    """The working of a product or of a sum of three numbers counts as well."""
+    seen: Counter[int] = Counter()
+    for answer in answers(conversations):
+        worked = sides(answer)
+        seen[len(worked)] += 1
+        assert len({value(side) for side in worked}) <= 1, answer
+        for side in worked:
             if len(side) == 3:
-                seen += 1
                 keys = calc_keys(int(side[0]), side[1], int(side[2]))
-                assert not any(map(is_held_back, keys)), answer
-    assert seen > 1000
+                assert not any(map(is_held_out, keys)), answer
+    assert seen[2] > 300
+    assert seen[3] > 30
 
 
-def test_held_back_names_are_never_told_in_training() -> None:
-    withheld = {name for name in tables.NAMES if is_held_back(f"name:{name}")}
-    assert len(withheld) > 10
-    greeting = re.compile(r"Nice to meet you, ([^!]+)!")
-    told = {name for answer in answers(8, 4000) for name in greeting.findall(answer)}
-    assert len(told) > 200
-    assert not told & withheld
-
-
-def test_held_back_questions_are_disjoint_from_training(held_back: list[world.HeldBack]) -> None:
-    """A pair of the same last question and answer must not occur where it stands alone."""
-    trained = {
-        (conversation[-2]["content"], conversation[-1]["content"])
-        for conversation in conversations(9, 5000)
-    }
-    sums = {"addition", "subtraction", "multiplication", "name", "echo", "size"}
-    for question in held_back:
-        if question.category in sums:
-            assert (question.messages[-1]["content"], question.answer) not in trained
-
-
-def test_the_held_back_set_covers_every_category(held_back: list[world.HeldBack]) -> None:
-    counts = Counter(question.category for question in held_back)
-    assert counts == {**dict.fromkeys(world.CATEGORIES, 8), "long_conversation": 4}
-    for question in held_back:
+def test_the_held_out_set_covers_every_category_and_is_not_trained(
+    held_out: list[HeldOut], conversations: list[list[Message]]
+) -> None:
+    counts = Counter(question.category for question in held_out)
+    assert counts == {**dict.fromkeys(CATEGORIES, 3), "long_conversation": 2}
+    trained = {(c[-2]["content"], c[-1]["content"]) for c in conversations}
+    for question in held_out:
         assert question.messages[-1]["role"] == "user"
         assert question.answer.strip()
-
-
-def test_all_sides_of_a_worked_answer_are_equal() -> None:
-    seen: Counter[int] = Counter()
-    for answer in answers(10, 4000):
-        sides = expressions(answer)
-        seen[len(sides)] += 1
-        assert len({value(side) for side in sides}) <= 1, answer
-    assert seen[2] > 1000
-    assert seen[3] > 100
+        if question.category in {"addition", "subtraction", "multiplication", "name", "echo"}:
+            assert (question.messages[-1]["content"], question.answer) not in trained
 
 
 @pytest.mark.parametrize(
@@ -148,68 +169,46 @@ def test_all_sides_of_a_worked_answer_are_equal() -> None:
     [
         (12, "+", 7, "12 + 7 = 19."),
         (3, "-", 5, "3 - 5 = -2."),
-        (7, "×", 8, "7 × 8 = 56."),
-        (47, "×", 6, "47 × 6 = 240 + 42 = 282."),
         (6, "×", 47, "6 × 47 = 240 + 42 = 282."),
         (10, "×", 47, "10 × 47 = 470."),
+        (100, "+", 1, None),
+        (12, "/", 4, None),
+        (47, "×", 11, None),
     ],
 )
-def test_solve(left: int, sign: str, right: int, answer: str) -> None:
+def test_solve(left: int, sign: str, right: int, answer: str | None) -> None:
     assert solve(left, sign, right) == answer
 
 
-@pytest.mark.parametrize(("left", "sign", "right"), [(100, "+", 1), (12, "/", 4), (47, "×", 11)])
-def test_what_is_out_of_range_is_refused(left: int, sign: str, right: int) -> None:
-    assert "=" not in solve(left, sign, right)
-
-
-def test_going_on_calculating_starts_from_the_last_result() -> None:
-    rng = random.Random(12)
-    for result in range(0, 100, 7):
-        exchange = follow_arithmetic(rng, {"topic": "arithmetic", "result": result})
-        assert exchange.assistant.startswith(f"{result} ")
-
-
-def test_a_name_told_is_the_name_recalled() -> None:
-    told: Counter[bool] = Counter()
-    for conversation in conversations(13, 3000):
+def test_a_name_told_is_the_name_recalled(conversations: list[list[Message]]) -> None:
+    recalled = 0
+    for conversation in conversations:
         name = None
-        for message in conversation:
-            text = message["content"]
-            if message["role"] != "assistant":
-                continue
-            if found := re.match(r"Nice to meet you, ([^!]+)!", text):
-                name = found[1]
-            elif found := re.fullmatch(r"Your name is (.+)\.", text):
-                assert found[1] == name
-                told[True] += 1
+        for text in answers([conversation]):
+            if told := re.match(r"Nice to meet you, ([^!]+)!", text):
+                name = told[1]
+            elif asked := re.fullmatch(r"Your name is (.+)\.", text):
+                assert asked[1] == name
+                recalled += 1
             elif text == "You have not told me your name yet.":
                 assert name is None
-                told[False] += 1
-    assert told[True] > 50
-    assert told[False] > 20
+    assert recalled > 20
 
 
-def test_answers_hold_characters_of_several_bytes() -> None:
-    joined = "".join(answers(14, 3000))
-    for character in "é×👋に":
-        assert character in joined
-
-
-def test_the_tokenizer_encodes_anything_and_agrees_with_the_chat_format() -> None:
-    tokenizer = train_tokenizer(seed=0, vocab_size=600, conversations=300)
+def test_the_tokenizer_encodes_anything_and_agrees_with_the_chat_format(
+    data: Data, conversations: list[list[Message]]
+) -> None:
+    tokenizer = train_tokenizer(data, seed=0, vocab_size=600, conversations=100)
     for text in ("", "Zoë 🦜", "\x00\t\n\n x", "零 12+7=19", "<tag> \\ {}"):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
     encoder = ChatEncoder(tokenizer)
-    for conversation in conversations(15, 100):
+    for conversation in conversations[:50]:
         whole = "".join(
-            f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n"
-            for message in conversation
+            f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in conversation
         )
-        encoded = encoder.encode_all([conversation])[0]
+        encoded = encoder.encode(conversation)
         assert encoded.ids == tokenizer.encode(whole, add_special_tokens=False).ids
         learned = [i for i, target in zip(encoded.ids, encoded.is_target, strict=True) if target]
-        spoken = [m["content"] for m in conversation if m["role"] == "assistant"]
-        expected = "".join(f"{text}<|im_end|>" for text in spoken)
+        expected = "".join(f"{text}<|im_end|>" for text in answers([conversation]))
         assert tokenizer.decode(learned, skip_special_tokens=False) == expected

@@ -1,0 +1,54 @@
+"""A benchmark's result: one JSON line at the end, and a file of it on request."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench.lib.environment import Environment, current_environment
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """``--json``."""
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the result there, too, as readable JSON"
+    )
+
+
+class Record:
+    """One run of a benchmark. Made before anything is measured: it notes the machine's load."""
+
+    def __init__(self, bench: str, argv: Sequence[str], arguments: argparse.Namespace):
+        self._bench = bench
+        self._file: Path | None = arguments.json
+        # Names of folders say what was used; their place on this machine stays private.
+        self._settings = {
+            key: value.name if isinstance(value, Path) else value
+            for key, value in vars(arguments).items()
+            if value is not None and key != "json"
+        }
+        self._command = " ".join([f"python -m bench.{bench}", *map(_without_folder, argv)])
+        self.environment: Environment = current_environment()
+
+    def finish(self, body: Mapping[str, Any]) -> None:
+        """Print the result as one line, the last; write it to ``--json``'s file."""
+        result = {
+            "bench": self._bench,
+            "environment": {"command": self._command, **asdict(self.environment)},
+            "settings": self._settings,
+            **body,
+        }
+        if self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.write_text(json.dumps(result, indent=1, default=str) + "\n")
+        print(json.dumps(result, default=str), flush=True)
+
+
+def _without_folder(word: str) -> str:
+    """A word of a command line; of an absolute path only the last part."""
+    option, equals, value = word.rpartition("=") if word.startswith("-") else ("", "", word)
+    return f"{option}{equals}{Path(value).name}" if Path(value).is_absolute() else word

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ class Record:
             for key, value in vars(arguments).items()
             if value is not None and key != "json"
         }
-        self._command = " ".join([f"python -m bench.{bench}", *map(_without_folder, argv)])
+        self._command = without_folders(["python", "-m", f"bench.{bench}", *argv])
         self.environment: Environment = current_environment()
 
     def finish(self, body: Mapping[str, Any]) -> None:
@@ -48,7 +49,13 @@ class Record:
         print(json.dumps(result, default=str), flush=True)
 
 
+def without_folders(words: Iterable[str]) -> str:
+    """A command line whose absolute paths are reduced to their last part."""
+    return shlex.join(map(_without_folder, words))
+
+
 def _without_folder(word: str) -> str:
-    """A word of a command line; of an absolute path only the last part."""
+    if " " in word:  # a command line within a command line
+        return " ".join(map(_without_folder, word.split(" ")))
     option, equals, value = word.rpartition("=") if word.startswith("-") else ("", "", word)
     return f"{option}{equals}{Path(value).name}" if Path(value).is_absolute() else word

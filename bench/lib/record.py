@@ -10,7 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bench.lib.command import tell
 from bench.lib.environment import Environment, current_environment
+
+_BUSY = 0.25  # of the cores
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +37,9 @@ class Record:
         }
         self._command = without_folders(["python", "-m", f"bench.{bench}", *argv])
         self.environment: Environment = current_environment()
+        load, cores = self.environment.load_average, self.environment.cores
+        if load is not None and load > _BUSY * cores:
+            tell(f"load average {load:.1f} on {cores} cores: other work disturbs these figures")
 
     def finish(self, body: Mapping[str, Any]) -> None:
         """Print the result as one line, the last; write it to ``--json``'s file."""

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shlex
 import statistics
@@ -143,7 +142,9 @@ def compare(
     compared = []
     for name in chosen:
         befores, afters = [run[name] for run in before], [run[name] for run in after]
-        if len({*befores, *afters}) > 1:
+        if 0 in befores:
+            tell(f"{name}: left out, a figure of 0 has no ratio")
+        elif len({*befores, *afters}) > 1:
             compared.append(_comparison(name, befores, afters))
     return compared
 
@@ -154,8 +155,7 @@ def _is_wanted(name: str, wanted: Sequence[str]) -> bool:
 
 
 def _comparison(name: str, befores: list[float], afters: list[float]) -> Comparison:
-    pairs = zip(befores, afters, strict=True)
-    ratios = [after / before if before else math.nan for before, after in pairs]
+    ratios = [after / before for before, after in zip(befores, afters, strict=True)]
     return Comparison(
         name=name,
         before=statistics.median(befores),

@@ -58,6 +58,7 @@ def test_figures_are_chosen_by_name() -> None:
     assert run == {"rows.0.a_ms": 1, "rows.0.b": 2, "c_s": 3.5}
     (only,) = compare([run], [{**run, "rows.0.b": 3.0, "c_s": 9.0}], ["b"])
     assert (only.name, only.ratio) == ("rows.0.b", 1.5)
+    assert compare([{"a_ms": 0.0}], [{"a_ms": 1.0}], []) == []  # no ratio
     with pytest.raises(ConfigError, match=r"for z; there are: rows\.0\.a_ms"):
         compare([run], [run], ["z"])
 

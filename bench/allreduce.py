@@ -23,16 +23,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import IO, Any
+from typing import IO
 
-from bench import floor
-from bench.allreduce_rank import GLOO, Answer, Order
-from bench.command import add_backend_option, end_like_a_command, show_network, tell
+from bench.lib.allreduce_rank import GLOO, Answer, Order
+from bench.lib.command import end_like_a_command, tell, values
+from bench.lib.record import Record, add_json_option
+from bench.net import floor
 from bench.net.namespace import INTERFACE
 from bench.net.network import LOOPBACK, Network, emulate
+from bench.net.options import add_backend_option, show_network
 from bench.net.relay import RelayBackend
 from bench.net.spec import Link, LinkError, uniform
-from bench.record import add_out_option, finish
 from tpirt.batch import Algorithm, CommDtype
 from tpirt.cli.options import count
 from tpirt.units import format_bytes, parse_bytes
@@ -101,7 +102,7 @@ def started(contender: str, network: Network) -> Iterator[Ranks]:
     for device in network.devices:
         others = range(len(network.devices))
         addresses = [network.reach(device.index, other) for other in others]
-        command = [sys.executable, "-m", "bench.allreduce_rank", contender, str(device.index)]
+        command = [sys.executable, "-m", "bench.lib.allreduce_rank", contender, str(device.index)]
         processes.append(
             device.popen(
                 [*command, device.listen, ",".join(addresses)],
@@ -232,20 +233,20 @@ def main(argv: Sequence[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--devices", type=_list(count), default=[2, 4], metavar="N,...")
+    parser.add_argument("--devices", type=values(count), default=[2, 4], metavar="N,...")
     parser.add_argument(
-        "--latency", type=_list(float), default=[1.0, 5.0], metavar="MS,...", help="one way"
+        "--latency", type=values(float), default=[1.0, 5.0], metavar="MS,...", help="one way"
     )
     parser.add_argument("--rate", type=float, default=300.0, metavar="MBIT")
     parser.add_argument(
         "--sizes",
-        type=_list(parse_bytes),
+        type=values(parse_bytes),
         default=[16 << 10, 32 << 10, 64 << 10, 1 << 20],
         metavar="SIZE,...",
         help="of a partial sum in float32 (default 16K,32K,64K,1M)",
     )
     parser.add_argument(
-        "--collective", type=_list(_algorithm), default=_algorithms(), metavar="NAME,..."
+        "--collective", type=values(_algorithm), default=_algorithms(), metavar="NAME,..."
     )
     parser.add_argument(
         "--comm-dtype", choices=[comm_dtype.value for comm_dtype in CommDtype], default="float32"
@@ -255,11 +256,12 @@ def main(argv: Sequence[str]) -> int:
         "--seconds", type=float, default=6.0, help="fewer rounds, where they would take longer"
     )
     add_backend_option(parser)
-    add_out_option(parser)
+    add_json_option(parser)
     arguments = parser.parse_args(argv)
+    record = Record("allreduce", argv, arguments)
     rows = list(sweep(arguments))
     show(rows)
-    finish("allreduce", arguments, {"rows": [asdict(row) for row in rows]})
+    record.finish({"rows": [asdict(row) for row in rows]})
     return 0
 
 
@@ -273,13 +275,6 @@ def _algorithms() -> list[str]:
 
 def _algorithm(text: str) -> str:
     return Algorithm(text).value
-
-
-def _list(convert: Any) -> Any:
-    def values(text: str) -> list[Any]:
-        return [convert(part) for part in text.split(",")]
-
-    return values
 
 
 def _open(stream: IO[str] | None) -> IO[str]:

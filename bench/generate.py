@@ -3,32 +3,32 @@
     python -m bench.generate --model DIR --local 1,2,4
 
 The floor of a decoded token is the bytes of weights that all ranks read from memory, divided by
-the memory bandwidth measured in the same run: on one machine the ranks share it. Streamed runs
-(``--memory``, ``--window``) have the disk as a further floor, which is not measured here.
+the memory read rate measured in the same run: on one machine the ranks share it. Streamed runs
+(``--memory``, ``--window``) have the disk as a further floor, which ``bench.window`` measures.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import time
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from tpirt import Engine, EngineOptions, SamplingParams
-from tpirt.cli.options import run_async, size
-from tpirt.cluster.machine import default_threads
+from bench.lib.command import end_like_a_command, percentile, values
+from bench.lib.group import Group, LocalPlace, Request
+from bench.lib.record import Record, add_json_option
+from tpirt.cli.options import count, size
 from tpirt.units import format_bytes
+
+_WARM_UP_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class Row:
-    """One world size: medians over trials, p95 of the time per token."""
+    """One world size: medians over trials; ``tpot_p95_ms`` and ``comm_ms`` are over all tokens."""
 
     world_size: int
     ttft_ms: float
@@ -40,57 +40,53 @@ class Row:
     peak_rss_bytes: int
 
 
-def memory_bandwidth() -> float:
-    """Bytes per second at which this machine's default threads read memory: best of seven."""
-    data = torch.ones(1 << 27, dtype=torch.float32)  # 512 MiB, far beyond any cache
-    best = 0.0
-    for _ in range(7):
-        started = time.perf_counter()
-        data.sum()
-        best = max(best, data.nbytes / (time.perf_counter() - started))
-    return best
-
-
-async def measure(arguments: argparse.Namespace, world_size: int, bandwidth: float) -> Row:
+def measure(arguments: argparse.Namespace, world_size: int, bytes_per_s: float) -> Row:
     """Run one world size: one warm-up, then the trials."""
-    params = SamplingParams(max_tokens=arguments.tokens)
-    completions = []
-    async with Engine.connect(
-        arguments.model,
-        EngineOptions(
-            window=arguments.window,
-            memory_bytes=arguments.memory,
-            dtype=arguments.dtype,
-            store=arguments.store,
-        ),
-        local=world_size,
-    ) as engine:
-        vocabulary = engine.config.vocab_size
-        prompt = [(17 * i + 3) % vocabulary for i in range(arguments.prompt_tokens)]
-        for _ in range(arguments.trials + 1):
-            engine.reset()
-            completions.append(await engine.complete(prompt, params))
-    counted = completions[1:]
-    weights = sum(rank.weights_bytes for rank in counted[0].ranks)
-    floor_ms = weights / bandwidth * 1e3
-    times = [completion.tpot_ms for completion in counted]
-    tpot = statistics.median(times)
-    tokens = len(counted[0].token_ids)
+    with Group([LocalPlace()]) as group:
+        group.connect(local=world_size, **engine_options(arguments))
+        group.generate(arguments.prompt_tokens, _WARM_UP_TOKENS)
+        requests = [
+            group.generate(arguments.prompt_tokens, arguments.tokens)
+            for _ in range(arguments.trials)
+        ]
+    return summarize(world_size, requests, bytes_per_s)
+
+
+def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of ``Engine.connect``; what was not given is tpirt's own default."""
+    given = {
+        "model": arguments.model and str(arguments.model),
+        "window": arguments.window,
+        "memory_bytes": arguments.memory,
+        "dtype": arguments.dtype,
+        "quantize": arguments.quantize,
+        "threads": arguments.threads,
+        "store": arguments.store and str(arguments.store),
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def summarize(world_size: int, requests: Sequence[Request], bytes_per_s: float) -> Row:
+    """Put the requests of one world size together."""
+    tokens = [token for request in requests for token in request.decoded]
+    weights = sum(rank["weights_bytes"] for rank in requests[0].ranks)
+    floor_ms = weights / bytes_per_s * 1e3
+    tpot_ms = statistics.median(request.tpot_ms for request in requests)
     return Row(
         world_size=world_size,
-        ttft_ms=statistics.median(completion.ttft_ms for completion in counted),
-        tpot_ms=tpot,
-        tpot_p95_ms=statistics.quantiles(times, n=20, method="inclusive")[-1],
+        ttft_ms=statistics.median(request.ttft_ms for request in requests),
+        tpot_ms=tpot_ms,
+        tpot_p95_ms=percentile([token["total_ms"] for token in tokens], 95),
         floor_ms=floor_ms,
-        ratio=tpot / floor_ms,
-        comm_ms=statistics.median(c.ranks[0].comm_ms for c in counted) / tokens,
-        peak_rss_bytes=max(rank.peak_rss_bytes for rank in counted[-1].ranks),
+        ratio=tpot_ms / floor_ms,
+        comm_ms=statistics.median(token["comm_ms"] for token in tokens),
+        peak_rss_bytes=max(rank["peak_rss_bytes"] for rank in requests[-1].ranks),
     )
 
 
-def show(rows: Sequence[Row], bandwidth: float) -> None:
+def show(rows: Sequence[Row], bytes_per_s: float) -> None:
     """Print the table for people."""
-    print(f"{platform.machine()}, {default_threads()} cores, {bandwidth / 1e9:.1f} GB/s of memory")
+    print(f"{bytes_per_s / 1e9:.1f} GB/s of memory")
     print("ranks   TTFT ms   TPOT ms       p95     floor   ratio   comm ms   peak memory")
     for row in rows:
         print(
@@ -100,40 +96,35 @@ def show(rows: Sequence[Row], bandwidth: float) -> None:
         )
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> int:
     """Parse arguments, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="default: the bundled model")
-    parser.add_argument("--local", default="1,2,4", help="world sizes (default 1,2,4)")
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--trials", type=int, default=5)
-    parser.add_argument("--window", type=int)
-    parser.add_argument("--memory", type=size)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--store")
-    arguments = parser.parse_args()
-    bandwidth = memory_bandwidth()
-    rows: list[Row] = []
-
-    async def run() -> None:
-        for world_size in map(int, arguments.local.split(",")):
-            rows.append(await measure(arguments, world_size, bandwidth))
-
-    run_async(run())
-    show(rows, bandwidth)
-    settings = {key: str(value) for key, value in vars(arguments).items() if value is not None}
-    print(
-        json.dumps(
-            {
-                "bench": "generate",
-                "settings": settings,
-                "bandwidth_bytes_per_s": bandwidth,
-                "rows": [asdict(row) for row in rows],
-            }
-        )
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--model", type=Path, help="default: the bundled model")
+    parser.add_argument(
+        "--local", type=values(count), default=[1, 2, 4], help="world sizes (default 1,2,4)"
+    )
+    parser.add_argument("--prompt-tokens", type=count, default=64, metavar="N")
+    parser.add_argument("--tokens", type=count, default=32, metavar="N", help="after the first")
+    parser.add_argument("--trials", type=count, default=5, metavar="N")
+    parser.add_argument("--window", type=count, metavar="N")
+    parser.add_argument("--memory", type=size, metavar="SIZE", help="of each rank")
+    parser.add_argument("--threads", type=count, metavar="N", help="of each rank")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantize", default="none", metavar="HOW")
+    parser.add_argument("--store", type=Path, metavar="DIR")
+    add_json_option(parser)
+    arguments = parser.parse_args(argv)
+    record = Record("generate", argv, arguments)
+    bytes_per_s = max(record.environment.memory_bytes_per_s.values())
+    rows = [measure(arguments, world_size, bytes_per_s) for world_size in arguments.local]
+    show(rows, bytes_per_s)
+    record.finish({"rows": [asdict(row) for row in rows]})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(end_like_a_command(lambda: main(sys.argv[1:])))

@@ -3,7 +3,7 @@
     python -m bench.latency --devices 4 --link 1ms/300mbit --shape bench-1.1b --quantize int4
     python -m bench.latency --profile home-wifi --model DIR
     python -m bench.latency --devices 2,4 --latency 0.1,0.5,1,2,5,10 --collective star,one-shot \\
-        --shape bench-1.1b --quantize int4 --plot latency.png --out latency.json
+        --shape bench-1.1b --quantize int4 --plot latency.png --json latency.json
 
 Real peers run in network namespaces of their own, on this machine's cores. Lists are swept, every
 value with every other one. The floor of a token is the compute of the busiest rank, measured in
@@ -21,27 +21,25 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from bench.command import (
+from bench.lib.command import end_like_a_command, tell, values
+from bench.lib.group import Group
+from bench.lib.latency_row import Bench, Row, Setting
+from bench.lib.record import Record, add_json_option
+from bench.lib.synthetic import model_of_shape
+from bench.net.network import LOOPBACK, emulate
+from bench.net.options import (
     USUAL_LINK,
     add_backend_option,
     add_share_options,
     chosen_shares,
-    end_like_a_command,
     show_network,
-    tell,
 )
-from bench.group import Group
-from bench.latency_row import Bench, Row, Setting
-from bench.net.network import LOOPBACK, emulate
 from bench.net.profiles import PROFILES
 from bench.net.spec import Link, LinkError, Topology, parse_link, parse_topology, uniform
-from bench.record import add_out_option, finish
-from bench.synthetic import model_of_shape
 from tpirt.cli.options import count, size
 from tpirt.cluster.machine import default_threads
 
@@ -55,7 +53,7 @@ def sweep(arguments: argparse.Namespace, folder: Path) -> Iterator[Row]:
         nothing = uniform(Link(), devices)
         with emulate(nothing, backend=arguments.backend, shares=shares) as network:
             show_network(network)
-            with closing(Group(network, peer, folder / "peers.log")) as group:
+            with Group(network.devices, peer, folder / "peers.log") as group:
                 bench = Bench(arguments, network, group, engine)
                 tell(f"{devices} devices, without links")
                 base = bench.base()
@@ -118,16 +116,16 @@ def show(rows: Sequence[Row]) -> None:
 def main(argv: Sequence[str]) -> int:
     """Parse arguments, measure, print, draw, keep."""
     arguments = _parser().parse_args(argv)
+    record = Record("latency", argv, arguments)
     with tempfile.TemporaryDirectory() as scratch:
         rows = list(sweep(arguments, arguments.dir or Path(scratch)))
     show(rows)
     if arguments.plot is not None:
-        from bench.latency_plot import draw
+        from bench.lib.latency_plot import draw
 
         draw(rows, arguments.plot)
         tell(f"drawn: {arguments.plot}")
-    del arguments.dir, arguments.plot
-    finish("latency", arguments, {"rows": [asdict(row) for row in rows]})
+    record.finish({"rows": [asdict(row) for row in rows]})
     return 0
 
 
@@ -138,13 +136,13 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     links = parser.add_argument_group("links", "one way, device to device; see bench.links")
-    links.add_argument("--devices", type=_list(count), metavar="N,...", help="default 2")
+    links.add_argument("--devices", type=values(count), metavar="N,...", help="default 2")
     which = links.add_mutually_exclusive_group()
     which.add_argument("--link", metavar="SPEC", help=f"default {USUAL_LINK}; loopback: none")
     which.add_argument("--profile", choices=PROFILES)
-    links.add_argument("--latency", type=_list(float), metavar="MS,...")
-    links.add_argument("--rate", type=_list(float), metavar="MBIT,...")
-    links.add_argument("--jitter", type=_list(float), metavar="MS,...")
+    links.add_argument("--latency", type=values(float), metavar="MS,...")
+    links.add_argument("--rate", type=values(float), metavar="MBIT,...")
+    links.add_argument("--jitter", type=values(float), metavar="MS,...")
     add_backend_option(links)
     add_share_options(links)
     model = parser.add_argument_group("model")
@@ -161,14 +159,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="keeps slices and the models of --shape between runs (default: a temporary folder)",
     )
-    model.add_argument("--collective", type=_list(str), default=[None], metavar="NAME,...")
-    model.add_argument("--comm-dtype", type=_list(str), default=[None], metavar="FORM,...")
-    model.add_argument("--window", type=_list(count), default=[None], metavar="N,...")
+    model.add_argument("--collective", type=values(str), default=[None], metavar="NAME,...")
+    model.add_argument("--comm-dtype", type=values(str), default=[None], metavar="FORM,...")
+    model.add_argument("--window", type=values(count), default=[None], metavar="N,...")
     model.add_argument("--prompt-tokens", type=count, default=64, metavar="N")
     model.add_argument("--tokens", type=count, default=32, metavar="N", help="after the first")
     model.add_argument("--trials", type=count, default=5, metavar="N")
     parser.add_argument("--plot", type=Path, metavar="PNG")
-    add_out_option(parser)
+    add_json_option(parser)
     return parser
 
 
@@ -208,13 +206,6 @@ def _options(
     if arguments.memory is not None:
         peer += ["--memory", str(arguments.memory)]
     return engine, peer
-
-
-def _list(convert: Any) -> Any:
-    def values(text: str) -> list[Any]:
-        return [convert(part) for part in text.split(",")]
-
-    return values
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ As a library: :func:`bench.net.network.emulate`.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import signal
 import subprocess
@@ -25,20 +24,21 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from bench.command import (
+from bench.lib.command import end_like_a_command
+from bench.lib.record import Record, add_json_option
+from bench.net.network import Network, emulate
+from bench.net.options import (
     add_link_options,
     chosen_shares,
     chosen_topology,
-    end_like_a_command,
     show_network,
 )
-from bench.net.network import Network, emulate
 from bench.net.spec import LinkError
 
 _PLACE = re.compile(r"\{(i|listen|peers|address(?=[:}])|peer(?=:))(?::(\d{1,4}))?\}")
 
 
-def check(network: Network, _: argparse.Namespace) -> int:
+def check(network: Network, arguments: argparse.Namespace) -> int:
     """Print what was measured; last, as one JSON line."""
     print("from  to   one way asked   found ms   Mbit/s asked      found   lost")
     for pair in network.measured:
@@ -50,13 +50,9 @@ def check(network: Network, _: argparse.Namespace) -> int:
             f"{pair.source:4d} {pair.target:3d} {pair.asked_ms:15g} {pair.found_ms:10.3f} "
             f"{asked:>14} {found:>10} {pair.lost:6d}"
         )
-    result = {
-        "bench": "links",
-        "backend": network.backend.name,
-        "reason": network.reason,
-        "pairs": [asdict(pair) for pair in network.measured],
-    }
-    print(json.dumps(result))
+    pairs = [asdict(pair) for pair in network.measured]
+    body = {"backend": network.backend.name, "reason": network.reason, "pairs": pairs}
+    arguments.record.finish(body)
     return 0
 
 
@@ -124,36 +120,48 @@ def main(argv: Sequence[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    actions = parser.add_subparsers(required=True, metavar="ACTION")
-    for name, action, text in (
-        ("check", check, "measure every pair and print it"),
-        ("up", up, "make the links and keep them until Ctrl-C"),
-        ("run", run, "run commands on the devices"),
+    actions = parser.add_subparsers(required=True, dest="action", metavar="ACTION")
+    parsers = {}
+    for name, text in (
+        ("check", "measure every pair and print it"),
+        ("up", "make the links and keep them until Ctrl-C"),
+        ("run", "run commands on the devices"),
     ):
-        sub = actions.add_parser(name, help=text)
-        add_link_options(sub)
-        sub.set_defaults(action=action)
-        if action is run:
-            sub.add_argument(
-                "--until", type=int, metavar="I", help="end with device I's command (default: all)"
-            )
+        parsers[name] = actions.add_parser(name, help=text)
+        add_link_options(parsers[name])
+    add_json_option(parsers["check"])
+    parsers["run"].add_argument(
+        "--until", type=int, metavar="I", help="end with device I's command (default: all)"
+    )
     options, commands = split_commands(argv)
     arguments = parser.parse_args(options)
     topology = chosen_topology(arguments)
-    arguments.commands = commands
-    if arguments.action is run:
-        if len(commands) not in (1, topology.devices):
-            raise LinkError(
-                f"{len(commands)} commands for {topology.devices} devices: expected one for all, "
-                "or one for each, behind --"
-            )
-        if arguments.until is not None and not 0 <= arguments.until < topology.devices:
-            raise LinkError(f"--until {arguments.until}: no such device")
     shares = chosen_shares(arguments, topology.devices)
+    if arguments.action == "check":
+        arguments.record = Record("links", options, arguments)
+    if arguments.action == "run":
+        check_commands(arguments, commands, topology.devices)
+    arguments.commands = commands
     with emulate(topology, backend=arguments.backend, shares=shares) as network:
         show_network(network)
-        code: int = arguments.action(network, arguments)
-        return code
+        return {"check": check, "up": up, "run": run}[arguments.action](network, arguments)
+
+
+def check_commands(
+    arguments: argparse.Namespace, commands: Sequence[Sequence[str]], devices: int
+) -> None:
+    """Check what ``run`` is to run.
+
+    Raises:
+        LinkError: the number of commands or ``--until`` does not suit the devices.
+    """
+    if len(commands) not in (1, devices):
+        raise LinkError(
+            f"{len(commands)} commands for {devices} devices: expected one for all, "
+            "or one for each, behind --"
+        )
+    if arguments.until is not None and not 0 <= arguments.until < devices:
+        raise LinkError(f"--until {arguments.until}: no such device")
 
 
 def split_commands(argv: Sequence[str]) -> tuple[list[str], list[list[str]]]:

@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import os
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -30,9 +29,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from bench.command import end_like_a_command, tell
-from bench.peers import tpirt
-from bench.record import add_out_option, finish
+from bench.lib.command import end_like_a_command, run_tpirt, tell
+from bench.lib.record import Record, add_json_option
 from scripts.demo_model.model import DemoConfig, DemoModel
 from scripts.demo_model.tokens import token_id
 from tpirt.cli.options import count
@@ -266,15 +264,12 @@ class Row:
 
 def perplexity(arguments: argparse.Namespace, quantize: str, dtype: str, store: str) -> Any:
     """What ``tpirt eval`` prints for the text held back."""
-    command = tpirt("eval", "--model", str(arguments.dir), "--local", str(RANKS), "--quiet")
-    command += ["--text", str(arguments.dir / "held_back.txt"), "--json", "--store", store]
-    command += ["--context", str(CONFIG.max_position_embeddings)]
-    command += ["--threads", str(max(1, arguments.threads // RANKS))]
-    command += ["--quantize", quantize, "--dtype", dtype]
-    done = subprocess.run(command, stdout=subprocess.PIPE)
-    if done.returncode:
-        raise SystemExit(f"tpirt eval ended with exit code {done.returncode}")
-    return json.loads(done.stdout)
+    options = ["--model", str(arguments.dir), "--local", str(RANKS), "--quiet"]
+    options += ["--text", str(arguments.dir / "held_back.txt"), "--json", "--store", store]
+    options += ["--context", str(CONFIG.max_position_embeddings)]
+    options += ["--threads", str(max(1, arguments.threads // RANKS))]
+    options += ["--quantize", quantize, "--dtype", dtype]
+    return json.loads(run_tpirt("eval", *options))
 
 
 def bits(quantize: str, dtype: str) -> float:
@@ -300,10 +295,12 @@ def table(measured: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> int:
     """Parse arguments, train unless that was done, measure, print."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--dir", type=Path, required=True, help="where the model is, or will be")
     parser.add_argument(
@@ -312,8 +309,9 @@ def main() -> int:
     parser.add_argument(
         "--threads", type=count, default=os.cpu_count(), help="to compute with (default: cores)"
     )
-    add_out_option(parser)
-    arguments = parser.parse_args()
+    add_json_option(parser)
+    arguments = parser.parse_args(argv)
+    record = Record("quality", argv, arguments)
     torch.set_num_threads(arguments.threads)
     if not (arguments.dir / "model.safetensors").exists():
         make_model(arguments.dir, arguments.minutes)
@@ -327,9 +325,9 @@ def main() -> int:
     print(table(done))
     training = json.loads((arguments.dir / "training.json").read_text(encoding="utf-8"))
     body = {"model": training, "eval_tokens": tokens, "rows": [asdict(row) for row in done]}
-    finish("quality", arguments, body)
+    record.finish(body)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(end_like_a_command(main))
+    sys.exit(end_like_a_command(lambda: main(sys.argv[1:])))

@@ -16,13 +16,9 @@ faster than its floor shows that the floor was measured wrong: it is reported as
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -30,8 +26,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bench.disk import every_nth, read_rate
-from bench.peers import GroupRun, run_group, tpirt, warn
+from bench.lib.command import end_like_a_command, run_tpirt, tell
+from bench.lib.disk import every_nth, read_rate
+from bench.lib.group import LimitedRun, run_limited
+from bench.lib.record import Record, add_json_option
 from tpirt.cli.options import count, size
 from tpirt.units import format_bytes
 from tpirt.weights.synthetic import MARKER, SLICES, is_synthetic
@@ -78,14 +76,12 @@ class Result:
 
 def make_model(arguments: argparse.Namespace) -> None:
     """Make the model and its slices; what is there whole already stays."""
-    warn(f"making {arguments.shape} in {arguments.dir}")
+    tell(f"making {arguments.shape} in {arguments.dir}")
     started = time.monotonic()
-    command = tpirt("synth", "--shape", arguments.shape, "--quantize", arguments.quantize)
-    command += ["--world-size", str(arguments.world_size), "--out", str(arguments.dir)]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL)
-    if done.returncode:
-        raise SystemExit(f"tpirt synth ended with exit code {done.returncode}")
-    warn(f"made, or found, in {time.monotonic() - started:.0f} s")
+    options = ["--world-size", str(arguments.world_size), "--out", str(arguments.dir)]
+    options += ["--shape", arguments.shape, "--quantize", arguments.quantize]
+    run_tpirt("synth", *options)
+    tell(f"made, or found, in {time.monotonic() - started:.0f} s")
 
 
 def remove_model(folder: Path) -> None:
@@ -105,25 +101,39 @@ def measure_disk(arguments: argparse.Namespace, rates: dict[int, list[float]]) -
     for _ in range(arguments.passes):
         for readers, seen in rates.items():
             seen.append(read_rate(every_nth(paths, _PASS_BYTES, len(seen)), readers))
-            warn(f"raw direct reads, {readers} readers: {seen[-1] / 1e9:.2f} GB/s")
+            tell(f"raw direct reads, {readers} readers: {seen[-1] / 1e9:.2f} GB/s")
 
 
-def run(arguments: argparse.Namespace) -> GroupRun:
+def run(arguments: argparse.Namespace) -> LimitedRun:
     """Generate over all ranks, each with one thread and within the limit."""
-    shared = ["--threads", "1", "--store", str(arguments.dir / SLICES)]
-    master = [sys.executable, "-m", "bench.decode", "--model", str(arguments.dir)]
-    master += ["--quantize", arguments.quantize, "--tokens", str(arguments.tokens)]
-    master += ["--prompt-tokens", str(arguments.prompt_tokens), "--timeout", str(_TIMEOUT_S)]
-    master += ["--collective", arguments.collective, "--explain"]
-    return run_group(arguments.world_size, arguments.memory, shared, master)
+    store = str(arguments.dir / SLICES)
+    done = run_limited(
+        arguments.world_size,
+        arguments.memory,
+        ["--threads", "1", "--store", store],
+        {
+            "model": str(arguments.dir),
+            "quantize": arguments.quantize,
+            "collective": arguments.collective,
+            "store": store,
+            "threads": 1,
+            "timeout_s": _TIMEOUT_S,
+        },
+        prompt_tokens=arguments.prompt_tokens,
+        tokens=arguments.tokens,
+    )
+    for line in done.request.explained:
+        tell(line)
+    return done
 
 
-def evaluate(done: GroupRun, raw_rates: dict[int, list[float]]) -> Result:
+def evaluate(done: LimitedRun, raw_rates: dict[int, list[float]]) -> Result:
     """Put the figures of a run together."""
-    tokens, token_s = int(done.printed["tokens"]), float(done.printed["token_s"])
+    request = done.request
+    token_s = request.tpot_ms / 1e3
 
     def per_token(first: dict[str, float], last: dict[str, float], name: str) -> float:
-        return (last[name] - first[name]) / tokens
+        return (last[name] - first[name]) / request.tokens
 
     ranks = [
         Rank(
@@ -136,9 +146,7 @@ def evaluate(done: GroupRun, raw_rates: dict[int, list[float]]) -> Result:
             compute_s=per_token(first, last, "compute_ms") / 1e3,
             comm_s=per_token(first, last, "comm_ms") / 1e3,
         )
-        for number, (first, last) in enumerate(
-            zip(done.printed["first"], done.printed["last"], strict=True)
-        )
+        for number, (first, last) in enumerate(zip(request.first, request.ranks, strict=True))
     ]
     rate = max(
         statistics.median(half)
@@ -150,7 +158,7 @@ def evaluate(done: GroupRun, raw_rates: dict[int, list[float]]) -> Result:
     compute_s = max(rank.compute_s for rank in ranks)
     ratio = token_s / max(read / rate, compute_s)
     return Result(
-        ttft_s=done.printed["ttft_s"],
+        ttft_s=request.ttft_ms / 1e3,
         token_s=token_s,
         weights_bytes=sum(rank.weights_bytes for rank in ranks),
         read_bytes_per_token=read,
@@ -208,27 +216,13 @@ def _bytes(figure: int | None) -> str:
     return "-" if figure is None else format_bytes(figure)
 
 
-def save(arguments: argparse.Namespace, result: Result) -> None:
-    """Write the result under ``bench/results`` and print it as one line."""
-    shape = Path(arguments.shape).stem if Path(arguments.shape).exists() else arguments.shape
-    settings = {k: str(v) for k, v in vars(arguments).items() if k not in ("dir", "keep")}
-    content = {
-        "bench": "scale70b",
-        "settings": settings | {"shape": shape},
-        "machine": {"cpu": platform.machine(), "cores": os.cpu_count()},
-        "published": _PUBLISHED.get(arguments.shape),
-        **asdict(result),
-    }
-    quantize = arguments.quantize.replace(":", "-")
-    name = f"scale70b-{shape}-{quantize}-{arguments.world_size}.json"
-    file = Path(__file__).parent / "results" / name
-    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(content))
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> int:
     """Parse arguments, make, measure, print, remove."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.scale70b",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--shape", default="llama-2-70b", help="as of `tpirt synth`")
     parser.add_argument("--quantize", default="int4")
     parser.add_argument("--world-size", type=count, default=8)
@@ -239,8 +233,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=count, default=4)
     parser.add_argument("--prompt-tokens", type=count, default=8)
     parser.add_argument("--passes", type=count, default=3, help="raw ones, before and after each")
+    add_json_option(parser)
     arguments = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    record = Record("scale70b", argv, arguments)
     rates: dict[int, list[float]] = {readers: [] for readers in (2, arguments.world_size)}
     try:
         make_model(arguments)
@@ -252,11 +247,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not arguments.keep:
             remove_model(arguments.dir)
     show(arguments, result)
-    save(arguments, result)
+    record.finish({"published": _PUBLISHED.get(arguments.shape), **asdict(result)})
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(end_like_a_command(lambda: main(sys.argv[1:])))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.critical_path import (
+from bench.trace.critical_path import (
     CAUSES,
     COMPUTING,
     DISK_WAIT,
@@ -23,7 +23,7 @@ from bench.critical_path import (
     critical_path,
     shares,
 )
-from bench.trace_reader import Rank, Span, Trace, read_trace
+from bench.trace.reader import Rank, Span, Trace, read_trace
 from tpirt.cli.options import count
 from tpirt.errors import RequestError, TpirtError
 from tpirt.stopwatch import COMPUTE, DISK, NETWORK, SAMPLE, WAIT_DISK

@@ -14,16 +14,18 @@ was measured wrong and says so.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bench.cgroup import disk_cgroup
-from bench.peers import GroupRun, run_group, tpirt, warn
+from bench.lib.cgroup import disk_cgroup
+from bench.lib.command import end_like_a_command, run_tpirt, tell, values
+from bench.lib.group import LimitedRun, run_limited
+from bench.lib.record import Record, add_json_option
 from tpirt.cli.options import count, size
 from tpirt.cluster.machine import default_threads
 from tpirt.units import format_bytes
@@ -31,6 +33,7 @@ from tpirt.weights.store import SliceStore
 
 _MIB = 1 << 20
 _PROCESS_BYTES = 360 * _MIB  # Python, torch, a step's work: what a rank needs beside weights
+_PROMPT_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -52,20 +55,29 @@ class Row:
     cache_bytes: int | None
 
 
-def run(arguments: argparse.Namespace, limit: int | None) -> GroupRun:
+def run(arguments: argparse.Namespace, limit: int | None) -> LimitedRun:
     """Generate once over all ranks."""
-    shared = ["--store", str(arguments.store), "--threads", str(arguments.threads)]
-    master = [sys.executable, "-m", "bench.decode", "--quiet", "--model", str(arguments.model)]
-    master += ["--quantize", arguments.quantize, "--tokens", str(arguments.tokens)]
-    master += ["--prompt-tokens", "16"]
-    return run_group(arguments.local, limit, shared, master)
+    store, threads = str(arguments.store), arguments.threads
+    return run_limited(
+        arguments.local,
+        limit,
+        ["--store", store, "--threads", str(threads)],
+        {
+            "model": str(arguments.model),
+            "quantize": arguments.quantize,
+            "store": store,
+            "threads": threads,
+        },
+        prompt_tokens=_PROMPT_TOKENS,
+        tokens=arguments.tokens,
+    )
 
 
 def raw_rates(arguments: argparse.Namespace) -> dict[int, float]:
     """Bytes per second by number of raw readers, in a process that the throttle can hold."""
     rates = {}
     for readers in sorted({2, 2 * arguments.local}):
-        command = [sys.executable, "-m", "bench.disk", str(arguments.store), str(readers)]
+        command = [sys.executable, "-m", "bench.lib.disk", str(arguments.store), str(readers)]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
         rates[readers] = float(done.stdout)
     return rates
@@ -80,18 +92,18 @@ def measure(arguments: argparse.Namespace, share: float, resident_ms: float) -> 
     for _ in range(arguments.trials):
         runs.append(run(arguments, limit))
         raw.append(raw_rates(arguments))
-    runs.sort(key=lambda done: float(done.printed["token_s"]))
-    middle = runs[len(runs) // 2].printed
-    tokens = int(middle["tokens"])
-    ranks = list(zip(middle["first"], middle["last"], strict=True))
+    runs.sort(key=lambda done: done.request.tpot_ms)
+    middle = runs[len(runs) // 2].request
+    tokens = middle.tokens
+    ranks = list(zip(middle.first, middle.ranks, strict=True))
     read = sum(last["bytes_read"] - first["bytes_read"] for first, last in ranks) / tokens
     rate = max(statistics.median(rates[n] for rates in raw) for n in raw[0])
-    token_ms, floor_ms = middle["token_s"] * 1e3, read / rate * 1e3
+    token_ms, floor_ms = middle.tpot_ms, read / rate * 1e3
     ratio = token_ms / max(floor_ms, resident_ms)
     return Row(
         share=share,
         limit_bytes=limit,
-        ttft_ms=middle["ttft_s"] * 1e3,
+        ttft_ms=middle.ttft_ms,
         token_ms=token_ms,
         read_bytes_per_token=read,
         disk_bytes_per_s=rate,
@@ -99,14 +111,14 @@ def measure(arguments: argparse.Namespace, share: float, resident_ms: float) -> 
         ratio=ratio,
         valid=not read or ratio > 0.98,
         stall_disk_ms=max(last["io_ms"] - first["io_ms"] for first, last in ranks) / tokens,
-        peak_rss_bytes=max(r["peak_rss_bytes"] for done in runs for r in done.printed["last"]),
+        peak_rss_bytes=max(r["peak_rss_bytes"] for done in runs for r in done.request.ranks),
         peak_cgroup_bytes=_most(peak for done in runs for peak in done.peak_bytes),
         cache_bytes=_most(cache for done in runs for cache in done.cache_bytes),
     )
 
 
-def _most(figures: object) -> int | None:
-    return max((f for f in figures if f is not None), default=None)  # type: ignore[attr-defined]
+def _most(figures: Iterable[int | None]) -> int | None:
+    return max((figure for figure in figures if figure is not None), default=None)
 
 
 def show(rows: list[Row], resident_ms: float) -> None:
@@ -123,47 +135,48 @@ def show(rows: list[Row], resident_ms: float) -> None:
         )
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> int:
     """Parse arguments, measure, print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.window",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--store", type=Path, required=True, help="a folder of its own")
     parser.add_argument("--quantize", default="none")
     parser.add_argument("--local", type=count, default=1)
     parser.add_argument("--threads", type=count)
-    parser.add_argument("--share", default="25,50,75,100", help="percent of the weights")
+    parser.add_argument(
+        "--share",
+        type=values(float),
+        default=[25.0, 50.0, 75.0, 100.0],
+        metavar="PERCENT,...",
+        help="of the weights (default 25,50,75,100)",
+    )
     parser.add_argument("--disk-rate", type=size, help="throttle the disk to so much a second")
     parser.add_argument("--tokens", type=count, default=16)
     parser.add_argument("--trials", type=count, default=3)
-    parser.add_argument("--out", type=Path, help="where the JSON goes, beside the last line")
-    arguments = parser.parse_args()
+    add_json_option(parser)
+    arguments = parser.parse_args(argv)
     arguments.threads = arguments.threads or default_threads(arguments.local)
-    split = tpirt("generate", "--model", str(arguments.model), "--quantize", arguments.quantize)
+    record = Record("window", argv, arguments)
+    split = ["--model", str(arguments.model), "--quantize", arguments.quantize]
     split += ["--local", str(arguments.local), "--store", str(arguments.store), "--quiet"]
-    subprocess.run([*split, "--prompt", "a", "--max-tokens", "1"], check=True, stdout=-3)
-    resident = sorted(
-        float(run(arguments, None).printed["token_s"]) for _ in range(arguments.trials)
+    run_tpirt("generate", *split, "--prompt", "a", "--max-tokens", "1")
+    resident_ms = statistics.median(
+        run(arguments, None).request.tpot_ms for _ in range(arguments.trials)
     )
-    resident_ms = resident[len(resident) // 2] * 1e3
     rate = arguments.disk_rate
-    with disk_cgroup(arguments.store, rate, warn) if rate else nullcontext():
+    with disk_cgroup(arguments.store, rate, tell) if rate else nullcontext():
         rows = []
-        for share in arguments.share.split(","):
-            rows.append(measure(arguments, float(share) / 100, resident_ms))
-            warn(f"{share} %: {rows[-1].token_ms:.1f} ms per token")
+        for share in arguments.share:
+            rows.append(measure(arguments, share / 100, resident_ms))
+            tell(f"{share:g} %: {rows[-1].token_ms:.1f} ms per token")
     show(rows, resident_ms)
-    settings = {k: str(v) for k, v in vars(arguments).items() if k not in ("store", "out")}
-    settings["model"] = arguments.model.name
-    content = {
-        "bench": "window",
-        "settings": settings,
-        "resident_ms": resident_ms,
-        "rows": [asdict(row) for row in rows],
-    }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(content))
+    record.finish({"resident_ms": resident_ms, "rows": [asdict(row) for row in rows]})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(end_like_a_command(lambda: main(sys.argv[1:])))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from bench.cgroup import remove_group
+from bench.lib.cgroup import remove_group
 from bench.net.spec import LinkError
 
 _ROOT = Path("/sys/fs/cgroup")

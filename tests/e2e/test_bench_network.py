@@ -61,7 +61,7 @@ def test_allreduce(tmp_path: Path) -> None:
     done = bench(
         "allreduce",
         *("--latency", "20", "--rate", "20", "--sizes", "4K", "--devices", "2"),
-        *("--rounds", "3", "--seconds", "1", "--out", str(out)),
+        *("--rounds", "3", "--seconds", "1", "--json", str(out)),
     )
     rows = result(done)["rows"]
     assert [row["contender"] for row in rows] == [*(each.value for each in Algorithm), "gloo"]

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from bench.disk import every_nth, read_rate
-from bench.peers import GroupRun
+from bench.lib.disk import every_nth, read_rate
+from bench.lib.group import LimitedRun, Request
 from bench.scale70b import evaluate, remove_model
 
 
@@ -23,19 +23,23 @@ def figures(bytes_read: int, io_ms: float) -> dict[str, Any]:
     }
 
 
-def group_run(token_s: float) -> GroupRun:
-    printed = {
-        "ttft_s": 9.0,
-        "tokens": 4,
-        "token_s": token_s,
-        "first": [figures(7000, 900.0)],
-        "last": [figures(7000 + 4 * 600, 900.0 + 4 * 50.0)],
-    }
-    return GroupRun(printed, peak_bytes=[400], cache_bytes=[0])
+def limited_run(token_s: float) -> LimitedRun:
+    request = Request(
+        ttft_ms=9000.0,
+        tokens=4,
+        decode_ms=4 * token_s * 1e3,
+        decoded=[],
+        first=[figures(7000, 900.0)],
+        ranks=[figures(7000 + 4 * 600, 900.0 + 4 * 50.0)],
+        explained=[],
+    )
+    return LimitedRun(request, peak_bytes=[400], cache_bytes=[0])
 
 
 def test_first_token_counts_for_nothing() -> None:
-    result = evaluate(group_run(1.5), {2: [600.0, 500.0, 700.0, 90.0, 90.0, 90.0], 8: [100.0] * 6})
+    result = evaluate(
+        limited_run(1.5), {2: [600.0, 500.0, 700.0, 90.0, 90.0, 90.0], 8: [100.0] * 6}
+    )
     assert result.read_bytes_per_token == 600
     assert result.ranks[0].io_s == pytest.approx(0.05)
     assert result.rate == 600  # the middle of the passes before the run, with two readers
@@ -43,7 +47,7 @@ def test_first_token_counts_for_nothing() -> None:
 
 
 def test_run_that_beats_its_floor_is_invalid() -> None:
-    assert not evaluate(group_run(0.5), {2: [600.0]}).valid
+    assert not evaluate(limited_run(0.5), {2: [600.0]}).valid
 
 
 def test_raw_readers_read_every_file(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.floor import Hop, all_reduce_hops, finish_ms, latencies, messages, step_hops
+from bench.net.floor import Hop, all_reduce_hops, finish_ms, latencies, messages, step_hops
 from bench.net.spec import Link, parse_topology, uniform
 
 KB = 1000  # 8 ms at 1 Mbit/s

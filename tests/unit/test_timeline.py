@@ -12,9 +12,16 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench.critical_path import COMPUTING, DISK_WAIT, NETWORK_WAIT, OTHER, critical_path, shares
 from bench.timeline import choose_view, last_tokens, main
-from bench.trace_reader import Rank, Span, Trace, read_trace
+from bench.trace.critical_path import (
+    COMPUTING,
+    DISK_WAIT,
+    NETWORK_WAIT,
+    OTHER,
+    critical_path,
+    shares,
+)
+from bench.trace.reader import Rank, Span, Trace, read_trace
 from tpirt.errors import RequestError
 from tpirt.stopwatch import LANES
 from tpirt.testing.cluster import memory_engine

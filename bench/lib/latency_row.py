@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bench import floor
-from bench.group import Group, Request
+from bench.lib.command import percentile
+from bench.lib.group import Group, Request
+from bench.net import floor
 from bench.net.network import Network
-from bench.net.spec import Topology
+from bench.net.relay import RelayBackend
+from bench.net.spec import LinkError, Topology
 from bench.net.tunnels import Forwarded
 from tpirt.batch import Algorithm, CommDtype
 
@@ -85,6 +87,20 @@ class Setting:
         return ", ".join(f"{key} {value}" for key, value in self.options().items()) or "defaults"
 
 
+@dataclass(frozen=True)
+class Sample:
+    """One request over a network.
+
+    Attributes:
+        emulator_cpu_ms: what the links' forwarder computed until the first token.
+        traffic: bytes sent and received per device while decoding.
+    """
+
+    request: Request
+    emulator_cpu_ms: float
+    traffic: list[tuple[int, int]]
+
+
 class Bench:
     """One network's group and what it is asked for."""
 
@@ -99,28 +115,28 @@ class Bench:
 
     def base(self) -> Base:
         """Measure without links; the first connection also hands the slices out."""
-        requests = self._requests(Setting(None, None, None))
+        samples = self._samples(Setting(None, None, None))
         return Base(
-            statistics.median(_each(requests, "compute_ms")),
-            statistics.median(request.ttft_ms for request in requests),
+            statistics.median(_each(samples, "compute_ms")),
+            statistics.median(sample.request.ttft_ms for sample in samples),
         )
 
     def row(self, topology: Topology, label: str, setting: Setting, base: Base) -> Row:
         """Measure one setting over one kind of links."""
         self._network.change(topology)
         self._network.forwarded()
-        requests = self._requests(setting)
+        samples = self._samples(setting)
         forwarded = self._network.forwarded()
-        last = requests[-1]
+        last = samples[-1].request
         hops = self._hops(last.collective, last.comm_dtype, 1) if topology.devices > 1 else []
         links_ms = floor.finish_ms(topology, hops)[0]
-        totals = sorted(_each(requests, "total_ms"))
+        totals = _each(samples, "total_ms")
         tpot_ms = statistics.median(totals)
         floor_ms = base.resident_ms + links_ms
-        ttft_ms = statistics.median(request.ttft_ms for request in requests)
-        emulator_ms = self._emulator_ms(requests)
+        ttft_ms = statistics.median(sample.request.ttft_ms for sample in samples)
+        emulator_ms = self._emulator_ms(samples)
         added_ms = ttft_ms - base.ttft_ms
-        traffic = _per_token(requests)
+        traffic = _per_token(samples)
         latencies = {topology.latency_ms(*pair) for pair in topology.routes()}
         return Row(
             devices=topology.devices,
@@ -131,12 +147,12 @@ class Bench:
             window=setting.window,
             ttft_ms=ttft_ms,
             tpot_ms=tpot_ms,
-            tpot_p95_ms=_percentile(totals, 95),
-            tpot_p99_ms=_percentile(totals, 99),
-            compute_ms=statistics.median(_each(requests, "compute_ms")),
-            disk_ms=statistics.median(_each(requests, "io_ms")),
-            network_ms=statistics.median(_each(requests, "comm_ms")),
-            other_ms=statistics.median(_each(requests, "other_ms")),
+            tpot_p95_ms=percentile(totals, 95),
+            tpot_p99_ms=percentile(totals, 99),
+            compute_ms=statistics.median(_each(samples, "compute_ms")),
+            disk_ms=statistics.median(_each(samples, "io_ms")),
+            network_ms=statistics.median(_each(samples, "comm_ms")),
+            other_ms=statistics.median(_each(samples, "other_ms")),
             resident_ms=base.resident_ms,
             links_ms=links_ms,
             floor_ms=floor_ms,
@@ -155,14 +171,41 @@ class Bench:
             forwarded=forwarded,
         )
 
-    def _requests(self, setting: Setting) -> list[Request]:
-        arguments = self._arguments
-        self._model = dict(self._group.connect(**self._engine, **setting.options()))
+    def _samples(self, setting: Setting) -> list[Sample]:
+        network, arguments = self._network, self._arguments
+        relays = isinstance(network.backend, RelayBackend)
+        if relays and len(network.devices) > 2 and setting.collective != Algorithm.STAR.value:
+            raise LinkError(
+                f"{network.backend.name}: peers cannot tell each other where their relays are; "
+                "take --collective star, or run as root"
+            )
+        peers = [network.reach(0, device.index) for device in network.devices[1:]]
+        self._model = dict(self._group.connect(peers, **self._engine, **setting.options()))
         self._group.generate(arguments.prompt_tokens, _WARM_UP_TOKENS)
-        return [
-            self._group.generate(arguments.prompt_tokens, arguments.tokens)
-            for _ in range(arguments.trials)
+        return [self._sample() for _ in range(arguments.trials)]
+
+    def _sample(self) -> Sample:
+        network, arguments = self._network, self._arguments
+        began_cpu_s = network.emulator_cpu_s()
+        first_cpu_s = began_cpu_s
+        before: list[tuple[int, int]] = []
+
+        def at_first_token() -> None:
+            nonlocal first_cpu_s
+            first_cpu_s = network.emulator_cpu_s()
+            before.extend(self._traffic())
+
+        request = self._group.generate(arguments.prompt_tokens, arguments.tokens, at_first_token)
+        traffic = [
+            (sent - sent_before, received - received_before)
+            for (sent, received), (sent_before, received_before) in zip(
+                self._traffic(), before, strict=True
+            )
         ]
+        return Sample(request, (first_cpu_s - began_cpu_s) * 1e3, traffic)
+
+    def _traffic(self) -> list[tuple[int, int]]:
+        return [self._network.traffic(device.index) for device in self._network.devices]
 
     def _hops(self, collective: str, comm_dtype: str, tokens: int) -> list[floor.Hop]:
         """The hops of a step of so many tokens, whose last one's result is wanted."""
@@ -177,12 +220,12 @@ class Bench:
             spread=tokens > 1 and collective != Algorithm.STAR.value,
         )
 
-    def _emulator_ms(self, requests: Sequence[Request]) -> float:
+    def _emulator_ms(self, samples: Sequence[Sample]) -> float:
         """What the emulator took from ranks that keep all cores busy with a prompt."""
         cores = len(os.sched_getaffinity(0))
         if len(self._network.devices) * self._engine["threads"] < cores:
             return 0.0
-        return statistics.median(request.emulator_cpu_ms for request in requests) / cores
+        return statistics.median(sample.emulator_cpu_ms for sample in samples) / cores
 
     def _hidden(self, topology: Topology, comm_dtype: str, added_ms: float) -> float | None:
         """Share of the links' part of the first token that did not add to its time."""
@@ -194,19 +237,15 @@ class Bench:
         return 1 - added_ms / links_ms if links_ms else None
 
 
-def _each(requests: Sequence[Request], key: str) -> list[float]:
-    return [token[key] for request in requests for token in request.decoded]
+def _each(samples: Sequence[Sample], key: str) -> list[float]:
+    return [token[key] for sample in samples for token in sample.request.decoded]
 
 
-def _per_token(requests: Sequence[Request]) -> list[tuple[float, float]]:
+def _per_token(samples: Sequence[Sample]) -> list[tuple[float, float]]:
     """Bytes sent and received per decoded token, of each device."""
-    tokens = sum(len(request.decoded) for request in requests)
-    devices = zip(*(request.traffic for request in requests), strict=True)
+    tokens = sum(len(sample.request.decoded) for sample in samples)
+    devices = zip(*(sample.traffic for sample in samples), strict=True)
     return [
         (sum(sent for sent, _ in each) / tokens, sum(received for _, received in each) / tokens)
         for each in devices
     ]
-
-
-def _percentile(ordered: Sequence[float], percent: int) -> float:
-    return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]

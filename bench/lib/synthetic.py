@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
-from tpirt.errors import ConfigError
+from bench.lib.command import run_tpirt
 from tpirt.weights.synthetic import SLICES, is_synthetic
 
 
@@ -16,13 +14,11 @@ def model_of_shape(
     """Make a model of a shape, unless ``folder`` has it; returns its directory and its slices'.
 
     Raises:
-        ConfigError: it could not be made; ``tpirt synth`` has said why.
+        ConfigError: it could not be made; the reason is on standard error already.
     """
     name = f"{Path(shape).stem}-{quantize}-{dtype}-{world_size}".replace(":", "-")
     model = folder / name
     if not is_synthetic(model):
-        command = [sys.executable, "-m", "tpirt", "synth", "--shape", shape, "--out", str(model)]
-        command += ["--world-size", str(world_size), "--quantize", quantize, "--dtype", dtype]
-        if subprocess.run(command, stdin=subprocess.DEVNULL).returncode:
-            raise ConfigError(f"no model of shape {shape} could be made")
+        options = ["--world-size", str(world_size), "--quantize", quantize, "--dtype", dtype]
+        run_tpirt("synth", "--shape", shape, "--out", str(model), *options)
     return model, model / SLICES

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.latency_row import Row
+from bench.lib.latency_row import Row
 from tpirt.errors import RequestError
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """One rank of ``bench.allreduce``: a process that sums on order, and tells how long it took.
 
-    python -m bench.allreduce_rank CONTENDER RANK LISTEN ADDRESS,ADDRESS,...
+    python -m bench.lib.allreduce_rank CONTENDER RANK LISTEN ADDRESS,ADDRESS,...
 
 Each line of standard input is an order, the same on all ranks; each is answered by a line.
 """

@@ -1,21 +1,18 @@
-"""What the command lines of the benchmarks share: links as options, ends, tables."""
+"""Emulated links as options of a command, and a report of what was built."""
 
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+from bench.lib.command import tell, values
 from bench.net.network import BACKENDS, LOOPBACK, Network
 from bench.net.probe import Measured
 from bench.net.profiles import PROFILES
 from bench.net.shares import Share
 from bench.net.spec import LinkError, Topology, parse_topology
 from tpirt.cli.options import count, size
-from tpirt.errors import TpirtError
 
-_INTERRUPTED = 130
 _DEFAULT_DEVICES = 2
 USUAL_LINK = "1ms/300mbit"
 
@@ -43,14 +40,14 @@ def add_share_options(parser: argparse._ActionsContainer) -> None:
     """``--cores`` and ``--disk``."""
     parser.add_argument(
         "--cores",
-        type=_each(_cores),
+        type=values(_cores),
         default=(),
         metavar="C,...",
         help="CPU cores of each device, such as 0.5; one value is for all",
     )
     parser.add_argument(
         "--disk",
-        type=_each(size),
+        type=values(size),
         default=(),
         metavar="SIZE,...",
         help="bytes a second that each device may read from disk; one value is for all",
@@ -88,12 +85,12 @@ def chosen_shares(arguments: argparse.Namespace, devices: int) -> list[Share]:
         LinkError: not as many values as devices.
     """
     for name in ("cores", "disk"):
-        values = getattr(arguments, name)
-        if len(values) not in (0, 1, devices):
-            raise LinkError(f"--{name}: {len(values)} values for {devices} devices")
+        given = getattr(arguments, name)
+        if len(given) not in (0, 1, devices):
+            raise LinkError(f"--{name}: {len(given)} values for {devices} devices")
 
-    def share(values: Sequence[float], device: int) -> float | None:
-        return values[device % len(values)] if values else None
+    def share(given: Sequence[float], device: int) -> float | None:
+        return given[device % len(given)] if given else None
 
     return [
         Share(share(arguments.cores, device), share(arguments.disk, device))
@@ -115,32 +112,6 @@ def show_network(network: Network) -> None:
     )
 
 
-def tell(text: str) -> None:
-    """Report progress, on standard error."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def end_like_a_command(main: Callable[[], int]) -> int:
-    """Run a command's body; what a user can cause becomes one line and an exit code.
-
-    A signal that would end the process at once unwinds it, so that what was made is removed.
-    """
-
-    def leave(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, leave)
-    try:
-        return main()
-    except TpirtError as exc:
-        tell(f"error: {exc}")
-        return exc.exit_code
-    except KeyboardInterrupt:
-        tell("interrupted")
-        return _INTERRUPTED
-
-
 def _worst_rate(measured: Sequence[Measured]) -> str:
     rates = [
         (abs(pair.found_mbit / pair.asked_mbit - 1), pair.asked_mbit, pair.found_mbit)
@@ -151,15 +122,6 @@ def _worst_rate(measured: Sequence[Measured]) -> str:
         return ""
     _, asked, found = max(rates)
     return f", {asked:g} Mbit/s -> {found:.1f}"
-
-
-def _each(
-    convert: Callable[[str], float],
-) -> Callable[[str], tuple[float, ...]]:
-    def values(text: str) -> tuple[float, ...]:
-        return tuple(convert(part) for part in text.split(","))
-
-    return values
 
 
 def _cores(text: str) -> float:

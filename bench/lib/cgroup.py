@@ -46,6 +46,9 @@ class MemoryCgroup:
         return None
 
 
+NO_CGROUP = MemoryCgroup(None)
+
+
 @contextlib.contextmanager
 def memory_cgroup(
     name: str, limit_bytes: int, warn: Callable[[str], None]
@@ -61,7 +64,7 @@ def memory_cgroup(
         with contextlib.suppress(OSError):
             folder.rmdir()
         warn(f"no memory cgroup ({exc.strerror}): the limit is tpirt's own only")
-        yield MemoryCgroup(None)
+        yield NO_CGROUP
         return
     try:
         yield MemoryCgroup(folder)

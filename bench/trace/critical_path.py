@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.trace_reader import Rank, Span, Trace
+from bench.trace.reader import Rank, Span, Trace
 from tpirt.stopwatch import COMPUTE, NETWORK, STEPS, WAIT_DISK
 
 COMPUTING, DISK_WAIT, NETWORK_WAIT, OTHER = "compute", "waiting for disk", "network", "other"

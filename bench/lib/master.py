@@ -1,10 +1,11 @@
-"""The master of ``bench.latency``: connects to peers and generates, on orders from its input.
+"""The master of a group under measurement: connects and generates, on orders from its input.
 
-    python -m bench.master
+    python -m bench.lib.master
 
-An order with ``peers`` connects anew; it has a ``model`` and fields of ``EngineOptions``. One with
-``tokens`` generates so many after the first; it answers when the first is there, and goes on when
-it gets another line. Every answer is one JSON line; a failure is ``{"error": "..."}``.
+An order with ``connect`` connects, with a ``model``, ``peers`` or ``local``, and fields of
+``EngineOptions``; a connection that there was is closed first. One with ``tokens`` generates that
+many after the first: it answers once the first is there, and goes on when another line comes. Every
+answer is one JSON line; a failure is ``{"error": "..."}``.
 """
 
 from __future__ import annotations
@@ -39,16 +40,21 @@ async def generate(engine: Engine, prompt_tokens: int, tokens: int) -> None:
     engine.reset()
     vocabulary = engine.config.vocab_size
     prompt = [(17 * i + 3) % vocabulary for i in range(prompt_tokens)]
+    params = SamplingParams(max_tokens=tokens + 1)
     began = time.perf_counter()
-    async with aclosing(engine.generate(prompt, SamplingParams(max_tokens=tokens + 1))) as texts:
-        await anext(texts)
-        answer({"ttft_ms": (time.perf_counter() - began) * 1e3})
+    async with aclosing(engine.generate(prompt, params)) as stream:
+        await anext(stream)
+        ttft_ms = (time.perf_counter() - began) * 1e3
+        answer({"ttft_ms": ttft_ms, "first": [asdict(rank) for rank in await engine.stats()]})
         await next_line()
-        async for _ in texts:
-            pass
+        began = time.perf_counter()
+        decoded = [token.id async for token in stream]
+        decode_ms = (time.perf_counter() - began) * 1e3
     ranks = await engine.stats()
     answer(
         {
+            "tokens": len(decoded),
+            "decode_ms": decode_ms,
             "decoded": [asdict(token) for token in token_times(ranks)],
             "ranks": [asdict(rank) for rank in ranks],
             "explained": engine.explain(),
@@ -57,9 +63,9 @@ async def generate(engine: Engine, prompt_tokens: int, tokens: int) -> None:
 
 
 def _connected(
-    peers: Sequence[str], model: str | None = None, **options: Any
+    model: str | None = None, local: int = 1, peers: Sequence[str] = (), **options: Any
 ) -> AbstractAsyncContextManager[Engine]:
-    return Engine.connect(model, EngineOptions(**options), peers=peers)
+    return Engine.connect(model, EngineOptions(**options), local=local, peers=peers)
 
 
 async def serve() -> None:
@@ -69,9 +75,10 @@ async def serve() -> None:
         while line := await next_line():
             order = json.loads(line)
             try:
-                if "peers" in order:
+                if "connect" in order:
                     await stack.aclose()
-                    engine = await stack.enter_async_context(_connected(**order))
+                    connected = _connected(**order["connect"])
+                    engine = await stack.enter_async_context(connected)
                     config = engine.config
                     answer(
                         {

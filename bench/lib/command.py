@@ -1,0 +1,71 @@
+"""What the commands share: progress on standard error, exit codes, lists as options."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from tpirt.errors import ConfigError, TpirtError
+
+_INTERRUPTED = 130
+
+
+def tell(text: str) -> None:
+    """Report progress, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def end_like_a_command(main: Callable[[], int]) -> int:
+    """Run a command's body; what a user can cause becomes one line and an exit code.
+
+    A signal that would end the process at once unwinds it, so that what was made is removed.
+    """
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, leave)
+    try:
+        return main()
+    except TpirtError as exc:
+        tell(f"error: {exc}")
+        return exc.exit_code
+    except KeyboardInterrupt:
+        tell("interrupted")
+        return _INTERRUPTED
+
+
+def values(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """The type of an option that takes several values with commas between them."""
+
+    def parse(text: str) -> list[Any]:
+        return [convert(part) for part in text.split(",")]
+
+    return parse
+
+
+def percentile(figures: Iterable[float], percent: int) -> float:
+    """The figure below which so many percent of them lie, or the largest."""
+    ordered = sorted(figures)
+    return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
+
+
+def run_tpirt(*arguments: str) -> str:
+    """Run a command of this tpirt to its end; returns what it printed.
+
+    Raises:
+        ConfigError: it failed; the reason is on standard error already.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "tpirt", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode:
+        raise ConfigError(f"tpirt {arguments[0]} ended with exit code {done.returncode}")
+    return done.stdout

@@ -1,0 +1,1 @@
+"""Reading a trace of `tpirt --trace`, and its critical path."""

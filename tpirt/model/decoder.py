@@ -150,7 +150,7 @@ class Decoder:
 
     def _parts(self, hidden: torch.Tensor, step: StepContext) -> list[_Part]:
         batches = step.batch.micro_batches()
-        pipeline = Pipeline(self._weights, len(batches))
+        pipeline = Pipeline(self._weights, step, len(batches))
         rows = torch.split(hidden, [batch.tokens for batch in batches])
         return [
             _Part(
@@ -207,14 +207,9 @@ class Decoder:
         self, part: _Part, block: int, compute: Callable[..., _T], *args: Any, keep: bool = False
     ) -> _T:
         """Compute with a block when it is ``part``'s turn; ``keep`` it for the next stage."""
-        pipeline = part.pipeline
-        await pipeline.turn(part.index)
-        part.step.check()
-        weights = await pipeline.acquire(block)
+        weights = await part.pipeline.enter(part.index, block)
         result = await self._compute(len(part.hidden), block, compute, weights, *args)
-        if not keep:
-            pipeline.release(part.index, block)
-        pipeline.pass_turn(part.index)
+        part.pipeline.leave(part.index, block, keep=keep)
         return result
 
     async def _compute(
@@ -260,6 +255,9 @@ class Decoder:
         """Let each sequence's queries see its own keys; in the last layer the wanted ones alone."""
         last = layer == self.config.num_hidden_layers - 1
         window = self.config.sliding_windows[layer]
+        if len(batch.segments) == 1 and batch.num_logits == batch.tokens:  # a decoded token
+            keys, values = self.kv.append(layer, batch.segments[0], k, v)
+            return attention(q, keys, values, self._groups, window)
         outs = []
         for segment, rows in zip(batch.segments, batch.rows, strict=True):
             own = slice(rows.start, rows.stop)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Protocol
 
+from tpirt.collectives.context import StepContext
 from tpirt.sharding.blocks import Block
 from tpirt.weights.layout import Weights
 
@@ -35,8 +36,9 @@ class Pipeline:
     are held.
     """
 
-    def __init__(self, weights: WeightSource, parts: int):
+    def __init__(self, weights: WeightSource, step: StepContext, parts: int):
         self._weights = weights
+        self._step = step
         self._running = set(range(parts))
         self._ahead = 0  # stages that the first has computed and the second has not
         self._turns = [asyncio.Event() for _ in range(parts)]
@@ -44,12 +46,26 @@ class Pipeline:
         self._held: dict[int, Weights] = {}
         self._users: dict[int, set[int]] = {}  # micro-batches that still need a block
 
-    async def turn(self, part: int) -> None:
-        """Wait until ``part`` may compute its next stage."""
-        await self._turns[part].wait()
+    async def enter(self, part: int, block: int) -> Weights:
+        """Begin ``part``'s next stage: wait for its turn and for a block's tensors.
 
-    def pass_turn(self, part: int) -> None:
-        """End a stage of ``part``."""
+        Raises:
+            Exception: why the step was aborted.
+            StoreError: the block could not be read.
+        """
+        if not self._turns[part].is_set():
+            await self._turns[part].wait()
+        self._step.check()
+        weights = self._held.get(block)
+        if weights is None:
+            weights = self._held[block] = await self._weights.acquire(block)
+            self._users[block] = set(self._running)
+        return weights
+
+    def leave(self, part: int, block: int, *, keep: bool) -> None:
+        """End a stage; ``keep`` the block if ``part``'s next stage uses it too."""
+        if not keep:
+            self._release(part, block)
         if len(self._running) == 1:
             return
         self._ahead += 1 if part == 0 else -1
@@ -57,25 +73,17 @@ class Pipeline:
             self._turns[part].clear()
             self._turns[1 - part].set()
 
-    async def acquire(self, block: int) -> Weights:
-        """Wait for a block's tensors, unless another micro-batch has them already."""
-        if block not in self._held:
-            self._held[block] = await self._weights.acquire(block)
-            self._users[block] = set(self._running)
-        return self._held[block]
+    def finish(self, part: int) -> None:
+        """Release what ``part`` holds; another one goes on without waiting for its turn."""
+        self._running.discard(part)
+        for block in list(self._held):
+            self._release(part, block)
+        for turn in self._turns:
+            turn.set()
 
-    def release(self, part: int, block: int) -> None:
-        """Note that ``part`` is done with a block."""
+    def _release(self, part: int, block: int) -> None:
         users = self._users[block]
         users.discard(part)
         if not users:
             del self._held[block], self._users[block]
             self._weights.release(block)
-
-    def finish(self, part: int) -> None:
-        """Release what ``part`` holds; another one goes on without waiting for its turn."""
-        self._running.discard(part)
-        for block in list(self._held):
-            self.release(part, block)
-        for turn in self._turns:
-            turn.set()

@@ -26,7 +26,6 @@ from tpirt.errors import ConfigError
 
 _END_S = 30.0  # for processes to end by themselves
 _GIVE_UP_S = 2.0  # the same, after a failure
-_CHOSEN = re.compile(r"(?:used: |one token [^:]*: )([a-z-]+)")
 
 
 class GroupError(ConfigError):
@@ -68,7 +67,7 @@ class Request:
         decoded: what each of them waited for: :class:`tpirt.types.TokenTimes`.
         first: each rank's :class:`tpirt.types.RankStats` after the first token.
         ranks: the same after the last.
-        explained: ``Engine.explain``.
+        collective, comm_dtype: how decoding summed over ranks; ``none`` for one rank.
     """
 
     ttft_ms: float
@@ -77,23 +76,13 @@ class Request:
     decoded: list[dict[str, Any]]
     first: list[dict[str, Any]]
     ranks: list[dict[str, Any]]
-    explained: list[str]
+    collective: str
+    comm_dtype: str
 
     @property
     def tpot_ms(self) -> float:
         """Mean time of a token after the first."""
         return self.decode_ms / self.tokens
-
-    @property
-    def collective(self) -> str:
-        """The algorithm that decoding used; ``none`` for one rank."""
-        found = [match[1] for line in self.explained if (match := _CHOSEN.match(line))]
-        return found[-1] if found else "none"
-
-    @property
-    def comm_dtype(self) -> str:
-        """The dtype of sums between ranks."""
-        return self.explained[-1].rpartition(": ")[2]
 
 
 class Group:

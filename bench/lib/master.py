@@ -51,13 +51,15 @@ async def generate(engine: Engine, prompt_tokens: int, tokens: int) -> None:
         decoded = [token.id async for token in stream]
         decode_ms = (time.perf_counter() - began) * 1e3
     ranks = await engine.stats()
+    used = engine.collective(1)
     answer(
         {
             "tokens": len(decoded),
             "decode_ms": decode_ms,
             "decoded": [asdict(token) for token in token_times(ranks)],
             "ranks": [asdict(rank) for rank in ranks],
-            "explained": engine.explain(),
+            "collective": used.algorithm.value if used else "none",
+            "comm_dtype": used.comm_dtype.value if used else "none",
         }
     )
 

@@ -235,6 +235,8 @@ class Decoder:
     def close(self) -> None:
         """End the compute thread."""
         self._thread.shutdown()
+        self._whole_stages.clear()  # they refer to this decoder, and so to its keys and values
+        self._half_stages.clear()
 
     def _stages(self, halves: bool) -> list[_Stage]:
         """List the stages of all layers; the last one's partials are left for :meth:`forward`.

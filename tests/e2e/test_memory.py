@@ -24,7 +24,7 @@ def test_two_sessions_in_a_row_stay_within_a_tight_limit(tmp_path: Path) -> None
             done = run_cli(
                 *("generate", "--model", str(model), "--peers", peer.address),
                 *("--memory", limit, "--threads", "1", "--store", str(tmp_path / "store")),
-                *("--prompt", "x" * 700, "--max-tokens", "3", "--json"),
+                *("--prompt", "x" * 1900, "--max-tokens", "3", "--json"),
             )
             assert done.returncode == 0, (session, done.stderr)
             for rank in json.loads(done.stdout)["ranks"]:

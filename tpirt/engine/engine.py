@@ -124,6 +124,7 @@ class Engine:
             RequestError: the trace cannot be written.
         """
         options = options or EngineOptions()
+        _check_ranks(local, peers)
         async with AsyncExitStack() as stack:
             trace = None
             if options.trace is not None:
@@ -433,6 +434,13 @@ def open_model(path: Path) -> Model:
     return Model(config, checkpoint, embedding, default_store(), tokenizer, defaults)
 
 
+def _check_ranks(local: int, peers: Sequence[str | PeerClient]) -> None:
+    if local < 1:
+        raise ConfigError(f"local {local}: expected at least 1 rank")
+    if peers and local != 1:
+        raise ConfigError("local and peers exclude each other: give one of them")
+
+
 @asynccontextmanager
 async def _clients(
     local: int,
@@ -442,8 +450,6 @@ async def _clients(
     progress: ProgressCallback,
 ) -> AsyncIterator[list[PeerClient]]:
     """Clients of the peers, or of ``local - 1`` worker processes that live as long as this."""
-    if local < 1 or (peers and local != 1):
-        raise ConfigError(f"local {local}: expected at least 1, and no peers beyond 1")
     async with AsyncExitStack() as stack:
         if local > 1:
             progress(Progress("starting peers", 0, local - 1, "peers"))
@@ -463,12 +469,11 @@ async def _load(
     progress: ProgressCallback,
 ) -> None:
     """Provide every rank with its slice, and form the group."""
-    shards = deployment.shards
     makers = [SliceMaker(model.checkpoint, model.config, rank.form) for rank in deployment.ranks]
-    await distribute(makers, shards, store, clients, timeout_s, progress)
+    await distribute(makers, deployment.partition, store, clients, timeout_s, progress)
     await group.start(
         makers,
-        shards,
+        deployment.partition,
         store,
         deployment.limits,
         deployment.peers,

@@ -340,6 +340,7 @@ class Engine:
                     f"token id {token_id} is outside the model's vocabulary of "
                     f"{self.config.vocab_size}; do tokenizer and model belong together?"
                 )
+        self.deployment.check_context(len(ids))
         return ids
 
     async def _prefill(self, ids: Sequence[int], progress: ProgressCallback) -> torch.Tensor:

@@ -107,6 +107,33 @@ class Deployment:
         shard = self.partition.shards[0]
         return logits_tokens(self.config, shard, self.world_size, self.chunk_tokens)
 
+    def check_context(self, tokens: int) -> None:
+        """Check that every rank can hold ``tokens`` tokens of prompt and answer.
+
+        Raises:
+            MemoryLimitError: one cannot; names limits with which all can.
+        """
+        short = [rank for rank in self.ranks if not rank.budget.holds(tokens)]
+        if not short:
+            return
+        enough = {rank.peer.rank: rank.budget.advised_bytes(tokens) for rank in self.ranks}
+        own = [
+            rank.peer
+            for rank in self.ranks
+            if (rank.peer.memory_bytes or enough[rank.peer.rank]) < enough[rank.peer.rank]
+        ]
+        advice = [f"raise --memory to at least {format_limit(max(enough.values()))}"]
+        advice += [
+            f"that of {peer.peer_id} to at least {format_limit(enough[peer.rank])}" for peer in own
+        ]
+        budget, peer = short[0].budget, short[0].peer
+        raise MemoryLimitError(
+            f"{tokens} tokens of context need {format_bytes(budget.kv_bytes(tokens))} of KV cache "
+            f"on rank {peer.rank} ({peer.peer_id}), whose memory limit is "
+            f"{format_bytes(budget.limits.memory_bytes or 0)}; {', '.join(advice)}, "
+            "or shorten the conversation"
+        )
+
     def explain(self) -> list[str]:
         """Say why the plan is as it is, one line per fact."""
         lines = [f"prompts in chunks of {self.chunk_tokens} tokens"]

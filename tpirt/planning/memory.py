@@ -170,6 +170,12 @@ class MemoryBudget:
         """The lowest memory limit under which the rank loads."""
         return self._least_bytes(self.limits.chunk_tokens, 0)
 
+    def holds(self, context: int) -> bool:
+        """Whether ``context`` tokens can fit at all; the cache may need more while it grows."""
+        kv = kv_bytes(self.config, self.shard, self.form.dtype, context)
+        left = self.left_for_weights(1, kv)
+        return left is None or left >= least_budget(self.block_bytes, self.limits.window_blocks)
+
     @property
     def shortage(self) -> str:
         """Why the rank cannot load, where its memory limit is below :attr:`least_bytes`."""

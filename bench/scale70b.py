@@ -122,8 +122,7 @@ def run(arguments: argparse.Namespace) -> LimitedRun:
         prompt_tokens=arguments.prompt_tokens,
         tokens=arguments.tokens,
     )
-    for line in done.request.explained:
-        tell(line)
+    tell(f"sums: {done.request.collective}, {done.request.comm_dtype}")
     return done
 
 

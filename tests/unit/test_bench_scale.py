@@ -31,7 +31,8 @@ def limited_run(token_s: float) -> LimitedRun:
         decoded=[],
         first=[figures(7000, 900.0)],
         ranks=[figures(7000 + 4 * 600, 900.0 + 4 * 50.0)],
-        explained=[],
+        collective="star",
+        comm_dtype="bfloat16",
     )
     return LimitedRun(request, peak_bytes=[400], cache_bytes=[0])
 

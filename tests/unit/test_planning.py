@@ -13,7 +13,7 @@ import pytest
 from tpirt.cluster import machine
 from tpirt.cluster.rank import RankRuntime
 from tpirt.config import ModelConfig
-from tpirt.engine import EngineOptions
+from tpirt.engine import Engine, EngineOptions
 from tpirt.errors import ConfigError, MemoryLimitError
 from tpirt.ops.quant_layout import PORTABLE_LAYOUT
 from tpirt.planning import PeerProfile, PlanOptions, plan, plan_model
@@ -88,6 +88,19 @@ def test_options_are_validated_when_made(
 ) -> None:
     with pytest.raises(error, match=re.escape(text)):
         EngineOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("where", "text"),
+    [
+        ({"local": 0}, "local 0: expected at least 1 rank"),
+        ({"local": 2, "peers": ["pi:50051"]}, "local and peers exclude each other"),
+    ],
+)
+async def test_ranks_are_local_or_peers(where: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        async with Engine.connect(**where):
+            pytest.fail("loaded")
 
 
 # -- limits and chunks -------------------------------------------------------------------------
@@ -178,20 +191,36 @@ async def test_advice_works_at_the_first_try(
         await engine.complete([7] * 400, SamplingParams(max_tokens=3))
 
 
+@pytest.mark.parametrize("ratio", [None, (1.0, 3.0)])
 async def test_advice_for_a_long_prompt_works_at_the_first_try(
-    long_model: Path, tmp_path: Path
+    long_model: Path, tmp_path: Path, ratio: tuple[float, ...] | None
 ) -> None:
     prompt = [7] * 3500
-    text = refused(ModelConfig.from_dir(long_model), [profile()] * 2, PlanOptions(memory_bytes=1))
+    options = {"store": tmp_path, "ratio": ratio}
+    low = PlanOptions(memory_bytes=1, ratio=ratio)
+    text = refused(ModelConfig.from_dir(long_model), [profile()] * 2, low)
     limit = parse_bytes(text.rpartition(" ")[2])
-    with pytest.raises(MemoryLimitError, match="tokens of context need") as caught:
-        async with memory_engine(long_model, 2, memory_bytes=limit, store=tmp_path) as engine:
+    async with memory_engine(long_model, 2, memory_bytes=limit, **options) as engine:
+        with pytest.raises(MemoryLimitError, match="tokens of context need") as caught:
             await engine.complete(prompt, SamplingParams(max_tokens=1))
+        await engine.complete(prompt[:500], SamplingParams(max_tokens=1))
     advised = re.search(r"--memory to at least (\w+)", str(caught.value))
     assert advised is not None
     limit = parse_bytes(advised[1])
-    async with memory_engine(long_model, 2, memory_bytes=limit, store=tmp_path) as engine:
+    async with memory_engine(long_model, 2, memory_bytes=limit, **options) as engine:
         await engine.complete(prompt, SamplingParams(max_tokens=1))
+
+
+def test_a_context_that_one_peer_cannot_hold_is_refused(long_model: Path) -> None:
+    config = ModelConfig.from_dir(long_model)
+    peers = [profile(), profile(1, memory_bytes=320 * MIB)]
+    deployment = plan(config, peers, PlanOptions(memory_bytes=400 * MIB))
+    deployment.check_context(500)
+    with pytest.raises(MemoryLimitError, match=r"on rank 1 \(pi1\), whose .* is 320 MiB") as caught:
+        deployment.check_context(12_000)
+    common, own = map(parse_bytes, re.findall(r"to at least (\w+)", str(caught.value)))
+    peers[1] = profile(1, memory_bytes=own)
+    plan(config, peers, PlanOptions(memory_bytes=common)).check_context(12_000)
 
 
 def test_every_limit_above_the_advised_one_works(long_model: Path) -> None:

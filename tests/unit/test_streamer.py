@@ -22,7 +22,7 @@ from tpirt.sharding.partition import Shard, Span
 from tpirt.types import Progress, ignore_progress
 from tpirt.weights import streamer as module
 from tpirt.weights.layout import block_header
-from tpirt.weights.reader import buffer_bytes
+from tpirt.weights.reader import buffer_bytes, read_file
 from tpirt.weights.store import Manifest, SliceStore, StoredSlice
 from tpirt.weights.streamer import WeightStreamer
 
@@ -285,6 +285,38 @@ async def test_changing_the_budget_keeps_what_was_read_ahead(
         )
         # 4 and 5, and then 1, 2, 3 again: nothing twice.
         assert window.bytes_read - read == 5 * stored[0].manifest.blocks[0].nbytes
+
+
+async def test_a_slow_disk_does_not_block_the_loop_while_the_budget_changes(
+    stored: tuple[StoredSlice, list[Block]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = buffer_bytes(stored[0].manifest.blocks[0].nbytes)
+    begun, disk = threading.Event(), threading.Event()
+
+    def slow(path: Path, target: memoryview, nbytes: int) -> None:
+        begun.set()
+        disk.wait(20)
+        read_file(path, target, nbytes)
+
+    monkeypatch.setattr(module, "read_file", slow)
+    async with opened(stored, budget_bytes=4 * block) as window:
+        await asyncio.to_thread(begun.wait, 20)
+        before = window.plan
+        cancelled = asyncio.ensure_future(window.set_budget(2 * block))
+        await asyncio.sleep(0)
+        assert not cancelled.done()
+        cancelled.cancel()
+        await asyncio.wait([cancelled])
+        assert cancelled.cancelled()
+        assert window.plan == before
+        changing = asyncio.ensure_future(window.set_budget(3 * block))
+        await asyncio.sleep(0)
+        assert not changing.done()
+        disk.set()
+        await changing
+        assert window.held_bytes <= 3 * block
+        for index in range(COUNT):
+            await visit(window, index)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -129,7 +129,7 @@ def _what_gated(decoded: Sequence[TokenTimes]) -> str:
 def peers_table(plan: Deployment, lost_rank: int | None) -> list[str]:
     """One line per rank: its peer, what it computes, and whether it is lost."""
     rows = [("rank", "peer", "heads", "KV heads", "threads", "state")]
-    for rank, (peer, shard) in enumerate(zip(plan.peers, plan.shards.shards, strict=True)):
+    for rank, (peer, shard) in enumerate(zip(plan.peers, plan.partition.shards, strict=True)):
         heads = (str(shard.q_heads.size), str(shard.kv_heads.size))
         state = "lost" if rank == lost_rank else "ok"
         rows.append((str(rank), peer.peer_id, *heads, str(peer.threads), state))

@@ -51,6 +51,6 @@ def _run(arguments: argparse.Namespace) -> None:
         out = Path(arguments.out)
         stores = [SliceStore(out / f"rank{rank}") for rank in range(plan.world_size)]
         with ConsoleProgress(quiet=arguments.quiet) as progress:
-            slices = split_model(maker, plan.shards, stores, progress)
+            slices = split_model(maker, plan.partition, stores, progress)
     for rank, stored in enumerate(slices):
         print(f"rank {rank}: {stored.path} ({format_bytes(stored.manifest.nbytes)})")

@@ -60,6 +60,6 @@ def _run(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
     print(f"dtype {plan.dtype.name} ({plan.dtype.reason})")
     with ConsoleProgress(quiet=arguments.quiet) as progress:
-        slices = make_synthetic(out, shape, arguments.seed, plan.shards, form, progress)
+        slices = make_synthetic(out, shape, arguments.seed, plan.partition, form, progress)
     for rank, stored in enumerate(slices):
         print(f"rank {rank}: {stored.path} ({format_bytes(stored.manifest.nbytes)})")

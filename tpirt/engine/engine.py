@@ -130,6 +130,7 @@ class Engine:
             RequestError: the trace cannot be written.
         """
         options = options or EngineOptions()
+        _check_ranks(local, peers)
         async with AsyncExitStack() as stack:
             trace = None
             if options.trace is not None:
@@ -372,6 +373,7 @@ class Engine:
                     f"token id {token_id} is outside the model's vocabulary of "
                     f"{self.config.vocab_size}; do tokenizer and model belong together?"
                 )
+        self.deployment.check_context(len(ids))
         return ids
 
     async def _prefill(self, ids: Sequence[int], progress: ProgressCallback) -> torch.Tensor:
@@ -467,6 +469,13 @@ def open_model(path: Path) -> Model:
     return Model(config, checkpoint, embedding, default_store(), tokenizer, defaults)
 
 
+def _check_ranks(local: int, peers: Sequence[str | PeerClient]) -> None:
+    if local < 1:
+        raise ConfigError(f"local {local}: expected at least 1 rank")
+    if peers and local != 1:
+        raise ConfigError("local and peers exclude each other: give one of them")
+
+
 @asynccontextmanager
 async def _clients(
     local: int,
@@ -476,8 +485,6 @@ async def _clients(
     progress: ProgressCallback,
 ) -> AsyncIterator[list[PeerClient]]:
     """Clients of the peers, or of ``local - 1`` worker processes that live as long as this."""
-    if local < 1 or (peers and local != 1):
-        raise ConfigError(f"local {local}: expected at least 1, and no peers beyond 1")
     async with AsyncExitStack() as stack:
         if local > 1:
             progress(Progress("starting peers", 0, local - 1, "peers"))
@@ -497,10 +504,10 @@ async def _load(
     progress: ProgressCallback,
 ) -> None:
     """Provide every rank with its slice, and form the group."""
-    shards = deployment.shards
     makers = [SliceMaker(model.checkpoint, model.config, rank.form) for rank in deployment.ranks]
-    await distribute(makers, shards, store, clients, timeout_s, progress)
-    manifests = [maker.manifest(shard) for maker, shard in zip(makers, shards.shards, strict=True)]
+    await distribute(makers, deployment.partition, store, clients, timeout_s, progress)
+    shards = deployment.partition.shards
+    manifests = [maker.manifest(shard) for maker, shard in zip(makers, shards, strict=True)]
     stored = store.find(manifests[0].slice_id)
     assert stored is not None
     await group.form(deployment, manifests, stored)

@@ -72,7 +72,7 @@ class Deployment:
 
     Attributes:
         config: the model.
-        shards: the shard of every rank.
+        partition: the shard of every rank.
         dtype: what weights are kept and multiplied in, and why.
         ranks: entry ``r`` is rank ``r``'s.
         chunk_tokens: most tokens of a step.
@@ -80,7 +80,7 @@ class Deployment:
     """
 
     config: ModelConfig
-    shards: Plan
+    partition: Plan
     dtype: ChosenDtype
     ranks: tuple[RankPlan, ...]
     chunk_tokens: int
@@ -104,15 +104,39 @@ class Deployment:
     @property
     def logits_tokens(self) -> int:
         """How many tokens' logits the master holds at once."""
-        shard = self.shards.shards[0]
+        shard = self.partition.shards[0]
         return logits_tokens(self.config, shard, self.world_size, self.chunk_tokens)
+
+    def check_context(self, tokens: int) -> None:
+        """Check that every rank can hold ``tokens`` tokens of prompt and answer.
+
+        Raises:
+            MemoryLimitError: one cannot; names limits with which all can.
+        """
+        short = [rank for rank in self.ranks if not rank.budget.holds(tokens)]
+        if not short:
+            return
+        enough = {rank.peer.rank: rank.budget.advised_bytes(tokens) for rank in self.ranks}
+        own = [
+            rank.peer
+            for rank in self.ranks
+            if (rank.peer.memory_bytes or enough[rank.peer.rank]) < enough[rank.peer.rank]
+        ]
+        advice = [f"raise --memory to at least {format_limit(max(enough.values()))}"]
+        advice += [
+            f"that of {peer.peer_id} to at least {format_limit(enough[peer.rank])}" for peer in own
+        ]
+        budget, peer = short[0].budget, short[0].peer
+        raise MemoryLimitError(
+            f"{tokens} tokens of context need {format_bytes(budget.kv_bytes(tokens))} of KV cache "
+            f"on rank {peer.rank} ({peer.peer_id}), whose memory limit is "
+            f"{format_bytes(budget.limits.memory_bytes or 0)}; {', '.join(advice)}, "
+            "or shorten the conversation"
+        )
 
     def explain(self) -> list[str]:
         """Say why the plan is as it is, one line per fact."""
-        lines = [
-            f"dtype {self.dtype.name}: {self.dtype.reason}",
-            f"prompts in chunks of {self.chunk_tokens} tokens",
-        ]
+        lines = [f"prompts in chunks of {self.chunk_tokens} tokens"]
         for rank in self.ranks:
             budget = rank.budget
             parts = (
@@ -149,7 +173,7 @@ def plan(
         PlanError: the ratio or the number of peers does not fit the model.
         MemoryLimitError: a limit is too low; names one that works.
     """
-    shards = make_plan(config, len(peers), options.ratio)
+    partition = make_plan(config, len(peers), options.ratio)
     dtype = choose_dtype(config, options.dtype, peers)
     quant = QuantSpec.parse(options.quantize)
     longest = options.chunk_tokens or config.context_length
@@ -163,7 +187,7 @@ def plan(
             Limits(options.window, limit, longest, trace_spans),
         )
         for peer, shard, limit in zip(
-            peers, shards.shards, memory_limits(peers, options.memory_bytes), strict=True
+            peers, partition.shards, memory_limits(peers, options.memory_bytes), strict=True
         )
     ]
     chunk = options.chunk_tokens or min(budget.chunk_tokens() for budget in budgets)
@@ -176,7 +200,7 @@ def plan(
     except MemoryLimitError as exc:
         raise _shortage(peers, budgets, options.memory_bytes) from exc
     collectives = CollectiveOptions.parse(options.collective, options.comm_dtype)
-    return Deployment(config, shards, dtype, ranks, chunk, collectives)
+    return Deployment(config, partition, dtype, ranks, chunk, collectives)
 
 
 def plan_model(

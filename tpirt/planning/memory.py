@@ -141,11 +141,11 @@ class MemoryBudget:
     def kv_bytes(self, tokens: int) -> int:
         """An upper bound of the part of the keys and values of ``tokens`` positions.
 
-        The cache grows by half of its size at a time, and copies one layer's keys while it grows.
+        The store grows by a quarter of its size at a time, and copies one layer while it grows.
         """
-        tokens = round_up(tokens + tokens // 2, 64)
+        tokens = round_up(tokens + tokens // 4, 64)
         cache = kv_bytes(self.config, self.shard, self.form.dtype, tokens)
-        return cache + cache // (2 * self.config.num_hidden_layers)
+        return cache + cache // self.config.num_hidden_layers
 
     def left_for_weights(self, tokens: int | None = None, kv_bytes: int = 0) -> int | None:
         """The part of the weights during a step of ``tokens`` tokens; None without a limit.
@@ -169,6 +169,12 @@ class MemoryBudget:
     def least_bytes(self) -> int:
         """The lowest memory limit under which the rank loads."""
         return self._least_bytes(self.limits.chunk_tokens, 0)
+
+    def holds(self, context: int) -> bool:
+        """Whether ``context`` tokens can fit at all; the cache may need more while it grows."""
+        kv = kv_bytes(self.config, self.shard, self.form.dtype, context)
+        left = self.left_for_weights(1, kv)
+        return left is None or left >= least_budget(self.block_bytes, self.limits.window_blocks)
 
     @property
     def shortage(self) -> str:

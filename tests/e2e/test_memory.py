@@ -1,0 +1,40 @@
+"""Real processes under a tight --memory: what is measured, not what is computed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tpirt.config import ModelConfig
+from tpirt.ops.quant_layout import PORTABLE_LAYOUT
+from tpirt.planning import PeerProfile, PlanOptions, format_limit, plan_model
+from tpirt.testing.models import make_model
+from tpirt.testing.processes import PeerProcess, run_cli
+from tpirt.units import parse_bytes
+
+SIZES = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
+
+
+def test_two_sessions_in_a_row_stay_within_a_tight_limit(tmp_path: Path) -> None:
+    """What the allocator kept of the first session does not count against the second."""
+    model = make_model(tmp_path / "model", max_position_embeddings=2048, **SIZES)
+    limit = format_limit(tight_limit(model) + (8 << 20))
+    with PeerProcess(tmp_path / "peer", "--memory", limit) as peer:
+        for session in range(2):
+            done = run_cli(
+                *("generate", "--model", str(model), "--peers", peer.address),
+                *("--memory", limit, "--threads", "1", "--store", str(tmp_path / "store")),
+                *("--prompt", "x" * 1900, "--max-tokens", "3", "--json"),
+            )
+            assert done.returncode == 0, (session, done.stderr)
+            for rank in json.loads(done.stdout)["ranks"]:
+                assert rank["bytes_read"] > rank["weights_bytes"]  # the limit bites
+                assert rank["peak_rss_bytes"] <= parse_bytes(limit), (session, limit)
+
+
+def tight_limit(model: Path) -> int:
+    """The least limit that is ever advised for two ranks of the model."""
+    peer = PeerProfile(0, "", "", None, None, 1, 1, False, PORTABLE_LAYOUT)
+    options = PlanOptions(dtype="float32", chunk_tokens=16)
+    deployment = plan_model(ModelConfig.from_dir(model), 2, peer, options)
+    return max(rank.budget.advised_bytes() for rank in deployment.ranks)

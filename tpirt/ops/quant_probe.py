@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -38,6 +38,11 @@ def probe_kernels(spec: Scheme, rows: int, inputs: int, layout: Layout | None) -
     Args:
         layout: the result of ``local_layout``; None where torch has no 4-bit kernel.
     """
+    with ThreadPoolExecutor(1, "tpirt-probe", initializer=_use_one_thread) as pool:
+        return pool.submit(_probe, spec, rows, inputs, layout).result()
+
+
+def _probe(spec: Scheme, rows: int, inputs: int, layout: Layout | None) -> KernelChoice:
     matrix = _probe_matrix(spec, rows, inputs, layout or PORTABLE_LAYOUT)
     scale = rows / max(1, matrix.rows)
 
@@ -45,16 +50,15 @@ def probe_kernels(spec: Scheme, rows: int, inputs: int, layout: Layout | None) -
         x = torch.full((count, inputs), 0.5)
         return scale * _time_ms(lambda: linear(x, matrix, KernelChoice((), name)))
 
-    with _one_thread():
-        dense = min((kernel.name for kernel in DENSE), key=lambda name: measure(name, 32))
-        others = [
-            name
-            for name, kernel in KERNELS.items()
-            if kernel not in DENSE and kernel.accepts(spec, layout)
-        ]
-        return choose_by_time(
-            {name: {n: measure(name, n) for n in _PROBED_ROWS} for name in (*others, dense)}, dense
-        )
+    dense = min((kernel.name for kernel in DENSE), key=lambda name: measure(name, 32))
+    others = [
+        name
+        for name, kernel in KERNELS.items()
+        if kernel not in DENSE and kernel.accepts(spec, layout)
+    ]
+    return choose_by_time(
+        {name: {n: measure(name, n) for n in _PROBED_ROWS} for name in (*others, dense)}, dense
+    )
 
 
 def choose_by_time(timings_ms: dict[str, dict[int, float]], dense: str) -> KernelChoice:
@@ -83,9 +87,8 @@ def _at(times: Mapping[int, float], rows: int) -> float:
     return times[low] + (times[high] - times[low]) * (rows - low) / (high - low)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Run torch's work of the calling thread in that thread alone.
+def _use_one_thread() -> None:
+    """Have torch do the work of the calling thread, a new one, in that thread alone.
 
     ``set_num_threads`` applies to the calling thread and to threads that have not used torch yet.
     A short-lived thread restores the number for the latter at once.
@@ -96,10 +99,6 @@ def _one_thread() -> Iterator[None]:
         restore = threading.Thread(target=torch.set_num_threads, args=(before,))
         restore.start()
         restore.join()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _probe_matrix(spec: Scheme, rows: int, inputs: int, layout: Layout) -> QuantMatrix:

@@ -7,6 +7,8 @@ rounding inside the kernels.
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from tpirt.collectives.base import SingleRankCommunicator
 from tpirt.config import ModelConfig
 from tpirt.errors import StoreError
 from tpirt.ops.buffers import page_buffer
-from tpirt.ops.quant import QuantSpec
+from tpirt.ops.quant import Int8, QuantSpec, Scheme
 from tpirt.ops.quant_layout import (
     PORTABLE_LAYOUT,
     Layout,
@@ -59,7 +61,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def rounded(spec: QuantSpec, weight: torch.Tensor) -> torch.Tensor:
+def rounded(spec: Scheme, weight: torch.Tensor) -> torch.Tensor:
     regions = local_regions(spec, *weight.shape, PORTABLE_LAYOUT)
     buffer = page_buffer(regions_nbytes(regions))
     codes, scales = view_regions(regions, buffer)
@@ -70,6 +72,7 @@ def rounded(spec: QuantSpec, weight: torch.Tensor) -> torch.Tensor:
 def as_the_codes_say(model: Path, out: Path, how: str) -> Path:
     """Copy a model with every projection replaced by its quantized values, for one rank."""
     spec = QuantSpec.parse(how)
+    assert isinstance(spec, Scheme)
     out.mkdir()
     for file in model.iterdir():
         if file.suffix != ".safetensors":
@@ -79,7 +82,7 @@ def as_the_codes_say(model: Path, out: Path, how: str) -> Path:
     for name, weight in tensors.items():
         if name.endswith("_proj.weight"):
             tensors[name] = rounded(spec, weight)
-    tensors["lm_head.weight"] = rounded(QuantSpec("int8"), embedding)
+    tensors["lm_head.weight"] = rounded(Int8(), embedding)
     save_file(tensors, out / "model.safetensors")
     config = (out / "config.json").read_text(encoding="utf-8")
     untied = config.replace('"tie_word_embeddings": true', '"tie_word_embeddings": false')
@@ -129,7 +132,10 @@ async def test_more_ranks_stay_close(model: Path, tmp_path: Path, how: str) -> N
     for world_size in (1, 2, 5):
         async with memory_engine(model, world_size, quantize=how, store=tmp_path) as engine:
             errors.append(float((await engine.logits(PROMPT) - exact).norm() / exact.norm()))
-    assert max(errors) < (0.05 if how == "int8" else 0.6)
+    # Errors of products in sequence, four a layer and the head, add up as random ones do: 3 % and
+    # 30 %. Measured 3 % and 35 %; a bit less per weight doubles them, a wrong scale costs more.
+    product = {"int8": 0.0087, "int4": 0.084}[how]  # docs/quantization.md, gaussian weights
+    assert max(errors) < 1.4 * math.sqrt(3 * 4 + 1) * product
     assert max(errors) < 1.5 * min(errors)
 
 
@@ -142,10 +148,21 @@ async def test_kernels_are_chosen_once(model: Path, tmp_path: Path) -> None:
     async with memory_engine(model, quantize="int4", store=tmp_path):
         pass
     assert noted.stat().st_mtime_ns == before
-    noted.write_text("rubbish", encoding="utf-8")
+    (entries,) = json.loads(noted.read_text(encoding="utf-8")).values()
+    assert all(entry["timings_ms"][entry["rest"]]["1"] > 0 for entry in entries)
+
+
+@pytest.mark.parametrize("bad", ["rubbish", "kernel"])
+async def test_a_record_that_is_no_use_is_made_again(model: Path, tmp_path: Path, bad: str) -> None:
+    async with memory_engine(model, quantize="int4", store=tmp_path):
+        pass
+    (noted,) = tmp_path.glob("*/kernels.json")
+    # No file of ours; or a kernel that this version or this machine lacks.
+    text = noted.read_text(encoding="utf-8").replace('"dense-', '"other-')
+    noted.write_text("rubbish" if bad == "rubbish" else text, encoding="utf-8")
     async with memory_engine(model, quantize="int4", store=tmp_path) as engine:
         assert (await engine.logits(PROMPT)).isfinite().all()
-    assert noted.read_text(encoding="utf-8") != "rubbish"
+    assert '"rest": "dense-' in noted.read_text(encoding="utf-8")
 
 
 def test_slice_for_another_cpu_is_refused(model: Path, tmp_path: Path) -> None:

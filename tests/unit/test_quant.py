@@ -6,8 +6,10 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
 
 import pytest
@@ -16,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpirt.errors import CheckpointError, ConfigError
-from tpirt.ops import quant_layout, quant_linear, quant_rounding
+from tpirt.ops import quant_kernels, quant_layout, quant_probe, quant_rounding
 from tpirt.ops.buffers import ALIGN, page_buffer
-from tpirt.ops.quant import GROUP_SIZES, QuantSpec
+from tpirt.ops.quant import AS_THEY_ARE, GROUP_SIZES, Int4, Int8, QuantSpec, Scheme
+from tpirt.ops.quant_kernels import DENSE, KERNELS
 from tpirt.ops.quant_layout import (
     PORTABLE_LAYOUT,
     Layout,
@@ -28,22 +31,25 @@ from tpirt.ops.quant_layout import (
     regions_nbytes,
     view_regions,
 )
-from tpirt.ops.quant_linear import (
-    KernelChoice,
-    QuantMatrix,
-    default_choice,
-    dequantize,
-    linear,
-    probe_kernels,
-)
+from tpirt.ops.quant_linear import KernelChoice, QuantMatrix, dequantize, linear
+from tpirt.ops.quant_probe import choose_by_time, probe_kernels
 from tpirt.ops.quant_rounding import Workspace, int4_tiles, round_int8, rows_at_once
 
-INT4 = [QuantSpec("int4", size) for size in GROUP_SIZES]
-SPECS = [QuantSpec("int8"), *INT4]
+INT4 = [Int4(size) for size in GROUP_SIZES]
+SPECS: list[Scheme] = [Int8(), *INT4]
 LAYOUTS = [Layout(block, order) for block in (16, 32, 64) for order in ("halves", "pairs")]
-PACKED = KernelChoice(1 << 30, "float32")
-EXACT = KernelChoice(0, "float32")
-BFLOAT16 = KernelChoice(0, "bfloat16")
+EXACT = KernelChoice((), "dense-float32")
+BFLOAT16 = KernelChoice((), "dense-bfloat16")
+
+
+def packed(spec: Scheme) -> KernelChoice:
+    """The packed kernel for all rows, where torch has one."""
+    names = [
+        name
+        for name, kernel in KERNELS.items()
+        if kernel not in DENSE and kernel.accepts(spec, local_layout())
+    ]
+    return KernelChoice((), names[0]) if names else EXACT
 
 
 def random(*shape: int, seed: int = 0, tails: bool = False) -> torch.Tensor:
@@ -80,22 +86,23 @@ def int4_values(
     return ((codes.float() - 8) * scale + zero)[:, :inputs]
 
 
-def values_of(spec: QuantSpec, w: torch.Tensor) -> torch.Tensor:
+def values_of(spec: Scheme, w: torch.Tensor) -> torch.Tensor:
     """The weights that the codes stand for."""
-    if spec.kind == "int8":
+    if isinstance(spec, Int8):
         codes, scales = int8(w)
         return codes.float() * scales.float().unsqueeze(1)
+    assert isinstance(spec, Int4)
     return int4_values(*int4(w, spec.group_size), w.shape[1])
 
 
-def local_of(spec: QuantSpec, w: torch.Tensor, layout: Layout, *starts: int) -> torch.Tensor:
+def local_of(spec: Scheme, w: torch.Tensor, layout: Layout, *starts: int) -> torch.Tensor:
     """Quantize ``w`` whole, or in parts from ``starts`` on."""
     regions = local_regions(spec, *w.shape, layout)
     # Memory used before: every byte of every code is written.
     buffer = page_buffer(regions_nbytes(regions)).fill_(255)
     codes, scales = view_regions(regions, buffer)
     scales.zero_()
-    rows = 1 if spec.kind == "int8" else layout.block
+    rows = 1 if isinstance(spec, Int8) else layout.block
     for start, stop in pairwise((*(starts or [0]), len(w))):
         part = codes[start // rows : -(-stop // rows)]
         quantize_rows(spec, layout, w[start:stop], start, part, scales, Workspace())
@@ -105,7 +112,7 @@ def local_of(spec: QuantSpec, w: torch.Tensor, layout: Layout, *starts: int) -> 
 
 
 def matrix_of(
-    spec: QuantSpec, w: torch.Tensor, layout: Layout | None = None, offset: int = 0
+    spec: Scheme, w: torch.Tensor, layout: Layout | None = None, offset: int = 0
 ) -> tuple[QuantMatrix, torch.Tensor]:
     """Quantize ``w`` into local form, ``offset`` bytes into a page; and what it stands for."""
     layout = layout or local_layout() or PORTABLE_LAYOUT
@@ -124,7 +131,7 @@ def group_errors(w: torch.Tensor, size: int, *, refine: bool) -> torch.Tensor:
 
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (quant_layout, quant_linear):
+    for module in (quant_layout, quant_kernels):
         monkeypatch.setattr(module, "find_kernel", lambda name: None)
 
 
@@ -141,11 +148,11 @@ def threads() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("text", "spec"),
     [
-        ("none", QuantSpec()),
-        ("int8", QuantSpec("int8")),
-        ("int4", QuantSpec("int4", 64)),
-        ("int4:32", QuantSpec("int4", 32)),
-        ("int4:128", QuantSpec("int4", 128)),
+        ("none", AS_THEY_ARE),
+        ("int8", Int8()),
+        ("int4", Int4(64)),
+        ("int4:32", Int4(32)),
+        ("int4:128", Int4(128)),
     ],
 )
 def test_spec_is_parsed_and_printed(text: str, spec: QuantSpec) -> None:
@@ -166,7 +173,7 @@ def test_int8_is_the_nearest_of_255_levels() -> None:
     w = random(5, 70, tails=True)
     scales = int8(w)[1]
     assert torch.equal(scales, (w.abs().amax(1) / 127).bfloat16())
-    off = (values_of(QuantSpec("int8"), w) - w).abs()
+    off = (values_of(Int8(), w) - w).abs()
     # The largest weight may be clipped by what rounding its scale to bfloat16 takes away.
     assert bool((off <= scales.float().unsqueeze(1) * (0.5 + 127 / 256)).all())
     assert off.pow(2).mean().sqrt() < scales.float().max() * 0.3
@@ -219,19 +226,19 @@ def test_weights_on_sixteen_levels_are_kept_exactly() -> None:
     codes = torch.randint(0, 16, (8, 128), generator=torch.Generator().manual_seed(0))
     codes[:, 0::32], codes[:, 1::32] = 0, 15
     w = (codes.float() - 8) * 0.0625 + 0.25
-    assert torch.equal(values_of(QuantSpec("int4", 32), w), w)
+    assert torch.equal(values_of(Int4(32), w), w)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.375, -2.0])
 def test_a_constant_matrix_is_kept_exactly(value: float) -> None:
     w = torch.full((3, 40), value)
-    assert torch.equal(values_of(QuantSpec("int4", 32), w), w)
-    assert torch.allclose(values_of(QuantSpec("int8"), w), w, rtol=0.005, atol=0)
+    assert torch.equal(values_of(Int4(32), w), w)
+    assert torch.allclose(values_of(Int8(), w), w, rtol=0.005, atol=0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_weights_that_are_not_finite_are_refused(spec: QuantSpec, bad: float) -> None:
+def test_weights_that_are_not_finite_are_refused(spec: Scheme, bad: float) -> None:
     w = random(700, 400)
     w[555, 3] = bad
     with pytest.raises(CheckpointError, match="expected finite weights, got inf or nan"):
@@ -252,9 +259,7 @@ def test_every_float_dtype_is_taken(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_bits_depend_neither_on_threads_nor_on_the_rows_beside(
-    spec: QuantSpec, threads: None
-) -> None:
+def test_bits_depend_neither_on_threads_nor_on_the_rows_beside(spec: Scheme, threads: None) -> None:
     w = random(301, 2000, tails=True)
     torch.set_num_threads(1)
     whole = values_of(spec, w)
@@ -286,7 +291,7 @@ def test_rows_at_once_are_whole_blocks_of_every_layout() -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_regions_are_aligned_views_that_do_not_overlap(spec: QuantSpec) -> None:
+def test_regions_are_aligned_views_that_do_not_overlap(spec: Scheme) -> None:
     regions = local_regions(spec, 100, 200, PORTABLE_LAYOUT)
     buffer = page_buffer(regions_nbytes(regions))
     end = 0
@@ -315,7 +320,7 @@ def test_bits_are_what_is_stored() -> None:
     seed=st.integers(0, 99),
 )
 def test_a_matrix_quantized_in_parts_has_the_same_bytes(
-    spec: QuantSpec, layout: Layout, rows: int, inputs: int, cut: int, seed: int
+    spec: Scheme, layout: Layout, rows: int, inputs: int, cut: int, seed: int
 ) -> None:
     w = random(rows, inputs, seed=seed)
     starts = range(0, rows, cut * layout.block)
@@ -330,7 +335,7 @@ def test_a_matrix_quantized_in_parts_has_the_same_bytes(
     inputs=st.integers(1, 300),
 )
 def test_local_bytes_are_the_codes_and_scales(
-    spec: QuantSpec, layout: Layout, rows: int, inputs: int
+    spec: Scheme, layout: Layout, rows: int, inputs: int
 ) -> None:
     w = random(rows, inputs)
     codes, scales, zeros = int4(w, spec.group_size)
@@ -354,7 +359,7 @@ def test_local_bytes_are_what_torch_packs() -> None:
     w = random(layout.block * 3, 128)
     codes = int4(w, 64)[0]
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 2)
-    local = local_of(QuantSpec("int4", 64), w, layout)
+    local = local_of(Int4(64), w, layout)
     assert torch.equal(local[: packed.numel()], packed.view(-1))
 
 
@@ -377,7 +382,7 @@ def test_a_packing_kernel_of_unknown_layout_is_not_used(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(("rows", "inputs"), [(64, 128), (100, 200), (5, 7), (130, 333)])
 @pytest.mark.parametrize("tokens", [0, 1, 4, 5, 33])
 def test_products_are_those_of_the_dequantized_weights(
-    spec: QuantSpec, rows: int, inputs: int, tokens: int
+    spec: Scheme, rows: int, inputs: int, tokens: int
 ) -> None:
     matrix, weights = matrix_of(spec, random(rows, inputs))
     assert torch.allclose(dequantize(matrix), weights, rtol=1e-6, atol=1e-6)
@@ -385,7 +390,7 @@ def test_products_are_those_of_the_dequantized_weights(
     want = x @ weights.t()
     torch.testing.assert_close(linear(x, matrix, EXACT), want, rtol=1e-5, atol=1e-4)
     scale = inputs**0.5
-    for choice in (PACKED, BFLOAT16):
+    for choice in (packed(spec), BFLOAT16):
         got = linear(x, matrix, choice)
         assert got.dtype == torch.float32
         torch.testing.assert_close(got, want, rtol=0.01, atol=0.01 * scale)
@@ -403,7 +408,7 @@ def test_products_are_those_of_the_dequantized_weights(
     tokens=st.integers(1, 9),
 )
 def test_every_layout_multiplies_without_its_kernel(
-    spec: QuantSpec, layout: Layout, rows: int, inputs: int, tokens: int
+    spec: Scheme, layout: Layout, rows: int, inputs: int, tokens: int
 ) -> None:
     matrix, weights = matrix_of(spec, random(rows, inputs), layout)
     x = random(tokens, inputs, seed=3)
@@ -411,17 +416,17 @@ def test_every_layout_multiplies_without_its_kernel(
 
 
 def test_activations_may_be_strided_or_unaligned() -> None:
-    matrix, weights = matrix_of(QuantSpec("int8"), random(20, 64))
+    matrix, weights = matrix_of(Int8(), random(20, 64))
     wide = random(3, 200).bfloat16()
     flat = random(1, 193).bfloat16()[:, 1:65]
     for x in (wide[:, 7:71], flat):
         want = x.float() @ weights.t()
-        got = linear(x, matrix, PACKED).float()
+        got = linear(x, matrix, packed(matrix.spec)).float()
         torch.testing.assert_close(got, want, rtol=0.01, atol=0.1)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_a_slice_by_columns_has_groups_of_its_own(spec: QuantSpec) -> None:
+def test_a_slice_by_columns_has_groups_of_its_own(spec: Scheme) -> None:
     w, x = random(40, 300), random(2, 300, seed=4)
     parts = [(0, 37), (37, 170), (170, 300)]
     total = torch.zeros(2, 40)
@@ -434,56 +439,91 @@ def test_a_slice_by_columns_has_groups_of_its_own(spec: QuantSpec) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-@pytest.mark.parametrize("choice", [PACKED, BFLOAT16], ids=["packed", "dense"])
-def test_bits_depend_neither_on_place_nor_on_threads(
-    spec: QuantSpec, choice: KernelChoice, threads: None
-) -> None:
-    torch.set_num_threads(1)
+@pytest.mark.parametrize("count", [1, 3])
+def test_bits_do_not_depend_on_the_place_in_memory(spec: Scheme, count: int, threads: None) -> None:
+    torch.set_num_threads(count)
     w = random(200, 520)
-    matrices = [matrix_of(spec, w, offset=offset)[0] for offset in (0, 64, 192)]
-    for tokens in (1, 3, 40):
-        x = random(tokens, 520, seed=5)
-        torch.set_num_threads(1)
-        want = linear(x, matrices[0], choice)
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            assert all(torch.equal(linear(x, matrix, choice), want) for matrix in matrices)
+    matrices = [matrix_of(spec, w, offset=offset)[0] for offset in (0, 0, 64, 192)]
+    for choice in (packed(spec), BFLOAT16, EXACT):
+        for tokens in (1, 3, 40, 128):
+            x = random(tokens, 520, seed=5)
+            want, *others = [linear(x, matrix, choice) for matrix in matrices]
+            assert all(torch.equal(other, want) for other in others)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("count", [1, 3])
+def test_nor_do_those_of_plain_weights(dtype: torch.dtype, count: int, threads: None) -> None:
+    """Torch's own product must not choose by alignment: ring buffers and resident ones differ."""
+    torch.set_num_threads(count)
+    for rows, inputs in ((200, 520), (256, 512), (96, 4864), (130, 333)):
+        w = random(rows, inputs).to(dtype)
+        places = [page_buffer(w.nbytes + offset)[offset:] for offset in (0, 0, 64, 192)]
+        copies = [place.view(dtype).view(rows, inputs).copy_(w) for place in places]
+        for tokens in (1, 3, 40, 128):
+            x = random(tokens, inputs, seed=5).to(dtype)
+            want, *others = [torch.nn.functional.linear(x, copy) for copy in copies]
+            assert all(torch.equal(other, want) for other in others)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_packed_rows_do_not_see_each_other(spec: QuantSpec) -> None:
+def test_only_dense_products_may_depend_on_threads(spec: Scheme, threads: None) -> None:
+    matrix, _ = matrix_of(spec, random(200, 520))
+    for tokens in (1, 3, 40, 128):
+        x = random(tokens, 520, seed=5)
+
+        def by_threads(choice: KernelChoice, x: torch.Tensor = x) -> list[torch.Tensor]:
+            products = []
+            for count in (1, 3):
+                torch.set_num_threads(count)
+                products.append(linear(x, matrix, choice))
+            return products
+
+        if packed(spec) != EXACT:
+            assert torch.equal(*by_threads(packed(spec)))
+        # Sums over K that threads share are rounded elsewhere: one bfloat16 step, 2^-7, at most.
+        torch.testing.assert_close(*by_threads(BFLOAT16), rtol=2**-7, atol=1e-4)
+        torch.testing.assert_close(*by_threads(EXACT), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_packed_rows_do_not_see_each_other(spec: Scheme) -> None:
     matrix, _ = matrix_of(spec, random(64, 128))
     x = random(7, 128, seed=6)
-    together = linear(x, matrix, PACKED)
-    if local_layout() is not None:
-        apart = torch.cat([linear(row, matrix, PACKED) for row in x.split(1)])
-        assert torch.equal(together, apart)
+    if packed(spec) != EXACT:
+        apart = torch.cat([linear(row, matrix, packed(spec)) for row in x.split(1)])
+        assert torch.equal(linear(x, matrix, packed(spec)), apart)
 
 
 def test_the_choice_decides_by_rows() -> None:
-    matrix, _ = matrix_of(QuantSpec("int4", 32), random(64, 96))
+    matrix, _ = matrix_of(Int4(32), random(64, 96))
     x = random(9, 96, seed=7)
-    choice = KernelChoice(8, "float32")
-    assert torch.equal(linear(x[:8], matrix, choice), linear(x[:8], matrix, PACKED))
-    assert torch.equal(linear(x, matrix, choice), linear(x, matrix, EXACT))
+    few = packed(matrix.spec)
+    choice = KernelChoice(((4, few.rest), (8, "dense-bfloat16")), "dense-float32")
+    for rows, same in ((1, few), (4, few), (5, BFLOAT16), (8, BFLOAT16), (9, EXACT)):
+        assert torch.equal(linear(x[:rows], matrix, choice), linear(x[:rows], matrix, same))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_dense_products_take_bounded_pieces(
-    spec: QuantSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    matrix, weights = matrix_of(spec, random(500, 200))
-    x = random(3, 200, seed=8)
-    monkeypatch.setattr(quant_linear, "PIECE_ELEMENTS", 100 * 256)
-    pieces = [tuple(piece.shape) for _, piece in quant_linear._pieces(matrix, torch.float32)]
+def test_matrices_are_dequantized_in_bounded_pieces(spec: Scheme) -> None:
+    matrix, _ = matrix_of(spec, random(500, 200))
+    pieces = [tuple(piece.shape) for _, piece in matrix.pieces(torch.float32, 100 * 256)]
     assert len(pieces) > 3
     assert all(rows * width <= 100 * 256 for rows, width in pieces)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_dense_products_of_several_pieces(spec: Scheme) -> None:
+    matrix, weights = matrix_of(spec, random(2100, 600))
+    assert len(list(matrix.pieces(torch.float32))) > 1
+    x = random(3, 600, seed=8)
     torch.testing.assert_close(linear(x, matrix, EXACT), x @ weights.t(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-@pytest.mark.parametrize("choice", [PACKED, EXACT], ids=["packed", "dense"])
-def test_a_part_of_a_matrix_is_a_matrix(spec: QuantSpec, choice: KernelChoice) -> None:
+@pytest.mark.parametrize("dense", [False, True], ids=["packed", "dense"])
+def test_a_part_of_a_matrix_is_a_matrix(spec: Scheme, dense: bool) -> None:
+    choice = EXACT if dense else packed(spec)
     matrix, _ = matrix_of(spec, random(300, 500), local_layout() or PORTABLE_LAYOUT)
     x = random(3, 500, seed=2)
     whole = linear(x, matrix, choice)
@@ -497,75 +537,94 @@ def test_a_part_of_a_matrix_is_a_matrix(spec: QuantSpec, choice: KernelChoice) -
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_probe_answers_for_any_shape(spec: QuantSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quant_linear, "_PROBE_S", 0.0)
+def test_probe_answers_for_any_shape(spec: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quant_probe, "_PROBE_S", 0.0)
     for rows, inputs in ((5, 7), (300, 500)):
         choice = probe_kernels(spec, rows, inputs, local_layout())
-        assert choice.dense_dtype in ("bfloat16", "float32")
-        assert choice == KernelChoice(choice.packed_rows, choice.dense_dtype)
+        assert choice.rest in ("dense-bfloat16", "dense-float32")
+        assert {name for _, name in choice.steps} <= {packed(spec).rest}
+        assert set(choice.timings_ms) == {choice.rest, packed(spec).rest}
         assert all(set(times) == {1, 4, 8, 32, 128} for times in choice.timings_ms.values())
 
 
-def test_the_probe_does_not_count_what_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    threads: set[int] = set()
+def test_the_probe_counts_one_thread_and_leaves_others_theirs(
+    monkeypatch: pytest.MonkeyPatch, threads: None
+) -> None:
+    seen: dict[str, set[int]] = {"probe": set(), "new thread": set()}
+
+    def see(who: str) -> None:
+        seen[who].add(torch.get_num_threads())
 
     def disturbed(x: torch.Tensor, matrix: QuantMatrix, choice: KernelChoice) -> torch.Tensor:
-        threads.add(torch.get_num_threads())
+        see("probe")
+        other = threading.Thread(target=see, args=("new thread",))
+        other.start()
+        other.join()
         time.sleep(0.01)
         return linear(x, matrix, choice)
 
-    before = torch.get_num_threads()
-    monkeypatch.setattr(quant_linear, "linear", disturbed)
+    monkeypatch.setattr(quant_probe, "linear", disturbed)
     torch.set_num_threads(2)
-    try:
-        choice = probe_kernels(QuantSpec("int4", 64), 64, 128, local_layout())
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
-    assert threads == {1}
-    assert all(ms < 10 for times in choice.timings_ms.values() for ms in times.values())
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 2
+        # The caller may be a thread that took over another number before.
+        torch.set_num_threads(3)
+        probe = pool.submit(probe_kernels, Int4(64), 64, 128, local_layout())
+        while not probe.done():
+            assert torch.get_num_threads() == 3
+            wait([probe], 0.01)
+        assert pool.submit(torch.get_num_threads).result() == 2
+    assert seen == {"probe": {1}, "new thread": {3}}
+    assert all(ms < 10 for times in probe.result().timings_ms.values() for ms in times.values())
 
 
 def test_the_threshold_is_where_dense_overtakes() -> None:
     dense = {1: 10.0, 4: 10.0, 8: 10.0, 32: 11.0, 128: 15.0}
-    crossing = quant_linear._crossing
-    assert crossing({1: 1.0, 4: 2.0, 8: 4.0, 32: 16.0, 128: 64.0}, dense) == 16
-    assert crossing({1: 1.0, 4: 1.0, 8: 2.0, 32: 6.0, 128: 24.0}, dense) == 64
-    assert crossing({1: 11.0, 4: 2.0, 8: 4.0, 32: 8.0, 128: 12.0}, dense) == 0
-    assert crossing({1: 0.1, 4: 0.1, 8: 0.2, 32: 0.3, 128: 1.0}, dense) == 1024
+    for times, most in (
+        ({1: 1.0, 4: 2.0, 8: 4.0, 32: 16.0, 128: 64.0}, 16),
+        ({1: 1.0, 4: 1.0, 8: 2.0, 32: 6.0, 128: 24.0}, 64),
+        ({1: 11.0, 4: 2.0, 8: 4.0, 32: 8.0, 128: 12.0}, 0),
+        ({1: 0.1, 4: 0.1, 8: 0.2, 32: 0.3, 128: 1.0}, 1024),
+    ):
+        choice = choose_by_time({"few": times, "dense": dense}, "dense")
+        assert choice == KernelChoice(((most, "few"),) if most else (), "dense")
+    assert choose_by_time({"dense": dense}, "dense") == KernelChoice((), "dense")
+
+
+def test_each_kernel_gets_the_rows_where_it_is_fastest() -> None:
+    timings = {
+        "a": {1: 1.0, 4: 4.0, 8: 8.0, 32: 32.0, 128: 128.0},
+        "b": {1: 3.0, 4: 3.0, 8: 4.0, 32: 13.0, 128: 49.0},
+        "dense": {1: 20.0, 4: 20.0, 8: 20.0, 32: 20.0, 128: 20.0},
+    }
+    choice = choose_by_time(timings, "dense")
+    assert choice == KernelChoice(((1, "a"), (32, "b")), "dense")
+    assert choice.timings_ms == timings
 
 
 @pytest.mark.usefixtures("no_kernels")
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_without_kernels_everything_still_works(spec: QuantSpec) -> None:
+def test_without_kernels_everything_still_works(spec: Scheme) -> None:
     assert local_layout() is None
-    assert probe_kernels(spec, 70, 90, None).packed_rows == 0
-    assert default_choice(spec, None, bfloat16=True) == BFLOAT16
+    choice = probe_kernels(spec, 70, 90, None)
+    assert choice.steps == ()
     matrix, weights = matrix_of(spec, random(70, 90), PORTABLE_LAYOUT)
     x = random(2, 90, seed=9)
-    # A choice made elsewhere: the kernel it names is not here.
-    torch.testing.assert_close(linear(x, matrix, PACKED), x @ weights.t(), rtol=1e-4, atol=1e-4)
-
-
-def test_the_default_choice_needs_no_probe() -> None:
-    layout = local_layout()
-    assert default_choice(QuantSpec("int8"), layout, bfloat16=True).packed_rows == 16
-    assert default_choice(QuantSpec("int4", 64), layout, bfloat16=False).dense_dtype == "float32"
-    assert default_choice(QuantSpec("int4", 64), None, bfloat16=True).packed_rows == 0
+    torch.testing.assert_close(linear(x, matrix, choice), x @ weights.t(), rtol=0.01, atol=0.1)
 
 
 LESSER_CPU = """
 import torch
-from tpirt.ops.quant import QuantSpec
+from tpirt.ops.quant import Int4
 from tpirt.ops.quant_layout import *
 from tpirt.ops.quant_linear import *
-spec, rows, inputs, layout = QuantSpec("int4", 32), 100, 128, local_layout()
+spec, rows, inputs, layout = Int4(32), 100, 128, local_layout()
 local = torch.zeros(regions_nbytes(local_regions(spec, rows, inputs, layout)), dtype=torch.uint8)
 local.random_(0, 256)
 matrix = QuantMatrix.of_buffer(spec, rows, inputs, layout, local)
 matrix.scales.copy_(torch.rand(matrix.scales.shape))
 x = torch.randn(5, inputs)
-got, want = linear(x, matrix, KernelChoice(8, "float32")), x @ dequantize(matrix).t()
+got, want = linear(x, matrix, KernelChoice((), "torch-int4")), x @ dequantize(matrix).t()
 torch.testing.assert_close(got, want, rtol=0.02, atol=1.0)
 print(layout.name)
 """

@@ -16,7 +16,7 @@ import torch
 import xxhash
 
 from tpirt.errors import StoreError
-from tpirt.ops.quant import QuantSpec
+from tpirt.ops.quant import Int8
 from tpirt.sharding.blocks import Block, StoredTensor
 from tpirt.sharding.format import WeightFormat
 from tpirt.sharding.partition import Shard, Span
@@ -101,7 +101,7 @@ def test_identity_covers_model_dtype_and_shard() -> None:
             Manifest.plan("f" * 32, "m", FORM, Shard(*[Span(0, 1)] * 3, first=first), blocks())
             for first in (True, False)
         ),
-        Manifest.plan("f" * 32, "m", WeightFormat(FORM.dtype, QuantSpec("int8")), SHARD, blocks()),
+        Manifest.plan("f" * 32, "m", WeightFormat(FORM.dtype, Int8()), SHARD, blocks()),
     ]
     assert len({m.slice_id for m in (same, *others)}) == 6
 

@@ -9,38 +9,44 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from tpirt.ops.quant import QuantSpec
-from tpirt.ops.quant_layout import local_layout
-from tpirt.ops.quant_linear import KernelChoice, MatrixShape, probe_kernels
+from tpirt.errors import ConfigError
+from tpirt.ops.quant import QuantSpec, Scheme
+from tpirt.ops.quant_kernels import KERNELS
+from tpirt.ops.quant_layout import Layout, local_layout
+from tpirt.ops.quant_linear import KernelChoice, MatrixShape
+from tpirt.ops.quant_probe import probe_kernels
 from tpirt.sharding.blocks import Block
 
 _FILE = "kernels.json"
 
 
 def choose_kernels(folder: Path, blocks: Iterable[Block]) -> Mapping[MatrixShape, KernelChoice]:
-    """Choose a kernel for each shape of quantized matrix: as noted in ``folder``, else measured.
+    """Choose kernels for each shape of quantized matrix: as recorded in ``folder``, else measured.
 
-    What is measured (up to 0.2 s per shape) is noted there for the next start; a folder that
-    cannot be written to is no error. Another CPU or torch measures anew.
+    Measuring takes up to 0.2 s per shape, seconds on a small device: call it from a worker thread.
+    Choices and timings are recorded for the next start; failure to write them is not an error.
+    They are measured again on another CPU capability or torch version, and if the record is not
+    readable.
     """
     shapes = {
         MatrixShape(tensor.quant, *tensor.shape)
         for block in blocks
         for tensor in block.tensors
-        if tensor.quant.kind != "none"
+        if isinstance(tensor.quant, Scheme)
     }
     if not shapes:
         return {}
-    machine = _machine()
-    chosen = _read(folder / _FILE, machine)
+    machine, layout = _machine(), local_layout()
+    chosen = _read(folder / _FILE, machine, layout)
     if shapes <= chosen.keys():
         return chosen
-    layout = local_layout()
     for shape in sorted(shapes - chosen.keys(), key=str):
         chosen[shape] = probe_kernels(shape.spec, shape.rows, shape.inputs, layout)
     _write(folder / _FILE, machine, chosen)
@@ -51,17 +57,27 @@ def _machine() -> str:
     return f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
 
 
-def _read(path: Path, machine: str) -> dict[MatrixShape, KernelChoice]:
+def _read(path: Path, machine: str, layout: Layout | None) -> dict[MatrixShape, KernelChoice]:
     try:
-        noted = json.loads(path.read_text(encoding="utf-8"))[machine]
-        return {
-            MatrixShape(QuantSpec.parse(entry["quantize"]), entry["rows"], entry["inputs"]): (
-                KernelChoice(entry["packed_rows"], entry["dense_dtype"])
-            )
-            for entry in noted
-        }
-    except (OSError, ValueError, KeyError, TypeError):
+        entries = json.loads(path.read_text(encoding="utf-8"))[machine]
+        return dict(_parse(entry, layout) for entry in entries)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError):
         return {}
+
+
+def _parse(entry: dict[str, Any], layout: Layout | None) -> tuple[MatrixShape, KernelChoice]:
+    """One entry of the file; raises on anything that this machine cannot use."""
+    spec = QuantSpec.parse(entry["quantize"])
+    steps = tuple((int(rows), str(name)) for rows, name in entry["steps"])
+    timings = {
+        name: {int(rows): float(ms) for rows, ms in times.items()}
+        for name, times in entry["timings_ms"].items()
+    }
+    names = [*(name for _, name in steps), entry["rest"]]
+    if not isinstance(spec, Scheme) or not all(KERNELS[n].accepts(spec, layout) for n in names):
+        raise ValueError(f"{spec}: not all of {names} are kernels of this machine")
+    shape = MatrixShape(spec, entry["rows"], entry["inputs"])
+    return shape, KernelChoice(steps, entry["rest"], timings)
 
 
 def _write(path: Path, machine: str, chosen: Mapping[MatrixShape, KernelChoice]) -> None:
@@ -70,12 +86,13 @@ def _write(path: Path, machine: str, chosen: Mapping[MatrixShape, KernelChoice])
             "quantize": str(shape.spec),
             "rows": shape.rows,
             "inputs": shape.inputs,
-            "packed_rows": choice.packed_rows,
-            "dense_dtype": choice.dense_dtype,
+            "steps": choice.steps,
+            "rest": choice.rest,
+            "timings_ms": choice.timings_ms,
         }
         for shape, choice in chosen.items()
     ]
     with contextlib.suppress(OSError):
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         beside.write_text(json.dumps({machine: entries}, indent=1), encoding="utf-8")
         beside.replace(path)

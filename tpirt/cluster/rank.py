@@ -280,7 +280,7 @@ class RankRuntime:
 def _check_layout(stored: StoredSlice) -> None:
     """The kernel cannot tell codes in another order from its own: it would compute nonsense."""
     form, mine = stored.manifest.form, int4_layout()
-    if form.quant.kind == "int4" and form.layout != mine:
+    if form.quant.uses_layout and form.layout != mine:
         raise StoreError(
             f"{stored.path}: its weights are laid out for a CPU of layout {form.layout.name}, "
             f"this one wants {mine.name}; remove it, and have the slice made for this machine"

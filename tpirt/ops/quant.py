@@ -1,73 +1,232 @@
-"""Weights in 8 and 4 bits: the choice, and what the codes stand for.
+"""Quantization schemes: how matrices are stored, and what the stored codes stand for.
 
-Axes: N out_features, K in_features, G = ceil(K / g) groups of g inputs. Symbols: q code, s scale,
-z zero point (the value that code 8 stands for).
+Axes: N out_features, K in_features, Kp padded K, g group size, G = Kp / g groups, B rows of a
+kernel block, Np = N rounded up to B. Symbols: q code, s scale, z zero point (the value of code 8).
 
-- int8, one scale per output channel:  ``w ~ q * s``, q in -127..127.
-- int4, one scale and zero point per group of one channel:  ``w ~ (q - 8) * s + z``, q in 0..15,
+- int8, one scale per output channel: ``w ~ q * s``, q in -127..127.
+  ``codes`` int8 (N, Kp), ``scales`` bfloat16 (N,).
+- int4, one scale and zero point per group of one channel: ``w ~ (q - 8) * s + z``, q in 0..15,
   which is what torch's CPU kernel computes (``ATen/native/cpu/int4mm_kernel.cpp``).
+  ``codes`` uint8 (Np / B, Kp, B / 2) in the order of a :class:`~tpirt.ops.quant_layout.Layout`,
+  ``scale_zero`` bfloat16 (G, Np, 2). Rows that pad have scale and zero point 0.
 
-Scales and zero points are bfloat16 because the kernels want them so.
+Scales and zero points are bfloat16 because torch's kernels require it.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
 
 from tpirt.errors import ConfigError
-from tpirt.ops.buffers import round_up
+from tpirt.ops.buffers import Region, round_up
+from tpirt.ops.quant_rounding import Workspace, int4_tiles, round_int8
 
-Kind = Literal["none", "int8", "int4"]
+if TYPE_CHECKING:
+    from tpirt.ops.quant_layout import Layout
+    from tpirt.ops.quant_matrix import QuantMatrix
 
 GROUP_SIZES = (32, 64, 128)
 DEFAULT_GROUP_SIZE = 64
 
-# The 8-bit kernel reads 16 inputs at a time, unchecked: rows are padded to that.
+# The 8-bit kernel reads 16 inputs at a time without a bounds check, so rows are padded to that.
 INT8_INPUTS = 16
 
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How matrices are stored; ``group_size`` is 0 unless ``kind`` is int4."""
+    """How matrices are stored. This class itself means plain floats; a :class:`Scheme`, codes.
 
-    kind: Kind = "none"
-    group_size: int = 0
+    Attributes:
+        kind: the scheme's name without its parameters.
+        uses_layout: whether the order of the codes depends on the CPU.
+    """
 
-    def __post_init__(self) -> None:
-        assert (self.group_size in GROUP_SIZES) if self.kind == "int4" else self.group_size == 0
+    kind: ClassVar[str] = "none"
+    uses_layout: ClassVar[bool] = False
 
-    @classmethod
-    def parse(cls, text: str) -> QuantSpec:
+    @staticmethod
+    def parse(text: str) -> QuantSpec:
         """Read ``none``, ``int8``, ``int4`` or ``int4:GROUP``.
 
         Raises:
             ConfigError: anything else.
         """
-        kind, colon, group = text.partition(":")
-        if kind == "int4" and not colon:
-            return cls("int4", DEFAULT_GROUP_SIZE)
-        if kind == "int4" and group in map(str, GROUP_SIZES):
-            return cls("int4", int(group))
-        if text == "none":
-            return cls("none")
-        if text == "int8":
-            return cls("int8")
-        sizes = ", ".join(f"int4:{size}" for size in GROUP_SIZES)
-        raise ConfigError(f"quantize {text!r}: expected none, int8, int4 or one of {sizes}")
+        if text not in _BY_NAME:
+            raise ConfigError(f"quantize {text!r}: expected {', '.join(_BY_NAME)}")
+        return _BY_NAME[text]
 
     def __str__(self) -> str:
-        return f"int4:{self.group_size}" if self.kind == "int4" else self.kind
+        return self.kind
 
     def padded_inputs(self, inputs: int) -> int:
-        """K rounded up to what is stored: whole groups, or whole steps of the 8-bit kernel."""
-        step = self.group_size if self.kind == "int4" else INT8_INPUTS
-        return inputs if self.kind == "none" else round_up(inputs, step)
+        """K rounded up to what is stored."""
+        return inputs
 
     @property
     def bits(self) -> float:
-        """Stored bits per weight of a large matrix; 0 where nothing is quantized."""
-        return {"none": 0.0, "int8": 8.0, "int4": 4 + 32 / max(1, self.group_size)}[self.kind]
+        """Stored bits per weight of a large matrix; 0 for plain floats."""
+        return 0.0
 
 
-AS_THEY_ARE = QuantSpec("none")
+class Scheme(QuantSpec, ABC):
+    """A way to store a matrix as codes and scales. Layouts matter only if ``uses_layout``."""
+
+    @abstractmethod
+    def regions(self, rows: int, inputs: int, layout: Layout) -> tuple[Region, Region]:
+        """Dtype and shape of codes and scales; offsets are not set."""
+
+    @abstractmethod
+    def round_rows(
+        self,
+        layout: Layout,
+        w: torch.Tensor,
+        start: int,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        space: Workspace,
+    ) -> None:
+        """Quantize some rows; see :func:`tpirt.ops.quant_layout.quantize_rows`."""
+
+    @abstractmethod
+    def part(self, matrix: QuantMatrix, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes (a view) and scales of rows ``start`` to ``stop``; see ``QuantMatrix.part``."""
+
+    @abstractmethod
+    def pieces(
+        self, matrix: QuantMatrix, dtype: torch.dtype, elements: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """De-quantise a matrix piece by piece; see ``QuantMatrix.pieces``."""
+
+    def output_scales(self, scales: torch.Tensor) -> torch.Tensor | None:
+        """Factors (N,) float32 that a product with the pieces still lacks; None if none."""
+        return None
+
+
+@dataclass(frozen=True)
+class Int8(Scheme):
+    """8 bits, one scale per output channel."""
+
+    kind = "int8"
+
+    def padded_inputs(self, inputs: int) -> int:
+        return round_up(inputs, INT8_INPUTS)
+
+    @property
+    def bits(self) -> float:
+        return 8.0
+
+    def regions(self, rows: int, inputs: int, layout: Layout) -> tuple[Region, Region]:
+        return (
+            Region("codes", torch.int8, (rows, self.padded_inputs(inputs))),
+            Region("scales", torch.bfloat16, (rows,)),
+        )
+
+    def round_rows(
+        self,
+        layout: Layout,
+        w: torch.Tensor,
+        start: int,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        space: Workspace,
+    ) -> None:
+        round_int8(w, codes, scales[start : start + len(w)], space)
+
+    def part(self, matrix: QuantMatrix, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return matrix.codes[start:stop], matrix.scales[start:stop]
+
+    def pieces(
+        self, matrix: QuantMatrix, dtype: torch.dtype, elements: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yields the codes, exact in bfloat16 too: scales are applied to the product."""
+        step = max(1, elements // matrix.width)
+        scratch = torch.empty(min(step, matrix.rows), matrix.width, dtype=dtype)
+        for start in range(0, matrix.rows, step):
+            codes = matrix.codes[start : start + step]
+            yield start, scratch[: codes.shape[0]].copy_(codes)
+
+    def output_scales(self, scales: torch.Tensor) -> torch.Tensor | None:
+        return scales.float()
+
+
+@dataclass(frozen=True)
+class Int4(Scheme):
+    """4 bits, a scale and a zero point per group of ``group_size`` inputs of a channel."""
+
+    kind = "int4"
+    uses_layout = True
+
+    group_size: int = DEFAULT_GROUP_SIZE
+
+    def __post_init__(self) -> None:
+        assert self.group_size in GROUP_SIZES
+
+    def __str__(self) -> str:
+        return f"int4:{self.group_size}"
+
+    def padded_inputs(self, inputs: int) -> int:
+        return round_up(inputs, self.group_size)
+
+    @property
+    def bits(self) -> float:
+        return 4 + 32 / self.group_size
+
+    def regions(self, rows: int, inputs: int, layout: Layout) -> tuple[Region, Region]:
+        width, padded = self.padded_inputs(inputs), round_up(rows, layout.block)
+        return (
+            Region("codes", torch.uint8, (padded // layout.block, width, layout.block // 2)),
+            Region("scale_zero", torch.bfloat16, (width // self.group_size, padded, 2)),
+        )
+
+    def round_rows(
+        self,
+        layout: Layout,
+        w: torch.Tensor,
+        start: int,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        space: Workspace,
+    ) -> None:
+        padding = len(codes) * layout.block - len(w)
+        for inputs, levels, scale_zero in int4_tiles(w, self.group_size, space):
+            layout.pack(F.pad(levels, (0, padding)) if padding else levels, codes[:, inputs])
+            groups = slice(inputs.start // self.group_size, inputs.stop // self.group_size)
+            scales[groups, start : start + len(w)] = scale_zero.permute(1, 2, 0)
+
+    def part(self, matrix: QuantMatrix, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        block = matrix.layout.block
+        codes = matrix.codes[start // block : -(-stop // block)]
+        return codes, matrix.scales[:, start : start + block * len(codes)].contiguous()
+
+    def pieces(
+        self, matrix: QuantMatrix, dtype: torch.dtype, elements: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yields weights; the last piece may go past the last row, with zeros."""
+        layout, width, blocks = matrix.layout, matrix.width, matrix.codes.shape[0]
+        step = max(1, min(elements // width // layout.block, blocks))
+        scratch = torch.empty(step * layout.block * width, dtype=dtype)
+        for first in range(0, blocks, step):
+            codes = matrix.codes[first : first + step]
+            rows = codes.shape[0] * layout.block
+            start = first * layout.block
+            turned = scratch[: rows * width].view(width, rows)
+            layout.unpack(codes, turned)
+            levels = turned.view(-1, self.group_size, rows)
+            pairs = matrix.scales[:, start : start + rows]
+            scale, zero = (pairs[..., i].to(dtype).unsqueeze(1).contiguous() for i in (0, 1))
+            # Rounded once: torch computes bfloat16 addcmul in float32.
+            torch.addcmul(zero, levels, scale, out=levels)
+            yield start, turned.t()
+
+
+AS_THEY_ARE = QuantSpec()
+
+_BY_NAME: dict[str, QuantSpec] = {"none": AS_THEY_ARE, "int8": Int8(), "int4": Int4()} | {
+    str(scheme): scheme for scheme in map(Int4, GROUP_SIZES)
+}

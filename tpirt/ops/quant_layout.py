@@ -1,17 +1,12 @@
 """Where the bytes of a quantized matrix lie: in the order in which a CPU's kernel reads them.
 
-Axes: N out_features, K in_features (padded: Kp), g group size, G = Kp / g, B rows of a kernel
-block, Np = N rounded up to B.
+A 4-bit code byte holds one input's codes of two rows of a block. Which two rows, and the size of
+the block, depend on the vectors torch uses (``weight_to_int4pack_kernel`` in
+``ATen/native/cpu/int4mm_kernel.cpp``: 64 rows, halves, on AVX-512; 32 rows, halves, on AVX2;
+neighbouring rows elsewhere). Torch does not say, so :func:`local_layout` packs a probe and looks.
 
-- int8: ``codes`` int8 (N, Kp), ``scales`` bfloat16 (N,), the same everywhere.
-- int4: ``codes`` uint8 (Np / B, Kp, B / 2), ``scale_zero`` bfloat16 (G, Np, 2): each byte holds
-  one input's codes of two rows of a block. Which two, and B, depend on the vectors torch uses
-  here (``weight_to_int4pack_kernel`` in ``ATen/native/cpu/int4mm_kernel.cpp``: 64 rows, halves,
-  on AVX-512; 32 rows, halves, on AVX2; neighbouring rows elsewhere). Torch does not say, so
-  :func:`local_layout` packs a probe and looks. Rows that pad have scale and zero point 0.
-
-The two are regions of one flat uint8 buffer. With the buffer itself at a multiple of 64 bytes
-every region is: tensors are views of it, never copies.
+Codes and scales are regions of one flat uint8 buffer. If the buffer starts at a multiple of 64
+bytes, every region does: tensors are views of it, never copies.
 """
 
 from __future__ import annotations
@@ -21,18 +16,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 
 from tpirt.ops.buffers import ALIGN, Region, place, round_up
-from tpirt.ops.quant import QuantSpec
-from tpirt.ops.quant_rounding import Workspace, int4_tiles, round_int8
+from tpirt.ops.quant import Scheme
+from tpirt.ops.quant_rounding import Workspace
 
 Order = Literal["halves", "pairs"]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a 4-bit kernel wants the codes: ``block`` rows at a time, two of them in a byte.
+    """The order of 4-bit codes: ``block`` rows (B) at a time, two of them in a byte.
 
     ``order`` says which: row i with row ``i + block / 2`` (halves), or 2 i with 2 i + 1 (pairs).
     """
@@ -42,7 +36,7 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """What a manifest records: bytes of one name serve every machine that answers the same."""
+        """The name recorded in manifests: machines of the same name read the same bytes."""
         return f"int4-{self.block}-{self.order}"
 
     @classmethod
@@ -50,8 +44,21 @@ class Layout:
         """The layout that :attr:`name` is of; None for one this version does not know."""
         return next((layout for layout in _LAYOUTS if layout.name == name), None)
 
-    def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows of the low and of the high halves of the bytes; ``rows`` is (..., B)."""
+    def pack(self, levels: torch.Tensor, out: torch.Tensor) -> None:
+        """Codes 0..15, one byte each, (k, m B), to ``out``, uint8 (m, k, B / 2)."""
+        rows = levels.view(torch.uint8).view(len(levels), -1, self.block)
+        low, high = self._split(rows.transpose(0, 1))
+        torch.add(low, high, alpha=16, out=out)
+
+    def unpack(self, codes: torch.Tensor, out: torch.Tensor) -> None:
+        """Packed codes (m, k, B / 2) to levels -8..7 in ``out``, any float dtype (k, m B)."""
+        rows = out.view(out.shape[0], codes.shape[0], self.block).permute(1, 0, 2)
+        low, high = self._split(rows)
+        low.copy_((codes & 15).view(torch.int8).sub_(8))
+        high.copy_((codes >> 4).view(torch.int8).sub_(8))
+
+    def _split(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows (..., B) of the low and of the high halves of the bytes."""
         if self.order == "halves":
             return rows[..., : self.block // 2], rows[..., self.block // 2 :]
         return rows[..., 0::2], rows[..., 1::2]
@@ -87,24 +94,15 @@ def local_layout() -> Layout | None:
         return None
     for layout in _LAYOUTS:
         ours = torch.empty(rows // layout.block, inputs, layout.block // 2, dtype=torch.uint8)
-        _pack(codes.t().contiguous(), layout, ours)
+        layout.pack(codes.t().contiguous(), ours)
         if packed.dtype == torch.uint8 and torch.equal(ours.view(-1), packed):
             return layout
     return None
 
 
-def local_regions(spec: QuantSpec, rows: int, inputs: int, layout: Layout) -> tuple[Region, ...]:
-    """The two regions of a (rows, inputs) matrix as ``layout`` has them; int8 ignores it."""
-    width = spec.padded_inputs(inputs)
-    if spec.kind == "int8":
-        return place(
-            Region("codes", torch.int8, (rows, width)), Region("scales", torch.bfloat16, (rows,))
-        )
-    padded = round_up(rows, layout.block)
-    return place(
-        Region("codes", torch.uint8, (padded // layout.block, width, layout.block // 2)),
-        Region("scale_zero", torch.bfloat16, (width // spec.group_size, padded, 2)),
-    )
+def local_regions(spec: Scheme, rows: int, inputs: int, layout: Layout) -> tuple[Region, ...]:
+    """The two regions, codes and scales, of a (rows, inputs) matrix, placed one after the other."""
+    return place(*spec.regions(rows, inputs, layout))
 
 
 def regions_nbytes(regions: tuple[Region, ...]) -> int:
@@ -118,7 +116,7 @@ def view_regions(regions: tuple[Region, ...], buffer: torch.Tensor) -> tuple[tor
 
 
 def quantize_rows(
-    spec: QuantSpec,
+    spec: Scheme,
     layout: Layout,
     w: torch.Tensor,
     start: int,
@@ -128,32 +126,17 @@ def quantize_rows(
 ) -> None:
     """Quantize some rows of a matrix.
 
-    Rows do not see each other: any cut into parts that begin at multiples of the layout's block,
-    in any order or thread, gives the same bytes. Memory in ``space`` grows with the rows.
+    Rows are independent: any cut into parts that begin at multiples of the layout's block, in any
+    order or thread, gives the same bytes. Memory in ``space`` grows with the rows.
 
     Args:
         w: (n, K), any float dtype: the matrix's rows from ``start`` on.
-        start: as said.
-        codes: what :func:`local_regions` has as codes for n rows, filled.
-        scales: the whole matrix's second region, zero so far; its places for these rows are filled.
-        space: to work in.
+        start: index of the first row.
+        codes: the codes region of n rows (:func:`local_regions`); overwritten.
+        scales: the whole matrix's second region, zero at first; the rows' entries are overwritten.
+        space: scratch memory.
 
     Raises:
         CheckpointError: a weight is not finite.
     """
-    part = slice(start, start + len(w))
-    if spec.kind == "int8":
-        round_int8(w, codes, scales[part], space)
-        return
-    padding = len(codes) * layout.block - len(w)
-    for inputs, levels, scale_zero in int4_tiles(w, spec.group_size, space):
-        _pack(F.pad(levels, (0, padding)) if padding else levels, layout, codes[:, inputs])
-        groups = slice(inputs.start // spec.group_size, inputs.stop // spec.group_size)
-        scales[groups, part] = scale_zero.permute(1, 2, 0)
-
-
-def _pack(levels: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
-    """Codes 0..15 (k, m B) of one byte each to local ones in ``out``, uint8 (m, k, B / 2)."""
-    rows = levels.view(torch.uint8).view(len(levels), -1, layout.block)
-    low, high = layout.split(rows.transpose(0, 1))
-    torch.add(low, high, alpha=16, out=out)
+    spec.round_rows(layout, w, start, codes, scales, space)

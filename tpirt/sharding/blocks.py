@@ -22,7 +22,7 @@ import torch
 
 from tpirt.config import ModelConfig
 from tpirt.ops.buffers import ALIGN, Region, round_up
-from tpirt.ops.quant import AS_THEY_ARE, QuantSpec
+from tpirt.ops.quant import AS_THEY_ARE, QuantSpec, Scheme
 from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout, local_regions
 from tpirt.sharding.format import WeightFormat
 from tpirt.sharding.partition import Shard, Span
@@ -133,7 +133,7 @@ class StoredTensor:
     @property
     def regions(self) -> tuple[Region, ...]:
         """Where its bytes lie, from its own beginning: one region, or codes and scales."""
-        if self.quant.kind == "none":
+        if not isinstance(self.quant, Scheme):
             return (Region(self.name, self.dtype, self.shape),)
         rows, inputs = self.shape
         parts = local_regions(self.quant, rows, inputs, self.layout)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from tpirt.errors import ConfigError
-from tpirt.ops.quant import AS_THEY_ARE, QuantSpec
+from tpirt.ops.quant import AS_THEY_ARE, Int8, QuantSpec
 from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -30,12 +30,12 @@ class WeightFormat:
     @property
     def head_quant(self) -> QuantSpec:
         """How the LM head is stored: in 8 bits at least, for every token's choice hangs on it."""
-        return self.quant if self.quant.kind == "none" else QuantSpec("int8")
+        return AS_THEY_ARE if self.quant == AS_THEY_ARE else Int8()
 
     @property
     def names(self) -> tuple[str, str, str]:
         """dtype, quantization and layout as a manifest has them; no layout without 4-bit codes."""
-        layout = self.layout.name if self.quant.kind == "int4" else ""
+        layout = self.layout.name if self.quant.uses_layout else ""
         return str(self.dtype).removeprefix("torch."), str(self.quant), layout
 
     @classmethod

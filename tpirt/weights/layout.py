@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 
 from tpirt.ops.buffers import Region
+from tpirt.ops.quant import Scheme
 from tpirt.ops.quant_linear import QuantMatrix
 from tpirt.sharding.blocks import Block, StoredTensor
 
@@ -60,7 +61,7 @@ def view_weights(block: Block, buffer: torch.Tensor, start: int) -> Weights:
 
 
 def _view(tensor: StoredTensor, buffer: torch.Tensor) -> Weight:
-    if tensor.quant.kind == "none":
+    if not isinstance(tensor.quant, Scheme):
         return tensor.regions[0].view(buffer)
     rows, inputs = tensor.shape
     return QuantMatrix.of_buffer(tensor.quant, rows, inputs, tensor.layout, buffer)

@@ -20,6 +20,7 @@ import torch
 
 from tpirt.errors import CheckpointError
 from tpirt.ops.buffers import page_buffer, tensor_bytes
+from tpirt.ops.quant import Scheme
 from tpirt.ops.quant_layout import local_regions, quantize_rows
 from tpirt.ops.quant_rounding import Workspace, rows_at_once
 from tpirt.sharding.blocks import Block, Piece, StoredTensor
@@ -127,6 +128,7 @@ class _Cutter:
         self, tensor: StoredTensor, start: int, stop: int, scales: torch.Tensor
     ) -> memoryview:
         spec, layout = tensor.quant, tensor.layout
+        assert isinstance(spec, Scheme)
         sources = {name for name, _, _, _ in self._sources(tensor, start, stop)}
         dtypes = {self._checkpoint.tensors[name].dtype for name in sources}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32

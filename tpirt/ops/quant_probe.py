@@ -1,0 +1,125 @@
+"""Measuring which kernel suits a shape on this machine."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from tpirt.ops.quant import Scheme
+from tpirt.ops.quant_kernels import DENSE, KERNELS
+from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout, local_regions, regions_nbytes
+from tpirt.ops.quant_linear import KernelChoice, linear
+from tpirt.ops.quant_matrix import QuantMatrix
+
+# Rows of input at which the probe measures, and those its thresholds can be.
+_PROBED_ROWS = (1, 4, 8, 32, 128)
+_THRESHOLDS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+# Weights the probe multiplies at most; the least time per measurement.
+_PROBED_WEIGHTS = 1 << 22
+_PROBE_S = 0.006
+
+_setting_threads = threading.Lock()
+
+
+def probe_kernels(spec: Scheme, rows: int, inputs: int, layout: Layout | None) -> KernelChoice:
+    """Measure which kernels a (rows, inputs) matrix should use on this machine.
+
+    At most 4 Mi weights are multiplied, 0.15 s of work; timings are scaled to the whole matrix.
+    A measurement is noisy and bits depend on the choice: probe once per shape and keep the answer
+    with the weights. Thresholds are powers of two, which hides most noise. Other processes may be
+    busy, such as ranks that probe too, so CPU time of one thread is measured, not wall time.
+
+    May be called from any thread; other threads keep their number of torch threads.
+
+    Args:
+        layout: the result of ``local_layout``; None where torch has no 4-bit kernel.
+    """
+    with ThreadPoolExecutor(1, "tpirt-probe", initializer=_use_one_thread) as pool:
+        return pool.submit(_probe, spec, rows, inputs, layout).result()
+
+
+def _probe(spec: Scheme, rows: int, inputs: int, layout: Layout | None) -> KernelChoice:
+    matrix = _probe_matrix(spec, rows, inputs, layout or PORTABLE_LAYOUT)
+    scale = rows / max(1, matrix.rows)
+
+    def measure(name: str, count: int) -> float:
+        x = torch.full((count, inputs), 0.5)
+        return scale * _time_ms(lambda: linear(x, matrix, KernelChoice((), name)))
+
+    dense = min((kernel.name for kernel in DENSE), key=lambda name: measure(name, 32))
+    others = [
+        name
+        for name, kernel in KERNELS.items()
+        if kernel not in DENSE and kernel.accepts(spec, layout)
+    ]
+    return choose_by_time(
+        {name: {n: measure(name, n) for n in _PROBED_ROWS} for name in (*others, dense)}, dense
+    )
+
+
+def choose_by_time(timings_ms: dict[str, dict[int, float]], dense: str) -> KernelChoice:
+    """Choose the fastest kernels for few rows, up to where ``dense`` overtakes them all.
+
+    Args:
+        timings_ms: by kernel name and rows of input; interpolated linearly.
+        dense: the kernel for all rows beyond.
+    """
+    others = [name for name in timings_ms if name != dense]
+    steps: list[tuple[int, str]] = []
+    for rows in _THRESHOLDS:
+        fastest = min(others, key=lambda name: _at(timings_ms[name], rows), default=dense)
+        if fastest == dense or _at(timings_ms[fastest], rows) > _at(timings_ms[dense], rows):
+            break
+        if steps and steps[-1][1] == fastest:
+            steps.pop()
+        steps.append((rows, fastest))
+    return KernelChoice(tuple(steps), dense, timings_ms)
+
+
+def _at(times: Mapping[int, float], rows: int) -> float:
+    counts = sorted(times)
+    above = min((i for i, count in enumerate(counts) if count >= rows), default=len(counts) - 1)
+    low, high = counts[max(0, above - 1)], counts[max(1, above)]
+    return times[low] + (times[high] - times[low]) * (rows - low) / (high - low)
+
+
+def _use_one_thread() -> None:
+    """Have torch do the work of the calling thread, a new one, in that thread alone.
+
+    ``set_num_threads`` applies to the calling thread and to threads that have not used torch yet.
+    A short-lived thread restores the number for the latter at once.
+    """
+    with _setting_threads:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        restore = threading.Thread(target=torch.set_num_threads, args=(before,))
+        restore.start()
+        restore.join()
+
+
+def _probe_matrix(spec: Scheme, rows: int, inputs: int, layout: Layout) -> QuantMatrix:
+    width = spec.padded_inputs(inputs)
+    rows = min(rows, max(layout.block, _PROBED_WEIGHTS // width // layout.block * layout.block))
+    regions = local_regions(spec, rows, inputs, layout)
+    buffer = torch.arange(regions_nbytes(regions), dtype=torch.int32).remainder_(251)
+    matrix = QuantMatrix.of_buffer(spec, rows, inputs, layout, buffer.to(torch.uint8))
+    matrix.scales.fill_(0.01)
+    return matrix
+
+
+def _time_ms(work: Callable[[], object]) -> float:
+    """CPU time of the shortest of at least two runs after a first one."""
+    work()
+    shortest, spent = float("inf"), 0.0
+    for count in range(50):
+        start = time.thread_time()
+        work()
+        lasted = time.thread_time() - start
+        shortest, spent = min(shortest, lasted), spent + lasted
+        if count and spent > _PROBE_S:
+            break
+    return shortest * 1e3

@@ -145,8 +145,6 @@ class Decoder:
     def close(self) -> None:
         """End the compute thread."""
         self._thread.shutdown()
-        self._whole_stages.clear()  # they refer to this decoder, and so to its keys and values
-        self._half_stages.clear()
 
     # -- the schedule ----------------------------------------------------------------------
 

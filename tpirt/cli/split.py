@@ -36,8 +36,9 @@ def add_command(commands: Commands) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     from tpirt.chat.progress import ConsoleProgress
     from tpirt.cluster.machine import int4_layout
-    from tpirt.cluster.provision import SliceMaker, split_model
+    from tpirt.cluster.provision import split_model
     from tpirt.cluster.roster import this_peer
+    from tpirt.cluster.slice_maker import SliceMaker
     from tpirt.engine.dtype import choose_dtype
     from tpirt.engine.engine import BUNDLED_MODEL, open_model
     from tpirt.ops.quant import QuantSpec
@@ -56,6 +57,7 @@ def _run(arguments: argparse.Namespace) -> None:
         out = Path(arguments.out)
         stores = [SliceStore(out / f"rank{rank}") for rank in range(plan.world_size)]
         with ConsoleProgress(quiet=arguments.quiet) as progress:
-            slices = split_model(maker, plan, stores, progress)
+            model.checkpoint.hash_content(progress)
+            slices = split_model(maker, plan, stores, SliceStore(model.store), progress)
     for rank, stored in enumerate(slices):
         print(f"rank {rank}: {stored.path} ({format_bytes(stored.manifest.nbytes)})")

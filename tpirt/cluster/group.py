@@ -14,9 +14,9 @@ import torch
 from tpirt.batch import DEFAULT_COLLECTIVE, Algorithm, CommDtype
 from tpirt.cluster.cancellation import finish
 from tpirt.cluster.collective_policy import CollectiveOptions, CollectivePolicy, meet
-from tpirt.cluster.provision import SliceMaker
 from tpirt.cluster.rank import Limits, RankRuntime
 from tpirt.cluster.roster import PeerProfile, machines
+from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.cluster.stats import read_stats
 from tpirt.cluster.tracing import RankTrace, Tracer
 from tpirt.collectives.algorithms import GroupCommunicator

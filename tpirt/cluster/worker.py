@@ -26,20 +26,21 @@ from tpirt.collectives.context import StepAborted
 from tpirt.collectives.links import LinkSet
 from tpirt.config import ModelConfig
 from tpirt.errors import (
-    ConfigError,
     HandshakeError,
     PeerLostError,
     StoreError,
     TpirtError,
     TransportError,
 )
-from tpirt.sharding.blocks import rank_blocks
 from tpirt.transport.base import Channel
 from tpirt.transport.codec import PROTOCOL_VERSION, Frame, empty_tensor, read_tensor
 from tpirt.transport.pb import tpirt_pb2 as pb
 from tpirt.types import Progress
+from tpirt.units import format_bytes
 from tpirt.version import __version__
-from tpirt.weights.store import Manifest, SliceStore, SliceWriter, StoredSlice
+from tpirt.weights.manifest import SliceOrder
+from tpirt.weights.store import SliceStore
+from tpirt.weights.writer import SliceWriter
 
 Log = Callable[[str], None]
 
@@ -85,7 +86,7 @@ class Worker:
             bfloat16=has_bfloat16(),
             busy=self._master is not None,
             int4_layout=int4_layout().name,
-            has_slice=bool(request.slice_id) and self._holds(request.slice_id),
+            has_slice=bool(request.slice_id) and await in_thread(self._holds, request.slice_id),
         )
 
     async def put_slice(self, chunks: AsyncIterator[pb.SliceChunk]) -> pb.PutSliceReply:
@@ -95,14 +96,22 @@ class Worker:
         first = await anext(aiter(chunks), None)
         if first is None or first.WhichOneof("body") != "manifest":
             raise TransportError("a slice must begin with its manifest")
-        manifest = Manifest.from_json(first.manifest)
+        order = await in_thread(SliceOrder.from_json, first.manifest)
+        if order.question:
+            held = await in_thread(self._store.inventory, order.spec, order.digests)
+            return pb.PutSliceReply(held=b"".join(held))
+        received = 0
         # Each call in a thread ends before the writer is left, also when the master goes away.
-        with self._store.write(manifest) as writer:
+        with await in_thread(SliceWriter, self._store, order.spec, order.digests) as writer:
             async for message in chunks:
                 await in_thread(_write_chunk, writer, message.chunk)
+                received += len(message.chunk.data)
             stored = await in_thread(writer.commit)
-        self._log(f"received slice {manifest.slice_id} of {manifest.model}: {stored.path}")
-        return pb.PutSliceReply(bytes_written=manifest.nbytes)
+        self._log(
+            f"received slice {stored.manifest.slice_id} of {stored.manifest.model}: {stored.path} "
+            f"({format_bytes(received)} of {format_bytes(stored.manifest.nbytes)} were missing)"
+        )
+        return pb.PutSliceReply(bytes_written=received)
 
     async def session(self, channel: Channel) -> None:
         """See :class:`tpirt.transport.base.PeerService`."""
@@ -153,12 +162,11 @@ class Worker:
         stored = self._store.find(setup.slice_id)
         if stored is None:
             raise StoreError(f"its store holds no slice {setup.slice_id}")
-        if stored.manifest.fingerprint != setup.model_fingerprint:
+        if stored.manifest.spec.config != config:
             raise HandshakeError(
-                f"its slice is of model {stored.manifest.fingerprint}, the master runs "
-                f"{setup.model_fingerprint}; remove {stored.path}"
+                f"its slice {setup.slice_id} is of another model than the master runs; remove "
+                f"{stored.path}"
             )
-        _check_slice(stored, config)
         own, asked = self._memory_bytes, setup.memory_bytes or None
         limits = Limits(
             window_blocks=setup.window_blocks or None,
@@ -302,26 +310,9 @@ def _checked_setup(frame: Frame) -> pb.Setup:
     return setup
 
 
-def _check_slice(stored: StoredSlice, config: ModelConfig) -> None:
-    """Check that a slice's files are those which its manifest's model, dtype and shard ask for."""
-    manifest = stored.manifest
-    try:
-        form = manifest.form
-        blocks = rank_blocks(config, manifest.shard, form)
-        asked = Manifest.plan(manifest.fingerprint, manifest.model, form, manifest.shard, blocks)
-    except (ConfigError, ValueError, IndexError) as exc:
-        raise StoreError(f"{stored.path}: no slice of this model ({exc}); remove it") from exc
-    found = [(block.name, block.nbytes) for block in manifest.blocks]
-    if (manifest.slice_id, found) != (
-        asked.slice_id,
-        [(block.name, block.nbytes) for block in asked.blocks],
-    ):
-        raise StoreError(f"{stored.path}: its files are not those of this model; remove it")
-
-
 def _write_chunk(writer: SliceWriter, chunk: pb.BlockChunk) -> None:
     if zlib.crc32(chunk.data) != chunk.crc32:
-        raise TransportError(f"slice block {chunk.block} at {chunk.offset}: checksum mismatch")
+        raise TransportError(f"slice unit {chunk.block} at {chunk.offset}: checksum mismatch")
     writer.write(chunk.block, chunk.offset, chunk.data)
 
 

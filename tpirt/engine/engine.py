@@ -21,9 +21,10 @@ from tpirt.cluster.collective_policy import CollectiveOptions
 from tpirt.cluster.group import Group
 from tpirt.cluster.launcher import LocalPeers
 from tpirt.cluster.machine import default_threads
-from tpirt.cluster.provision import SliceMaker, distribute
+from tpirt.cluster.provision import distribute
 from tpirt.cluster.rank import Limits
 from tpirt.cluster.roster import PeerProfile, memory_limits, profile_peers
+from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.cluster.tracing import TRACE_SPANS
 from tpirt.config import ModelConfig
 from tpirt.engine.defaults import GenerationDefaults
@@ -51,9 +52,10 @@ from tpirt.types import (
 )
 from tpirt.weights.checkpoint import Checkpoint, check_tensors, resolve_tied
 from tpirt.weights.names import EMBEDDING
+from tpirt.weights.source import ModelSource
 from tpirt.weights.store import SliceStore, default_store
 from tpirt.weights.streamer import MIN_SLOTS
-from tpirt.weights.synthetic import AnyCheckpoint, SyntheticCheckpoint, is_synthetic
+from tpirt.weights.synthetic import SyntheticCheckpoint, is_synthetic
 
 Prompt = str | Sequence[int] | Sequence[Message]
 
@@ -71,7 +73,7 @@ class Model:
     """
 
     config: ModelConfig
-    checkpoint: AnyCheckpoint
+    checkpoint: ModelSource
     embedding: str
     store: Path
     tokenizer: Tokenizer
@@ -490,7 +492,6 @@ def open_model(path: Path) -> Model:
     try:
         check_tensors(checkpoint, config)
         embedding, _ = resolve_tied(checkpoint, config)
-        _ = checkpoint.fingerprint
     except BaseException:
         checkpoint.close()
         raise

@@ -86,10 +86,12 @@ class BlockChunk(_message.Message):
     def __init__(self, block: _Optional[int] = ..., offset: _Optional[int] = ..., crc32: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class PutSliceReply(_message.Message):
-    __slots__ = ("bytes_written",)
+    __slots__ = ("bytes_written", "held")
     BYTES_WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
     bytes_written: int
-    def __init__(self, bytes_written: _Optional[int] = ...) -> None: ...
+    held: bytes
+    def __init__(self, bytes_written: _Optional[int] = ..., held: _Optional[bytes] = ...) -> None: ...
 
 class Frame(_message.Message):
     __slots__ = ("header", "payload")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,7 +86,9 @@ def content(stored: StoredSlice) -> list[bytes]:
 
 
 @given(data=st.data(), form=FORMATS)
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], phases=PHASES)
+@settings(
+    max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], phases=PHASES
+)
 def test_another_plans_slices_are_made_of_the_units_at_hand(
     models: list[Opened], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, form: Any
 ) -> None:
@@ -134,7 +135,9 @@ def test_another_plans_slices_are_made_of_the_units_at_hand(
 
 
 @given(data=st.data(), form=FORMATS)
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], phases=PHASES)
+@settings(
+    max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], phases=PHASES
+)
 def test_units_are_a_block_taken_to_pieces(
     models: list[Opened], data: st.DataObject, form: WeightFormat
 ) -> None:
@@ -166,8 +169,13 @@ def test_second_world_size_lacks_only_what_nobody_had(quantize: str) -> None:
     """Of 8 layers of an 8 B model, from 2 to 3 ranks: rank 1's columns are half there."""
     sizes = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=8)
     config = ModelConfig.from_hf(
-        {"model_type": "llama", "num_attention_heads": 32, "num_key_value_heads": 8,
-         "vocab_size": 128_256, **sizes}
+        {
+            "model_type": "llama",
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128_256,
+            **sizes,
+        }
     )
     form = WeightFormat(torch.bfloat16, QuantSpec.parse(quantize))
     old, new = make_plan(config, 2), make_plan(config, 3)

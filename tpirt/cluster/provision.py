@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import zlib
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
@@ -37,6 +38,7 @@ from tpirt.weights.store import SliceStore, StoredSlice, UnitPlace
 from tpirt.weights.writer import SliceWriter
 
 _T = TypeVar("_T")
+_log = logging.getLogger(__name__)
 
 # Bytes of a unit per message: a link of 1 Mbit/s takes two seconds for one.
 CHUNK_BYTES = 256 << 10
@@ -148,6 +150,9 @@ def write_slice(
     if found is not None:
         return found
     spec = maker.spec(shard)
+    for old in store.unusable():
+        if old.outdated and old.model == spec.model:
+            _log.warning("%s: %s", old.path, old.reason)
     known = store.known(spec)
     order = plan_order(maker, shard, store.inventory(spec, known), known, progress)
     done = 0
@@ -256,7 +261,7 @@ class _Chunks:
 
     def __init__(self, units: Generator[tuple[int, memoryview]]):
         self._units = units
-        self._chunks = _cut_up(units)
+        self._chunks = unit_chunks(units)
         self._lock = threading.Lock()
 
     def next(self) -> pb.BlockChunk | None:
@@ -271,7 +276,8 @@ class _Chunks:
             self._units.close()
 
 
-def _cut_up(units: Iterator[tuple[int, memoryview]]) -> Generator[pb.BlockChunk]:
+def unit_chunks(units: Iterator[tuple[int, memoryview]]) -> Generator[pb.BlockChunk]:
+    """Cut units into messages of at most 256 KiB, each with its checksum."""
     for number, content in units:
         for offset in range(0, len(content), CHUNK_BYTES):
             raw = bytes(content[offset : offset + CHUNK_BYTES])

@@ -115,6 +115,8 @@ class SliceMaker:
                     _, offset, data = next(pieces)
                     memory[offset : offset + len(data)] = data
                     done += len(data)
+                if not self.checkpoint.divisible:
+                    BlockUnits(job.block, content[size - job.block.nbytes :]).clear_padding()
                 yield job, content
         finally:
             pieces.close()

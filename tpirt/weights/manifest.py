@@ -124,7 +124,7 @@ class SliceSpec:
             fields = dict(fields)
             if (version := fields.pop("format_version")) != FORMAT_VERSION:
                 raise StoreError(
-                    f"slice manifest of format {version}, this tpirt reads {FORMAT_VERSION}"
+                    f"slice manifest of format {version!r}, this tpirt reads {FORMAT_VERSION}"
                 )
             config = ModelConfig.from_json(json.dumps(fields.pop("config")))
             form = WeightFormat.named(*(fields.pop(n) for n in ("dtype", "quantize", "layout")))

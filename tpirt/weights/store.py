@@ -121,12 +121,16 @@ class StoredSlice:
 
 @dataclass(frozen=True)
 class UnusableSlice:
-    """A folder whose manifest this tpirt does not read: an older or newer format, or damage."""
+    """A folder whose manifest this tpirt does not read.
+
+    ``outdated`` if it is of an older format; otherwise it is of a newer one, or damaged.
+    """
 
     path: Path
     slice_id: str
     model: str
     reason: str
+    outdated: bool
 
 
 @dataclass(frozen=True)
@@ -428,10 +432,11 @@ def _unusable(folder: Path, reason: str) -> UnusableSlice | None:
     if not _SLICE_ID.fullmatch(folder.name) and "format_version" not in fields:
         return None  # somebody else's manifest.json
     version = fields.get("format_version")
-    if isinstance(version, int) and version < FORMAT_VERSION:
-        reason = "written by an older tpirt; it will be remade"
+    outdated = isinstance(version, int) and version < FORMAT_VERSION
+    if outdated:
+        reason = "written by an older tpirt; it is remade, remove it with `tpirt store rm`"
     slice_id = str(fields.get("slice_id", folder.name))
-    return UnusableSlice(folder, slice_id, str(fields.get("model", "")), reason)
+    return UnusableSlice(folder, slice_id, str(fields.get("model", "")), reason, outdated)
 
 
 def _check_size(folder: Path, block: BlockFile) -> None:

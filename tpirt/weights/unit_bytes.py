@@ -60,6 +60,15 @@ class BlockUnits:
                 _split(source, target)
                 self._changed.add(unit.tensor)
 
+    def clear_padding(self) -> None:
+        """Make everything that belongs to no unit zero, as it is where units are put together."""
+        for index, tensor in enumerate(self._block.tensors):
+            if tensor.quant.kind == "int4" and tensor.shape[0] % tensor.layout.block:
+                codes = tensor.regions[0].view(self._memory(index))
+                levels = _unpack(codes, tensor.layout)
+                levels[:, tensor.shape[0] :] = 0
+                _pack(levels, tensor.layout, codes)
+
     def flush(self) -> None:
         """Pack the 4-bit codes that were put."""
         for index in self._changed:

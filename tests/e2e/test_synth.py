@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tpirt.cli.main import main
-from tpirt.cluster import provision as slices
+from tpirt.sharding.blocks import Block
 from tpirt.testing.models import make_model
 from tpirt.testing.processes import PeerProcess, descendants, survivors
+from tpirt.weights.checkpoint import Checkpoint
 
 SHAPE = {
     "model_type": "llama",
@@ -72,24 +73,21 @@ def test_made_and_run_without_further_flags(
     assert run(capsys, "info", "--model", str(out))[0] == 0
 
 
-def test_slice_that_was_not_made_is_refused_with_the_command_that_makes_it(
+def test_slice_that_was_not_made_is_drawn_when_it_is_needed(
     shape: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "a model"  # the command can be pasted, whatever the path
-    synth(shape, out, 1, "--seed", "5")
     wanted = ("--quantize", "int8", "--local", "2", "--ratio", "2.5,1")
-    options = ("--model", str(out), "--prompt", "Hi", "--max-tokens", "2", "--quiet")
-    code, _, err = run(capsys, "generate", *options, *wanted)
-    assert code == 2
-    assert "rank 0's of 2" in err
-    assert "--seed 5" in err
-    assert len(err.splitlines()) == 1
-    command = shlex.split(err.split("`")[1])
-    assert command[0] == "tpirt"
-    assert main(command[1:]) == 0
-    assert generate(capsys, out, *wanted)["world_size"] == 2
+    answers = []
+    for name, more in (("late", ()), ("early", ("--ratio", "2.5,1", "--quantize", "int8"))):
+        out = tmp_path / name
+        synth(shape, out, 1, "--seed", "5")
+        if more:
+            synth(shape, out, 2, "--seed", "5", *more)
+        answers.append(generate(capsys, out, *wanted)["token_ids"])
+    assert answers[0] == answers[1]
     split = ("split", "--model", str(out), "--world-size", "3", "--out", str(tmp_path / "s"))
-    assert "tpirt synth" in run(capsys, *split)[2]
+    assert run(capsys, *split, "--quiet")[0] == 0
+    assert len(list((tmp_path / "s").glob("rank*/*/manifest.json"))) == 3
 
 
 def test_stored_slice_is_sent_to_a_worker_that_lacks_it(
@@ -135,14 +133,15 @@ def test_what_split_wrote_is_sent_as_it_is(
     split = ("--model", str(model), "--out", str(out), "--world-size", "2", "--quiet")
     assert main(["split", *split]) == 0
 
-    def no_cutting(*_: object) -> None:
-        pytest.fail("was cut anew")
+    def no_cutting(_: object, __: object, ___: object, blocks: Sequence[Block]) -> Iterator[Any]:
+        assert list(blocks) == [], "was cut again"
+        yield from ()
 
-    monkeypatch.setattr(slices, "slice_bytes", no_cutting)
+    monkeypatch.setattr(Checkpoint, "cut", no_cutting)
     with PeerProcess(tmp_path / "remote") as peer:
         generate(capsys, model, "--store", str(out), "--peers", peer.address)
         assert peer.log.count("received slice") == 1
-    assert sorted(path.name for path in out.iterdir()) == ["rank0", "rank1"]
+    assert sorted(path.name for path in out.iterdir()) == ["known", "rank0", "rank1"]
 
 
 def test_unknown_shape_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 import subprocess
+import zlib
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,8 @@ import torch
 from tpirt.transport.pb import tpirt_pb2 as pb
 
 from tpirt.cli.main import main
-from tpirt.cluster.provision import SliceMaker
+from tpirt.cluster.provision import Delivery, lacking_units, unit_chunks
+from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.cluster.worker import Worker
 from tpirt.config import ModelConfig
 from tpirt.engine import Engine, EngineOptions
@@ -24,6 +28,7 @@ from tpirt.sharding.partition import make_plan
 from tpirt.testing.cluster import MemoryPeerClient, memory_engine
 from tpirt.types import SamplingParams
 from tpirt.weights.checkpoint import Checkpoint
+from tpirt.weights.manifest import FORMAT_VERSION, NO_DIGEST, SliceOrder
 from tpirt.weights.store import SliceStore
 
 PROMPT = list(range(10, 30))
@@ -118,8 +123,11 @@ def spoil(folder: Path, how: str) -> None:
             manifest.write_text('{"format_version": 1, "slice')
         case "foreign manifest":
             manifest.write_text('{"name": "a web application", "icons": []}')
-        case "newer manifest":
-            manifest.write_text(manifest.read_text().replace('version": 1', 'version": 2'))
+        case "newer manifest" | "older manifest":
+            fields = json.loads(manifest.read_text())
+            assert fields["format_version"] == FORMAT_VERSION
+            fields["format_version"] += 1 if how == "newer manifest" else -1
+            manifest.write_text(json.dumps(fields))
         case "block missing":
             block.unlink()
         case "block short":
@@ -134,6 +142,7 @@ DAMAGES = [
     "broken manifest",
     "foreign manifest",
     "newer manifest",
+    "older manifest",
     "block missing",
     "block short",
     "block long",
@@ -165,41 +174,44 @@ async def test_foreign_content_of_a_store_is_passed_by(model: Path, tmp_path: Pa
         await engine.complete(PROMPT, PARAMS)
 
 
-async def test_slice_of_another_model_under_the_right_name_is_refused(
-    model: Path, tmp_path: Path
-) -> None:
-    """A manifest copied over: its files are not those its model asks for."""
-    async with memory_engine(model, 2, store=tmp_path):
-        pass
+async def test_manifest_that_was_edited_is_not_used(model: Path, tmp_path: Path) -> None:
+    """Its id is that of its content, and of its shard."""
+    async with memory_engine(model, 2, store=tmp_path) as engine:
+        expected = (await engine.complete(PROMPT, PARAMS)).token_ids
     manifest = slice_of_worker(tmp_path) / "manifest.json"
-    fields = json.loads(manifest.read_text())
+    before = manifest.read_text()
+    fields = json.loads(before)
     fields["shard"]["q_heads"] = [0, 8]
     manifest.write_text(json.dumps(fields))
-    with pytest.raises(TpirtError, match="not those of this model"):
-        async with memory_engine(model, 2, store=tmp_path):
-            pytest.fail("loaded")
+    async with memory_engine(model, 2, store=tmp_path) as engine:
+        assert (await engine.complete(PROMPT, PARAMS)).token_ids == expected
+    assert manifest.read_text() == before
 
 
 # -- what is sent to a store -----------------------------------------------------------------
 
 
-async def upload(maker: SliceMaker, store: Path, change: object = None) -> None:
+async def upload(
+    maker: SliceMaker, store: Path, change: object = None, service: Worker | None = None
+) -> None:
     """Send rank 1's slice as a master does, with one thing changed on its way."""
     plan = make_plan(maker.config, 2)
-    text = maker.manifest(plan.shards[1]).to_json()
+    spec = maker.spec(plan.shards[1])
+    nothing = [NO_DIGEST] * len(spec.places)
+    text = SliceOrder(spec, nothing, question=False).to_json()
     if isinstance(change, dict):
-        text = json.dumps(json.loads(text) | change)
+        fields = json.loads(text)
+        if isinstance(change.get("config"), dict):
+            change = {"config": fields["config"] | change["config"]}
+        text = json.dumps(fields | change)
 
     async def chunks() -> AsyncIterator[pb.SliceChunk]:
-        from tpirt.cluster.provision import _next_chunk
-
         if change == "no manifest":
             return
         yield pb.SliceChunk(manifest=text)
-        pieces = maker.pieces(plan, 1, SliceStore(store))
-        number = 0
-        while (chunk := _next_chunk(pieces)) is not None:
-            number += 1
+        delivery = Delivery(nothing, list(range(len(nothing))))
+        units = lacking_units(maker, plan.shards[1], delivery, SliceStore(store))
+        for number, chunk in enumerate(unit_chunks(units), start=1):
             if number == 3:
                 match change:
                     case "ends early":
@@ -216,16 +228,82 @@ async def upload(maker: SliceMaker, store: Path, change: object = None) -> None:
                         yield pb.SliceChunk(chunk=chunk)
                     case "manifest again":
                         yield pb.SliceChunk(manifest=text)
-                    case "another block":
-                        chunk.block = 40
+                    case "another unit":
+                        chunk.block = 1 << 30
+                    case "other bytes":
+                        chunk.data = bytes(len(chunk.data))
+                        chunk.crc32 = zlib.crc32(chunk.data)
             yield pb.SliceChunk(chunk=chunk)
 
-    await MemoryPeerClient(worker(store)).put_slice(chunks())
+    await MemoryPeerClient(service or worker(store)).put_slice(chunks())
 
 
 async def test_whole_upload_is_kept(maker: SliceMaker, tmp_path: Path) -> None:
     await upload(maker, tmp_path)
     assert len(whole_slices(tmp_path)) == 1
+
+
+async def test_strangers_slice_is_noticed_and_the_right_one_is_sent(
+    maker: SliceMaker, model: Path, tmp_path: Path
+) -> None:
+    """Somebody uploaded a slice of the right name and shard with one unit of other bytes."""
+    async with memory_engine(model, 2, store=tmp_path / "reference") as engine:
+        expected = (await engine.complete(PROMPT, PARAMS)).token_ids
+    service = worker(tmp_path / "worker")
+    await upload(maker, tmp_path / "worker", "other bytes", service)
+    (wrong,) = whole_slices(tmp_path / "worker")
+    async with connected(model, service, tmp_path / "master") as engine:
+        assert (await engine.complete(PROMPT, PARAMS)).token_ids == expected
+        assert len(whole_slices(tmp_path / "worker")) == 2
+        # Nor does it matter when it comes back later.
+        shutil.rmtree(wrong)
+    await upload(maker, tmp_path / "worker", "other bytes", service)
+    async with connected(model, service, tmp_path / "master") as engine:
+        assert (await engine.complete(PROMPT, PARAMS)).token_ids == expected
+
+
+@pytest.mark.parametrize("change", [None, "other bytes"])
+async def test_upload_begun_before_a_session_changes_nothing_of_it(
+    maker: SliceMaker, model: Path, tmp_path: Path, change: str | None
+) -> None:
+    service = worker(tmp_path / "worker")
+    begun, may_end = asyncio.Event(), asyncio.Event()
+
+    class Slow(Worker):
+        async def put_slice(self, chunks: AsyncIterator[pb.SliceChunk]) -> pb.PutSliceReply:
+            async def slowly() -> AsyncIterator[pb.SliceChunk]:
+                async for chunk in chunks:
+                    yield chunk
+                    if not begun.is_set():
+                        begun.set()
+                        await may_end.wait()
+
+            return await service.put_slice(slowly())
+
+    slow = Slow("slow", SliceStore(tmp_path / "worker"), None, 1, lambda _: None)
+    uploading = asyncio.create_task(upload(maker, tmp_path / "worker", change, slow))
+    await begun.wait()
+    async with connected(model, service, tmp_path / "master", window=2) as engine:
+        expected = (await engine.complete(PROMPT, PARAMS)).token_ids
+        may_end.set()
+        await uploading
+        engine.reset()
+        assert (await engine.complete(PROMPT, PARAMS)).token_ids == expected
+
+
+@asynccontextmanager
+async def connected(
+    model: Path, service: Worker, store: Path, window: int | None = None
+) -> AsyncIterator[Engine]:
+    async with Engine.connect(
+        model,
+        peers=[MemoryPeerClient(service)],
+        dtype="float32",
+        threads=1,
+        store=store,
+        window=window,
+    ) as engine:
+        yield engine
 
 
 @pytest.mark.parametrize(
@@ -234,29 +312,22 @@ async def test_whole_upload_is_kept(maker: SliceMaker, tmp_path: Path) -> None:
         ("no manifest", "must begin with its manifest"),
         ("ends early", "ends early"),
         ("bit flipped", "checksum mismatch"),
-        ("left out", "out of order"),
+        ("left out", "ends early"),
         ("twice", "out of order"),
         ("manifest again", "out of order"),
-        ("another block", "out of order"),
-        ({"slice_id": "../../../evil"}, "id that is none"),
-        ({"slice_id": "/tmp/evil"}, "id that is none"),
-        ({"slice_id": ""}, "id that is none"),
-        ({"slice_id": None}, "id that is none"),
-        ({"blocks": [{"name": "../evil", "nbytes": 5}]}, "outside its folder"),
-        ({"blocks": [{"name": "/tmp/evil", "nbytes": 5}]}, "outside its folder"),
-        ({"blocks": [{"name": "..", "nbytes": 5}]}, "outside its folder"),
-        ({"blocks": [{"name": "a\0b", "nbytes": 5}]}, "outside its folder"),
-        ({"blocks": [{"name": "", "nbytes": 5}]}, "outside its folder"),
-        ({"blocks": [{"name": 7, "nbytes": 5}]}, "outside its folder"),
-        ({"blocks": [{"name": "a", "nbytes": -5}]}, "-5 bytes"),
-        ({"blocks": [{"name": "a", "nbytes": "5"}]}, "bytes"),
-        ({"blocks": [{"name": "a", "nbytes": 5}] * 2}, "different names"),
-        ({"blocks": []}, "different names"),
-        ({"blocks": 3}, "not a slice manifest"),
+        ("another unit", "out of order"),
+        ({"slice_id": "../../../evil"}, "slice_id"),
+        ({"blocks": []}, "not a slice manifest"),
         ({"shard": []}, "not a slice manifest"),
+        ({"shard": {"first": False}}, "not a slice manifest"),
         ({"extra": 1}, "not a slice manifest"),
         ({"format_version": 1}, "format 1"),
-        ({"blocks": [{"name": "a", "nbytes": 1 << 60}]}, "make room"),
+        ({"digests": "00" * 16}, "1 digests"),
+        ({"digests": "evil"}, "digests"),
+        ({"config": 7}, "not a slice manifest"),
+        ({"config": {"num_hidden_layers": 1 << 40}}, "slice manifest"),
+        ({"config": {"hidden_size": 1 << 30}}, "make room"),
+        ({"model": "m" * 1000}, "short text"),
     ],
     ids=str,
 )
@@ -271,9 +342,10 @@ async def test_upload_that_is_not_as_it_should_be_is_refused_and_leaves_nothing(
 
 
 async def test_upload_cut_off_leaves_nothing(maker: SliceMaker, tmp_path: Path) -> None:
+    store = tmp_path / "store"
     with pytest.raises(ConnectionResetError):
-        await upload(maker, tmp_path, "dies")
-    assert list(tmp_path.iterdir()) == []
+        await upload(maker, store, "dies")
+    assert list(store.iterdir()) == []
 
 
 async def test_upload_is_refused_while_another_master_is_served(

@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from tpirt.batch import DEFAULT_COLLECTIVE
 from tpirt.cluster.collective_policy import CollectivePolicy
 from tpirt.cluster.machine import int4_layout
-from tpirt.cluster.provision import SliceMaker, write_slice
+from tpirt.cluster.provision import write_slice
 from tpirt.cluster.rank import RankRuntime
+from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.collectives.base import SingleRankCommunicator
 from tpirt.config import ModelConfig
 from tpirt.errors import StoreError

@@ -7,7 +7,7 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpirt.errors import MemoryLimitError
-from tpirt.sharding.blocks import Block, StoredTensor
-from tpirt.sharding.format import WeightFormat
-from tpirt.sharding.partition import Shard, Span
+from tpirt.sharding.blocks import Block
+from tpirt.testing.slices import counting_slice
 from tpirt.types import ignore_progress
 from tpirt.weights import streamer as module
-from tpirt.weights.layout import block_header
 from tpirt.weights.reader import buffer_bytes
-from tpirt.weights.store import Manifest, SliceStore, StoredSlice
+from tpirt.weights.store import StoredSlice
 from tpirt.weights.streamer import WeightStreamer, plan_streaming
 
 SIZES = st.lists(st.integers(1, 1000), min_size=1, max_size=20)
@@ -81,21 +79,6 @@ def test_block_bound_alone(sizes: list[int], max_blocks: int) -> None:
 # -- the window --------------------------------------------------------------------------------
 
 
-def write_blocks(root: Path, counts: Sequence[int]) -> tuple[StoredSlice, list[Block]]:
-    """Store a slice whose block ``i`` holds ``counts[i]`` floats ``i``."""
-    blocks = [
-        Block(f"b{i}", (StoredTensor("t", (count,), torch.float32, ()),))
-        for i, count in enumerate(counts)
-    ]
-    shard = Shard(Span(0, 1), Span(0, 1), Span(0, 1), first=True)
-    manifest = Manifest.plan("f" * 32, "test", WeightFormat(torch.float32), shard, blocks)
-    with SliceStore(root).write(manifest) as writer:
-        for i, block in enumerate(blocks):
-            data = torch.full((counts[i],), float(i)).numpy().tobytes()
-            writer.write(i, 0, block_header(block) + data)
-        return writer.commit(), blocks
-
-
 class Buffers:
     """Stands in for ``page_buffer`` and knows how many bytes of them live."""
 
@@ -145,7 +128,7 @@ def test_random_use(
     percent: int,
     preload: bool,
 ) -> None:
-    stored, blocks = write_blocks(tmp_path_factory.mktemp("slice"), counts)
+    stored, blocks = counting_slice(tmp_path_factory.mktemp("slice"), counts)
     asyncio.run(asyncio.wait_for(use(stored, blocks, actions, percent, preload), 10))
 
 
@@ -238,7 +221,7 @@ async def give_up(window: WeightStreamer, index: int) -> None:
 def test_resident_reads_nothing_twice(
     tmp_path_factory: pytest.TempPathFactory, counts: list[int], rounds: int, preload: bool
 ) -> None:
-    stored, blocks = write_blocks(tmp_path_factory.mktemp("slice"), counts)
+    stored, blocks = counting_slice(tmp_path_factory.mktemp("slice"), counts)
 
     async def run() -> None:
         window = WeightStreamer(stored, blocks)
@@ -260,7 +243,7 @@ def test_resident_reads_nothing_twice(
 def test_streaming_in_order_reads_each_block_once_a_step(
     tmp_path_factory: pytest.TempPathFactory, counts: list[int], rounds: int, max_blocks: int
 ) -> None:
-    stored, blocks = write_blocks(tmp_path_factory.mktemp("slice"), counts)
+    stored, blocks = counting_slice(tmp_path_factory.mktemp("slice"), counts)
 
     async def run() -> None:
         window = WeightStreamer(stored, blocks, max_blocks=max_blocks)
@@ -277,7 +260,7 @@ def test_streaming_in_order_reads_each_block_once_a_step(
 
 
 def test_all_buffers_go_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stored, blocks = write_blocks(tmp_path, [100] * 6)
+    stored, blocks = counting_slice(tmp_path, [100] * 6)
     buffers = Buffers()
     monkeypatch.setattr(module, "page_buffer", buffers.make)
 

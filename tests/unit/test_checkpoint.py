@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from tpirt.config import ModelConfig
 from tpirt.errors import CheckpointError
 from tpirt.weights import checkpoint as module
+from tpirt.weights import fingerprint as notes
 from tpirt.weights.checkpoint import Checkpoint, check_tensors, read_header, resolve_tied
 from tpirt.weights.header import DTYPES
 from tpirt.weights.names import expected_tensors
@@ -476,8 +478,8 @@ def test_fingerprint_sees_changes(tmp_path: Path) -> None:
     assert len(seen) == 2 + len(tensors)
 
 
-@pytest.mark.parametrize("index", [0, 25_000, 49_999])
-def test_fingerprint_samples_large_tensors(tmp_path: Path, index: int) -> None:
+@pytest.mark.parametrize("index", [0, 12_345, 25_000, 49_999])
+def test_fingerprint_covers_every_byte(tmp_path: Path, index: int) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     tensor = torch.zeros(50_000)
     save(tmp_path / "model.safetensors", {"t": tensor})
@@ -485,6 +487,71 @@ def test_fingerprint_samples_large_tensors(tmp_path: Path, index: int) -> None:
     tensor[index] = 1
     save(tmp_path / "model.safetensors", {"t": tensor})
     assert fingerprint(tmp_path) != before
+
+
+@pytest.fixture
+def hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[str, int]]:
+    """Fingerprint the model in ``tmp_path / "m"``: (fingerprint, bytes that were hashed)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(notes, "_SETTLED_NS", -1)  # these files are new
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    save(folder / "model.safetensors", {"t": torch.zeros(512, 100), "u": torch.ones(7)})
+
+    def hash_once() -> tuple[str, int]:
+        done = [0]
+        with Checkpoint.open(folder) as checkpoint:
+            checkpoint.hash_content(lambda progress: done.append(progress.done))
+            return checkpoint.fingerprint, max(done)
+
+    return hash_once
+
+
+def test_unchanged_files_are_not_hashed_again(
+    hashed: Callable[[], tuple[str, int]], tmp_path: Path
+) -> None:
+    first, nbytes = hashed()
+    assert nbytes == 4 * (512 * 100 + 7)
+    assert hashed() == (first, 0)
+    file = tmp_path / "m" / "model.safetensors"
+    os.utime(file)  # touched
+    assert hashed() == (first, nbytes)
+    assert hashed() == (first, 0)
+    shutil.copy2(file, tmp_path / "copy")  # copied: another inode
+    (tmp_path / "copy").replace(file)
+    assert hashed() == (first, nbytes)
+    (note,) = (tmp_path / "cache").rglob("*.json")
+    for rubbish in ("", "[]", "{}", note.read_text().replace('"digest": "', '"digest": "x')):
+        note.write_text(rubbish)
+        assert hashed() == (first, nbytes)
+
+
+def test_edit_that_restores_size_and_mtime_is_noticed(
+    hashed: Callable[[], tuple[str, int]], tmp_path: Path
+) -> None:
+    first, nbytes = hashed()
+    file = tmp_path / "m" / "model.safetensors"
+    before = file.stat()
+    content = bytearray(file.read_bytes())
+    with open(file, "r+b") as opened:  # 100 of 512 rows, in place
+        opened.seek(len(content) - nbytes + 4 * 200 * 100)
+        opened.write(b"\x01" * (4 * 100 * 100))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = file.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    second, again = hashed()
+    assert second != first
+    assert again == nbytes
+
+
+def test_hash_of_a_file_that_just_changed_is_not_remembered(
+    hashed: Callable[[], tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within one tick of the file system's clock, another change would not show."""
+    monkeypatch.setattr(notes, "_SETTLED_NS", 3_600_000_000_000)
+    first, nbytes = hashed()
+    assert hashed() == (first, nbytes)
 
 
 def test_fingerprint_needs_the_configuration(tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
-"""The slice store: whole or not there, whatever happens in between."""
+"""The slice store: a slice is whole or not there, and its id never means two contents."""
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import hashlib
 import json
 import os
 import subprocess
 import sys
+from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,47 +18,67 @@ import pytest
 import torch
 import xxhash
 
+from tpirt.config import ModelConfig
 from tpirt.errors import StoreError
 from tpirt.ops.quant import Int8
-from tpirt.sharding.blocks import Block, StoredTensor
 from tpirt.sharding.format import WeightFormat
-from tpirt.sharding.partition import Shard, Span
-from tpirt.weights import store as module
-from tpirt.weights.layout import block_header
-from tpirt.weights.store import Manifest, SliceStore, SliceWriter, StoredSlice, default_store
+from tpirt.sharding.partition import make_plan
+from tpirt.weights import writer as module
+from tpirt.weights.manifest import (
+    MAX_ORDER_BYTES,
+    NO_DIGEST,
+    Manifest,
+    SliceOrder,
+    SliceSpec,
+)
+from tpirt.weights.store import SliceStore, StoredSlice, default_store
+from tpirt.weights.writer import SliceWriter
 
 FORM = WeightFormat(torch.float32)
-SHARD = Shard(Span(0, 2), Span(0, 1), Span(0, 8), first=True)
+CONFIG = ModelConfig.from_hf(
+    {
+        "model_type": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 20,
+    }
+)
+Usage = namedtuple("Usage", "total free")
 
 
-def blocks(count: int = 3, size: int = 100) -> list[Block]:
-    return [
-        Block(f"layers.{i}.mlp", (StoredTensor("t", (size + i,), torch.float32, ()),))
-        for i in range(count)
-    ]
+def spec(
+    rank: int = 1,
+    world: int = 2,
+    fingerprint: str = "f" * 32,
+    model: str = "m",
+    form: WeightFormat = FORM,
+    own: bool = False,
+) -> SliceSpec:
+    shard = make_plan(CONFIG, world).shards[rank]
+    return SliceSpec(fingerprint, model, CONFIG, form, shard, own)
 
 
-def manifest(size: int = 100, model: str = "m", fingerprint: str = "f" * 32) -> Manifest:
-    return Manifest.plan(fingerprint, model, FORM, SHARD, blocks(size=size))
+def content(planned: SliceSpec, number: int, seed: str = "") -> memoryview:
+    """A unit's bytes follow from its key, as they do in a model."""
+    key = planned.places[number][1].key
+    size = planned.unit_bytes(number)
+    stream = hashlib.shake_128(f"{seed}{key}".encode()).digest(size)
+    return memoryview(stream)
 
 
-def content(planned: Manifest, index: int) -> bytes:
-    head = block_header(blocks()[index]) if index < 3 else b""
-    body = bytes(i * 7 % 251 for i in range(planned.blocks[index].nbytes - len(head)))
-    return head + body
+def fill(writer: SliceWriter, seed: str = "") -> None:
+    for number in writer.lacking:
+        writer.put(number, content(writer.spec, number, seed))
 
 
-def fill(writer: SliceWriter, chunk: int = 1000) -> None:
-    for index, entry in enumerate(writer.manifest.blocks):
-        data = content(writer.manifest, index)
-        assert len(data) == entry.nbytes
-        for start in range(0, len(data), chunk):
-            writer.write(index, start, data[start : start + chunk])
-
-
-def put(store: SliceStore, planned: Manifest | None = None) -> StoredSlice:
-    with store.write(planned or manifest()) as writer:
-        fill(writer)
+def put(
+    store: SliceStore, planned: SliceSpec | None = None, kept: Any = (), seed: str = ""
+) -> StoredSlice:
+    with SliceWriter(store, planned or spec(), kept) as writer:
+        fill(writer, seed)
         return writer.commit()
 
 
@@ -69,16 +92,16 @@ def store(tmp_path: Path) -> SliceStore:
 
 
 def test_written_slice_is_found_with_its_bytes_and_checksums(store: SliceStore) -> None:
-    planned = manifest()
-    assert store.find(planned.slice_id) is None
     written = put(store)
-    found = store.find(planned.slice_id)
-    assert found == written
-    assert found is not None
-    for index, entry in enumerate(found.manifest.blocks):
-        data = found.block_path(index).read_bytes()
-        assert data == content(planned, index)
+    assert store.find(written.manifest.slice_id) == written
+    assert store.slices() == [written]
+    for index, entry in enumerate(written.manifest.blocks):
+        data = written.block_path(index).read_bytes()
+        assert len(data) == entry.nbytes
         assert entry.xxh3_128 == xxhash.xxh3_128_hexdigest(data)
+    numbers = range(len(written.manifest.spec.places))
+    digests = [hashlib.sha256(content(spec(), n)).digest()[:16] for n in numbers]
+    assert store.inventory(spec()) == written.manifest.digests == digests
     assert leftovers(store) == []
 
 
@@ -91,33 +114,118 @@ def test_store_may_be_the_slice_folder_itself_or_hold_renamed_ones(store: SliceS
     assert found.path == renamed
 
 
-def test_identity_covers_model_dtype_and_shard() -> None:
-    same = manifest()
-    assert same.slice_id == manifest(model="renamed").slice_id
+def test_identity_covers_model_format_shard_and_content(store: SliceStore) -> None:
+    same = put(store).manifest.slice_id
+    assert put(store, spec(model="renamed")).manifest.slice_id == same
     others = [
-        manifest(fingerprint="e" * 32),
-        Manifest.plan("f" * 32, "m", WeightFormat(torch.bfloat16), SHARD, blocks()),
-        *(
-            Manifest.plan("f" * 32, "m", FORM, Shard(*[Span(0, 1)] * 3, first=first), blocks())
-            for first in (True, False)
-        ),
-        Manifest.plan("f" * 32, "m", WeightFormat(FORM.dtype, Int8()), SHARD, blocks()),
+        put(store, spec(fingerprint="e" * 32)),
+        put(store, spec(form=WeightFormat(torch.bfloat16))),
+        put(store, spec(rank=0)),
+        put(store, spec(form=WeightFormat(FORM.dtype, Int8()))),
+        put(store, spec(own=True)),
+        put(store, seed="another content"),
     ]
-    assert len({m.slice_id for m in (same, *others)}) == 6
+    assert len({same, *(each.manifest.slice_id for each in others)}) == 7
+
+
+def test_wrong_content_stands_beside_the_right_one_and_is_not_mistaken_for_it(
+    store: SliceStore,
+) -> None:
+    wrong, right = put(store, seed="a stranger's"), put(store)
+    wanted = right.manifest.digests
+    assert wrong.path != right.path
+    assert store.inventory(spec(), wanted) == wanted
+    again = put(store, spec(1, 2), kept=wanted)
+    assert again.manifest.slice_id == right.manifest.slice_id
+    right.verify()
+
+
+# -- another plan --------------------------------------------------------------------------------
+
+
+def test_equal_blocks_are_one_file_and_the_rest_is_assembled(store: SliceStore) -> None:
+    first = put(store, spec(0, 2))
+    before = store.bytes_used()
+    wanted = spec(0, 3)
+    inventory = store.inventory(wanted)
+    assert NO_DIGEST not in inventory  # a part of what is here
+    second = put(store, wanted, kept=inventory)
+    reference = put(SliceStore(store.root.parent / "other"), wanted)
+    assert second.manifest == reference.manifest
+    second.verify()
+    shared = {file.content for file in first.manifest.blocks}
+    for index, file in enumerate(second.manifest.blocks):
+        links = second.block_path(index).stat().st_nlink
+        assert links == (2 if file.content in shared else 1)
+    own = store.own_bytes([first, second])
+    assert own[second.path] < second.manifest.nbytes
+    assert store.bytes_used() - before < second.manifest.nbytes + 20_000
+    store.remove(first)
+    second.verify()
+
+
+def test_units_of_another_model_or_form_are_not_taken(store: SliceStore) -> None:
+    put(store)
+    for other in (
+        spec(fingerprint="e" * 32),
+        spec(form=WeightFormat(torch.bfloat16)),
+        spec(own=True),
+    ):
+        assert set(store.inventory(other)) == {NO_DIGEST}
+    put(store, spec(own=True))
+    assert NO_DIGEST not in store.inventory(spec(own=True))
+    assert set(store.inventory(spec(0, 3, own=True))) == {NO_DIGEST}
+
+
+def test_damaged_source_is_named_and_does_not_spread(store: SliceStore) -> None:
+    first = put(store, spec(0, 1))
+    victim = first.block_path(1)
+    data = bytearray(victim.read_bytes())
+    data[-9] ^= 1
+    victim.write_bytes(data)
+    for wanted in (spec(0, 2), spec(0, 1)):
+        with pytest.raises(StoreError, match=r"layers\.0\.mlp.*checksum"):
+            put(store, wanted, kept=store.inventory(wanted))
+    assert store.slices() == [first]
+    assert leftovers(store) == []
+
+
+def test_what_is_kept_must_be_there(store: SliceStore) -> None:
+    kept = put(SliceStore(store.root / "elsewhere")).manifest.digests
+    with pytest.raises(StoreError, match="not here any more"):
+        put(store, kept=kept)
+
+
+def test_known_digests_serve_other_plans_too(store: SliceStore) -> None:
+    both = [put(store, spec(rank, 2)).manifest for rank in (0, 1)]
+    assert set(store.known(spec(0, 3))) == {NO_DIGEST}
+    for manifest in both:
+        store.remember(manifest)
+    assert store.known(spec(1, 2)) == both[1].digests
+    for rank in range(3):
+        wanted = spec(rank, 3)
+        numbers = range(len(wanted.places))
+        expected = [hashlib.sha256(content(wanted, n)).digest()[:16] for n in numbers]
+        # What a plan cuts at the ends of its columns is a unit of that plan only.
+        known = store.known(wanted)
+        assert all(k in (NO_DIGEST, e) for k, e in zip(known, expected, strict=True))
+        assert known.count(NO_DIGEST) <= 6
+    assert set(store.known(spec(1, 2, fingerprint="e" * 32))) == {NO_DIGEST}
+    (store.root / "known" / f"{both[1].spec.key}.json").write_text("{")
+    assert NO_DIGEST in store.known(spec(1, 2))
 
 
 # -- interrupted -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("written", [0, 1, 2, 3])
+@pytest.mark.parametrize("written", [0, 1, 30])
 def test_left_without_commit_leaves_nothing(store: SliceStore, written: int) -> None:
-    planned = manifest()
-    with store.write(planned) as writer:
-        for index in range(written):
-            writer.write(index, 0, content(planned, index))
-        assert store.find(planned.slice_id) is None
+    with SliceWriter(store, spec()) as writer:
+        for number in writer.lacking[:written]:
+            writer.put(number, content(spec(), number))
+        assert store.slices() == []
     assert leftovers(store) == []
-    assert store.find(planned.slice_id) is None
+    assert store.slices() == []
 
 
 def test_error_within_leaves_nothing(store: SliceStore) -> None:
@@ -125,7 +233,7 @@ def test_error_within_leaves_nothing(store: SliceStore) -> None:
         pass
 
     def leave() -> None:
-        with store.write(manifest()) as writer:
+        with SliceWriter(store, spec()) as writer:
             writer.write(0, 0, b"half of")
             raise LeftError
 
@@ -139,8 +247,7 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_store as t
-store = t.SliceStore(Path({root!r}))
-writer = store.write(t.manifest())
+writer = t.SliceWriter(t.SliceStore(Path({root!r})), t.spec())
 point = {point!r}
 if point == "amid":
     writer.write(0, 0, b"half of")
@@ -159,84 +266,158 @@ def test_crash_is_as_if_nothing_had_been(store: SliceStore, point: str) -> None:
     code = CRASH.format(tests=str(Path(__file__).parent), root=str(store.root), point=point)
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 9
     assert len(leftovers(store)) == 1
-    assert store.find(manifest().slice_id) is None
+    assert store.slices() == []
     put(store)  # the next writer sweeps up
     assert leftovers(store) == []
-    assert store.find(manifest().slice_id) is not None
+    assert len(store.slices()) == 1
 
 
 def test_writers_at_work_are_not_swept_up(store: SliceStore) -> None:
-    with store.write(manifest()) as first:
-        put(store, manifest(fingerprint="e" * 32))
+    with SliceWriter(store, spec()) as first:
+        put(store, spec(fingerprint="e" * 32))
         fill(first)
         first.commit()
-    assert store.find(manifest().slice_id) is not None
+    assert len(store.slices()) == 2
+
+
+LIVING = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_store as t
+with t.SliceWriter(t.SliceStore(Path({root!r})), t.spec()) as writer:
+    print("writing", flush=True)
+    sys.stdin.read()
+    t.fill(writer)
+    writer.commit()
+"""
+
+
+def test_a_writer_whose_process_number_says_nothing_is_not_swept_up(store: SliceStore) -> None:
+    """In another PID namespace or on another host; what tells is the lock."""
+    code = LIVING.format(tests=str(Path(__file__).parent), root=str(store.root))
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "writing\n"
+        (partial,) = store.root.glob(".partial-*")
+        assert str(other.pid) not in partial.name
+        put(store, spec(0, 2))
+        assert partial.exists()
+        other.communicate("go on", timeout=60)
+    assert other.returncode == 0
+    assert len(store.slices()) == 2
 
 
 # -- refused -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", [(0, 1), (1, 0), (0, 5), (2, 0), (7, 0)])
-def test_chunks_out_of_order_are_refused(store: SliceStore, at: tuple[int, int]) -> None:
-    with store.write(manifest()) as writer:
-        writer.write(0, 0, b"abc")
-        for place in (at, (0, 0)):
+def test_chunks_out_of_order_are_refused(store: SliceStore) -> None:
+    planned = spec()
+    with SliceWriter(store, planned) as writer:
+        writer.write(3, 0, content(planned, 3)[:5])
+        for number, offset in ((3, 0), (3, 6), (4, 0), (0, 0)):
             with pytest.raises(StoreError, match="out of order"):
-                writer.write(*place, b"def")
-        with pytest.raises(StoreError, match=r"ends early: layers\.0\.mlp"):
+                writer.write(number, offset, b"def")
+        writer.write(3, 5, content(planned, 3)[5:])
+        for number, offset in ((3, 0), (2, 1), (-1, 0), (10_000, 0)):
+            with pytest.raises(StoreError, match="out of order"):
+                writer.write(number, offset, b"def")
+        with pytest.raises(StoreError, match=r"ends early: layers\.0\.input_layernorm"):
             writer.commit()
+
+
+def test_kept_units_are_not_written(store: SliceStore) -> None:
+    put(store)
+    with SliceWriter(store, spec(), store.inventory(spec())) as writer:
+        assert writer.lacking == []
+        with pytest.raises(StoreError, match="out of order"):
+            writer.write(0, 0, b"x")
 
 
 def test_too_many_bytes_are_refused(store: SliceStore) -> None:
-    planned = manifest()
-    with store.write(planned) as writer:
-        with pytest.raises(StoreError, match="more than"):
-            writer.write(0, 0, content(planned, 0) + b"x")
-        fill(writer)
+    planned = spec()
+    with SliceWriter(store, planned) as writer:
+        with pytest.raises(StoreError, match="more than 64 bytes"):
+            writer.write(0, 0, bytes(content(planned, 0)) + b"x")
+
+
+def test_a_finished_block_cannot_be_changed(store: SliceStore) -> None:
+    planned = spec()
+    with SliceWriter(store, planned) as writer:
+        later = next(n for n, (block, _) in enumerate(planned.places) if block == 1)
+        for number in range(later + 1):
+            writer.put(number, content(planned, number))
+        with pytest.raises(StoreError, match="written already"):
+            writer.put(0, content(planned, 0))
         with pytest.raises(StoreError, match="out of order"):
-            writer.write(3, 0, b"x")
+            writer.write(0, 0, b"x")
 
 
-def test_missing_blocks_are_named(store: SliceStore) -> None:
-    planned = manifest()
-    with store.write(planned) as writer:
-        for index in (0, 1):
-            writer.write(index, 0, content(planned, index))
-        with pytest.raises(StoreError, match=r"layers\.2\.mlp is missing"):
-            writer.commit()
+def test_manifest_round_trip_and_no_other_format(store: SliceStore) -> None:
+    written = put(store).manifest
+    text = written.to_json()
+    assert Manifest.from_json(text) == written
+    assert Manifest.from_json(text.encode()) == written
+    for version in (2, 4, "3", None):
+        with pytest.raises(StoreError, match=f"format {version!r}, this tpirt reads 3"):
+            Manifest.from_json(json.dumps({**json.loads(text), "format_version": version}))
 
 
-def test_manifest_round_trip_and_no_other_format() -> None:
-    planned = manifest()
-    text = planned.to_json()
-    assert Manifest.from_json(text) == planned
-    assert Manifest.from_json(text.encode()) == planned
-    with pytest.raises(StoreError, match="format 99"):
-        Manifest.from_json(json.dumps({**json.loads(text), "format_version": 99}))
-
-
-def spoilt() -> Iterator[Any]:
-    good = json.loads(manifest().to_json())
+def spoilt(good: dict[str, Any]) -> Iterator[Any]:
     yield pytest.param("", id="empty")
     yield pytest.param("[]", id="list")
     yield pytest.param("null", id="null")
+    yield pytest.param("[" * 100_000, id="deep")
     yield pytest.param(json.dumps(good)[:-30], id="cut")
     for key in good:
-        yield pytest.param(json.dumps({k: v for k, v in good.items() if k != key}), id=f"no-{key}")
+        if key != "question":
+            yield pytest.param(json.dumps({k: v for k, v in good.items() if k != key}), id=key)
     yield pytest.param(json.dumps({**good, "more": 1}), id="more")
-    yield pytest.param(json.dumps({**good, "shard": {"first": True}}), id="shard")
-    for name in ("../x", "a/b", ".hidden", "/etc/passwd", ""):
-        bad = {**good, "blocks": [{"name": name, "nbytes": 1, "xxh3_128": ""}]}
-        yield pytest.param(json.dumps(bad), id=f"name-{name}")
+    for name, change in {
+        "no spans": {"first": True},
+        "beyond": {**good["shard"], "columns": [0, 257]},
+        "empty": {**good["shard"], "columns": [8, 8]},
+        "floats": {**good["shard"], "q_heads": [0.0, 1.0]},
+        "list": [],
+    }.items():
+        yield pytest.param(json.dumps({**good, "shard": change}), id=f"shard {name}")
+    for size in ("num_hidden_layers", "intermediate_size", "vocab_size"):
+        config = {**good["config"], size: 1 << 30}
+        yield pytest.param(json.dumps({**good, "config": config}), id=f"huge {size}")
 
 
-@pytest.mark.parametrize("text", list(spoilt()))
-def test_wrong_manifests_are_refused(text: str) -> None:
-    with pytest.raises(StoreError):
-        Manifest.from_json(text)
+ORDER = json.loads(SliceOrder(spec(), [NO_DIGEST] * len(spec().places), False).to_json())
 
 
-def test_damage_is_found_and_named(store: SliceStore) -> None:
+@pytest.mark.parametrize("text", list(spoilt(ORDER)))
+def test_wrong_orders_are_refused(text: str) -> None:
+    with pytest.raises(StoreError, match="slice manifest"):
+        SliceOrder.from_json(text)
+
+
+def test_orders_and_their_bounds() -> None:
+    order = SliceOrder(spec(), [NO_DIGEST] * len(spec().places), True)
+    assert SliceOrder.from_json(order.to_json()) == order
+    with pytest.raises(StoreError, match="expected at most"):
+        SliceOrder.from_json(" " * (MAX_ORDER_BYTES + 1))
+    for digests in ("00", "zz", order.to_json(), 3, None):
+        with pytest.raises(StoreError, match="digests"):
+            SliceOrder.from_json(json.dumps({**ORDER, "digests": digests}))
+
+
+def test_edited_manifest_is_refused(store: SliceStore) -> None:
+    good = json.loads(put(store).manifest.to_json())
+    for change in ({"blocks": good["blocks"][:-1]}, {"slice_id": "0" * 24}, {"blocks": 3}):
+        with pytest.raises(StoreError, match="slice manifest"):
+            Manifest.from_json(json.dumps({**good, **change}))
+    good["blocks"][0]["digests"] = "00" * 16
+    with pytest.raises(StoreError, match="not those of its model and shard"):
+        Manifest.from_json(json.dumps(good))
+
+
+def test_damage_is_found_named_and_mended(store: SliceStore) -> None:
     written = put(store)
     slice_id = written.manifest.slice_id
     file = written.block_path(1)
@@ -246,40 +427,102 @@ def test_damage_is_found_and_named(store: SliceStore) -> None:
             file.unlink()
         else:
             file.write_bytes(bad)
-        with pytest.raises(StoreError, match=rf"layers\.1\.mlp\.safetensors.*{reason}"):
+        with pytest.raises(StoreError, match=rf"layers\.0\.mlp\.safetensors.*{reason}"):
             store.find(slice_id)
-    put(store)  # written anew over the damaged one
-    assert store.find(slice_id) is not None
+    inventory = store.inventory(spec())
+    block = {
+        index
+        for index, (digest, place) in enumerate(zip(inventory, spec().places, strict=True))
+        if digest == NO_DIGEST or place[0] == 1
+    }
+    assert block == {n for n, digest in enumerate(inventory) if digest == NO_DIGEST}
+    assert put(store, kept=inventory) == written
+    written.verify()
     (written.path / "manifest.json").write_text("{")
     with pytest.raises(StoreError, match=r"manifest\.json"):
         store.find(slice_id)
+    assert put(store) == written
+
+
+def test_commit_over_a_slice_in_use_changes_nothing_of_it(store: SliceStore) -> None:
+    written = put(store)
+    with open(written.block_path(0), "rb") as file:
+        before = file.read()
+        put(store)
+        put(store, seed="another content")
+        file.seek(0)
+        assert file.read() == before
+    assert written.block_path(0).read_bytes() == before
+
+
+def test_slices_of_the_older_format_are_listed_and_removable(store: SliceStore) -> None:
+    old = store.root / ("ab" * 12)
+    old.mkdir(parents=True)
+    fields = {"format_version": 2, "slice_id": old.name, "model": "m", "blocks": []}
+    (old / "manifest.json").write_text(json.dumps(fields))
+    foreign = store.root / "web"
+    foreign.mkdir()
+    (foreign / "manifest.json").write_text('{"name": "an application"}')
+    assert store.slices() == []
+    (found,) = store.unusable()
+    assert (found.path, found.model, found.outdated) == (old, "m", True)
+    assert "older tpirt" in found.reason
+    store.remove(store.matching(["abab"])[0])
+    assert not old.exists()
+    assert foreign.exists()
 
 
 # -- disks -------------------------------------------------------------------------------------
 
 
+def nbytes() -> int:
+    return spec().nbytes
+
+
 def test_too_small_a_disk_is_refused_before_writing(
     store: SliceStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = type("Usage", (), {"free": manifest().nbytes - 1})
+    usage = Usage(0, nbytes() - 1)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(StoreError, match=r"the slice needs [\d,]+ bytes.*free"):
-        store.write(manifest())
+        SliceWriter(store, spec())
     assert leftovers(store) == []
+
+
+@pytest.mark.parametrize(("total", "reserve"), [(20 << 20, 1 << 20), (1 << 50, 1 << 30)])
+def test_a_part_of_the_disk_stays_free(
+    store: SliceStore, monkeypatch: pytest.MonkeyPatch, total: int, reserve: int
+) -> None:
+    for spare in (0, -1):
+        usage = Usage(total, nbytes() + reserve + spare)
+        monkeypatch.setattr(module.shutil, "disk_usage", lambda _, usage=usage: usage)
+        if spare:
+            with pytest.raises(StoreError, match=rf"{reserve:,} of them stay free"):
+                put(store, spec(fingerprint="e" * 32))
+        else:
+            put(store)
+
+
+def test_store_limit(store: SliceStore) -> None:
+    first = put(store, spec(0, 1))
+    bounded = SliceStore(store.root, store.bytes_used() + 3 * nbytes() // 2)
+    put(bounded, spec(1, 2))  # nothing is kept: all of it is new
+    with pytest.raises(StoreError, match=r"its limit of .*tpirt store rm.*--store-limit"):
+        put(bounded, spec(0, 2, fingerprint="e" * 32))
+    bounded.remove(first)
+    put(bounded, spec(0, 2, fingerprint="e" * 32))
 
 
 def test_full_disk_amid_writing(store: SliceStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with store.write(manifest()) as writer:
-        writer.write(0, 0, b"abc")
-        with monkeypatch.context() as patch:
-            patch.setattr(module.os, "fsync", full)
-            with pytest.raises(StoreError, match="No space left"):
-                writer.write(0, 3, content(manifest(), 0)[3:])
+    with SliceWriter(store, spec()) as writer, monkeypatch.context() as patch:
+        patch.setattr(module.os, "fsync", full)
+        with pytest.raises(StoreError, match="No space left"):
+            fill(writer)
     assert leftovers(store) == []
-    assert store.find(manifest().slice_id) is None
+    assert store.slices() == []
 
 
 @pytest.fixture
@@ -298,26 +541,32 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_full_disk_for_real(tiny_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = type("Usage", (), {"free": 1 << 40})  # somebody else fills it meanwhile
+    usage = Usage(1 << 40, 1 << 40)  # somebody else fills it meanwhile
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
     store = SliceStore(tiny_disk)
-    planned = manifest(size=60_000)
-    nbytes = planned.blocks[0].nbytes
-
-    def write(writer: SliceWriter) -> None:
-        for start in range(0, nbytes, 4096):
-            writer.write(0, start, bytes(min(4096, nbytes - start)))
-
-    with store.write(planned) as writer, pytest.raises(StoreError, match="No space left"):
-        write(writer)
+    with SliceWriter(store, spec(0, 1)) as writer, pytest.raises(StoreError, match="No space left"):
+        fill(writer)
     assert leftovers(store) == []
 
 
 def test_store_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot write the slice"):
-        SliceStore(tmp_path / "file").write(manifest())
-    assert SliceStore(tmp_path / "file").find(manifest().slice_id) is None
+        SliceWriter(SliceStore(tmp_path / "file"), spec())
+    assert SliceStore(tmp_path / "file").find("0" * 24) is None
+    assert SliceStore(tmp_path / "file").slices() == []
+
+
+def test_disk_without_hard_links(store: SliceStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    put(store, spec(0, 1))
+    monkeypatch.setattr(module.os, "link", refuse)
+    wanted = dataclasses.replace(spec(0, 1), model="renamed")
+    again = put(store, wanted, kept=store.inventory(wanted))
+    again.verify()
+    assert leftovers(store) == []
 
 
 def test_default_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,14 +16,12 @@ import pytest
 import torch
 
 from tpirt.errors import MemoryLimitError, StoreError
-from tpirt.sharding.blocks import Block, StoredTensor
-from tpirt.sharding.format import WeightFormat
-from tpirt.sharding.partition import Shard, Span
+from tpirt.sharding.blocks import Block
+from tpirt.testing.slices import counting_slice
 from tpirt.types import Progress, ignore_progress
 from tpirt.weights import streamer as module
-from tpirt.weights.layout import block_header
 from tpirt.weights.reader import buffer_bytes, read_file
-from tpirt.weights.store import Manifest, SliceStore, StoredSlice
+from tpirt.weights.store import SliceStore, StoredSlice
 from tpirt.weights.streamer import WeightStreamer
 
 COUNT = 6
@@ -35,16 +33,7 @@ BOTH = pytest.mark.parametrize("limits", [STREAMED, RESIDENT], ids=["streamed", 
 
 @pytest.fixture
 def stored(tmp_path: Path) -> tuple[StoredSlice, list[Block]]:
-    blocks = [
-        Block(f"block{i}", (StoredTensor("t", (FLOATS,), torch.float32, ()),)) for i in range(COUNT)
-    ]
-    shard = Shard(Span(0, 1), Span(0, 1), Span(0, 1), first=True)
-    manifest = Manifest.plan("f" * 32, "test", WeightFormat(torch.float32), shard, blocks)
-    with SliceStore(tmp_path / "store").write(manifest) as writer:
-        for i, block in enumerate(blocks):
-            data = torch.full((FLOATS,), float(i)).numpy().tobytes()
-            writer.write(i, 0, block_header(block) + data)
-        return writer.commit(), blocks
+    return counting_slice(tmp_path / "slice", [FLOATS] * COUNT)
 
 
 @asynccontextmanager
@@ -326,8 +315,13 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-async def test_block_data_begins_behind_the_header(
-    stored: tuple[StoredSlice, list[Block]],
-) -> None:
-    slice_, blocks = stored
-    assert slice_.block_path(0).stat().st_size == len(block_header(blocks[0])) + blocks[0].nbytes
+async def test_a_held_slice_is_not_removed(tmp_path: Path) -> None:
+    slice_, blocks = counting_slice(tmp_path / ("a" * 24), [FLOATS] * COUNT)
+    (slice_.path / "manifest.json").write_text(slice_.manifest.to_json())
+    store = SliceStore(tmp_path)
+    async with opened((slice_, blocks), **STREAMED):
+        with pytest.raises(StoreError, match="a running session uses it"):
+            store.remove(slice_)
+        assert slice_.block_path(0).exists()
+    store.remove(slice_)
+    assert not slice_.path.exists()

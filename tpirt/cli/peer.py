@@ -34,6 +34,9 @@ def add_command(commands: Commands) -> None:
     )
     add_process_options(parser)
     parser.add_argument(
+        "--store-limit", type=size, metavar="SIZE", help="most bytes that slices may take on disk"
+    )
+    parser.add_argument(
         "--until-stdin-closes",
         action="store_true",
         help="end when standard input does: ties the peer to whoever started it",
@@ -55,7 +58,9 @@ def _run(arguments: argparse.Namespace) -> None:
         port=port,
         memory_bytes=arguments.memory,
         threads=arguments.threads or default_threads(),
-        store=SliceStore(Path(arguments.store) if arguments.store else default_store()),
+        store=SliceStore(
+            Path(arguments.store) if arguments.store else default_store(), arguments.store_limit
+        ),
         until_stdin_closes=arguments.until_stdin_closes,
         quiet=arguments.quiet,
     )

@@ -35,8 +35,9 @@ def add_command(commands: Commands) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     from tpirt.chat.progress import ConsoleProgress
-    from tpirt.cluster.provision import SliceMaker, split_model
+    from tpirt.cluster.provision import split_model
     from tpirt.cluster.roster import this_peer
+    from tpirt.cluster.slice_maker import SliceMaker
     from tpirt.engine.engine import BUNDLED_MODEL, open_model
     from tpirt.planning import PlanOptions, plan_model
     from tpirt.units import format_bytes
@@ -51,6 +52,8 @@ def _run(arguments: argparse.Namespace) -> None:
         out = Path(arguments.out)
         stores = [SliceStore(out / f"rank{rank}") for rank in range(plan.world_size)]
         with ConsoleProgress(quiet=arguments.quiet) as progress:
-            slices = split_model(maker, plan.partition, stores, progress)
+            model.checkpoint.hash_content(progress)
+            store = SliceStore(model.store)
+            slices = split_model(maker, plan.partition, stores, store, progress)
     for rank, stored in enumerate(slices):
         print(f"rank {rank}: {stored.path} ({format_bytes(stored.manifest.nbytes)})")

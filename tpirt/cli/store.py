@@ -1,4 +1,4 @@
-"""``tpirt store``: what slices lie on this machine, whether they are whole, and away with them."""
+"""``tpirt store``: list, verify and remove the slices on this machine."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tpirt.cli.options import Commands, add_parser
 from tpirt.errors import StoreError
 
 if TYPE_CHECKING:
+    from tpirt.weights.manifest import Manifest
     from tpirt.weights.store import SliceStore
 
 
@@ -23,7 +24,12 @@ def add_command(commands: Commands) -> None:
     )
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
     for name, run, text, ids in (
-        ("ls", _list, "list slices: id, model, form, share, size", None),
+        (
+            "ls",
+            _list,
+            "list slices: id, model, form, shard, size, and what only this one uses",
+            None,
+        ),
         ("verify", _verify, "read slices whole and compare their checksums", "*"),
         ("rm", _remove, "remove slices", "+"),
     ):
@@ -46,26 +52,37 @@ def _list(arguments: argparse.Namespace) -> None:
     from tpirt.units import format_bytes
 
     store = _open(arguments)
-    total = 0
-    for stored in store.slices():
+    slices = store.slices()
+    own = store.own_bytes(slices)
+    for stored in slices:
         manifest = stored.manifest
-        total += manifest.nbytes
-        form = manifest.dtype if manifest.quantize == "none" else manifest.quantize
         shard = manifest.shard
         print(
-            f"{manifest.slice_id}  {manifest.model}  {form}  heads {shard.q_heads.start}-"
-            f"{shard.q_heads.stop - 1}, columns {shard.columns.start}-{shard.columns.stop - 1}"
-            f"{', LM head' if shard.first else ''}  {format_bytes(manifest.nbytes)}"
+            f"{manifest.slice_id}  {manifest.model}  {_form(manifest)}  heads "
+            f"{shard.q_heads.start}-{shard.q_heads.stop - 1}, columns "
+            f"{shard.columns.start}-{shard.columns.stop - 1}{', LM head' if shard.first else ''}  "
+            f"{format_bytes(manifest.nbytes)}, {format_bytes(own[stored.path])} not shared"
         )
-    print(f"{format_bytes(total)} in {store.root}")
+    for each in store.unusable():
+        print(f"{each.slice_id}  {each.model}  {each.reason}")
+    print(f"{format_bytes(store.bytes_used())} in {store.root}")
+
+
+def _form(manifest: Manifest) -> str:
+    dtype, quantize, _ = manifest.form.names
+    return dtype if quantize == "none" else quantize
 
 
 def _verify(arguments: argparse.Namespace) -> None:
     from tpirt.chat.progress import ConsoleProgress
+    from tpirt.weights.store import UnusableSlice
 
     damaged = []
     with ConsoleProgress() as progress:
         for stored in _open(arguments).matching(arguments.ids):
+            if isinstance(stored, UnusableSlice):
+                damaged.append(f"{stored.path}: {stored.reason}")
+                continue
             try:
                 stored.verify(progress)
             except StoreError as exc:

@@ -37,7 +37,8 @@ from tpirt.stopwatch import SAMPLE
 from tpirt.transport.base import PeerClient
 from tpirt.transport.frame import Kind
 from tpirt.types import Progress, ProgressCallback, RankStats
-from tpirt.weights.store import Manifest, StoredSlice
+from tpirt.weights.manifest import Manifest
+from tpirt.weights.store import StoredSlice
 
 _HINT_S = 0.5  # from one worker's report of a lost link until it counts: the lost one may show
 
@@ -289,7 +290,7 @@ class Group:
                 protocol_version=PROTOCOL_VERSION,
                 model_fingerprint=manifest.fingerprint,
                 model_config=deployment.config.to_json(),
-                shard_id=manifest.slice_id,
+                slice_id=manifest.slice_id,
                 rank=rank,
                 world_size=deployment.world_size,
                 window_blocks=limits.window_blocks,

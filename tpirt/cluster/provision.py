@@ -1,75 +1,143 @@
-"""Getting every rank its slice: found in a store, written to one, or sent to a worker."""
+"""Providing every rank with its slice: found in a store, made of what a store has, or sent.
+
+A slice is identified with its content, so the master learns the digests of all units first: from
+its own notes, or by cutting the units that a store claims to hold. Only units that a store lacks,
+or holds with other content, are written or sent.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import zlib
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from tpirt.cluster.cancellation import in_thread
+from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.collectives.context import StepAborted
-from tpirt.config import ModelConfig
 from tpirt.errors import StoreError
 from tpirt.protocol.messages import (
-    LackingReply,
-    LackingRequest,
-    PutUnitsReply,
+    InventoryReply,
+    InventoryRequest,
     UnitChunk,
     decode_call,
     encode_call,
 )
-from tpirt.sharding.blocks import rank_blocks
-from tpirt.sharding.format import WeightFormat
 from tpirt.sharding.partition import Plan, Shard
+from tpirt.sharding.units import Unit
 from tpirt.transport.base import PeerClient
 from tpirt.types import Progress, ProgressCallback
-from tpirt.weights.checkpoint import Checkpoint, resolve_tied
-from tpirt.weights.slicer import slice_bytes
-from tpirt.weights.store import Manifest, SlicePiece, SliceStore, StoredSlice
-from tpirt.weights.synthetic import AnyCheckpoint
+from tpirt.weights.manifest import (
+    NO_DIGEST,
+    Manifest,
+    SliceOrder,
+    SliceSpec,
+    split_digests,
+    unit_digest,
+)
+from tpirt.weights.store import SliceStore, StoredSlice, UnitPlace
+from tpirt.weights.writer import SliceWriter
+
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)
+
+# Bytes of a unit per message: a link of 1 Mbit/s takes two seconds for one.
+CHUNK_BYTES = 256 << 10
 
 
 @dataclass(frozen=True)
-class SliceMaker:
-    """Makes slices of one model in one form."""
+class Delivery:
+    """What a store must do to hold a slice.
 
-    checkpoint: AnyCheckpoint
-    config: ModelConfig
-    form: WeightFormat
+    Attributes:
+        digests: of all units; NO_DIGEST for those that are about to be cut.
+        lacking: numbers of the units that must come from outside, ascending.
+    """
 
-    def manifest(self, shard: Shard) -> Manifest:
-        """Describe the slice of one rank."""
-        blocks = rank_blocks(self.config, shard, self.form)
-        name = self.checkpoint.path.resolve().name
-        return Manifest.plan(self.checkpoint.fingerprint, name, self.form, shard, blocks)
+    digests: list[bytes]
+    lacking: list[int]
 
-    def stored(self, shard: Shard, store: SliceStore) -> StoredSlice | None:
-        """Find the slice of one rank; None where it is missing or damaged."""
-        try:
-            return store.find(self.manifest(shard).slice_id)
-        except StoreError:
-            return None
+    @property
+    def kept(self) -> list[bytes]:
+        """Digests of the units that the store takes from its own slices, NO_DIGEST for others."""
+        kept = list(self.digests)
+        for number in self.lacking:
+            kept[number] = NO_DIGEST
+        return kept
 
-    def pieces(self, plan: Plan, rank: int, store: SliceStore) -> Generator[SlicePiece]:
-        """Yield all bytes of a rank's slice, in order: as ``store`` has them, else cut anew.
 
-        Threads read the checkpoint ahead until the generator is at its end or closed.
+def plan_order(
+    maker: SliceMaker,
+    shard: Shard,
+    held: Sequence[bytes],
+    known: Sequence[bytes],
+    progress: ProgressCallback,
+) -> Delivery:
+    """Compare what a store holds with what it should hold.
 
-        Raises:
-            CheckpointError: a read of the checkpoint failed or came short; there is none, and
-                ``store`` lacks the slice.
-            StoreError: a read of the stored slice failed, or it is damaged; names the file.
-        """
-        shard = plan.shards[rank]
-        stored = self.stored(shard, store)
-        if stored is not None:
-            return stored.pieces()
-        if not isinstance(self.checkpoint, Checkpoint):
-            raise self.checkpoint.lacks(plan, rank, self.form, store.root)
-        _, head = resolve_tied(self.checkpoint, self.config)
-        return slice_bytes(self.checkpoint, head, rank_blocks(self.config, shard, self.form))
+    Units that the store holds and this machine does not know are cut here and compared: a store
+    may have been filled by a stranger, and its word is not enough.
+
+    Args:
+        maker: of the slice.
+        shard: of the slice.
+        held: by unit, the digest that the store reports; NO_DIGEST where it has none.
+        known: by unit, the digest that this machine knows; NO_DIGEST where it does not.
+        progress: called while units are cut.
+
+    Raises:
+        CheckpointError: a read failed.
+    """
+    digests = list(known)
+    unknown = [n for n, digest in enumerate(held) if digest != NO_DIGEST == known[n]]
+    total, done = sum(maker.spec(shard).unit_bytes(n) for n in unknown), 0
+    with contextlib.closing(maker.cut(shard, unknown)) as units:
+        for number, content in units:
+            digests[number] = unit_digest(content)
+            done += len(content)
+            progress(Progress("checking slice", done, total))
+    lacking = [n for n, digest in enumerate(held) if digest == NO_DIGEST or digest != digests[n]]
+    return Delivery(digests, lacking)
+
+
+def lacking_units(
+    maker: SliceMaker, shard: Shard, order: Delivery, store: SliceStore
+) -> Generator[tuple[int, memoryview]]:
+    """Yield (number, canonical bytes) of the lacking units, block by block.
+
+    They are read from ``store`` where it has them with a known content, and cut otherwise; the
+    order's digests are completed. The model is read until the generator is at its end or closed.
+
+    Raises:
+        CheckpointError: a read of the model failed.
+        StoreError: a read of the store failed, or a file in it is damaged; names it.
+    """
+    spec, index = maker.spec(shard), store.index(maker.spec(shard))
+    places: dict[int, dict[Unit, UnitPlace]] = {}
+    numbers: dict[tuple[int, Unit], int] = {}
+    to_cut = []
+    for number in order.lacking:
+        block, unit = spec.places[number]
+        digest = order.digests[number]
+        place = None if digest == NO_DIGEST else index.find(unit.key, digest)
+        if place is None:
+            to_cut.append(number)
+        else:
+            places.setdefault(block, {})[unit] = place
+            numbers[block, unit] = number
+    with contextlib.closing(maker.cut(shard, to_cut)) as cut:
+        waiting = next(cut, None)
+        for block in range(len(spec.blocks)):
+            for unit, content in index.read(places.get(block, {})):
+                yield numbers[block, unit], content
+            while waiting is not None and spec.places[waiting[0]][0] == block:
+                number, content = waiting
+                order.digests[number] = unit_digest(content)
+                yield number, content
+                waiting = next(cut, None)
 
 
 def write_slice(
@@ -79,38 +147,44 @@ def write_slice(
 
     Raises:
         StoreError: the store cannot be written or its disk is full.
-        CheckpointError: a read failed, or there is no checkpoint to cut it from.
+        CheckpointError: a read of the model failed.
     """
-    found = maker.stored(plan.shards[rank], store)
+    shard = plan.shards[rank]
+    found = maker.stored(shard, store)
     if found is not None:
         return found
-    manifest = maker.manifest(plan.shards[rank])
-
-    def report(done: int) -> None:
-        progress(Progress("slicing", done, manifest.nbytes, detail=f"rank {rank}"))
-
-    with contextlib.closing(maker.pieces(plan, rank, store)) as pieces:
-        return keep_slice(manifest, pieces, store, report)
-
-
-def keep_slice(
-    manifest: Manifest,
-    pieces: Iterable[SlicePiece],
-    store: SliceStore,
-    report: Callable[[int], None],
-) -> StoredSlice:
-    """Write a slice from its bytes; ``report`` is called with how many are written.
-
-    Raises:
-        StoreError: the store cannot be written or its disk is full.
-    """
+    spec = maker.spec(shard)
+    for old in store.unusable():
+        if old.outdated and old.model == spec.model:
+            _log.warning("%s: %s", old.path, old.reason)
+    known = store.known(spec)
+    order = plan_order(maker, shard, store.inventory(spec, known), known, progress)
     done = 0
-    with store.write(manifest) as writer:
-        for block, offset, data in pieces:
-            writer.write(block, offset, data)
-            done += len(data)
-            report(done)
-        return writer.commit()
+
+    def report(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(Progress("slicing", done, max(done, spec.nbytes), detail=f"rank {rank}"))
+
+    with SliceWriter(store, spec, order.kept) as writer:
+        if len(order.lacking) == len(spec.places):  # no need to take blocks to pieces
+            _write_blocks(maker, writer, report)
+        else:
+            with contextlib.closing(lacking_units(maker, shard, order, store)) as units:
+                for number, content in units:
+                    writer.put(number, content)
+                    report(len(content))
+        stored = writer.commit()
+    maker.made(stored.manifest, store)
+    return stored
+
+
+def _write_blocks(maker: SliceMaker, writer: SliceWriter, report: Callable[[int], None]) -> None:
+    shard = writer.spec.shard
+    with contextlib.closing(maker.cut_blocks(shard, range(len(writer.spec.blocks)))) as blocks:
+        for index, content in blocks:
+            writer.put_block(index, content)
+            report(len(content))
 
 
 async def send_slice(
@@ -122,61 +196,103 @@ async def send_slice(
     progress: ProgressCallback,
     timeout_s: float,
 ) -> int:
-    """Send a rank's slice to its worker, out of ``store`` or as it is cut; returns the bytes sent.
+    """Have a worker hold its slice; returns the bytes of the units that were sent.
 
     Raises:
         PeerLostError: the worker is gone, or took nothing for ``timeout_s``.
-        StoreError: the worker could not keep it, or the stored slice cannot be read.
-        CheckpointError: a read failed, or there is no checkpoint to cut it from.
+        StoreError: the worker could not keep it, or the store cannot be read.
+        CheckpointError: a read of the model failed.
     """
-    manifest = maker.manifest(plan.shards[rank])
-    pieces = _ChunkSource(await in_thread(maker.pieces, plan, rank, store))
+    shard = plan.shards[rank]
+    spec = await in_thread(maker.spec, shard)
+    known = await in_thread(store.known, spec)
+    held = await _ask(client, spec, known, timeout_s)
+    order = await _stoppable(plan_order, maker, shard, held, known, progress=progress)
+    total = sum(spec.unit_bytes(number) for number in order.lacking)
+    chunks = _Chunks(await in_thread(lacking_units, maker, shard, order, store))
+    done = 0
 
-    async def chunks() -> AsyncIterator[bytes]:
-        yield encode_call(UnitChunk(manifest=manifest.to_json()))
-        done = 0
-        while (chunk := await in_thread(pieces.next)) is not None:
+    async def messages() -> AsyncIterator[bytes]:
+        nonlocal done
+        yield encode_call(UnitChunk(order=SliceOrder(spec, order.kept).to_json()))
+        while (chunk := await in_thread(chunks.next)) is not None:
             yield encode_call(chunk)
             done += len(chunk.data)
-            progress(Progress("sending slice", done, manifest.nbytes, detail=f"rank {rank}"))
+            progress(Progress("sending slice", done, total, detail=f"rank {rank}"))
 
     try:
-        reply = await client.upload("PutUnits", chunks(), timeout_s)
-        return decode_call(PutUnitsReply, reply, client.peer_id).bytes_written
+        await client.upload("PutUnits", messages(), timeout_s)
     finally:
-        await in_thread(pieces.close)
+        await in_thread(chunks.close)
+    await in_thread(maker.made, Manifest.of(spec, order.digests), store)
+    return done
 
 
-class _ChunkSource:
-    """The pieces of a slice as messages, for one thread at a time."""
+async def _ask(
+    client: PeerClient, spec: SliceSpec, known: Sequence[bytes], timeout_s: float
+) -> list[bytes]:
+    """Ask a worker which units it holds, with which content."""
+    order = await in_thread(SliceOrder(spec, list(known)).to_json)
+    reply = await _inventory(client, InventoryRequest(order=order), timeout_s)
+    held = split_digests(reply.held)
+    if len(held) != len(spec.places):
+        raise StoreError(
+            f"peer {client.peer_id}: reported {len(held)} units, expected {len(spec.places)}"
+        )
+    return held
 
-    def __init__(self, pieces: Generator[SlicePiece]):
-        self._pieces = pieces
+
+async def _inventory(
+    client: PeerClient, request: InventoryRequest, timeout_s: float
+) -> InventoryReply:
+    answer = await client.call("Inventory", encode_call(request), timeout_s)
+    return decode_call(InventoryReply, answer, client.peer_id)
+
+
+class _Chunks:
+    """Units as messages, for one thread at a time."""
+
+    def __init__(self, units: Generator[tuple[int, memoryview]]):
+        self._units = units
+        self._chunks = unit_chunks(units)
         self._lock = threading.Lock()
 
     def next(self) -> UnitChunk | None:
         """The next one; None at the end, and when closed."""
         with self._lock:
-            return _next_chunk(self._pieces)
+            return next(self._chunks, None)
 
     def close(self) -> None:
-        """Stop cutting; when this returns, the checkpoint is no longer read."""
+        """Stop cutting; when this returns, the model is no longer read."""
         with self._lock:
-            self._pieces.close()
+            self._chunks.close()
+            self._units.close()
 
 
-def _next_chunk(pieces: Iterator[SlicePiece]) -> UnitChunk | None:
-    for block, offset, data in pieces:
-        raw = bytes(data)
-        return UnitChunk(unit=block, offset=offset, crc32=zlib.crc32(raw), data=raw)
-    return None
+def unit_chunks(units: Iterator[tuple[int, memoryview]]) -> Generator[UnitChunk]:
+    """Cut units into messages of at most 256 KiB, each with its checksum."""
+    for number, content in units:
+        for offset in range(0, len(content), CHUNK_BYTES):
+            raw = bytes(content[offset : offset + CHUNK_BYTES])
+            yield UnitChunk(unit=number, offset=offset, crc32=zlib.crc32(raw), data=raw)
 
 
 def split_model(
-    maker: SliceMaker, plan: Plan, stores: list[SliceStore], progress: ProgressCallback
+    maker: SliceMaker,
+    plan: Plan,
+    stores: list[SliceStore],
+    known: SliceStore,
+    progress: ProgressCallback,
 ) -> list[StoredSlice]:
-    """Write every rank's slice, rank ``r`` into ``stores[r]``; see :func:`write_slice`."""
-    return [write_slice(maker, plan, rank, store, progress) for rank, store in enumerate(stores)]
+    """Write every rank's slice, rank ``r`` into ``stores[r]``; see :func:`write_slice`.
+
+    Their content is noted in ``known`` as well, so that a master there trusts the copies.
+    """
+    slices = []
+    for rank, store in enumerate(stores):
+        slices.append(write_slice(maker, plan, rank, store, progress))
+        known.remember(slices[-1].manifest)
+    return slices
 
 
 async def distribute(
@@ -186,33 +302,41 @@ async def distribute(
     clients: Sequence[PeerClient],
     timeout_s: float,
     progress: ProgressCallback,
-) -> None:
+) -> list[Manifest]:
     """Provide every rank with its slice: rank 0 in ``store``, workers in their own stores.
 
-    ``makers[r]`` makes rank ``r``'s slice in the format of its CPU. What ``store`` has is sent as
-    it is; the rest is cut.
+    ``makers[r]`` makes rank ``r``'s slice in the format of its CPU. A cancelled call has stopped
+    reading and left no half slice when it raises.
+
+    Returns:
+        What each rank's slice contains, by rank.
 
     Raises:
         CheckpointError, StoreError, PeerLostError: the slice could not be made or kept.
     """
-    await _in_thread(write_slice, makers[0], plan, 0, store, progress)
+    await _stoppable(makers[0].checkpoint.hash_content, progress=progress)
+    await _stoppable(write_slice, makers[0], plan, 0, store, progress=progress)
     # One after another: in parallel they would compete for the same disk.
     for rank, client in enumerate(clients, start=1):
-        request = LackingRequest(makers[rank].manifest(plan.shards[rank]).to_json())
-        answer = await client.call("Lacking", encode_call(request), 60.0)
-        if decode_call(LackingReply, answer, client.peer_id).units:
-            await send_slice(makers[rank], plan, rank, store, client, progress, timeout_s)
+        maker, shard = makers[rank], plan.shards[rank]
+        manifest = await in_thread(_known_manifest, maker, shard, store)
+        if manifest is not None:
+            asked = InventoryRequest(slice_id=manifest.slice_id)
+            if (await _inventory(client, asked, timeout_s)).whole:
+                await in_thread(maker.made, manifest, store)
+                continue
+        await send_slice(maker, plan, rank, store, client, progress, timeout_s)
+    return [maker.manifest(shard) for maker, shard in zip(makers, plan.shards, strict=True)]
 
 
-async def _in_thread(
-    write: Callable[[SliceMaker, Plan, int, SliceStore, ProgressCallback], StoredSlice],
-    maker: SliceMaker,
-    plan: Plan,
-    rank: int,
-    store: SliceStore,
-    progress: ProgressCallback,
-) -> StoredSlice:
-    """Run ``write`` in a thread; cancelled, it has ended and left nothing when this raises."""
+def _known_manifest(maker: SliceMaker, shard: Shard, store: SliceStore) -> Manifest | None:
+    """What a slice must contain, if this machine knows all of it."""
+    digests = store.known(maker.spec(shard))
+    return None if NO_DIGEST in digests else Manifest.of(maker.spec(shard), digests)
+
+
+async def _stoppable(function: Callable[..., _T], *args: object, progress: ProgressCallback) -> _T:
+    """Run ``function(*args, progress)`` in a thread; cancelled, it has ended when this raises."""
     cancelled = threading.Event()
 
     def report(step: Progress) -> None:
@@ -220,4 +344,4 @@ async def _in_thread(
             raise StepAborted
         progress(step)
 
-    return await in_thread(write, maker, plan, rank, store, report, on_cancel=cancelled.set)
+    return await in_thread(function, *args, report, on_cancel=cancelled.set)

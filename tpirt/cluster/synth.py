@@ -6,21 +6,20 @@ import contextlib
 import json
 import shutil
 import threading
-from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from tpirt.cluster.provision import SliceMaker, keep_slice
+from tpirt.cluster.provision import write_slice
+from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.config import ModelConfig
 from tpirt.errors import CheckpointError, ConfigError, StoreError
-from tpirt.sharding.blocks import rank_blocks
 from tpirt.sharding.format import WeightFormat
-from tpirt.sharding.partition import Plan, Shard
+from tpirt.sharding.partition import Plan
 from tpirt.text.byte_level import MIN_VOCAB_SIZE, write_byte_level_tokenizer
 from tpirt.types import Progress, ProgressCallback
 from tpirt.weights.shapes import Shape
-from tpirt.weights.store import SlicePiece, SliceStore, StoredSlice
-from tpirt.weights.synthetic import MARKER, SyntheticCheckpoint, marker_text, random_block
+from tpirt.weights.store import SliceStore, StoredSlice
+from tpirt.weights.synthetic import MARKER, SyntheticCheckpoint, marker_text
 
 # Slices written side by side: one alone waits for its disk after every block. Measured with 1, 2,
 # 3, 4 on 2 cores: 0.7, 0.9, 1.3, 1.1 GB/s.
@@ -38,7 +37,7 @@ def make_synthetic(
 ) -> list[StoredSlice]:
     """Make a synthetic model, or add slices to one; whole slices that are there stay.
 
-    The bytes follow from shape, seed, plan and form. Beside the disk it takes a few MiB.
+    The bytes follow from shape, seed, plan and form. Memory: three blocks.
 
     Args:
         out: the model directory; made if it is not there.
@@ -66,28 +65,28 @@ def make_synthetic(
     _check_folder(source)
     maker = SliceMaker(source, config, form)
     store = SliceStore(source.slices)
-    missing = {s: maker.manifest(s) for s in plan.shards if maker.stored(s, store) is None}
-    total = sum(manifest.nbytes for manifest in missing.values())
+    missing = [r for r, s in enumerate(plan.shards) if maker.stored(s, store) is None]
+    total = sum(maker.spec(plan.shards[rank]).nbytes for rank in missing)
     _check_room(store, total)
     _write_files(out, shape, config, seed)
     stop, lock, done = threading.Event(), threading.Lock(), 0
 
-    def make(shard: Shard) -> None:
+    def make(rank: int) -> None:
         before = 0
 
-        def report(written: int) -> None:
+        def report(step: Progress) -> None:
             nonlocal before, done
             if stop.is_set():
                 raise _StoppedError
             with lock:
-                done += written - before
-                before = written
+                done += step.done - before
+                before = step.done
                 progress(Progress("making slices", done, total))
 
-        keep_slice(missing[shard], _pieces(maker, seed, shard), store, report)
+        write_slice(maker, plan, rank, store, report)
 
     with ThreadPoolExecutor(_WRITERS) as pool:
-        futures = [pool.submit(make, shard) for shard in missing]
+        futures = [pool.submit(make, rank) for rank in missing]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
@@ -98,14 +97,6 @@ def make_synthetic(
             future.result()
     found = [maker.stored(shard, store) for shard in plan.shards]
     return [stored for stored in found if stored is not None]
-
-
-def _pieces(maker: SliceMaker, seed: int, shard: Shard) -> Iterator[SlicePiece]:
-    for index, block in enumerate(rank_blocks(maker.config, shard, maker.form)):
-        offset = 0
-        for piece in random_block(seed, shard, block):
-            yield index, offset, piece
-            offset += len(piece)
 
 
 def _check_folder(wanted: SyntheticCheckpoint) -> None:

@@ -23,7 +23,6 @@ from tpirt.cluster.worker_links import Connect, Switchboard, WorkerLinks
 from tpirt.collectives.links import LinkSet
 from tpirt.config import ModelConfig
 from tpirt.errors import (
-    ConfigError,
     HandshakeError,
     PeerLostError,
     StoreError,
@@ -36,18 +35,20 @@ from tpirt.protocol.messages import (
     PROTOCOL_VERSION,
     HelloReply,
     HelloRequest,
-    LackingReply,
-    LackingRequest,
+    InventoryReply,
+    InventoryRequest,
     PutUnitsReply,
     Setup,
     UnitChunk,
     decode_call,
     encode_call,
 )
-from tpirt.sharding.blocks import rank_blocks
 from tpirt.transport.base import Channel
+from tpirt.units import format_bytes
 from tpirt.version import __version__
-from tpirt.weights.store import Manifest, SliceStore, SliceWriter, StoredSlice
+from tpirt.weights.manifest import SliceOrder
+from tpirt.weights.store import SliceStore
+from tpirt.weights.writer import SliceWriter
 
 Log = Callable[[str], None]
 
@@ -87,27 +88,31 @@ class Worker:
         if method == "Hello":
             decode_call(HelloRequest, request, "caller")
             return encode_call(self._hello())
-        if method == "Lacking":
-            manifest = Manifest.from_json(decode_call(LackingRequest, request, "caller").manifest)
-            lacks = self._store.find(manifest.slice_id) is None
-            units = tuple(range(len(manifest.blocks))) if lacks else ()
-            return encode_call(LackingReply(units))
+        if method == "Inventory":
+            asked = decode_call(InventoryRequest, request, "caller")
+            return encode_call(await in_thread(self._inventory, asked))
         raise TransportError(f"unknown method {method}")
 
     async def receive(self, method: str, chunks: AsyncIterator[bytes]) -> bytes:
         """See :class:`tpirt.transport.base.PeerService`."""
         first = decode_call(UnitChunk, await anext(aiter(chunks), b""), "caller")
-        if not first.manifest:
-            raise TransportError("a slice must begin with its manifest")
-        manifest = Manifest.from_json(first.manifest)
+        if not first.order:
+            raise TransportError("an upload must begin with its order")
+        order = await in_thread(SliceOrder.from_json, first.order)
+        received = 0
         # Each call in a thread ends before the writer is left, also when the master goes away.
-        with self._store.write(manifest) as writer:
+        # Each call in a thread ends before the writer is left, also when the master goes away.
+        with await in_thread(SliceWriter, self._store, order.spec, order.digests) as writer:
             async for data in chunks:
                 chunk = decode_call(UnitChunk, data, "caller")
                 await in_thread(_write_chunk, writer, chunk)
+                received += len(chunk.data)
             stored = await in_thread(writer.commit)
-        self._log(f"received slice {manifest.slice_id} of {manifest.model}: {stored.path}")
-        return encode_call(PutUnitsReply(manifest.nbytes))
+        self._log(
+            f"received slice {stored.manifest.slice_id} of {stored.manifest.model}: {stored.path} "
+            f"({format_bytes(received)} of {format_bytes(stored.manifest.nbytes)} were missing)"
+        )
+        return encode_call(PutUnitsReply(received))
 
     async def session(self, channel: Channel) -> None:
         """See :class:`tpirt.transport.base.PeerService`."""
@@ -130,6 +135,16 @@ class Worker:
     async def link(self, channel: Channel) -> None:
         """See :class:`tpirt.transport.base.PeerService`."""
         await self._board.serve(channel)
+
+    def _inventory(self, asked: InventoryRequest) -> InventoryReply:
+        if asked.order:
+            order = SliceOrder.from_json(asked.order)
+            return InventoryReply(held=b"".join(self._store.inventory(order.spec, order.digests)))
+        try:
+            return InventoryReply(whole=self._store.find(asked.slice_id) is not None)
+        except StoreError as exc:  # damaged: the master sends it again
+            self._log(str(exc))
+            return InventoryReply()
 
     def _hello(self) -> HelloReply:
         return HelloReply(
@@ -176,15 +191,14 @@ class Worker:
 
     async def _prepare(self, setup: Setup, master: Link) -> Prepared:
         config = ModelConfig.from_json(setup.model_config)
-        stored = self._store.find(setup.shard_id)
+        stored = self._store.find(setup.slice_id)
         if stored is None:
-            raise StoreError(f"its store holds no shard {setup.shard_id}")
-        if stored.manifest.fingerprint != setup.model_fingerprint:
+            raise StoreError(f"its store holds no slice {setup.slice_id}")
+        if stored.manifest.spec.config != config:
             raise HandshakeError(
-                f"its shard is of model {stored.manifest.fingerprint}, the master runs "
-                f"{setup.model_fingerprint}; remove {stored.path}"
+                f"its slice {setup.slice_id} is of another model than the master runs; remove "
+                f"{stored.path}"
             )
-        _check_shard(stored, config)
         own, asked = self._memory_bytes, setup.memory_bytes
         limits = Limits(
             window_blocks=setup.window_blocks,
@@ -220,24 +234,7 @@ def _check_setup(setup: Setup) -> None:
         )
 
 
-def _check_shard(stored: StoredSlice, config: ModelConfig) -> None:
-    """Check that a shard's files are those which its manifest's model, dtype and plan ask for."""
-    manifest = stored.manifest
-    try:
-        form = manifest.form
-        blocks = rank_blocks(config, manifest.shard, form)
-        asked = Manifest.plan(manifest.fingerprint, manifest.model, form, manifest.shard, blocks)
-    except (ConfigError, ValueError, IndexError) as exc:
-        raise StoreError(f"{stored.path}: no shard of this model ({exc}); remove it") from exc
-    found = [(block.name, block.nbytes) for block in manifest.blocks]
-    if (manifest.slice_id, found) != (
-        asked.slice_id,
-        [(block.name, block.nbytes) for block in asked.blocks],
-    ):
-        raise StoreError(f"{stored.path}: its files are not those of this model; remove it")
-
-
 def _write_chunk(writer: SliceWriter, chunk: UnitChunk) -> None:
     if zlib.crc32(chunk.data) != chunk.crc32:
-        raise TransportError(f"slice block {chunk.unit} at {chunk.offset}: checksum mismatch")
+        raise TransportError(f"slice unit {chunk.unit} at {chunk.offset}: checksum mismatch")
     writer.write(chunk.unit, chunk.offset, chunk.data)

@@ -22,8 +22,9 @@ from tpirt.batch import Collective, Segment
 from tpirt.cluster.group import Group
 from tpirt.cluster.launcher import LocalPeers
 from tpirt.cluster.machine import default_threads
-from tpirt.cluster.provision import SliceMaker, distribute
+from tpirt.cluster.provision import distribute
 from tpirt.cluster.roster import profile_peers
+from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.cluster.tracing import TRACE_SPANS
 from tpirt.config import ModelConfig
 from tpirt.engine.defaults import GenerationDefaults
@@ -48,8 +49,9 @@ from tpirt.types import (
 )
 from tpirt.weights.checkpoint import Checkpoint, check_tensors, resolve_tied
 from tpirt.weights.names import EMBEDDING
+from tpirt.weights.source import ModelSource
 from tpirt.weights.store import SliceStore, default_store
-from tpirt.weights.synthetic import AnyCheckpoint, SyntheticCheckpoint, is_synthetic
+from tpirt.weights.synthetic import SyntheticCheckpoint, is_synthetic
 
 Prompt = str | Sequence[int] | Sequence[Message]
 
@@ -66,7 +68,7 @@ class Model:
     """
 
     config: ModelConfig
-    checkpoint: AnyCheckpoint
+    checkpoint: ModelSource
     embedding: str
     store: Path
     tokenizer: Tokenizer
@@ -462,7 +464,6 @@ def open_model(path: Path) -> Model:
     try:
         check_tensors(checkpoint, config)
         embedding, _ = resolve_tied(checkpoint, config)
-        _ = checkpoint.fingerprint
     except BaseException:
         checkpoint.close()
         raise
@@ -505,9 +506,8 @@ async def _load(
 ) -> None:
     """Provide every rank with its slice, and form the group."""
     makers = [SliceMaker(model.checkpoint, model.config, rank.form) for rank in deployment.ranks]
-    await distribute(makers, deployment.partition, store, clients, timeout_s, progress)
-    shards = deployment.partition.shards
-    manifests = [maker.manifest(shard) for maker, shard in zip(makers, shards, strict=True)]
+    partition = deployment.partition
+    manifests = await distribute(makers, partition, store, clients, timeout_s, progress)
     stored = store.find(manifests[0].slice_id)
     assert stored is not None
     await group.form(deployment, manifests, stored)

@@ -47,17 +47,17 @@ class Layout:
     def pack(self, levels: torch.Tensor, out: torch.Tensor) -> None:
         """Codes 0..15, one byte each, (k, m B), to ``out``, uint8 (m, k, B / 2)."""
         rows = levels.view(torch.uint8).view(len(levels), -1, self.block)
-        low, high = self._split(rows.transpose(0, 1))
+        low, high = self.split(rows.transpose(0, 1))
         torch.add(low, high, alpha=16, out=out)
 
     def unpack(self, codes: torch.Tensor, out: torch.Tensor) -> None:
         """Packed codes (m, k, B / 2) to levels -8..7 in ``out``, any float dtype (k, m B)."""
         rows = out.view(out.shape[0], codes.shape[0], self.block).permute(1, 0, 2)
-        low, high = self._split(rows)
+        low, high = self.split(rows)
         low.copy_((codes & 15).view(torch.int8).sub_(8))
         high.copy_((codes >> 4).view(torch.int8).sub_(8))
 
-    def _split(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows (..., B) of the low and of the high halves of the bytes."""
         if self.order == "halves":
             return rows[..., : self.block // 2], rows[..., self.block // 2 :]

@@ -53,18 +53,20 @@ class HelloReply:
 
 
 @dataclass(frozen=True)
-class LackingRequest:
-    manifest: str
+class InventoryRequest:
+    slice_id: str = ""
+    order: str = ""
 
 
 @dataclass(frozen=True)
-class LackingReply:
-    units: tuple[int, ...]
+class InventoryReply:
+    whole: bool = False
+    held: bytes = b""
 
 
 @dataclass(frozen=True)
 class UnitChunk:
-    manifest: str = ""
+    order: str = ""
     unit: int = 0
     offset: int = 0
     crc32: int = 0
@@ -81,7 +83,7 @@ class Setup:
     protocol_version: int
     model_fingerprint: str
     model_config: str
-    shard_id: str
+    slice_id: str
     rank: int
     world_size: int
     window_blocks: int | None
@@ -220,8 +222,8 @@ class LinkQuality:
 _PROTO: dict[type, type[ProtoMessage]] = {
     HelloRequest: pb.HelloRequest,
     HelloReply: pb.HelloReply,
-    LackingRequest: pb.LackingRequest,
-    LackingReply: pb.LackingReply,
+    InventoryRequest: pb.InventoryRequest,
+    InventoryReply: pb.InventoryReply,
     UnitChunk: pb.UnitChunk,
     PutUnitsReply: pb.PutUnitsReply,
     Setup: pb.Setup,

@@ -31,6 +31,10 @@ from tpirt.sharding.partition import Shard, Span
 # resident, for every piece is two more matrix products.
 _PIECE_BYTES = 16 << 20
 
+# Blocks of the LM head begin at multiples of this many rows, where their size allows: every plan
+# then cuts it at places that other plans can use.
+HEAD_ROWS = 64
+
 # Pieces begin at multiples of this many columns: whole groups of 4-bit codes, whole vectors.
 _PIECE_COLUMNS = 128
 
@@ -43,6 +47,7 @@ class Split(Enum):
     MLP_ROWS = "colwise by MLP column"
     Q_COLUMNS = "rowwise by query head"
     MLP_COLUMNS = "rowwise by MLP column"
+    VOCABULARY_ROWS = "colwise by token, on rank 0"
     REPLICATED = "whole on every rank"
     FIRST_RANK = "whole on rank 0: a row-parallel bias is added once"
 
@@ -106,12 +111,13 @@ class Piece:
     """A rectangle of a checkpoint tensor; ``columns`` is None for a vector.
 
     ``source`` is the name without the ``model.`` prefix; ``lm_head.weight`` and ``norm.weight``
-    are global, the others begin with ``layers.N.``.
+    are global, the others begin with ``layers.N.``. ``split`` is how its tensor is divided.
     """
 
     source: str
     rows: Span
     columns: Span | None
+    split: Split = Split.REPLICATED
 
     @property
     def stops(self) -> tuple[int, ...]:
@@ -238,7 +244,8 @@ def _piece(config: ModelConfig, shard: Shard, source: str, split: Split) -> Piec
             columns = shard.q_heads.scaled(head)
         case Split.MLP_COLUMNS:
             columns = shard.columns
-    return Piece(source, rows, None if source.endswith((".bias", "norm.weight")) else columns)
+    vector = source.endswith((".bias", "norm.weight"))
+    return Piece(source, rows, None if vector else columns, split)
 
 
 def _whole(config: ModelConfig, source: str) -> tuple[Span, Span]:
@@ -255,12 +262,14 @@ def _head_blocks(config: ModelConfig, form: WeightFormat, limit_bytes: int) -> I
     )
 
     def head(rows: Span) -> StoredTensor:
-        pieces = (Piece("lm_head.weight", rows, whole),)
+        pieces = (Piece("lm_head.weight", rows, whole, Split.VOCABULARY_ROWS),)
         shape = (rows.size, config.hidden_size)
         return StoredTensor("lm_head.weight", shape, form.dtype, pieces, form.head_quant)
 
     spare = limit_bytes - round_up(norm.nbytes, ALIGN)
     rows_per_block = max(1, spare // head(Span(0, 1)).nbytes)
+    if rows_per_block > HEAD_ROWS:
+        rows_per_block -= rows_per_block % HEAD_ROWS
     for index, start in enumerate(range(0, config.vocab_size, rows_per_block)):
         weight = head(Span(start, min(start + rows_per_block, config.vocab_size)))
         yield Block(f"head.{index}", (norm, weight) if index == 0 else (weight,))

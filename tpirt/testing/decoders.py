@@ -15,7 +15,8 @@ import torch
 
 from tpirt.batch import Batch, Collective, Segment
 from tpirt.cluster.kernels import choose_kernels
-from tpirt.cluster.provision import SliceMaker, write_slice
+from tpirt.cluster.provision import write_slice
+from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.collectives.context import StepContext
 from tpirt.config import ModelConfig
 from tpirt.model.decoder import Decoder

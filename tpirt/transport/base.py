@@ -97,7 +97,7 @@ class PeerService(Protocol):
     """
 
     async def answer(self, method: str, request: bytes) -> bytes:
-        """Answer a request: ``Hello`` or ``Lacking``."""
+        """Answer a request: ``Hello`` or ``Inventory``."""
 
     async def receive(self, method: str, chunks: AsyncIterator[bytes]) -> bytes:
         """Take an upload: ``PutUnits``."""

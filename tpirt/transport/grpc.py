@@ -191,7 +191,7 @@ class GrpcPeerServer:
 
         return {
             "Hello": answer("Hello"),
-            "Lacking": answer("Lacking"),
+            "Inventory": answer("Inventory"),
             "PutUnits": grpc.stream_unary_rpc_method_handler(put_units),
             "Session": grpc.stream_stream_rpc_method_handler(session),
             "Link": grpc.stream_stream_rpc_method_handler(link),

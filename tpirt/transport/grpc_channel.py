@@ -35,7 +35,7 @@ _T = TypeVar("_T")
 RETRY_S = 0.25
 _LAST_WORDS_S = 0.5  # for what a call still brings after a write has failed
 MESSAGE_BYTES = 1 << 20  # of a stream's bytes, or of an upload, in one gRPC message
-_MESSAGE_LIMIT = MESSAGE_BYTES + (64 << 10)  # a chunk of an upload is wrapped
+_MESSAGE_LIMIT = 4 << 20  # of requests and uploads: the digests of a large model's units
 _KEEPALIVE_MS = 2_000
 # Far above what a slow link may take: heartbeats tell whether a peer is alive, not these pings.
 _KEEPALIVE_TIMEOUT_MS = 120_000

@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Self
@@ -21,6 +20,10 @@ import torch
 from tpirt.config import ModelConfig
 from tpirt.errors import CheckpointError
 from tpirt.ops.buffers import tensor_bytes
+from tpirt.sharding.blocks import Block
+from tpirt.sharding.partition import Shard
+from tpirt.types import ProgressCallback, ignore_progress
+from tpirt.weights.fingerprint import content_digest
 from tpirt.weights.header import (
     TensorInfo,
     checkpoint_error,
@@ -39,6 +42,7 @@ from tpirt.weights.names import (
     name_prefix,
     unprefixed_name,
 )
+from tpirt.weights.slicer import slice_bytes
 
 __all__ = [
     "Checkpoint",
@@ -58,8 +62,6 @@ PIECE_BYTES = 1 << 20  # whole rows held at once while columns are cut out of th
 # long as some 170 KiB in sequence (NVMe, 60 us against 2.8 GB/s), and warm ones are no faster.
 SKIP_BYTES = 128 << 10
 _READ_BYTES = 1 << 28  # one system call (the kernels' own limits are just below 2 GiB)
-_SAMPLE_WHOLE_BYTES = 64 << 10
-_SAMPLE_PIECE_BYTES = 1 << 10
 
 
 class Checkpoint:
@@ -74,11 +76,14 @@ class Checkpoint:
         prefix: what decoder tensor names begin with, ``model.`` or nothing.
     """
 
+    divisible = True
+
     def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], fds: dict[Path, int]):
         self.path = path
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
         self.prefix = name_prefix(self.tensors)
         self._fds = fds
+        self._content: str | None = None
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -125,26 +130,42 @@ class Checkpoint:
     ) -> None:
         self.close()
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Identify the model's content: 32 hex digits of a SHA-256.
 
         Covers what :class:`ModelConfig` reads of config.json, every tensor's name, dtype and
-        shape, and samples of its data (all of it up to 64 KiB, else 1 KiB at start, middle and
-        end). The same weights sharded differently have the same fingerprint. Costs at most three
-        small reads a tensor; computed when first asked for.
+        shape, and all of its bytes. The same weights sharded differently have the same
+        fingerprint. Call :meth:`hash_content` first, in a thread: otherwise the first use hashes.
 
         Raises:
             CheckpointError: config.json missing or broken; a read failed.
             ConfigError: config.json is not supported.
         """
-        digest = hashlib.sha256(ModelConfig.from_dir(self.path).to_json().encode())
-        for name in sorted(self.tensors):
-            info = self.tensors[name]
-            digest.update(json.dumps([name, str(info.dtype), info.shape]).encode())
-            for start, count in _samples(info.nbytes):
-                digest.update(self._read_bytes(info, start, count))
-        return digest.hexdigest()[:32]
+        if self._content is None:
+            self.hash_content()
+        assert self._content is not None
+        config = ModelConfig.from_dir(self.path).to_json()
+        return hashlib.sha256(f"{config}{self._content}".encode()).hexdigest()[:32]
+
+    def hash_content(self, progress: ProgressCallback = ignore_progress) -> None:
+        """Hash all tensors, unless the files are those that were hashed before.
+
+        What was hashed is remembered in the user's cache folder with every file's size, inode and
+        times of change; see :mod:`tpirt.weights.fingerprint`. Reads at the disk's speed.
+
+        Raises:
+            CheckpointError: a read failed or came short.
+        """
+        if self._content is None:
+            self._content = content_digest(self.tensors.values(), self._fds, self._fill, progress)
+
+    def cut(
+        self, config: ModelConfig, shard: Shard, blocks: Iterable[Block]
+    ) -> Generator[tuple[int, int, memoryview]]:
+        """Yield the files of ``blocks``; see :func:`tpirt.weights.slicer.slice_bytes`."""
+        _, head = resolve_tied(self, config)
+        return slice_bytes(self, head, blocks)
 
     def source_name(self, name: str, head_name: str) -> str:
         """Map an unprefixed name to this checkpoint's own.
@@ -277,11 +298,6 @@ class Checkpoint:
             return self.tensors[name]
         except KeyError:
             raise checkpoint_error(self.path, f"{name}: no such tensor") from None
-
-    def _read_bytes(self, info: TensorInfo, start: int, count: int) -> bytearray:
-        content = bytearray(count)
-        self._fill(info, start, memoryview(content))
-        return content
 
     def _fill(self, info: TensorInfo, start: int, target: memoryview) -> None:
         """Read the tensor's bytes from ``start`` on until ``target`` is full."""
@@ -447,15 +463,6 @@ def _check_index(path: Path, index: Mapping[str, str], tensors: Mapping[str, Ten
 
 def _row_bytes(info: TensorInfo) -> int:
     return info.nbytes // info.shape[0] if info.shape[0] else 0
-
-
-def _samples(nbytes: int) -> Iterator[tuple[int, int]]:
-    if nbytes <= _SAMPLE_WHOLE_BYTES:
-        yield 0, nbytes
-        return
-    size = _SAMPLE_PIECE_BYTES
-    for start in (0, (nbytes - size) // 2, nbytes - size):
-        yield start, size
 
 
 def _check_matrix(info: TensorInfo) -> None:

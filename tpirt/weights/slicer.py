@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,8 +25,10 @@ from tpirt.ops.quant import Scheme
 from tpirt.ops.quant_layout import local_regions, quantize_rows
 from tpirt.ops.quant_rounding import Workspace, rows_at_once
 from tpirt.sharding.blocks import Block, Piece, StoredTensor
-from tpirt.weights.checkpoint import Checkpoint
 from tpirt.weights.layout import block_header
+
+if TYPE_CHECKING:
+    from tpirt.weights.checkpoint import Checkpoint
 
 PIECE_BYTES = 4 << 20
 

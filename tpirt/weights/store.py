@@ -1,131 +1,50 @@
 """The slice store: a folder with one folder per slice, a manifest and its block files in each.
 
-A slice is written beside its final place and renamed when it is whole and on disk; a crash at any
-moment leaves the old store or the new one. Its id says which bytes it holds, so it is found again
-whatever the plan that asks for it.
+Slices are immutable: a slice's id covers its content, and its folder appears by one rename when
+everything is on disk. A crash leaves the slice whole or not there at all. Blocks that two slices
+have in common are hard links to one file. A slice whose plan changed is assembled from the units of
+the slices that are here; only units that none of them contains have to come from elsewhere.
+
+The folder ``known`` has the digests of units that this machine cut, or saw being cut, as a master:
+what a worker claims to hold is compared with them. See docs/store.md.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Generator, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
 
-import psutil
+import torch
 import xxhash
 
 from tpirt.errors import StoreError
 from tpirt.ops.buffers import page_buffer, tensor_bytes
-from tpirt.sharding.blocks import Block
-from tpirt.sharding.format import WeightFormat
-from tpirt.sharding.partition import Shard, Span
+from tpirt.sharding.units import Unit
 from tpirt.types import Progress, ProgressCallback, ignore_progress
-from tpirt.weights.layout import file_bytes
+from tpirt.weights.fingerprint import cache_folder
+from tpirt.weights.locks import Lock, lock, try_lock
+from tpirt.weights.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    NO_DIGEST,
+    BlockFile,
+    Manifest,
+    SliceSpec,
+    parse_fields,
+    unit_digest,
+)
 from tpirt.weights.reader import buffer_bytes, read_file
-
-FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
-PIECE_BYTES = 4 << 20  # of a stored file, handed on at once
-
-# A part of a slice: index of the block, offset in the block's file, bytes.
-SlicePiece = tuple[int, int, memoryview]
+from tpirt.weights.unit_bytes import BlockUnits
 
 _PARTIAL = ".partial-"
+_KNOWN = "known"
 _SLICE_ID = re.compile(r"[0-9a-f]{24}")
-_BLOCK_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,99}", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class BlockFile:
-    """One block file of a slice; ``xxh3_128`` of its bytes is empty until it was written."""
-
-    name: str
-    nbytes: int
-    xxh3_128: str = ""
-
-    @property
-    def file(self) -> str:
-        return f"{self.name}.safetensors"
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a slice holds, and in which form; see :class:`tpirt.sharding.format.WeightFormat`."""
-
-    slice_id: str
-    fingerprint: str
-    model: str
-    dtype: str
-    quantize: str
-    layout: str
-    shard: Shard
-    blocks: tuple[BlockFile, ...]
-
-    @classmethod
-    def plan(
-        cls,
-        fingerprint: str,
-        model: str,
-        form: WeightFormat,
-        shard: Shard,
-        blocks: Iterable[Block],
-    ) -> Manifest:
-        """Describe a slice that is yet to be written."""
-        files = tuple(BlockFile(block.name, file_bytes(block)) for block in blocks)
-        identity = json.dumps([FORMAT_VERSION, fingerprint, form.names, asdict(shard)])
-        slice_id = hashlib.sha256(identity.encode()).hexdigest()[:24]
-        return cls(slice_id, fingerprint, model, *form.names, shard, files)
-
-    @property
-    def form(self) -> WeightFormat:
-        """The form of the weights.
-
-        Raises:
-            ConfigError: one that this version does not know.
-        """
-        return WeightFormat.named(self.dtype, self.quantize, self.layout)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(block.nbytes for block in self.blocks)
-
-    def to_json(self) -> str:
-        """Serialise; :meth:`from_json` gives an equal manifest back."""
-        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1)
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Manifest:
-        """Parse a manifest.
-
-        Raises:
-            StoreError: not a manifest, one of another format version, or one whose names lead
-                outside its folder.
-        """
-        try:
-            fields: dict[str, Any] = json.loads(text)
-            version = fields.pop("format_version")
-            if version != FORMAT_VERSION:
-                raise StoreError(
-                    f"slice manifest of format {version}, this tpirt reads {FORMAT_VERSION}"
-                )
-            shard = dict(fields.pop("shard"))
-            first = bool(shard.pop("first"))
-            spans = {name: Span(*map(int, span)) for name, span in shard.items()}
-            blocks = tuple(BlockFile(**block) for block in fields.pop("blocks"))
-            manifest = cls(shard=Shard(**spans, first=first), blocks=blocks, **fields)
-        except (ValueError, KeyError, TypeError, AttributeError) as exc:
-            raise StoreError(f"not a slice manifest: {exc}") from exc
-        _check_names(manifest)
-        return manifest
 
 
 @dataclass(frozen=True)
@@ -149,27 +68,43 @@ class StoredSlice:
         if got != expected:
             raise StoreError(
                 f"{self.block_path(index)}: expected checksum {expected}, got {got}: its bytes "
-                f"have changed since they were written; remove {self.path}, and have it made anew"
+                f"have changed since they were written; remove {self.path}; it will be recreated"
             )
 
-    def pieces(self) -> Generator[SlicePiece]:
-        """Yield the bytes of all block files in order, past the file cache, 4 MiB at a time.
-
-        A piece is valid until the next one is asked for. A file's checksum is compared with the
-        manifest's before its first piece.
+    def hold(self) -> Lock:
+        """Keep the slice from being removed until the lock is released.
 
         Raises:
-            StoreError: a file is missing, cannot be read, or is not what was written; names it.
+            StoreError: it is being removed now.
         """
-        largest = max(block.nbytes for block in self.manifest.blocks)
-        buffer = tensor_bytes(page_buffer(buffer_bytes(largest)))
-        for index, block in enumerate(self.manifest.blocks):
-            _check_size(self.path, block)
-            read_file(self.block_path(index), buffer[: buffer_bytes(block.nbytes)], block.nbytes)
-            content = buffer[: block.nbytes]
-            self.check(index, content)
-            for offset in range(0, block.nbytes, PIECE_BYTES):
-                yield index, offset, content[offset : offset + PIECE_BYTES]
+        held = lock(self.path / MANIFEST, shared=True)
+        if held is None:
+            raise StoreError(f"{self.path}: is being removed; start again")
+        return held
+
+    def read_block(self, index: int) -> torch.Tensor:
+        """Read and check one block file; uint8 (nbytes,), page-aligned.
+
+        Raises:
+            StoreError: it is missing, cannot be read, or is not what was written; names it.
+        """
+        block = self.manifest.blocks[index]
+        _check_size(self.path, block)
+        buffer = page_buffer(buffer_bytes(block.nbytes))
+        read_file(self.block_path(index), tensor_bytes(buffer), block.nbytes)
+        self.check(index, tensor_bytes(buffer)[: block.nbytes])
+        return buffer[: block.nbytes]
+
+    def units(self, index: int, units: Sequence[Unit]) -> Iterator[tuple[Unit, memoryview]]:
+        """Read units of one block; a slice of another plan may have them at other places.
+
+        Raises:
+            StoreError: the file cannot be read, or is not what was written; names it.
+        """
+        block, content = self.manifest.spec.blocks[index], self.read_block(index)
+        view = BlockUnits(block, content[len(content) - block.nbytes :])
+        for unit in units:
+            yield unit, view.get(unit)
 
     def verify(self, progress: ProgressCallback = ignore_progress) -> None:
         """Read every block file and compare its checksum with the manifest's.
@@ -178,28 +113,120 @@ class StoredSlice:
             StoreError: a file is missing, cannot be read, or is not what was written; names it.
         """
         done = 0
-        for _, _, data in self.pieces():
-            done += len(data)
+        for index, block in enumerate(self.manifest.blocks):
+            self.read_block(index)
+            done += block.nbytes
             progress(Progress("verifying", done, self.manifest.nbytes))
+
+
+@dataclass(frozen=True)
+class UnusableSlice:
+    """A folder whose manifest this tpirt does not read.
+
+    ``outdated`` if it is of an older format; otherwise it is of a newer one, or damaged.
+    """
+
+    path: Path
+    slice_id: str
+    model: str
+    reason: str
+    outdated: bool
+
+
+@dataclass(frozen=True)
+class UnitPlace:
+    """Where one unit lies: a block of a slice, and the unit as that block has it."""
+
+    stored: StoredSlice
+    block: int
+    unit: Unit
+    digest: bytes
+
+
+class UnitIndex:
+    """Where the units of one model in one form lie in a store."""
+
+    def __init__(self, slices: Sequence[StoredSlice], space: str):
+        self._places: dict[str, list[UnitPlace]] = {}
+        self._files: dict[str, tuple[StoredSlice, int]] = {}
+        for stored in slices:
+            if stored.manifest.spec.space == space:
+                self._add(stored)
+
+    def find(self, key: str, digest: bytes = NO_DIGEST) -> UnitPlace | None:
+        """Find a unit by key; with a digest, only one of that content."""
+        for place in self._places.get(key, ()):
+            if digest in (NO_DIGEST, place.digest):
+                return place
+        return None
+
+    def file(self, content: str) -> tuple[StoredSlice, int] | None:
+        """Find a block file with exactly this content: its slice and index."""
+        return self._files.get(content)
+
+    def digest(self, key: str, known: bytes) -> bytes:
+        """The digest of a unit that is here, the known one if possible; NO_DIGEST without any."""
+        place = self.find(key, known) or self.find(key)
+        return NO_DIGEST if place is None else place.digest
+
+    def read(self, wanted: Mapping[Unit, UnitPlace]) -> Iterator[tuple[Unit, memoryview]]:
+        """Read units, each block file once, and compare their digests.
+
+        Args:
+            wanted: units as the caller's block has them, and where they lie.
+
+        Raises:
+            StoreError: a file cannot be read, or is not what was written; names it.
+        """
+        by_file: dict[tuple[Path, int], list[tuple[Unit, UnitPlace]]] = {}
+        for unit, place in wanted.items():
+            by_file.setdefault((place.stored.path, place.block), []).append((unit, place))
+        for (_, index), entries in by_file.items():
+            stored = entries[0][1].stored
+            read = stored.units(index, [place.unit for _, place in entries])
+            for (unit, place), (_, content) in zip(entries, read, strict=True):
+                if unit_digest(content) != place.digest:
+                    raise StoreError(
+                        f"{stored.block_path(index)}: {unit.key} is not what its manifest says; "
+                        f"remove {stored.path}; it will be recreated"
+                    )
+                yield unit, content
+
+    def _add(self, stored: StoredSlice) -> None:
+        units = stored.manifest.spec.units
+        digests = iter(stored.manifest.digests)
+        for index, block in enumerate(stored.manifest.blocks):
+            theirs = [(unit, next(digests)) for unit in units[index]]
+            with contextlib.suppress(StoreError):  # a damaged file contains nothing
+                _check_size(stored.path, block)
+                self._files.setdefault(block.content, (stored, index))
+                for unit, digest in theirs:
+                    place = UnitPlace(stored, index, unit, digest)
+                    self._places.setdefault(unit.key, []).append(place)
 
 
 def default_store() -> Path:
     """``$XDG_CACHE_HOME/tpirt/slices``, by default under ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tpirt" / "slices"
+    return cache_folder() / "slices"
 
 
 class SliceStore:
-    """Finds and writes slices under one folder."""
+    """Finds slices under one folder; :class:`tpirt.weights.writer.SliceWriter` writes them.
 
-    def __init__(self, root: Path):
+    Args:
+        root: the folder; need not exist.
+        limit_bytes: most bytes that it may take; None for no limit but the disk's.
+    """
+
+    def __init__(self, root: Path, limit_bytes: int | None = None):
         self.root = root
+        self.limit_bytes = limit_bytes
 
     def find(self, slice_id: str) -> StoredSlice | None:
         """Look a slice up by id, in the store's folder itself and in the folders within it.
 
         The folders ``rank0``, ``rank1`` ... that ``tpirt split`` writes are looked into as well.
-        Files are checked by presence and size. What is no manifest of ours is passed by, except
-        in the slice's own folder.
+        Files are checked by presence and size.
 
         Raises:
             StoreError: the slice is there but damaged: its manifest broken, or a file of it
@@ -216,7 +243,8 @@ class SliceStore:
                     raise
                 continue
             if manifest is not None and manifest.slice_id == slice_id:
-                _check_files(folder, manifest)
+                for block in manifest.blocks:
+                    _check_size(folder, block)
                 return StoredSlice(folder, manifest)
         return None
 
@@ -230,41 +258,122 @@ class SliceStore:
                     found.append(StoredSlice(folder, manifest))
         return found
 
-    def matching(self, ids: Sequence[str]) -> list[StoredSlice]:
+    def unusable(self) -> list[UnusableSlice]:
+        """Folders of slices that cannot be used: of another format version, or damaged."""
+        found = []
+        for folder in self._folders():
+            try:
+                _read_manifest(folder)
+            except StoreError as exc:
+                if (entry := _unusable(folder, str(exc))) is not None:
+                    found.append(entry)
+        return found
+
+    def matching(self, ids: Sequence[str]) -> list[StoredSlice | UnusableSlice]:
         """The slices whose ids begin with one of ``ids``; all of them without any.
 
         Raises:
             StoreError: an id that no slice here has.
         """
-        slices = self.slices()
+        named: list[tuple[str, StoredSlice | UnusableSlice]] = [
+            *((stored.manifest.slice_id, stored) for stored in self.slices()),
+            *((each.slice_id, each) for each in self.unusable()),
+        ]
         for wanted in ids:
-            if not any(s.manifest.slice_id.startswith(wanted) for s in slices):
+            if not any(slice_id.startswith(wanted) for slice_id, _ in named):
                 raise StoreError(f"{self.root}: no slice {wanted!r}; `tpirt store ls` lists them")
-        return [s for s in slices if not ids or s.manifest.slice_id.startswith(tuple(ids))]
+        return [each for slice_id, each in named if not ids or slice_id.startswith(tuple(ids))]
 
-    def remove(self, stored: StoredSlice) -> None:
+    def remove(self, stored: StoredSlice | UnusableSlice) -> None:
         """Remove a slice, its manifest first: what is left of it then is no slice.
 
         Raises:
-            StoreError: the folder cannot be changed.
+            StoreError: a session uses it; the folder cannot be changed.
         """
+        held = lock(stored.path / MANIFEST)
+        if held is None:
+            raise StoreError(f"{stored.path}: a running session uses it; end that first")
         try:
             (stored.path / MANIFEST).unlink()
-            if stored.path == self.root:
+            if stored.path != self.root:
+                shutil.rmtree(stored.path)
+            elif isinstance(stored, StoredSlice):
                 for block in stored.manifest.blocks:
                     (stored.path / block.file).unlink(missing_ok=True)
-            else:
-                shutil.rmtree(stored.path)
         except OSError as exc:
             raise StoreError(f"{stored.path}: cannot be removed: {exc.strerror}") from exc
+        finally:
+            held.release()
 
-    def write(self, manifest: Manifest) -> SliceWriter:
-        """Begin a new slice; use as a context manager, then :meth:`SliceWriter.commit`.
+    def index(self, spec: SliceSpec) -> UnitIndex:
+        """Where the units that ``spec`` may consist of lie here."""
+        return UnitIndex(self.slices(), spec.space)
 
-        Raises:
-            StoreError: the folder cannot be written, or the disk has too little room.
+    def inventory(self, spec: SliceSpec, known: Sequence[bytes] = ()) -> list[bytes]:
+        """The digest of each of a slice's units that is here, NO_DIGEST for those that are not.
+
+        Args:
+            spec: of the slice.
+            known: the digests that are wanted, as far as they are known; of two contents for one
+                key, the wanted one is reported.
         """
-        return SliceWriter(self, manifest)
+        index = self.index(spec)
+        wanted = known or [NO_DIGEST] * len(spec.places)
+        return [
+            index.digest(unit.key, digest)
+            for (_, unit), digest in zip(spec.places, wanted, strict=True)
+        ]
+
+    # -- what is known of units, wherever they are -------------------------------------------
+
+    def known(self, spec: SliceSpec) -> list[bytes]:
+        """The digests of a slice's units as this machine cut them; NO_DIGEST for unknown ones."""
+        for folder in self._known_folders():
+            with contextlib.suppress(StoreError):
+                manifest = _read_manifest(folder, f"{spec.key}.json")
+                if manifest is not None and manifest.spec.key == spec.key:
+                    return manifest.digests
+        known: dict[str, bytes] = {}
+        for folder in self._known_folders():
+            for path in sorted(folder.glob("*.json")):
+                with contextlib.suppress(StoreError):
+                    manifest = _read_manifest(folder, path.name)
+                    if manifest is not None and manifest.spec.space == spec.space:
+                        keys = (unit.key for _, unit in manifest.spec.places)
+                        known.update(zip(keys, manifest.digests, strict=True))
+        return [known.get(unit.key, NO_DIGEST) for _, unit in spec.places]
+
+    def remember(self, manifest: Manifest) -> None:
+        """Keep a slice's digests for :meth:`known`; a store that cannot be written costs a cut."""
+        folder = self.root / _KNOWN
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / f"{manifest.spec.key}.json", manifest.to_json())
+
+    def own_bytes(self, slices: Sequence[StoredSlice]) -> dict[Path, int]:
+        """By folder, the bytes that removing the slice would free: files no other one links to."""
+        own = {}
+        for stored in slices:
+            sizes = 0
+            for block in stored.manifest.blocks:
+                with contextlib.suppress(OSError):
+                    found = (stored.path / block.file).stat()
+                    sizes += found.st_size if found.st_nlink == 1 else 0
+            own[stored.path] = sizes
+        return own
+
+    def bytes_used(self) -> int:
+        """Bytes of all files under the folder; files with several links count once."""
+        sizes: dict[tuple[int, int], int] = {}
+        for folder, _, files in os.walk(self.root):
+            for name in files:
+                with contextlib.suppress(OSError):
+                    found = os.lstat(os.path.join(folder, name))
+                    sizes[found.st_dev, found.st_ino] = found.st_size
+        return sum(sizes.values())
+
+    def _known_folders(self) -> list[Path]:
+        return [self.root / _KNOWN, *sorted(self.root.glob(f"rank*/{_KNOWN}"))]
 
     def _folders(self) -> list[Path]:
         try:
@@ -274,132 +383,60 @@ class SliceStore:
             return []
 
 
-class SliceWriter:
-    """Writes one slice, block after block; nothing of it is visible before ``commit``."""
-
-    def __init__(self, store: SliceStore, manifest: Manifest):
-        self.manifest = manifest
-        self._root = store.root
-        self._done: list[BlockFile] = []
-        self._file: BinaryIO | None = None
-        self._digest = xxhash.xxh3_128()
-        self._offset = 0
-        try:
-            self._root.mkdir(parents=True, exist_ok=True)
-            _remove_stale(self._root)
-            free = shutil.disk_usage(self._root).free
-            if free < manifest.nbytes:
-                raise StoreError(
-                    f"{self._root}: the slice needs {manifest.nbytes:,} bytes, the disk has "
-                    f"{free:,} free; make room or choose another --store"
-                )
-            # A folder of its own: the same slice may be coming from two sides at once.
-            prefix, suffix = f"{_PARTIAL}{manifest.slice_id}-", f"-{os.getpid()}"
-            self._path = Path(tempfile.mkdtemp(suffix, prefix, self._root))
-            self._path.chmod(0o755)
-        except OSError as exc:
-            raise _write_error(self._root, exc) from exc
-
-    def __enter__(self) -> SliceWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # a full disk refuses what is still buffered
-                self._file.close()
-        shutil.rmtree(self._path, ignore_errors=True)
-
-    def write(self, block: int, offset: int, data: bytes | memoryview) -> None:
-        """Append ``data``, the bytes of block file ``block`` from ``offset`` on.
-
-        Raises:
-            StoreError: out of order, beyond the block's size, or the disk refused.
-        """
-        expected = (len(self._done), self._offset)
-        if (block, offset) != expected or block >= len(self.manifest.blocks):
-            raise StoreError(f"slice data out of order: expected {expected}, got {block, offset}")
-        entry = self.manifest.blocks[block]
-        if offset + len(data) > entry.nbytes:
-            raise StoreError(f"{entry.name}: more than {entry.nbytes} bytes came")
-        try:
-            if self._file is None:
-                self._file = open(self._path / entry.file, "wb")  # noqa: SIM115
-            self._file.write(data)
-            self._digest.update(data)
-            self._offset += len(data)
-            if self._offset == entry.nbytes:
-                self._end_block(entry)
-        except OSError as exc:
-            raise _write_error(self._root, exc) from exc
-
-    def commit(self) -> StoredSlice:
-        """Make the slice visible, after everything of it is on disk.
-
-        Raises:
-            StoreError: blocks are missing, or the disk refused.
-        """
-        if len(self._done) != len(self.manifest.blocks):
-            missing = self.manifest.blocks[len(self._done)].name
-            raise StoreError(f"the slice ends early: {missing} is missing")
-        manifest = Manifest(**{**vars(self.manifest), "blocks": tuple(self._done)})
-        target = self._root / manifest.slice_id
-        aside: Path | None = None
-        try:
-            with open(self._path / MANIFEST, "w", encoding="utf-8") as file:
-                file.write(manifest.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            _sync_folder(self._path)
-            if target.exists():  # damaged, or written by someone else meanwhile
-                aside = Path(tempfile.mkdtemp(f"-{os.getpid()}", _PARTIAL, self._root))
-                os.rename(target, aside / "old")
-            os.rename(self._path, target)
-            _sync_folder(self._root)
-            if aside is not None:
-                shutil.rmtree(aside, ignore_errors=True)
-        except OSError as exc:
-            raise _write_error(self._root, exc) from exc
-        return StoredSlice(target, manifest)
-
-    def _end_block(self, entry: BlockFile) -> None:
-        assert self._file is not None
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._done.append(BlockFile(entry.name, entry.nbytes, self._digest.hexdigest()))
-        self._file, self._offset, self._digest = None, 0, xxhash.xxh3_128()
+def remove_leftovers(root: Path) -> None:
+    """Remove what writers left that no longer live, on this host or another one."""
+    for path in root.glob(f"{_PARTIAL}*"):
+        held = try_lock(path)
+        if held is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            held.release()
 
 
-def _check_names(manifest: Manifest) -> None:
-    """Refuse what would be written outside the slice's folder: a manifest may be a stranger's."""
-    if not (isinstance(manifest.slice_id, str) and _SLICE_ID.fullmatch(manifest.slice_id)):
-        raise StoreError(f"slice manifest with an id that is none: {manifest.slice_id!r}")
-    names = [block.name for block in manifest.blocks]
-    for block in manifest.blocks:
-        if not (isinstance(block.name, str) and _BLOCK_NAME.fullmatch(block.name)):
-            raise StoreError(f"slice manifest names a file outside its folder: {block.name!r}")
-        if type(block.nbytes) is not int or block.nbytes <= 0:
-            raise StoreError(f"slice manifest: {block.name} of {block.nbytes!r} bytes")
-    if not names or len(set(names)) < len(names):
-        raise StoreError("slice manifest: expected blocks of different names")
+def new_partial(root: Path, name: str) -> tuple[Path, Lock]:
+    """Make a folder that is locked as long as its writer lives."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{name}-", dir=root))
+        held = lock(path)
+        if held is not None and path.exists():  # not taken for a leftover in between
+            path.chmod(0o755)
+            return path, held
 
 
-def _read_manifest(folder: Path) -> Manifest | None:
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file; a crash leaves the old or the new one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def _read_manifest(folder: Path, name: str = MANIFEST) -> Manifest | None:
     try:
-        return Manifest.from_json((folder / MANIFEST).read_bytes())
+        return Manifest.from_json((folder / name).read_bytes())
     except OSError:
         return None
     except StoreError as exc:
         raise StoreError(
-            f"{folder / MANIFEST}: {exc}; remove the folder, it will be made anew"
+            f"{folder / name}: {exc}; remove the folder; it will be recreated"
         ) from exc
 
 
-def _check_files(folder: Path, manifest: Manifest) -> None:
-    for block in manifest.blocks:
-        _check_size(folder, block)
+def _unusable(folder: Path, reason: str) -> UnusableSlice | None:
+    """Recognise a slice's folder by what all format versions have in common."""
+    try:
+        fields = parse_fields((folder / MANIFEST).read_bytes())
+    except (OSError, StoreError):
+        fields = {}
+    if not _SLICE_ID.fullmatch(folder.name) and "format_version" not in fields:
+        return None  # somebody else's manifest.json
+    version = fields.get("format_version")
+    outdated = isinstance(version, int) and version < FORMAT_VERSION
+    if outdated:
+        reason = "written by an older tpirt; it is remade, remove it with `tpirt store rm`"
+    slice_id = str(fields.get("slice_id", folder.name))
+    return UnusableSlice(folder, slice_id, str(fields.get("model", "")), reason, outdated)
 
 
 def _check_size(folder: Path, block: BlockFile) -> None:
@@ -407,28 +444,9 @@ def _check_size(folder: Path, block: BlockFile) -> None:
     try:
         size = path.stat().st_size
     except OSError as exc:
-        raise StoreError(f"{path}: {exc.strerror}; remove {folder} and start again") from exc
+        raise StoreError(f"{path}: {exc.strerror}; remove {folder}; it will be recreated") from exc
     if size != block.nbytes:
         raise StoreError(
-            f"{path}: expected {block.nbytes} bytes, got {size}; remove {folder} and start again"
+            f"{path}: expected {block.nbytes} bytes, got {size}; remove {folder}; "
+            "it will be recreated"
         )
-
-
-def _remove_stale(root: Path) -> None:
-    """Remove what writers left that no longer live."""
-    for path in root.glob(f"{_PARTIAL}*"):
-        pid = path.name.rpartition("-")[2]
-        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write_error(root: Path, exc: OSError) -> StoreError:
-    return StoreError(f"{root}: cannot write the slice: {exc.strerror}; nothing of it was kept")

@@ -144,6 +144,7 @@ class WeightStreamer:
 
         Raises:
             MemoryLimitError: see :func:`plan_streaming`.
+            StoreError: the slice is being removed.
         """
         self.blocks = blocks
         self.bytes_read = 0
@@ -172,6 +173,7 @@ class WeightStreamer:
         self._closing = False
         self.plan = StreamPlan(frozenset(), 0, 0)
         self._apply(plan_streaming(self._sizes, max_blocks, budget_bytes))
+        self._held = stored.hold()
         self._threads = [
             threading.Thread(target=self._run, name="tpirt-window", daemon=True)
             for _ in range(_READERS)
@@ -267,6 +269,7 @@ class WeightStreamer:
         self._in_use.clear()
         self._views.clear()
         self._free.clear()
+        self._held.release()
 
     # -- the consumer's side ---------------------------------------------------------------
 

@@ -1,9 +1,9 @@
 """A model without a checkpoint: weights drawn from a seed, straight into the slices' bytes.
 
-Its directory has ``config.json``, a tokenizer, ``synthetic.json`` with the seed, and the slices
-that were made for it under ``slices``; see :mod:`tpirt.cluster.synth`. A slice's bytes depend on
-seed, shard, block, tensor and form alone. Slices of another split or form are another model: they
-are drawn where they are, not cut from one whole.
+Its directory has ``config.json``, a tokenizer, ``synthetic.json`` with the seed, and its slices
+under ``slices``; see :mod:`tpirt.cluster.synth`. A slice's bytes depend on seed, shard, block,
+tensor and form alone. Slices of another split or form are another model: they are drawn for their
+shard, not cut from one whole.
 
 Weights are uniform around 0 with the standard deviation that transformers initialises with, norms
 are 1: hidden states stay tame over any number of layers. Tied embeddings are drawn untied.
@@ -14,8 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -27,12 +26,11 @@ import torch
 from tpirt.config import ModelConfig
 from tpirt.errors import CheckpointError
 from tpirt.ops.buffers import Region, tensor_bytes
-from tpirt.ops.quant_layout import PORTABLE_LAYOUT, local_layout
 from tpirt.sharding.blocks import Block, StoredTensor
-from tpirt.sharding.format import WeightFormat
-from tpirt.sharding.partition import Plan, Shard
-from tpirt.weights.checkpoint import Checkpoint
+from tpirt.sharding.partition import Shard
+from tpirt.types import ProgressCallback, ignore_progress
 from tpirt.weights.layout import block_header
+from tpirt.weights.source import BlockBytes
 
 MARKER = "synthetic.json"
 SLICES = "slices"
@@ -49,14 +47,14 @@ _PIECE_BYTES = 1 << 20  # drawn at once: 4.7 GB/s, where 64 MiB at once give 3.3
 
 
 class SyntheticCheckpoint:
-    """Stands where a :class:`Checkpoint` does, for a model that has none.
-
-    It has the embedding, row by row, and no rows to cut slices from. Closing does nothing.
+    """A :class:`tpirt.weights.source.ModelSource` whose weights are drawn; closing does nothing.
 
     Attributes:
         path: the model directory.
         seed: what all weights follow from.
     """
+
+    divisible = False
 
     def __init__(self, path: Path, config: ModelConfig, seed: int):
         self.path = path
@@ -92,26 +90,18 @@ class SyntheticCheckpoint:
             torch.mul(numbers, _STD / _UNIFORM_16_BITS, out=out[index])
         return out
 
-    def lacks(self, plan: Plan, rank: int, form: WeightFormat, store: Path) -> CheckpointError:
-        """Word that a slice is not in ``store``, with the command that makes it."""
-        dtype, quantize, _ = form.names
-        shares = ",".join(str(share).removesuffix(".0") for share in plan.ratio or ())
-        ratio = f"--ratio {shares} " if shares else ""
-        folder = shlex.quote(str(self.path))
-        command = (
-            f"tpirt synth --shape {folder}/config.json --quantize {quantize} --dtype {dtype} "
-            f"--world-size {plan.world_size} {ratio}--seed {self.seed} --out {folder}"
-        )
-        where = ""
-        if quantize.startswith("int4") and form.layout != (local_layout() or PORTABLE_LAYOUT):
-            where = f" on a machine whose CPU wants {form.layout.name}, as this rank's does"
-        elif store != self.slices:
-            where = f" and leave --store out, its slices are in {self.slices}"
-        return CheckpointError(
-            f"{self.path}: a synthetic model has only the slices that were made for it, and rank "
-            f"{rank}'s of {plan.world_size} in {dtype}, quantized {quantize}, is not in {store}; "
-            f"run `{command}`{where}"
-        )
+    def hash_content(self, progress: ProgressCallback = ignore_progress) -> None:
+        """Do nothing: the fingerprint follows from configuration and seed."""
+
+    def cut(
+        self, config: ModelConfig, shard: Shard, blocks: Iterable[Block]
+    ) -> Generator[BlockBytes]:
+        """Draw the bytes of block files, in order."""
+        for index, block in enumerate(blocks):
+            offset = 0
+            for piece in random_block(self.seed, shard, block):
+                yield index, offset, piece
+                offset += len(piece)
 
     def close(self) -> None:
         """Do nothing: no file is open."""
@@ -126,9 +116,6 @@ class SyntheticCheckpoint:
         traceback: TracebackType | None,
     ) -> None:
         pass
-
-
-AnyCheckpoint = Checkpoint | SyntheticCheckpoint
 
 
 def is_synthetic(path: Path) -> bool:

@@ -69,37 +69,43 @@ class HelloReply(_message.Message):
     busy: bool
     def __init__(self, protocol_version: _Optional[int] = ..., tpirt_version: _Optional[str] = ..., peer_id: _Optional[str] = ..., host_id: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., available_bytes: _Optional[int] = ..., base_bytes: _Optional[int] = ..., threads: _Optional[int] = ..., cores: _Optional[int] = ..., bfloat16: _Optional[bool] = ..., int4_layout: _Optional[str] = ..., busy: _Optional[bool] = ...) -> None: ...
 
-class LackingRequest(_message.Message):
-    __slots__ = ("manifest",)
-    MANIFEST_FIELD_NUMBER: _ClassVar[int]
-    manifest: str
-    def __init__(self, manifest: _Optional[str] = ...) -> None: ...
+class InventoryRequest(_message.Message):
+    __slots__ = ("slice_id", "order")
+    SLICE_ID_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    slice_id: str
+    order: str
+    def __init__(self, slice_id: _Optional[str] = ..., order: _Optional[str] = ...) -> None: ...
 
-class LackingReply(_message.Message):
-    __slots__ = ("units",)
-    UNITS_FIELD_NUMBER: _ClassVar[int]
-    units: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, units: _Optional[_Iterable[int]] = ...) -> None: ...
+class InventoryReply(_message.Message):
+    __slots__ = ("whole", "held")
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    whole: bool
+    held: bytes
+    def __init__(self, whole: _Optional[bool] = ..., held: _Optional[bytes] = ...) -> None: ...
 
 class UnitChunk(_message.Message):
-    __slots__ = ("manifest", "unit", "offset", "crc32", "data")
-    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("order", "unit", "offset", "crc32", "data")
+    ORDER_FIELD_NUMBER: _ClassVar[int]
     UNIT_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     CRC32_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
-    manifest: str
+    order: str
     unit: int
     offset: int
     crc32: int
     data: bytes
-    def __init__(self, manifest: _Optional[str] = ..., unit: _Optional[int] = ..., offset: _Optional[int] = ..., crc32: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, order: _Optional[str] = ..., unit: _Optional[int] = ..., offset: _Optional[int] = ..., crc32: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class PutUnitsReply(_message.Message):
-    __slots__ = ("bytes_written",)
+    __slots__ = ("bytes_written", "held")
     BYTES_WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
     bytes_written: int
-    def __init__(self, bytes_written: _Optional[int] = ...) -> None: ...
+    held: bytes
+    def __init__(self, bytes_written: _Optional[int] = ..., held: _Optional[bytes] = ...) -> None: ...
 
 class Message(_message.Message):
     __slots__ = ("setup", "loading", "ready", "step", "abort", "step_ended", "failure", "free_slot", "stats_request", "stats", "clock_request", "clock", "trace_request", "trace", "join_link", "joined", "probe", "measure_link", "link_quality")
@@ -144,11 +150,11 @@ class Message(_message.Message):
     def __init__(self, setup: _Optional[_Union[Setup, _Mapping]] = ..., loading: _Optional[_Union[Loading, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., step_ended: _Optional[_Union[StepEnded, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., free_slot: _Optional[_Union[FreeSlot, _Mapping]] = ..., stats_request: _Optional[_Union[StatsRequest, _Mapping]] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ..., clock_request: _Optional[_Union[ClockRequest, _Mapping]] = ..., clock: _Optional[_Union[Clock, _Mapping]] = ..., trace_request: _Optional[_Union[TraceRequest, _Mapping]] = ..., trace: _Optional[_Union[Trace, _Mapping]] = ..., join_link: _Optional[_Union[JoinLink, _Mapping]] = ..., joined: _Optional[_Union[Joined, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., measure_link: _Optional[_Union[MeasureLink, _Mapping]] = ..., link_quality: _Optional[_Union[LinkQuality, _Mapping]] = ...) -> None: ...
 
 class Setup(_message.Message):
-    __slots__ = ("protocol_version", "model_fingerprint", "model_config", "shard_id", "rank", "world_size", "window_blocks", "memory_bytes", "chunk_tokens", "timeout_ms", "trace_spans", "session", "addresses")
+    __slots__ = ("protocol_version", "model_fingerprint", "model_config", "slice_id", "rank", "world_size", "window_blocks", "memory_bytes", "chunk_tokens", "timeout_ms", "trace_spans", "session", "addresses")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     MODEL_CONFIG_FIELD_NUMBER: _ClassVar[int]
-    SHARD_ID_FIELD_NUMBER: _ClassVar[int]
+    SLICE_ID_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
     WINDOW_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -161,7 +167,7 @@ class Setup(_message.Message):
     protocol_version: int
     model_fingerprint: str
     model_config: str
-    shard_id: str
+    slice_id: str
     rank: int
     world_size: int
     window_blocks: int
@@ -171,7 +177,7 @@ class Setup(_message.Message):
     trace_spans: int
     session: int
     addresses: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., model_config: _Optional[str] = ..., shard_id: _Optional[str] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., window_blocks: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., trace_spans: _Optional[int] = ..., session: _Optional[int] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., model_config: _Optional[str] = ..., slice_id: _Optional[str] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., window_blocks: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., trace_spans: _Optional[int] = ..., session: _Optional[int] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Loading(_message.Message):
     __slots__ = ("done_bytes", "total_bytes")

@@ -1,0 +1,188 @@
+"""Another plan of the same model over warm stores: only units that a store lacks are sent."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tpirt.transport.pb import tpirt_pb2 as pb
+
+from tpirt.cluster.slice_maker import SliceMaker
+from tpirt.cluster.worker import Worker
+from tpirt.config import ModelConfig
+from tpirt.engine import Engine
+from tpirt.ops.quant import QuantSpec
+from tpirt.sharding.format import WeightFormat
+from tpirt.sharding.partition import make_plan
+from tpirt.testing.cluster import MemoryPeerClient
+from tpirt.testing.models import make_model
+from tpirt.types import SamplingParams
+from tpirt.weights.checkpoint import Checkpoint
+from tpirt.weights.store import SliceStore
+
+PROMPT = list(range(10, 30))
+PARAMS = SamplingParams(max_tokens=6)
+FORMS = ("none", "int8", "int4:32")
+
+
+class CountingClient(MemoryPeerClient):
+    """Counts what is sent; one worker after another may answer with the same store."""
+
+    def __init__(self, store: Path, rank: int):
+        super().__init__(Worker(f"rank{rank}", SliceStore(store), None, 1, lambda _: None), rank)
+        self.units: set[int] = set()
+        self.sent = 0
+        self.largest = 0
+
+    async def put_slice(self, chunks: AsyncIterator[pb.SliceChunk]) -> pb.PutSliceReply:
+        async def counted() -> AsyncIterator[pb.SliceChunk]:
+            async for chunk in chunks:
+                if chunk.WhichOneof("body") == "chunk":
+                    self.units.add(chunk.chunk.block)
+                    self.sent += len(chunk.chunk.data)
+                    self.largest = max(self.largest, len(chunk.chunk.data))
+                yield chunk
+
+        return await super().put_slice(counted())
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wide enough for several units and MLP blocks per rank."""
+    return make_model(
+        tmp_path_factory.mktemp("wide") / "model",
+        "llama",
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        hidden_size=96,
+        intermediate_size=1536,
+        attention_bias=True,
+    )
+
+
+@asynccontextmanager
+async def connected(
+    model: Path, stores: Sequence[Path], **options: Any
+) -> AsyncIterator[tuple[Engine, list[CountingClient]]]:
+    clients = [CountingClient(store, rank) for rank, store in enumerate(stores) if rank]
+    async with Engine.connect(
+        model, peers=clients, dtype="float32", threads=1, store=stores[0], **options
+    ) as engine:
+        yield engine, clients
+
+
+def unit_sizes(
+    model: Path, world: int, rank: int, quantize: str, ratio: Sequence[float] | None = None
+) -> dict[str, int]:
+    from tpirt.cluster.machine import int4_layout
+
+    config = ModelConfig.from_dir(model)
+    form = WeightFormat(torch.float32, QuantSpec.parse(quantize), int4_layout())
+    with Checkpoint.open(model) as checkpoint:
+        spec = SliceMaker(checkpoint, config, form).spec(
+            make_plan(config, world, ratio).shards[rank]
+        )
+    return {unit.key: spec.unit_bytes(number) for number, (_, unit) in enumerate(spec.places)}
+
+
+@pytest.mark.parametrize("quantize", FORMS)
+async def test_bytes_sent_are_those_of_the_units_lacked(
+    wide: Path, tmp_path: Path, quantize: str
+) -> None:
+    stores = [tmp_path / f"store{rank}" for rank in range(3)]
+    held: list[set[str]] = [set() for _ in stores]
+    plans: list[tuple[int, dict[str, Any]]] = [
+        (2, {}),
+        (2, {}),
+        (2, {"window": 3}),
+        (3, {}),
+        (3, {"ratio": [2.0, 1.0, 1.0]}),
+        (2, {"ratio": [1.0, 2.0]}),
+        (3, {}),
+        (2, {}),
+    ]
+    saved = 0
+    for world, options in plans:
+        async with connected(wide, stores[:world], quantize=quantize, **options) as (engine, them):
+            tokens = (await engine.complete(PROMPT, PARAMS)).token_ids
+            for rank, client in enumerate(them, start=1):
+                wanted = unit_sizes(wide, world, rank, quantize, options.get("ratio"))
+                lacking = {k: n for k, n in wanted.items() if k not in held[rank]}
+                assert client.sent == sum(lacking.values()), (world, options, rank)
+                assert len(client.units) == len(lacking)
+                held[rank] |= wanted.keys()
+                saved += sum(wanted.values()) - client.sent
+        fresh = [tmp_path / f"fresh{world}{options}{rank}" for rank in range(world)]
+        async with connected(wide, fresh, quantize=quantize, **options) as (engine, _):
+            assert (await engine.complete(PROMPT, PARAMS)).token_ids == tokens
+    assert saved > 0
+
+
+async def test_worker_that_becomes_another_rank_lacks_what_it_never_had(
+    wide: Path, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    async with connected(wide, [tmp_path / "master", one, two]):
+        pass
+    async with connected(wide, [tmp_path / "master", two, one]) as (_, clients):
+        for rank, client in enumerate(clients, start=1):
+            before = unit_sizes(wide, 3, 3 - rank, "none")
+            wanted = unit_sizes(wide, 3, rank, "none")
+            assert client.sent == sum(n for key, n in wanted.items() if key not in before) > 0
+
+
+async def test_master_that_forgot_what_it_cut_checks_the_workers_word(
+    wide: Path, tmp_path: Path
+) -> None:
+    stores = [tmp_path / "master", tmp_path / "worker"]
+    async with connected(wide, stores):
+        pass
+    for manifest in (stores[0] / "known").iterdir():
+        manifest.unlink()
+    async with connected(wide, stores) as (engine, (client,)):
+        assert client.sent == 0  # cut and compared here
+        await engine.complete(PROMPT, PARAMS)
+
+
+async def test_chunks_are_small_enough_for_slow_links(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m", "llama", hidden_size=512, intermediate_size=2048)
+    async with connected(model, [tmp_path / "a", tmp_path / "b"]) as (_, (client,)):
+        assert client.largest == 256 << 10  # two seconds at 1 Mbit/s
+
+
+async def test_edited_rows_are_sent_and_used(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m", "llama", hidden_size=128, intermediate_size=512)
+    stores = [tmp_path / "a", tmp_path / "b"]
+    file = model / "model.safetensors"
+    async with connected(model, stores) as (engine, _):
+        before = await engine.logits(PROMPT)
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][350:450] *= -1  # 100 of 512, in the middle
+    save_file(tensors, file, metadata={"format": "pt"})
+    async with connected(model, stores) as (engine, (client,)):
+        assert client.sent > 0
+        after = await engine.logits(PROMPT)
+    async with connected(model, [tmp_path / "c", tmp_path / "d"]) as (engine, _):
+        assert torch.equal(await engine.logits(PROMPT), after)
+    assert not torch.equal(before, after)
+
+
+async def test_touched_or_copied_checkpoint_is_not_sliced_again(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m", "llama")
+    stores = [tmp_path / "a", tmp_path / "b"]
+    async with connected(model, stores):
+        pass
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in model.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    files = sorted(p for store in stores for p in store.rglob("*.safetensors"))
+    times = [path.stat().st_ctime_ns for path in files]
+    async with connected(copy, stores) as (_, (client,)):
+        assert client.sent == 0
+    assert [path.stat().st_ctime_ns for path in files] == times

@@ -1,0 +1,62 @@
+"""Where weights come from: what slices are cut out of."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import torch
+
+from tpirt.config import ModelConfig
+from tpirt.sharding.blocks import Block
+from tpirt.sharding.partition import Shard
+from tpirt.types import ProgressCallback
+
+# Index of a block, offset in its file, bytes.
+BlockBytes = tuple[int, int, memoryview]
+
+
+class ModelSource(Protocol):
+    """The weights of one model: a checkpoint's, or drawn from a seed.
+
+    Attributes:
+        path: the model directory.
+        divisible: any rectangle of a tensor can be cut, and is the same for every shard; otherwise
+            only whole blocks can, and units belong to one shard.
+    """
+
+    path: Path
+    divisible: bool
+
+    @property
+    def fingerprint(self) -> str:
+        """Identify the content: 32 hex digits. Call :meth:`hash_content` before the first use."""
+
+    def hash_content(self, progress: ProgressCallback = ...) -> None:
+        """Do what :attr:`fingerprint` needs; it may read all weights."""
+
+    def gather_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
+        """Read rows of the embedding by number: (len(rows), H)."""
+
+    def cut(
+        self, config: ModelConfig, shard: Shard, blocks: Iterable[Block]
+    ) -> Generator[BlockBytes]:
+        """Yield the bytes of block files, in order.
+
+        Raises:
+            CheckpointError: a read failed, or a weight to be quantized is not finite.
+        """
+
+    def close(self) -> None:
+        """Close files; nothing can be read afterwards."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...

@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -25,7 +24,7 @@ from bench.net.network import Network, emulate
 from bench.net.shares import Share, ShareGroup, remove_leftovers
 from bench.net.spec import Link, LinkError, parse_topology, uniform
 from bench.net.tunnels import TunnelBackend
-from tpirt.testing.processes import descendants, survivors, wait_for
+from tpirt.testing.processes import descendants, killed_at_exit, start_python, survivors, wait_for
 
 ROOT = Path(__file__).parents[2]
 SLOW = "20ms/20mbit"  # far from what a busy machine may add
@@ -157,19 +156,18 @@ def test_runs_do_not_see_each_other() -> None:
 @contextmanager
 def links(*arguments: str, **options: object) -> Iterator[subprocess.Popen[str]]:
     """``python -m bench.links``."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "bench.links", *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        **options,  # type: ignore[call-overload]
+    with killed_at_exit(
+        start_python(
+            *("-m", "bench.links", *arguments),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            **options,
+        )
     ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+        yield process
 
 
 def sleepers(pid: int) -> list[psutil.Process]:

@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--loop",
         choices=(*LOOPS, "both"),
-        help="event loop of async tests (default: uvloop, and both where both_loops is marked)",
+        help="event loop of async tests (default: uvloop; both for contract and both_loops)",
     )
     parser.addoption("--nightly", action="store_true", help="run the tests marked nightly, too")
 
@@ -45,7 +45,8 @@ def pytest_asyncio_loop_factories(
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     name = config.getoption("--loop")
     if name is None:
-        name = "both" if item.get_closest_marker("both_loops") else "uvloop"
+        contract = item.path.parent.name == "contract"
+        name = "both" if contract or item.get_closest_marker("both_loops") else "uvloop"
     return LOOPS if name == "both" else {name: LOOPS[name]}
 
 

@@ -54,6 +54,7 @@ def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return values
 
 
+@pytest.mark.nightly
 def test_allreduce(tmp_path: Path) -> None:
     out = tmp_path / "results" / "allreduce.json"
     done = bench(
@@ -69,7 +70,7 @@ def test_allreduce(tmp_path: Path) -> None:
     assert str(tmp_path) not in out.read_text()
 
 
-@pytest.mark.parametrize("backend", ["auto", "relay"])
+@pytest.mark.parametrize("backend", ["auto", pytest.param("relay", marks=pytest.mark.nightly)])
 def test_latency(model: Path, tmp_path: Path, backend: str) -> None:
     plot = tmp_path / "plot.png"
     done = bench(

@@ -80,7 +80,12 @@ def test_devices_talk_over_what_was_measured(backend: str) -> None:
         assert (back.asked_ms, back.asked_mbit) == (20, 5)
 
 
-@pytest.mark.parametrize("backend", ["tun", "tun-python"])
+TUNNELS = pytest.mark.parametrize(
+    "backend", ["tun", pytest.param("tun-python", marks=pytest.mark.nightly)]
+)
+
+
+@TUNNELS
 def test_pairs_and_no_way(backend: str) -> None:
     with emulate(parse_topology("20ms;0-1:50ms/20mbit;1-2:none", 3), backend=backend) as network:
         assert exchange(network, 0, 1) == b"back"
@@ -104,7 +109,7 @@ def test_losses_are_had() -> None:
         assert 0 < forwarded.dropped < forwarded.packets
 
 
-@pytest.mark.parametrize("backend", ["tun", "tun-python"])
+@TUNNELS
 @pytest.mark.parametrize("reorder", ["", "/reorder"])
 def test_jitter_reorders_only_when_asked_to(backend: str, reorder: str) -> None:
     with emulate(parse_topology("40ms±4ms" + reorder, 2), backend=backend) as network:
@@ -176,7 +181,12 @@ def sleepers(pid: int) -> list[psutil.Process]:
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)],
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.nightly),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.nightly),
+        (signal.SIGKILL, -9),
+    ],
 )
 def test_nothing_is_left(number: signal.Signals, code: int) -> None:
     limits = ("--cores", "0.5") if has_cgroups() else ()

@@ -25,10 +25,11 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import tpirt
 
@@ -133,7 +134,7 @@ class ForkedProcess(subprocess.Popen[Any]):
 
 
 @contextlib.contextmanager
-def _adopting_orphans() -> Any:
+def _adopting_orphans() -> Iterator[None]:
     """Become the parent of descendants whose parent ends meanwhile: the server's forks."""
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     if prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
@@ -196,11 +197,9 @@ def _become(request: dict[str, Any], streams: list[int], ready: int) -> NoReturn
         import termios
 
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
-        old = getattr(sys, name)
-        stream = open(number, mode, encoding=old.encoding, errors=old.errors, closefd=False)  # noqa: SIM115
-        stream.reconfigure(line_buffering=number == 2 or stream.isatty())
-        setattr(sys, name, stream)
+    sys.stdin, sys.stdout, sys.stderr = (
+        _text_stream(number, old) for number, old in enumerate((sys.stdin, sys.stdout, sys.stderr))
+    )
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
@@ -213,6 +212,13 @@ def _become(request: dict[str, Any], streams: list[int], ready: int) -> NoReturn
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
+
+
+def _text_stream(number: int, old: TextIO) -> TextIO:
+    """Open a standard stream again: it may have become a terminal, or none."""
+    raw = open(number, "wb" if number else "rb", closefd=False)  # noqa: SIM115
+    buffered = number == 2 or raw.isatty()
+    return TextIOWrapper(raw, old.encoding, old.errors, line_buffering=buffered)
 
 
 def _exit_code(arguments: list[str]) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import gc
 import inspect
 import json
@@ -23,7 +24,9 @@ import socket
 import struct
 import subprocess
 import sys
+import termios
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -176,7 +179,10 @@ def _fork_orphan(request: dict[str, Any], streams: list[int]) -> int:
     reading, writing = os.pipe()
     between = os.fork()
     if not between:
+        parent = os.getpid()
         if not os.fork():
+            while os.getppid() == parent:
+                time.sleep(1e-4)
             _become(request, streams, writing)
         os._exit(0)
     os.close(writing)
@@ -193,9 +199,6 @@ def _become(request: dict[str, Any], streams: list[int], ready: int) -> NoReturn
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     if request["terminal"]:
-        import fcntl
-        import termios
-
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     sys.stdin, sys.stdout, sys.stderr = (
         _text_stream(number, old) for number, old in enumerate((sys.stdin, sys.stdout, sys.stderr))
@@ -211,6 +214,9 @@ def _become(request: dict[str, Any], streams: list[int], ready: int) -> NoReturn
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
+    if code < 0:  # as the interpreter ends after a Ctrl-C
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
     os._exit(code)
 
 
@@ -222,6 +228,7 @@ def _text_stream(number: int, old: TextIO) -> TextIO:
 
 
 def _exit_code(arguments: list[str]) -> int:
+    """Do what was asked for; returns the exit code, or a signal's negative number."""
     try:
         _run(arguments)
     except SystemExit as exc:
@@ -229,6 +236,9 @@ def _exit_code(arguments: list[str]) -> int:
             return exc.code or 0
         sys.stderr.write(f"{exc.code}\n")
         return 1
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        return -signal.SIGINT
     except BaseException:
         traceback.print_exc()
         return 1

@@ -58,9 +58,11 @@ _is_installed() { # run|dev
 }
 
 _install() { # run|dev
-  local target=$tpirt_root size=250 before=none code=0 output=()
+  local target=$tpirt_root size=250 before=none code=0 options=(--prefer-binary)
   if [[ $1 == dev ]]; then
     target+='[dev]' size=300
+    # Compiling all modules takes longer than importing those that the tests use.
+    options+=(--no-compile)
   fi
   [[ ! -f $tpirt_stamp ]] || before=$(<"$tpirt_stamp")
   # What an interrupted pip leaves can pass for an installed package, so begin anew.
@@ -70,9 +72,9 @@ _install() { # run|dev
   fi
   note "installing into $tpirt_venv (downloads about $size MB, once)"
   printf 'unfinished\n' >"$tpirt_stamp"
-  [[ -t 2 ]] || output=(--quiet --progress-bar off)
+  [[ -t 2 ]] || options+=(--quiet --progress-bar off)
   "$tpirt_venv/bin/python" -m pip install --no-input --disable-pip-version-check \
-    ${output[@]+"${output[@]}"} -c "$tpirt_root/constraints.txt" -e "$target" \
+    "${options[@]}" -c "$tpirt_root/constraints.txt" -e "$target" \
     </dev/null >&2 || code=$?
   if ((code)); then
     # A pip that failed (no network, say) put back what it found; one that was killed did not.

@@ -1,11 +1,14 @@
-"""What all tests share: one compute thread, repeatable hypothesis runs."""
+"""What all tests share: one compute thread, the event loop, repeatable hypothesis runs."""
 
 from __future__ import annotations
 
+import asyncio
 import signal
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
+import uvloop
 from hypothesis import settings
 
 from tpirt.cluster import collective_policy
@@ -20,6 +23,41 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # The same examples on every run: a test that fails sometimes helps nobody.
 settings.register_profile("tpirt", deadline=None, derandomize=True)
 settings.load_profile("tpirt")
+
+# uvloop first: the commands run on it. asyncio's loop is that of a program that embeds the engine.
+LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
+    "uvloop": uvloop.new_event_loop,
+    "asyncio": asyncio.new_event_loop,
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--loop",
+        choices=(*LOOPS, "both"),
+        help="event loop of async tests (default: uvloop; both for contract and both_loops)",
+    )
+    parser.addoption("--nightly", action="store_true", help="run the tests marked nightly, too")
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    name = config.getoption("--loop")
+    if name is None:
+        contract = item.path.parent.name == "contract"
+        name = "both" if contract or item.get_closest_marker("both_loops") else "uvloop"
+    return LOOPS if name == "both" else {name: LOOPS[name]}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the tests marked nightly, unless they are asked for by option or by name."""
+    if config.getoption("--nightly") or any("::" in argument for argument in config.args):
+        return
+    nightly = [item for item in items if item.get_closest_marker("nightly")]
+    if nightly:
+        config.hook.pytest_deselected(items=nightly)
+        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -25,11 +25,14 @@ from tpirt.transport.codec import PROTOCOL_VERSION
 from tpirt.cli.main import main
 from tpirt.testing.models import make_model
 from tpirt.testing.processes import (
+    DEADLINE_S,
     PeerProcess,
     descendants,
     killed_at_exit,
     run_cli,
+    run_python,
     start_cli,
+    start_python,
     survivors,
     wait_for,
 )
@@ -505,9 +508,7 @@ sys.exit(main(["peer", "--listen", "127.0.0.1:0", "--quiet", "--store", sys.argv
 
 def test_peer_of_another_version(cli: Cli, whole: Path, tmp_path: Path) -> None:
     with killed_at_exit(
-        subprocess.Popen(
-            [sys.executable, "-c", OTHER_VERSION, str(tmp_path)], stdout=subprocess.PIPE, text=True
-        )
+        start_python("-c", OTHER_VERSION, str(tmp_path), stdout=subprocess.PIPE, text=True)
     ) as process:
         assert process.stdout is not None
         address = process.stdout.readline().split()[2]
@@ -567,8 +568,8 @@ def test_interrupted_at_every_stage(whole: Path, tmp_path: Path, stage: str) -> 
     arguments = ["generate", "--model", str(whole), "--local", ranks, "--prompt", "a" * 50]
     arguments += ["--threads", "1", "--store", str(store), "--quiet"]
     with killed_at_exit(
-        subprocess.Popen(
-            [sys.executable, "-c", INTERRUPTED, stage, *arguments],
+        start_python(
+            *("-c", INTERRUPTED, stage, *arguments),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -588,7 +589,9 @@ def test_interrupted_at_every_stage(whole: Path, tmp_path: Path, stage: str) -> 
 
 
 def test_interrupted_while_importing(whole: Path) -> None:
-    with killed_at_exit(start_cli("generate", "--model", str(whole), "--prompt", "a")) as process:
+    cold = [sys.executable, "-m", "tpirt", "generate", "--model", str(whole), "--prompt", "a"]
+    pipe = subprocess.PIPE
+    with killed_at_exit(subprocess.Popen(cold, stdout=pipe, stderr=pipe, text=True)) as process:
         maps = Path(f"/proc/{process.pid}/maps")
         wait_for(lambda: "libtorch" in maps.read_text(), "importing torch")
         process.send_signal(signal.SIGINT)
@@ -598,12 +601,7 @@ def test_interrupted_while_importing(whole: Path) -> None:
 
 def test_split_interrupted(whole: Path, tmp_path: Path) -> None:
     arguments = ["split", "--model", str(whole), "--world-size", "2", "--out", str(tmp_path)]
-    result = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, "slicing", *arguments, "--quiet"],
-        capture_output=True,
-        text=True,
-        timeout=30,
-    )
+    result = run_python("-c", INTERRUPTED, "slicing", *arguments, "--quiet", text=True)
     assert (result.returncode, result.stderr) == (130, "tpirt: interrupted\n")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
@@ -611,19 +609,39 @@ def test_split_interrupted(whole: Path, tmp_path: Path) -> None:
 # -- where the output goes -------------------------------------------------------------------
 
 
-def test_output_that_nobody_reads_or_takes(whole: Path, tmp_path: Path) -> None:
-    tpirt = f"{shlex.quote(sys.executable)} -m tpirt"
-    generate = f"{tpirt} generate --model {whole} --prompt abc --max-tokens 100 --quiet"
-    script = f"""
-        export XDG_CACHE_HOME={tmp_path}
-        {generate} | head -c 5 >/dev/null; echo "${{PIPESTATUS[0]}}"
-        {tpirt} info --model {whole} | head -c 5 >/dev/null; echo "${{PIPESTATUS[0]}}"
-        {generate} >&- 2>&- <&-; echo "$?"
-        {generate} >/dev/full; echo "$?"
-    """
-    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
-    assert result.stdout.split() == ["0", "0", "0", "2"]
-    assert result.stderr == ("tpirt: error: cannot write the output: No space left on device\n")
+def output_to(target: IO[Any] | None, *arguments: str) -> tuple[int, str]:
+    """Run the command with its output to a file; returns its exit code and its messages."""
+    assert target is not None
+    options = {"stdin": subprocess.DEVNULL, "stdout": target, "stderr": subprocess.PIPE}
+    with killed_at_exit(start_python("-m", "tpirt", *arguments, text=True, **options)) as process:
+        target.close()
+        _, err = process.communicate(timeout=DEADLINE_S)
+        return process.returncode, err
+
+
+@pytest.fixture
+def long_answer(whole: Path, tmp_path: Path) -> list[str]:
+    generate = ["generate", "--model", str(whole), "--prompt", "abc", "--max-tokens", "100"]
+    return [*generate, "--quiet", "--store", str(tmp_path)]
+
+
+def test_output_that_nobody_reads(long_answer: list[str], whole: Path) -> None:
+    for arguments in (long_answer, ["info", "--model", str(whole)]):
+        head = ["head", "-c", "5"]
+        with subprocess.Popen(head, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as reader:
+            assert output_to(reader.stdin, *arguments) == (0, "")
+
+
+def test_output_that_nobody_takes(long_answer: list[str]) -> None:
+    error = "tpirt: error: cannot write the output: No space left on device\n"
+    with open("/dev/full", "w") as full:
+        assert output_to(full, *long_answer) == (2, error)
+
+
+def test_closed_standard_streams(long_answer: list[str]) -> None:
+    command = shlex.join([sys.executable, "-m", "tpirt", *long_answer])
+    script = f"{command} >&- 2>&- <&-"
+    assert subprocess.run(["bash", "-c", script], timeout=DEADLINE_S).returncode == 0
 
 
 def test_whole_command_is_what_was_tested_here(whole: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from bench.net.namespace import Namespace
 from bench.net.spec import LinkError
 from tpirt.batch import Algorithm
 from tpirt.testing.models import make_model
-from tpirt.testing.processes import descendants
+from tpirt.testing.processes import descendants, run_python
 
 ROOT = Path(__file__).parents[2]
 LINK = "20ms/20mbit"
@@ -38,15 +37,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bench(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", f"bench.{module}", *arguments],
-        capture_output=True,
+    done: subprocess.CompletedProcess[str] = run_python(
+        *("-m", f"bench.{module}", *arguments),
         text=True,
         cwd=ROOT,
-        timeout=100,
-        stdin=subprocess.DEVNULL,
+        timeout_s=100,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+    return done
 
 
 def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -56,6 +54,7 @@ def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return values
 
 
+@pytest.mark.nightly
 def test_allreduce(tmp_path: Path) -> None:
     out = tmp_path / "results" / "allreduce.json"
     done = bench(
@@ -71,7 +70,7 @@ def test_allreduce(tmp_path: Path) -> None:
     assert str(tmp_path) not in out.read_text()
 
 
-@pytest.mark.parametrize("backend", ["auto", "relay"])
+@pytest.mark.parametrize("backend", ["auto", pytest.param("relay", marks=pytest.mark.nightly)])
 def test_latency(model: Path, tmp_path: Path, backend: str) -> None:
     plot = tmp_path / "plot.png"
     done = bench(

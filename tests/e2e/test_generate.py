@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import pytest
 from tpirt.cli.main import main
 from tpirt.engine import Engine, EngineOptions
 from tpirt.testing.models import make_model
-from tpirt.testing.processes import PeerProcess, descendants, run_cli, survivors
+from tpirt.testing.processes import PeerProcess, descendants, run_cli, run_python, survivors
 from tpirt.types import SamplingParams
 
 
@@ -72,14 +70,10 @@ def test_prompt_from_argument_file_and_standard_input_are_the_same(
         generate("--prompt-file", str(file), "--max-tokens", "5")["token_ids"]
         == (expected["token_ids"])
     )
-    piped = subprocess.run(
-        [
-            *(sys.executable, "-m", "tpirt", "generate", "--model", str(model), "--prompt", "-"),
-            *("--max-tokens", "5", "--store", str(store), "--dtype", "float32", "--quiet"),
-        ],
+    piped = run_python(
+        *("-m", "tpirt", "generate", "--model", str(model), "--prompt", "-"),
+        *("--max-tokens", "5", "--store", str(store), "--dtype", "float32", "--quiet"),
         input=text.encode(),
-        capture_output=True,
-        timeout=30,
     )
     assert (piped.returncode, piped.stderr) == (0, b"")
     assert piped.stdout.decode() == expected["text"] + "\n"

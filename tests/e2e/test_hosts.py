@@ -180,7 +180,14 @@ def test_a_model_on_two_hosts(launch: Launch, host: Host, tmp_path: Path) -> Non
     assert survivors(left) == []
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGHUP", "SIGKILL"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param("SIGTERM", marks=pytest.mark.nightly),  # as SIGINT above
+        pytest.param("SIGHUP", marks=pytest.mark.nightly),
+        "SIGKILL",
+    ],
+)
 def test_no_end_leaves_a_peer(launch: Launch, host: Host, how: str) -> None:
     process = launch(*TWO)
     until_listening(process)

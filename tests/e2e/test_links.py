@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -25,7 +24,7 @@ from bench.net.network import Network, emulate
 from bench.net.shares import Share, ShareGroup, remove_leftovers
 from bench.net.spec import Link, LinkError, parse_topology, uniform
 from bench.net.tunnels import TunnelBackend
-from tpirt.testing.processes import descendants, survivors, wait_for
+from tpirt.testing.processes import descendants, killed_at_exit, start_python, survivors, wait_for
 
 ROOT = Path(__file__).parents[2]
 SLOW = "20ms/20mbit"  # far from what a busy machine may add
@@ -81,7 +80,12 @@ def test_devices_talk_over_what_was_measured(backend: str) -> None:
         assert (back.asked_ms, back.asked_mbit) == (20, 5)
 
 
-@pytest.mark.parametrize("backend", ["tun", "tun-python"])
+TUNNELS = pytest.mark.parametrize(
+    "backend", ["tun", pytest.param("tun-python", marks=pytest.mark.nightly)]
+)
+
+
+@TUNNELS
 def test_pairs_and_no_way(backend: str) -> None:
     with emulate(parse_topology("20ms;0-1:50ms/20mbit;1-2:none", 3), backend=backend) as network:
         assert exchange(network, 0, 1) == b"back"
@@ -105,7 +109,7 @@ def test_losses_are_had() -> None:
         assert 0 < forwarded.dropped < forwarded.packets
 
 
-@pytest.mark.parametrize("backend", ["tun", "tun-python"])
+@TUNNELS
 @pytest.mark.parametrize("reorder", ["", "/reorder"])
 def test_jitter_reorders_only_when_asked_to(backend: str, reorder: str) -> None:
     with emulate(parse_topology("40ms±4ms" + reorder, 2), backend=backend) as network:
@@ -157,19 +161,18 @@ def test_runs_do_not_see_each_other() -> None:
 @contextmanager
 def links(*arguments: str, **options: object) -> Iterator[subprocess.Popen[str]]:
     """``python -m bench.links``."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "bench.links", *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        **options,  # type: ignore[call-overload]
+    with killed_at_exit(
+        start_python(
+            *("-m", "bench.links", *arguments),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            **options,
+        )
     ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+        yield process
 
 
 def sleepers(pid: int) -> list[psutil.Process]:
@@ -178,7 +181,12 @@ def sleepers(pid: int) -> list[psutil.Process]:
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)],
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.nightly),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.nightly),
+        (signal.SIGKILL, -9),
+    ],
 )
 def test_nothing_is_left(number: signal.Signals, code: int) -> None:
     limits = ("--cores", "0.5") if has_cgroups() else ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
@@ -11,19 +12,27 @@ import threading
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
 from tpirt.transport.codec import Frame
 from tpirt.transport.pb import tpirt_pb2 as pb
 
+import tpirt
 from bench.net.relay import adjoining_servers
 from tpirt.cluster.worker import Worker
 from tpirt.config import ModelConfig
 from tpirt.engine import Engine, EngineOptions
 from tpirt.testing.cluster import MemoryPeerClient
 from tpirt.testing.models import make_model
-from tpirt.testing.processes import PeerProcess, run_cli
+from tpirt.testing.processes import (
+    PeerProcess,
+    killed_at_exit,
+    run_cli,
+    run_python,
+    start_python,
+)
 from tpirt.transport.base import Channel
 from tpirt.transport.tcp import PORT_OFFSET
 from tpirt.types import Message, SamplingParams
@@ -474,17 +483,99 @@ def test_config_that_is_sent_has_shapes_and_options_only(model: Path) -> None:
     assert all("token" not in key or key == "tie_word_embeddings" for key in sent)
 
 
-def test_nothing_beside_the_transport_can_open_a_connection() -> None:
-    """What is proved above of the transport holds for all that leaves the process."""
-    import tpirt
+# -- who opens connections -------------------------------------------------------------------
 
+# What of the standard library and of gRPC reaches a network, and asyncio's ways to it.
+NETWORK = re.compile(
+    r"(socket|socketserver|ssl|grpc|http|urllib|xmlrpc|ftplib|smtplib|poplib)(\.|$)"
+)
+OPENERS = re.compile(
+    r"(open|start|create|sock)_(unix_)?(connect|connection|server|datagram_endpoint)$"
+)
+
+
+def uses_of_the_network(source: str) -> Iterator[str]:
+    """Imports of the network, attributes of ``socket``, and calls of asyncio that open sockets."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                yield from (each.name for each in names if NETWORK.match(each.name))
+            case ast.ImportFrom(module=str(module)) if NETWORK.match(module):
+                yield from (f"{module}.{each.name}" for each in node.names)
+            case ast.Attribute(value=ast.Name(id="socket"), attr=name):
+                yield f"socket.{name}"
+            case ast.Attribute(attr=name) if OPENERS.match(name):
+                yield name
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import grpc.aio",
+        "from urllib.request import urlopen",
+        "async def f():\n    await asyncio.open_connection('host', 1)",
+        "loop.create_datagram_endpoint(f)",
+    ],
+)
+def test_the_search_finds_uses_of_the_network(source: str) -> None:
+    assert list(uses_of_the_network(source))
+
+
+def test_no_code_beside_the_transport_uses_the_network() -> None:
     root = Path(tpirt.__file__).parent
-    network = re.compile(
-        r"^\s*(import|from) (socket|ssl|urllib|http|requests|httpx|aiohttp)\b", re.M
-    )
-    files = {
-        str(path.relative_to(root))
+    found = {
+        (str(path.relative_to(root)), use)
         for path in root.rglob("*.py")
-        if network.search(path.read_text(encoding="utf-8")) and "testing" not in path.parts
+        if path.relative_to(root).parts[0] not in ("transport", "testing")
+        for use in uses_of_the_network(path.read_text(encoding="utf-8"))
     }
-    assert files == {"cluster/machine.py", "transport/tcp.py"}  # the first for the host's name
+    # For the host's name, which is part of a worker's id.
+    assert found == {
+        ("cluster/machine.py", "socket"),
+        ("cluster/machine.py", "socket.gethostname"),
+    }
+
+
+# Writes down which module of tpirt, if any, is behind each use of a socket, then runs a command.
+# asyncio's event loop uses sockets from Python, where the interpreter reports it; uvloop does not.
+AUDITED = """
+import sys
+file = open(sys.argv[1], "a", buffering=1)
+
+def audit(event, args):
+    if event in ("socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg"):
+        frame = sys._getframe(1)
+        while frame and not frame.f_globals.get("__name__", "").startswith("tpirt."):
+            frame = frame.f_back
+        file.write(f"{event} {frame and frame.f_globals['__name__']} {args[1:]}\\n")
+
+sys.addaudithook(audit)
+sys.modules["uvloop"] = None
+from tpirt.cli.main import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_only_the_transport_opens_connections(model: Path, tmp_path: Path) -> None:
+    """Of a master and a worker that do all they do for an answer."""
+    seen = {name: tmp_path / name for name in ("master", "worker")}
+    listen = ("peer", "--listen", "127.0.0.1:0", "--store", str(tmp_path / "store"))
+    with killed_at_exit(
+        start_python("-c", AUDITED, str(seen["worker"]), *listen, stdout=PIPE, text=True)
+    ) as worker:
+        assert worker.stdout is not None
+        address = worker.stdout.readline().split()[2]
+        done = run_python(
+            *("-c", AUDITED, str(seen["master"]), "generate", "--model", str(model), "--quiet"),
+            *("--peers", address, "--prompt", SECRET, "--store", str(tmp_path / "slices")),
+            text=True,
+        )
+    assert (done.returncode, done.stderr) == (0, "")
+    uses = {
+        name: [line.split()[:2] for line in file.read_text().splitlines()]
+        for name, file in seen.items()
+    }
+    assert ["socket.connect", "tpirt.transport.tcp"] in uses["master"]
+    assert ["socket.bind", "tpirt.transport.tcp"] in uses["worker"]
+    for _, module in [*uses["master"], *uses["worker"]]:
+        assert module.startswith("tpirt.transport.")

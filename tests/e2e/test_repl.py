@@ -14,14 +14,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pexpect
 import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.support.terminal import Terminal
 from tpirt.testing.models import make_model
-from tpirt.testing.processes import descendants
+from tpirt.testing.processes import descendants, killed_at_exit, run_python, start_python
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -70,7 +72,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def command(model: Path, store: Path) -> list[str]:
-    start = [sys.executable, "-m", "tpirt", "chat", "--model", str(model), "--store", str(store)]
+    """The arguments of Python."""
+    start = ["-m", "tpirt", "chat", "--model", str(model), "--store", str(store)]
     return [*start, "--threads", "1"]
 
 
@@ -80,18 +83,18 @@ def start(command: list[str], environment: dict[str, str]) -> Iterator[Start]:
     chats: list[pexpect.spawn] = []
 
     def spawn(*options: str, term: str = "xterm-256color", shell: str = "") -> pexpect.spawn:
-        argv = ["/bin/sh", "-c", f'exec "$@" {shell}', "sh", *command, *options]
-        chats.append(
-            pexpect.spawn(
-                argv[0],
-                argv[1:],
-                env={**environment, "TERM": term},  # type: ignore[arg-type]
-                encoding="utf-8",
-                codec_errors="replace",
-                dimensions=(40, 120),
-                timeout=40,
-            )
-        )
+        terminal: dict[str, Any] = {
+            "env": {**environment, "TERM": term},
+            "encoding": "utf-8",
+            "codec_errors": "replace",
+            "dimensions": (40, 120),
+            "timeout": 40,
+        }
+        if shell:
+            argv = ["-c", f'exec "$@" {shell}', "sh", sys.executable, *command, *options]
+            chats.append(pexpect.spawn("/bin/sh", argv, **terminal))
+        else:
+            chats.append(Terminal(*command, *options, **terminal))
         return chats[-1]
 
     yield spawn
@@ -252,8 +255,10 @@ def test_a_base_model_says_so(start: Start, tmp_path: Path) -> None:
 def run(
     command: list[str], environment: dict[str, str], *options: str, typed: bytes = b""
 ) -> subprocess.CompletedProcess[bytes]:
-    argv = [*command, *options]
-    return subprocess.run(argv, input=typed, env=environment, capture_output=True, timeout=90)
+    done: subprocess.CompletedProcess[bytes] = run_python(
+        *command, *options, input=typed, env=environment, timeout_s=90
+    )
+    return done
 
 
 def test_piped_input(command: list[str], environment: dict[str, str]) -> None:
@@ -291,16 +296,15 @@ def test_scripts_fail_at_the_first_error(command: list[str], environment: dict[s
 @pytest.fixture
 def answering(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """A chat on pipes in the middle of an answer."""
-    argv = [*command, "--quiet", "--local", "2", *ENDLESS]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, env=environment) as process:
+    arguments = [*command, "--quiet", "--local", "2", *ENDLESS]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with killed_at_exit(start_python(*arguments, env=environment, **pipes)) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(b"go\n")
         process.stdin.flush()
         assert process.stdout.read(10) == ANSWER.encode()
         yield process
-        process.kill()
 
 
 def test_a_lost_peer_ends_a_script(answering: subprocess.Popen[bytes]) -> None:

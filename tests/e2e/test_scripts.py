@@ -56,7 +56,7 @@ def run(
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
 @pytest.mark.parametrize(
-    "name", ["launch_local.sh", "launch_peer.sh", "launch_hosts.sh", "test.sh"]
+    "name", ["launch_local.sh", "launch_peer.sh", "launch_hosts.sh", "test.sh", "nightly.sh"]
 )
 def test_help(name: str, option: str, environment: dict[str, str]) -> None:
     done = run(SCRIPTS / name, option, env=environment)
@@ -174,10 +174,10 @@ def test_ctrl_c_twice_during_the_start(chat: pexpect.spawn) -> None:
     ("when", "how"),
     [
         ("starting", "SIGTERM"),
-        ("starting", "SIGKILL"),
-        ("ready", "SIGTERM"),
+        pytest.param("starting", "SIGKILL", marks=pytest.mark.nightly),
+        pytest.param("ready", "SIGTERM", marks=pytest.mark.nightly),
         ("ready", "SIGKILL"),
-        ("ready", "SIGHUP"),
+        pytest.param("ready", "SIGHUP", marks=pytest.mark.nightly),
         ("ready", "terminal closed"),
     ],
 )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +19,7 @@ from tpirt.testing.processes import (
     PeerProcess,
     descendants,
     killed_at_exit,
+    run_python,
     start_cli,
     survivors,
     wait_for,
@@ -290,11 +289,7 @@ async def test_worker_serves_the_next_master_after_one_was_killed(
     store = str(tmp_path / "store")
     for stage in ("sending slice", "loading weights", "prefill", "decode"):
         killed = await asyncio.to_thread(
-            subprocess.run,
-            [sys.executable, "-c", MASTER, str(model), peer.address, store, stage],
-            timeout=30,
-            capture_output=True,
-            text=True,
+            run_python, "-c", MASTER, str(model), peer.address, store, stage, text=True
         )
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         if stage == "sending slice":

@@ -589,6 +589,7 @@ async def test_left_prefill_is_not_reused_wrongly(
         ("qwen3", 2, {"ratio": (3.0, 1.0)}),
     ],
 )
+@pytest.mark.both_loops
 async def test_processes_equal_transformers(
     reference: Callable[[str], Reference],
     tmp_path: Path,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,7 @@ import pytest
 from tokenizers import Regex, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
-from tpirt.errors import TokenizerError
-from tpirt.text import Tokenizer
-from tpirt.types import Message
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from test_text_samples import (
+from tests.support.text import (
     CHATML,
     LLAMA2,
     RAISING,
@@ -25,6 +19,9 @@ from test_text_samples import (
     sentencepiece,
     write_dir,
 )
+from tpirt.errors import TokenizerError
+from tpirt.text import Tokenizer
+from tpirt.types import Message
 
 transformers = pytest.importorskip("transformers")
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,11 +10,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders
 
+from tests.support.text import byte_level, sentencepiece
 from tpirt.errors import RequestError
 from tpirt.text import StopMatcher, Tokenizer
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_text_samples import byte_level, sentencepiece
 
 KINDS = ["byte_level", "prepend", "first", "never", "metaspace", "mixed", "none"]
 

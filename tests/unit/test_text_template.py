@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 
+from tests.support.text import CHATML, RAISING, byte_level, write_dir
 from tpirt.errors import TokenizerError
 from tpirt.text import ChatTemplate, Tokenizer
 from tpirt.types import Message
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_text_samples import CHATML, RAISING, byte_level, write_dir
 
 HI = [Message("user", "hi")]
 

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import pre_tokenizers
 
-from tpirt.errors import TokenizerError
-from tpirt.text import Tokenizer, continue_chat
-from tpirt.types import Message
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_text_samples import (
+from tests.support.text import (
     CHATML,
     LLAMA2,
     THINKING,
@@ -24,6 +18,9 @@ from test_text_samples import (
     sentencepiece,
     write_dir,
 )
+from tpirt.errors import TokenizerError
+from tpirt.text import Tokenizer, continue_chat
+from tpirt.types import Message
 
 QWEN = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
 LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
@@ -235,3 +232,9 @@ def test_frame_is_a_bos() -> None:
     fast = byte_level()
     fast.post_processor = frame(fast, "<|endoftext|>")
     assert fast.encode("").tokens == ["<|endoftext|>"]
+
+
+def test_the_samples_cover_what_they_stand_for() -> None:
+    assert byte_level().encode("hello 😀").ids
+    ids = sentencepiece().encode("the 😀").tokens
+    assert ids == ["<s>", "▁the", "▁", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>"]

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from bench.timeline import choose_view, last_tokens, main
 from bench.trace.critical_path import (
     COMPUTING,

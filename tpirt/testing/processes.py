@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -11,12 +13,52 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
 
 from tpirt.cluster.launcher import READY_PREFIX
+from tpirt.testing.forkserver import ForkedProcess, ForkServer
 
 DEADLINE_S = 30.0
+COLD_STARTS = "TPIRT_COLD_STARTS"  # set: every process is a cold start, as a user's is
+
+
+@functools.cache
+def fork_server() -> ForkServer | None:
+    """This process's fork server, started by its first use; None for cold starts."""
+    if sys.platform != "linux" or os.environ.get(COLD_STARTS):
+        return None
+    server = ForkServer()
+    atexit.register(server.close)
+    return server
+
+
+def start_python(*arguments: str, **options: Any) -> subprocess.Popen[Any]:
+    """Start ``python -m MODULE ...`` or ``python -c CODE ...``, warm where that is possible.
+
+    Args:
+        options: ``stdin``, ``stdout``, ``stderr``, ``text``, ``env``, ``cwd`` and
+            ``start_new_session`` of ``subprocess.Popen``; with ``preexec_fn`` the start is cold.
+    """
+    server = None if "preexec_fn" in options else fork_server()
+    if server is None:
+        return subprocess.Popen([sys.executable, *arguments], **options)
+    return ForkedProcess(server, arguments, **options)
+
+
+def run_python(*arguments: str, timeout_s: float = DEADLINE_S, **options: Any) -> Any:
+    """Run one to its end, as ``subprocess.run`` with its output captured does.
+
+    Args:
+        options: those of :func:`start_python`, and ``input``.
+    """
+    data = options.pop("input", None)
+    stdin = subprocess.DEVNULL if data is None else subprocess.PIPE
+    pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with killed_at_exit(start_python(*arguments, **{**pipes, **options})) as process:
+        out, err = process.communicate(data, timeout=timeout_s)
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
 class PeerProcess:
@@ -33,11 +75,9 @@ class PeerProcess:
         store.mkdir(parents=True, exist_ok=True)
         self._log = store.parent / f"{store.name}.log"
         with open(self._log, "w", encoding="utf-8") as log:
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "tpirt", "peer", "--listen", "127.0.0.1:0"),
-                    *("--threads", "1", "--store", str(store), *options),
-                ],
+            self._process = start_python(
+                *("-m", "tpirt", "peer", "--listen", "127.0.0.1:0"),
+                *("--threads", "1", "--store", str(store), *options),
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
@@ -96,8 +136,10 @@ def start_cli(
     *arguments: str, env: dict[str, str] | None = None, stdin: int | None = subprocess.DEVNULL
 ) -> subprocess.Popen[str]:
     """Start the ``tpirt`` command; use the result as a context manager."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "tpirt", *arguments],
+    return start_python(
+        "-m",
+        "tpirt",
+        *arguments,
         stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -108,13 +150,12 @@ def start_cli(
 
 def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the ``tpirt`` command to its end."""
-    with killed_at_exit(start_cli(*arguments)) as process:
-        out, err = process.communicate(timeout=DEADLINE_S)
-        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+    done: subprocess.CompletedProcess[str] = run_python("-m", "tpirt", *arguments, text=True)
+    return done
 
 
 @contextlib.contextmanager
-def killed_at_exit(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+def killed_at_exit(process: subprocess.Popen[Any]) -> Iterator[subprocess.Popen[Any]]:
     """Kill the process on leaving, whatever happened."""
     with process:
         try:
@@ -128,13 +169,15 @@ def descendants(
 ) -> list[psutil.Process]:
     """The processes started by ``pid`` (this one when absent) that run, at any depth.
 
-    Of those, the ones that ``where`` is true of; one that ends while it is asked does not count.
+    Of those, the ones that ``where`` is true of; one that ends while it is asked does not count,
+    nor does this process's fork server.
     """
+    server = fork_server.cache_info().currsize and fork_server()
     found = []
     with contextlib.suppress(psutil.NoSuchProcess):
         for process in psutil.Process(pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if where(process):
+                if not (server and process.pid == server.pid) and where(process):
                     found.append(process)
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tpirt.batch import Batch
-from tpirt.cluster.cancellation import in_thread
+from tpirt.cluster.cancellation import finish, in_thread
 from tpirt.cluster.kernels import choose_kernels
 from tpirt.cluster.machine import (
     base_bytes,
@@ -120,7 +120,7 @@ class RankRuntime:
             await in_thread(lambda: made.append(cls(config, stored, world_size, links, limits)))
         except BaseException:
             for runtime in made:
-                await runtime.aclose()
+                await finish(runtime.aclose())
             raise
         return made[0]
 

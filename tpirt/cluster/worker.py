@@ -6,7 +6,7 @@ import asyncio
 import zlib
 from collections.abc import AsyncIterator, Callable
 
-from tpirt.cluster.cancellation import in_thread
+from tpirt.cluster.cancellation import finish, in_thread
 from tpirt.cluster.machine import (
     available_bytes,
     base_bytes,
@@ -101,7 +101,6 @@ class Worker:
         order = await in_thread(SliceOrder.from_json, first.order)
         received = 0
         # Each call in a thread ends before the writer is left, also when the master goes away.
-        # Each call in a thread ends before the writer is left, also when the master goes away.
         with await in_thread(SliceWriter, self._store, order.spec, order.digests) as writer:
             async for data in chunks:
                 chunk = decode_call(UnitChunk, data, "caller")
@@ -125,12 +124,8 @@ class Worker:
             self._log(f"session ended: {exc}")
             raise
         finally:
-            await session.aclose()
-            if self._session is session:
-                async with self._free:
-                    self._session = None
-                    self._free.notify_all()
-                self._log("waiting for a master")
+            # A transport cancels this call when it notices that the master left: maybe only here.
+            await finish(self._release(session))
 
     async def link(self, channel: Channel) -> None:
         """See :class:`tpirt.transport.base.PeerService`."""
@@ -188,6 +183,15 @@ class Worker:
                 except TimeoutError:
                     raise HandshakeError("it has not let go of its last master yet") from None
             self._session = session
+
+    async def _release(self, session: WorkerSession) -> None:
+        """End a session, and be free for another master."""
+        await session.aclose()
+        if self._session is session:
+            async with self._free:
+                self._session = None
+                self._free.notify_all()
+            self._log("waiting for a master")
 
     async def _prepare(self, setup: Setup, master: Link) -> Prepared:
         config = ModelConfig.from_json(setup.model_config)

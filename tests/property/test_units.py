@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tpirt.cluster.provision import lacking_units, plan_order, write_slice
@@ -30,6 +30,7 @@ from tpirt.weights.store import SliceStore, StoredSlice
 from tpirt.weights.unit_bytes import BlockUnits, unit_nbytes
 from tpirt.weights.writer import SliceWriter
 
+# Without shrinking: it would take minutes, and examples are small.
 PHASES = [Phase.explicit, Phase.generate]
 LAYOUTS = [Layout(block, order) for block in (64, 32, 16) for order in ("halves", "pairs")]
 FORMATS = st.builds(
@@ -167,7 +168,7 @@ def test_units_are_a_block_taken_to_pieces(
 @pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
 def test_second_world_size_lacks_only_what_nobody_had(quantize: str) -> None:
     """Of 8 layers of an 8 B model, from 2 to 3 ranks: rank 1's columns are half there."""
-    sizes = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=8)
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 8}
     config = ModelConfig.from_hf(
         {
             "model_type": "llama",

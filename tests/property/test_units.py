@@ -87,9 +87,7 @@ def content(stored: StoredSlice) -> list[bytes]:
 
 
 @given(data=st.data(), form=FORMATS)
-@settings(
-    max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], phases=PHASES
-)
+@settings(max_examples=30, phases=PHASES)
 def test_another_plans_slices_are_made_of_the_units_at_hand(
     models: list[Opened], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, form: Any
 ) -> None:
@@ -136,9 +134,7 @@ def test_another_plans_slices_are_made_of_the_units_at_hand(
 
 
 @given(data=st.data(), form=FORMATS)
-@settings(
-    max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], phases=PHASES
-)
+@settings(max_examples=30, phases=PHASES)
 def test_units_are_a_block_taken_to_pieces(
     models: list[Opened], data: st.DataObject, form: WeightFormat
 ) -> None:

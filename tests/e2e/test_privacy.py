@@ -203,7 +203,7 @@ def test_no_byte_between_two_processes_tells_of_the_prompt_or_the_answer(
     there, back = bytes(tap.there), bytes(tap.back)
     # The tap has seen it all: the slice, the setup, the hidden states of every token.
     assert tap.taken == 2
-    assert b"layers.2.mlp" in there
+    assert b'"digests": "' in there
     assert ModelConfig.from_dir(model).to_json().encode() in there
     tokens = len(answer["prompt_token_ids"]) + len(answer["token_ids"]) - 1
     # Of three layers, the last one's two sums are of a prompt's last token alone.
@@ -342,7 +342,7 @@ ALLOWED = {
     },
     "SliceChunk": {"manifest", "chunk"},
     "BlockChunk": {"block", "offset", "crc32", "data"},
-    "PutSliceReply": {"bytes_written"},
+    "PutSliceReply": {"bytes_written", "held"},
     "Frame": {"header", "payload"},
     "FrameHeader": {
         "setup",
@@ -438,7 +438,8 @@ TEXTS = {
     "HelloReply.peer_id",  # host name and port of the worker
     "HelloReply.host_id",
     "HelloReply.int4_layout",  # what the worker's CPU prefers
-    "SliceChunk.manifest",  # sizes and names of block files, name of the model's folder
+    "SliceChunk.manifest",  # shapes, shard, hashes of weights, name of the model's folder
+    "PutSliceReply.held",  # hashes of weights
     "BlockChunk.data",  # weights
     "Frame.payload",  # hidden states, partial sums of them, zeros of a probe
     "Setup.model_fingerprint",  # hash

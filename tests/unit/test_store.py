@@ -390,7 +390,7 @@ def spoilt(good: dict[str, Any]) -> Iterator[Any]:
         yield pytest.param(json.dumps({**good, "config": config}), id=f"huge {size}")
 
 
-ORDER = json.loads(SliceOrder(spec(), [NO_DIGEST] * len(spec().places), False).to_json())
+ORDER = json.loads(SliceOrder(spec(), [NO_DIGEST] * len(spec().places)).to_json())
 
 
 @pytest.mark.parametrize("text", list(spoilt(ORDER)))

@@ -182,9 +182,7 @@ async def test_an_answer_has_the_figures_of_its_own_steps(model: Path, tmp_path:
         for rank in answer.ranks:
             assert [s.step for s in rank.steps] == expected
             assert [s.tokens for s in rank.steps] == [len(prompt), 1, 1, 1]
-            assert sums_ms(rank.steps) == pytest.approx(
-                (rank.compute_ms, rank.io_ms, rank.comm_ms)
-            )
+            assert sums_ms(rank.steps) == pytest.approx((rank.compute_ms, rank.io_ms, rank.comm_ms))
     # Between two steps a worker answers the request for statistics, and the link is kept alive.
     for rank, again in zip(answers[0].ranks, answers[2].ranks, strict=True):
         assert again.bytes_sent == pytest.approx(rank.bytes_sent, abs=1024)

@@ -35,7 +35,8 @@ class Work:
 
     def counters(self) -> Counters:
         """What was counted so far."""
-        return Counters(*(w.total_ns for w in self._watches), 0, 0, self._bytes, 2 * self._bytes)
+        compute, io, comm = (watch.total_ns for watch in self._watches)
+        return Counters(compute, io, comm, bytes_sent=self._bytes, bytes_received=2 * self._bytes)
 
     def load(self) -> None:
         """What is done before the first step."""

@@ -20,9 +20,9 @@ from typing import IO, Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tpirt.transport.codec import PROTOCOL_VERSION
 
 from tpirt.cli.main import main
+from tpirt.protocol.messages import PROTOCOL_VERSION
 from tpirt.testing.models import make_model
 from tpirt.testing.processes import (
     DEADLINE_S,

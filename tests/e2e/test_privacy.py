@@ -34,7 +34,7 @@ from tpirt.testing.processes import (
     start_python,
 )
 from tpirt.transport.base import Channel
-from tpirt.transport.tcp import PORT_OFFSET
+from tpirt.transport.tickets import PORT_OFFSET
 from tpirt.types import Message, SamplingParams
 from tpirt.weights.store import SliceStore
 

@@ -388,7 +388,7 @@ def spoilt(good: dict[str, Any]) -> Iterator[Any]:
         yield pytest.param(json.dumps({**good, "config": config}), id=f"huge {size}")
 
 
-ORDER = json.loads(SliceOrder(spec(), [NO_DIGEST] * len(spec().places), False).to_json())
+ORDER = json.loads(SliceOrder(spec(), [NO_DIGEST] * len(spec().places)).to_json())
 
 
 @pytest.mark.parametrize("text", list(spoilt(ORDER)))
@@ -398,7 +398,7 @@ def test_wrong_orders_are_refused(text: str) -> None:
 
 
 def test_orders_and_their_bounds() -> None:
-    order = SliceOrder(spec(), [NO_DIGEST] * len(spec().places), True)
+    order = SliceOrder(spec(), [NO_DIGEST] * len(spec().places))
     assert SliceOrder.from_json(order.to_json()) == order
     with pytest.raises(StoreError, match="expected at most"):
         SliceOrder.from_json(" " * (MAX_ORDER_BYTES + 1))

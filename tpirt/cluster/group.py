@@ -118,7 +118,9 @@ class Group:
                     for rank, client in enumerate(self._clients, start=1)
                 }
         except BaseExceptionGroup as group:
-            raise self._broken or group.exceptions[0] from None
+            # What a rank said of itself tells more than that its session then ended.
+            told = [exc for exc in group.exceptions if not isinstance(exc, PeerLostError)]
+            raise told[0] if told else self._broken or group.exceptions[0] from None
         self._runtime = own.result()
         if self._clients:
             states = {rank: task.result().links for rank, task in readies.items()}

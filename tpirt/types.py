@@ -97,7 +97,7 @@ class TokenTimes:
 
 @dataclass
 class RankStats:
-    """What one rank has used and done since its session (bytes) or the request (times) began.
+    """What one rank has used and done since a step began, such as a request's first.
 
     ``io_ms`` is time spent waiting for weights, ``comm_ms`` for other ranks; ``read_ms`` is how
     long its disk was at work, whether anybody waited or not. ``steps`` are the latest 4096.

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from bench.net.forwarder import LinkClock
 from bench.net.spec import Link, LinkError, Topology
-from tpirt.transport.tcp import PORT_OFFSET
+from tpirt.transport.tickets import PORT_OFFSET
 
 HOST = "127.0.0.1"
 _CHUNK_BYTES = (1448, 1 << 16)

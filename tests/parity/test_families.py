@@ -405,7 +405,9 @@ async def test_mlp_in_pieces(
             expected.path, world, window=window, store=tmp_path, on_plan=plans.append
         ) as engine:
             layers = 3
-            assert len(plans[0].ranks[-1].block_bytes) >= layers * (1 + 2)  # pieces of the MLP
+            assert len(plans[0].ranks[-1].budget.block_bytes) >= layers * (
+                1 + 2
+            )  # pieces of the MLP
             got.append(await engine.logits(expected.prompt))
             torch.testing.assert_close(got[-1], expected.logits)
             assert await run(engine, expected.prompt) == expected.tokens

@@ -22,7 +22,7 @@ from tpirt.cluster.machine import int4_layout
 from tpirt.cluster.provision import write_slice
 from tpirt.cluster.rank import RankRuntime
 from tpirt.cluster.slice_maker import SliceMaker
-from tpirt.collectives.base import SingleRankCommunicator
+from tpirt.collectives.links import LinkSet
 from tpirt.config import ModelConfig
 from tpirt.errors import StoreError
 from tpirt.ops.buffers import page_buffer
@@ -176,4 +176,4 @@ def test_slice_for_another_cpu_is_refused(model: Path, tmp_path: Path) -> None:
         maker = SliceMaker(checkpoint, config, form)
         stored = write_slice(maker, plan, 0, SliceStore(tmp_path), ignore_progress)
     with pytest.raises(StoreError, match=f"layout {other.name}, this one wants {mine.name}"):
-        RankRuntime(config, stored, SingleRankCommunicator(), Limits(None, None, 16))
+        RankRuntime(config, stored, 1, LinkSet(0), Limits(None, None, 16))

@@ -71,6 +71,7 @@ class WorkerSession:
         """Take the channel over; nothing large is accepted before a valid Setup."""
         self.link = Link(channel, 0, SETUP_S, self)
         self._queue: asyncio.Queue[Incoming | None] = asyncio.Queue()
+        self.left = asyncio.Event()  # set by the worker when nothing of the session is there
         self._queued_bytes = 0
         self._used_s = asyncio.get_running_loop().time()  # when a step was last asked for
         self._prepared: Prepared | None = None
@@ -81,17 +82,22 @@ class WorkerSession:
 
     @property
     def lost(self) -> bool:
-        """Whether the master is gone: what is left to do is to clean up."""
+        """Whether the session is over: what is left to do is to clean up."""
         return self._lost.done()
 
-    def may_end(self, unused_s: float) -> bool:
-        """Whether another master may take its place: it is lost, or unused for so long."""
-        idle_s = asyncio.get_running_loop().time() - self._used_s
-        return self.lost or idle_s > unused_s
+    @property
+    def unused_s(self) -> float:
+        """Seconds since a step was last asked for."""
+        return asyncio.get_running_loop().time() - self._used_s
 
     def give_way(self) -> None:
         """Have the session end, to make room for another master."""
         self.link.give_up(TransportError("the session was not used, and another master came"))
+
+    async def leaving(self, patience_s: float) -> bool:
+        """Wait a moment for the master to be gone; returns :attr:`lost`."""
+        await asyncio.wait({self._lost}, timeout=patience_s)
+        return self.lost
 
     async def setup(self) -> tuple[Incoming, Setup] | None:
         """Wait for the session's first request; None if the caller asks for nothing in time.
@@ -140,6 +146,8 @@ class WorkerSession:
     async def aclose(self) -> None:
         """End the session, whatever it is doing."""
         await self.link.aclose()
+        if not self.lost:
+            self._lost.set_result(TransportError("the session has ended"))
         if self._prepared is not None:
             await self._prepared.aclose()
 
@@ -190,7 +198,7 @@ class WorkerSession:
     async def _serve(self, prepared: Prepared, incoming: Incoming) -> None:
         match incoming.body:
             case Batch():
-                await self._step(prepared.runtime, incoming)
+                await self._step(prepared, incoming)
             case Abort(step=number):
                 if number > self._last_step:  # it never came here
                     self._last_step = number
@@ -205,8 +213,9 @@ class WorkerSession:
                     f"peer {self.link.peer_id}: {type(body).__name__} between steps; refused"
                 )
 
-    async def _step(self, runtime: RankRuntime, incoming: Incoming) -> None:
+    async def _step(self, prepared: Prepared, incoming: Incoming) -> None:
         """Run one step; a failure of this rank's own is reported and the session goes on."""
+        runtime = prepared.runtime
         number = incoming.frame.header.step
         if number <= self._last_step:
             raise TransportError(
@@ -218,15 +227,19 @@ class WorkerSession:
         step = self._current = StepContext(number, incoming.body)
         if number <= self._aborted_step:
             step.abort(StepAborted())
+        begun = False
         try:
             runtime.validate(step.batch)
             hidden = _hidden(incoming, step.batch, runtime.config.hidden_size)
             runtime.begin(step)
+            begun = True
             await runtime.run(hidden, step)
         except StepAborted:
             pass
         except TpirtError as exc:
             step.abort(exc)
+            if not begun:  # the others' tensors of it are dropped
+                prepared.links.skip(number)
             if not self.lost:
                 await self.link.notify(Failure.of(exc, number))
         finally:

@@ -49,8 +49,8 @@ class Uploads:
             TransportError: the sender stands still, or sends something else.
             StoreError: no room on the disk or in memory; not a slice.
         """
-        upload = _Upload(messages)
         self._make_place()
+        upload = _Upload(messages)
         self._running.append(upload)
         try:
             order = await upload.order()

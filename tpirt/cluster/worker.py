@@ -51,8 +51,10 @@ from tpirt.weights.store import SliceStore
 
 Log = Callable[[str], None]
 
+_GOODBYE_S = 1.0  # from a master's end until the news of it is here
 _LEAVING_S = 20.0  # for a session whose master is gone to let go of threads and memory
 _MOST_SILENT = 16  # sessions that have not said yet what they want
+_MOST_WAITING = 8
 _MOST_QUESTIONS = 32  # about the store, each of up to 4 MiB
 _QUESTIONS_AT_ONCE = 2
 _UNUSED_S = 900.0  # without a step, after which a session gives way to another master
@@ -83,7 +85,7 @@ class Worker:
         self._connect = connect
         self._board = Switchboard()
         self._session: WorkerSession | None = None
-        self._free = asyncio.Condition()
+        self._waiting = 0  # masters whose session begins when this one has ended
         self._uploads = Uploads(store, memory_bytes, log)
         self._silent = Backlog(_MOST_SILENT)
         self._asking = 0
@@ -93,7 +95,7 @@ class Worker:
         """See :class:`tpirt.transport.base.PeerService`."""
         if method == "Hello":
             decode_call(HelloRequest, request, "caller")
-            return encode_call(self._hello())
+            return encode_call(self._hello(busy=not await self._has_no_master()))
         if method == "Inventory":
             asked = decode_call(InventoryRequest, request, "caller")
             return encode_call(await self._answered(asked))
@@ -127,9 +129,8 @@ class Worker:
             await session.aclose()
         finally:
             if self._session is session:
-                async with self._free:
-                    self._session = None
-                    self._free.notify_all()
+                self._session = None
+                session.left.set()
                 self._log("waiting for a master")
 
     async def _answered(self, asked: InventoryRequest) -> InventoryReply:
@@ -152,7 +153,14 @@ class Worker:
             self._log(str(exc))
             return InventoryReply()
 
-    def _hello(self) -> HelloReply:
+    async def _has_no_master(self) -> bool:
+        """Whether a master may come. The end of the last one may still be on its way here."""
+        session = self._session
+        if session is None or session.unused_s > _UNUSED_S:
+            return True
+        return await session.leaving(_GOODBYE_S)
+
+    def _hello(self, busy: bool) -> HelloReply:
         return HelloReply(
             protocol_version=PROTOCOL_VERSION,
             tpirt_version=__version__,
@@ -165,7 +173,7 @@ class Worker:
             cores=machine_cores(),
             bfloat16=has_bfloat16(),
             int4_layout=int4_layout().name,
-            busy=self._session is not None and not self._session.may_end(_UNUSED_S),
+            busy=busy,
         )
 
     async def _serve(self, session: WorkerSession) -> None:
@@ -184,17 +192,21 @@ class Worker:
 
     async def _claim(self, session: WorkerSession) -> None:
         """Make ``session`` the one that is served; wait for one whose master has left."""
-        async with self._free:
-            while self._session is not None:
-                if not self._session.may_end(_UNUSED_S):
-                    raise HandshakeError(f"it serves {self._session.link.peer_id} already")
-                self._session.give_way()
-                try:
-                    async with asyncio.timeout(_LEAVING_S):
-                        await self._free.wait()
-                except TimeoutError:
-                    raise HandshakeError("it has not let go of its last master yet") from None
-            self._session = session
+        while (current := self._session) is not None:
+            if not await self._has_no_master():
+                raise HandshakeError(f"it serves {current.link.peer_id} already")
+            if self._waiting >= _MOST_WAITING:
+                raise HandshakeError("other masters wait for it already; try again later")
+            current.give_way()
+            self._waiting += 1
+            try:
+                async with asyncio.timeout(_LEAVING_S):
+                    await current.left.wait()
+            except TimeoutError:
+                raise HandshakeError("it has not let go of its last master yet") from None
+            finally:
+                self._waiting -= 1
+        self._session = session
 
     async def _prepare(self, setup: Setup, master: Link) -> Prepared:
         config = ModelConfig.from_json(setup.model_config)

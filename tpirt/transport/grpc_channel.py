@@ -97,7 +97,7 @@ class GrpcChannel(StreamChannel):
 
     def first(self) -> asyncio.Task[Any]:
         """Read one message ahead of :meth:`start`; done when it is here, or the call's end is."""
-        self._ahead = asyncio.create_task(own(self._call.read(), self.peer_id))
+        self._ahead = asyncio.create_task(self._read())
         self._ahead.add_done_callback(_retrieve)  # the channel may never be started
         return self._ahead
 
@@ -118,18 +118,21 @@ class GrpcChannel(StreamChannel):
         except (*ERRORS, PeerLostError):
             pass  # the reader will learn why
 
+    async def _read(self) -> Any:
+        return await own(self._call.read(), self.peer_id)
+
     def _begin(self) -> None:
         self._reading = asyncio.create_task(self._read_all())
 
     async def _read_all(self) -> None:
         try:
-            data = await (self._ahead or own(self._call.read(), self.peer_id))
+            data = await (self._ahead or self._read())
             while data is not grpc.aio.EOF:
                 self.bytes_received += len(data)
                 self._deliver(self._reader.feed(data))
                 if self._receiver is None:
                     return
-                data = await own(self._call.read(), self.peer_id)
+                data = await self._read()
         except PeerLostError as exc:
             self._lost(exc)
         except ERRORS as exc:
@@ -201,7 +204,7 @@ def lost(peer_id: str, details: str | None) -> PeerLostError:
         why = f"it ended, was killed, or its machine went away ({details})"
     else:
         why = details
-    return PeerLostError(f"peer {peer_id}: connection lost: {why}")
+    return PeerLostError(f"peer {peer_id}: connection lost: {why}", peer_id=peer_id)
 
 
 def is_foreign(exc: grpc.aio.AioRpcError) -> bool:

@@ -2,7 +2,8 @@
 
     python -m bench.window --model DIR --store DIR --quantize int8 --share 25,50,75,100
 
-A limit is what a process takes anyway plus a share of the rank's weights. The floor of a decoded
+A limit is a share of the rank's weights plus what tpirt plans for everything else: the process, a
+step, keys and values. The floor of a decoded
 token is the bytes that all ranks read for it over the rate of raw direct readers of the same files
 (before and after each row; the better of two readers and two per rank, the median of the passes),
 or the token time with everything resident, whichever is longer: ranks on one machine share its
@@ -28,12 +29,12 @@ from bench.lib.group import LimitedRun, run_limited
 from bench.lib.record import Record, add_json_option
 from tpirt.cli.options import count, size
 from tpirt.cluster.machine import default_threads
+from tpirt.planning import Limits, MemoryBudget
+from tpirt.planning.memory import PROCESS_BYTES
 from tpirt.units import format_bytes
 from tpirt.weights.store import SliceStore
 
-_MIB = 1 << 20
-_PROCESS_BYTES = 360 * _MIB  # Python, torch, a step's work: what a rank needs beside weights
-_PROMPT_TOKENS = 16
+_PROMPT_TOKENS = 16  # one step
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,26 @@ def run(arguments: argparse.Namespace, limit: int | None) -> LimitedRun:
             "quantize": arguments.quantize,
             "store": store,
             "threads": threads,
+            "chunk_tokens": _PROMPT_TOKENS,
         },
         prompt_tokens=_PROMPT_TOKENS,
         tokens=arguments.tokens,
     )
+
+
+def limit_bytes(arguments: argparse.Namespace, share: float) -> int:
+    """The memory limit under which the rank with the most weights can hold a share of them."""
+    limits = Limits(window_blocks=None, memory_bytes=None, chunk_tokens=_PROMPT_TOKENS)
+    context = _PROMPT_TOKENS + arguments.tokens + 1
+    needs = []
+    for stored in SliceStore(arguments.store).slices():
+        spec = stored.manifest.spec
+        budget = MemoryBudget.of(
+            spec.config, spec.shard, arguments.local, spec.form, PROCESS_BYTES, limits
+        )
+        rest = budget.process_bytes + budget.step_bytes() + budget.kv_bytes(context)
+        needs.append(rest + int(share * budget.weights_bytes))
+    return max(needs)
 
 
 def raw_rates(arguments: argparse.Namespace) -> dict[int, float]:
@@ -85,8 +102,7 @@ def raw_rates(arguments: argparse.Namespace) -> dict[int, float]:
 
 def measure(arguments: argparse.Namespace, share: float, resident_ms: float) -> Row:
     """Run one limit several times, raw readers before and after."""
-    weights = max(s.manifest.nbytes for s in SliceStore(arguments.store).slices())
-    limit = int(_PROCESS_BYTES + share * weights)
+    limit = limit_bytes(arguments, share)
     raw = [raw_rates(arguments)]
     runs = []
     for _ in range(arguments.trials):

@@ -58,7 +58,16 @@ class PeerUnreachableError(TpirtError):
 
 
 class PeerLostError(TpirtError):
-    """A peer died, left or fell silent while it was needed; ``rank`` is which, if known."""
+    """A peer died, left or fell silent while it was needed.
+
+    Attributes:
+        rank: the peer's; None if not known.
+        peer_id: the peer's name; empty if not known.
+    """
 
     exit_code = 3
-    rank: int | None = None
+
+    def __init__(self, message: str, *, rank: int | None = None, peer_id: str = ""):
+        super().__init__(message)
+        self.rank = rank
+        self.peer_id = peer_id

@@ -8,26 +8,33 @@ Each line of standard input is an order, the same on all ranks; each is answered
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import sys
 import time
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import (
+    AbstractContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed
-from tpirt.transport.codec import PROTOCOL_VERSION
-from tpirt.transport.pb import tpirt_pb2 as pb
 
-from tpirt.batch import Algorithm, Collective, CommDtype
+from tpirt.batch import Algorithm, Batch, Collective, CommDtype, Segment
 from tpirt.cli.options import run_async, split_address
 from tpirt.cluster.worker_links import Switchboard, WorkerLinks
 from tpirt.collectives.algorithms import GroupCommunicator
+from tpirt.collectives.context import StepContext
 from tpirt.collectives.links import LinkSet
-from tpirt.errors import PeerUnreachableError, TpirtError
+from tpirt.errors import PeerUnreachableError, TpirtError, TransportError
 from tpirt.ops.buffers import tensor_bytes
+from tpirt.protocol.link import Incoming, Link
 from tpirt.transport.base import Channel
 from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
 
@@ -37,6 +44,8 @@ TIMEOUT_S = 60.0
 _WARM_UP = 20
 _SESSION = 1
 _AWAKE_S = 3e-4
+_FRAME_LIMIT = 1 << 30
+_SEGMENT = Segment(slot=0, position=0, tokens=1, num_logits=1, rope_length=1)
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ class Answer:
 
 
 AllReduce = Callable[[torch.Tensor], Awaitable[torch.Tensor]]
-Prepare = Callable[[Order], AllReduce]
+Summing = Callable[[Order], AbstractContextManager[AllReduce]]
 
 
 async def measure(all_reduce: AllReduce, order: Order, rank: int) -> Answer:
@@ -113,11 +122,11 @@ class _Service:
         self.master: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()
         self.done = asyncio.Event()
 
-    async def hello(self, request: pb.HelloRequest) -> pb.HelloReply:
-        return pb.HelloReply(protocol_version=PROTOCOL_VERSION)
+    async def answer(self, method: str, request: bytes) -> bytes:
+        return request
 
-    async def put_slice(self, chunks: AsyncIterator[pb.SliceChunk]) -> pb.PutSliceReply:
-        raise NotImplementedError
+    async def receive(self, method: str, chunks: AsyncIterator[bytes]) -> bytes:
+        raise TransportError(f"{method}: refused")
 
     async def session(self, channel: Channel) -> None:
         self.master.set_result(channel)
@@ -127,28 +136,42 @@ class _Service:
         await self.board.serve(channel)
 
 
+class _TensorsOnly:
+    """Handler of a link that carries nothing else; a rank that sums raises why a link is lost."""
+
+    def on_message(self, link: Link, incoming: Incoming) -> None:
+        raise TransportError(f"peer {link.peer_id}: {type(incoming.body).__name__}; refused")
+
+    def on_lost(self, link: Link, exc: TpirtError) -> None:
+        pass
+
+
 @asynccontextmanager
-async def tpirt_ranks(rank: int, listen: str, addresses: list[str]) -> AsyncIterator[Prepare]:
+async def tpirt_ranks(rank: int, listen: str, addresses: list[str]) -> AsyncIterator[Summing]:
     """Meet over tpirt's own transport, as peers do, and sum with its own collectives."""
     async with AsyncExitStack() as stack:
+        links = LinkSet(rank)
+        stack.push_async_callback(links.aclose)
         if rank == 0:
-            links = LinkSet(0, await _open_sessions(addresses, stack), TIMEOUT_S)
+            await _open_sessions(links, addresses, stack)
         else:
-            links = await _await_session(rank, listen, addresses, stack)
-        ranks = GroupCommunicator(len(addresses), links)
-        step = 0
+            await _await_session(links, listen, addresses, stack)
+        comm = GroupCommunicator(len(addresses), links)
+        numbers = itertools.count(1)
 
-        def prepare(order: Order) -> AllReduce:
-            nonlocal step
-            step += 1
-            ranks.begin(step, Collective(Algorithm(order.algorithm), CommDtype(order.comm_dtype)))
-            return ranks.all_reduce
+        @contextmanager
+        def step(order: Order) -> Iterator[AllReduce]:
+            collective = Collective(Algorithm(order.algorithm), CommDtype(order.comm_dtype))
+            context = StepContext(next(numbers), Batch((_SEGMENT,), collective=collective))
+            links.begin(context)
+            yield lambda partial: comm.all_reduce(context, 0, partial)
+            links.end(completed=True)
 
-        yield prepare
+        yield step
 
 
 @asynccontextmanager
-async def gloo_ranks(rank: int, listen: str, addresses: list[str]) -> AsyncIterator[Prepare]:
+async def gloo_ranks(rank: int, listen: str, addresses: list[str]) -> AsyncIterator[Summing]:
     """Meet through torch.distributed; it needs GLOO_SOCKET_IFNAME in the environment."""
     host, _ = split_address(addresses[0])
     torch.distributed.init_process_group(
@@ -162,18 +185,18 @@ async def gloo_ranks(rank: int, listen: str, addresses: list[str]) -> AsyncItera
         torch.distributed.all_reduce(partial)
         return partial
 
-    yield lambda _: all_reduce
+    yield lambda _: nullcontext(all_reduce)
     torch.distributed.destroy_process_group()
 
 
-async def _open_sessions(addresses: list[str], stack: AsyncExitStack) -> dict[int, Channel]:
-    channels: dict[int, Channel] = {}
-    for rank, address in enumerate(addresses[1:], start=1):
-        client = GrpcPeerClient(address)
+async def _open_sessions(links: LinkSet, addresses: Sequence[str], stack: AsyncExitStack) -> None:
+    """Open a link to every worker, once all of them are there."""
+    clients = [GrpcPeerClient(address) for address in addresses[1:]]
+    for client in clients:
         stack.push_async_callback(client.aclose)
         await _until_there(client)
-        channels[rank] = await client.open_session()
-    return channels
+    for rank, client in enumerate(clients, start=1):
+        links.add(_started(await client.open_session(), rank))
 
 
 async def _until_there(client: GrpcPeerClient) -> None:
@@ -181,7 +204,7 @@ async def _until_there(client: GrpcPeerClient) -> None:
     began = time.monotonic()
     while True:
         try:
-            await client.hello(pb.HelloRequest(protocol_version=PROTOCOL_VERSION), TIMEOUT_S)
+            await client.call("Hello", b"", TIMEOUT_S)
         except PeerUnreachableError:
             if time.monotonic() - began > TIMEOUT_S:
                 raise
@@ -190,33 +213,41 @@ async def _until_there(client: GrpcPeerClient) -> None:
 
 
 async def _await_session(
-    rank: int, listen: str, addresses: list[str], stack: AsyncExitStack
-) -> LinkSet:
+    links: LinkSet, listen: str, addresses: Sequence[str], stack: AsyncExitStack
+) -> None:
+    """Take the master's link, and form links to the other workers."""
     service = _Service()
     server = GrpcPeerServer(service)
     await server.start(*split_address(listen))
     stack.push_async_callback(server.aclose)
-    links = LinkSet(rank, {0: await service.master}, TIMEOUT_S)
     stack.callback(service.done.set)
-    mesh = WorkerLinks(links, GrpcPeerClient, service.board)
-    stack.push_async_callback(mesh.aclose)
-    for state in await mesh.form(_SESSION, addresses):
-        if state.failure:
+    links.add(_started(await service.master, 0))
+    workers = WorkerLinks(links, GrpcPeerClient, service.board, TIMEOUT_S, _FRAME_LIMIT)
+    stack.push_async_callback(workers.aclose)
+    for state in await workers.form(_SESSION, addresses):
+        if not state.carrier:
             raise PeerUnreachableError(
-                f"rank {rank} has no link to rank {state.rank}: {state.failure}"
+                f"rank {links.rank} has no link to rank {state.rank}: {state.reason}"
             )
-    return links
+
+
+def _started(channel: Channel, rank: int) -> Link:
+    link = Link(channel, rank, TIMEOUT_S, _TensorsOnly())
+    channel.frame_limit = _FRAME_LIMIT
+    link.start()
+    return link
 
 
 async def serve(contender: str, rank: int, listen: str, addresses: list[str]) -> None:
     """Meet the others, then carry out orders until there are no more."""
     meet = gloo_ranks if contender == GLOO else tpirt_ranks
     loop = asyncio.get_running_loop()
-    async with meet(rank, listen, addresses) as prepare:
+    async with meet(rank, listen, addresses) as summing:
         print("ready", flush=True)
         while line := await loop.run_in_executor(None, sys.stdin.readline):
             order = Order(**json.loads(line))
-            answer = await measure(prepare(order), order, rank)
+            with summing(order) as all_reduce:
+                answer = await measure(all_reduce, order, rank)
             print(json.dumps(asdict(answer)), flush=True)
 
 

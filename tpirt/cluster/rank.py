@@ -185,7 +185,7 @@ class RankRuntime:
         """
         completed = False
         try:
-            await self._make_room(step.batch)
+            await step.run(self._make_room(step.batch))
             out = await self.decoder.forward(hidden, step)
             completed = True
             return out

@@ -78,8 +78,13 @@ class WorkerSession:
 
     @property
     def lost(self) -> bool:
-        """Whether the master is gone: what is left to do is to clean up."""
+        """Whether the session is over: what is left to do is to clean up."""
         return self._lost.done()
+
+    async def leaving(self, patience_s: float) -> bool:
+        """Wait a moment for the master to be gone; returns :attr:`lost`."""
+        await asyncio.wait({self._lost}, timeout=patience_s)
+        return self.lost
 
     async def setup(self) -> tuple[Incoming, Setup] | None:
         """Wait for the session's first request; None if the caller asks for nothing in time.
@@ -128,6 +133,8 @@ class WorkerSession:
     async def aclose(self) -> None:
         """End the session, whatever it is doing."""
         await self.link.aclose()
+        if not self.lost:
+            self._lost.set_result(TransportError("the session has ended"))
         if self._prepared is not None:
             await self._prepared.aclose()
 
@@ -169,7 +176,7 @@ class WorkerSession:
     async def _serve(self, prepared: Prepared, incoming: Incoming) -> None:
         match incoming.body:
             case Batch():
-                await self._step(prepared.runtime, incoming)
+                await self._step(prepared, incoming)
             case Abort(step=number):
                 if number > self._last_step:  # it never came here
                     self._last_step = number
@@ -184,8 +191,9 @@ class WorkerSession:
                     f"peer {self.link.peer_id}: {type(body).__name__} between steps; refused"
                 )
 
-    async def _step(self, runtime: RankRuntime, incoming: Incoming) -> None:
+    async def _step(self, prepared: Prepared, incoming: Incoming) -> None:
         """Run one step; a failure of this rank's own is reported and the session goes on."""
+        runtime = prepared.runtime
         number = incoming.frame.header.step
         if number <= self._last_step:
             raise TransportError(
@@ -196,15 +204,19 @@ class WorkerSession:
         step = self._current = StepContext(number, incoming.body)
         if number <= self._aborted_step:
             step.abort(StepAborted())
+        begun = False
         try:
             runtime.validate(step.batch)
             hidden = _hidden(incoming, step.batch, runtime.config.hidden_size)
             runtime.begin(step)
+            begun = True
             await runtime.run(hidden, step)
         except StepAborted:
             pass
         except TpirtError as exc:
             step.abort(exc)
+            if not begun:  # the others' tensors of it are dropped
+                prepared.links.skip(number)
             if not self.lost:
                 await self.link.notify(Failure.of(exc, number))
         finally:

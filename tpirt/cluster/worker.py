@@ -52,6 +52,7 @@ from tpirt.weights.writer import SliceWriter
 
 Log = Callable[[str], None]
 
+_GOODBYE_S = 1.0  # from a master's end until the news of it is here
 _LEAVING_S = 20.0  # for a session whose master is gone to let go of threads and memory
 _MOST_RANKS = 1024
 _MOST_CHUNK_TOKENS = 1 << 16
@@ -87,7 +88,7 @@ class Worker:
         """See :class:`tpirt.transport.base.PeerService`."""
         if method == "Hello":
             decode_call(HelloRequest, request, "caller")
-            return encode_call(self._hello())
+            return encode_call(self._hello(busy=not await self._has_no_master()))
         if method == "Inventory":
             asked = decode_call(InventoryRequest, request, "caller")
             return encode_call(await in_thread(self._inventory, asked))
@@ -100,7 +101,6 @@ class Worker:
             raise TransportError("an upload must begin with its order")
         order = await in_thread(SliceOrder.from_json, first.order)
         received = 0
-        # Each call in a thread ends before the writer is left, also when the master goes away.
         # Each call in a thread ends before the writer is left, also when the master goes away.
         with await in_thread(SliceWriter, self._store, order.spec, order.digests) as writer:
             async for data in chunks:
@@ -146,7 +146,11 @@ class Worker:
             self._log(str(exc))
             return InventoryReply()
 
-    def _hello(self) -> HelloReply:
+    async def _has_no_master(self) -> bool:
+        """Whether a master may come. The end of the last one may still be on its way here."""
+        return self._session is None or await self._session.leaving(_GOODBYE_S)
+
+    def _hello(self, busy: bool) -> HelloReply:
         return HelloReply(
             protocol_version=PROTOCOL_VERSION,
             tpirt_version=__version__,
@@ -159,7 +163,7 @@ class Worker:
             cores=machine_cores(),
             bfloat16=has_bfloat16(),
             int4_layout=int4_layout().name,
-            busy=self._session is not None and not self._session.lost,
+            busy=busy,
         )
 
     async def _serve(self, session: WorkerSession) -> None:
@@ -180,7 +184,7 @@ class Worker:
         """Make ``session`` the one that is served; wait for one whose master has left."""
         async with self._free:
             while self._session is not None:
-                if not self._session.lost:
+                if not await self._has_no_master():
                     raise HandshakeError(f"it serves {self._session.link.peer_id} already")
                 try:
                     async with asyncio.timeout(_LEAVING_S):

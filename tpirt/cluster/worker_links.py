@@ -108,6 +108,7 @@ class WorkerLinks:
         self._timeout_s = timeout_s
         self._frame_limit = frame_limit
         self._clients: list[PeerClient] = []
+        self._opened: list[Link] = []
         self._callers: list[_Caller] = []
 
     async def form(self, session: int, addresses: Sequence[str]) -> tuple[LinkState, ...]:
@@ -129,6 +130,7 @@ class WorkerLinks:
         """Let go of all links."""
         for caller in self._callers:
             caller.left.set()
+        await asyncio.gather(*(link.aclose() for link in self._opened))
         await asyncio.gather(*(client.aclose() for client in self._clients))
 
     async def _form(self, session: int, rank: int, address: str) -> LinkState:
@@ -155,12 +157,9 @@ class WorkerLinks:
         client = self._connect(address)
         self._clients.append(client)
         link = Link(await client.open_link(), 0, PATIENCE_S, _Peer())
+        self._opened.append(link)
         link.start()
-        try:
-            await link.request(JoinLink(session, self._links.rank))
-        except BaseException:
-            await link.aclose()
-            raise
+        await link.request(JoinLink(session, self._links.rank))
         return link
 
     async def _accept(self, session: int, rank: int) -> Link:

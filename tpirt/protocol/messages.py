@@ -158,10 +158,10 @@ class Failure:
         kind = getattr(errors, self.kind, PeerError)
         if not (isinstance(kind, type) and issubclass(kind, TpirtError)):
             kind = PeerError
-        error = kind(f"peer {peer_id}: {self.message}")
-        if isinstance(error, PeerLostError):
-            error.rank = self.lost_rank
-        return error
+        message = f"peer {peer_id}: {self.message}"
+        if kind is PeerLostError:
+            return PeerLostError(message, rank=self.lost_rank)
+        return kind(message)
 
 
 @dataclass(frozen=True)

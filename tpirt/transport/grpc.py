@@ -79,7 +79,8 @@ class GrpcPeerClient:
             except TimeoutError:
                 raise PeerLostError(
                     f"peer {self.peer_id}: took nothing for {timeout_s:g} s; "
-                    "it hangs, or its link does"
+                    "it hangs, or its link does",
+                    peer_id=self.peer_id,
                 ) from None
 
         try:

@@ -180,7 +180,7 @@ def lost(peer_id: str, details: str | None) -> PeerLostError:
         why = f"it ended, was killed, or its machine went away ({details})"
     else:
         why = details
-    return PeerLostError(f"peer {peer_id}: connection lost: {why}")
+    return PeerLostError(f"peer {peer_id}: connection lost: {why}", peer_id=peer_id)
 
 
 def is_foreign(exc: grpc.aio.AioRpcError) -> bool:

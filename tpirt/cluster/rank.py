@@ -1,4 +1,4 @@
-"""One rank at work: its weight streamer, its decoder and its memory limit, on master and workers alike."""
+"""The runtime of one rank: weight streamer, decoder and memory limit, on master and workers."""
 
 from __future__ import annotations
 

@@ -208,15 +208,6 @@ class Worker:
                 self._waiting -= 1
         self._session = session
 
-    async def _release(self, session: WorkerSession) -> None:
-        """End a session, and be free for another master."""
-        await session.aclose()
-        if self._session is session:
-            async with self._free:
-                self._session = None
-                self._free.notify_all()
-            self._log("waiting for a master")
-
     async def _prepare(self, setup: Setup, master: Link) -> Prepared:
         config = ModelConfig.from_json(setup.model_config)
         _check_fits(setup, config)

@@ -92,11 +92,19 @@ class Switchboard:
             await caller.link.aclose()
 
     async def claim(self, session: int, rank: int) -> _Caller:
-        """Wait for the link of a session's worker; give it back by setting ``left``."""
+        """Wait for the link of a session's worker; give it back by setting ``left``.
+
+        Cancelled, the link stays where it is.
+
+        Raises:
+            TransportError: the link ended as it was claimed.
+        """
         key = (session, rank)
         async with self._arrivals:
             await self._arrivals.wait_for(lambda: key in self._waiting)
         caller = self._waiting.pop(key)
+        if caller.claimed.done():  # lost or given up, and not removed yet
+            raise TransportError(f"peer {caller.link.peer_id}: the link ended before it was used")
         caller.claimed.set_result(None)
         return caller
 

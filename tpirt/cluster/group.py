@@ -53,7 +53,7 @@ class Group:
     """
 
     def __init__(self, clients: Sequence[PeerClient], timeout_s: float, progress: ProgressCallback):
-        """Take the clients over; :meth:`form` opens the sessions."""
+        """Use the clients, whose owner closes them; :meth:`form` opens the sessions."""
         self._clients = clients
         self._timeout_s = timeout_s
         self._progress = progress
@@ -108,6 +108,9 @@ class Group:
         Raises:
             MemoryLimitError: a rank's limit is too low; says how much is needed.
             HandshakeError, PeerLostError, StoreError: a worker refused, is gone, cannot read.
+
+        Failed or cancelled, nothing loads any more; sessions that were opened stay until
+        :meth:`aclose`.
         """
         limits = deployment.limits
         try:
@@ -139,8 +142,9 @@ class Group:
     ) -> torch.Tensor:
         """Run all layers on all ranks; see :meth:`tpirt.model.decoder.Decoder.forward`.
 
-        Cancelled, the step is given up on every rank after the block that is being computed; the
-        next step waits until every worker has left it. All KV stores are then as before the step.
+        Failed or cancelled, the step is given up on every rank after the block that is being
+        computed, and each sequence keeps the positions before its segment. The next step waits
+        until every worker has left this one.
 
         Args:
             hidden: (T, H) float32 or bfloat16, the segments' rows in order. Overwritten.
@@ -151,23 +155,28 @@ class Group:
             (N, H) float32, the wanted rows before the final norm.
 
         Raises:
+            RequestError: the segments do not fit the limits, the KV stores or ``hidden``; no rank
+            has begun.
             PeerLostError: a worker is gone or silent; names it. The group is broken.
             TransportError: a worker sent something invalid; the group is broken.
             TpirtError: a rank failed by itself (disk, memory); the group lives on.
         """
         async with self._stepping:
             await self._settled()
+            batch = Batch(tuple(segments), prefill, self._collective(hidden.shape[0]))
+            self._check(batch, hidden)
             self._last_step += 1
-            collective = self._collective(hidden.shape[0])
-            step = StepContext(self._last_step, Batch(tuple(segments), prefill, collective))
-            self._current = step
+            step = self._current = StepContext(self._last_step, batch)
             try:
                 return await finish(self._run(step, hidden), lambda: step.abort(StepAborted()))
             finally:
                 self._current = None
 
     async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Apply the LM head to (T, H); returns (T, V) float32. The master's own work only."""
+        """Apply the LM head to (T, H); returns (T, V) float32. The master's own work only.
+
+        Cancelled, it ends after the block that is being computed.
+        """
         async with self._stepping:
             self._check_alive()
             return await self.runtime.decoder.logits(hidden)
@@ -177,7 +186,13 @@ class Group:
         return self.runtime.decoder.clock.running(SAMPLE, number=token)
 
     async def free(self, slot: int) -> None:
-        """Drop a sequence on every rank, between steps; memory goes back to the weights."""
+        """Drop a sequence on every rank, between steps; memory goes back to the weights.
+
+        Cancelled, some ranks may still hold it; they drop it when a segment begins at position 0.
+
+        Raises:
+            TpirtError: the group is broken.
+        """
         async with self._stepping:
             await self._settled()
             await self.runtime.free(slot)
@@ -185,6 +200,8 @@ class Group:
 
     async def stats(self, since_step: int = 0) -> list[RankStats]:
         """What every rank measured since step ``since_step`` began; 0: since the start.
+
+        Cancelled, the workers' answers are ignored when they come.
 
         Raises:
             PeerLostError: a worker is gone.
@@ -219,7 +236,8 @@ class Group:
     async def aclose(self) -> None:
         """Release the workers, which wait for another master, and stop this rank.
 
-        A step under way is given up. It and every later call raise RequestError.
+        A step under way is given up. It and every later call raise RequestError. Cancelled, what
+        was not closed yet stays open.
         """
         if self._broken is None:
             self._broken = RequestError("the engine is closed")
@@ -231,7 +249,6 @@ class Group:
             await asyncio.gather(*tasks, return_exceptions=True)
         if self._runtime is not None:
             await self._runtime.aclose()
-        await asyncio.gather(*(client.aclose() for client in self._clients))
 
     # -- the links' side -------------------------------------------------------------------
 
@@ -329,6 +346,16 @@ class Group:
         return reply.body
 
     # -- steps -----------------------------------------------------------------------------
+
+    def _check(self, batch: Batch, hidden: torch.Tensor) -> None:
+        """Refuse a step here that every worker would refuse, which would break the group."""
+        expected = (batch.tokens, self.runtime.config.hidden_size)
+        if hidden.shape != expected:
+            raise RequestError(f"hidden states {tuple(hidden.shape)}: expected {expected}")
+        try:
+            self.runtime.validate(batch)
+        except TransportError as exc:
+            raise RequestError(str(exc)) from exc
 
     def _collective(self, tokens: int) -> Collective:
         return self._policy.for_step(tokens) if self._policy else DEFAULT_COLLECTIVE

@@ -149,13 +149,13 @@ class RankRuntime:
             raise TransportError("step with two segments of one sequence")
         for segment in batch.segments:
             cached = self.decoder.kv.length(segment.slot)
-            if segment.tokens < 1 or segment.num_logits > segment.tokens:
+            if segment.tokens < 1 or not 0 <= segment.num_logits <= segment.tokens:
                 raise TransportError(
                     f"step of {segment.tokens} tokens: results of {segment.num_logits} are wanted"
                 )
-            if segment.position > cached:
+            if not 0 <= segment.position <= cached:
                 raise TransportError(
-                    f"step at position {segment.position}: only {cached} are cached"
+                    f"step at position {segment.position}: expected 0 to {cached}, which are cached"
                 )
             if segment.end > context or segment.rope_length > context:
                 raise TransportError(

@@ -11,7 +11,14 @@ import contextlib
 import operator
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractContextManager,
+    AsyncExitStack,
+    aclosing,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,7 +126,7 @@ class Engine:
             options: how to run it; defaults when absent.
             local: number of ranks on this machine; ``local - 1`` worker processes are started.
             peers: running workers instead, as addresses ``host:port`` or clients of another
-                transport than gRPC, which are closed on leaving.
+                transport than gRPC, which are closed on leaving, also with an error.
             progress: called with progress reports, also from other threads.
             on_plan: called with the plan before any weights are loaded.
 
@@ -132,28 +139,16 @@ class Engine:
             RequestError: the trace cannot be written.
         """
         options = options or EngineOptions()
-        _check_ranks(local, peers)
         async with AsyncExitStack() as stack:
-            trace = None
-            if options.trace is not None:
-                trace = stack.enter_context(TraceFile(Path(options.trace)))
-            path = BUNDLED_MODEL if model is None else Path(model)
-            opened = await asyncio.to_thread(open_model, path)
-            stack.enter_context(opened.checkpoint)
-            store = SliceStore(Path(options.store or opened.store))
-            threads = options.threads or default_threads(local)
-            stack.enter_context(_compute_threads(threads))
-            workers = _clients(local, peers, threads, store, progress)
-            clients = await stack.enter_async_context(workers)
-            group = Group(clients, options.timeout_s, progress)
-            stack.push_async_callback(group.aclose)
-            profiles = await profile_peers(clients, threads)
-            spans = TRACE_SPANS if trace else 0
-            deployment = plan(opened.config, profiles, options, trace_spans=spans)
-            if on_plan is not None:
-                on_plan(deployment)
-            await _load(opened, deployment, store, clients, group, options.timeout_s, progress)
-            engine = cls(opened, group, deployment)
+            for peer in peers:
+                if not isinstance(peer, str):
+                    stack.push_async_callback(peer.aclose)
+            _check_ranks(local, peers)
+            trace = stack.enter_context(_trace_file(options))
+            host = await stack.enter_async_context(_prepared(model, options, local, progress))
+            clients = await stack.enter_async_context(_connected(host, local, peers))
+            group, deployment = await stack.enter_async_context(_formed(host, clients, on_plan))
+            engine = cls(host.model, group, deployment)
             stack.push_async_callback(engine._end)
             if trace is not None:
                 await stack.enter_async_context(trace.saved(group.trace, engine.name))
@@ -488,40 +483,79 @@ def _check_ranks(local: int, peers: Sequence[str | PeerClient]) -> None:
         raise ConfigError("local and peers exclude each other: give one of them")
 
 
+def _trace_file(options: EngineOptions) -> AbstractContextManager[TraceFile | None]:
+    return nullcontext() if options.trace is None else TraceFile(Path(options.trace))
+
+
+@dataclass(frozen=True)
+class _Host:
+    """What the phases of connecting share: the opened model and how this process runs it."""
+
+    model: Model
+    options: EngineOptions
+    store: SliceStore
+    threads: int
+    progress: ProgressCallback
+
+
 @asynccontextmanager
-async def _clients(
-    local: int,
-    peers: Sequence[str | PeerClient],
-    threads: int,
-    store: SliceStore,
-    progress: ProgressCallback,
+async def _prepared(
+    path: str | Path | None, options: EngineOptions, local: int, progress: ProgressCallback
+) -> AsyncIterator[_Host]:
+    """Open the model and its store, and set this process's compute threads meanwhile."""
+    model = await asyncio.to_thread(open_model, BUNDLED_MODEL if path is None else Path(path))
+    threads = options.threads or default_threads(local)
+    with model.checkpoint, _compute_threads(threads):
+        store = SliceStore(Path(options.store or model.store))
+        yield _Host(model, options, store, threads, progress)
+
+
+@asynccontextmanager
+async def _connected(
+    host: _Host, local: int, peers: Sequence[str | PeerClient]
 ) -> AsyncIterator[list[PeerClient]]:
-    """Clients of the peers, or of ``local - 1`` worker processes that live as long as this."""
+    """Clients of the peers, or of ``local - 1`` worker processes that live as long as this.
+
+    Those made here are closed here.
+    """
     async with AsyncExitStack() as stack:
         if local > 1:
-            progress(Progress("starting peers", 0, local - 1, "peers"))
-            started = LocalPeers(local - 1, threads, store.root)
+            host.progress(Progress("starting peers", 0, local - 1, "peers"))
+            started = LocalPeers(local - 1, host.threads, host.store.root)
             peers = (await stack.enter_async_context(started)).addresses
-            progress(Progress("starting peers", local - 1, local - 1, "peers"))
-        yield [GrpcPeerClient(peer) if isinstance(peer, str) else peer for peer in peers]
+            host.progress(Progress("starting peers", local - 1, local - 1, "peers"))
+        clients: list[PeerClient] = []
+        for peer in peers:
+            if isinstance(peer, str):
+                peer = GrpcPeerClient(peer)
+                stack.push_async_callback(peer.aclose)
+            clients.append(peer)
+        yield clients
 
 
-async def _load(
-    model: Model,
-    deployment: Deployment,
-    store: SliceStore,
-    clients: Sequence[PeerClient],
-    group: Group,
-    timeout_s: float,
-    progress: ProgressCallback,
-) -> None:
-    """Provide every rank with its slice, and form the group."""
-    makers = [SliceMaker(model.checkpoint, model.config, rank.form) for rank in deployment.ranks]
-    partition = deployment.partition
-    manifests = await distribute(makers, partition, store, clients, timeout_s, progress)
-    stored = store.find(manifests[0].slice_id)
-    assert stored is not None
-    await group.form(deployment, manifests, stored)
+@asynccontextmanager
+async def _formed(
+    host: _Host, clients: Sequence[PeerClient], on_plan: PlanCallback | None
+) -> AsyncIterator[tuple[Group, Deployment]]:
+    """Plan, provide every rank with its slice, and form the group, which is closed on leaving."""
+    model, options, progress = host.model, host.options, host.progress
+    group = Group(clients, options.timeout_s, progress)
+    try:
+        profiles = await profile_peers(clients, host.threads)
+        spans = 0 if options.trace is None else TRACE_SPANS
+        deployment = plan(model.config, profiles, options, trace_spans=spans)
+        if on_plan is not None:
+            on_plan(deployment)
+        makers = [SliceMaker(model.checkpoint, model.config, r.form) for r in deployment.ranks]
+        manifests = await distribute(
+            makers, deployment.partition, host.store, clients, options.timeout_s, progress
+        )
+        stored = host.store.find(manifests[0].slice_id)
+        assert stored is not None
+        await group.form(deployment, manifests, stored)
+        yield group, deployment
+    finally:
+        await group.aclose()
 
 
 @contextmanager

@@ -1,0 +1,57 @@
+"""What becomes of the clients that a caller hands to ``Engine.connect``."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tpirt import Engine, EngineOptions, TpirtError
+from tpirt.errors import PeerUnreachableError
+from tpirt.transport.base import Channel
+
+
+class Client:
+    """A client of a peer that does not answer."""
+
+    peer_id = address = "nowhere"
+
+    def __init__(self) -> None:
+        self.closed = 0
+
+    async def call(self, method: str, request: bytes, timeout_s: float) -> bytes:
+        raise PeerUnreachableError("nowhere: no answer")
+
+    async def upload(self, method: str, chunks: AsyncIterator[bytes], timeout_s: float) -> bytes:
+        raise AssertionError
+
+    async def open_session(self) -> Channel:
+        raise AssertionError
+
+    async def open_link(self) -> Channel:
+        raise AssertionError
+
+    async def aclose(self) -> None:
+        self.closed += 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"local": 2},
+        {"model": "no/such/model"},
+        {"trace": "no/such/folder/trace.json"},
+        {},  # it does not answer
+    ],
+    ids=str,
+)
+async def test_clients_are_closed_once_whatever_fails(tmp_path: Path, wrong: Any) -> None:
+    client = Client()
+    wrong = dict(wrong)
+    options = EngineOptions(store=tmp_path, trace=wrong.pop("trace", None))
+    with pytest.raises(TpirtError):
+        async with Engine.connect(options=options, peers=[client], **wrong):
+            raise AssertionError
+    assert client.closed == 1

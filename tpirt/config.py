@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -227,6 +227,8 @@ class ModelConfig:
     def from_json(cls, text: str) -> ModelConfig:
         """Parse the output of :meth:`to_json`; safe for text from a peer.
 
+        A missing field has its default: text that was stored before there was the field is read.
+
         Raises:
             ConfigError: not JSON, missing or unknown fields, or an invalid configuration.
         """
@@ -235,8 +237,8 @@ class ModelConfig:
                 content = json.loads(text)
             except (ValueError, TypeError, RecursionError) as exc:
                 raise ConfigError(f"not valid JSON: {exc}") from exc
-            values = _exact_fields(content, cls)
-            rope = _exact_fields(values["rope"], RopeConfig, "rope")
+            values = _known_fields(content, cls)
+            rope = _known_fields(values["rope"], RopeConfig, "rope")
             windows = values["sliding_windows"]
             if not isinstance(windows, list):
                 raise ConfigError(f"sliding_windows: expected a list, got {_show(windows)}")
@@ -362,15 +364,16 @@ def _read_json_object(file: Path) -> Mapping[str, Any]:
     return content
 
 
-def _exact_fields(content: object, cls: type, name: str = "") -> dict[str, Any]:
-    """Check that a JSON object has exactly the fields of a dataclass."""
+def _known_fields(content: object, cls: type, name: str = "") -> dict[str, Any]:
+    """Check that a JSON object has the fields of a dataclass; those with a default may lack."""
     subject = f"{name}: " if name else ""
     if not isinstance(content, dict):
         raise ConfigError(f"{subject}expected a JSON object, got {_show(content)}")
-    expected = {field.name for field in fields(cls)}
-    for key in sorted(expected - set(content)):
+    known = {field.name for field in fields(cls)}
+    required = {field.name for field in fields(cls) if field.default is MISSING}
+    for key in sorted(required - set(content)):
         raise ConfigError(f"{subject}missing key {key}")
-    for key in sorted(set(content) - expected):
+    for key in sorted(set(content) - known):
         raise ConfigError(f"{subject}unknown key {_show(key)}")
     return dict(content)
 

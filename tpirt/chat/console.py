@@ -59,7 +59,7 @@ class Console:
             self._within_line = not text.endswith("\n")
 
     def end_line(self) -> None:
-        """See to it that what follows begins on a line of its own."""
+        """End the current line, so that what follows begins on a new one."""
         if self._within_line:
             self._put(self._out, "\n")
             self._within_line = False

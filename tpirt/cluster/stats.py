@@ -46,7 +46,7 @@ class _Step:
 
 
 class StepLog:
-    """Reads a rank's counters at the borders of its steps.
+    """Reads a rank's counters where a step ends and the next one begins.
 
     A step lasts until the next one begins, so steps add up to what was counted in total.
     """

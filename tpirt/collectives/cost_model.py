@@ -1,8 +1,8 @@
 """Which collective suits which message, by a cost model over measured links.
 
-Symbols: R ranks, n bytes of a partial on the wire, L(i, j) one-way latency between ranks i and j
-with our own work on a message in it, B(i) the rate of rank i's link (the best of its pairs, for
-what a pair reaches is bounded by both ends), w the work of sending and taking messages.
+Symbols: R ranks, n bytes of a partial on the wire, L(i, j) one-way latency between ranks i and j,
+including their work on one message, B(i) the rate of rank i's link (the best of its pairs, because
+a pair's rate is bounded by both ends), w the work of sending and taking messages.
 
     star      2 (max L(i, 0) + (R - 1) n / B(0)) + w
     one-shot  max L(i, j) + (R - 1) n / min B(i) + w
@@ -83,7 +83,7 @@ class Topology:
 
 
 def predict_s(algorithm: Algorithm, topology: Topology, nbytes: int) -> float:
-    """Time of one allreduce after the model."""
+    """Time of one allreduce according to the model."""
     world = topology.world_size
     work = _work_s(algorithm, topology)
     slowest = min(topology.rate(rank) for rank in range(world))

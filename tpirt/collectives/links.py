@@ -39,7 +39,7 @@ class LinkSet:
         return self._links[rank]
 
     def add(self, link: Link) -> None:
-        """Have a link to one more rank, between steps."""
+        """Add the link to another rank, between steps."""
         self._links[link.rank] = link
         self.others = sorted(self._links, key=lambda other: (other < self.rank, other))
 

@@ -412,7 +412,7 @@ class Engine:
     async def _forward(
         self, ids: Sequence[int], rope_length: int, num_logits: int, *, prefill: bool
     ) -> torch.Tensor:
-        """Let ``ids`` through all layers; returns the hidden states of the last ``num_logits``."""
+        """Run one step over ``ids``; returns the hidden states of the last ``num_logits``."""
         start = len(self._cached)
         segment = Segment(_SLOT, start, len(ids), num_logits, rope_length)
         out = await self._group.step(self.embed(ids), [segment], prefill)

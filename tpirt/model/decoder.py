@@ -3,6 +3,18 @@
 Axes: T tokens, H hidden, Q local query heads, K local KV heads, D head_dim, I MLP columns of
 a block. The residual stream and the partial sums are float32; matrix products run in the weights'
 dtype.
+
+What a micro-batch does, on every rank::
+
+    for layer in layers:
+        with block(layer.attention):
+            partial = attention(norm(hidden)) @ o_proj      # local heads
+        hidden += all_reduce(partial)
+        partial = 0
+        for piece in layer.mlp:
+            with block(piece):                              # norm: once, by the first piece
+                partial += mlp(norm(hidden))                # local columns
+        hidden += all_reduce(partial)                       # last layer: reduce, to rank 0 only
 """
 
 from __future__ import annotations
@@ -61,7 +73,7 @@ class _Part:
 
 
 class Decoder:
-    """Runs steps: hidden states of new tokens in, those that are wanted out, behind all layers."""
+    """Runs steps: hidden states of new tokens in, the wanted ones out, after all layers."""
 
     def __init__(
         self,
@@ -239,10 +251,12 @@ class Decoder:
             turning = torch.cat((q, k)).to(self._dtype)
         q, k = torch.split(rotate(turning, part.cos, part.sin), [queries, keys])
         if layer == config.num_hidden_layers - 1:
+            # All tokens' keys and values are cached. From here on, only the wanted rows matter:
+            # their queries, the residual stream that their sums are added to, the last MLP.
             part.hidden = _rows(part.hidden, part.batch.wanted_rows)
         out = self._attend(part.batch, layer, q, k, v)  # (Q, T, D)
         if not out.shape[1]:
-            return part.hidden
+            return part.hidden  # no rows: nothing to sum
         flat = out.transpose(0, 1).reshape(len(part.hidden), -1)  # (T, Q D)
         return self._project(flat, w, "o_proj")
 
@@ -282,12 +296,17 @@ class Decoder:
         return x, out.float() if total is None else total.add_(out)
 
     def _mlp_begin(self, w: Weights, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """About half of an MLP's work: three quarters of the first of two products."""
+        """About half of an MLP's work: three quarters of the first of two products.
+
+        An MLP of one block is two stages where there are two micro-batches: while one of them sums
+        its attention, the other computes half an MLP; see :class:`Pipeline`. The first product has
+        two thirds of the MLP's weights, so three quarters of it are half of the whole.
+        """
         x = self._normed(w, hidden)
         return x, self._project(x, w, "gate_up_proj", Span(0, self._mlp_cut))
 
     def _mlp_end(self, w: Weights, x: torch.Tensor, begun: torch.Tensor) -> torch.Tensor:
-        """The rest of it."""
+        """The other half: the remaining columns of gate and up, the activation, down."""
         rest = self._project(x, w, "gate_up_proj", Span(self._mlp_cut, self._mlp_rows))
         gate_up = torch.cat((begun, rest), dim=1)
         return self._project(gated_mlp(gate_up, self._activation), w, "down_proj")
@@ -321,7 +340,7 @@ class Decoder:
 async def _all(step: StepContext, runs: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
     """Wait for all; raises why the step failed once none runs any more.
 
-    A task group would cancel the others' sums, which breaks links; aborting the step ends them.
+    Not a task group: a run that fails aborts the step, which ends the others with its reason.
     """
     results = await asyncio.gather(*runs, return_exceptions=True)
     step.check()

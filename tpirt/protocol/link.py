@@ -187,13 +187,13 @@ class Link:
             raise self._broken(exc) from exc
 
     async def notify(self, body: object, payload: memoryview | bytes = b"") -> None:
-        """Send a message that needs no answer."""
+        """Send a message that needs no answer; cancelled or failed, as :meth:`send`."""
         await self.send(message_frame(Kind.MESSAGE, body, payload))
 
     async def request(self, body: object, payload: memoryview | bytes = b"") -> Incoming:
         """Send a request and wait for its reply; any number at a time, in any order.
 
-        Cancelled, the reply is ignored when it comes.
+        Cancelled, the request still goes out whole, and its reply is ignored when it comes.
 
         Raises:
             PeerLostError, TransportError: the link is gone.
@@ -215,7 +215,7 @@ class Link:
         return reply
 
     async def respond(self, to: Incoming, body: object, payload: memoryview | bytes = b"") -> None:
-        """Answer a request; raises as :meth:`send`."""
+        """Answer a request; cancelled or failed, as :meth:`send`."""
         await self.send(message_frame(Kind.REPLY, body, payload, to.id))
 
     def reply(self, to: Incoming, body: object, payload: memoryview | bytes = b"") -> None:
@@ -237,7 +237,10 @@ class Link:
         self._broken(exc)
 
     async def aclose(self) -> None:
-        """Close the channel; everyone who waits raises PeerLostError. Safe to call twice."""
+        """Close the channel; everyone who waits raises PeerLostError. Safe to call twice.
+
+        Cancelled, the link is lost all the same, and another call closes the channel.
+        """
         self._stop()
         if self.lost is None:
             self.lost = self._named(PeerLostError(f"peer {self.peer_id}: the link is closed"))

@@ -27,8 +27,8 @@ from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout, local_regions
 from tpirt.sharding.format import WeightFormat
 from tpirt.sharding.partition import Shard, Span
 
-# Pieces of the MLP are no larger than this. Halving it again was no faster streamed, and slower
-# resident, for every piece is two more matrix products.
+# Pieces of the MLP have about this size, rounded to whole ``_PIECE_COLUMNS``. Half of it was no
+# faster streamed, and slower resident: every piece is two more matrix products.
 _PIECE_BYTES = 16 << 20
 
 # Blocks of the LM head begin at multiples of this many rows, where their size allows: every plan
@@ -201,7 +201,7 @@ def layer_blocks(config: ModelConfig, shard: Shard, form: WeightFormat) -> tuple
 
 
 def mlp_pieces(config: ModelConfig, shard: Shard, form: WeightFormat) -> tuple[Span, ...]:
-    """Cut a rank's MLP columns into the pieces that are its blocks, equal to 128 columns."""
+    """Cut a rank's MLP columns into the pieces that are its blocks, even to within 128 columns."""
     bits = form.quant.bits or 8 * form.dtype.itemsize
     nbytes = 3 * config.hidden_size * shard.columns.size * bits / 8
     units = shard.columns.size // _PIECE_COLUMNS

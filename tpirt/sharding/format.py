@@ -29,7 +29,7 @@ class WeightFormat:
 
     @property
     def head_quant(self) -> QuantSpec:
-        """How the LM head is stored: in 8 bits at least, for every token's choice hangs on it."""
+        """How the LM head is stored: in 8 bits at least, because every token depends on it."""
         return AS_THEY_ARE if self.quant == AS_THEY_ARE else Int8()
 
     @property

@@ -106,8 +106,8 @@ def _total(values: dict[int, torch.Tensor]) -> torch.Tensor:
 
 
 @dataclass
-class Rank:
-    """One rank's decoder and what it stands on."""
+class DecoderRank:
+    """One rank's decoder, streamer and communicator."""
 
     decoder: Decoder
     streamer: WeightStreamer
@@ -121,7 +121,7 @@ class DecoderGroup:
         ranks: rank 0 first.
     """
 
-    def __init__(self, ranks: list[Rank], checkpoint: Checkpoint, embedding: str):
+    def __init__(self, ranks: list[DecoderRank], checkpoint: Checkpoint, embedding: str):
         self.ranks = ranks
         self._checkpoint = checkpoint
         self._embedding = embedding
@@ -140,7 +140,7 @@ class DecoderGroup:
         return [StepContext(number, batch) for _ in self.ranks]
 
     async def run(self, ids: Sequence[int], steps: Sequence[StepContext]) -> torch.Tensor:
-        """Run a step on all ranks; returns the wanted rows behind all layers."""
+        """Run a step on all ranks; returns the wanted rows of the last layer's output."""
         rows = self.embed(ids)
         inputs = [rows.clone() for _ in self.ranks]
         if steps[0].batch.collective.micro_batches:  # the others have them from rank 0
@@ -178,7 +178,7 @@ async def decoder_group(
     config = ModelConfig.from_dir(path)
     plan = make_plan(config, world_size, ratio)
     exchange = Exchange(world_size)
-    ranks: list[Rank] = []
+    ranks: list[DecoderRank] = []
     with ExitStack() as stack:
         store = SliceStore(Path(stack.enter_context(tempfile.TemporaryDirectory())))
         checkpoint = stack.enter_context(Checkpoint.open(path))
@@ -199,7 +199,7 @@ async def decoder_group(
                 choose_kernels(stored.path, blocks),
                 Recorder(),
             )
-            ranks.append(Rank(decoder, streamer, comm))
+            ranks.append(DecoderRank(decoder, streamer, comm))
         try:
             yield DecoderGroup(ranks, checkpoint, resolve_tied(checkpoint, config)[0])
         finally:

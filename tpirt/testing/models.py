@@ -126,7 +126,7 @@ def make_tokenizer(path: Path, template: str | None = CHATML) -> Path:
 
 
 def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Draw a checkpoint's float32 tensors such that every part of the model tells in the logits."""
+    """Draw a checkpoint's float32 tensors such that every part of the model affects the logits."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in expected_tensors(config).items():

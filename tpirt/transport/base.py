@@ -118,6 +118,8 @@ class PeerClient(Protocol):
     async def call(self, method: str, request: bytes, timeout_s: float) -> bytes:
         """Make one request.
 
+        Cancelled, the answer is ignored; the peer may have done what was asked.
+
         Raises:
             PeerUnreachableError: no answer within ``timeout_s``.
             HandshakeError: something else than a tpirt peer answers.
@@ -127,16 +129,24 @@ class PeerClient(Protocol):
     async def upload(self, method: str, chunks: AsyncIterator[bytes], timeout_s: float) -> bytes:
         """Send chunks of at most 1 MiB; returns the answer.
 
+        Failed or cancelled, the call has ended, and the peer's ``receive`` fails or is cancelled.
+
         Raises:
             PeerLostError: the peer is gone, or took no chunk for ``timeout_s``.
             StoreError: the peer could not keep it.
         """
 
     async def open_session(self) -> Channel:
-        """Open a master's channel to a worker; whether it is accepted shows when it is read."""
+        """Open a master's channel to a worker; whether it is accepted shows when it is read.
+
+        Cancelled, a call that was begun ends when the client is closed.
+        """
 
     async def open_link(self) -> Channel:
-        """Open a worker's channel to another worker."""
+        """Open a worker's channel to another worker; else as :meth:`open_session`."""
 
     async def aclose(self) -> None:
-        """Close the connection and every channel."""
+        """Close the connection and every channel; requests under way fail.
+
+        Cancelled, what was not closed yet stays open.
+        """

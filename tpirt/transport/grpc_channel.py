@@ -82,7 +82,7 @@ def server_options(most_connections: int) -> tuple[tuple[str, int], ...]:
 
 
 class GrpcChannel(StreamChannel):
-    """Frames over a call's stream of messages, whose borders mean nothing.
+    """Frames over a call's stream of messages, whose boundaries mean nothing.
 
     ``call`` is the client's stream call or the server's servicer context: both have ``read`` and
     ``write`` coroutines, and the client's has ``cancel``.

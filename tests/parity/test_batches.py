@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,6 +17,7 @@ import transformers
 from tpirt.batch import Segment
 from tpirt.collectives.context import StepContext
 from tpirt.engine import Engine
+from tpirt.model import decoder
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.decoders import DecoderGroup, decoder_group
 from tpirt.testing.models import make_model
@@ -292,6 +294,46 @@ async def test_a_cancelled_step_leaves_nothing_running(models: Any, micro_batche
         assert group.ranks[0].decoder.kv.length(0) == 0
         sequences = Sequences(group, path, {0: 20})
         await sequences.step((0, 20, 1), micro_batches=micro_batches)
+
+
+async def test_a_second_cancellation_still_waits_for_the_thread_that_computes(
+    models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the block that it uses would be released, and overwritten."""
+    path = models("llama")
+    async with decoder_group(path, 1, window=2) as group:
+        (rank,) = group.ranks
+        entered, leave, computing = threading.Event(), threading.Event(), threading.Event()
+        released_early: list[int] = []
+        attention, release = decoder.attention, rank.streamer.release
+
+        def slow(*args: Any) -> torch.Tensor:
+            computing.set()
+            entered.set()
+            assert leave.wait(10)
+            computing.clear()
+            return attention(*args)
+
+        def noted(index: int) -> None:
+            if computing.is_set():
+                released_early.append(index)
+            release(index)
+
+        monkeypatch.setattr(decoder, "attention", slow)
+        monkeypatch.setattr(rank.streamer, "release", noted)
+        (step,) = group.contexts([Segment(0, 0, 20, 1, 20)])
+        running = asyncio.create_task(rank.decoder.forward(group.embed(ids_of(0, 20)), step))
+        while not entered.is_set():  # noqa: ASYNC110 - set by the compute thread
+            await asyncio.sleep(0)
+        for _ in range(3):
+            running.cancel()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert not running.done()
+        leave.set()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert released_early == []
 
 
 async def test_every_sum_of_two_micro_batches_has_the_others_work_to_hide_behind(

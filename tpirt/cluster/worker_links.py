@@ -17,7 +17,7 @@ from tpirt.transport.base import Channel, PeerClient
 
 Connect = Callable[[str], PeerClient]
 
-PATIENCE_S = 5.0  # for another worker to open its link, or to answer
+PATIENCE_S = 10.0  # for another worker, which may be slow, to open its link, or to answer
 _MOST_SILENT = 64  # links that have not said yet to which session they belong
 _MOST_WAITING = 256  # links that no session has claimed yet
 
@@ -138,24 +138,32 @@ class WorkerLinks:
         self._clients: list[PeerClient] = []
         self._opened: list[Link] = []
         self._callers: list[_Caller] = []
+        self._forming: list[asyncio.Task[LinkState]] = []
 
-    async def form(self, session: int, addresses: Sequence[str]) -> tuple[LinkState, ...]:
-        """Open or await a link to every other worker, at the same time.
+    def form(self, session: int, addresses: Sequence[str]) -> None:
+        """Begin to open or await a link to every other worker, at the same time.
 
         Args:
             session: number that the master drew.
             addresses: of all ranks, the master's first.
-
-        Returns:
-            how each link turned out. Addresses are what a master says, so a failure tells the
-            master no more than that there is no link.
         """
-        others = [rank for rank in range(1, len(addresses)) if rank != self._links.rank]
-        states = (self._form(session, rank, addresses[rank]) for rank in others)
-        return tuple(await asyncio.gather(*states))
+        for rank, address in enumerate(addresses):
+            if rank not in (0, self._links.rank):
+                self._forming.append(asyncio.create_task(self._form(session, rank, address)))
+
+    async def formed(self) -> tuple[LinkState, ...]:
+        """Wait until every link is there or has failed; returns how each turned out.
+
+        Addresses are what a master says, so a failure tells the master no more than that there is
+        no link.
+        """
+        return tuple(await asyncio.gather(*self._forming))
 
     async def aclose(self) -> None:
         """Let go of all links."""
+        for forming in self._forming:
+            forming.cancel()
+        await asyncio.gather(*self._forming, return_exceptions=True)
         for caller in self._callers:
             caller.left.set()
         await asyncio.gather(*(link.aclose() for link in self._opened))

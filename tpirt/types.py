@@ -48,8 +48,11 @@ class StepTimes:
     A step lasts until the next one begins (``total_ms``), the last one until nothing more is done
     for it. ``compute_ms`` is spent in blocks (on the master in the LM head and in sampling, too),
     ``io_ms`` waiting for weights, ``comm_ms`` in collectives (on the master also in sending the
-    step to the workers). What is left of ``total_ms`` is idle: on a worker, waiting for the next
-    step; on the master, embedding, text, and what the caller does between two tokens.
+    step to the workers). Each moment counts once: with micro-batches, where one half computes
+    while the other's sum is in flight, as compute, else as waiting for weights, else as
+    communication. So the three never exceed ``total_ms``. What is left is idle: on a worker,
+    waiting for the next step; on the master, embedding, text, and what the caller does between
+    two tokens.
 
     ``head_compute_ms`` and ``head_io_ms`` are the parts of ``compute_ms`` and ``io_ms`` that come
     after the layers, on the master alone.
@@ -99,8 +102,9 @@ class TokenTimes:
 class RankStats:
     """What one rank has used and done since a step began, such as a request's first.
 
-    ``io_ms`` is time spent waiting for weights, ``comm_ms`` for other ranks; ``read_ms`` is how
-    long its disk was at work, whether anybody waited or not. ``steps`` are the latest 4096.
+    ``io_ms`` is time spent waiting for weights, ``comm_ms`` for other ranks, while nothing was
+    computed; ``read_ms`` is how long its disk was at work, whether anybody waited or not.
+    ``steps`` are the latest 4096.
     """
 
     rank: int = 0

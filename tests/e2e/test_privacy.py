@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import ast
 import json
-import math
 import re
 import socket
 import struct
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from subprocess import PIPE
 
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
-from tpirt.transport.codec import Frame
-from tpirt.transport.pb import tpirt_pb2 as pb
+from safetensors.torch import load_file
 
 import tpirt
 from bench.net.relay import adjoining_servers
 from tpirt.cluster.worker import Worker
 from tpirt.config import ModelConfig
 from tpirt.engine import Engine, EngineOptions
+from tpirt.protocol.messages import Setup, decode, encode
+from tpirt.protocol.pb import tpirt_pb2 as pb
 from tpirt.testing.cluster import MemoryPeerClient
+from tpirt.testing.faults import frame_kind
 from tpirt.testing.models import make_model
 from tpirt.testing.processes import (
     PeerProcess,
@@ -34,6 +36,7 @@ from tpirt.testing.processes import (
     start_python,
 )
 from tpirt.transport.base import Channel
+from tpirt.transport.frame import Frame, Header
 from tpirt.transport.tickets import PORT_OFFSET
 from tpirt.types import Message, SamplingParams
 from tpirt.weights.store import SliceStore
@@ -203,7 +206,9 @@ def test_no_byte_between_two_processes_tells_of_the_prompt_or_the_answer(
     there, back = bytes(tap.there), bytes(tap.back)
     # The tap has seen it all: the slice, the setup, the hidden states of every token.
     assert tap.taken == 2
-    assert b"layers.2.mlp" in there
+    gate = load_file(model / "model.safetensors")["model.layers.2.mlp.gate_proj.weight"].float()
+    rows = [row.numpy().tobytes() for row in gate[-20:]]  # some may lie across HTTP's frames
+    assert sum(row in there for row in rows) > 10
     assert ModelConfig.from_dir(model).to_json().encode() in there
     tokens = len(answer["prompt_token_ids"]) + len(answer["token_ids"]) - 1
     # Of three layers, the last one's two sums are of a prompt's last token alone.
@@ -220,6 +225,8 @@ def test_no_byte_between_two_processes_tells_of_the_prompt_or_the_answer(
 
 # -- message by message ----------------------------------------------------------------------
 
+MESSAGES = {"Setup", "Probe", "StatsRequest"}
+
 
 class Recording:
     """Keeps every frame that a master sends."""
@@ -231,9 +238,20 @@ class Recording:
     def __getattr__(self, name: str) -> object:
         return getattr(self._inner, name)
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if name.startswith("_"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._inner, name, value)
+
     async def send(self, frame: Frame) -> None:
-        self._frames.append(Frame(frame.header, bytes(frame.payload)))
+        self._frames.append(Frame(frame.head, frame.message, bytes(frame.payload)))
         await self._inner.send(frame)
+
+    def send_nowait(self, frame: Frame) -> bool:
+        assert frame_kind(frame) == "heartbeat"
+        assert (frame.message, frame.payload) == (b"", b"")
+        return self._inner.send_nowait(frame)
 
 
 class RecordingClient(MemoryPeerClient):
@@ -246,17 +264,17 @@ class RecordingClient(MemoryPeerClient):
         )
         self._others = others
 
-    async def hello(self, request: pb.HelloRequest, timeout_s: float) -> pb.HelloReply:
-        self._others.append(request.SerializeToString())
-        return await super().hello(request, timeout_s)
+    async def call(self, method: str, request: bytes, timeout_s: float) -> bytes:
+        self._others.append(request)
+        return await super().call(method, request, timeout_s)
 
-    async def put_slice(self, chunks: AsyncIterator[pb.SliceChunk]) -> pb.PutSliceReply:
-        async def recorded() -> AsyncIterator[pb.SliceChunk]:
+    async def upload(self, method: str, chunks: AsyncIterator[bytes], timeout_s: float) -> bytes:
+        async def recorded() -> AsyncIterator[bytes]:
             async for chunk in chunks:
-                self._others.append(chunk.SerializeToString())
+                self._others.append(chunk)
                 yield chunk
 
-        return await super().put_slice(recorded())
+        return await super().upload(method, recorded(), timeout_s)
 
 
 async def test_no_message_tells_of_the_prompt_or_the_answer(model: Path, tmp_path: Path) -> None:
@@ -274,27 +292,41 @@ async def test_no_message_tells_of_the_prompt_or_the_answer(model: Path, tmp_pat
         hidden_size = engine.config.hidden_size
     ids = prompt + answer.token_ids
     texts = [SECRET, answer.text, STOP, str(model.parent), *secrets_of(model)]
-    data = b"\n".join([*(frame.data for frame in frames), *others])
+    data = b"\n".join([*(b"".join(frame.parts()) for frame in frames), *others])
+    assert sum(map(len, others)) > 100_000  # the slice is among them
     assert leaks(data, texts, ids, (TEMPERATURE, TOP_P, SEED)) == []
-    # A payload is hidden states and nothing beside; all else is numbers that do not depend on
-    # which tokens they are.
-    kinds = {"setup", "probe", "stats_request", "step", "partial"}
-    assert {frame.kind for frame in frames} == kinds
+    # A payload is hidden states and nothing else; all else is numbers that do not depend on which
+    # tokens they are.
+    assert {frame_kind(frame) for frame in frames} == MESSAGES | {"step", "partial"}
     for frame in frames:
-        match frame.kind:
+        header = frame.header
+        match frame_kind(frame):
             case "step":
-                assert len(frame.payload) == frame.header.step.tokens * hidden_size * 4
+                batch = decode(frame.message, "test")
+                assert len(frame.payload) == batch.tokens * hidden_size * 4
             case "partial":
-                assert len(frame.payload) == math.prod(frame.header.partial.shape) * 4
-            case "probe":
+                assert frame.message == b""
+                assert len(frame.payload) == header.rows * header.columns * 4
+            case "Probe":
                 assert not any(frame.payload)
             case _:
                 assert len(frame.payload) == 0
 
-    steps = [frame.header.step for frame in frames if frame.kind == "step"]
-    assert [step.tokens for step in steps] == [len(prompt)] + [1] * (len(answer.token_ids) - 1)
-    assert [step.start for step in steps] == [0, *range(len(prompt), len(ids) - 1)]
-    assert [step.rope_length for step in steps] == list(range(len(prompt), len(ids)))
+    steps = [decode(frame.message, "test") for frame in frames if frame_kind(frame) == "step"]
+    segments = [segment for step in steps for segment in step.segments]
+    assert [s.tokens for s in segments] == [len(prompt)] + [1] * (len(answer.token_ids) - 1)
+    assert [s.position for s in segments] == [0, *range(len(prompt), len(ids) - 1)]
+    assert [s.rope_length for s in segments] == list(range(len(prompt), len(ids)))
+    assert {(s.slot, s.num_logits) for s in segments} == {(0, 1)}
+
+
+def without_chance(frame: Frame) -> bytes:
+    """All but the payload, and but what a setup draws or takes from the machine's free memory."""
+    if frame_kind(frame) != "Setup":
+        return frame.head + frame.message
+    setup = decode(frame.message, "test")
+    assert isinstance(setup, Setup)
+    return encode(replace(setup, memory_bytes=0, session=0))
 
 
 async def test_other_words_give_the_same_messages_but_for_hidden_states(
@@ -311,13 +343,10 @@ async def test_other_words_give_the_same_messages_but_for_hidden_states(
             peers=[client],
         ) as engine:
             await engine.complete(prompt, SamplingParams(max_tokens=6))
-        for frame in frames:
-            if frame.kind == "setup":  # depends on what the machine has free, and on chance
-                frame.header.setup.memory_bytes = frame.header.setup.session = 0
         seen.append(frames)
-    first, second = ([f.header.SerializeToString() for f in frames] for frames in seen)
+    first, second = ([without_chance(frame) for frame in frames] for frames in seen)
     assert first == second
-    assert [bytes(f.payload) for f in seen[0]] != [bytes(f.payload) for f in seen[1]]
+    assert [f.payload for f in seen[0]] != [f.payload for f in seen[1]]
 
 
 # -- what messages can carry at all ----------------------------------------------------------
@@ -325,7 +354,8 @@ async def test_other_words_give_the_same_messages_but_for_hidden_states(
 # Every field of every message. A new one belongs here only if it cannot tell anything of a
 # prompt, an answer, the tokenizer or the sampling; texts and bytes say here what is in them.
 ALLOWED = {
-    "HelloRequest": {"protocol_version", "tpirt_version", "slice_id"},
+    "Bytes": set(),
+    "HelloRequest": {"protocol_version", "tpirt_version"},
     "HelloReply": {
         "protocol_version",
         "tpirt_version",
@@ -333,38 +363,38 @@ ALLOWED = {
         "host_id",
         "memory_bytes",
         "available_bytes",
+        "base_bytes",
         "threads",
-        "bfloat16",
-        "busy",
-        "has_slice",
-        "int4_layout",
         "cores",
+        "bfloat16",
+        "int4_layout",
+        "busy",
     },
-    "SliceChunk": {"manifest", "chunk"},
-    "BlockChunk": {"block", "offset", "crc32", "data"},
-    "PutSliceReply": {"bytes_written"},
-    "Frame": {"header", "payload"},
-    "FrameHeader": {
+    "InventoryRequest": {"slice_id", "order"},
+    "InventoryReply": {"whole", "held"},
+    "UnitChunk": {"order", "unit", "offset", "crc32", "data"},
+    "PutUnitsReply": {"bytes_written", "held"},
+    "Message": {
         "setup",
         "loading",
         "ready",
         "step",
-        "partial",
-        "reduced",
         "abort",
+        "step_ended",
+        "failure",
+        "free_slot",
         "stats_request",
         "stats",
-        "error",
         "clock_request",
         "clock",
         "trace_request",
         "trace",
-        "link",
+        "join_link",
+        "joined",
         "probe",
-        "measure_links",
-        "link_states",
+        "measure_link",
+        "link_quality",
     },
-    "Tensor": {"step", "seq", "dtype", "shape"},
     "Setup": {
         "protocol_version",
         "model_fingerprint",
@@ -382,25 +412,17 @@ ALLOWED = {
     },
     "Loading": {"done_bytes", "total_bytes"},
     "Ready": {"weights_bytes", "resident_bytes", "links"},
-    "Link": {"session", "rank"},
-    "Probe": {"number", "last"},
-    "MeasureLinks": set(),
-    "LinkStates": {"links"},
-    "LinkState": {"rank", "latency_s", "bytes_per_s", "failure", "via"},
-    "Step": {
-        "step",
-        "start",
-        "tokens",
-        "rope_length",
-        "prefill",
-        "algorithm",
-        "comm_dtype",
-        "halves",
-        "outputs",
-        "dtype",
-    },
+    "LinkState": {"rank", "carrier", "reason"},
+    "JoinLink": {"session", "rank"},
+    "Joined": set(),
+    "Step": {"segments", "prefill", "collective"},
+    "Segment": {"slot", "position", "tokens", "num_logits", "rope_length"},
+    "Collective": {"algorithm", "comm_dtype", "micro_batches"},
     "Abort": {"step"},
-    "StatsRequest": {"reset"},
+    "StepEnded": {"step"},
+    "Failure": {"step", "kind", "message", "lost_rank"},
+    "FreeSlot": {"slot"},
+    "StatsRequest": {"since_step"},
     "Stats": {
         "rank",
         "peak_rss_bytes",
@@ -427,30 +449,47 @@ ALLOWED = {
     },
     "ClockRequest": set(),
     "Clock": {"now_ns"},
-    "TraceRequest": set(),
-    "Trace": {"lane", "names", "dropped", "last"},
-    "Error": {"step", "kind", "message"},
+    "TraceRequest": {"lane"},
+    "Trace": {"lane", "names", "dropped"},
+    "Probe": set(),
+    "MeasureLink": {"rank"},
+    "LinkQuality": {"latency_s", "bytes_per_s"},
+}
+# Next to a message, a frame has numbers and a payload: hidden states, partial sums of them, zeros
+# of a probe, recorded spans of a trace.
+FRAME_FIELDS = {
+    "kind",
+    "dtype",
+    "step",
+    "seq",
+    "rows",
+    "columns",
+    "message_bytes",
+    "payload_bytes",
 }
 TEXTS = {
     "HelloRequest.tpirt_version",
-    "HelloRequest.slice_id",  # hash of model, dtype and shard
     "HelloReply.tpirt_version",
     "HelloReply.peer_id",  # host name and port of the worker
     "HelloReply.host_id",
     "HelloReply.int4_layout",  # what the worker's CPU prefers
-    "SliceChunk.manifest",  # sizes and names of block files, name of the model's folder
-    "BlockChunk.data",  # weights
-    "Frame.payload",  # hidden states, partial sums of them, zeros of a probe
+    "InventoryRequest.slice_id",  # hash of model, dtype and shard
+    "InventoryRequest.order",  # shapes, name of the model's folder, hashes of weights
+    "InventoryReply.held",  # hashes of weights
+    "UnitChunk.order",
+    "UnitChunk.data",  # weights
+    "PutUnitsReply.held",
     "Setup.model_fingerprint",  # hash
     "Setup.model_config",  # shapes and options of the model
     "Setup.slice_id",
     "Setup.addresses",  # of the other workers
-    "LinkState.failure",  # from worker to master: why another one cannot be reached
-    "LinkState.via",  # from worker to master: tcp, or why gRPC
-    "Trace.lane",  # from worker to master: disk, compute, network or steps
+    "LinkState.carrier",  # from worker to master: tcp or grpc
+    "LinkState.reason",  # from worker to master: why another one cannot be reached
+    "TraceRequest.lane",  # disk, compute, network or steps
+    "Trace.lane",
     "Trace.names",  # from worker to master: blocks and collectives
-    "Error.kind",
-    "Error.message",  # from worker to master
+    "Failure.kind",
+    "Failure.message",  # from worker to master
 }
 
 
@@ -465,9 +504,11 @@ def test_every_field_is_on_the_allow_list() -> None:
     for message, field in fields():
         found.setdefault(message, set()).add(field.name)
     assert found == ALLOWED
-    assert set(pb.DESCRIPTOR.enum_types_by_name) == {"DType", "Algorithm"}
+    assert set(Header._fields) == FRAME_FIELDS
+    assert set(pb.DESCRIPTOR.enum_types_by_name) == {"CommDtype", "Algorithm"}
     (service,) = pb.DESCRIPTOR.services_by_name.values()
-    assert {method.name for method in service.methods} == {"Hello", "PutSlice", "Session", "Link"}
+    methods = {method.name for method in service.methods}
+    assert methods == {"Hello", "Inventory", "PutUnits", "Session", "Link"}
 
 
 def test_every_text_field_is_on_the_allow_list() -> None:
@@ -575,7 +616,7 @@ def test_only_the_transport_opens_connections(model: Path, tmp_path: Path) -> No
         name: [line.split()[:2] for line in file.read_text().splitlines()]
         for name, file in seen.items()
     }
-    assert ["socket.connect", "tpirt.transport.tcp"] in uses["master"]
-    assert ["socket.bind", "tpirt.transport.tcp"] in uses["worker"]
+    assert ["socket.connect", "tpirt.transport.tickets"] in uses["master"]
+    assert ["socket.bind", "tpirt.transport.tickets"] in uses["worker"]
     for _, module in [*uses["master"], *uses["worker"]]:
         assert module.startswith("tpirt.transport.")

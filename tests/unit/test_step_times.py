@@ -34,7 +34,8 @@ class Work:
 
     def counters(self) -> Counters:
         """What was counted so far."""
-        return Counters(*self.recorder.account.read(), 0, 0, self._bytes, 2 * self._bytes)
+        compute, io, comm = self.recorder.account.read()
+        return Counters(compute, io, comm, bytes_sent=self._bytes, bytes_received=2 * self._bytes)
 
     def load(self) -> None:
         """What is done before the first step."""

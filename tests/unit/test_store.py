@@ -338,9 +338,11 @@ def test_kept_units_are_not_written(store: SliceStore) -> None:
 
 def test_too_many_bytes_are_refused(store: SliceStore) -> None:
     planned = spec()
-    with SliceWriter(store, planned) as writer:
-        with pytest.raises(StoreError, match="more than 64 bytes"):
-            writer.write(0, 0, bytes(content(planned, 0)) + b"x")
+    with (
+        SliceWriter(store, planned) as writer,
+        pytest.raises(StoreError, match="more than 64 bytes"),
+    ):
+        writer.write(0, 0, bytes(content(planned, 0)) + b"x")
 
 
 def test_a_finished_block_cannot_be_changed(store: SliceStore) -> None:

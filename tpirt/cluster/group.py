@@ -205,6 +205,8 @@ class Group:
         """Yield what each rank recorded, as far as it can be had; nothing without a trace."""
         if self._tracer is None:
             return
+        if self._closing is not None:
+            await asyncio.wait({self._closing})
         self.runtime.step_log.flush()
         async for trace in self._tracer.collect(self.runtime.recorder):
             yield trace
@@ -257,8 +259,13 @@ class Group:
         self._broken = exc
         if self._current is not None:
             self._current.abort(exc)
-        # Healthy workers are free for another master at once.
-        self._closing = asyncio.get_running_loop().create_task(self._links.aclose())
+        self._closing = asyncio.get_running_loop().create_task(self._release())
+
+    async def _release(self) -> None:
+        """Free the workers for another master at once; only their traces are fetched before."""
+        if self._tracer is not None:
+            await self._tracer.fetch()
+        await self._links.aclose()
 
     def _check_alive(self) -> None:
         if self._broken is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tpirt.errors import TpirtError, TransportError
@@ -90,6 +90,7 @@ class Tracer:
     def __init__(self, links: Sequence[Link]):
         self._links = links
         self._readings: list[list[ClockReading]] = [[] for _ in links]
+        self._fetched: list[RankTrace] | None = None
 
     async def read_clocks(self) -> None:
         """Read every worker's clock, one after another.
@@ -97,8 +98,12 @@ class Tracer:
         Raises:
             PeerLostError, TransportError: a worker is gone.
         """
-        for link, readings in zip(self._links, self._readings, strict=True):
+        for link, readings in self._workers():
             readings.append(await _read_clock(link))
+
+    async def fetch(self) -> None:
+        """Bring the workers' traces here, for :meth:`collect`, before their links are closed."""
+        self._fetched = [await self._trace(*worker) for worker in self._workers()]
 
     async def collect(self, own: Recorder) -> AsyncIterator[RankTrace]:
         """Yield each rank's trace; one that cannot be had says why.
@@ -107,18 +112,27 @@ class Tracer:
             own: the master's recorder.
         """
         yield RankTrace(0, "master", lanes=lane_traces(own))
-        for link, readings in zip(self._links, self._readings, strict=True):
-            try:
-                async with asyncio.timeout(_PATIENCE_S):
-                    readings.append(await _read_clock(link))
-                    lanes = [await _fetch(link, lane) for lane in LANES]
-            except TimeoutError:
-                missing = f"peer {link.peer_id}: no answer within {_PATIENCE_S:g} s"
-                yield RankTrace(link.rank, link.peer_id, missing=missing)
-            except TpirtError as exc:
-                yield RankTrace(link.rank, link.peer_id, missing=str(exc))
-            else:
-                yield RankTrace(link.rank, link.peer_id, ClockMap.fit(readings), lanes)
+        for trace in self._fetched or ():
+            yield trace
+        if self._fetched is None:
+            for link, readings in self._workers():
+                yield await self._trace(link, readings)
+
+    def _workers(self) -> Iterable[tuple[Link, list[ClockReading]]]:
+        return zip(self._links, self._readings, strict=True)
+
+    async def _trace(self, link: Link, readings: list[ClockReading]) -> RankTrace:
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                readings.append(await _read_clock(link))
+                lanes = [await _fetch(link, lane) for lane in LANES]
+        except TimeoutError:
+            missing = f"peer {link.peer_id}: no answer within {_PATIENCE_S:g} s"
+        except TpirtError as exc:
+            missing = str(exc)
+        else:
+            return RankTrace(link.rank, link.peer_id, ClockMap.fit(readings), lanes)
+        return RankTrace(link.rank, link.peer_id, missing=missing)
 
 
 def answer_clock() -> Clock:

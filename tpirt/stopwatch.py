@@ -1,4 +1,4 @@
-"""Time spent, accumulated by cause, and recorded as spans where somebody wants to see them."""
+"""Accumulate time by cause, and optionally record it as spans."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from contextlib import AbstractContextManager
 from time import perf_counter_ns
 from types import TracebackType
 
-# One rank's lanes in a trace, top to bottom.
+# Lanes of one rank in a trace, top to bottom.
 STEPS, COMPUTE, NETWORK, DISK = "steps", "compute", "network", "disk"
 LANES = (STEPS, COMPUTE, NETWORK, DISK)
 
-# Names of spans in the compute lane that are no block.
+# Names of spans in the compute lane that are not blocks.
 WAIT_DISK, SAMPLE = "wait disk", "sample"
 
-# What a rank's time is spent on, the first that applies.
+# Causes that time is counted for, the highest precedence first.
 CAUSES = (COMPUTE, WAIT_DISK, NETWORK)
 _IDLE = len(CAUSES)
 
@@ -24,17 +24,17 @@ class Lane:
 
     Records are 32 bytes, little-endian: begin and end in nanoseconds of this machine's
     ``perf_counter`` (int64), an amount (uint64; bytes, or tokens of a step), the name's index in
-    :attr:`names` and a number (uint32 both; which block, step or token it is).
+    :attr:`names` and the number of the block, step or token (both uint32).
 
     Attributes:
-        names: what spans are called, in the order of first use.
-        dropped: spans that came when the buffer was full; they are not recorded.
+        names: names of spans, in order of first use.
+        dropped: number of spans not recorded because the buffer was full.
     """
 
     RECORD = struct.Struct("<qqQII")
 
     def __init__(self, spans: int):
-        # Written once, so that the memory is taken now and counts as the process's base.
+        # Written once, so that the memory is resident and counted in the process's base.
         self._buffer = bytearray(b"\0") * (spans * self.RECORD.size)
         self._used = 0
         self._names: dict[str, int] = {}
@@ -47,13 +47,13 @@ class Lane:
 
     @property
     def records(self) -> memoryview:
-        """What was recorded so far, in the order of its ends."""
+        """The recorded spans, ordered by their ends."""
         return memoryview(self._buffer)[: self._used]
 
     def record(
         self, name: str, begin_ns: int, end_ns: int, amount: int = 0, number: int = 0
     ) -> None:
-        """Keep one span; a moment is a span without length."""
+        """Record one span; an instant is a span without length."""
         used = self._used
         if used == len(self._buffer):
             self.dropped += 1
@@ -64,15 +64,15 @@ class Lane:
 
 
 class Recorder:
-    """One rank's time: an account, and lanes, which record nothing unless room is asked for.
+    """The account and the lanes of one rank; lanes record nothing if ``spans`` is 0.
 
     Attributes:
         account: shared by all stopwatches.
-        lanes: by name; empty without room for spans.
+        lanes: by name; empty if ``spans`` is 0.
     """
 
     def __init__(self, spans: int = 0):
-        """Take the memory for ``spans`` spans in each lane."""
+        """Allocate memory for ``spans`` spans in each lane."""
         self.account = Account()
         self.lanes = {name: Lane(spans) for name in LANES} if spans else {}
 
@@ -87,10 +87,10 @@ class Recorder:
 
 
 class Account:
-    """One rank's time, divided among causes: every moment counts for one of them at most.
+    """Divides the time of one rank among :data:`CAUSES`; each moment counts once.
 
-    While several are under way, the first of :data:`CAUSES` gets the time: a sum over ranks costs
-    nothing while there is something to compute. Used on the event loop only.
+    While blocks of several causes are under way, the first cause gets the time: a sum over ranks
+    costs nothing while the rank computes. For use on the event loop only.
 
     Attributes:
         last_ns: ``perf_counter`` up to which time is counted; 0 before the first block.
@@ -101,7 +101,7 @@ class Account:
     def __init__(self) -> None:
         self.last_ns = 0
         self._spent_ns = [0] * _IDLE
-        self._counts = [0] * _IDLE + [1]  # blocks under way; there is always idleness
+        self._counts = [0] * _IDLE + [1]  # blocks under way by cause; idle is the last resort
         self._charged = _IDLE
 
     def enter(self, cause: int) -> int:
@@ -127,7 +127,7 @@ class Account:
         return now
 
     def read(self) -> tuple[int, int, int]:
-        """Nanoseconds spent computing, waiting for disk and on the network; they only grow.
+        """Return the nanoseconds of each cause so far.
 
         Blocks that are under way count up to now.
         """
@@ -140,9 +140,9 @@ class Account:
 
 
 class Stopwatch:
-    """Counts the time inside its ``with`` blocks for one cause, and records each of them.
+    """Counts the time inside ``with`` blocks for one cause, and records each as a span.
 
-    Blocks may overlap: the account divides the time, the lane keeps each span whole.
+    Blocks may overlap. The account divides their time; the lane keeps each span whole.
     """
 
     __slots__ = ("_account", "_cause", "_lane")
@@ -156,7 +156,7 @@ class Stopwatch:
         self, name: str, amount: int = 0, number: int = 0
     ) -> AbstractContextManager[None, None]:
         """Count the time spent in this block; see :class:`Lane` for the arguments."""
-        if self._lane is None:  # nothing to remember: no object for each of thousands of blocks
+        if self._lane is None:  # a token has hundreds of blocks: no object where none is needed
             return self
         return _Span(self._account, self._cause, self._lane, (name, amount, number))
 
@@ -170,7 +170,7 @@ class Stopwatch:
 
 
 class _Span:
-    """A block that is recorded, too."""
+    """A block that is also recorded."""
 
     __slots__ = ("_about", "_account", "_begin_ns", "_cause", "_lane")
 
@@ -192,10 +192,10 @@ class _Span:
 
 
 class Tally:
-    """Adds up the time of work in the background, outside the account; one thread at a time.
+    """Adds up the time of background work, outside the account. One thread counts at a time.
 
     Attributes:
-        total_ns: nanoseconds spent, since it was made.
+        total_ns: nanoseconds spent so far.
         ended_ns: ``perf_counter`` when the last work ended; 0 before.
     """
 

@@ -239,7 +239,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("model.safetensors.index.json", "not valid JSON"),
     ),
     "no tokenizer": (remove("tokenizer.json"), ("tokenizer.json", "no such file")),
-    "tokenizer cut": (truncate("tokenizer.json", 3000), ("tokenizer.json", "cut short")),
+    "tokenizer cut": (truncate("tokenizer.json", 3000), ("tokenizer.json", "truncated")),
     "tokenizer not UTF-8": (write("tokenizer.json", b"\xff\xfe\x00"), ("tokenizer.json",)),
     "tokenizer config cut": (truncate("tokenizer_config.json", 20), ("tokenizer_config.json",)),
     "template broken": (
@@ -585,7 +585,9 @@ def test_interrupted_at_every_stage(whole: Path, tmp_path: Path, stage: str) -> 
     assert survivors(workers) == []
     assert list(store.glob(".*")) == []
     whole_ones = len(list(store.glob("*/manifest.json")))
-    assert whole_ones == {"loading weights": 2, "sending slice": 1, "prefill": 1}.get(stage, 0)
+    # The thread that slices may be done by the time that the signal is handled.
+    expected = {"slicing": (0, 1), "sending slice": (1,), "loading weights": (2,), "prefill": (1,)}
+    assert whole_ones in expected.get(stage, (0,))
 
 
 def test_interrupted_while_importing(whole: Path) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -204,10 +204,11 @@ async def test_error_while_cutting_a_slice_is_told_as_it_is(
 
     (peer,) = peers(1)
 
-    def broken(*_: object) -> None:
+    def broken(*_: object) -> Iterator[None]:
         raise CheckpointError("model.safetensors: the disk says no")
+        yield
 
-    monkeypatch.setattr(slices, "_next_chunk", broken)
+    monkeypatch.setattr(slices, "unit_chunks", broken)
     with pytest.raises(CheckpointError, match="the disk says no"):
         async with Engine.connect(
             model, EngineOptions(threads=1, store=tmp_path / "store"), peers=[peer.address]

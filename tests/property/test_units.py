@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tpirt.cluster.provision import lacking_units, plan_order, write_slice
@@ -30,6 +30,7 @@ from tpirt.weights.store import SliceStore, StoredSlice
 from tpirt.weights.unit_bytes import BlockUnits, unit_nbytes
 from tpirt.weights.writer import SliceWriter
 
+# Without shrinking: it would take minutes, and examples are small.
 PHASES = [Phase.explicit, Phase.generate]
 LAYOUTS = [Layout(block, order) for block in (64, 32, 16) for order in ("halves", "pairs")]
 FORMATS = st.builds(
@@ -86,9 +87,7 @@ def content(stored: StoredSlice) -> list[bytes]:
 
 
 @given(data=st.data(), form=FORMATS)
-@settings(
-    max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], phases=PHASES
-)
+@settings(max_examples=30, phases=PHASES)
 def test_another_plans_slices_are_made_of_the_units_at_hand(
     models: list[Opened], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, form: Any
 ) -> None:
@@ -135,9 +134,7 @@ def test_another_plans_slices_are_made_of_the_units_at_hand(
 
 
 @given(data=st.data(), form=FORMATS)
-@settings(
-    max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], phases=PHASES
-)
+@settings(max_examples=30, phases=PHASES)
 def test_units_are_a_block_taken_to_pieces(
     models: list[Opened], data: st.DataObject, form: WeightFormat
 ) -> None:

@@ -18,7 +18,7 @@ from tpirt.cluster.roster import machines
 from tpirt.cluster.tracing import RankTrace, Tracer
 from tpirt.collectives.context import StepAborted, StepContext
 from tpirt.collectives.links import LinkSet
-from tpirt.errors import PeerLostError, TpirtError, TransportError
+from tpirt.errors import PeerLostError, RequestError, TpirtError, TransportError
 from tpirt.ops.buffers import tensor_bytes
 from tpirt.planning import Deployment
 from tpirt.protocol.link import Incoming, Link, message_frame
@@ -112,7 +112,7 @@ class Group:
         limits = deployment.limits
         try:
             async with asyncio.TaskGroup() as tasks:
-                own = tasks.create_task(self._load(deployment, stored))
+                tasks.create_task(self._load(deployment, stored))
                 readies = {
                     rank: tasks.create_task(self._open(rank, client, deployment, manifests[rank]))
                     for rank, client in enumerate(self._clients, start=1)
@@ -121,7 +121,6 @@ class Group:
             # What a rank said of itself tells more than that its session then ended.
             told = [exc for exc in group.exceptions if not isinstance(exc, PeerLostError)]
             raise told[0] if told else self._broken or group.exceptions[0] from None
-        self._runtime = own.result()
         if self._clients:
             states = {rank: task.result().links for rank, task in readies.items()}
             self._policy = CollectivePolicy(
@@ -169,7 +168,9 @@ class Group:
 
     async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the LM head to (T, H); returns (T, V) float32. The master's own work only."""
-        return await self.runtime.decoder.logits(hidden)
+        async with self._stepping:
+            self._check_alive()
+            return await self.runtime.decoder.logits(hidden)
 
     def sampling(self, token: int) -> AbstractContextManager[None]:
         """Count what is done in this block as the master's compute, for the answer's ``token``."""
@@ -189,9 +190,13 @@ class Group:
             PeerLostError: a worker is gone.
         """
         self._check_alive()
-        replies = await asyncio.gather(
-            *(link.request(StatsRequest(since_step)) for link in self._all_links())
-        )
+        try:
+            replies = await asyncio.gather(
+                *(link.request(StatsRequest(since_step)) for link in self._all_links())
+            )
+        except TpirtError:
+            self._check_alive()  # the first reason counts, not that of a link closed after it
+            raise
         ranks = [self.runtime.stats(since_step)]
         ranks[0].peer_id = "master"
         for reply, link in zip(replies, self._all_links(), strict=True):
@@ -212,12 +217,18 @@ class Group:
             yield trace
 
     async def aclose(self) -> None:
-        """Release the workers, which wait for another master, and stop this rank."""
-        tasks = [task for task in (self._draining, self._closing) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        """Release the workers, which wait for another master, and stop this rank.
+
+        A step under way is given up. It and every later call raise RequestError.
+        """
+        if self._broken is None:
+            self._broken = RequestError("the engine is closed")
+        if self._current is not None:
+            self._current.abort(self._broken)
         await self._links.aclose()
+        async with self._stepping:  # the step has ended
+            tasks = [task for task in (self._draining, self._closing) if task is not None]
+            await asyncio.gather(*tasks, return_exceptions=True)
         if self._runtime is not None:
             await self._runtime.aclose()
         await asyncio.gather(*(client.aclose() for client in self._clients))
@@ -248,7 +259,11 @@ class Group:
             return  # of a step that was given up
         error = failure.error(link.peer_id)
         if isinstance(error, PeerLostError):
-            # Its own link to the lost rank shows soon whether that rank is gone, or only a link.
+            if error.rank in self._links.others:
+                lost = self._links[error.rank].peer_id
+                words = f"peer {lost}: lost by {link.peer_id}: {failure.message}"
+                error = PeerLostError(words, rank=error.rank, peer_id=lost)
+            # Our own link to the lost rank shows soon whether that rank is gone, or only a link.
             asyncio.get_running_loop().call_later(_HINT_S, step.abort, error)
         else:
             step.abort(error)
@@ -273,16 +288,12 @@ class Group:
 
     # -- forming ---------------------------------------------------------------------------
 
-    async def _load(self, deployment: Deployment, stored: StoredSlice) -> RankRuntime:
+    async def _load(self, deployment: Deployment, stored: StoredSlice) -> None:
         limits = deployment.limits[0]
         world_size = deployment.world_size
         runtime = await RankRuntime.open(deployment.config, stored, world_size, self._links, limits)
-        try:
-            await runtime.load(self._progress)
-        except BaseException:
-            await runtime.aclose()
-            raise
-        return runtime
+        self._runtime = runtime  # closed with the group, whatever becomes of the others
+        await runtime.load(self._progress)
 
     async def _open(
         self, rank: int, client: PeerClient, deployment: Deployment, manifest: Manifest

@@ -18,7 +18,7 @@ from typing import TypeVar
 from tpirt.cluster.cancellation import in_thread
 from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.collectives.context import StepAborted
-from tpirt.errors import StoreError
+from tpirt.errors import PeerLostError, StoreError
 from tpirt.protocol.messages import (
     InventoryReply,
     InventoryRequest,
@@ -208,6 +208,12 @@ async def send_slice(
     known = await in_thread(store.known, spec)
     held = await _ask(client, spec, known, timeout_s)
     order = await _stoppable(plan_order, maker, shard, held, known, progress=progress)
+    if not order.lacking:
+        manifest = await in_thread(Manifest.of, spec, order.digests)
+        asked = InventoryRequest(slice_id=manifest.slice_id)
+        if (await _inventory(client, asked, timeout_s)).whole:
+            await in_thread(maker.made, manifest, store)
+            return 0
     total = sum(spec.unit_bytes(number) for number in order.lacking)
     chunks = _Chunks(await in_thread(lacking_units, maker, shard, order, store))
     done = 0
@@ -327,7 +333,11 @@ async def distribute(
             if (await _inventory(client, asked, timeout_s)).whole:
                 await in_thread(maker.made, manifest, store)
                 continue
-        await send_slice(maker, plan, rank, store, client, progress, timeout_s)
+        try:
+            await send_slice(maker, plan, rank, store, client, progress, timeout_s)
+        except PeerLostError as exc:
+            exc.rank, exc.peer_id = rank, client.peer_id
+            raise
     return [maker.manifest(shard) for maker, shard in zip(makers, plan.shards, strict=True)]
 
 

@@ -44,6 +44,7 @@ _T = TypeVar("_T")
 SETUP_S = 5.0  # for a caller to say what it wants
 _REPORT_S = 0.25  # between two reports of a loading worker
 _MOST_QUEUED = 64
+_QUEUED_FRAMES = 2  # of the largest size: a master sends one step at a time
 
 
 class Prepared:
@@ -70,6 +71,9 @@ class WorkerSession:
         """Take the channel over; nothing large is accepted before a valid Setup."""
         self.link = Link(channel, 0, SETUP_S, self)
         self._queue: asyncio.Queue[Incoming | None] = asyncio.Queue()
+        self.left = asyncio.Event()  # set by the worker when nothing of the session is there
+        self._queued_bytes = 0
+        self._used_s = asyncio.get_running_loop().time()  # when a step was last asked for
         self._prepared: Prepared | None = None
         self._current: StepContext | None = None
         self._last_step = 0
@@ -78,8 +82,22 @@ class WorkerSession:
 
     @property
     def lost(self) -> bool:
-        """Whether the master is gone: what is left to do is to clean up."""
+        """Whether the session is over: what is left to do is to clean up."""
         return self._lost.done()
+
+    @property
+    def unused_s(self) -> float:
+        """Seconds since a step was last asked for."""
+        return asyncio.get_running_loop().time() - self._used_s
+
+    def give_way(self) -> None:
+        """Have the session end, to make room for another master."""
+        self.link.give_up(TransportError("the session was not used, and another master came"))
+
+    async def leaving(self, patience_s: float) -> bool:
+        """Wait a moment for the master to be gone; returns :attr:`lost`."""
+        await asyncio.wait({self._lost}, timeout=patience_s)
+        return self.lost
 
     async def setup(self) -> tuple[Incoming, Setup] | None:
         """Wait for the session's first request; None if the caller asks for nothing in time.
@@ -90,7 +108,7 @@ class WorkerSession:
         self.link.start()
         try:
             async with asyncio.timeout(SETUP_S):
-                incoming = await self._queue.get()
+                incoming = await self._next()
         except TimeoutError:
             return None
         if incoming is None:
@@ -121,13 +139,15 @@ class WorkerSession:
                 await self.refuse(to, exc)
             raise
         await self.link.respond(to, ready)
-        while (incoming := await self._queue.get()) is not None:
+        while (incoming := await self._next()) is not None:
             await self._serve(self._prepared, incoming)
         raise self._lost.result()
 
     async def aclose(self) -> None:
         """End the session, whatever it is doing."""
         await self.link.aclose()
+        if not self.lost:
+            self._lost.set_result(TransportError("the session has ended"))
         if self._prepared is not None:
             await self._prepared.aclose()
 
@@ -147,7 +167,9 @@ class WorkerSession:
             case body:
                 if isinstance(body, Abort):
                     self._give_up(body.step)
-                if self._queue.qsize() >= _MOST_QUEUED:
+                most_bytes = _QUEUED_FRAMES * link.channel.frame_limit
+                self._queued_bytes += incoming.frame.nbytes
+                if self._queue.qsize() >= _MOST_QUEUED or self._queued_bytes > most_bytes:
                     raise TransportError(f"peer {link.peer_id}: too many messages at once; refused")
                 self._queue.put_nowait(incoming)
 
@@ -166,10 +188,17 @@ class WorkerSession:
 
     # -- the queue -------------------------------------------------------------------------
 
+    async def _next(self) -> Incoming | None:
+        """The next message in turn; None when the master is gone."""
+        incoming = await self._queue.get()
+        if incoming is not None:
+            self._queued_bytes -= incoming.frame.nbytes
+        return incoming
+
     async def _serve(self, prepared: Prepared, incoming: Incoming) -> None:
         match incoming.body:
             case Batch():
-                await self._step(prepared.runtime, incoming)
+                await self._step(prepared, incoming)
             case Abort(step=number):
                 if number > self._last_step:  # it never came here
                     self._last_step = number
@@ -184,8 +213,9 @@ class WorkerSession:
                     f"peer {self.link.peer_id}: {type(body).__name__} between steps; refused"
                 )
 
-    async def _step(self, runtime: RankRuntime, incoming: Incoming) -> None:
+    async def _step(self, prepared: Prepared, incoming: Incoming) -> None:
         """Run one step; a failure of this rank's own is reported and the session goes on."""
+        runtime = prepared.runtime
         number = incoming.frame.header.step
         if number <= self._last_step:
             raise TransportError(
@@ -193,18 +223,23 @@ class WorkerSession:
                 "refused"
             )
         self._last_step = number
+        self._used_s = asyncio.get_running_loop().time()
         step = self._current = StepContext(number, incoming.body)
         if number <= self._aborted_step:
             step.abort(StepAborted())
+        begun = False
         try:
             runtime.validate(step.batch)
             hidden = _hidden(incoming, step.batch, runtime.config.hidden_size)
             runtime.begin(step)
+            begun = True
             await runtime.run(hidden, step)
         except StepAborted:
             pass
         except TpirtError as exc:
             step.abort(exc)
+            if not begun:  # the others' tensors of it are dropped
+                prepared.links.skip(number)
             if not self.lost:
                 await self.link.notify(Failure.of(exc, number))
         finally:

@@ -11,7 +11,7 @@ import contextlib
 import operator
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,7 +96,7 @@ class Engine:
         self._turn = asyncio.Lock()  # requests take turns
         self._resets = 0  # how often reset() was called
         self._first_step = 1  # of the latest request
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._freeing: asyncio.Task[None] | None = None  # of the latest reset
 
     @classmethod
     @asynccontextmanager
@@ -154,6 +154,7 @@ class Engine:
                 on_plan(deployment)
             await _load(opened, deployment, store, clients, group, options.timeout_s, progress)
             engine = cls(opened, group, deployment)
+            stack.push_async_callback(engine._end)
             if trace is not None:
                 await stack.enter_async_context(trace.saved(group.trace, engine.name))
             yield engine
@@ -232,8 +233,11 @@ class Engine:
         What the prompt shares with the previous request's tokens is not computed again. Cancelled
         or left early, all ranks stop after the block at hand, and the next request can follow.
 
+        Requests take turns. A consumer that stops reading keeps its turn, and the others wait,
+        until it reads on or closes the generator: use ``contextlib.aclosing`` to leave early.
+
         Raises:
-            RequestError: the prompt is empty or longer than the context.
+            RequestError: the prompt is empty or longer than the context; the engine is closed.
             ConfigError: a sampling parameter is out of range.
             PeerLostError: a peer died or fell silent; names it. The engine is broken then.
             TpirtError: a rank failed (disk, memory); the engine lives on.
@@ -269,11 +273,12 @@ class Engine:
         times: list[float] = []
         tokens: list[Token] = []
         ranks: list[RankStats] = []
-        async for token in self.generate(ids, params, progress):
-            times.append(time.perf_counter())
-            tokens.append(token)
-            if token.finish_reason is not None:  # the next request has not begun yet
-                ranks = await self.stats()
+        async with aclosing(self.generate(ids, params, progress)) as request:
+            async for token in request:
+                times.append(time.perf_counter())
+                tokens.append(token)
+                if token.finish_reason is not None:  # the next request has not begun yet
+                    ranks = await self.stats()
         steps = max(1, len(times) - 1)
         return Completion(
             text="".join(token.text for token in tokens),
@@ -293,7 +298,8 @@ class Engine:
         Raises:
             RequestError: ``ids`` is empty or longer than the context.
         """
-        return torch.cat([part async for _, part in self._logits(ids, self._chunk_tokens)])
+        async with aclosing(self._logits(ids, self._chunk_tokens)) as parts:
+            return torch.cat([part async for _, part in parts])
 
     async def loss(self, ids: Sequence[int]) -> float:
         """Return ``-sum(log p(ids[t] | ids[:t]))`` over t >= 1; forgets what was cached.
@@ -301,15 +307,16 @@ class Engine:
         Logits take no more memory than a prefill chunk does. Raises as :meth:`logits`.
         """
         total = 0.0
-        async for start, logits in self._logits(ids, self._loss_tokens):
-            targets = torch.tensor(ids[start + 1 : start + 1 + len(logits)])
-            predictions = logits[: len(targets)]
-            total += float(F.cross_entropy(predictions, targets, reduction="sum"))
+        async with aclosing(self._logits(ids, self._loss_tokens)) as parts:
+            async for start, logits in parts:
+                targets = torch.tensor(ids[start + 1 : start + 1 + len(logits)])
+                predictions = logits[: len(targets)]
+                total += float(F.cross_entropy(predictions, targets, reduction="sum"))
         return total
 
     async def _logits(
         self, ids: Sequence[int], at_once: int
-    ) -> AsyncIterator[tuple[int, torch.Tensor]]:
+    ) -> AsyncGenerator[tuple[int, torch.Tensor], None]:
         """Yield the logits after each id, (T, V) with T at most ``at_once``, and T's first id."""
         ids = self._checked(list(ids), room=0)
         async with self._request():
@@ -340,9 +347,13 @@ class Engine:
         Callable at any time. The memory is free before the next request begins.
         """
         self._resets += 1
-        task = asyncio.get_running_loop().create_task(self._free())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        if self._freeing is None or self._freeing.done():  # one that waits does it for all
+            self._freeing = asyncio.get_running_loop().create_task(self._free())
+
+    async def _end(self) -> None:
+        if self._freeing is not None:
+            self._freeing.cancel()
+            await asyncio.gather(self._freeing, return_exceptions=True)
 
     async def _free(self) -> None:
         async with self._turn:

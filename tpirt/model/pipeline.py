@@ -16,8 +16,11 @@ class WeightSource(Protocol):
 
     blocks: Sequence[Block]
 
+    def take(self, index: int) -> Weights | None:
+        """A block's tensors if they stay in memory and are there."""
+
     async def acquire(self, index: int) -> Weights:
-        """Wait for a block's tensors."""
+        """Wait for a block's tensors. Cancelled, the block is not held."""
 
     def release(self, index: int) -> None:
         """Give them back."""
@@ -58,7 +61,10 @@ class Pipeline:
         self._step.check()
         weights = self._held.get(block)
         if weights is None:
-            weights = self._held[block] = await self._weights.acquire(block)
+            weights = self._weights.take(block)
+            if weights is None:  # a disk may hang: an aborted step does not wait for it
+                weights = await self._step.run(self._weights.acquire(block))
+            self._held[block] = weights
             self._users[block] = set(self._running)
         return weights
 

@@ -25,6 +25,7 @@ from tpirt.transport.frame import Frame, Header, Kind
 HEARTBEAT_S = 2.0
 PARTS = 2  # a step has one or two micro-batches
 _REMEMBERED = 1024  # steps that were given up: what is left of older ones has long been read
+_MOST_UNSENT = 64  # replies and messages that the other side has not read yet
 _MOST_AHEAD = 4  # frames of a part that nobody has asked for yet: collectives run in lockstep
 
 
@@ -68,10 +69,10 @@ class Link:
         self.channel = channel
         self.lost: TpirtError | None = None
         self._handler = handler
-        self._timeout_s = 0.0
         self._loop = asyncio.get_running_loop()
         self._step = 0
         self._parts = 0  # of the step at hand; 0 when it is over
+        self._reason: Exception | None = None  # why nothing of the step at hand is waited for
         self._given_up: deque[int] = deque(maxlen=_REMEMBERED)  # steps that did not complete
         self._inbox: list[deque[Frame]] = _queues()
         self._ahead: list[deque[Frame]] = _queues()  # of the next step: its sender is ahead of us
@@ -80,8 +81,6 @@ class Link:
         self._requests: dict[int, asyncio.Future[Incoming]] = {}
         self._last_id = 0
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._closed = False
-        self._interval_s = 0.0
         self._received = self._sent = 0
         self._heard_s = self._ticked_s = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
@@ -96,11 +95,14 @@ class Link:
         """Set the longest silence before the other side counts as lost."""
         self._timeout_s = timeout_s
         self._interval_s = min(HEARTBEAT_S, timeout_s / 4)
+        self._heard_s = self._ticked_s = self._loop.time()
+        if self._timer is not None:  # the next heartbeat may be due sooner than was planned
+            self._schedule()
 
     def start(self) -> None:
         """Begin to read and to send heartbeats."""
         self._heard_s = self._ticked_s = self._loop.time()
-        self._timer = self._loop.call_later(self._interval_s, self._tick)
+        self._schedule()
         self.channel.start(self)
 
     # -- steps -----------------------------------------------------------------------------
@@ -108,7 +110,7 @@ class Link:
     def begin(self, step: int, parts: int) -> None:
         """Expect tensors of ``step``; what is left of older steps is dropped."""
         follows = step == self._step + 1
-        self._step, self._parts = step, parts
+        self._step, self._parts, self._reason = step, parts, None
         self._inbox, self._ahead = (self._ahead if follows else _queues()), _queues()
         self._newest = [-1] * PARTS
 
@@ -126,10 +128,9 @@ class Link:
             inbox.clear()
 
     def wake(self, reason: Exception) -> None:
-        """Have everyone who waits for a tensor raise ``reason``."""
-        for waiter in self._waiters:
-            if waiter is not None and not waiter.future.done():
-                waiter.future.set_exception(reason)
+        """Have everyone who waits for a tensor of the step at hand raise ``reason``."""
+        self._reason = reason
+        self._fail_waiters(reason)
 
     async def expect(self, part: int, head: bytes) -> memoryview | bytes:
         """Wait for the tensor whose frame begins with ``head``; returns its payload.
@@ -139,13 +140,18 @@ class Link:
         Raises:
             PeerLostError: the other side is gone or silent.
             TransportError: something else came; the link is broken.
+            Exception: the reason given to :meth:`wake` since the step began.
         """
         inbox = self._inbox[part]
         if not inbox:
-            self.channel.poll()
+            self.channel.poll()  # which may bring the news that the step is given up
+        if self._reason is not None:
+            raise self._reason
         if inbox:
-            frame = inbox.popleft()
             await asyncio.sleep(0)  # a rank that finds everything there must not starve the loop
+            if self._reason is not None:
+                raise self._reason
+            frame = inbox.popleft()
         elif ahead := next(filter(None, self._ahead), None):
             raise self._broken(_mismatch(self.peer_id, head, ahead[0]))
         elif self.lost is not None:
@@ -154,6 +160,11 @@ class Link:
             waiter = self._waiters[part] = _Waiter(head, self._loop.create_future())
             try:
                 frame = await waiter.future
+            except asyncio.CancelledError:
+                future = waiter.future
+                if future.done() and not future.cancelled() and future.exception() is None:
+                    inbox.appendleft(future.result())
+                raise
             finally:
                 self._waiters[part] = None
         if frame.head != head:
@@ -208,19 +219,29 @@ class Link:
         await self.send(message_frame(Kind.REPLY, body, payload, to.id))
 
     def reply(self, to: Incoming, body: object, payload: memoryview | bytes = b"") -> None:
-        """Answer a request; the answer goes out in the background."""
+        """Answer a request; the answer goes out in the background.
+
+        Raises:
+            TransportError: the other side asks for more than it reads.
+        """
+        if len(self._tasks) >= _MOST_UNSENT:
+            raise TransportError(f"peer {self.peer_id}: it reads no replies; refused")
         self._spawn(self._post(message_frame(Kind.REPLY, body, payload, to.id)))
 
     def tell(self, body: object) -> None:
         """Send a message in the background."""
         self._spawn(self._post(message_frame(Kind.MESSAGE, body)))
 
+    def give_up(self, exc: TpirtError) -> None:
+        """End the link for a reason of this side's own."""
+        self._broken(exc)
+
     async def aclose(self) -> None:
         """Close the channel; everyone who waits raises PeerLostError. Safe to call twice."""
-        self._closed = True
-        if self._timer is not None:
-            self._timer.cancel()
-        self._release(PeerLostError(f"peer {self.peer_id}: the link is closed"))
+        self._stop()
+        if self.lost is None:
+            self.lost = self._named(PeerLostError(f"peer {self.peer_id}: the link is closed"))
+            self._release(self.lost)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -235,7 +256,7 @@ class Link:
                 self._newest[frame.header.seq % PARTS] = _order(frame.header)
                 waiter.future.set_result(frame)
                 return
-        if self.lost is not None or self._closed:
+        if self.lost is not None:
             return
         try:
             self._sort(frame)
@@ -306,8 +327,11 @@ class Link:
 
     def _tick(self) -> None:
         """Note whether anything came, and let the other side hear something."""
+        self.channel.poll()  # after a pause of ours the timer may come before what has arrived
+        if self.lost is not None:
+            return
         now = self._loop.time()
-        stood_still = now - self._ticked_s > 2 * self._interval_s + 0.5
+        stood_still = now - self._ticked_s > 2 * self._interval_s
         if self.channel.bytes_received != self._received or stood_still:
             self._heard_s = now  # our own pause says nothing of the other side
         self._received, self._ticked_s = self.channel.bytes_received, now
@@ -322,27 +346,44 @@ class Link:
         if self.channel.bytes_sent == self._sent:
             self.channel.send_nowait(_HEARTBEAT)
         self._sent = self.channel.bytes_sent
+        self._schedule()
+
+    def _schedule(self) -> None:
+        self._stop()
         self._timer = self._loop.call_later(self._interval_s, self._tick)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _broken(self, exc: TpirtError) -> TpirtError:
         """Give the link up; returns the error that counts, which is the first."""
-        if self.lost is not None or self._closed:
-            return self.lost or exc
-        if isinstance(exc, PeerLostError):
-            exc.rank = self.rank
-        self.lost = exc
-        if self._timer is not None:
-            self._timer.cancel()
+        if self.lost is not None:
+            return self.lost
+        self.lost = self._named(exc)
+        self._stop()
         self._release(exc)
         self._spawn(self.channel.aclose())
         self._handler.on_lost(self, exc)
         return exc
 
+    def _named(self, exc: TpirtError) -> TpirtError:
+        """Say in a lost peer's error which rank it was: channels know no ranks."""
+        if isinstance(exc, PeerLostError):
+            exc.rank, exc.peer_id = self.rank, self.peer_id
+        return exc
+
     def _release(self, exc: Exception) -> None:
-        self.wake(exc)
+        self._fail_waiters(exc)
         for future in self._requests.values():
             if not future.done():
                 future.set_exception(exc)
+
+    def _fail_waiters(self, exc: Exception) -> None:
+        for waiter in self._waiters:
+            if waiter is not None and not waiter.future.done():
+                waiter.future.set_exception(exc)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)

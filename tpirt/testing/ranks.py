@@ -103,7 +103,7 @@ async def over_sockets(carrier: str) -> AsyncIterator[tuple[Channel, Channel]]:
     try:
         mine = await client.open_session()
         theirs = await service.channel
-        assert mine.carrier.kind == theirs.carrier.kind == carrier
+        assert mine.carrier.kind == theirs.carrier.kind == carrier, (mine.carrier, theirs.carrier)
         yield mine, theirs
     finally:
         service.leave.set()

@@ -201,4 +201,4 @@ def cut(views: Iterable[Buffer], limit: int) -> bytes:
 
 def closed(peer_id: str) -> PeerLostError:
     """Return the error of a channel that its own side has closed."""
-    return PeerLostError(f"peer {peer_id}: the channel is closed")
+    return PeerLostError(f"peer {peer_id}: the channel is closed", peer_id=peer_id)

@@ -31,6 +31,8 @@ from tpirt.weights.store import StoredSlice
 
 MIN_SLOTS = 2  # one block in use, one being read
 _BEST_SLOTS = 4  # and one more for each of two readers; further ones were not faster
+READ_TIMEOUT_S = 60.0  # no read ends for so long: the disk hangs
+_LEAVING_S = 5.0  # for reads under way when nobody wants them any more
 _READERS = 2  # while one file is opened and closed, the disk is busy with the other
 
 
@@ -139,8 +141,16 @@ class WeightStreamer:
         max_blocks: int | None = None,
         budget_bytes: int | None = None,
         recorder: Recorder | None = None,
+        read_timeout_s: float = READ_TIMEOUT_S,
     ):
         """Plan and start reading.
+
+        Args:
+            stored: the slice.
+            blocks: what its files contain.
+            max_blocks, budget_bytes: see :func:`plan_streaming`.
+            recorder: of waits and reads.
+            read_timeout_s: how long to wait while no read ends.
 
         Raises:
             MemoryLimitError: see :func:`plan_streaming`.
@@ -152,6 +162,7 @@ class WeightStreamer:
         self.clock = recorder.stopwatch(WAIT_DISK)  # what the consumer waits, between its blocks
         self.reads = recorder.tally(DISK)  # what the readers read
         self._stored = stored
+        self._read_timeout_s = read_timeout_s
         self._max_blocks = max_blocks
         self._files = stored.manifest.blocks
         self._sizes = [buffer_bytes(file.nbytes) for file in self._files]
@@ -191,15 +202,22 @@ class WeightStreamer:
         """Most bytes of memory that the window takes under its plan."""
         return self.plan.held_bytes(self._sizes)
 
-    async def acquire(self, index: int) -> Weights:
-        """Wait for a block and take it into use.
-
-        Raises:
-            StoreError: the file could not be read; names file and block.
-        """
+    def take(self, index: int) -> Weights | None:
+        """Take a resident block into use; None for one that has to be waited for."""
         tensors = self._loaded.get(index)
         if tensors is not None:
             self._position = index
+        return tensors
+
+    async def acquire(self, index: int) -> Weights:
+        """Wait for a block and take it into use. Cancelled, it is not in use.
+
+        Raises:
+            StoreError: the file could not be read, or no read ends for ``read_timeout_s``; names
+                file and block.
+        """
+        tensors = self.take(index)
+        if tensors is not None:
             return tensors
         with self.clock.running(WAIT_DISK, number=index):
             while (entry := self._claim(index)) is None:
@@ -223,6 +241,7 @@ class WeightStreamer:
 
         Raises:
             MemoryLimitError: see :func:`plan_streaming`; the old plan stays in force.
+            StoreError: a read under way does not end.
         """
         plan = plan_streaming(self._sizes, self._max_blocks, budget_bytes)
         if plan == self.plan:
@@ -231,10 +250,11 @@ class WeightStreamer:
         idle = asyncio.Event()
         with self._condition:
             self._pause = (asyncio.get_running_loop(), idle)
+            reading = min(self._reading, default=0)
             if not self._reading:
                 idle.set()
         try:
-            await idle.wait()
+            await self._while_reads_end(idle, reading)
             with self._condition:
                 self._apply(plan)
         finally:
@@ -258,12 +278,17 @@ class WeightStreamer:
         self._position = 0
 
     async def aclose(self) -> None:
-        """Stop reading and let go of all memory."""
+        """Stop reading and let go of all memory; everyone who waits for a block raises.
+
+        A read that hangs is left to itself, with the memory that it reads into.
+        """
         with self._condition:
             self._closing = True
             self._condition.notify_all()
+            while self._waiters:
+                _wake(self._waiters.popitem()[1])
         for thread in self._threads:
-            await asyncio.to_thread(thread.join)
+            await asyncio.to_thread(thread.join, _LEAVING_S)
         self._loaded.clear()
         self._ring.clear()
         self._in_use.clear()
@@ -276,6 +301,8 @@ class WeightStreamer:
     def _claim(self, index: int) -> Weights | None:
         """Take a block if it is there; otherwise see to it that it comes, and register."""
         with self._condition:
+            if self._closing:
+                raise StoreError(f"{self._stored.path}: no longer read: its session has ended")
             self._position = index
             if (error := self._errors.pop(index, None)) is not None:
                 self._missing.add(index)
@@ -311,7 +338,21 @@ class WeightStreamer:
     async def _wait(self, index: int) -> None:
         waiter = self._waiters.get(index)
         if waiter is not None:
-            await waiter[1].wait()
+            await self._while_reads_end(waiter[1], index)
+
+    async def _while_reads_end(self, event: asyncio.Event, index: int) -> None:
+        """Wait for an event; a disk that reads anything meanwhile is slow, not hung."""
+        while not event.is_set():
+            before = self.bytes_read
+            try:
+                async with asyncio.timeout(self._read_timeout_s):
+                    await event.wait()
+            except TimeoutError:
+                if self.bytes_read == before:
+                    raise StoreError(
+                        f"{self._stored.block_path(index)}: no read has ended for "
+                        f"{self._read_timeout_s:g} s; check the disk"
+                    ) from None
 
     def _discard(self, entry: _Entry) -> None:
         entry.wanted = False

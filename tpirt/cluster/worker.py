@@ -96,6 +96,8 @@ class Worker:
 
     async def receive(self, method: str, chunks: AsyncIterator[bytes]) -> bytes:
         """See :class:`tpirt.transport.base.PeerService`."""
+        if not await self._has_no_master():
+            raise self._busy()
         first = decode_call(UnitChunk, await anext(aiter(chunks), b""), "caller")
         if not first.order:
             raise TransportError("an upload must begin with its order")
@@ -150,6 +152,10 @@ class Worker:
         """Whether a master may come. The end of the last one may still be on its way here."""
         return self._session is None or await self._session.leaving(_GOODBYE_S)
 
+    def _busy(self) -> HandshakeError:
+        assert self._session is not None
+        return HandshakeError(f"it serves {self._session.link.peer_id} already")
+
     def _hello(self, busy: bool) -> HelloReply:
         return HelloReply(
             protocol_version=PROTOCOL_VERSION,
@@ -185,7 +191,7 @@ class Worker:
         async with self._free:
             while self._session is not None:
                 if not await self._has_no_master():
-                    raise HandshakeError(f"it serves {self._session.link.peer_id} already")
+                    raise self._busy()
                 try:
                     async with asyncio.timeout(_LEAVING_S):
                         await self._free.wait()

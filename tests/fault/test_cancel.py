@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
+
 from tpirt.batch import Algorithm
 from tpirt.engine import Engine, EngineOptions
 from tpirt.testing.cluster import memory_engine
@@ -165,7 +166,13 @@ async def test_cancel_storm_of_frames_larger_than_the_way_holds(
 ) -> None:
     """A chunk of 200 tokens is 51 KiB: large frames, over pipes that hold 4 KiB."""
     async with memory_engine(
-        model, 4, store=store, chunk_tokens=256, timeout_s=5, capacity=4096, collective=algorithm.value
+        model,
+        4,
+        store=store,
+        chunk_tokens=256,
+        timeout_s=5,
+        capacity=4096,
+        collective=algorithm.value,
     ) as engine:
         await storm(engine, 11, 30)
         await check_answers(engine, expected)

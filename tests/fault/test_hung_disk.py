@@ -109,9 +109,8 @@ async def test_a_request_is_cancelled_while_a_disk_hangs(
     async with memory_engine(model, 2, store=tmp_path, window=2) as engine:
         expected = (await engine.complete(PROMPT, PARAMS)).token_ids
         disk.folder = folder_of(tmp_path, heads)
+        disk.moves.clear()
         for _ in range(2):
-            disk.moves.clear()
-            disk.waiting.clear()
             engine.reset()
             request = asyncio.create_task(engine.complete(PROMPT, PARAMS))
             await disk.hung()

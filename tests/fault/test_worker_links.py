@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+
 from tpirt.batch import Batch
 from tpirt.cluster import worker_links as mesh
 from tpirt.cluster.worker_links import Switchboard

@@ -418,6 +418,8 @@ class Engine:
         self, ids: Sequence[int], rope_length: int, num_logits: int, *, prefill: bool
     ) -> torch.Tensor:
         """Let ``ids`` through all layers; returns the hidden states of the last ``num_logits``."""
+        if self._group.broken is not None:
+            raise self._group.broken
         start = len(self._cached)
         segment = Segment(_SLOT, start, len(ids), num_logits, rope_length)
         out = await self._group.step(self.embed(ids), [segment], prefill)

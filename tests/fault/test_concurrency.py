@@ -258,6 +258,12 @@ async def test_a_peer_that_was_left_a_moment_ago_is_free(
                 await task
 
 
+async def lose(engine: Engine, victim: PeerProcess) -> None:
+    async for _ in engine.generate(LONG[:500], SamplingParams(max_tokens=400)):
+        if victim.alive:
+            victim.end()
+
+
 async def test_a_broken_engine_releases_healthy_workers_and_names_the_lost_one(
     wide: Path, store: Path, tmp_path: Path
 ) -> None:
@@ -270,9 +276,7 @@ async def test_a_broken_engine_releases_healthy_workers_and_names_the_lost_one(
                 ranks.insert(turn, victim)
                 async with connected(wide, ranks, store, "one-shot") as engine:
                     with pytest.raises(PeerLostError, match=victim.peer_port) as caught:
-                        async for _ in engine.generate(LONG[:500], SamplingParams(max_tokens=400)):
-                            if victim.alive:
-                                victim.end()
+                        await lose(engine, victim)
                     assert caught.value.rank == turn + 1
                     assert caught.value.peer_id.endswith(victim.peer_port)
                     began = time.monotonic()

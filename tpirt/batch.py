@@ -1,4 +1,4 @@
-"""What a step computes, the same on all ranks: rows of sequences, and how partial sums combine.
+"""The description of a step, the same on all ranks: rows of sequences, collective of sums.
 
 Plain data. The master makes a :class:`Batch` for every step; the group sends it to the workers,
 and every rank's decoder and communicator read it.

@@ -340,7 +340,7 @@ def _check_windows(config: ModelConfig) -> None:
 
 @contextmanager
 def _named(source: str) -> Iterator[None]:
-    """Put the name of what is being read in front of every message."""
+    """Prefix every message with the name of the file or section being read."""
     try:
         yield
     except ConfigError as exc:

@@ -12,7 +12,7 @@ class TpirtError(Exception):
 
 
 class ConfigError(TpirtError):
-    """A model configuration or an option that makes no sense or is not supported."""
+    """A model configuration or an option that is invalid or not supported."""
 
 
 class PlanError(ConfigError):

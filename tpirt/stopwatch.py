@@ -1,4 +1,4 @@
-"""Time spent, accumulated by cause, and recorded as spans where somebody wants to see them."""
+"""Time spent, accumulated by cause, and recorded as spans if a trace is wanted."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Lane:
 
     @property
     def records(self) -> memoryview:
-        """What was recorded so far, in the order of its ends."""
+        """The spans recorded so far, ordered by their ends."""
         return memoryview(self._buffer)[: self._used]
 
     def record(

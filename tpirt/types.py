@@ -132,7 +132,7 @@ ProgressCallback = Callable[[Progress], None]
 
 
 def ignore_progress(_: Progress) -> None:
-    """Drop progress reports: the default where nobody looks."""
+    """Drop progress reports; the default."""
 
 
 @dataclass

@@ -198,7 +198,7 @@ async def test_advice_works_at_the_first_try(
 async def test_advice_for_a_long_prompt_works_at_the_first_try(
     long_model: Path, tmp_path: Path, ratio: tuple[float, ...] | None
 ) -> None:
-    prompt = [7] * 2000
+    prompt = [7] * 3500
     options = {"store": tmp_path, "ratio": ratio}
     low = PlanOptions(memory_bytes=1, ratio=ratio)
     text = refused(ModelConfig.from_dir(long_model), [profile()] * 2, low)

@@ -1,7 +1,7 @@
 """Text in, token ids out, and back: tokenizer, chat template, streaming decode, stop strings.
 
-Only the master uses this room. It knows the files a Hugging Face model directory keeps about
-text and nothing about weights, ranks or the network.
+Used on the master only. Reads the text files of a Hugging Face model directory; independent of
+weights, ranks and the network.
 """
 
 from tpirt.text.detokenizer import Detokenizer, StopMatcher

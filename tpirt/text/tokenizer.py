@@ -3,7 +3,7 @@
 What ``transformers`` 5.23 does, and where this differs on purpose. For ``LlamaTokenizer``,
 ``Qwen2Tokenizer``, ``GPT2Tokenizer`` and ``GemmaTokenizer`` it takes only the vocabulary, the
 merges and the post-processor from ``tokenizer.json`` and builds normalizer, pre-tokenizer and
-decoder anew from class defaults; version 4 used the file. That changes ids: Llama 2's ``Prepend``
+decoder from class defaults; version 4 used the file. That changes ids: Llama 2's ``Prepend``
 (``legacy: false`` in its configuration) becomes a space before the very first word only, so that
 ``<s>[INST]`` loses the prefix space the model was trained with, and SmolLM's ``Digits`` splitter
 is dropped. Here the published ``tokenizer.json`` is what counts. It also drops ``add_bos_token``
@@ -68,7 +68,7 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, path: Path) -> Tokenizer:
-        """Load ``tokenizer.json`` and what stands beside it in a Hugging Face model directory.
+        """Load ``tokenizer.json`` and the files next to it in a Hugging Face model directory.
 
         Reads ``tokenizer_config.json``, ``special_tokens_map.json``, ``added_tokens.json`` and the
         chat template where present. Nothing else is opened and no code of the model is run.

@@ -288,14 +288,14 @@ async def test_weights_use_the_memory_of_a_prompt_once_it_is_computed(
     model: Path, tmp_path: Path
 ) -> None:
     async with memory_engine(
-        model, 1, memory_bytes=PROCESS_BYTES + SLACK_BYTES + 16 * MIB, store=tmp_path
+        model, 1, memory_bytes=PROCESS_BYTES + SLACK_BYTES + 20 * MIB, store=tmp_path
     ) as engine:
         rank = engine.deployment.ranks[0]
         sizes, resident = rank.budget.block_bytes, rank.streaming.resident
         streamed = sum(sizes) - sum(sizes[i] for i in resident)  # by each step of the prompt
         await engine.complete([7] * 300, SamplingParams(max_tokens=2))
         answer = await engine.complete([7] * 300, SamplingParams(max_tokens=10))
-        assert 0 < answer.ranks[0].bytes_read < 9.5 * streamed
+        assert 0 < answer.ranks[0].bytes_read < 9 * streamed  # in ten steps
 
 
 @pytest.fixture(scope="module")

@@ -250,7 +250,7 @@ def _show_plan(arguments: argparse.Namespace, plan: Deployment) -> None:
 
 
 def _tell(arguments: argparse.Namespace, engine: Engine) -> None:
-    """Print on stderr what a user should know of the group."""
+    """Print the group's plan and its notices on stderr."""
     if engine.notice and not arguments.quiet:
         print(f"tpirt: {engine.notice}", file=sys.stderr)
     if arguments.explain:

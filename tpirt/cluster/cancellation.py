@@ -1,4 +1,4 @@
-"""Work that must come to its own end: cancelling whoever waits for it does not tear it apart."""
+"""Work that must run to its end even if its caller is cancelled."""
 
 from __future__ import annotations
 

@@ -31,9 +31,9 @@ _AMOUNT = {STEPS: "tokens", COMPUTE: "bytes", NETWORK: "bytes", DISK: "bytes"}
 
 
 class TraceFile:
-    """A trace to be: a place that can be written to is seen to at once; a context manager.
+    """Reserves the output file up front so that a bad path fails early; a context manager.
 
-    What is there is left alone until a whole trace takes its place.
+    An existing file stays until a whole trace replaces it.
     """
 
     def __init__(self, path: Path):
@@ -46,7 +46,7 @@ class TraceFile:
         self._begin_ns = time.perf_counter_ns()
         if self.path.exists() and not self.path.is_file():
             raise RequestError(f"trace {path}: not an ordinary file; give another name")
-        self._target = self.path.resolve()  # of a link: what it leads to
+        self._target = self.path.resolve()  # a link's target
         try:
             handle, self._draft = tempfile.mkstemp(
                 prefix=f".{self._target.name}.", dir=self._target.parent

@@ -220,7 +220,7 @@ def plan_model(
 def memory_limits(peers: Sequence[PeerProfile], asked: int | None) -> list[int | None]:
     """Decide each rank's memory limit.
 
-    It is what was asked for, or else a fair share of what is free on the machine; and never more
+    It is the limit asked for, or else a fair share of the machine's free memory; and never more
     than the peer's own limit. Ranks on one machine share its free memory.
     """
     sharing = Counter(peer.host_id for peer in peers)

@@ -58,7 +58,7 @@ _MOST_WAITING = 8
 _MOST_QUESTIONS = 32  # about the store, each of up to 4 MiB
 _QUESTIONS_AT_ONCE = 2
 _UNUSED_S = 900.0  # without a step, after which a session gives way to another master
-_TIMEOUT_MS = range(50, 3_600_001)
+_TIMEOUT_MS = range(10, 86_400_001)
 
 
 class Worker:

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tpirt.batch import Batch, Segment
 from tpirt.cluster import uploads, worker_links
 from tpirt.cluster import worker as worker_module
 from tpirt.cluster.worker import Worker
@@ -179,7 +180,7 @@ async def test_messages_that_pile_up_are_bounded_in_bytes(held: Manifest, worker
     caller = await Caller.of(worker)
     await caller.link.request(setup_of(held))
     # A step whose tensors never come keeps the worker from taking up what follows.
-    step = Batch((Segment(0, 0, 1, 1, 1),), Collective(Algorithm.STAR, CommDtype.FLOAT32))
+    step = Batch((Segment(slot=0, position=0, tokens=1, num_logits=1, rope_length=1),))
     hidden = bytes(4 * held.spec.config.hidden_size)
     await caller.link.send(message_frame(Kind.MESSAGE, step, hidden, step=1, dtype=1))
     large = message_frame(Kind.REQUEST, FreeSlot(1), bytes(6 << 20), 99)

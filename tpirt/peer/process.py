@@ -25,7 +25,7 @@ from tpirt.printable import printable_line
 from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
 from tpirt.weights.store import SliceStore
 
-_MOST_CONNECTIONS = 512
+_MOST_CONNECTIONS = 1024
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ class GrpcPeerClient:
 class GrpcPeerServer:
     """Serves a :class:`~tpirt.transport.base.PeerService` on one address."""
 
-    def __init__(self, service: PeerService, most_connections: int = 512):
+    def __init__(self, service: PeerService, most_connections: int = 1024):
         """Serve ``service``; ``most_connections`` of gRPC's are open at a time."""
         self._service = service
         self._running: set[asyncio.Task[Any]] = set()  # handlers, and what ends their connections

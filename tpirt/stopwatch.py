@@ -1,4 +1,4 @@
-"""Time spent, accumulated by cause, and recorded as spans where somebody wants to see them."""
+"""Accumulate time by cause, and optionally record it as spans."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import struct
 import time
 from types import TracebackType
 
-# One rank's lanes in a trace, top to bottom.
+# Lanes of one rank in a trace, top to bottom.
 STEPS, COMPUTE, NETWORK, DISK = "steps", "compute", "network", "disk"
 LANES = (STEPS, COMPUTE, NETWORK, DISK)
 
-# Names of spans in the compute lane that are no block.
+# Names of spans in the compute lane that are not blocks.
 WAIT_DISK, SAMPLE = "wait disk", "sample"
 
 
@@ -19,17 +19,17 @@ class Lane:
 
     Records are 32 bytes, little-endian: begin and end in nanoseconds of this machine's
     ``perf_counter`` (int64), an amount (uint64; bytes, or tokens of a step), the name's index in
-    :attr:`names` and a number (uint32 both; which block, step or token it is).
+    :attr:`names` and the number of the block, step or token (both uint32).
 
     Attributes:
-        names: what spans are called, in the order of first use.
-        dropped: spans that came when the buffer was full; they are not recorded.
+        names: names of spans, in order of first use.
+        dropped: number of spans not recorded because the buffer was full.
     """
 
     RECORD = struct.Struct("<qqQII")
 
     def __init__(self, spans: int):
-        # Written once, so that the memory is taken now and counts as the process's base.
+        # Written once, so that the memory is resident and counted in the process's base.
         self._buffer = bytearray(b"\0") * (spans * self.RECORD.size)
         self._used = 0
         self._names: dict[str, int] = {}
@@ -42,13 +42,13 @@ class Lane:
 
     @property
     def records(self) -> memoryview:
-        """What was recorded so far, in the order of its ends."""
+        """The recorded spans, ordered by their ends."""
         return memoryview(self._buffer)[: self._used]
 
     def record(
         self, name: str, begin_ns: int, end_ns: int, amount: int = 0, number: int = 0
     ) -> None:
-        """Keep one span; a moment is a span without length."""
+        """Record one span; an instant is a span without length."""
         used = self._used
         if used == len(self._buffer):
             self.dropped += 1
@@ -59,10 +59,10 @@ class Lane:
 
 
 class Recorder:
-    """One rank's lanes; they record nothing unless room for spans is asked for."""
+    """The lanes of one rank; they record nothing if ``spans`` is 0."""
 
     def __init__(self, spans: int = 0):
-        """Take the memory for ``spans`` spans in each lane."""
+        """Allocate memory for ``spans`` spans in each lane."""
         self.lanes = {name: Lane(spans) for name in LANES} if spans else {}
 
     def stopwatch(self, lane: str) -> Stopwatch:
@@ -71,10 +71,10 @@ class Recorder:
 
 
 class Stopwatch:
-    """Accumulates the time spent inside its ``with`` blocks, and records each of them.
+    """Accumulates the time spent inside ``with`` blocks, and records each as a span.
 
     Attributes:
-        total_ns: nanoseconds spent, since it was made.
+        total_ns: nanoseconds spent so far.
         ended_ns: ``perf_counter`` when the last block ended; 0 before.
     """
 
@@ -98,7 +98,7 @@ class Stopwatch:
 
 
 class _Running:
-    """A block whose time is counted; a third of the cost of a generator made a context manager."""
+    """A timed block; a third of the cost of ``contextlib.contextmanager``."""
 
     __slots__ = ("_amount", "_begin_ns", "_name", "_number", "_watch")
 

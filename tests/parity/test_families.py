@@ -444,14 +444,14 @@ async def test_partly_resident_equals_resident_while_the_cache_grows(
     store = expected.path / "slices"
     async with memory_engine(expected.path, 2, chunk_tokens=5, store=store) as engine:
         resident = await engine.logits(expected.prompt)
-        window = engine._group.runtime.window
+        window = engine._group.runtime.streamer
         sizes = [buffer_bytes(file_bytes(block)) for block in window.blocks]
         whole, block = sum(sizes), max(sizes)
     resident_blocks = set()
     for budget in range(2 * block, whole + block, block):
         monkeypatch.setattr(MemoryBudget, "left_for_weights", fixed_budget(budget))
         async with memory_engine(expected.path, 2, chunk_tokens=5, store=store) as engine:
-            resident_blocks.add(len(engine._group.runtime.window.plan.resident))
+            resident_blocks.add(len(engine._group.runtime.streamer.plan.resident))
             try:
                 logits = await engine.logits(expected.prompt)
             except MemoryLimitError as exc:

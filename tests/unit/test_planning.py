@@ -256,7 +256,7 @@ async def test_ranks_hold_what_the_plan_says(
     load = RankRuntime.load
 
     async def recorded(self: RankRuntime, progress: ProgressCallback) -> None:
-        held.setdefault(self.comm.rank, []).append(self.window.plan)
+        held.setdefault(self.comm.rank, []).append(self.streamer.plan)
         await load(self, progress)
 
     monkeypatch.setattr(RankRuntime, "load", recorded)
@@ -287,7 +287,7 @@ async def test_weights_use_the_memory_of_a_prompt_once_it_is_computed(
     async with memory_engine(
         model, 1, memory_bytes=PROCESS_BYTES + SLACK_BYTES + 16 * MIB, store=tmp_path
     ) as engine:
-        window = engine._group.runtime.window
+        window = engine._group.runtime.streamer
         before = len(window.plan.resident)
         await engine.complete([7] * 300, SamplingParams(max_tokens=2))
         assert len(window.plan.resident) > before

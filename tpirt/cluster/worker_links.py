@@ -12,11 +12,13 @@ from tpirt.collectives.links import LinkSet
 from tpirt.errors import TpirtError, TransportError
 from tpirt.protocol.link import Incoming, Link
 from tpirt.protocol.messages import Joined, JoinLink, LinkState
+from tpirt.transport.backlog import Backlog
 from tpirt.transport.base import Channel, PeerClient
 
 Connect = Callable[[str], PeerClient]
 
 PATIENCE_S = 10.0  # for another worker, which may be slow, to open its link, or to answer
+_MOST_SILENT = 64  # links that have not said yet to which session they belong
 _MOST_WAITING = 256  # links that no session has claimed yet
 
 _Key = tuple[int, int]  # session, rank
@@ -49,6 +51,14 @@ class _Caller(_Peer):
         self.link = Link(channel, 0, PATIENCE_S, self)
         self.claimed = asyncio.get_running_loop().create_future()
 
+    def on_lost(self, link: Link, exc: TpirtError) -> None:
+        """See :class:`tpirt.protocol.link.Handler`: nobody need wait for it any more."""
+        super().on_lost(link, exc)
+        for waited in (self.joined, self.claimed):
+            if not waited.done():
+                waited.set_exception(exc)
+                waited.exception()  # nobody may be waiting
+
 
 class Switchboard:
     """Where links that other workers open wait for the session that they belong to."""
@@ -56,6 +66,7 @@ class Switchboard:
     def __init__(self) -> None:
         self._waiting: dict[_Key, _Caller] = {}
         self._arrivals = asyncio.Condition()
+        self._silent = Backlog(_MOST_SILENT)
 
     async def serve(self, channel: Channel) -> None:
         """Keep a link open until its session lets go of it, or nobody claims it in time."""
@@ -64,7 +75,7 @@ class Switchboard:
         try:
             caller.link.start()
             async with asyncio.timeout(PATIENCE_S):
-                join = (await caller.joined).body
+                join = (await self._silent.wait(_joined(caller))).body
                 key = (join.session, join.rank)
                 if key in self._waiting or len(self._waiting) >= _MOST_WAITING:
                     return
@@ -88,6 +99,10 @@ class Switchboard:
         caller = self._waiting.pop(key)
         caller.claimed.set_result(None)
         return caller
+
+
+async def _joined(caller: _Caller) -> Incoming:
+    return await caller.joined
 
 
 class WorkerLinks:
@@ -142,16 +157,18 @@ class WorkerLinks:
         await asyncio.gather(*(client.aclose() for client in self._clients))
 
     async def _form(self, session: int, rank: int, address: str) -> LinkState:
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + PATIENCE_S
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout_at(until_s):
                 if rank > self._links.rank:
                     link = await self._accept(session, rank)
                 else:
                     link = await self._open(session, address)
-        except TimeoutError:
+        except (TimeoutError, TpirtError):
+            # Always as late as the latest: how soon an address fails tells what is there.
+            await asyncio.sleep(until_s - loop.time())
             return LinkState(rank, reason=f"no link within {PATIENCE_S:g} s")
-        except TpirtError:
-            return LinkState(rank, reason="it cannot be reached from there")
         link.rank = rank
         link.channel.frame_limit = self._frame_limit
         link.silence(self._timeout_s)

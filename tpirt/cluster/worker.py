@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
-from tpirt.cluster.cancellation import finish, in_thread
+from tpirt.cancellation import finish, in_thread
 from tpirt.cluster.machine import (
     available_bytes,
     base_bytes,

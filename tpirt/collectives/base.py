@@ -44,7 +44,8 @@ class Communicator(Protocol):
         """
 
     async def reduce(self, step: StepContext, partial: torch.Tensor) -> torch.Tensor | None:
-        """As :meth:`all_reduce`, but only rank 0 gets the sum; the others return at once."""
+        """As :meth:`all_reduce`, but only rank 0 gets the sum; the others return when their partial is sent.
+        """
 
 
 class SingleRankCommunicator:

@@ -180,7 +180,7 @@ def _plain(key: str, tensor: StoredTensor) -> Iterator[memoryview]:
 
 def _codes(key: str, tensor: StoredTensor, region: Region) -> Iterator[memoryview]:
     """Any byte is two 4-bit codes, or one of 8 bits; inputs that pad have the 8-bit code 0."""
-    width = tensor.quant.padded_inputs(tensor.shape[1])
+    width = tensor.quant.padded_in_features(tensor.shape[1])
     padded = tensor.quant.kind == "int8" and width > tensor.shape[1]
     step = max(1, _PIECE_BYTES // width) * width if padded else _PIECE_BYTES
     for numbers in _int16_pieces(key, [part // 2 for part in _parts(region.nbytes, step)]):

@@ -127,7 +127,7 @@ def _stored_columns(tensor: StoredTensor, columns: Span) -> Span:
     """A unit's columns with the padding that the tensor's last column is followed by."""
     if columns.stop < tensor.shape[1]:
         return columns
-    return Span(columns.start, tensor.quant.padded_inputs(tensor.shape[1]))
+    return Span(columns.start, tensor.quant.padded_in_features(tensor.shape[1]))
 
 
 def _views(regions: tuple[Region, ...], content: torch.Tensor) -> list[torch.Tensor]:

@@ -1,7 +1,7 @@
-"""Traces as files that https://ui.perfetto.dev and chrome://tracing open.
+"""Trace files for https://ui.perfetto.dev and chrome://tracing.
 
-The format is Chrome's trace event format, JSON: a process per rank, a thread per lane, times in
-microseconds of the master's clock since the file was claimed.
+The format is Chrome's trace event format (JSON): a process per rank, a thread per lane, times in
+microseconds of the master's clock since the file was created.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from tpirt.version import __version__
 
 Traces = Callable[[], AsyncIterator[RankTrace]]
 
-# What a span's number and amount stand for.
+# Names of a span's number and amount.
 _NUMBER = {STEPS: "step", COMPUTE: "block", NETWORK: "step", DISK: "block"}
 _TOKEN = "token"  # of a span named SAMPLE
 _AMOUNT = {STEPS: "tokens", COMPUTE: "bytes", NETWORK: "bytes", DISK: "bytes"}
 
 
 class TraceFile:
-    """A trace to be: a place that can be written to is seen to at once; a context manager.
+    """A trace file; a context manager.
 
-    What is there is left alone until a whole trace takes its place.
+    Checks at once that the path is writable. An existing file is only replaced by a whole trace.
     """
 
     def __init__(self, path: Path):
-        """Claim the place.
+        """Create a temporary file next to ``path``.
 
         Raises:
-            RequestError: nothing can be written there.
+            RequestError: the path is not writable.
         """
         self.path = path.expanduser()
         self._begin_ns = time.perf_counter_ns()
         if self.path.exists() and not self.path.is_file():
-            raise RequestError(f"trace {path}: not an ordinary file; give another name")
-        self._target = self.path.resolve()  # of a link: what it leads to
+            raise RequestError(f"trace {path}: not a regular file; give another name")
+        self._target = self.path.resolve()  # follows links
         try:
             handle, self._draft = tempfile.mkstemp(
                 prefix=f".{self._target.name}.", dir=self._target.parent
             )
         except OSError as exc:
             raise RequestError(
-                f"trace {path}: cannot be written: {exc.strerror}; give another place"
+                f"trace {path}: cannot be written: {exc.strerror}; give another path"
             ) from exc
         self._out = open(handle, "w", encoding="utf-8")  # noqa: SIM115 - closed on leaving
 
@@ -67,7 +67,7 @@ class TraceFile:
 
     @asynccontextmanager
     async def saved(self, traces: Traces, model: str) -> AsyncIterator[None]:
-        """Write the trace on leaving, also with an error, which then goes first.
+        """Write the trace on exit, also after an error, which has precedence.
 
         Raises:
             RequestError: see :meth:`write`.
@@ -81,10 +81,10 @@ class TraceFile:
         await self.write(traces(), model)
 
     async def write(self, traces: AsyncIterator[RankTrace], model: str) -> None:
-        """Write the ranks' traces as they come; the file is there when this returns, or is not.
+        """Write the ranks' traces as they come; creates the file atomically.
 
         Raises:
-            RequestError: the disk is full, or the place has gone.
+            RequestError: the disk is full, or the folder is gone.
         """
         try:
             await write_trace(self._out, traces, model, self._begin_ns)
@@ -98,7 +98,7 @@ class TraceFile:
 async def write_trace(
     out: TextIO, traces: AsyncIterator[RankTrace], model: str, begin_ns: int
 ) -> None:
-    """Write one JSON object; times count from ``begin_ns`` of the master's clock."""
+    """Write one JSON object; times are relative to ``begin_ns`` of the master's clock."""
     ranks: list[dict[str, Any]] = []
     out.write('{"displayTimeUnit":"ms","traceEvents":[\n')
     async for trace in traces:
@@ -142,7 +142,7 @@ def _meta(what: str, rank: int, thread: int, **args: object) -> str:
 
 
 def _lane_events(lane: LaneTrace, where: str, clock: ClockMap, begin_ns: int) -> Iterator[str]:
-    """Format one lane; by hand, since there can be millions of spans."""
+    """Format one lane without ``json``, because there can be millions of spans."""
     heads = [
         f'{{"ph":"X",{where},"cat":"{lane.lane}","name":{json.dumps(name)}' for name in lane.names
     ]
@@ -162,5 +162,5 @@ def _lane_events(lane: LaneTrace, where: str, clock: ClockMap, begin_ns: int) ->
 
 
 def _instant(name: str, where: str, scope: str, at_us: float) -> str:
-    """A mark on the whole process (``scope`` p) or on one thread (t)."""
+    """An instant event of the process (``scope`` p) or of one thread (t)."""
     return f'{{"ph":"i","s":"{scope}",{where},"name":{json.dumps(name)},"ts":{at_us:.3f}}}'

@@ -1,7 +1,6 @@
-"""What a person sees and types: the chat, the plan of a load, progress on the console.
+"""The terminal interface: chat, the displayed plan, progress on the console.
 
-The master's terminal is this room's only outside world; everything it knows of the model it asks
-of :class:`tpirt.engine.Engine`.
+All access to the model goes through :class:`tpirt.engine.Engine`.
 """
 
 from tpirt.chat.plan_view import show_plan

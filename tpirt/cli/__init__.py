@@ -1,1 +1,1 @@
-"""The ``tpirt`` command: arguments to options, everything below composed, errors to exit codes."""
+"""The ``tpirt`` command: arguments to options, and errors to exit codes."""

@@ -82,7 +82,7 @@ def _checked(content: Any) -> SavedConversation:
         raise ValueError(f"system: expected a string or null, got {system!r}")
     entries = content.get("messages")
     if not isinstance(entries, list) or len(entries) % 2:
-        raise ValueError("messages: expected an alternating list of user and assistant messages")
+        raise ValueError("messages: expected a list of alternating user and assistant messages")
     return SavedConversation(system, [_message(*entry) for entry in enumerate(entries)])
 
 

@@ -102,9 +102,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout",
         type=_seconds,
-        default=60.0,
+        default=20.0,
         metavar="S",
-        help="longest silence of a peer before it counts as lost, in seconds (default 60)",
+        help="longest silence of a peer before it counts as lost, in seconds (default 20)",
     )
     parser.add_argument(
         "--trace",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tpirt.batch import Batch
-from tpirt.cluster.cancellation import in_thread
+from tpirt.cluster.cancellation import finish, in_thread
 from tpirt.cluster.kernels import choose_kernels
 from tpirt.cluster.machine import (
     base_bytes,
@@ -120,7 +120,7 @@ class RankRuntime:
             await in_thread(lambda: made.append(cls(config, stored, world_size, links, limits)))
         except BaseException:
             for runtime in made:
-                await runtime.aclose()
+                await finish(runtime.aclose())
             raise
         return made[0]
 
@@ -224,10 +224,11 @@ class RankRuntime:
 
     def _counters(self) -> Counters:
         sent, received = self._links.traffic
+        compute_ns, io_ns, comm_ns = self.recorder.account.read()
         return Counters(
-            compute_ns=self.decoder.clock.total_ns,
-            io_ns=self.streamer.clock.total_ns,
-            comm_ns=self.comm.clock.total_ns,
+            compute_ns=compute_ns,
+            io_ns=io_ns,
+            comm_ns=comm_ns,
             read_ns=self.streamer.reads.total_ns,
             bytes_read=self.streamer.bytes_read,
             bytes_sent=sent,
@@ -235,9 +236,8 @@ class RankRuntime:
         )
 
     def _last_ns(self) -> int:
-        """When the rank last did anything that counts."""
-        clocks = (self.decoder.clock, self.streamer.clock, self.comm.clock)
-        return max(clock.ended_ns for clock in clocks)
+        """The time up to which the rank's work is counted."""
+        return self.recorder.account.last_ns
 
     def _too_little(self, exc: MemoryLimitError) -> MemoryLimitError:
         budget, rank = self._budget, self.comm.rank

@@ -44,6 +44,7 @@ _T = TypeVar("_T")
 SETUP_S = 5.0  # for a caller to say what it wants
 _REPORT_S = 0.25  # between two reports of a loading worker
 _MOST_QUEUED = 64
+_QUEUED_FRAMES = 2  # of the largest size: a master sends one step at a time
 
 
 class Prepared:
@@ -70,6 +71,9 @@ class WorkerSession:
         """Take the channel over; nothing large is accepted before a valid Setup."""
         self.link = Link(channel, 0, SETUP_S, self)
         self._queue: asyncio.Queue[Incoming | None] = asyncio.Queue()
+        self.left = asyncio.Event()  # set by the worker when nothing of the session is there
+        self._queued_bytes = 0
+        self._used_s = asyncio.get_running_loop().time()  # when a step was last asked for
         self._prepared: Prepared | None = None
         self._current: StepContext | None = None
         self._last_step = 0
@@ -80,6 +84,15 @@ class WorkerSession:
     def lost(self) -> bool:
         """Whether the session is over: what is left to do is to clean up."""
         return self._lost.done()
+
+    @property
+    def unused_s(self) -> float:
+        """Seconds since a step was last asked for."""
+        return asyncio.get_running_loop().time() - self._used_s
+
+    def give_way(self) -> None:
+        """Have the session end, to make room for another master."""
+        self.link.give_up(TransportError("the session was not used, and another master came"))
 
     async def leaving(self, patience_s: float) -> bool:
         """Wait a moment for the master to be gone; returns :attr:`lost`."""
@@ -95,7 +108,7 @@ class WorkerSession:
         self.link.start()
         try:
             async with asyncio.timeout(SETUP_S):
-                incoming = await self._queue.get()
+                incoming = await self._next()
         except TimeoutError:
             return None
         if incoming is None:
@@ -120,13 +133,13 @@ class WorkerSession:
         self.link.silence(setup.timeout_ms / 1e3)
         try:
             self._prepared = await prepare(setup, self.link)
-            ready = await self._until_lost(self._load(self._prepared, setup))
+            ready = await self._until_lost(self._load(self._prepared))
         except TpirtError as exc:
             if not self.lost:
                 await self.refuse(to, exc)
             raise
         await self.link.respond(to, ready)
-        while (incoming := await self._queue.get()) is not None:
+        while (incoming := await self._next()) is not None:
             await self._serve(self._prepared, incoming)
         raise self._lost.result()
 
@@ -154,7 +167,9 @@ class WorkerSession:
             case body:
                 if isinstance(body, Abort):
                     self._give_up(body.step)
-                if self._queue.qsize() >= _MOST_QUEUED:
+                most_bytes = _QUEUED_FRAMES * link.channel.frame_limit
+                self._queued_bytes += incoming.frame.nbytes
+                if self._queue.qsize() >= _MOST_QUEUED or self._queued_bytes > most_bytes:
                     raise TransportError(f"peer {link.peer_id}: too many messages at once; refused")
                 self._queue.put_nowait(incoming)
 
@@ -172,6 +187,13 @@ class WorkerSession:
             self._current.abort(StepAborted())
 
     # -- the queue -------------------------------------------------------------------------
+
+    async def _next(self) -> Incoming | None:
+        """The next message in turn; None when the master is gone."""
+        incoming = await self._queue.get()
+        if incoming is not None:
+            self._queued_bytes -= incoming.frame.nbytes
+        return incoming
 
     async def _serve(self, prepared: Prepared, incoming: Incoming) -> None:
         match incoming.body:
@@ -201,6 +223,7 @@ class WorkerSession:
                 "refused"
             )
         self._last_step = number
+        self._used_s = asyncio.get_running_loop().time()
         step = self._current = StepContext(number, incoming.body)
         if number <= self._aborted_step:
             step.abort(StepAborted())
@@ -234,19 +257,15 @@ class WorkerSession:
         else:
             await self.link.respond(to, quality)
 
-    async def _load(self, prepared: Prepared, setup: Setup) -> Ready:
-        """Load the weights and form links to the other workers; report progress meanwhile."""
+    async def _load(self, prepared: Prepared) -> Ready:
+        """Load the weights, and report progress meanwhile."""
         reporting = _Reports(self.link)
+        runtime = prepared.runtime
         try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(prepared.runtime.load(reporting.remember))
-                forming = tasks.create_task(prepared.workers.form(setup.session, setup.addresses))
-        except BaseExceptionGroup as group:
-            raise group.exceptions[0] from None
+            await runtime.load(reporting.remember)
         finally:
             reporting.stop()
-        runtime = prepared.runtime
-        return Ready(runtime.weights_bytes, runtime.held_bytes, forming.result())
+        return Ready(runtime.weights_bytes, runtime.held_bytes, await prepared.workers.formed())
 
     async def _until_lost(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Await work, but no longer than the master is there."""

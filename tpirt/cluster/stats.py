@@ -58,7 +58,7 @@ class StepLog:
 
         Args:
             read: the counters now.
-            last_ns: when anything was last counted, by ``perf_counter_ns``.
+            last_ns: until when time is counted, by ``perf_counter_ns``.
             recorder: whose steps lane gets a span for every step.
         """
         self._read = read
@@ -69,6 +69,7 @@ class StepLog:
     def begin(self, number: int, tokens: int, prefill: bool) -> None:
         """End the step before, if there is one, and begin this one."""
         now, counters = time.perf_counter_ns(), self._read()
+        now = max(now, self._last_ns())  # what is under way is counted until it is read
         self._end(now, counters)
         self._steps.append(_Step(number, tokens, prefill, now, counters))
 

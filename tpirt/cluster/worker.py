@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import zlib
 from collections.abc import AsyncIterator, Callable
 
-from tpirt.cluster.cancellation import in_thread
+from tpirt.cluster.cancellation import finish, in_thread
 from tpirt.cluster.machine import (
     available_bytes,
     base_bytes,
@@ -19,11 +18,13 @@ from tpirt.cluster.machine import (
 from tpirt.cluster.rank import RankRuntime, frame_limit
 from tpirt.cluster.session import Prepared, WorkerSession
 from tpirt.cluster.tracing import TRACE_SPANS
+from tpirt.cluster.uploads import Uploads
 from tpirt.cluster.worker_links import Connect, Switchboard, WorkerLinks
 from tpirt.collectives.links import LinkSet
 from tpirt.config import ModelConfig
 from tpirt.errors import (
     HandshakeError,
+    PeerError,
     PeerLostError,
     StoreError,
     TpirtError,
@@ -39,23 +40,25 @@ from tpirt.protocol.messages import (
     InventoryRequest,
     PutUnitsReply,
     Setup,
-    UnitChunk,
     decode_call,
     encode_call,
 )
+from tpirt.transport.backlog import Backlog
 from tpirt.transport.base import Channel
-from tpirt.units import format_bytes
 from tpirt.version import __version__
 from tpirt.weights.manifest import SliceOrder
 from tpirt.weights.store import SliceStore
-from tpirt.weights.writer import SliceWriter
 
 Log = Callable[[str], None]
 
 _GOODBYE_S = 1.0  # from a master's end until the news of it is here
 _LEAVING_S = 20.0  # for a session whose master is gone to let go of threads and memory
-_MOST_RANKS = 1024
-_MOST_CHUNK_TOKENS = 1 << 16
+_MOST_SILENT = 16  # sessions that have not said yet what they want
+_MOST_WAITING = 8
+_MOST_QUESTIONS = 32  # about the store, each of up to 4 MiB
+_QUESTIONS_AT_ONCE = 2
+_UNUSED_S = 900.0  # without a step, after which a session gives way to another master
+_TIMEOUT_MS = range(50, 3_600_001)
 
 
 class Worker:
@@ -82,7 +85,11 @@ class Worker:
         self._connect = connect
         self._board = Switchboard()
         self._session: WorkerSession | None = None
-        self._free = asyncio.Condition()
+        self._waiting = 0  # masters whose session begins when this one has ended
+        self._uploads = Uploads(store, memory_bytes, log)
+        self._silent = Backlog(_MOST_SILENT)
+        self._asking = 0
+        self._questions = asyncio.Semaphore(_QUESTIONS_AT_ONCE)
 
     async def answer(self, method: str, request: bytes) -> bytes:
         """See :class:`tpirt.transport.base.PeerService`."""
@@ -91,28 +98,12 @@ class Worker:
             return encode_call(self._hello(busy=not await self._has_no_master()))
         if method == "Inventory":
             asked = decode_call(InventoryRequest, request, "caller")
-            return encode_call(await in_thread(self._inventory, asked))
+            return encode_call(await self._answered(asked))
         raise TransportError(f"unknown method {method}")
 
     async def receive(self, method: str, chunks: AsyncIterator[bytes]) -> bytes:
         """See :class:`tpirt.transport.base.PeerService`."""
-        first = decode_call(UnitChunk, await anext(aiter(chunks), b""), "caller")
-        if not first.order:
-            raise TransportError("an upload must begin with its order")
-        order = await in_thread(SliceOrder.from_json, first.order)
-        received = 0
-        # Each call in a thread ends before the writer is left, also when the master goes away.
-        with await in_thread(SliceWriter, self._store, order.spec, order.digests) as writer:
-            async for data in chunks:
-                chunk = decode_call(UnitChunk, data, "caller")
-                await in_thread(_write_chunk, writer, chunk)
-                received += len(chunk.data)
-            stored = await in_thread(writer.commit)
-        self._log(
-            f"received slice {stored.manifest.slice_id} of {stored.manifest.model}: {stored.path} "
-            f"({format_bytes(received)} of {format_bytes(stored.manifest.nbytes)} were missing)"
-        )
-        return encode_call(PutUnitsReply(received))
+        return encode_call(PutUnitsReply(await self._uploads.receive(chunks)))
 
     async def session(self, channel: Channel) -> None:
         """See :class:`tpirt.transport.base.PeerService`."""
@@ -125,16 +116,32 @@ class Worker:
             self._log(f"session ended: {exc}")
             raise
         finally:
-            await session.aclose()
-            if self._session is session:
-                async with self._free:
-                    self._session = None
-                    self._free.notify_all()
-                self._log("waiting for a master")
+            # The call's own end may cancel this task in the middle of it.
+            await finish(self._leave(session))
 
     async def link(self, channel: Channel) -> None:
         """See :class:`tpirt.transport.base.PeerService`."""
         await self._board.serve(channel)
+
+    async def _leave(self, session: WorkerSession) -> None:
+        """End a session, and let the next one in."""
+        try:
+            await session.aclose()
+        finally:
+            if self._session is session:
+                self._session = None
+                session.left.set()
+                self._log("waiting for a master")
+
+    async def _answered(self, asked: InventoryRequest) -> InventoryReply:
+        if self._asking >= _MOST_QUESTIONS:
+            raise PeerError("it has too many questions to answer; try again later")
+        self._asking += 1
+        try:
+            async with self._questions:
+                return await in_thread(self._inventory, asked)
+        finally:
+            self._asking -= 1
 
     def _inventory(self, asked: InventoryRequest) -> InventoryReply:
         if asked.order:
@@ -148,7 +155,10 @@ class Worker:
 
     async def _has_no_master(self) -> bool:
         """Whether a master may come. The end of the last one may still be on its way here."""
-        return self._session is None or await self._session.leaving(_GOODBYE_S)
+        session = self._session
+        if session is None or session.unused_s > _UNUSED_S:
+            return True
+        return await session.leaving(_GOODBYE_S)
 
     def _hello(self, busy: bool) -> HelloReply:
         return HelloReply(
@@ -167,7 +177,7 @@ class Worker:
         )
 
     async def _serve(self, session: WorkerSession) -> None:
-        request = await session.setup()
+        request = await self._silent.wait(session.setup())
         if request is None:
             return
         incoming, setup = request
@@ -182,20 +192,26 @@ class Worker:
 
     async def _claim(self, session: WorkerSession) -> None:
         """Make ``session`` the one that is served; wait for one whose master has left."""
-        async with self._free:
-            while self._session is not None:
-                if not await self._has_no_master():
-                    raise HandshakeError(f"it serves {self._session.link.peer_id} already")
-                try:
-                    async with asyncio.timeout(_LEAVING_S):
-                        await self._free.wait()
-                except TimeoutError:
-                    raise HandshakeError("it has not let go of its last master yet") from None
-            self._session = session
+        while (current := self._session) is not None:
+            if not await self._has_no_master():
+                raise HandshakeError(f"it serves {current.link.peer_id} already")
+            if self._waiting >= _MOST_WAITING:
+                raise HandshakeError("other masters wait for it already; try again later")
+            current.give_way()
+            self._waiting += 1
+            try:
+                async with asyncio.timeout(_LEAVING_S):
+                    await current.left.wait()
+            except TimeoutError:
+                raise HandshakeError("it has not let go of its last master yet") from None
+            finally:
+                self._waiting -= 1
+        self._session = session
 
     async def _prepare(self, setup: Setup, master: Link) -> Prepared:
         config = ModelConfig.from_json(setup.model_config)
-        stored = self._store.find(setup.slice_id)
+        _check_fits(setup, config)
+        stored = await in_thread(self._store.find, setup.slice_id)
         if stored is None:
             raise StoreError(f"its store holds no slice {setup.slice_id}")
         if stored.manifest.spec.config != config:
@@ -213,9 +229,15 @@ class Worker:
         limit = frame_limit(config, limits)
         links = LinkSet(setup.rank)
         links.add(master)
-        runtime = await RankRuntime.open(config, stored, setup.world_size, links, limits)
-        master.channel.frame_limit = limit
         workers = WorkerLinks(links, self._connect, self._board, setup.timeout_ms / 1e3, limit)
+        # Links first: all workers are at this point, and how long a runtime takes differs.
+        workers.form(setup.session, setup.addresses)
+        try:
+            runtime = await RankRuntime.open(config, stored, setup.world_size, links, limits)
+        except BaseException:
+            await finish(workers.aclose())
+            raise
+        master.channel.frame_limit = limit
         return Prepared(runtime, links, workers)
 
 
@@ -226,9 +248,9 @@ def _check_setup(setup: Setup) -> None:
             "install the same tpirt on both"
         )
     if not (
-        1 <= setup.rank < setup.world_size <= _MOST_RANKS
-        and 1 <= setup.chunk_tokens <= _MOST_CHUNK_TOKENS
-        and setup.timeout_ms
+        1 <= setup.rank < setup.world_size
+        and setup.chunk_tokens
+        and setup.timeout_ms in _TIMEOUT_MS
         and len(setup.addresses) in (0, setup.world_size)
     ):
         raise TransportError(
@@ -238,7 +260,11 @@ def _check_setup(setup: Setup) -> None:
         )
 
 
-def _write_chunk(writer: SliceWriter, chunk: UnitChunk) -> None:
-    if zlib.crc32(chunk.data) != chunk.crc32:
-        raise TransportError(f"slice unit {chunk.unit} at {chunk.offset}: checksum mismatch")
-    writer.write(chunk.unit, chunk.offset, chunk.data)
+def _check_fits(setup: Setup, config: ModelConfig) -> None:
+    """Bound what follows from a Setup, frames and links, by what its model allows."""
+    ranks, tokens = config.num_attention_heads, config.context_length
+    if setup.world_size > ranks or setup.chunk_tokens > tokens:
+        raise TransportError(
+            f"invalid Setup message: {setup.world_size} ranks, chunks of {setup.chunk_tokens} "
+            f"tokens; the model has {ranks} heads and a context of {tokens} tokens"
+        )

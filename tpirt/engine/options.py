@@ -8,7 +8,7 @@ from pathlib import Path
 from tpirt.errors import ConfigError
 from tpirt.planning.options import PlanOptions, check_range
 
-DEFAULT_TIMEOUT_S = 60.0
+DEFAULT_TIMEOUT_S = 20.0
 MAX_TIMEOUT_S = 86_400.0
 
 

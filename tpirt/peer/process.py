@@ -13,11 +13,19 @@ from dataclasses import dataclass
 
 import torch
 
+try:
+    import resource
+except ImportError:  # not a POSIX system
+    resource = None  # type: ignore[assignment]
+
 from tpirt.cluster.launcher import READY_PREFIX
 from tpirt.cluster.machine import host_name
 from tpirt.cluster.worker import Worker
+from tpirt.printable import printable_line
 from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
 from tpirt.weights.store import SliceStore
+
+_MOST_CONNECTIONS = 512
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ async def run_peer(options: PeerOptions) -> None:
         loop.add_signal_handler(number, stop.set)
     log = (lambda _: None) if options.quiet else _log
     worker = Worker("", options.store, options.memory_bytes, options.threads, log, GrpcPeerClient)
-    server = GrpcPeerServer(worker)
+    server = GrpcPeerServer(worker, _most_connections())
     port = await server.start(options.host, options.port)
     worker.peer_id = f"{host_name()}:{port}"
     host = f"[{options.host}]" if ":" in options.host else options.host
@@ -64,6 +72,18 @@ async def run_peer(options: PeerOptions) -> None:
         await stop.wait()
     finally:
         await server.aclose()
+
+
+def _most_connections() -> int:
+    """Open files for gRPC's connections: half of what the system allows, the rest is for work."""
+    if resource is None:
+        return _MOST_CONNECTIONS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(4 * _MOST_CONNECTIONS, hard if hard >= 0 else 4 * _MOST_CONNECTIONS)
+    if 0 <= soft < wanted:  # a negative one is no limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    return min(_MOST_CONNECTIONS, soft // 2) if soft >= 0 else _MOST_CONNECTIONS
 
 
 def is_loopback(host: str) -> bool:
@@ -92,4 +112,4 @@ def _watch_stdin(stop: asyncio.Event) -> None:
 
 
 def _log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable_line(text), file=sys.stderr, flush=True)

@@ -191,6 +191,7 @@ def plan(
         )
     ]
     chunk = options.chunk_tokens or min(budget.chunk_tokens() for budget in budgets)
+    chunk = min(chunk, config.context_length)
     budgets = [replace(b, limits=replace(b.limits, chunk_tokens=chunk)) for b in budgets]
     try:
         ranks = tuple(

@@ -25,6 +25,7 @@ from tpirt.transport.frame import Frame, Header, Kind
 HEARTBEAT_S = 2.0
 PARTS = 2  # a step has one or two micro-batches
 _REMEMBERED = 1024  # steps that were given up: what is left of older ones has long been read
+_MOST_UNSENT = 64  # replies and messages that the other side has not read yet
 _MOST_AHEAD = 4  # frames of a part that nobody has asked for yet: collectives run in lockstep
 
 
@@ -218,12 +219,22 @@ class Link:
         await self.send(message_frame(Kind.REPLY, body, payload, to.id))
 
     def reply(self, to: Incoming, body: object, payload: memoryview | bytes = b"") -> None:
-        """Answer a request; the answer goes out in the background."""
+        """Answer a request; the answer goes out in the background.
+
+        Raises:
+            TransportError: the other side asks for more than it reads.
+        """
+        if len(self._tasks) >= _MOST_UNSENT:
+            raise TransportError(f"peer {self.peer_id}: it reads no replies; refused")
         self._spawn(self._post(message_frame(Kind.REPLY, body, payload, to.id)))
 
     def tell(self, body: object) -> None:
         """Send a message in the background."""
         self._spawn(self._post(message_frame(Kind.MESSAGE, body)))
+
+    def give_up(self, exc: TpirtError) -> None:
+        """End the link for a reason of this side's own."""
+        self._broken(exc)
 
     async def aclose(self) -> None:
         """Close the channel; everyone who waits raises PeerLostError. Safe to call twice."""

@@ -2,7 +2,7 @@
 
 Each dataclass names its protobuf message and has the same fields; :func:`encode` and
 :func:`decode` convert between them field by field. Fields that only one side has keep their
-default.
+default. Text that is read from a message is printable.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from google.protobuf.message import Message as ProtoMessage
 from tpirt import errors
 from tpirt.batch import Batch, Collective, Segment
 from tpirt.errors import PeerError, PeerLostError, TpirtError, TransportError
+from tpirt.printable import printable_line
 from tpirt.protocol.pb import tpirt_pb2 as pb
 from tpirt.types import RankStats, StepTimes
 
@@ -332,6 +333,8 @@ def _reader(hint: Any) -> Callable[[Any, str], Any]:
         return lambda number, peer: _member(hint, number, peer)
     if hint in _PROTO:
         return lambda message, peer: _read(hint, message, peer)
+    if hint is str:  # it reaches logs and terminals
+        return lambda text, _: printable_line(text)
     return lambda value, _: value
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
+import numpy as np
+
 from tpirt.errors import TransportError
 
 HEADER_BYTES = 64
@@ -225,7 +227,9 @@ class FrameReader:
         """Allocate a large frame's memory and move there what has come of it."""
         head = bytes(self._staging[self._start : self._start + HEADER_BYTES])
         rest = self._staging[self._start + HEADER_BYTES : self._stop]
-        body = memoryview(bytearray(_padded(header.message_bytes) + header.payload_bytes))
+        # Memory that nothing has been written to takes no room: a size that is a lie costs nothing.
+        size = _padded(header.message_bytes) + header.payload_bytes
+        body = np.empty(size, np.uint8).data
         body[: len(rest)] = rest
         self._start = self._stop = 0
         self._large = Frame(head, payload=body)

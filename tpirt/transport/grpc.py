@@ -17,9 +17,11 @@ from tpirt.transport.grpc_channel import (  # isort: skip
     OPTIONS,
     RETRY_S,
     GrpcChannel,
+    details_of,
     is_foreign,
     lost,
     own,
+    server_options,
     unreachable,
 )
 
@@ -27,6 +29,7 @@ import grpc
 import grpc.aio
 
 from tpirt.errors import PeerError, PeerLostError, StoreError, TpirtError, TransportError
+from tpirt.transport.backlog import Backlog
 from tpirt.transport.base import Carrier, Channel, PeerService
 from tpirt.transport.tcp import TcpChannel
 from tpirt.transport.tickets import TcpListener, connect
@@ -37,6 +40,7 @@ _OFFER = "tpirt-tcp"  # metadata of an answer: where frames may go; see tpirt.tr
 _OFFER_S = 2.0  # for it to come
 _PATIENCE_S = 3.0  # with a peer that is just being started
 _SPEAK_S = 5.0  # for a caller to connect, or to say that it stays on the call
+_MOST_SILENT = 32  # callers that have done neither: each may send a message of 4 MiB
 _LEAVE_S = 10.0  # for a session to end by itself: threads that read or compute a block
 
 
@@ -60,7 +64,7 @@ class GrpcPeerClient:
                 reply: bytes = await call(request, timeout=max(left, RETRY_S))
             except grpc.aio.AioRpcError as exc:
                 if exc.code() is grpc.StatusCode.FAILED_PRECONDITION:
-                    raise PeerError(f"peer {self.peer_id}: {exc.details()}") from exc
+                    raise PeerError(f"peer {self.peer_id}: {details_of(exc)}") from exc
                 refused = exc.code() is grpc.StatusCode.UNAVAILABLE and not is_foreign(exc)
                 if not refused or loop.time() - started > min(_PATIENCE_S, timeout_s):
                     raise unreachable(self.address, exc, timeout_s) from exc
@@ -92,8 +96,8 @@ class GrpcPeerClient:
             return await timely(call)
         except grpc.aio.AioRpcError as exc:
             if exc.code() is grpc.StatusCode.FAILED_PRECONDITION:
-                raise StoreError(f"peer {self.peer_id}: {exc.details()}") from exc
-            raise lost(self.peer_id, exc.details() or exc.code().name.lower()) from exc
+                raise StoreError(f"peer {self.peer_id}: {details_of(exc)}") from exc
+            raise lost(self.peer_id, details_of(exc)) from exc
         finally:
             call.cancel()
 
@@ -136,11 +140,13 @@ class GrpcPeerClient:
 class GrpcPeerServer:
     """Serves a :class:`~tpirt.transport.base.PeerService` on one address."""
 
-    def __init__(self, service: PeerService):
+    def __init__(self, service: PeerService, most_connections: int = 512):
+        """Serve ``service``; ``most_connections`` of gRPC's are open at a time."""
         self._service = service
         self._running: set[asyncio.Task[Any]] = set()  # handlers, and what ends their connections
         self._listener: TcpListener | None = None
-        self._server = grpc.aio.server(options=OPTIONS)
+        self._silent = Backlog(_MOST_SILENT)
+        self._server = grpc.aio.server(options=server_options(most_connections))
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(_SERVICE, self._handlers()),)
         )
@@ -204,7 +210,7 @@ class GrpcPeerServer:
         call = GrpcChannel(caller, context)
 
         async def work() -> None:
-            channel = await self._accept(call, context)
+            channel = await self._silent.wait(self._accept(call, context))
             try:
                 await serve(channel)
             finally:

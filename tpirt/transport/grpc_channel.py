@@ -27,6 +27,7 @@ import grpc
 import grpc.aio
 
 from tpirt.errors import HandshakeError, PeerLostError, PeerUnreachableError, TpirtError
+from tpirt.printable import printable_line
 from tpirt.transport.base import Carrier
 from tpirt.transport.stream import StreamChannel, closed
 
@@ -62,7 +63,22 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_reconnect_backoff_ms", int(RETRY_S * 1e3)),
 )
 
+_HANDSHAKE_MS = 5_000  # for a connection to begin to speak HTTP/2
+_IDLE_MS = 60_000  # for a connection without a call; a client connects again when it needs one
+_MOST_STREAMS = 16  # calls at a time on one connection: a master makes one or two
+
 ERRORS = (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.BaseError)
+
+
+def server_options(most_connections: int) -> tuple[tuple[str, int], ...]:
+    """Return a server's options: how much callers may take that nobody knows."""
+    return (
+        *OPTIONS,
+        ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
+        ("grpc.max_connection_idle_ms", _IDLE_MS),
+        ("grpc.max_concurrent_streams", _MOST_STREAMS),
+        ("grpc.max_allowed_incoming_connections", most_connections),
+    )
 
 
 class GrpcChannel(StreamChannel):
@@ -81,7 +97,7 @@ class GrpcChannel(StreamChannel):
 
     def first(self) -> asyncio.Task[Any]:
         """Read one message ahead of :meth:`start`; done when it is here, or the call's end is."""
-        self._ahead = asyncio.create_task(own(self._call.read(), self.peer_id))
+        self._ahead = asyncio.create_task(self._read())
         self._ahead.add_done_callback(_retrieve)  # the channel may never be started
         return self._ahead
 
@@ -102,18 +118,21 @@ class GrpcChannel(StreamChannel):
         except (*ERRORS, PeerLostError):
             pass  # the reader will learn why
 
+    async def _read(self) -> Any:
+        return await own(self._call.read(), self.peer_id)
+
     def _begin(self) -> None:
         self._reading = asyncio.create_task(self._read_all())
 
     async def _read_all(self) -> None:
         try:
-            data = await (self._ahead or own(self._call.read(), self.peer_id))
+            data = await (self._ahead or self._read())
             while data is not grpc.aio.EOF:
                 self.bytes_received += len(data)
                 self._deliver(self._reader.feed(data))
                 if self._receiver is None:
                     return
-                data = await own(self._call.read(), self.peer_id)
+                data = await self._read()
         except PeerLostError as exc:
             self._lost(exc)
         except ERRORS as exc:
@@ -141,9 +160,9 @@ class GrpcChannel(StreamChannel):
     async def _reason(self, exc: BaseException | None) -> PeerLostError:
         details = ""
         if isinstance(exc, grpc.aio.AioRpcError):
-            details = exc.details() or exc.code().name.lower()
+            details = details_of(exc)
         elif isinstance(self._call, grpc.aio.Call) and self._call.done():
-            details = await self._call.details()
+            details = printable_line(await self._call.details() or "")
         return lost(self.peer_id, details)
 
 
@@ -165,6 +184,11 @@ async def own(operation: Awaitable[_T], peer_id: str) -> _T:
         if task is not None and task.cancelling():
             raise
         raise lost(peer_id, "the call was cancelled") from None
+
+
+def details_of(exc: grpc.aio.AioRpcError) -> str:
+    """Return what the other side says about an error, fit for a terminal."""
+    return printable_line(exc.details() or exc.code().name.lower())
 
 
 def lost(peer_id: str, details: str | None) -> PeerLostError:
@@ -192,7 +216,7 @@ def is_foreign(exc: grpc.aio.AioRpcError) -> bool:
 
 def unreachable(address: str, exc: grpc.aio.AioRpcError, timeout_s: float) -> TpirtError:
     """Word a request that got no answer."""
-    details = exc.details() or ""
+    details = printable_line(exc.details() or "")
     if is_foreign(exc):
         return HandshakeError(
             f"peer {address}: something else than a tpirt peer answers there "

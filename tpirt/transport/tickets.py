@@ -33,8 +33,8 @@ class TcpListener:
         self._offset = listener.getsockname()[1] - port
         self._expected: dict[bytes, asyncio.Future[socket.socket]] = {}
         self._loop = asyncio.get_running_loop()
-        self._places = asyncio.Semaphore(_UNADMITTED)
-        self._tasks = {asyncio.create_task(self._accept())}
+        self._admitting: dict[asyncio.Task[None], None] = {}  # the oldest first
+        self._accepting = asyncio.create_task(self._accept())
 
     @classmethod
     def beside(cls, host: str, port: int) -> TcpListener | None:
@@ -71,27 +71,27 @@ class TcpListener:
 
     async def aclose(self) -> None:
         """Stop listening."""
-        for task in self._tasks:
+        tasks = [self._accepting, *self._admitting]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._listener.close()
 
     async def _accept(self) -> None:
         while True:
-            await self._places.acquire()
             try:
                 connection, _ = await self._loop.sock_accept(self._listener)
             except OSError:  # no descriptor left, or the caller has gone already
-                self._places.release()
                 await asyncio.sleep(_PATIENCE_S)
                 continue
+            if len(self._admitting) >= _UNADMITTED:  # the oldest has had more time than it takes
+                oldest = next(iter(self._admitting))
+                del self._admitting[oldest]
+                oldest.cancel()
             admitting = asyncio.create_task(self._admit(connection))
-            self._tasks.add(admitting)
-            admitting.add_done_callback(self._admitted)
-
-    def _admitted(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        self._places.release()
+            self._admitting[admitting] = None
+            admitting.add_done_callback(lambda task: self._admitting.pop(task, None))
+            await asyncio.sleep(0)  # a flood of connections must not starve the loop
 
     async def _admit(self, connection: socket.socket) -> None:
         """Accept a connection that shows a ticket soon; close any other."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from tpirt.config import ModelConfig
 from tpirt.errors import ConfigError, StoreError
+from tpirt.printable import printable_line
 from tpirt.sharding.blocks import Block, rank_blocks
 from tpirt.sharding.format import WeightFormat
 from tpirt.sharding.partition import Shard, Span
@@ -32,6 +33,8 @@ _MAX_VOCABULARY = 1 << 22
 
 DIGEST_BYTES = 16
 NO_DIGEST = bytes(DIGEST_BYTES)  # stands for a unit that is lacking, or whose digest is unknown
+
+_WRONG_FIELDS = (ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError)
 
 
 def unit_digest(content: memoryview | bytes) -> bytes:
@@ -73,6 +76,17 @@ class SliceSpec:
     def places(self) -> tuple[tuple[int, Unit], ...]:
         """All units in order, each with the index of its block: a unit's number is its index."""
         return tuple((index, unit) for index, units in enumerate(self.units) for unit in units)
+
+    def has_units(self, count: int) -> bool:
+        """Tell whether there are ``count`` units, at no more expense than listing so many."""
+        if self.config.num_hidden_layers > count:  # each has a block, and that a unit
+            return False
+        found = 0
+        for block in self.blocks:
+            found += len(block_units(self.config, block))
+            if found > count:
+                return False
+        return found == count
 
     @cached_property
     def nbytes(self) -> int:
@@ -123,8 +137,9 @@ class SliceSpec:
         try:
             fields = dict(fields)
             if (version := fields.pop("format_version")) != FORMAT_VERSION:
+                named = printable_line(str(version))[:20]
                 raise StoreError(
-                    f"slice manifest of format {version!r}, this tpirt reads {FORMAT_VERSION}"
+                    f"slice manifest of format {named}, this tpirt reads {FORMAT_VERSION}"
                 )
             config = ModelConfig.from_json(json.dumps(fields.pop("config")))
             form = WeightFormat.named(*(fields.pop(n) for n in ("dtype", "quantize", "layout")))
@@ -133,8 +148,9 @@ class SliceSpec:
             own = fields.pop("own")
             if type(own) is not bool or fields:
                 raise ValueError(f"unexpected {own if not fields else sorted(fields)}")
-        except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as exc:
-            raise StoreError(f"not a slice manifest: {type(exc).__name__} {exc}"[:300]) from exc
+        except _WRONG_FIELDS as exc:
+            reason = printable_line(f"{type(exc).__name__} {exc}")
+            raise StoreError(f"not a slice manifest: {reason}"[:300]) from exc
         if most_units(config) > _MAX_UNITS or config.vocab_size > _MAX_VOCABULARY:
             raise StoreError("slice manifest: a model of more parts than any that is supported")
         return cls(config=config, form=form, shard=shard, own=own, **texts)
@@ -288,9 +304,9 @@ class SliceOrder:
             digests = split_digests(bytes.fromhex(joined))
         except (ValueError, TypeError) as exc:
             raise StoreError(f"not a slice manifest: digests: {exc}") from exc
-        if len(digests) != len(spec.places) or len(digests[-1]) != DIGEST_BYTES:
+        if not spec.has_units(len(digests)) or len(digests[-1]) != DIGEST_BYTES:
             raise StoreError(
-                f"not a slice manifest: {len(digests)} digests for {len(spec.places)} units"
+                f"not a slice manifest: {len(digests)} digests are not those of its units"
             )
         return cls(spec, digests)
 
@@ -331,7 +347,7 @@ def _shard(config: ModelConfig, fields: dict[str, Any]) -> Shard:
 def _text(value: object) -> str:
     if not isinstance(value, str) or len(value) > 300:
         raise ValueError("expected a short text")
-    return value
+    return printable_line(value)
 
 
 def _hash(value: object) -> str:

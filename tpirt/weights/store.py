@@ -40,10 +40,12 @@ from tpirt.weights.manifest import (
     unit_digest,
 )
 from tpirt.weights.reader import buffer_bytes, read_file
+from tpirt.weights.room import Promise, Room
 from tpirt.weights.unit_bytes import BlockUnits
 
 _PARTIAL = ".partial-"
 _KNOWN = "known"
+_MOST_SLICES = 1024
 _SLICE_ID = re.compile(r"[0-9a-f]{24}")
 
 
@@ -221,6 +223,7 @@ class SliceStore:
     def __init__(self, root: Path, limit_bytes: int | None = None):
         self.root = root
         self.limit_bytes = limit_bytes
+        self._room = Room(root, limit_bytes, self.bytes_used)
 
     def find(self, slice_id: str) -> StoredSlice | None:
         """Look a slice up by id, in the store's folder itself and in the folders within it.
@@ -349,6 +352,20 @@ class SliceStore:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / f"{manifest.spec.key}.json", manifest.to_json())
+
+    def promise(self, nbytes: int) -> Promise:
+        """Promise a writer room on the disk.
+
+        Raises:
+            StoreError: there is too little, or there are too many slices already.
+            OSError: the folder cannot be looked at.
+        """
+        count = len(self._folders())
+        if count >= _MOST_SLICES:  # each is looked at when a slice is asked for
+            raise StoreError(
+                f"{self.root}: {count} slices are here already; remove some with `tpirt store rm`"
+            )
+        return self._room.promise(nbytes)
 
     def own_bytes(self, slices: Sequence[StoredSlice]) -> dict[Path, int]:
         """By folder, the bytes that removing the slice would free: files no other one links to."""

@@ -19,8 +19,8 @@ import xxhash
 from tpirt.errors import StoreError
 from tpirt.ops.buffers import page_buffer, tensor_bytes
 from tpirt.sharding.units import Unit
-from tpirt.units import format_bytes
 from tpirt.weights.layout import block_header, file_bytes
+from tpirt.weights.locks import lock
 from tpirt.weights.manifest import (
     MANIFEST,
     NO_DIGEST,
@@ -37,10 +37,6 @@ from tpirt.weights.store import (
     remove_leftovers,
 )
 from tpirt.weights.unit_bytes import BlockUnits
-
-# What stays free on a disk: a full one stops more than tpirt.
-RESERVE_BYTES = 1 << 30
-_RESERVE_PART = 20  # of a disk, where that is less
 
 
 @dataclass
@@ -91,8 +87,12 @@ class SliceWriter:
         try:
             self._root.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self._root)
-            self._check_room(store, self._new_bytes())
-            self._path, self._lock = new_partial(self._root, spec.key)
+            self._promise = store.promise(self._new_bytes())
+            try:
+                self._path, self._lock = new_partial(self._root, spec.key)
+            except BaseException:
+                self._promise.release()
+                raise
         except OSError as exc:
             raise _write_error(self._root, exc) from exc
 
@@ -102,8 +102,13 @@ class SliceWriter:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove what was not committed; safe to call twice."""
         shutil.rmtree(self._path, ignore_errors=True)
         self._lock.release()
+        self._promise.release()
 
     @property
     def lacking(self) -> list[int]:
@@ -179,10 +184,17 @@ class SliceWriter:
         return StoredSlice(target, manifest)
 
     def _mend(self, target: Path) -> None:
-        """Replace the files of a slice that is there: the same content, so nobody is disturbed."""
+        """Replace the files of a slice that is there: the same content, for it may be damaged.
+
+        One that a session uses is left as it is.
+        """
         if not target.is_dir():
             target.unlink()
             target.mkdir()
+        held = lock(target / MANIFEST)
+        if held is None:
+            return
+        held.release()
         for name in [block.file for block in self._done] + [MANIFEST]:
             if (target / name).is_dir():
                 shutil.rmtree(target / name)
@@ -221,23 +233,6 @@ class SliceWriter:
         """Bytes of the files that cannot be links."""
         blocks = enumerate(self.spec.blocks)
         return sum(file_bytes(block) for index, block in blocks if index not in self._files)
-
-    def _check_room(self, store: SliceStore, needed: int) -> None:
-        usage = shutil.disk_usage(self._root)
-        reserve = min(RESERVE_BYTES, usage.total // _RESERVE_PART)
-        if usage.free - reserve < needed:
-            raise StoreError(
-                f"{self._root}: the slice needs {needed:,} bytes, the disk has {usage.free:,} free "
-                f"and {reserve:,} of them stay free; make room or choose another --store"
-            )
-        if store.limit_bytes is not None:
-            used = store.bytes_used()
-            if used + needed > store.limit_bytes:
-                raise StoreError(
-                    f"{self._root}: the slice needs {format_bytes(needed)}, the store has "
-                    f"{format_bytes(used)} of its limit of {format_bytes(store.limit_bytes)}; "
-                    "remove slices with `tpirt store rm`, or raise --store-limit"
-                )
 
     # -- block after block ---------------------------------------------------------------------
 
@@ -296,6 +291,7 @@ class SliceWriter:
                 while written < len(data):
                     written += file.write(data[written:])
                 os.fsync(file.fileno())
+            self._promise.keep(len(data))
         except OSError as exc:
             raise _write_error(self._root, exc) from exc
         self._done.append(entry)

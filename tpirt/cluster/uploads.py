@@ -1,0 +1,164 @@
+"""Uploads of slices into a worker's store.
+
+Any caller may send one, so uploads are bounded: a few at a time, with memory for the largest block
+of each, and an end to those that stand still.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import AsyncIterator, Callable
+
+from tpirt.cluster.cancellation import in_thread
+from tpirt.cluster.machine import available_bytes
+from tpirt.errors import PeerError, StoreError, TransportError
+from tpirt.protocol.messages import UnitChunk, decode_call
+from tpirt.units import format_bytes
+from tpirt.weights.layout import file_bytes
+from tpirt.weights.manifest import SliceOrder, SliceSpec
+from tpirt.weights.store import SliceStore, StoredSlice
+from tpirt.weights.writer import SliceWriter
+
+MOST_UPLOADS = 4
+PATIENCE_S = 60.0  # for the next 64 KiB: a link of 9 kbit/s brings as much
+_PROGRESS_BYTES = 64 << 10
+_GIVES_WAY_S = 10.0  # silence after which an upload gives way to another one
+
+
+class Uploads:
+    """Takes uploads into one store.
+
+    Args:
+        store: where to.
+        memory_bytes: the peer's own limit, which bounds the blocks being assembled.
+        log: gets a line for every slice that is kept.
+    """
+
+    def __init__(self, store: SliceStore, memory_bytes: int | None, log: Callable[[str], None]):
+        self._store = store
+        self._memory_bytes = memory_bytes
+        self._log = log
+        self._running: list[_Upload] = []
+
+    async def receive(self, messages: AsyncIterator[bytes]) -> int:
+        """Take one upload to its end; returns the bytes that came. Nothing is left of a failed one.
+
+        Raises:
+            PeerError: as many as are taken at a time are under way.
+            TransportError: the sender stands still, or sends something else.
+            StoreError: no room on the disk or in memory; not a slice.
+        """
+        self._make_place()
+        upload = _Upload(messages)
+        self._running.append(upload)
+        try:
+            order = await upload.order()
+            self._take_memory(upload, order.spec)
+            stored = await self._write(upload, order)
+        finally:
+            self._running.remove(upload)
+        manifest = stored.manifest
+        self._log(
+            f"received slice {manifest.slice_id} of {manifest.model}: {stored.path} "
+            f"({format_bytes(upload.received)} of {format_bytes(manifest.nbytes)} were missing)"
+        )
+        return upload.received
+
+    async def _write(self, upload: _Upload, order: SliceOrder) -> StoredSlice:
+        """Write what comes; each call in a thread ends before the writer is closed."""
+        opened: list[SliceWriter] = []
+        try:
+            await in_thread(
+                lambda: opened.append(SliceWriter(self._store, order.spec, order.digests))
+            )
+            (writer,) = opened
+            async for chunk in upload.chunks():
+                await in_thread(writer.write, chunk.unit, chunk.offset, chunk.data)
+            return await in_thread(writer.commit)
+        finally:
+            for writer in opened:
+                await in_thread(writer.close)
+
+    def _make_place(self) -> None:
+        if len(self._running) < MOST_UPLOADS:
+            return
+        stillest = max(self._running, key=lambda upload: upload.silence_s)
+        if stillest.silence_s < _GIVES_WAY_S:
+            raise PeerError(f"it receives {MOST_UPLOADS} slices already; try again later")
+        stillest.give_way()
+
+    def _take_memory(self, upload: _Upload, spec: SliceSpec) -> None:
+        """Reserve memory for the largest block, and for its largest unit, which is no larger."""
+        upload.memory_bytes = 2 * max(file_bytes(block) for block in spec.blocks)
+        taken = sum(each.memory_bytes for each in self._running)
+        available = available_bytes()
+        if self._memory_bytes is not None:
+            available = min(available, self._memory_bytes)
+        if taken > available:
+            raise StoreError(
+                f"the slice needs {format_bytes(upload.memory_bytes)} of memory to be written; "
+                f"uploads may take {format_bytes(available)} here"
+            )
+
+
+class _Upload:
+    """One upload's messages, and how long its sender has been silent."""
+
+    def __init__(self, messages: AsyncIterator[bytes]):
+        self.received = 0
+        self.memory_bytes = 0
+        self._messages = aiter(messages)
+        self._loop = asyncio.get_running_loop()
+        self._waiting: asyncio.Timeout | None = None
+        self._since_s = self._loop.time()
+        self._patience_s = PATIENCE_S
+        self._progress = 0
+
+    @property
+    def silence_s(self) -> float:
+        """Seconds since the sender has been waited for; 0 while its data are written."""
+        return 0.0 if self._waiting is None else self._loop.time() - self._since_s
+
+    def give_way(self) -> None:
+        """End the upload now: its sender is silent."""
+        if self._waiting is not None:
+            self._waiting.reschedule(self._loop.time())
+
+    async def order(self) -> SliceOrder:
+        """Read the order that an upload begins with."""
+        data = await self._next()
+        first = UnitChunk() if data is None else decode_call(UnitChunk, data, "caller")
+        if not first.order:
+            raise TransportError("an upload must begin with its order")
+        return await in_thread(SliceOrder.from_json, first.order)
+
+    async def chunks(self) -> AsyncIterator[UnitChunk]:
+        """Read the chunks; their checksums are right."""
+        while (data := await self._next()) is not None:
+            chunk = decode_call(UnitChunk, data, "caller")
+            if not chunk.data or zlib.crc32(chunk.data) != chunk.crc32:
+                raise TransportError(
+                    f"slice unit {chunk.unit} at {chunk.offset}: empty, or checksum mismatch"
+                )
+            self.received += len(chunk.data)
+            yield chunk
+
+    async def _next(self) -> bytes | None:
+        """Wait for a message; the time that waiting takes is limited, not that of writing."""
+        self._since_s = self._loop.time()
+        try:
+            async with asyncio.timeout(self._patience_s) as self._waiting:
+                data = await anext(self._messages, None)
+        except TimeoutError:
+            raise TransportError(
+                "the upload stands still; nothing of it was kept, start again"
+            ) from None
+        finally:
+            self._waiting = None
+        if data is not None:
+            self._patience_s -= self._loop.time() - self._since_s
+            self._progress += len(data)
+            if self._progress >= _PROGRESS_BYTES:
+                self._progress, self._patience_s = 0, PATIENCE_S
+        return data

@@ -333,7 +333,7 @@ async def test_halves_where_ranks_cut_their_mlps_differently(
     reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(decoder, "ROWS_UNIT", 8)
-    monkeypatch.setattr(sharding, "_PIECE_BYTES", 6000)
+    monkeypatch.setattr(sharding, "_MLP_PIECE_BYTES", 6000)
     monkeypatch.setattr(sharding, "_PIECE_COLUMNS", 8)
     expected = reference(name)
     got = []
@@ -394,7 +394,7 @@ async def test_mlp_in_pieces(
     name: str,
     world: int,
 ) -> None:
-    monkeypatch.setattr(sharding, "_PIECE_BYTES", 6000)
+    monkeypatch.setattr(sharding, "_MLP_PIECE_BYTES", 6000)
     monkeypatch.setattr(sharding, "_PIECE_COLUMNS", 8)
     expected = reference(name)
     got = []

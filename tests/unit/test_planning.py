@@ -153,7 +153,7 @@ def refused(config: ModelConfig, peers: list[PeerProfile], options: PlanOptions)
 def test_every_limit_that_is_too_low_is_named(config: ModelConfig) -> None:
     peers = [profile(), profile(1, memory_bytes=60 * MIB), profile(2, memory_bytes=900 * MIB)]
     text = refused(config, peers, PlanOptions(memory_bytes=50 * MIB))
-    assert text.startswith("rank 0 (pi0): its memory limit of 50 MiB is too low: the process takes")
+    assert text.startswith("rank 0 (pi0): its memory limit of 50 MiB is too low: the process needs")
     common, own = re.findall(r"raise --memory(?: of (?:\w+))? to at least (\w+)", text)
     assert "--memory of pi1 to" in text
     assert "pi2" not in text

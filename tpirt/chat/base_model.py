@@ -1,4 +1,4 @@
-"""Talking to a model without a chat template: it continues each text, and remembers none."""
+"""Chat with a model without a chat template: it continues each text independently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing to the two output streams without one getting in the other's way."""
+"""Coordinated output to stdout and stderr."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def is_capable(stream: TextIO | None) -> bool:
 
 
 def columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Align rows as lines of text; the first ``left`` columns to the left, others to the right."""
+    """Align rows as lines of text: the first ``left`` columns to the left, others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -43,9 +43,9 @@ def columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
 class Console:
     """Answers and requested output go to ``out``, remarks to ``err``.
 
-    Both may be the same terminal: a remark never begins in the middle of an answer's line. On a
-    terminal, control characters from the model or a peer are dropped; characters that the
-    stream's encoding lacks become question marks.
+    Both may be the same terminal; notes begin on a new line. On a terminal, control characters
+    from the model or a peer are removed. Characters that the stream cannot encode become question
+    marks.
     """
 
     def __init__(self, out: TextIO, err: TextIO):
@@ -54,7 +54,7 @@ class Console:
         self._within_line = False
 
     def stream(self, text: str) -> None:
-        """Write a piece of an answer at once."""
+        """Write a part of an answer."""
         if text := self._put(self._out, text):
             self._within_line = not text.endswith("\n")
 
@@ -65,12 +65,12 @@ class Console:
             self._within_line = False
 
     def say(self, *lines: str) -> None:
-        """Write lines that the user asked for."""
+        """Write command output."""
         self.end_line()
         self._put(self._out, "".join(line + "\n" for line in lines))
 
     def note(self, text: str) -> None:
-        """Write a quiet remark."""
+        """Write a note."""
         self.end_line()
         self._put(
             self._err, text + "\n", dim=is_capable(self._err) and "NO_COLOR" not in os.environ
@@ -82,7 +82,7 @@ class Console:
             self.note(text)
 
     def complain(self, error: object) -> None:
-        """Write one line about something that went wrong."""
+        """Write an error as one line."""
         self.end_line()
         self._put(self._err, f"error: {error}".replace("\n", " ") + "\n")
 

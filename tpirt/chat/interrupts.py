@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 
 class Interrupts:
-    """Passes SIGINT to one handler at a time; without one it is dropped."""
+    """Passes SIGINT to one handler at a time; ignores it without a handler."""
 
     def __init__(self) -> None:
         self._handler: Callable[[], None] | None = None
@@ -32,7 +32,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def to(self, handler: Callable[[], None]) -> Iterator[None]:
-        """Have ``handler`` called for each SIGINT within the block."""
+        """Call ``handler`` for each SIGINT within the block."""
         before, self._handler = self._handler, handler
         try:
             yield

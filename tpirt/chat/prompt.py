@@ -36,14 +36,14 @@ class PromptReader:
 
     Args:
         out: the terminal to draw on.
-        history: file of earlier input; None keeps none.
+        history: history file; None for no history.
     """
 
     def __init__(self, out: TextIO, history: Path | None):
         self._session: PromptSession[str] = PromptSession(
             history=open_history(history),
             completer=CommandCompleter(),
-            complete_style=CompleteStyle.READLINE_LIKE,  # no menu that pushes the text upwards
+            complete_style=CompleteStyle.READLINE_LIKE,  # without a menu below the line
             complete_while_typing=False,
             key_bindings=_bindings(),
             prompt_continuation="  ",
@@ -59,7 +59,7 @@ class PromptReader:
         return clean(text)
 
     def interrupt(self) -> None:
-        """See :class:`Reader`; Ctrl-C itself arrives as a key, this is a signal from outside."""
+        """See :class:`Reader`; for signals from outside, since Ctrl-C is read as a key."""
         if self._session.app.is_running:
             self._session.app.exit(exception=KeyboardInterrupt())
 
@@ -109,7 +109,7 @@ def history_file() -> Path:
 
 
 def open_history(path: Path | None) -> History:
-    """Open the history, made readable by its owner only; in memory where that is impossible."""
+    """Open the history file, readable by its owner only; in memory if that fails."""
     if path is None:
         return InMemoryHistory()
     try:
@@ -159,5 +159,5 @@ def _output(out: TextIO) -> Output:
             columns, lines = os.get_terminal_size(out.fileno())
         return Size(rows=lines or 24, columns=columns or 80)
 
-    # Asking where the cursor is would only be needed for menus; some terminals never answer.
+    # Cursor position requests are only needed for menus, and some terminals never answer.
     return Vt100_Output(out, size, term=os.environ.get("TERM"), enable_cpr=False)

@@ -14,30 +14,30 @@ LEAVE_HINT = "/exit or Ctrl-D leaves"
 
 
 class Reader(Protocol):
-    """Where messages come from."""
+    """A source of messages."""
 
     async def read(self) -> str | None:
         """Wait for the next message; None at the end.
 
         Raises:
-            KeyboardInterrupt: the line was given up with Ctrl-C.
+            KeyboardInterrupt: the line was discarded with Ctrl-C.
         """
         ...
 
     def interrupt(self) -> None:
-        """Take note of a SIGINT during :meth:`read`."""
+        """Handle a SIGINT during :meth:`read`."""
         ...
 
 
 class PlainReader:
-    """Lines from a pipe, a file, or a terminal that can only print lines.
+    """Lines from a pipe, a file or a plain terminal.
 
-    Bytes that are not UTF-8 become U+FFFD. A thread waits for input: neither a blocked read nor a
-    kind of file that the event loop cannot poll stops anything else.
+    Bytes that are not UTF-8 become U+FFFD. A thread waits for input, because an event loop cannot
+    poll every kind of file.
 
     Args:
-        handle: file descriptor to read; None reads as empty.
-        prompt_to: where to show a prompt; None for nowhere.
+        handle: file descriptor; None for empty input.
+        prompt_to: stream for prompts; None for no prompts.
     """
 
     def __init__(self, handle: int | None, prompt_to: TextIO | None = None):

@@ -1,4 +1,4 @@
-"""``tpirt eval``: perplexity of a text, through the real distributed path."""
+"""``tpirt eval``: perplexity of a text, computed by all ranks."""
 
 from __future__ import annotations
 

@@ -32,12 +32,12 @@ def add_command(commands: Commands) -> None:
         metavar="NAME|FILE",
         help=f"{', '.join(SHAPES)}, or a config.json",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="the model directory to make")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the model directory to create")
     parser.add_argument("--world-size", type=count, required=True, metavar="N")
     add_ratio_option(parser)
     add_format_options(parser)
     parser.add_argument(
-        "--seed", type=whole_number, default=0, metavar="N", help="of the weights (default 0)"
+        "--seed", type=whole_number, default=0, metavar="N", help="seed of the weights (default 0)"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     parser.set_defaults(run=_run)

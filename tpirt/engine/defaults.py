@@ -14,14 +14,14 @@ from tpirt.types import SamplingParams
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """``eos_ids`` end an answer; ``sampling`` holds where the user gave nothing else."""
+    """``eos_ids`` end an answer; ``sampling`` has defaults for the user's parameters."""
 
     eos_ids: frozenset[int]
     sampling: SamplingParams
 
     @classmethod
     def from_dir(cls, path: Path, tokenizer_eos: int | None) -> GenerationDefaults:
-        """Read ``generation_config.json``; end tokens else from ``config.json``, the tokenizer.
+        """Read ``generation_config.json``; end tokens also from ``config.json`` or the tokenizer.
 
         Sampling is greedy unless the file says ``do_sample: true``, as in transformers.
 

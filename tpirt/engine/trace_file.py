@@ -1,8 +1,8 @@
-"""Traces as files that https://ui.perfetto.dev and chrome://tracing open.
+"""Trace files for https://ui.perfetto.dev and chrome://tracing.
 
-The format is Chrome's trace event format, JSON: a process per rank, a thread per lane, times in
-microseconds of the master's clock since the file was claimed. Spans of a thread must not overlap:
-those of a lane that do, such as the sums of two micro-batches, are in a second thread of it.
+The format is Chrome's trace event format (JSON): a process per rank, a thread per lane, times in
+microseconds of the master's clock since the file was created. Spans of a thread must not overlap:
+overlapping spans of a lane, such as the sums of two micro-batches, are in a second thread.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tpirt.version import __version__
 
 Traces = Callable[[], AsyncIterator[RankTrace]]
 
-# What a span's number and amount stand for.
+# Names of a span's number and amount.
 _NUMBER = {STEPS: "step", COMPUTE: "block", NETWORK: "step", DISK: "block"}
 _TOKEN = "token"  # of a span named SAMPLE
 _AMOUNT = {STEPS: "tokens", COMPUTE: "bytes", NETWORK: "bytes", DISK: "bytes"}
@@ -37,10 +37,10 @@ class TraceFile:
     """
 
     def __init__(self, path: Path):
-        """Claim the place.
+        """Create a temporary file next to ``path``.
 
         Raises:
-            RequestError: nothing can be written there.
+            RequestError: the path is not writable.
         """
         self.path = path.expanduser()
         self._begin_ns = time.perf_counter_ns()
@@ -53,7 +53,7 @@ class TraceFile:
             )
         except OSError as exc:
             raise RequestError(
-                f"trace {path}: cannot be written: {exc.strerror}; give another place"
+                f"trace {path}: cannot be written: {exc.strerror}; give another path"
             ) from exc
         self._out = open(handle, "w", encoding="utf-8")  # noqa: SIM115 - closed on leaving
 
@@ -68,7 +68,7 @@ class TraceFile:
 
     @asynccontextmanager
     async def saved(self, traces: Traces, model: str) -> AsyncIterator[None]:
-        """Write the trace on leaving, also with an error, which then goes first.
+        """Write the trace on exit, also after an error, which has precedence.
 
         Raises:
             RequestError: see :meth:`write`.
@@ -82,10 +82,10 @@ class TraceFile:
         await self.write(traces(), model)
 
     async def write(self, traces: AsyncIterator[RankTrace], model: str) -> None:
-        """Write the ranks' traces as they come; the file is there when this returns, or is not.
+        """Write the ranks' traces as they come; creates the file atomically.
 
         Raises:
-            RequestError: the disk is full, or the place has gone.
+            RequestError: the disk is full, or the folder is gone.
         """
         try:
             await write_trace(self._out, traces, model, self._begin_ns)
@@ -99,7 +99,7 @@ class TraceFile:
 async def write_trace(
     out: TextIO, traces: AsyncIterator[RankTrace], model: str, begin_ns: int
 ) -> None:
-    """Write one JSON object; times count from ``begin_ns`` of the master's clock."""
+    """Write one JSON object; times are relative to ``begin_ns`` of the master's clock."""
     ranks: list[dict[str, Any]] = []
     out.write('{"displayTimeUnit":"ms","traceEvents":[\n')
     async for trace in traces:
@@ -139,7 +139,7 @@ def _meta(what: str, rank: int, thread: int, **args: object) -> str:
 
 
 def _lane_events(lane: LaneTrace, rank: int, clock: ClockMap, begin_ns: int) -> Iterator[str]:
-    """Format one lane; by hand, since there can be millions of spans."""
+    """Format one lane without ``json``, because there can be millions of spans."""
     heads = [f'{{"ph":"X","cat":"{lane.lane}","name":{json.dumps(name)}' for name in lane.names]
     amount_of = _AMOUNT[lane.lane]
     numbers = [_TOKEN if name == SAMPLE else _NUMBER[lane.lane] for name in lane.names]
@@ -182,5 +182,5 @@ def _thread_names(lane: str, rank: int, number: int) -> Iterator[str]:
 
 
 def _instant(name: str, where: str, scope: str, at_us: float) -> str:
-    """A mark on the whole process (``scope`` p) or on one thread (t)."""
+    """An instant event of the process (``scope`` p) or of one thread (t)."""
     return f'{{"ph":"i","s":"{scope}",{where},"name":{json.dumps(name)},"ts":{at_us:.3f}}}'

@@ -1,4 +1,4 @@
-"""Choosing the dtype that weights are kept and multiplied in."""
+"""Choose the dtype of weights and products."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from tpirt.sharding.format import DTYPES
 
 @dataclass(frozen=True)
 class ChosenDtype:
-    """``float32`` or ``bfloat16``, and why."""
+    """``float32`` or ``bfloat16``, and the reason."""
 
     name: str
     reason: str
 
     @property
     def dtype(self) -> torch.dtype:
-        """torch's own."""
+        """The torch dtype."""
         return DTYPES[self.name]
 
 
 def choose_dtype(config: ModelConfig, asked: str, peers: Sequence[PeerProfile]) -> ChosenDtype:
-    """Take the dtype that was asked for; for ``auto``, one that suits checkpoint and CPUs."""
+    """Return the requested dtype; for ``auto``, one that suits the checkpoint and all CPUs."""
     if asked != AUTO:
         return ChosenDtype(asked, "as asked")
     if config.dtype == "float32":

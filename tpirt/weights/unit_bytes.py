@@ -1,8 +1,8 @@
-"""Units in and out of a block's memory, in a form that no plan and no CPU's layout changes.
+"""Copy units into and out of blocks, in a form that depends on neither plan nor CPU layout.
 
-The canonical bytes of a unit are its rows one after another: values in the stored dtype; in 8 bits
-the codes and then the scales; in 4 bits two codes per byte, neighbouring inputs together, and then
-scales and zero points. Axes of the 4-bit codes: K inputs, N rows, B rows of a layout's block.
+The canonical bytes of a unit are its rows in order: values in the stored dtype; in 8 bits codes,
+then scales; in 4 bits two codes per byte (neighbouring inputs), then scales and zero points.
+Axes of the 4-bit codes: K inputs, N rows, B rows of a layout's block.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def unit_nbytes(block: Block, unit: Unit) -> int:
 class BlockUnits:
     """The units of one block in a buffer; used by one thread at a time.
 
-    4-bit codes are unpacked when a tensor's first unit is asked for, to one byte each, and packed
-    by :meth:`flush`.
+    4-bit codes are unpacked to one byte each at the first access to a tensor, and packed by
+    :meth:`flush`.
 
     Args:
-        block: what the buffer holds.
-        data: uint8 (block.nbytes,), zero where nothing was put yet.
+        block: the block.
+        data: uint8 (block.nbytes,), initially zero if units are put.
     """
 
     def __init__(self, block: Block, data: torch.Tensor):
@@ -40,7 +40,7 @@ class BlockUnits:
         self._changed: set[int] = set()
 
     def get(self, unit: Unit) -> memoryview:
-        """Copy a unit's canonical bytes out."""
+        """Return a copy of a unit's canonical bytes."""
         regions = _canonical(self._block.tensors[unit.tensor], unit)
         out = torch.empty(sum(region.nbytes for region in regions), dtype=torch.uint8)
         for target, source in zip(_views(regions, out), self._places(unit), strict=True):
@@ -51,7 +51,7 @@ class BlockUnits:
         return tensor_bytes(out)
 
     def put(self, unit: Unit, content: memoryview | bytes) -> None:
-        """Copy a unit's canonical bytes in; complete after :meth:`flush`."""
+        """Write a unit's canonical bytes; complete after :meth:`flush`."""
         regions = _canonical(self._block.tensors[unit.tensor], unit)
         raw = torch.frombuffer(bytearray(content), dtype=torch.uint8)  # aligned, and writable
         for source, target in zip(_views(regions, raw), self._places(unit), strict=True):
@@ -62,7 +62,7 @@ class BlockUnits:
                 self._changed.add(unit.tensor)
 
     def clear_padding(self) -> None:
-        """Make everything that belongs to no unit zero, as it is where units are put together."""
+        """Zero all bytes outside of units, as in a block assembled from units."""
         for index, tensor in enumerate(self._block.tensors):
             if tensor.quant.kind == "int4" and tensor.shape[0] % tensor.layout.block:
                 codes = tensor.regions[0].view(self._memory(index))
@@ -71,7 +71,7 @@ class BlockUnits:
                 _pack(levels, tensor.layout, codes)
 
     def flush(self) -> None:
-        """Pack the 4-bit codes that were put."""
+        """Pack the 4-bit codes of all units that were put."""
         for index in self._changed:
             tensor = self._block.tensors[index]
             codes = tensor.regions[0].view(self._memory(index))
@@ -83,7 +83,7 @@ class BlockUnits:
         return self._data[start : start + self._block.tensors[index].nbytes]
 
     def _places(self, unit: Unit) -> list[torch.Tensor]:
-        """Views of where a unit's parts are, in the order of its canonical regions."""
+        """Views of a unit's regions in the block, in canonical order."""
         tensor = self._block.tensors[unit.tensor]
         rows = slice(*unit.rows)
         views = [region.view(self._memory(unit.tensor)) for region in tensor.regions]
@@ -102,7 +102,7 @@ class BlockUnits:
 
 
 def _canonical(tensor: StoredTensor, unit: Unit) -> tuple[Region, ...]:
-    """The parts of a unit's canonical bytes, without gaps."""
+    """The regions of a unit's canonical bytes, without gaps."""
     rows = unit.rows.size
     if unit.columns is None:
         return (Region("values", tensor.dtype, (rows,)),)
@@ -124,10 +124,10 @@ def _canonical(tensor: StoredTensor, unit: Unit) -> tuple[Region, ...]:
 
 
 def _stored_columns(tensor: StoredTensor, columns: Span) -> Span:
-    """A unit's columns with the padding that the tensor's last column is followed by."""
+    """A unit's columns, with the tensor's padding if they are the last."""
     if columns.stop < tensor.shape[1]:
         return columns
-    return Span(columns.start, tensor.quant.padded_inputs(tensor.shape[1]))
+    return Span(columns.start, tensor.quant.padded_in_features(tensor.shape[1]))
 
 
 def _views(regions: tuple[Region, ...], content: torch.Tensor) -> list[torch.Tensor]:
@@ -140,7 +140,7 @@ def _views(regions: tuple[Region, ...], content: torch.Tensor) -> list[torch.Ten
 
 
 def _join(levels: torch.Tensor, out: torch.Tensor) -> None:
-    """Codes 0..15 (K, N) to two per byte (K / 2, N)."""
+    """Pack codes 0..15 (K, N) to two per byte (K / 2, N)."""
     torch.add(levels[0::2], levels[1::2], alpha=16, out=out)
 
 
@@ -151,7 +151,7 @@ def _split(codes: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _unpack(codes: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Packed codes (m, K, B / 2) to one per byte, uint8 (K, m B)."""
+    """Unpack codes (m, K, B / 2) to one per byte, uint8 (K, m B)."""
     blocks, inputs, _ = codes.shape
     size = inputs * blocks * layout.block
     levels = page_buffer(size).view(inputs, blocks, layout.block)

@@ -1,7 +1,7 @@
-"""What a step computes, the same on all ranks: rows of sequences, and how partial sums combine.
+"""The description of a step, equal on all ranks: rows of sequences, and how to combine partials.
 
-Plain data. The master makes a :class:`Batch` for every step; the group sends it to the workers,
-and every rank's decoder and communicator read it.
+Plain data. The master creates a :class:`Batch` for every step. The group sends it to the workers;
+the decoder and the communicator of every rank read it.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from itertools import accumulate, pairwise
 
 import torch
 
-# Elements that share a scale in int8: 3% more bytes, and an outlier spoils no more than these.
+# Elements that share a scale in int8. Scales are 3% more bytes and limit the effect of outliers.
 SCALE_BLOCK = 128
 
 
 class Algorithm(Enum):
-    """How an allreduce is done; R ranks, n bytes of a partial. The value is what users type.
+    """All-reduce algorithms for R ranks and partials of n bytes. Values are those of the option.
 
-    Measured and left out: a ring moves as many bytes over each link as ``TWO_SHOT`` and needs
-    2 (R - 1) hops, so it is never faster where every pair of ranks is connected.
+    There is no ring: it moves as many bytes over each link as ``TWO_SHOT`` and needs 2 (R - 1)
+    hops, so it is never faster if every pair of ranks is connected.
     """
 
-    STAR = "star"  # through the master: 2 hops, 2 (R - 1) n bytes, all over the master's link
-    ONE_SHOT = "one-shot"  # everyone to everyone: 1 hop, (R - 1) n bytes in and out of every rank
+    STAR = "star"  # via the master: 2 hops, 2 (R - 1) n bytes, all over the master's link
+    ONE_SHOT = "one-shot"  # all to all: 1 hop, (R - 1) n bytes in and out of every rank
     TWO_SHOT = "two-shot"  # reduce-scatter, all-gather: 2 hops, 2 (R - 1) / R n bytes per rank
 
 
 class CommDtype(Enum):
-    """Form of a partial sum on the wire; the value is what users type."""
+    """Dtype of partial sums on the wire. Values are those of the option."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -39,16 +39,16 @@ class CommDtype(Enum):
 
     @classmethod
     def keeping(cls, dtype: torch.dtype) -> CommDtype:
-        """The form that loses nothing of a float32 or bfloat16 tensor."""
+        """The comm dtype that keeps a float32 or bfloat16 tensor exactly."""
         return cls.BFLOAT16 if dtype is torch.bfloat16 else cls.FLOAT32
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype of a tensor that was read from this form."""
+        """The dtype of a received tensor."""
         return torch.bfloat16 if self is CommDtype.BFLOAT16 else torch.float32
 
     def nbytes(self, elements: int) -> int:
-        """Bytes that ``elements`` numbers take."""
+        """Size of ``elements`` numbers on the wire."""
         if self is CommDtype.INT8:
             return elements + 4 * math.ceil(elements / SCALE_BLOCK)
         return elements * (4 if self is CommDtype.FLOAT32 else 2)
@@ -58,8 +58,8 @@ class CommDtype(Enum):
 class Collective:
     """How the partial sums of one step are combined.
 
-    With ``micro_batches`` the rows go through the layers in two halves, one computed while the
-    other's sum is in flight (two-batch overlap). Rank 0 then broadcasts each half's rows.
+    With ``micro_batches`` the rows pass the layers as two micro-batches; one computes while the
+    other's sum is in flight (two-batch overlap). Rank 0 broadcasts the rows of each.
     """
 
     algorithm: Algorithm = Algorithm.STAR
@@ -75,12 +75,12 @@ class Segment:
     """One sequence's rows of a step.
 
     Attributes:
-        slot: which sequence of the KV store.
-        position: of the first token; cached positions from there on are dropped first.
-        tokens: how many, at least 1.
-        num_logits: how many of the last tokens' hidden states are wanted, 0 to ``tokens``. Of the
-            last layer the other tokens need no more than their keys and values.
-        rope_length: sequence length that dynamic rope scaling is computed for.
+        slot: the sequence's slot in the KV store.
+        position: position of the first token; cached positions from here on are dropped first.
+        tokens: number of tokens, at least 1.
+        num_logits: number of last tokens whose hidden states are wanted, 0 to ``tokens``. In the
+            last layer, the other tokens only need keys and values.
+        rope_length: sequence length for dynamic rope scaling.
     """
 
     slot: int
@@ -91,11 +91,11 @@ class Segment:
 
     @property
     def end(self) -> int:
-        """Position behind the last token."""
+        """Position after the last token."""
         return self.position + self.tokens
 
     def split(self, at: int) -> tuple[Segment, Segment]:
-        """Cut into the first ``at`` tokens and the rest; wanted rows stay with their tokens."""
+        """Split into the first ``at`` tokens and the rest; wanted rows stay with their tokens."""
         rest = self.tokens - at
         late = min(self.num_logits, rest)
         first = replace(self, tokens=at, num_logits=self.num_logits - late)
@@ -104,13 +104,13 @@ class Segment:
 
 @dataclass(frozen=True)
 class Batch:
-    """Everything that all ranks must agree on about one step.
+    """One step, as all ranks must agree on it.
 
-    Row ``i`` of the step's hidden states (T, H) belongs to the segments in order.
+    The rows of the hidden states (T, H) are those of the segments, in order.
 
     Attributes:
         segments: at least one.
-        prefill: whether the rows are (also) a prompt's; for statistics.
+        prefill: whether some rows are a prompt's; for statistics.
         collective: how partial sums are combined.
     """
 
@@ -120,12 +120,12 @@ class Batch:
 
     @cached_property
     def tokens(self) -> int:
-        """T, the rows of all segments."""
+        """T, the number of rows of all segments."""
         return sum(segment.tokens for segment in self.segments)
 
     @cached_property
     def num_logits(self) -> int:
-        """How many rows' hidden states are wanted."""
+        """Number of wanted rows."""
         return sum(segment.num_logits for segment in self.segments)
 
     @cached_property
@@ -144,9 +144,9 @@ class Batch:
         )
 
     def micro_batches(self) -> tuple[Batch, ...]:
-        """The batch itself, or its two halves where the collective asks for micro-batches.
+        """The batch itself, or two micro-batches if the collective has ``micro_batches``.
 
-        The first one has ``tokens // 2`` rows; a segment that lies across the cut is split.
+        The first one has ``tokens // 2`` rows; a segment across the cut is split.
         """
         if not self.collective.micro_batches or self.tokens < 2:
             return (self,)
@@ -162,4 +162,4 @@ class Batch:
                 before, after = segment.split(cut - rows.start)
                 first.append(before)
                 second.append(after)
-        return tuple(replace(self, segments=tuple(half)) for half in (first, second))
+        return tuple(replace(self, segments=tuple(segments)) for segments in (first, second))

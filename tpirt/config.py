@@ -1,4 +1,4 @@
-"""What a decoder-only transformer looks like, read once from ``config.json``.
+"""The configuration of a decoder-only transformer, read from ``config.json``.
 
 Only :meth:`ModelConfig.from_hf` knows the quirks of ``config.json``; everything else reads the
 frozen dataclass. Names and defaults are those of Hugging Face transformers' configuration classes
@@ -20,9 +20,9 @@ from tpirt.errors import CheckpointError, ConfigError
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3")
 DTYPES = ("float32", "float16", "bfloat16")
 
-# Spelling in config.json -> the one name ``ModelConfig.hidden_act`` uses. The tanh forms are one
-# formula written differently (equal up to float rounding).
-ACTIVATIONS: Mapping[str, str] = {
+# Spelling in config.json -> name in ``ModelConfig.hidden_act``. The tanh spellings are the same
+# formula, equal up to float rounding.
+ACTIVATION_NAMES: Mapping[str, str] = {
     "silu": "silu",
     "swish": "silu",
     "relu": "relu",
@@ -41,7 +41,7 @@ _MAX_LAYERS = 65_536
 
 @dataclass(frozen=True)
 class _Family:
-    """What differs between model families; ``None`` for a bias means "the key decides"."""
+    """Differences between model families. A bias of ``None`` depends on the config key."""
 
     architecture: str  # prefix of the class names in ``architectures``
     max_position_embeddings: int
@@ -71,7 +71,7 @@ _FAMILIES: Mapping[str, _Family] = {
     ),
 }
 
-# Keys that change the computation in every family and that nothing here implements.
+# Keys that change the computation and are not implemented.
 _REFUSED_KEYS: Mapping[str, str] = {
     "quantization_config": "quantized checkpoints are not supported; use the original "
     "float32, float16 or bfloat16 weights",
@@ -90,8 +90,8 @@ class RopeConfig:
     """Rotary position embedding: base frequency and scaling.
 
     ``kind`` is one of ``default``, ``linear``, ``dynamic``, ``llama3``.
-    ``original_max_position_embeddings`` is, for ``llama3`` and ``dynamic``, the length from which
-    the scaling counts; for ``linear`` the trained length if the file states it, else 0.
+    ``original_max_position_embeddings`` is the length at which scaling starts for ``llama3`` and
+    ``dynamic``. For ``linear`` it is the trained length if the file has it, else 0.
 
     Raises:
         ConfigError: a value of the wrong type, not finite or out of range.
@@ -125,14 +125,14 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Global (unsharded) shape and options of one model; a model family is data in here.
+    """Global (unsharded) shape and options of one model of any family.
 
     ``hidden_act`` is one of ``silu``, ``relu``, ``gelu``, ``gelu_pytorch_tanh`` (other spellings
-    are mapped to these by :meth:`from_hf`). Every instance is consistent: it is checked on
-    construction, wherever it comes from.
+    are mapped to these by :meth:`from_hf`). Validated on construction.
 
     Raises:
-        ConfigError: a field of the wrong type or out of range, or fields that contradict.
+        ConfigError: a field of the wrong type or out of range, or fields that contradict each
+            other.
     """
 
     model_type: str
@@ -162,7 +162,7 @@ class ModelConfig:
             _flag(name, getattr(self, name))
         _positive_number("rms_norm_eps", self.rms_norm_eps)
         _one_of("model_type", self.model_type, _FAMILIES)
-        _one_of("hidden_act", self.hidden_act, set(ACTIVATIONS.values()))
+        _one_of("hidden_act", self.hidden_act, set(ACTIVATION_NAMES.values()))
         _one_of("dtype", self.dtype, DTYPES)
         _check_heads(self)
         _check_windows(self)
@@ -174,11 +174,11 @@ class ModelConfig:
 
     @property
     def context_length(self) -> int:
-        """Most tokens (prompt and answer) one sequence may have.
+        """Maximum tokens of one sequence, prompt and answer.
 
-        ``max_position_embeddings``; times the rope factor for ``linear`` and ``dynamic`` scaling,
-        unless the file says that ``max_position_embeddings`` is the stretched length already (by
-        an ``original_max_position_embeddings`` of its own).
+        ``max_position_embeddings``, times the rope factor for ``linear`` and ``dynamic`` scaling.
+        If the file has an ``original_max_position_embeddings``, ``max_position_embeddings`` is
+        the scaled length already.
         """
         unstretched = (0, self.max_position_embeddings)
         if self.rope.kind not in ("linear", "dynamic"):
@@ -192,19 +192,16 @@ class ModelConfig:
         """Translate the content of a ``config.json``.
 
         Families: llama, mistral, qwen2, qwen3. Missing keys get transformers' defaults of the
-        family; the five sizes without which no model can be told apart are required.
+        family; five sizes are required.
 
         Args:
-            config: the JSON object, with rope in the old (``rope_theta``, ``rope_scaling``) or
-                the new spelling (``rope_parameters``), dtype as ``dtype`` or ``torch_dtype``.
-
-        Returns:
-            The configuration; nothing in it refers to ``config``.
+            config: the JSON object, with the old (``rope_theta``, ``rope_scaling``) or the new
+                rope keys (``rope_parameters``), and ``dtype`` or ``torch_dtype``.
 
         Raises:
             ConfigError: an unsupported family, architecture, rope type, activation, dtype or
-                quantization, a missing key, a value of the wrong type or range; the message names
-                the key, what came and what is supported.
+                quantization, a missing key, or a value of the wrong type or range; the message
+                has the key, the value and the supported values.
         """
         with _named("config.json"):
             return _translate(config)
@@ -223,16 +220,15 @@ class ModelConfig:
             return _translate(content)
 
     def to_json(self) -> str:
-        """Write as one line of JSON that :meth:`from_json` reads back exactly (keys sorted)."""
+        """Serialize to one line of JSON with sorted keys; :meth:`from_json` restores it exactly."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> ModelConfig:
-        """Read what :meth:`to_json` wrote; meant for text that came from a peer.
+        """Parse the output of :meth:`to_json`; safe for text from a peer.
 
         Raises:
-            ConfigError: not JSON, missing or unknown fields, or a configuration that the
-                constructor refuses.
+            ConfigError: not JSON, missing or unknown fields, or an invalid configuration.
         """
         with _named("model configuration"):
             try:
@@ -266,7 +262,7 @@ _FLAGS = ("tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm")
 
 
 def _show(value: object) -> str:
-    """How a value from a file appears in a message: as JSON, not longer than a line."""
+    """Format a value from a file for a message: JSON of at most 80 characters."""
     try:
         text = json.dumps(value)
     except (TypeError, ValueError):
@@ -340,7 +336,7 @@ def _check_windows(config: ModelConfig) -> None:
 
 @contextmanager
 def _named(source: str) -> Iterator[None]:
-    """Put the name of what is being read in front of every message."""
+    """Prefix error messages with the name of the source."""
     try:
         yield
     except ConfigError as exc:
@@ -391,7 +387,7 @@ def _translate(config: Mapping[str, Any]) -> ModelConfig:
         "max_position_embeddings",
         config.get("max_position_embeddings", family.max_position_embeddings),
     )
-    act = _one_of("hidden_act", config.get("hidden_act", "silu"), ACTIVATIONS)
+    act = _one_of("hidden_act", config.get("hidden_act", "silu"), ACTIVATION_NAMES)
     return ModelConfig(
         model_type=config["model_type"],
         hidden_size=hidden,
@@ -403,7 +399,7 @@ def _translate(config: Mapping[str, Any]) -> ModelConfig:
         vocab_size=_required_size(config, "vocab_size"),
         max_position_embeddings=positions,
         rms_norm_eps=_positive_number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
-        hidden_act=ACTIVATIONS[act],
+        hidden_act=ACTIVATION_NAMES[act],
         rope=_rope(config, family, positions),
         tie_word_embeddings=_flag("tie_word_embeddings", config.get("tie_word_embeddings", False)),
         qkv_bias=_bias(config, "attention_bias", family.qkv_bias),
@@ -453,8 +449,8 @@ def _head_dim(config: Mapping[str, Any], family: _Family, hidden: int, heads: in
         return _size("head_dim", value)
     if hidden % heads:
         raise ConfigError(
-            f"hidden_size: expected a multiple of num_attention_heads ({heads}) as there is no "
-            f"head_dim, got {hidden}"
+            f"hidden_size: expected a multiple of num_attention_heads ({heads}) without head_dim, "
+            f"got {hidden}"
         )
     return hidden // heads
 
@@ -541,12 +537,12 @@ def _scaled_rope(
     if kind == "default":
         return RopeConfig(theta)
     name = "original_max_position_embeddings"
-    # Some files keep it outside; transformers prefers that one.
+    # Some files have it at the top level; transformers prefers that one.
     stated = [s[name] for s in (config, values) if s.get(name) is not None]
     original = _size(name, stated[0]) if stated else 0 if kind == "linear" else positions
     if kind == "dynamic" and original != positions:
-        # The stretch starts past max_position_embeddings, which here is the context limit
-        # already: within it, this is rope without scaling.
+        # Scaling starts past max_position_embeddings, which is the context limit here. Within
+        # the limit, this is rope without scaling.
         return RopeConfig(theta)
     keys = ("factor", "low_freq_factor", "high_freq_factor") if kind == "llama3" else ("factor",)
     for required in keys:

@@ -1,54 +1,54 @@
-"""The exception tree: everything a user, a file or a peer can cause.
+"""Exceptions for everything a user, a file or a peer can cause.
 
-The command line prints ``str(error)`` as one line and exits with ``exit_code``; nothing below it
-prints. A message names the subject, what was expected and what came, and what to do.
+Only the command line prints: ``str(error)`` as one line; then it exits with ``exit_code``. A
+message has the subject, the expected and the actual value, and advice.
 """
 
 
 class TpirtError(Exception):
-    """Base of every error that is not a bug of ours."""
+    """Base class of all tpirt errors that are not bugs."""
 
     exit_code = 2
 
 
 class ConfigError(TpirtError):
-    """A model configuration or an option that makes no sense or is not supported."""
+    """An invalid or unsupported model configuration or option."""
 
 
 class PlanError(ConfigError):
-    """A split that cannot be made: too many ranks, a ratio of the wrong length."""
+    """An impossible split: too many ranks, or a ratio of the wrong length."""
 
 
 class CheckpointError(TpirtError):
-    """A model directory that is missing, damaged or inconsistent."""
+    """A missing, damaged or inconsistent model directory."""
 
 
 class TokenizerError(TpirtError):
-    """A tokenizer or chat template that cannot be loaded or that fails on its input."""
+    """A tokenizer or chat template that cannot be loaded, or fails on its input."""
 
 
 class StoreError(TpirtError):
-    """A slice store that cannot be written, or whose files are not what its manifest says."""
+    """A slice store that cannot be written, or whose files do not match the manifest."""
 
 
 class MemoryLimitError(TpirtError):
-    """A memory limit or window smaller than what the work needs; the message says how much."""
+    """A memory limit or window that is too small; the message has the required size."""
 
 
 class RequestError(TpirtError):
-    """A request that cannot be served: empty, or longer than the context."""
+    """A request that cannot be served, for example empty or longer than the context."""
 
 
 class TransportError(TpirtError):
-    """A message that is malformed or out of turn; it was refused and used for nothing."""
+    """A malformed or unexpected message; it was rejected."""
 
 
 class HandshakeError(TransportError):
-    """A peer of another protocol version, of another model, or busy with another master."""
+    """A peer with another protocol version or another model, or busy with another master."""
 
 
 class PeerError(TpirtError):
-    """A peer reported a failure of its own (its disk, its memory); it is still there."""
+    """A peer reported a failure of its own (disk, memory); it is still connected."""
 
 
 class PeerUnreachableError(TpirtError):
@@ -58,11 +58,11 @@ class PeerUnreachableError(TpirtError):
 
 
 class PeerLostError(TpirtError):
-    """A peer died, left or fell silent while it was needed.
+    """A peer died, left or became silent while it was needed.
 
     Attributes:
-        rank: the peer's; None if not known.
-        peer_id: the peer's name; empty if not known.
+        rank: the peer's rank; None if unknown.
+        peer_id: the peer's name; empty if unknown.
     """
 
     exit_code = 3

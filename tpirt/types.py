@@ -1,17 +1,19 @@
-"""Plain data that crosses module borders: options in, tokens and measurements out."""
+"""Plain data shared by all packages: sampling options, tokens and measurements."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+DEFAULT_TIMEOUT_S = 20.0  # longest silence of a peer before it counts as lost
+
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen, with transformers' definitions of each term.
+    """How the next token is sampled; terms are defined as in transformers.
 
     ``temperature == 0`` is greedy. ``top_k == 0``, ``top_p == 1``, ``min_p == 0`` and
-    ``repetition_penalty == 1`` switch the respective filter off.
+    ``repetition_penalty == 1`` turn the respective filter off.
     """
 
     max_tokens: int = 256
@@ -26,7 +28,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token: ``text`` is what became printable with it (whole characters only)."""
+    """One generated token; ``text`` is the newly printable text, in whole characters."""
 
     id: int
     text: str
@@ -43,16 +45,18 @@ class Message:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Where one rank's time went in one step, in milliseconds.
+    """Time of one rank in one step, in milliseconds.
 
-    A step lasts until the next one begins (``total_ms``), the last one until nothing more is done
-    for it. ``compute_ms`` is spent in blocks (on the master in the LM head and in sampling, too),
-    ``io_ms`` waiting for weights, ``comm_ms`` in collectives (on the master also in sending the
-    step to the workers). What is left of ``total_ms`` is idle: on a worker, waiting for the next
-    step; on the master, embedding, text, and what the caller does between two tokens.
+    A step lasts until the next one begins (``total_ms``); the last one until its work is done.
+    ``compute_ms`` is time in blocks (on the master also in the LM head and in sampling), ``io_ms``
+    waiting for weights, ``comm_ms`` in collectives (on the master also sending the step to the
+    workers). Each moment counts once, for the first of these that is under way: with
+    micro-batches, one half computes during the other's sum. So the three never exceed
+    ``total_ms``. The rest is idle: a worker waits for the next step; the master embeds and decodes
+    text, or its caller works between two tokens.
 
-    ``head_compute_ms`` and ``head_io_ms`` are the parts of ``compute_ms`` and ``io_ms`` that come
-    after the layers, on the master alone.
+    ``head_compute_ms`` and ``head_io_ms`` are the parts of ``compute_ms`` and ``io_ms`` after the
+    layers, on the master only.
     """
 
     step: int
@@ -68,21 +72,21 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class TokenTimes:
-    """What one decoded token waited for, in milliseconds of the master's clock.
+    """Time of one decoded token by cause, in milliseconds of the master's clock.
 
-    A rank's own time is its compute and its waiting for weights within the layers. All ranks meet
-    in every collective, so the rank with the most of it, ``slowest_rank``, sets the pace:
+    A rank's own time is its compute and its wait for weights within the layers. Every collective
+    synchronizes all ranks, so the rank with the longest own time, ``slowest_rank``, sets the pace:
 
     - ``compute_ms``: the slowest rank's compute in the layers, and the master's after them;
     - ``io_ms``: likewise, waiting for weights;
-    - ``comm_ms``: the master's time in collectives, without what it waited there because the
-      slowest rank's own time was longer than the master's; at least 0;
-    - ``other_ms``: what is left of ``total_ms``.
+    - ``comm_ms``: the master's time in collectives, minus the difference between the slowest
+      rank's own time and the master's; at least 0;
+    - ``other_ms``: the rest of ``total_ms``.
 
-    Ranks that are slow in turn, one in this block and one in the next, wait for each other: sums
-    over a step cannot tell that from the network, so it is in ``comm_ms``. A trace can.
+    If different ranks are slow in different blocks, they wait for each other. Sums over a step
+    cannot separate these waits from the network, so ``comm_ms`` includes them. A trace can.
 
-    ``gated_by`` is ``compute``, ``disk``, ``network`` or ``other``, whichever took most.
+    ``gated_by`` is the largest of ``compute``, ``disk``, ``network`` and ``other``.
     """
 
     step: int
@@ -97,10 +101,11 @@ class TokenTimes:
 
 @dataclass
 class RankStats:
-    """What one rank has used and done since a step began, such as a request's first.
+    """Counters of one rank since a step began (``Engine.stats``: since the latest request began).
 
-    ``io_ms`` is time spent waiting for weights, ``comm_ms`` for other ranks; ``read_ms`` is how
-    long its disk was at work, whether anybody waited or not. ``steps`` are the latest 4096.
+    ``io_ms`` is time spent waiting for weights, ``comm_ms`` for other ranks, both only while
+    nothing is computed; ``read_ms`` is the time of all reads, waited for or not. ``steps`` are the
+    latest 4096.
     """
 
     rank: int = 0
@@ -119,7 +124,7 @@ class RankStats:
 
 @dataclass(frozen=True)
 class Progress:
-    """A step of something longer than a second: ``done`` of ``total`` ``unit``."""
+    """Progress of a long operation: ``done`` of ``total`` ``unit``."""
 
     stage: str
     done: int
@@ -132,12 +137,12 @@ ProgressCallback = Callable[[Progress], None]
 
 
 def ignore_progress(_: Progress) -> None:
-    """Drop progress reports: the default where nobody looks."""
+    """Drop progress reports; the default."""
 
 
 @dataclass
 class Completion:
-    """A finished generation: what ``tpirt generate --json`` prints."""
+    """A finished generation; ``tpirt generate --json`` prints it."""
 
     text: str
     prompt_token_ids: list[int]
@@ -147,4 +152,4 @@ class Completion:
     tpot_ms: float
     world_size: int
     ranks: list[RankStats] = field(default_factory=list)
-    decoded: list[TokenTimes] = field(default_factory=list)  # all tokens but the first
+    decoded: list[TokenTimes] = field(default_factory=list)  # all but the first token

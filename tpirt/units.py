@@ -1,4 +1,4 @@
-"""Sizes as people write and read them."""
+"""Human-readable sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", re.IGNORECASE)
 
 
 def parse_bytes(text: str) -> int:
-    """Read ``900M``, ``1.5G``, ``2GiB`` or plain bytes; units are powers of 1024.
+    """Parse ``900M``, ``1.5G``, ``2GiB`` or plain bytes; units are powers of 1024.
 
     Raises:
         ConfigError: not a size above zero.
@@ -24,7 +24,7 @@ def parse_bytes(text: str) -> int:
 
 
 def format_bytes(count: float) -> str:
-    """Write a size with three significant digits: ``1.46 GiB``."""
+    """Format a size with three significant digits: ``1.46 GiB``."""
     units = iter(("B", "KiB", "MiB", "GiB"))
     unit = next(units)
     while abs(count) >= 1000:

@@ -239,7 +239,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("model.safetensors.index.json", "not valid JSON"),
     ),
     "no tokenizer": (remove("tokenizer.json"), ("tokenizer.json", "no such file")),
-    "tokenizer cut": (truncate("tokenizer.json", 3000), ("tokenizer.json", "cut short")),
+    "tokenizer cut": (truncate("tokenizer.json", 3000), ("tokenizer.json", "truncated")),
     "tokenizer not UTF-8": (write("tokenizer.json", b"\xff\xfe\x00"), ("tokenizer.json",)),
     "tokenizer config cut": (truncate("tokenizer_config.json", 20), ("tokenizer_config.json",)),
     "template broken": (

@@ -235,7 +235,7 @@ async def run_until(
     group: DecoderGroup, ids: Sequence[int], steps: Sequence[StepContext], blocks: int
 ) -> None:
     """Run a step and abort it on all ranks when rank 1 has acquired ``blocks`` blocks."""
-    window = group.ranks[1].window
+    window = group.ranks[1].streamer
     acquire, acquired = window.acquire, 0
 
     async def counted(index: int) -> Any:

@@ -308,6 +308,47 @@ async def test_a_slow_disk_does_not_block_the_loop_while_the_budget_changes(
             await visit(window, index)
 
 
+async def test_the_budget_changes_only_when_no_read_is_under_way(
+    stored: tuple[StoredSlice, list[Block]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even the first of two reads of one block: the consumer skipped it, and came back."""
+    block = buffer_bytes(stored[0].manifest.blocks[0].nbytes)
+    begun: list[int] = []
+    disk = [threading.Event() for _ in range(3)]
+
+    def slow(path: Path, target: memoryview, nbytes: int) -> None:
+        number = len(begun)
+        begun.append(int(path.stem.removeprefix("block")))
+        if number < len(disk):
+            disk[number].wait(20)
+        read_file(path, target, nbytes)
+
+    async def give_up(index: int) -> None:
+        task = asyncio.ensure_future(window.acquire(index))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+
+    monkeypatch.setattr(module, "read_file", slow)
+    async with opened(stored, max_blocks=3, budget_bytes=3 * block) as window:
+        await asyncio.to_thread(wait_until, lambda: len(begun) == 2)
+        first = begun.index(0)
+        await give_up(2)  # what is being read is not wanted any more
+        await give_up(0)
+        disk[1 - first].set()
+        await asyncio.to_thread(wait_until, lambda: len(begun) == 3)
+        assert begun.count(0) == 2
+        changing = asyncio.ensure_future(window.set_budget(2 * block))
+        await asyncio.sleep(0)
+        disk[2].set()  # the second read of block 0
+        done, _ = await asyncio.wait([changing], timeout=0.2)
+        assert not done
+        disk[first].set()
+        await changing
+        for index in range(COUNT):
+            await visit(window, index)
+
+
 def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 20
     while not condition():

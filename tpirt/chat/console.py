@@ -8,22 +8,22 @@ from typing import TextIO
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
-# C0 but newline and tab, DEL, C1: what a terminal would obey instead of showing.
+# C0 except newline and tab, DEL, C1: a terminal obeys these instead of showing them.
 _CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")})
 
 
 def printable(text: str) -> str:
-    """Drop everything that a terminal would take for a command."""
+    """Drop all control characters that a terminal would obey."""
     return text.translate(_CONTROLS)
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Tell whether a person is on the other side; a closed stream has nobody."""
+    """Return whether the stream is an open terminal."""
     return stream is not None and not stream.closed and stream.isatty()
 
 
 def is_capable(stream: TextIO | None) -> bool:
-    """Tell whether the stream is a terminal that can do more than print lines."""
+    """Return whether the stream is a terminal that can do more than print lines."""
     return is_terminal(stream) and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
 
 
@@ -41,7 +41,7 @@ def columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
 
 
 class Console:
-    """Answers and what was asked for go to ``out``, remarks about them to ``err``.
+    """Answers and requested output go to ``out``, remarks to ``err``.
 
     Both may be the same terminal: a remark never begins in the middle of an answer's line. On a
     terminal, control characters from the model or a peer are dropped; characters that the
@@ -59,7 +59,7 @@ class Console:
             self._within_line = not text.endswith("\n")
 
     def end_line(self) -> None:
-        """See to it that what follows begins on a line of its own."""
+        """End the current line, so that further output begins on a new one."""
         if self._within_line:
             self._put(self._out, "\n")
             self._within_line = False
@@ -77,7 +77,7 @@ class Console:
         )
 
     def status(self, text: str) -> None:
-        """Write a quiet remark that only a person at a terminal cares for."""
+        """Write a remark, only on a terminal."""
         if is_terminal(self._err):
             self.note(text)
 

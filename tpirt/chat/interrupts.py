@@ -1,4 +1,4 @@
-"""Ctrl-C: to whoever is at work, instead of through everything."""
+"""Ctrl-C goes to the task at work instead of interrupting the process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Take SIGINT over; what was there before is put back."""
+        """Take SIGINT over; the previous handler is restored at the end."""
         loop = asyncio.get_running_loop()
         before = signal.getsignal(signal.SIGINT)
         try:

@@ -18,7 +18,7 @@ from tpirt.chat.console import is_capable
 from tpirt.types import Progress
 from tpirt.units import format_bytes
 
-_PATIENCE_S = 1.0  # what is over sooner is not shown
+_PATIENCE_S = 1.0  # shorter stages are not shown
 _FIRST_LINE_S, _NEXT_LINE_S = 3.0, 5.0
 _MOST_BARS = 8
 
@@ -54,7 +54,7 @@ class ConsoleProgress:
             self._show.update(progress)
 
     def close(self) -> None:
-        """Take back what is on the screen; nothing is written until the next report."""
+        """Clear the screen's progress; nothing is written until the next report."""
         if self._show is not None:
             self._show.close()
 
@@ -76,7 +76,7 @@ class _Lines:
         self._lock = threading.Lock()
         self._stage = ""
         self._due_s = 0.0
-        self._begun: dict[_Key, tuple[float, int]] = {}  # when, and what was done by then
+        self._begun: dict[_Key, tuple[float, int]] = {}  # start time, and the amount done by then
 
     def update(self, progress: Progress) -> None:
         with self._lock:
@@ -142,7 +142,7 @@ class _Bars:
             redirect_stderr=False,
         )
         if self._clock() - self._shown_until_s < _PATIENCE_S:
-            self._start(self._bars)  # the next stage of what was on the screen a moment ago
+            self._start(self._bars)  # a next stage right after one that is on the screen
         else:
             self._timer = threading.Timer(_PATIENCE_S, self._on_timer, [self._bars])
             self._timer.daemon = True

@@ -1,4 +1,4 @@
-"""Reading what the user types on a capable terminal: editing, history, completion."""
+"""Reading user input on a capable terminal: editing, history, completion."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class PromptReader:
 
 
 class CommandCompleter(Completer):
-    """Completes commands and what follows them."""
+    """Completes commands and their arguments."""
 
     def __init__(self) -> None:
         files = PathCompleter(expanduser=True)
@@ -89,7 +89,7 @@ class CommandCompleter(Completer):
 
 
 class _SafeHistory(FileHistory):
-    """A file that cannot be written any more costs the history, not the chat."""
+    """A history file; if it can no longer be written, the chat goes on without it."""
 
     def store_string(self, string: str) -> None:
         with contextlib.suppress(OSError):
@@ -97,12 +97,12 @@ class _SafeHistory(FileHistory):
 
 
 def clean(text: str) -> str:
-    """Turn bytes that were typed but are no UTF-8 into U+FFFD."""
+    """Replace typed bytes that are not UTF-8 with U+FFFD."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def history_file() -> Path:
-    """Where input is remembered: ``$XDG_STATE_HOME/tpirt/history`` or its default."""
+    """The file of the input history: ``$XDG_STATE_HOME/tpirt/history`` or its default."""
     given = Path(os.environ.get("XDG_STATE_HOME", ""))
     state = given if given.is_absolute() else Path("~/.local/state").expanduser()
     return state / "tpirt" / "history"
@@ -122,7 +122,7 @@ def open_history(path: Path | None) -> History:
 
 @contextlib.contextmanager
 def echo_off() -> Iterator[None]:
-    """Keep what is typed within the block off the screen; the next prompt shows it."""
+    """Hide text typed within the block; the next prompt shows it."""
     try:
         import termios
 

@@ -17,7 +17,7 @@ __all__ = ["ChatOptions", "run_chat"]
 
 
 async def run_chat(engine: Engine, options: ChatOptions) -> None:
-    """Chat on this process's terminal, or answer what is piped in, until the input ends.
+    """Chat on this process's terminal, or answer piped input, until the input ends.
 
     On a terminal, errors are shown and the chat goes on, and Ctrl-C stops the answer. Otherwise,
     and with ``options.prompt``, an error ends the chat, and SIGINT is left to the caller.

@@ -14,13 +14,13 @@ from tpirt.errors import RequestError
 from tpirt.types import Message
 
 VERSION = 1
-_MOST_BYTES = 64 << 20  # a conversation is text; what is larger is something else
+_MOST_BYTES = 64 << 20  # a larger file is not a conversation
 _ROLES = ("user", "assistant")
 
 
 @dataclass(frozen=True)
 class SavedConversation:
-    """What a file holds: the system message, and the user's and assistant's turns in pairs."""
+    """A file's content: the system message, and the turns of user and assistant in pairs."""
 
     system: str | None
     messages: Sequence[Message]

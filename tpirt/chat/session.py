@@ -62,7 +62,7 @@ class Session:
         interrupts: Interrupts,
         around: Around = nullcontext,
     ) -> None:
-        """Answer a message; Ctrl-C stops the answer, and keeps what was said so far.
+        """Answer a message; Ctrl-C stops the answer and keeps its text so far.
 
         Args:
             text: the message.
@@ -183,6 +183,6 @@ class _Stop:
 
 
 def _look_at(task: asyncio.Task[None]) -> None:
-    """Retrieve the result of a task that nobody may await, so that asyncio does not report it."""
+    """Retrieve the result of a task that may not be awaited, so that asyncio is silent."""
     if not task.cancelled():
         task.exception()

@@ -56,9 +56,9 @@ def _run(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print("tpirt: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except BrokenPipeError:  # the reader of our output has closed it
         _drop_output()
-    except OSError as exc:  # every other one has become an error of ours
+    except OSError as exc:  # any other OSError is already a TpirtError
         _drop_output()
         print(f"tpirt: error: cannot write the output: {exc.strerror}", file=sys.stderr)
         return TpirtError.exit_code
@@ -66,7 +66,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _open_standard_streams() -> None:
-    """Put the null device where a standard stream is closed: any file could land there else."""
+    """Open the null device for closed standard streams, whose numbers other files would get."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -78,7 +78,7 @@ def _open_standard_streams() -> None:
 
 
 def _drop_output() -> None:
-    """Send what is still buffered nowhere, so that the interpreter's end does not fail on it."""
+    """Discard buffered output, so that flushing it does not fail when the interpreter ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

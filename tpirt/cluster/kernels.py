@@ -93,6 +93,6 @@ def _write(path: Path, machine: str, chosen: Mapping[MatrixShape, KernelChoice])
         for shape, choice in chosen.items()
     ]
     with contextlib.suppress(OSError):
-        beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-        beside.write_text(json.dumps({machine: entries}, indent=1), encoding="utf-8")
-        beside.replace(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+        temporary.write_text(json.dumps({machine: entries}, indent=1), encoding="utf-8")
+        temporary.replace(path)

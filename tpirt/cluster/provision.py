@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequen
 from dataclasses import dataclass
 from typing import TypeVar
 
-from tpirt.cluster.cancellation import in_thread
+from tpirt.cancellation import in_thread
 from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.collectives.context import StepAborted
 from tpirt.errors import PeerLostError, StoreError
@@ -292,12 +292,14 @@ def split_model(
 ) -> list[StoredSlice]:
     """Write every rank's slice, rank ``r`` into ``stores[r]``; see :func:`write_slice`.
 
-    Their content is noted in ``known`` as well, so that a master there trusts the copies.
+    Their content is noted in ``known`` and in rank 0's store as well, so that a master that uses
+    either of them knows the copies.
     """
     slices = []
     for rank, store in enumerate(stores):
         slices.append(write_slice(maker, plan, rank, store, progress))
-        known.remember(slices[-1].manifest)
+        for master in (known, stores[0]):
+            master.remember(slices[-1].manifest)
     return slices
 
 

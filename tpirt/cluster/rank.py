@@ -1,11 +1,11 @@
-"""One rank at work: its window, its decoder and its memory limit, on master and workers alike."""
+"""The runtime of one rank: weight streamer, decoder and memory limit, on master and workers."""
 
 from __future__ import annotations
 
 import torch
 
 from tpirt.batch import Batch
-from tpirt.cluster.cancellation import in_thread
+from tpirt.cancellation import finish, in_thread
 from tpirt.cluster.kernels import choose_kernels
 from tpirt.cluster.machine import (
     base_bytes,
@@ -81,7 +81,7 @@ class RankRuntime:
         kernels = choose_kernels(stored.path, blocks)
         release_free_memory()  # of trying kernels
         try:
-            self.window = WeightStreamer(
+            self.streamer = WeightStreamer(
                 stored,
                 blocks,
                 max_blocks=limits.window_blocks,
@@ -95,7 +95,7 @@ class RankRuntime:
             manifest.shard,
             Program.of(blocks),
             form.dtype,
-            self.window,
+            self.streamer,
             self.comm,
             kernels,
             self.recorder,
@@ -120,19 +120,19 @@ class RankRuntime:
             await in_thread(lambda: made.append(cls(config, stored, world_size, links, limits)))
         except BaseException:
             for runtime in made:
-                await runtime.aclose()
+                await finish(runtime.aclose())
             raise
         return made[0]
 
     @property
     def weights_bytes(self) -> int:
         """Bytes of all this rank's weights, wherever they are."""
-        return self.window.weights_bytes
+        return self.streamer.weights_bytes
 
     @property
     def held_bytes(self) -> int:
         """Most bytes of weights in memory at once."""
-        return self.window.held_bytes
+        return self.streamer.held_bytes
 
     def validate(self, batch: Batch) -> None:
         """Validate a step request.
@@ -169,7 +169,7 @@ class RankRuntime:
         Raises:
             StoreError: a block could not be read.
         """
-        await self.window.preload(progress, detail=f"rank {self.comm.rank}")
+        await self.streamer.preload(progress, detail=f"rank {self.comm.rank}")
 
     def begin(self, step: StepContext) -> None:
         """Expect the step's tensors, and count what is done from here on as its own."""
@@ -204,7 +204,7 @@ class RankRuntime:
         return RankStats(
             rank=self.comm.rank,
             peak_rss_bytes=peak_resident_bytes(),
-            weights_bytes=self.window.weights_bytes,
+            weights_bytes=self.streamer.weights_bytes,
             bytes_sent=counted.bytes_sent,
             bytes_received=counted.bytes_received,
             bytes_read=counted.bytes_read,
@@ -218,26 +218,26 @@ class RankRuntime:
     async def aclose(self) -> None:
         """Stop the threads and return the memory to the system."""
         self.decoder.close()
-        await self.window.aclose()
+        await self.streamer.aclose()
         del self.decoder  # its keys and values
         release_free_memory()
 
     def _counters(self) -> Counters:
         sent, received = self._links.traffic
+        compute_ns, io_ns, comm_ns = self.recorder.account.read()
         return Counters(
-            compute_ns=self.decoder.clock.total_ns,
-            io_ns=self.window.clock.total_ns,
-            comm_ns=self.comm.clock.total_ns,
-            read_ns=self.window.reads.total_ns,
-            bytes_read=self.window.bytes_read,
+            compute_ns=compute_ns,
+            io_ns=io_ns,
+            comm_ns=comm_ns,
+            read_ns=self.streamer.reads.total_ns,
+            bytes_read=self.streamer.bytes_read,
             bytes_sent=sent,
             bytes_received=received,
         )
 
     def _last_ns(self) -> int:
-        """When the rank last did anything that counts."""
-        clocks = (self.decoder.clock, self.window.clock, self.comm.clock)
-        return max(clock.ended_ns for clock in clocks)
+        """The time up to which the rank's work is counted."""
+        return self.recorder.account.last_ns
 
     def _too_little(self, exc: MemoryLimitError) -> MemoryLimitError:
         budget, rank = self._budget, self.comm.rank
@@ -267,7 +267,7 @@ class RankRuntime:
         if left > before:
             release_free_memory()  # what steps and the store no longer need is the weights' now
         try:
-            await self.window.set_budget(left)
+            await self.streamer.set_budget(left)
         except MemoryLimitError as exc:
             raise MemoryLimitError(
                 f"rank {self.comm.rank}: {context} tokens of context need "

@@ -133,13 +133,14 @@ class WorkerSession:
         self.link.silence(setup.timeout_ms / 1e3)
         try:
             self._prepared = await prepare(setup, self.link)
-            ready = await self._until_lost(self._load(self._prepared, setup))
+            ready = await self._until_lost(self._load(self._prepared))
         except TpirtError as exc:
             if not self.lost:
                 await self.refuse(to, exc)
             raise
         await self.link.respond(to, ready)
-        while (incoming := await self._next()) is not None:
+        while (incoming := await self._next()) is not None and not self.lost:
+            # A step begun without a master would wait for other workers, which begin none.
             await self._serve(self._prepared, incoming)
         raise self._lost.result()
 
@@ -257,19 +258,15 @@ class WorkerSession:
         else:
             await self.link.respond(to, quality)
 
-    async def _load(self, prepared: Prepared, setup: Setup) -> Ready:
-        """Load the weights and form links to the other workers; report progress meanwhile."""
+    async def _load(self, prepared: Prepared) -> Ready:
+        """Load the weights, and report progress meanwhile."""
         reporting = _Reports(self.link)
+        runtime = prepared.runtime
         try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(prepared.runtime.load(reporting.remember))
-                forming = tasks.create_task(prepared.workers.form(setup.session, setup.addresses))
-        except BaseExceptionGroup as group:
-            raise group.exceptions[0] from None
+            await runtime.load(reporting.remember)
         finally:
             reporting.stop()
-        runtime = prepared.runtime
-        return Ready(runtime.weights_bytes, runtime.held_bytes, forming.result())
+        return Ready(runtime.weights_bytes, runtime.held_bytes, await prepared.workers.formed())
 
     async def _until_lost(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Await work, but no longer than the master is there."""

@@ -16,7 +16,7 @@ MAX_STEPS = 4096  # remembered
 
 
 class Counters(NamedTuple):
-    """What a rank has counted since its session began."""
+    """The counters of a rank since its session began."""
 
     compute_ns: int = 0
     io_ns: int = 0
@@ -48,7 +48,7 @@ class _Step:
 class StepLog:
     """Reads a rank's counters at the borders of its steps.
 
-    A step lasts until the next one begins, so steps add up to what was counted in total.
+    A step lasts until the next one begins, so the steps add up to the totals.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class StepLog:
 
         Args:
             read: the counters now.
-            last_ns: when anything was last counted, by ``perf_counter_ns``.
+            last_ns: until when time is counted, by ``perf_counter_ns``.
             recorder: whose steps lane gets a span for every step.
         """
         self._read = read
@@ -69,16 +69,17 @@ class StepLog:
     def begin(self, number: int, tokens: int, prefill: bool) -> None:
         """End the step before, if there is one, and begin this one."""
         now, counters = time.perf_counter_ns(), self._read()
+        now = max(now, self._last_ns())  # what is under way is counted until it is read
         self._end(now, counters)
         self._steps.append(_Step(number, tokens, prefill, now, counters))
 
     def end_layers(self) -> None:
-        """What follows in this step is the master's own work."""
+        """End the layers: the rest of this step is the master's own work."""
         if self._steps:
             self._steps[-1].layers = self._read()
 
     def since(self, number: int) -> tuple[Counters, list[StepTimes]]:
-        """What was counted since step ``number`` began (0: since the session began), by step."""
+        """Counters since step ``number`` began (0: the session), and the times by step."""
         now = self._read()
         steps = [step for step in self._steps if step.number >= number]
         earliest = steps[0].begin if steps else now
@@ -86,7 +87,7 @@ class StepLog:
         return now.since(first), [self._times(step, now) for step in steps]
 
     def flush(self) -> None:
-        """End the step at hand, so that the trace has it."""
+        """End the current step, so that the trace includes it."""
         self._end(None, self._read())
 
     def _end(self, now_ns: int | None, counters: Counters) -> None:

@@ -1,4 +1,4 @@
-"""What all ranks recorded, brought to the master and onto its clock.
+"""The spans of all ranks, collected on the master and converted to its clock.
 
 Every peer's monotonic clock has a zero of its own. The master asks for the time, between steps:
 an answer ``t`` that was asked for at ``t0`` and came at ``t2`` puts the offset of the peer's clock
@@ -136,12 +136,12 @@ class Tracer:
 
 
 def answer_clock() -> Clock:
-    """Tell the time, as a worker."""
+    """Answer with the current time, as a worker."""
     return Clock(time.perf_counter_ns())
 
 
 def answer_trace(recorder: Recorder, lane: str) -> tuple[Trace, memoryview | bytes]:
-    """What was recorded in a lane, as a worker; nothing where no trace was asked for."""
+    """Answer with the spans of a lane, as a worker; empty if no trace was asked for."""
     recorded = recorder.lanes.get(lane)
     if recorded is None:
         return Trace(lane), b""
@@ -186,7 +186,7 @@ def _is_valid(trace: Trace, records: memoryview | bytes) -> bool:
 
 
 def lane_traces(recorder: Recorder) -> list[LaneTrace]:
-    """Tell what was recorded so far."""
+    """Return the spans recorded so far."""
     return [
         LaneTrace(name, lane.names, lane.dropped, lane.records)
         for name, lane in recorder.lanes.items()

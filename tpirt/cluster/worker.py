@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
-from tpirt.cluster.cancellation import finish, in_thread
+from tpirt.cancellation import finish, in_thread
 from tpirt.cluster.machine import (
     available_bytes,
     base_bytes,
@@ -230,9 +230,15 @@ class Worker:
         limit = frame_limit(config, limits)
         links = LinkSet(setup.rank)
         links.add(master)
-        runtime = await RankRuntime.open(config, stored, setup.world_size, links, limits)
-        master.channel.frame_limit = limit
         workers = WorkerLinks(links, self._connect, self._board, setup.timeout_ms / 1e3, limit)
+        # Links first: all workers are at this point, and how long a runtime takes differs.
+        workers.form(setup.session, setup.addresses)
+        try:
+            runtime = await RankRuntime.open(config, stored, setup.world_size, links, limits)
+        except BaseException:
+            await finish(workers.aclose())
+            raise
+        master.channel.frame_limit = limit
         return Prepared(runtime, links, workers)
 
 

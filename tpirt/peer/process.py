@@ -63,8 +63,8 @@ async def run_peer(options: PeerOptions) -> None:
     print(f"{READY_PREFIX}{host}:{port} (store {options.store.root})", flush=True)
     if not is_loopback(options.host):
         _log(
-            f"warning: whoever reaches {host}:{port} can use this peer, and sees what it "
-            "computes: there is no authentication yet; listen on networks that you trust only"
+            f"warning: anyone who can connect to {host}:{port} can use this peer and see what "
+            "it computes: there is no authentication yet; listen only on networks that you trust"
         )
     try:
         if options.until_stdin_closes:
@@ -95,7 +95,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _watch_stdin(stop: asyncio.Event) -> None:
-    """Set ``stop`` when whoever holds the other end of standard input is gone.
+    """Set ``stop`` when the other end of standard input is closed.
 
     A thread waits for that: an event loop cannot poll every kind of file.
     """

@@ -191,6 +191,7 @@ def plan(
         )
     ]
     chunk = options.chunk_tokens or min(budget.chunk_tokens() for budget in budgets)
+    chunk = min(chunk, config.context_length)
     budgets = [replace(b, limits=replace(b.limits, chunk_tokens=chunk)) for b in budgets]
     try:
         ranks = tuple(
@@ -219,7 +220,7 @@ def plan_model(
 def memory_limits(peers: Sequence[PeerProfile], asked: int | None) -> list[int | None]:
     """Decide each rank's memory limit.
 
-    It is what was asked for, or else a fair share of what is free on the machine; and never more
+    It is the limit asked for, or else a fair share of the machine's free memory; and never more
     than the peer's own limit. Ranks on one machine share its free memory.
     """
     sharing = Counter(peer.host_id for peer in peers)

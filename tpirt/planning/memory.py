@@ -26,7 +26,7 @@ _CHUNKS = (512, 256, 128, 64, 32, 16)  # tokens of a step that are chosen from
 # Resident memory of a process that holds nothing of a model: Python, torch, gRPC (measured).
 PROCESS_BYTES = 270 << 20
 
-# What a running process takes beyond what is counted: allocator slack, thread stacks, gRPC.
+# Memory of a running process that no other part accounts for: allocator slack, stacks, gRPC.
 SLACK_BYTES = 32 << 20
 
 # Advice on limits leaves room for a conversation of this many tokens, or of the whole context.

@@ -1,4 +1,4 @@
-"""What the planner knows of each peer."""
+"""The properties of a peer that planning depends on."""
 
 from __future__ import annotations
 

@@ -121,6 +121,7 @@ async def memory_engine(
     *,
     progress: ProgressCallback = ignore_progress,
     on_plan: PlanCallback | None = None,
+    capacity: int | None = None,
     master_side: ChannelHook = same_channel,
     worker_side: ChannelHook = same_channel,
     **options: Any,
@@ -131,6 +132,7 @@ async def memory_engine(
         path: model directory.
         world_size: number of ranks.
         progress, on_plan: see :meth:`Engine.connect`.
+        capacity: bytes that each direction of a channel holds; unbounded when absent.
         master_side: changes the master's end of each worker's session, such as into a
             :class:`~tpirt.testing.faults.FaultyChannel`.
         worker_side: likewise the worker's end.
@@ -145,14 +147,21 @@ async def memory_engine(
         workers: dict[str, Worker] = {}
 
         def connect(address: str) -> MemoryPeerClient:
-            return MemoryPeerClient(workers[address], int(address.partition(":")[2]))
+            rank = int(address.partition(":")[2])
+            return MemoryPeerClient(workers[address], rank, capacity=capacity)
 
         clients = []
         for rank in range(1, world_size):
             worker = Worker(f"rank{rank}", store, None, chosen.threads or 1, _log_nothing, connect)
             workers[f"memory:{rank}"] = worker
             clients.append(
-                MemoryPeerClient(worker, rank, master_side=master_side, worker_side=worker_side)
+                MemoryPeerClient(
+                    worker,
+                    rank,
+                    capacity=capacity,
+                    master_side=master_side,
+                    worker_side=worker_side,
+                )
             )
         async with Engine.connect(
             path, chosen, peers=clients, progress=progress, on_plan=on_plan

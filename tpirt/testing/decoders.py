@@ -110,7 +110,7 @@ class Rank:
     """One rank's decoder and what it stands on."""
 
     decoder: Decoder
-    window: WeightStreamer
+    streamer: WeightStreamer
     comm: ExchangeCommunicator
 
 
@@ -205,4 +205,4 @@ async def decoder_group(
         finally:
             for rank in ranks:
                 rank.decoder.close()
-                await rank.window.aclose()
+                await rank.streamer.aclose()

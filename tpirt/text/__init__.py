@@ -1,7 +1,7 @@
-"""Text in, token ids out, and back: tokenizer, chat template, streaming decode, stop strings.
+"""Text to token ids and back: tokenizer, chat template, streaming decode, stop strings.
 
-Only the master uses this room. It knows the files a Hugging Face model directory keeps about
-text and nothing about weights, ranks or the network.
+Only the master uses this package. It reads the tokenizer files of a Hugging Face model directory,
+and does not depend on weights, ranks or the network.
 """
 
 from tpirt.text.detokenizer import Detokenizer, StopMatcher

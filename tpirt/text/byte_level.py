@@ -1,4 +1,4 @@
-"""A tokenizer for models that come without one: any text is its bytes, any id is some text."""
+"""A byte-level tokenizer for models without one: it encodes any text and decodes any id."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "
 def write_byte_level_tokenizer(path: Path, vocab_size: int) -> None:
     """Write ``tokenizer.json`` and ``tokenizer_config.json`` into a model directory.
 
-    Ids below 256 are single bytes, the next two begin and end a turn of the chat template, each
-    further one up to ``vocab_size`` is a word that means nothing and that no text is encoded to.
-    There is no end token: an answer does not end by itself.
+    Ids below 256 are single bytes, the next two begin and end a turn of the chat template. Further
+    ids up to ``vocab_size`` are meaningless words that no text is encoded to. There is no end
+    token: an answer does not end by itself.
 
     Args:
-        path: the directory.
-        vocab_size: the model's, at least ``MIN_VOCAB_SIZE``.
+        path: the model directory.
+        vocab_size: of the model, at least ``MIN_VOCAB_SIZE``.
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [f"Ġ{_word(number)}" for number in range(vocab_size - MIN_VOCAB_SIZE)]
@@ -42,6 +42,6 @@ def write_byte_level_tokenizer(path: Path, vocab_size: int) -> None:
 
 
 def _word(number: int) -> str:
-    """A number in syllables: ``ba``, ``be`` ... ``deba`` ..."""
+    """Spell a number in syllables: ``ba``, ``be`` ... ``deba`` ..."""
     base = len(_SYLLABLES)
     return (_word(number // base) if number >= base else "") + _SYLLABLES[number % base]

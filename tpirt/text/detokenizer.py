@@ -1,4 +1,4 @@
-"""Streaming: token ids to text that never has to be taken back, and stop strings over it."""
+"""Streaming decode of token ids to final text, and stop strings."""
 
 from __future__ import annotations
 
@@ -24,22 +24,21 @@ class _Stream(Protocol):
 
 
 class Detokenizer:
-    """Turn generated ids into text as they come.
+    """Decode generated ids to text as they come.
 
-    The pushes and the final flush together are ``decode(prompt + generated)`` without the text of
-    the prompt, special tokens skipped; no push ever holds part of a character, and nothing that
-    was returned is changed by a later token. Each push costs O(1) tokens of decoding.
+    The results of all pushes and the final flush, joined, equal ``decode(prompt + generated)``
+    without the prompt's text and special tokens. A push returns whole characters only, and later
+    tokens never change returned text. Each push decodes O(1) tokens.
 
     In a byte-fallback vocabulary (Llama 2) a run of byte tokens becomes text when the run ends:
-    the decoder of ``tokenizers`` replaces *every* byte of a run that turns out to be invalid, so
-    an earlier character of the run is final only then.
+    ``tokenizers`` replaces *every* byte of an invalid run, so no character of the run is final
+    before.
 
     Args:
-        tokenizer: the ``tokenizers`` object whose decoder is followed.
-        special_ids: ids that give no text.
-        prompt_ids: what stands before the generated ids; only its end is looked at. A prompt that
-            ends within a character of a byte-level vocabulary gives that character with the token
-            that completes it.
+        tokenizer: the ``tokenizers`` object.
+        special_ids: ids without text.
+        prompt_ids: ids before the generated ones; only the last few are used. If a byte-level
+            prompt ends within a character, the token that completes it returns that character.
     """
 
     def __init__(
@@ -64,14 +63,14 @@ class Detokenizer:
         return self._stream.push(token_id)
 
     def flush(self) -> str:
-        """Return what was held back; incomplete characters become U+FFFD, as a decode gives."""
+        """Return the held text; incomplete characters become U+FFFD, as in ``decode``."""
         return self._stream.flush()
 
 
 class _ByteStream:
-    """Byte-level BPE (GPT-2, Llama 3, Qwen): every token is bytes, whatever stands before it.
+    """Byte-level BPE (GPT-2, Llama 3, Qwen): the bytes of a token do not depend on its context.
 
-    Python's incremental UTF-8 decoder and Rust's ``from_utf8_lossy`` put the same U+FFFDs.
+    Python's incremental UTF-8 decoder and Rust's ``from_utf8_lossy`` produce the same U+FFFDs.
     """
 
     def __init__(self, tokenizer: FastTokenizer, prompt_ids: Sequence[int]) -> None:
@@ -92,19 +91,19 @@ class _ByteStream:
 
     def _bytes(self, token_id: int) -> bytes:
         token: str | None = self._tokenizer.id_to_token(token_id)
-        if token is None:  # an id beyond the vocabulary (padded embeddings) is no text
+        if token is None:  # an id beyond the vocabulary (padded embeddings) has no text
             return b""
         try:
             return bytes(_BYTE_OF[character] for character in token)
-        except KeyError:  # an added token with characters outside the alphabet stands for itself
+        except KeyError:  # an added token outside the byte alphabet is plain text
             return token.encode()
 
 
 class _PieceStream:
-    """Every other decoder: a token's text depends on the token before it, no further back.
+    """Every other decoder: a token's text depends on the previous token only.
 
-    ``context`` is the last settled token (what makes the next one "not the first", so that its
-    leading space stays); ``pending`` are the ids after it whose text is not final yet.
+    ``context`` is the last final token; decoded after it, a token keeps its leading space.
+    ``pending`` are the following ids, whose text is not final yet.
     """
 
     def __init__(
@@ -153,14 +152,13 @@ class _PieceStream:
 
 
 class StopMatcher:
-    """Find stop strings in streamed text, however it is cut.
+    """Find stop strings in streamed text, also across pushes.
 
-    The text before the stop string that is complete first is released, the stop string itself and
-    everything after it never. Text that may be the beginning of one is held back, which is less
-    than the longest stop string.
+    Text up to the first completed stop string is released; the stop string and everything after
+    it are dropped. Text that may be the beginning of a stop string is held back.
 
     Args:
-        stops: the stop strings; none means everything is released at once.
+        stops: the stop strings; if empty, all text is released at once.
 
     Raises:
         RequestError: a stop string is empty.
@@ -174,11 +172,11 @@ class StopMatcher:
         self._stopped = False
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Return the text that can be shown now, and whether a stop string was reached."""
+        """Return the released text, and whether a stop string was found."""
         if self._stopped:
             return "", True
         text = self._held + text
-        # (end, start): the one complete first, and of those the longest, as if fed by characters.
+        # (end, start): the first to be complete, then the longest, independent of chunking.
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self._stopped, self._held = True, ""
@@ -188,12 +186,12 @@ class StopMatcher:
         return text[:cut], False
 
     def flush(self) -> str:
-        """Return what was held back: no stop string came of it."""
+        """Return the held text: it was not a stop string."""
         held, self._held = self._held, ""
         return held
 
     def _beginning(self, text: str) -> int:
-        """Length of the longest end of ``text`` that a stop string begins with."""
+        """Length of the longest suffix of ``text`` that is a prefix of a stop string."""
         longest = max(map(len, self._stops), default=1) - 1
         for length in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stops):
@@ -202,7 +200,7 @@ class StopMatcher:
 
 
 def _decoder_kinds(tokenizer: FastTokenizer) -> list[str]:
-    """Types of the decoder's parts, nested sequences flattened; empty where there is none."""
+    """Types of the decoder's parts, nested sequences flattened; empty without a decoder."""
     if tokenizer.decoder is None:
         return []
     return _flatten(json.loads(tokenizer.decoder.__getstate__()))
@@ -215,7 +213,7 @@ def _flatten(state: dict[str, Any]) -> list[str]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's character for each byte: itself where printable, else 256 and up, in order."""
+    """GPT-2's character for each byte: itself if printable, else 256 and up, in order."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = [byte for byte in range(256) if byte not in printable]
     alphabet = {chr(byte): byte for byte in printable}

@@ -1,7 +1,7 @@
-"""Chat templates: where a model directory keeps its own, and rendering as transformers does.
+"""Chat templates: finding them in a model directory, and rendering as transformers does.
 
 The environment is that of ``transformers.utils.chat_template_utils``: Jinja's immutable sandbox
-(a template is a stranger's program), ``trim_blocks``, ``lstrip_blocks``, loop controls,
+(templates are untrusted programs), ``trim_blocks``, ``lstrip_blocks``, loop controls,
 ``raise_exception``, ``strftime_now``, a ``tojson`` without HTML escapes, ``{% generation %}``.
 """
 
@@ -30,10 +30,10 @@ class ChatTemplate:
 
     Args:
         source: the Jinja text.
-        origin: the file it is from, for messages.
+        origin: its file, for error messages.
 
     Raises:
-        TokenizerError: it is not valid Jinja; the message has the file, line and reason.
+        TokenizerError: invalid Jinja; the message has the file, line and reason.
     """
 
     def __init__(self, source: str, origin: str) -> None:
@@ -62,8 +62,8 @@ class ChatTemplate:
             add_generation_prompt: end with the header of an assistant's turn.
 
         Raises:
-            TokenizerError: no messages, or the template refuses them or fails; the message is the
-                template's own.
+            TokenizerError: no messages, or the template rejects them or fails; the message has
+                the template's reason.
         """
         if not messages:
             raise TokenizerError("chat: expected at least one message, got none")
@@ -78,15 +78,15 @@ class ChatTemplate:
 
 
 def find_chat_template(path: Path, config: Mapping[str, Any]) -> ChatTemplate | None:
-    """Load the chat template of a model directory; None where it has none.
+    """Load the chat template of a model directory; None if it has none.
 
     In order: ``chat_template.jinja``, ``additional_chat_templates/default.jinja``,
     ``chat_template`` in ``tokenizer_config.json``, ``chat_template.json`` (older processors).
-    transformers 5 looks no further than the additional templates once there are some, and then
-    fails if none is called "default"; here the template of the configuration is used.
+    If there are additional templates without a "default", transformers 5 fails; this function
+    continues with the configuration.
 
     Raises:
-        TokenizerError: a file cannot be read or has no template in it.
+        TokenizerError: a file cannot be read or does not contain a template.
     """
     for name in ("chat_template.jinja", "additional_chat_templates/default.jinja"):
         if (path / name).is_file():
@@ -110,12 +110,12 @@ def read_text(file: Path) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object; TokenizerError naming it where it does not."""
+    """Read a file with one JSON object; raises TokenizerError with its name otherwise."""
     try:
         value = json.loads(read_text(file))
     except (ValueError, RecursionError) as exc:
         raise TokenizerError(
-            f"{file}: not valid JSON ({exc}); it may be cut short, download it again"
+            f"{file}: not valid JSON ({exc}); it may be truncated, download it again"
         ) from exc
     if not isinstance(value, dict):
         raise TokenizerError(f"{file}: expected a JSON object, got {type(value).__name__}")
@@ -147,13 +147,13 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
-    environment.globals["dict"] = _new_dict  # not the class: nothing to climb out of the box by
+    environment.globals["dict"] = _new_dict  # not the class, which gives access to its attributes
     environment.globals["namespace"] = _Namespace
     return environment
 
 
 class _Generation(Extension):
-    """``{% generation %}...{% endgeneration %}`` marks the assistant's text: rendered as it is."""
+    """``{% generation %}...{% endgeneration %}`` marks the assistant's text; rendered as is."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja reads it from the class
 
@@ -169,7 +169,7 @@ class _Generation(Extension):
 
 
 class _Namespace(Namespace):
-    """``namespace(...)`` without underscore names, as transformers: no way to Python's insides."""
+    """``namespace(...)`` without underscore names, as in transformers, for the sandbox."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, *rest = args  # so that namespace(self=...) is valid

@@ -1,14 +1,14 @@
-"""A model directory's tokenizer: text to ids and back as the model was trained.
+"""The tokenizer of a model directory, with the same ids as in training.
 
-What ``transformers`` 5.23 does, and where this differs on purpose. For ``LlamaTokenizer``,
-``Qwen2Tokenizer``, ``GPT2Tokenizer`` and ``GemmaTokenizer`` it takes only the vocabulary, the
-merges and the post-processor from ``tokenizer.json`` and builds normalizer, pre-tokenizer and
-decoder anew from class defaults; version 4 used the file. That changes ids: Llama 2's ``Prepend``
-(``legacy: false`` in its configuration) becomes a space before the very first word only, so that
-``<s>[INST]`` loses the prefix space the model was trained with, and SmolLM's ``Digits`` splitter
-is dropped. Here the published ``tokenizer.json`` is what counts. It also drops ``add_bos_token``
-and ``add_eos_token`` wherever there is a ``tokenizer.json``; here, as in version 4, an explicit
-one counts for Llama-style classes. Where file and configuration agree, all three are the same.
+Differences from ``transformers`` 5.23: for ``LlamaTokenizer``, ``Qwen2Tokenizer``,
+``GPT2Tokenizer`` and ``GemmaTokenizer`` it takes only the vocabulary, the merges and the
+post-processor from ``tokenizer.json`` and rebuilds normalizer, pre-tokenizer and decoder from
+class defaults; version 4 used the file. This changes ids: Llama 2's ``Prepend`` (``legacy: false``
+in its configuration) becomes a space before the first word only, so ``<s>[INST]`` loses the
+prefix space of training, and SmolLM's ``Digits`` splitter is dropped. This module uses the
+published ``tokenizer.json``. transformers 5 also ignores ``add_bos_token`` and ``add_eos_token``
+if there is a ``tokenizer.json``; this module follows explicit values for Llama-style classes, as
+version 4 did. If file and configuration agree, all three give the same ids.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tpirt.text.detokenizer import Detokenizer
 from tpirt.text.template import ChatTemplate, find_chat_template, read_json, read_text
 from tpirt.types import Message
 
-# Without a tokenizer_config.json the model type says which class's defaults hold.
+# Without a tokenizer_config.json the defaults follow from the model type.
 _CLASS_OF_MODEL = {"llama": "LlamaTokenizer", "qwen2": "Qwen2Tokenizer", "gpt2": "GPT2Tokenizer"}
 _CLASS_OF_MODEL |= {"qwen3": "Qwen2Tokenizer"}
 _LLAMA_STYLE = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
@@ -41,7 +41,7 @@ _OTHER_FORMATS = ("tokenizer.model", "tekken.json", "tiktoken.model", "vocab.jso
 class Tokenizer:
     """The tokenizer of one model: ids, special tokens, chat template, streaming decode.
 
-    Made by ``from_dir``. ``vocab_size`` counts added tokens and may be less than the model's.
+    Created by ``from_dir``. ``vocab_size`` includes added tokens and may be less than the model's.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Tokenizer:
         self._special_tokens = dict(special_tokens)
         self._template = template
         self._origin = origin
-        fast.no_truncation()  # tokenizer.json may carry the limits of somebody's training
+        fast.no_truncation()  # tokenizer.json may contain the limits of training
         fast.no_padding()
         added = fast.get_added_tokens_decoder()
         self.added_ids: frozenset[int] = frozenset(added)
@@ -68,14 +68,14 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, path: Path) -> Tokenizer:
-        """Load ``tokenizer.json`` and what stands beside it in a Hugging Face model directory.
+        """Load ``tokenizer.json`` and related files of a Hugging Face model directory.
 
         Reads ``tokenizer_config.json``, ``special_tokens_map.json``, ``added_tokens.json`` and the
-        chat template where present. Nothing else is opened and no code of the model is run.
+        chat template if present. Opens no other files and runs no code of the model.
 
         Raises:
-            TokenizerError: there is no ``tokenizer.json`` (the message says what there is and how
-                to convert it), or a file is damaged; the message names it.
+            TokenizerError: no ``tokenizer.json`` (the message lists other formats and how to
+                convert them), or a damaged file; the message has its name.
         """
         path = Path(path)
         text = _read_fast(path)
@@ -89,15 +89,15 @@ class Tokenizer:
             _follow_flags(fast, config, class_name, named)
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as exc:
             raise TokenizerError(
-                f"{path / 'tokenizer_config.json'}: its special tokens make no sense: {exc}"
+                f"{path / 'tokenizer_config.json'}: invalid special tokens: {exc}"
             ) from exc
         return cls(fast, named, find_chat_template(path, config), str(path))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of a text, never truncated or padded.
 
-        Special tokens written in the text become their ids. ``add_special_tokens`` adds BOS or EOS
-        where the model's own tokenizer does.
+        Special tokens in the text become their ids. ``add_special_tokens`` adds BOS or EOS if the
+        model's tokenizer does.
 
         Raises:
             TokenizerError: the text is not valid Unicode (a lone surrogate from broken input).
@@ -105,13 +105,13 @@ class Tokenizer:
         return self._encode(text, add_special_tokens)[0]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Return the text of a sequence of ids; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of a sequence of ids; invalid UTF-8 becomes U+FFFD."""
         text: str = self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the model came with a chat template."""
+        """Whether the model has a chat template."""
         return self._template is not None
 
     def render_chat(
@@ -120,7 +120,7 @@ class Tokenizer:
         """Render a conversation with the model's chat template.
 
         Raises:
-            TokenizerError: the model has no template, or the template refuses the messages.
+            TokenizerError: the model has no template, or the template rejects the messages.
         """
         if self._template is None:
             raise TokenizerError(
@@ -134,7 +134,7 @@ class Tokenizer:
     def encode_chat(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True
     ) -> list[int]:
-        """Render a conversation and encode it; BOS comes from the template, not from here."""
+        """Render a conversation and encode it; BOS comes from the template."""
         text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
         return self.encode(text, add_special_tokens=False)
 
@@ -163,19 +163,19 @@ class Tokenizer:
 def continue_chat(
     tokenizer: Tokenizer, cached_ids: list[int], cached_text: str, messages: Sequence[Message]
 ) -> tuple[list[int], str]:
-    """Encode a conversation so that the ids already in the KV cache stay as they are.
+    """Encode a conversation, and reuse the ids that are already in the KV cache.
 
-    The ids a model generated need not be those that encoding its text gives. If the rendered
-    conversation R begins with ``cached_text`` and a special or added token stands at the border,
-    the ids are ``cached_ids`` and then those of the rest *as encoded within R*: added tokens split
-    the text before anything else looks at it, so nothing before the border changes them, and
-    taking them from R gives them the prefix space, or none, that they have there. Otherwise (a
-    template that rewrites history, a border within a word) all of R is encoded.
+    Generated ids can differ from the encoding of their text. If the rendered conversation R
+    begins with ``cached_text`` and a special or added token is at the border, the result is
+    ``cached_ids`` and the ids of the rest *as encoded within R*: added tokens split the text
+    first, so text before the border does not change the ids after it, and within R they have the
+    right prefix space. Otherwise (a template that rewrites history, a border within a word) all
+    of R is encoded.
 
     Args:
-        tokenizer: the model's.
-        cached_ids: ids in the cache: earlier prompts and what was generated.
-        cached_text: their exact text, special tokens included.
+        tokenizer: of the model.
+        cached_ids: ids in the cache: earlier prompts and generated ids.
+        cached_text: their exact text, with special tokens.
         messages: the whole conversation.
 
     Returns:
@@ -205,7 +205,7 @@ def _border(
         if token_id in added_ids and start < end:
             if start == border:
                 return at
-            # Ends there: only if the cache ends in it too (the model may have spelt its text).
+            # Only if the cache ends with this token too: the model may have spelled its text.
             if end == border and token_id == last_cached:
                 return at + 1
         if start > border:
@@ -230,17 +230,16 @@ def _read_fast(path: Path) -> str:
 def _load_fast(file: Path, text: str, config: Mapping[str, Any], class_name: str) -> FastTokenizer:
     try:
         return FastTokenizer.from_str(_with_prefix_space(text, config, class_name))
-    except Exception as exc:  # tokenizers raises a bare Exception for whatever is wrong
+    except Exception as exc:  # tokenizers raises a bare Exception for any error
         raise TokenizerError(
-            f"{file}: not a tokenizer this version reads ({exc}); it may be cut short, "
-            "download it again"
+            f"{file}: not a supported tokenizer ({exc}); it may be truncated, download it again"
         ) from exc
 
 
 def _with_prefix_space(text: str, config: Mapping[str, Any], class_name: str) -> str:
-    """Follow an explicit ``add_prefix_space`` where transformers 4 and 5 both do, over the file.
+    """Apply an explicit ``add_prefix_space`` to the file, if transformers 4 and 5 both do.
 
-    That is: either value for GPT-2's byte-level splitter, ``false`` for Llama's Metaspace.
+    That is either value for GPT-2's byte-level splitter, and ``false`` for Llama's Metaspace.
     """
     flag = config.get("add_prefix_space")
     if not isinstance(flag, bool) or class_name not in ("GPT2Tokenizer", "LlamaTokenizer"):
@@ -255,7 +254,7 @@ def _with_prefix_space(text: str, config: Mapping[str, Any], class_name: str) ->
 
 
 def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A normalizer, pre-tokenizer or decoder less whatever adds or strips the prefix space."""
+    """Remove the parts of a normalizer, pre-tokenizer or decoder that handle the prefix space."""
     if part is None or part["type"] in ("Prepend", "Strip"):
         return None
     if part["type"] == "Metaspace":
@@ -272,7 +271,7 @@ def _optional_json(file: Path) -> dict[str, Any]:
 
 
 def _class_name(path: Path, config: Mapping[str, Any]) -> str:
-    """Tokenizer class without "Fast": as configured, else the one of the model's type."""
+    """Tokenizer class without "Fast": as configured, else by model type."""
     name = config.get("tokenizer_class")
     if name is None:
         model = _optional_json(path / "config.json")
@@ -281,7 +280,7 @@ def _class_name(path: Path, config: Mapping[str, Any]) -> str:
 
 
 def _with_legacy_files(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Merge the older files in; like transformers, only where there is no added_tokens_decoder."""
+    """Merge the older files; like transformers, only without an ``added_tokens_decoder``."""
     if "added_tokens_decoder" in config:
         return config
     config = config | _optional_json(path / "special_tokens_map.json")
@@ -298,9 +297,9 @@ def _with_legacy_files(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 def _named_tokens(
     config: Mapping[str, Any], class_name: str, fast: FastTokenizer
 ) -> dict[str, str]:
-    """``bos_token`` and the like by name; class defaults only where the vocabulary has them.
+    """``bos_token`` and the like by name; class defaults only if the vocabulary has them.
 
-    transformers 5 adds a missing default to the vocabulary, with an id the model has no row for.
+    transformers 5 adds a missing default to the vocabulary, with an id beyond the embedding.
     """
     defaults = _DEFAULT_TOKENS.get(class_name, {})
     named = {k: v for k, v in defaults.items() if fast.token_to_id(v) is not None}
@@ -316,7 +315,7 @@ def _named_tokens(
 
 
 def _token_entries(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``..._token`` entries; not ``add_bos_token: true`` and its like."""
+    """``..._token`` entries, without flags such as ``add_bos_token: true``."""
     return {k: v for k, v in config.items() if k.endswith("_token") and not isinstance(v, bool)}
 
 
@@ -372,10 +371,9 @@ def _add_tokens(fast: FastTokenizer, config: Mapping[str, Any], named: Mapping[s
 def _follow_flags(
     fast: FastTokenizer, config: Mapping[str, Any], class_name: str, named: Mapping[str, str]
 ) -> None:
-    """Let an explicit ``add_bos_token``/``add_eos_token`` of a Llama-style class win.
+    """Apply an explicit ``add_bos_token``/``add_eos_token`` of a Llama-style class.
 
-    Everywhere else, and where it says what ``tokenizer.json`` does anyway, the post-processor of
-    the file stays.
+    In all other cases, and if ``tokenizer.json`` agrees, the file's post-processor stays.
     """
     if class_name not in _LLAMA_STYLE:
         return

@@ -22,7 +22,7 @@ import torch
 from tpirt.errors import MemoryLimitError, StoreError
 from tpirt.ops.buffers import page_buffer, tensor_bytes
 from tpirt.sharding.blocks import Block
-from tpirt.stopwatch import COMPUTE, DISK, WAIT_DISK, Recorder
+from tpirt.stopwatch import DISK, WAIT_DISK, Recorder
 from tpirt.types import Progress, ProgressCallback
 from tpirt.units import format_bytes
 from tpirt.weights.layout import Weights, view_weights
@@ -159,8 +159,8 @@ class WeightStreamer:
         self.blocks = blocks
         self.bytes_read = 0
         recorder = recorder or Recorder()
-        self.clock = recorder.stopwatch(COMPUTE)  # what the consumer waits, between its blocks
-        self.reads = recorder.stopwatch(DISK)  # what the readers read
+        self.clock = recorder.stopwatch(WAIT_DISK)  # what the consumer waits, between its blocks
+        self.reads = recorder.tally(DISK)  # what the readers read
         self._stored = stored
         self._read_timeout_s = read_timeout_s
         self._max_blocks = max_blocks
@@ -176,7 +176,7 @@ class WeightStreamer:
         self._free: list[torch.Tensor] = []
         self._kinds = _kinds(blocks, [file.nbytes for file in self._files])
         self._views: dict[tuple[int, int], Weights] = {}  # by block's kind and ring buffer
-        self._reading: set[int] = set()  # blocks that are being read now
+        self._reading: list[int] = []  # blocks that are being read now, maybe one of them twice
         self._waiters: dict[int, _Waiter] = {}
         self._pause: _Waiter | None = None  # waits until nothing is being read
         self._cursor = 0
@@ -398,7 +398,7 @@ class WeightStreamer:
                 if self._closing:
                     return
                 assert entry is not None
-                self._reading.add(entry.index)
+                self._reading.append(entry.index)
             began_ns = time.perf_counter_ns()
             try:
                 self._read(entry)
@@ -462,7 +462,7 @@ class WeightStreamer:
 
     def _finish(self, entry: _Entry) -> None:
         entry.done = True
-        self._reading.discard(entry.index)
+        self._reading.remove(entry.index)
         if entry.index in self.plan.resident:
             if entry.error is not None:
                 self._errors[entry.index] = entry.error

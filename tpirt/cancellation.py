@@ -1,17 +1,17 @@
-"""Work that must come to its own end: cancelling whoever waits for it does not tear it apart."""
+"""Work that must run to its end even if its caller is cancelled."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
 
-async def finish(work: Coroutine[Any, Any, _T], on_cancel: Callable[[], None] | None = None) -> _T:
-    """Await ``work`` as a task of its own; cancelled, wait for its end all the same.
+async def finish(work: Awaitable[_T], on_cancel: Callable[[], None] | None = None) -> _T:
+    """Await a coroutine, as a task of its own, or a future; cancelled, still wait for its end.
 
     The cancellation is raised after that, in place of any result or error. Further cancellations
     meanwhile change nothing, so ``work`` must end by itself before long.

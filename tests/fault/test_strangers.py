@@ -255,7 +255,7 @@ async def busy(worker: Worker) -> bool:
 
 
 async def test_a_call_that_is_cancelled_while_its_session_ends_frees_the_worker(
-    model: Path, tmp_path: Path, held: Manifest, worker: Worker
+    model: Path, tmp_path: Path, held: Manifest, worker: Worker, store: SliceStore
 ) -> None:
     for turns in range(12):  # of the loop, between the master's end and the call's
         mine, theirs = memory_pair("w", "master")
@@ -269,6 +269,8 @@ async def test_a_call_that_is_cancelled_while_its_session_ends_frees_the_worker(
         serving.cancel()
         await asyncio.wait({serving})
     assert not await busy(worker)
+    (used,) = store.matching([held.slice_id])
+    store.remove(used)  # raises while a session uses it
     async with asyncio.timeout(WAIT_S), master(model, tmp_path, worker) as engine:
         await tokens(engine)
 
@@ -506,12 +508,28 @@ async def test_the_caller_that_is_silent_for_longest_gives_way() -> None:
 
     waiting = []
     for number in range(5):
-        waiting.append(asyncio.ensure_future(backlog.wait(caller(number))))
+        waiting.append(asyncio.ensure_future(backlog.wait(f"h:{number}", caller(number))))
         await asyncio.sleep(0)
     said.set()
     results = await asyncio.gather(*waiting, return_exceptions=True)
     assert [type(r) for r in results[:3]] == [TransportError] * 3
     assert results[3:] == [3, 4]
+
+
+async def test_the_host_that_has_most_callers_gives_way() -> None:
+    backlog, said = Backlog(3), asyncio.Event()
+
+    async def caller(name: str) -> str:
+        await said.wait()
+        return name
+
+    waiting = []
+    for name in ("one:1", "many:2", "many:3", "many:4", "many:5"):
+        waiting.append(asyncio.ensure_future(backlog.wait(name, caller(name))))
+        await asyncio.sleep(0)
+    said.set()
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [r for r in results if isinstance(r, str)] == ["one:1", "many:4", "many:5"]
 
 
 # -- a real peer -------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ class Worker:
         )
 
     async def _serve(self, session: WorkerSession) -> None:
-        request = await self._silent.wait(session.setup())
+        request = await self._silent.wait(session.link.peer_id, session.setup())
         if request is None:
             return
         incoming, setup = request

@@ -88,7 +88,7 @@ class Switchboard:
         try:
             caller.link.start()
             async with asyncio.timeout(PATIENCE_S):
-                join = (await self._silent.wait(caller.joined())).body
+                join = (await self._silent.wait(channel.peer_id, caller.joined())).body
                 key = (join.session, join.rank)
                 if key in self._waiting or len(self._waiting) >= _MOST_WAITING:
                     return

@@ -210,7 +210,7 @@ class GrpcPeerServer:
         call = GrpcChannel(caller, context)
 
         async def work() -> None:
-            channel = await self._silent.wait(self._accept(call, context))
+            channel = await self._silent.wait(caller, self._accept(call, context))
             try:
                 await serve(channel)
             finally:

@@ -6,7 +6,7 @@ import asyncio
 import zlib
 from collections.abc import AsyncIterator, Callable
 
-from tpirt.cluster.cancellation import in_thread
+from tpirt.cluster.cancellation import finish, in_thread
 from tpirt.cluster.machine import (
     available_bytes,
     base_bytes,
@@ -127,12 +127,7 @@ class Worker:
             self._log(f"session ended: {exc}")
             raise
         finally:
-            await session.aclose()
-            if self._session is session:
-                async with self._free:
-                    self._session = None
-                    self._free.notify_all()
-                self._log("waiting for a master")
+            await finish(self._leave(session))  # a call that ends cancels its handler
 
     async def link(self, channel: Channel) -> None:
         """See :class:`tpirt.transport.base.PeerService`."""
@@ -185,6 +180,15 @@ class Worker:
             raise
         self._log(f"serving {session.link.peer_id}")
         await session.serve(incoming, setup, self._prepare)
+
+    async def _leave(self, session: WorkerSession) -> None:
+        """Close a session; the next master may come."""
+        await session.aclose()
+        if self._session is session:
+            async with self._free:
+                self._session = None
+                self._free.notify_all()
+            self._log("waiting for a master")
 
     async def _claim(self, session: WorkerSession) -> None:
         """Make ``session`` the one that is served; wait for one whose master has left."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -11,13 +12,15 @@ from pathlib import Path
 import pytest
 
 from tpirt.batch import Algorithm
+from tpirt.cluster.worker import Worker
 from tpirt.engine import Engine, EngineOptions
-from tpirt.testing.cluster import memory_engine
+from tpirt.testing.cluster import MemoryPeerClient, memory_engine
 from tpirt.testing.faults import Fault, FaultyChannel
 from tpirt.testing.processes import PeerProcess
 from tpirt.transport.base import Channel
 from tpirt.transport.frame import Frame, Kind
 from tpirt.types import Progress, SamplingParams
+from tpirt.weights.store import SliceStore
 
 PROMPT = [i % 250 for i in range(200)]
 OTHER = [7, 8, 9, 10]
@@ -227,6 +230,47 @@ async def test_cancelled_while_a_worker_is_slow_then_answered_right(
         with pytest.raises(asyncio.CancelledError):
             await task
         await check_answers(engine, expected)
+
+
+class AbruptClient(MemoryPeerClient):
+    """Cancels its sessions on leaving, as gRPC does with the handlers of calls that end."""
+
+    turns = 0
+
+    async def aclose(self) -> None:
+        for channel in self._channels:
+            await channel.aclose()
+        for _ in range(self.turns):
+            await asyncio.sleep(0)
+        for session in self._sessions:
+            session.cancel()
+        await asyncio.gather(*self._sessions, return_exceptions=True)
+        self._sessions.clear()
+
+
+async def test_a_worker_whose_handler_is_cancelled_at_any_moment_serves_again(
+    model: Path, store: Path, expected: list[list[int]]
+) -> None:
+    worker = Worker("rank1", SliceStore(store), None, 1, lambda _: None)
+    options = EngineOptions(dtype="float32", threads=1, store=store, chunk_tokens=16)
+    for turns in (0, 1, 2, 3, 4, 6, 10, 20, 40):
+        client = AbruptClient(worker)
+        client.turns = turns
+        async with asyncio.timeout(20), Engine.connect(model, options, peers=[client]) as engine:
+            assert (await engine.complete(OTHER, PARAMS)).token_ids == expected[1]
+    assert "tpirt-window" not in {thread.name for thread in threading.enumerate()}
+
+
+async def test_many_resets_at_once_are_one(
+    model: Path, store: Path, expected: list[list[int]]
+) -> None:
+    async with memory_engine(model, 2, store=store, chunk_tokens=16) as engine:
+        await engine.complete(PROMPT, PARAMS)
+        for _ in range(300):  # more messages than a worker's queue takes
+            engine.reset()
+            await asyncio.sleep(0)
+        assert (await engine.complete(OTHER, PARAMS)).token_ids == expected[1]
+        assert engine.broken is None
 
 
 async def test_two_requests_at_once_wait_for_each_other(

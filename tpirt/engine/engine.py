@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from tpirt.batch import Collective, Segment
+from tpirt.cluster.cancellation import finish
 from tpirt.cluster.group import Group
 from tpirt.cluster.launcher import LocalPeers
 from tpirt.cluster.machine import default_threads
@@ -146,7 +147,7 @@ class Engine:
             workers = _clients(local, peers, threads, store, progress)
             clients = await stack.enter_async_context(workers)
             group = Group(clients, options.timeout_s, progress)
-            stack.push_async_callback(group.aclose)
+            stack.push_async_callback(lambda: finish(group.aclose()))
             profiles = await profile_peers(clients, threads)
             spans = TRACE_SPANS if trace else 0
             deployment = plan(opened.config, profiles, options, trace_spans=spans)

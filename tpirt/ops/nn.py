@@ -14,12 +14,11 @@ import torch.nn.functional as F
 # Maximum elements of an attention mask: bounds a chunk's memory for any context length.
 MASK_ELEMENTS = 1 << 22
 
+# By the names of ``ModelConfig.hidden_act``.
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
-    "swish": F.silu,
     "relu": F.relu,
     "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 

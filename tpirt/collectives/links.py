@@ -90,7 +90,7 @@ class LinkSet:
     async def exchange(
         self, step: StepContext, frames: Mapping[int, Frame], receive: Coroutine[Any, Any, _T]
     ) -> _T:
-        """Send frames, then receive; concurrently if they are large. Returns ``receive``'s result."""
+        """Send frames, then receive; concurrently if large. Returns the result of ``receive``."""
         if _small(frames):
             try:
                 await self.send(step, frames)

@@ -22,7 +22,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 # Spelling in config.json -> name in ``ModelConfig.hidden_act``. The tanh spellings are the same
 # formula, equal up to float rounding.
-ACTIVATIONS: Mapping[str, str] = {
+ACTIVATION_NAMES: Mapping[str, str] = {
     "silu": "silu",
     "swish": "silu",
     "relu": "relu",
@@ -162,7 +162,7 @@ class ModelConfig:
             _flag(name, getattr(self, name))
         _positive_number("rms_norm_eps", self.rms_norm_eps)
         _one_of("model_type", self.model_type, _FAMILIES)
-        _one_of("hidden_act", self.hidden_act, set(ACTIVATIONS.values()))
+        _one_of("hidden_act", self.hidden_act, set(ACTIVATION_NAMES.values()))
         _one_of("dtype", self.dtype, DTYPES)
         _check_heads(self)
         _check_windows(self)
@@ -387,7 +387,7 @@ def _translate(config: Mapping[str, Any]) -> ModelConfig:
         "max_position_embeddings",
         config.get("max_position_embeddings", family.max_position_embeddings),
     )
-    act = _one_of("hidden_act", config.get("hidden_act", "silu"), ACTIVATIONS)
+    act = _one_of("hidden_act", config.get("hidden_act", "silu"), ACTIVATION_NAMES)
     return ModelConfig(
         model_type=config["model_type"],
         hidden_size=hidden,
@@ -399,7 +399,7 @@ def _translate(config: Mapping[str, Any]) -> ModelConfig:
         vocab_size=_required_size(config, "vocab_size"),
         max_position_embeddings=positions,
         rms_norm_eps=_positive_number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
-        hidden_act=ACTIVATIONS[act],
+        hidden_act=ACTIVATION_NAMES[act],
         rope=_rope(config, family, positions),
         tie_word_embeddings=_flag("tie_word_embeddings", config.get("tie_word_embeddings", False)),
         qkv_bias=_bias(config, "attention_bias", family.qkv_bias),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+DEFAULT_TIMEOUT_S = 20.0  # longest silence of a peer before it counts as lost
+
 
 @dataclass(frozen=True)
 class SamplingParams:

@@ -373,7 +373,7 @@ ALLOWED = {
     "InventoryRequest": {"slice_id", "order"},
     "InventoryReply": {"whole", "held"},
     "UnitChunk": {"order", "unit", "offset", "crc32", "data"},
-    "PutUnitsReply": {"bytes_written", "held"},
+    "PutUnitsReply": {"bytes_written"},
     "Message": {
         "setup",
         "loading",
@@ -478,7 +478,6 @@ TEXTS = {
     "InventoryReply.held",  # hashes of weights
     "UnitChunk.order",
     "UnitChunk.data",  # weights
-    "PutUnitsReply.held",
     "Setup.model_fingerprint",  # hash
     "Setup.model_config",  # shapes and options of the model
     "Setup.slice_id",

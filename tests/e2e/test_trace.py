@@ -303,7 +303,7 @@ async def test_full_lanes_stop_and_the_trace_says_so(
     assert len(full) == sum(len(rank["not_recorded"]) for rank in trace.ranks)
 
 
-@pytest.mark.usefixtures("in_halves")
+@pytest.mark.usefixtures("micro_batched")
 @pytest.mark.parametrize("window", [None, 2])
 async def test_overlapping_collectives_are_drawn_apart_and_counted_once(
     model: Path, store: Path, file: Path, window: int | None

@@ -25,19 +25,16 @@ PARAMS = SamplingParams(max_tokens=8)
 ENDLESS = SamplingParams(max_tokens=300)
 
 
-class Counting:
+class Counting(FaultyChannel):
     """Passes a worker's frames on and counts them: its compute shows as partials sent."""
 
     def __init__(self, inner: Channel):
+        super().__init__(inner, Fault.DELAY, kind="none")
         self.partials = 0
-        self._inner = inner
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._inner, name)
 
     async def send(self, frame: Frame) -> None:
         self.partials += frame.header.kind == Kind.PARTIAL
-        await self._inner.send(frame)
+        await super().send(frame)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +77,7 @@ async def counted(model: Path, store: Path) -> AsyncIterator[tuple[Engine, list[
 
     def count(_: int, channel: Channel) -> Channel:
         workers.append(Counting(channel))
-        return workers[-1]  # type: ignore[return-value]
+        return workers[-1]
 
     async with memory_engine(
         model, 3, store=store, chunk_tokens=16, timeout_s=5, worker_side=count
@@ -181,7 +178,7 @@ async def test_cancel_storm_of_frames_larger_than_the_way_holds(
         await check_answers(engine, expected)
 
 
-@pytest.mark.usefixtures("in_halves")
+@pytest.mark.usefixtures("micro_batched")
 @pytest.mark.parametrize("algorithm", Algorithm, ids=lambda algorithm: algorithm.value)
 async def test_cancel_storm_of_prompts_in_halves(
     model: Path, store: Path, expected: list[list[int]], algorithm: Algorithm

@@ -90,7 +90,7 @@ async def test_a_failure_in_one_worker_frees_the_others_in_direct_exchange(
     from tpirt.errors import StoreError
 
     if halves:
-        request.getfixturevalue("in_halves")
+        request.getfixturevalue("micro_batched")
     failing = {"left": 1}
     validate = RankRuntime.validate
 
@@ -151,7 +151,7 @@ async def test_a_second_link_of_a_rank_and_other_words_are_refused() -> None:
     first, waiting = await call(board)
     joining = await join(first, 7, 2)
     second, refused = await call(board)
-    while not board.waits_for(7, 2):
+    while not board.waits_for(7, 2):  # noqa: ASYNC110 - nothing tells
         await asyncio.sleep(0)
     with pytest.raises(PeerLostError):
         await second.request(JoinLink(7, 2))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tpirt.config import ACTIVATIONS, ModelConfig, RopeConfig
+from tpirt.config import ACTIVATION_NAMES, ModelConfig, RopeConfig
 from tpirt.weights.names import expected_tensors
 
 transformers = pytest.importorskip("transformers")
@@ -103,7 +103,7 @@ def check_derived(ours: ModelConfig, theirs: Any) -> None:
         assert getattr(ours, name) == getattr(theirs, name), name
     head_dim = getattr(theirs, "head_dim", None)
     assert ours.head_dim == (head_dim or theirs.hidden_size // theirs.num_attention_heads)
-    assert ours.hidden_act == ACTIVATIONS[theirs.hidden_act]
+    assert ours.hidden_act == ACTIVATION_NAMES[theirs.hidden_act]
     assert ours.tie_word_embeddings is theirs.tie_word_embeddings
     assert list(ours.sliding_windows) == their_windows(theirs)
     assert ours.dtype == str(theirs.dtype or torch.float32).removeprefix("torch.")
@@ -190,7 +190,7 @@ def test_family_defaults(family: str) -> None:
     check_derived(*ours_and_theirs(family, sizes))
 
 
-@pytest.mark.parametrize(("spelling", "name"), ACTIVATIONS.items())
+@pytest.mark.parametrize(("spelling", "name"), ACTIVATION_NAMES.items())
 def test_activation_names_mean_the_same(spelling: str, name: str) -> None:
     functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "silu": torch.nn.functional.silu,

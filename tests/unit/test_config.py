@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tpirt.config import ACTIVATIONS, ModelConfig, RopeConfig
+from tpirt.config import ACTIVATION_NAMES, ModelConfig, RopeConfig
 from tpirt.errors import CheckpointError, ConfigError
 
 LLAMA: dict[str, Any] = {
@@ -191,7 +191,7 @@ def test_qwen3_refuses_null_head_dim() -> None:
         parse(model_type="qwen3", architectures=["Qwen3ForCausalLM"], head_dim=None)
 
 
-@pytest.mark.parametrize(("spelling", "name"), ACTIVATIONS.items())
+@pytest.mark.parametrize(("spelling", "name"), ACTIVATION_NAMES.items())
 def test_activation_spellings(spelling: str, name: str) -> None:
     assert parse(hidden_act=spelling).hidden_act == name
 

@@ -1,6 +1,7 @@
-"""The terminal interface: chat, the displayed plan, progress on the console.
+"""The user interface: the chat, the table of a plan, progress on the console.
 
-All access to the model goes through :class:`tpirt.engine.Engine`.
+This package reads and writes the master's terminal; everything about the model comes from
+:class:`tpirt.engine.Engine`.
 """
 
 from tpirt.chat.plan_view import show_plan

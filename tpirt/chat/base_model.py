@@ -10,7 +10,7 @@ from tpirt.types import Message, ProgressCallback, SamplingParams, Token, ignore
 
 
 class Continuation:
-    """Replaces :class:`tpirt.engine.Conversation`; ``system`` has no effect."""
+    """Replaces a :class:`tpirt.engine.Conversation`; ``system`` has no effect."""
 
     def __init__(self, engine: Engine):
         self.system: str | None = None
@@ -23,7 +23,7 @@ class Continuation:
         return self._engine.cached_tokens
 
     def reset(self) -> None:
-        """Forget all messages."""
+        """Forget the last text."""
         self.turns.clear()
 
     async def send(

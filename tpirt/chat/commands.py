@@ -1,4 +1,4 @@
-"""Commands of the chat, which begin with ``/``."""
+"""The commands of a chat, which begin with ``/``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ASSIGNMENT = re.compile(r"([\w-]+)(?:\s*=\s*|\s+)?(.*)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Command:
-    """A command; ``run`` gets the session and the arguments."""
+    """``run`` gets the session and the text after the name."""
 
     usage: str
     about: str
@@ -30,7 +30,7 @@ async def run_command(session: Session, line: str) -> None:
     """Execute a line that begins with ``/``.
 
     Raises:
-        TpirtError: no such command, or it failed.
+        TpirtError: no such command, or the command failed.
     """
     name, *rest = line.split(maxsplit=1)
     command = COMMANDS.get(name.lower())
@@ -63,7 +63,7 @@ async def _system(session: Session, text: str) -> None:
         session.console.say(session.talk.system or "There is no system message.")
         return
     session.talk.system = None if text == "-" else text
-    session.console.note("Applies from the next message on.")
+    session.console.note("Takes effect with the next message, for the whole conversation.")
 
 
 async def _set(session: Session, text: str) -> None:

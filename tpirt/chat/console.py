@@ -8,22 +8,22 @@ from typing import TextIO
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
-# Control characters that terminals interpret: C0 except newline and tab, DEL, C1.
+# C0 except newline and tab, DEL, C1: a terminal obeys these instead of showing them.
 _CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")})
 
 
 def printable(text: str) -> str:
-    """Remove terminal control characters."""
+    """Drop all control characters that a terminal would obey."""
     return text.translate(_CONTROLS)
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether the stream is an open terminal."""
+    """Return whether the stream is an open terminal."""
     return stream is not None and not stream.closed and stream.isatty()
 
 
 def is_capable(stream: TextIO | None) -> bool:
-    """Whether the stream is a terminal with escape sequences."""
+    """Return whether the stream is a terminal that can do more than print lines."""
     return is_terminal(stream) and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
 
 
@@ -41,7 +41,7 @@ def columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
 
 
 class Console:
-    """Writes answers and command output to ``out``, notes to ``err``.
+    """Answers and requested output go to ``out``, remarks to ``err``.
 
     Both may be the same terminal; notes begin on a new line. On a terminal, control characters
     from the model or a peer are removed. Characters that the stream cannot encode become question
@@ -59,7 +59,7 @@ class Console:
             self._within_line = not text.endswith("\n")
 
     def end_line(self) -> None:
-        """Start a new line if the current one is not empty."""
+        """End the current line, so that further output begins on a new one."""
         if self._within_line:
             self._put(self._out, "\n")
             self._within_line = False
@@ -77,7 +77,7 @@ class Console:
         )
 
     def status(self, text: str) -> None:
-        """Write a note on a terminal only."""
+        """Write a remark, only on a terminal."""
         if is_terminal(self._err):
             self.note(text)
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, passed to the current handler."""
+"""Ctrl-C goes to the task at work instead of interrupting the process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle SIGINT within the block, then restore the previous handler."""
+        """Take SIGINT over; the previous handler is restored at the end."""
         loop = asyncio.get_running_loop()
         before = signal.getsignal(signal.SIGINT)
         try:

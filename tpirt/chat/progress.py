@@ -54,7 +54,7 @@ class ConsoleProgress:
             self._show.update(progress)
 
     def close(self) -> None:
-        """Clear the display until the next report."""
+        """Clear the screen's progress; nothing is written until the next report."""
         if self._show is not None:
             self._show.close()
 
@@ -76,7 +76,7 @@ class _Lines:
         self._lock = threading.Lock()
         self._stage = ""
         self._due_s = 0.0
-        self._begun: dict[_Key, tuple[float, int]] = {}  # start time, and progress at that time
+        self._begun: dict[_Key, tuple[float, int]] = {}  # start time, and the amount done by then
 
     def update(self, progress: Progress) -> None:
         with self._lock:
@@ -142,7 +142,7 @@ class _Bars:
             redirect_stderr=False,
         )
         if self._clock() - self._shown_until_s < _PATIENCE_S:
-            self._start(self._bars)  # the next stage follows without a pause
+            self._start(self._bars)  # a next stage right after one that is on the screen
         else:
             self._timer = threading.Timer(_PATIENCE_S, self._on_timer, [self._bars])
             self._timer.daemon = True

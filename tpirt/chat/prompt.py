@@ -1,4 +1,4 @@
-"""Input on a terminal with editing, history and completion."""
+"""Reading user input on a capable terminal: editing, history, completion."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class CommandCompleter(Completer):
 
 
 class _SafeHistory(FileHistory):
-    """Ignores write errors: they must not end the chat."""
+    """A history file; if it can no longer be written, the chat goes on without it."""
 
     def store_string(self, string: str) -> None:
         with contextlib.suppress(OSError):
@@ -102,7 +102,7 @@ def clean(text: str) -> str:
 
 
 def history_file() -> Path:
-    """Path of the input history, ``$XDG_STATE_HOME/tpirt/history``."""
+    """The file of the input history: ``$XDG_STATE_HOME/tpirt/history`` or its default."""
     given = Path(os.environ.get("XDG_STATE_HOME", ""))
     state = given if given.is_absolute() else Path("~/.local/state").expanduser()
     return state / "tpirt" / "history"
@@ -122,7 +122,7 @@ def open_history(path: Path | None) -> History:
 
 @contextlib.contextmanager
 def echo_off() -> Iterator[None]:
-    """Turn echo off within the block; the next prompt shows typed text."""
+    """Hide text typed within the block; the next prompt shows it."""
     try:
         import termios
 

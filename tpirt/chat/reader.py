@@ -1,4 +1,4 @@
-"""Plain line input from any file, next to a running event loop."""
+"""Reading user input: plain lines, from any file, while an event loop runs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class PlainReader:
         return line.decode("utf-8", "replace").removesuffix("\r")
 
     def interrupt(self) -> None:
-        """See :class:`Reader`; the terminal has discarded typed text."""
+        """See :class:`Reader`; the terminal has dropped the typed text itself."""
         self._prompt(f"\n({LEAVE_HINT})\n{PROMPT}")
 
     def _prompt(self, text: str) -> None:
@@ -81,7 +81,7 @@ class PlainReader:
         return line
 
     async def _chunk(self) -> bytes:
-        """Read in a daemon thread, because reads from a terminal cannot be cancelled."""
+        """Read in a daemon thread: a read from a terminal cannot be cancelled."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[bytes] = loop.create_future()
 

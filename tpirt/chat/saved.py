@@ -14,13 +14,13 @@ from tpirt.errors import RequestError
 from tpirt.types import Message
 
 VERSION = 1
-_MOST_BYTES = 64 << 20  # larger files are not conversations
+_MOST_BYTES = 64 << 20  # a larger file is not a conversation
 _ROLES = ("user", "assistant")
 
 
 @dataclass(frozen=True)
 class SavedConversation:
-    """A system message, and pairs of user and assistant messages."""
+    """A file's content: the system message, and the turns of user and assistant in pairs."""
 
     system: str | None
     messages: Sequence[Message]

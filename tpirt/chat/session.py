@@ -183,6 +183,6 @@ class _Stop:
 
 
 def _look_at(task: asyncio.Task[None]) -> None:
-    """Retrieve the result of a task that may not be awaited, so that asyncio does not report it."""
+    """Retrieve the result of a task that may not be awaited, so that asyncio is silent."""
     if not task.cancelled():
         task.exception()

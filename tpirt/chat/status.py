@@ -115,7 +115,7 @@ def _labelled(rank: RankStats, row: Row) -> Row:
 
 
 def _what_gated(decoded: Sequence[TokenTimes]) -> str:
-    """Describe the most frequent cause of the longest wait."""
+    """Name the most frequent longest wait of the tokens."""
     found = Counter(
         f"{token.gated_by} of rank {token.slowest_rank}"
         if token.gated_by in ("compute", "disk")

@@ -34,7 +34,7 @@ def add_command(commands: Commands) -> None:
         type=count,
         default=512,
         metavar="N",
-        help="tokens per piece of text; pieces are independent (default 512)",
+        help="tokens per piece of text; each piece is evaluated without context (default 512)",
     )
     parser.add_argument("--max-pieces", type=count, metavar="N", help="stop after N pieces")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -56,9 +56,9 @@ def _run(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print("tpirt: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output is gone
+    except BrokenPipeError:  # the reader of our output has closed it
         _drop_output()
-    except OSError as exc:  # all others are TpirtErrors
+    except OSError as exc:  # any other OSError is already a TpirtError
         _drop_output()
         print(f"tpirt: error: cannot write the output: {exc.strerror}", file=sys.stderr)
         return TpirtError.exit_code
@@ -66,7 +66,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _open_standard_streams() -> None:
-    """Open the null device for closed standard streams, so that no other file takes their place."""
+    """Open the null device for closed standard streams, whose numbers other files would get."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -78,7 +78,7 @@ def _open_standard_streams() -> None:
 
 
 def _drop_output() -> None:
-    """Discard buffered output, so that the exit does not fail on it."""
+    """Discard buffered output, so that flushing it does not fail when the interpreter ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tpirt.errors import ConfigError
-from tpirt.types import SamplingParams
+from tpirt.types import DEFAULT_TIMEOUT_S, SamplingParams
 from tpirt.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -102,9 +102,10 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout",
         type=_seconds,
-        default=20.0,
+        default=DEFAULT_TIMEOUT_S,
         metavar="S",
-        help="longest silence of a peer before it counts as lost, in seconds (default 20)",
+        help="longest silence of a peer before it counts as lost, in seconds "
+        f"(default {DEFAULT_TIMEOUT_S:g})",
     )
     parser.add_argument(
         "--trace",
@@ -249,7 +250,7 @@ def _show_plan(arguments: argparse.Namespace, plan: Deployment) -> None:
 
 
 def _tell(arguments: argparse.Namespace, engine: Engine) -> None:
-    """Print notes about the group on stderr."""
+    """Print the group's plan and its notices on stderr."""
     if engine.notice and not arguments.quiet:
         print(f"tpirt: {engine.notice}", file=sys.stderr)
     if arguments.explain:

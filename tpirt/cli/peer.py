@@ -39,7 +39,7 @@ def add_command(commands: Commands) -> None:
     parser.add_argument(
         "--until-stdin-closes",
         action="store_true",
-        help="exit when standard input closes, that is with the process that started the peer",
+        help="exit when standard input closes, such as at the end of the parent process",
     )
     parser.add_argument("--quiet", action="store_true", help="do not report sessions on stderr")
     parser.set_defaults(run=_run)

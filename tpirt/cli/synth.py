@@ -22,7 +22,7 @@ def add_command(commands: Commands) -> None:
     parser = add_parser(
         commands,
         "synth",
-        "create a model with random weights of any shape, as slices without a checkpoint",
+        "create a model of any shape with random weights, as slices without a checkpoint",
         "tpirt synth --shape llama-3.1-8b --quantize int4 --world-size 2 --out llama-8b\n"
         "  then: tpirt generate --model llama-8b --quantize int4 --local 2 --prompt Hello",
     )

@@ -17,7 +17,7 @@ from tpirt.types import Progress, ProgressCallback
 
 _WORTH_HIDING_S = 4e-3
 _LEAST_SPLIT = 32
-_DECODED_TOKENS = 8  # longer steps are not measured: their ranks wait for each other's compute
+_DECODED_TOKENS = 8  # steps of more are not learned from: their ranks wait for each other's compute
 
 
 Pair = tuple[int, int]  # of ranks, the lower one first
@@ -25,7 +25,7 @@ Pair = tuple[int, int]  # of ranks, the lower one first
 
 @dataclass(frozen=True)
 class LinkMatrix:
-    """The links between ranks: measurements, or reasons why there is none.
+    """The links between ranks: their measurements, or the reason why there is none.
 
     Attributes:
         world_size: number of ranks.
@@ -155,7 +155,7 @@ class CollectivePolicy:
         self._fixed = options.algorithm if topology.complete else Algorithm.STAR
 
     def for_step(self, tokens: int) -> Collective:
-        """Choose the collective for a step of ``tokens`` tokens."""
+        """Choose for a step of ``tokens`` tokens."""
         nbytes = self._nbytes(tokens)
         learned = tokens <= _DECODED_TOKENS
         choose = self._chooser.choose_to_learn if learned else self._chooser.choose
@@ -163,19 +163,19 @@ class CollectivePolicy:
         return Collective(self._fixed or choose(nbytes), self._comm_dtype, micro_batches)
 
     def used(self, tokens: int) -> Collective:
-        """The expected collective for a step of ``tokens`` tokens."""
+        """The collective for a step of ``tokens`` tokens under the current estimates."""
         nbytes = self._nbytes(tokens)
         micro_batches = tokens >= _LEAST_SPLIT and self._is_slow(nbytes)
         algorithm = self._fixed or self._chooser.choose(nbytes)
         return Collective(algorithm, self._comm_dtype, micro_batches)
 
     def learn(self, tokens: int, algorithm: Algorithm, measured_s: float) -> None:
-        """Record the median time of a step's all-reduces."""
+        """Take the median time of a step's allreduces into account."""
         if tokens <= _DECODED_TOKENS:
             self._chooser.learn(algorithm, self._nbytes(tokens), measured_s)
 
     def explain(self, chunk_tokens: int) -> list[str]:
-        """Describe measurements and choices, one line each."""
+        """Describe measurements and choices, one per line."""
         sizes = {"one token": self._nbytes(1), f"{chunk_tokens} tokens": self._nbytes(chunk_tokens)}
         lines = [*self._links.detours(), *self._chooser.explain(sizes)]
         if self._fixed is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tpirt.batch import DEFAULT_COLLECTIVE, Algorithm, Batch, Collective, CommDtype, Segment
-from tpirt.cluster.cancellation import finish
+from tpirt.cancellation import finish
 from tpirt.cluster.collective_policy import CollectivePolicy, survey_links
 from tpirt.cluster.rank import RankRuntime, frame_limit
 from tpirt.cluster.roster import machines

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequen
 from dataclasses import dataclass
 from typing import TypeVar
 
-from tpirt.cluster.cancellation import in_thread
+from tpirt.cancellation import in_thread
 from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.collectives.context import StepAborted
 from tpirt.errors import PeerLostError, StoreError

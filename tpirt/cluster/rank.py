@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tpirt.batch import Batch
-from tpirt.cluster.cancellation import finish, in_thread
+from tpirt.cancellation import finish, in_thread
 from tpirt.cluster.kernels import choose_kernels
 from tpirt.cluster.machine import (
     base_bytes,

@@ -79,8 +79,8 @@ def machines(peers: Sequence[PeerProfile]) -> list[Machine]:
     for peer in peers:
         found.setdefault(peer.host_id, []).append(peer)
     return [
-        Machine(tuple(peer.rank for peer in group), max(1, group[0].cores))
-        for group in found.values()
+        Machine(tuple(peer.rank for peer in shared), max(1, shared[0].cores))
+        for shared in found.values()
     ]
 
 

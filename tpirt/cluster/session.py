@@ -139,7 +139,8 @@ class WorkerSession:
                 await self.refuse(to, exc)
             raise
         await self.link.respond(to, ready)
-        while (incoming := await self._next()) is not None:
+        while (incoming := await self._next()) is not None and not self.lost:
+            # A step begun without a master would wait for other workers, which begin none.
             await self._serve(self._prepared, incoming)
         raise self._lost.result()
 

@@ -16,7 +16,7 @@ MAX_STEPS = 4096  # kept
 
 
 class Counters(NamedTuple):
-    """Counters of a rank since its session began."""
+    """The counters of a rank since its session began."""
 
     compute_ns: int = 0
     io_ns: int = 0
@@ -48,7 +48,7 @@ class _Step:
 class StepLog:
     """Reads a rank's counters at the boundaries of steps.
 
-    A step lasts until the next one begins, so the steps add up to the total.
+    A step lasts until the next one begins, so the steps add up to the totals.
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class StepLog:
         self._steps.append(_Step(number, tokens, prefill, now, counters))
 
     def end_layers(self) -> None:
-        """Count the rest of this step as the master's own work."""
+        """End the layers: the rest of this step is the master's own work."""
         if self._steps:
             self._steps[-1].layers = self._read()
 
     def since(self, number: int) -> tuple[Counters, list[StepTimes]]:
-        """Counters since step ``number`` began (0: since the session began), also by step."""
+        """Counters since step ``number`` began (0: the session), and the times by step."""
         now = self._read()
         steps = [step for step in self._steps if step.number >= number]
         earliest = steps[0].begin if steps else now
@@ -87,7 +87,7 @@ class StepLog:
         return now.since(first), [self._times(step, now) for step in steps]
 
     def flush(self) -> None:
-        """End the current step, so that it is in the trace."""
+        """End the current step, so that the trace includes it."""
         self._end(None, self._read())
 
     def _end(self, now_ns: int | None, counters: Counters) -> None:

@@ -90,7 +90,7 @@ def make_synthetic(
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
-            stop.set()  # end the threads that are still writing
+            stop.set()  # other writers are no longer needed
             pool.shutdown(cancel_futures=True)
     for future in futures:
         with contextlib.suppress(_StoppedError):

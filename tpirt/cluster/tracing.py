@@ -1,4 +1,4 @@
-"""Collect the traces of all ranks and convert them to the master's clock.
+"""The spans of all ranks, collected on the master and converted to its clock.
 
 Every peer's monotonic clock has its own zero. The master asks for the time between steps: for a
 request at ``t0`` and a reply ``t`` at ``t2``, the offset of the peer's clock is between ``t - t2``
@@ -136,12 +136,12 @@ class Tracer:
 
 
 def answer_clock() -> Clock:
-    """Answer a request for the time, as a worker."""
+    """Answer with the current time, as a worker."""
     return Clock(time.perf_counter_ns())
 
 
 def answer_trace(recorder: Recorder, lane: str) -> tuple[Trace, memoryview | bytes]:
-    """Answer a request for a lane, as a worker; empty without a trace."""
+    """Answer with the spans of a lane, as a worker; empty if no trace was asked for."""
     recorded = recorder.lanes.get(lane)
     if recorded is None:
         return Trace(lane), b""
@@ -186,7 +186,7 @@ def _is_valid(trace: Trace, records: memoryview | bytes) -> bool:
 
 
 def lane_traces(recorder: Recorder) -> list[LaneTrace]:
-    """Return all spans so far."""
+    """Return the spans recorded so far."""
     return [
         LaneTrace(name, lane.names, lane.dropped, lane.records)
         for name, lane in recorder.lanes.items()

@@ -10,7 +10,7 @@ import asyncio
 import zlib
 from collections.abc import AsyncIterator, Callable
 
-from tpirt.cluster.cancellation import in_thread
+from tpirt.cancellation import in_thread
 from tpirt.cluster.machine import available_bytes
 from tpirt.errors import PeerError, StoreError, TransportError
 from tpirt.protocol.messages import UnitChunk, decode_call

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
-from tpirt.cluster.cancellation import finish, in_thread
+from tpirt.cancellation import finish, in_thread
 from tpirt.cluster.machine import (
     available_bytes,
     base_bytes,
@@ -54,11 +54,11 @@ Log = Callable[[str], None]
 _GOODBYE_S = 1.0  # from a master's end until the news of it is here
 _LEAVING_S = 20.0  # for a session whose master is gone to let go of threads and memory
 _MOST_SILENT = 16  # sessions that have not said yet what they want
-_MOST_WAITING = 8
-_MOST_QUESTIONS = 32  # about the store, each of up to 4 MiB
+_MOST_WAITING = 8  # masters whose Setup is valid, until the session before theirs has ended
+_MOST_QUESTIONS = 8  # about the store, each of up to 4 MiB
 _QUESTIONS_AT_ONCE = 2
 _UNUSED_S = 900.0  # without a step, after which a session gives way to another master
-_TIMEOUT_MS = range(50, 3_600_001)
+_TIMEOUT_MS = range(10, 86_400_001)
 
 
 class Worker:
@@ -97,8 +97,7 @@ class Worker:
             decode_call(HelloRequest, request, "caller")
             return encode_call(self._hello(busy=not await self._has_no_master()))
         if method == "Inventory":
-            asked = decode_call(InventoryRequest, request, "caller")
-            return encode_call(await self._answered(asked))
+            return encode_call(await self._answered(request))
         raise TransportError(f"unknown method {method}")
 
     async def receive(self, method: str, chunks: AsyncIterator[bytes]) -> bytes:
@@ -133,12 +132,14 @@ class Worker:
                 session.left.set()
                 self._log("waiting for a master")
 
-    async def _answered(self, asked: InventoryRequest) -> InventoryReply:
+    async def _answered(self, request: bytes) -> InventoryReply:
+        """Answer a question about the store; a few at a time, for each takes memory."""
         if self._asking >= _MOST_QUESTIONS:
             raise PeerError("it has too many questions to answer; try again later")
         self._asking += 1
         try:
             async with self._questions:
+                asked = decode_call(InventoryRequest, request, "caller")
                 return await in_thread(self._inventory, asked)
         finally:
             self._asking -= 1
@@ -177,7 +178,7 @@ class Worker:
         )
 
     async def _serve(self, session: WorkerSession) -> None:
-        request = await self._silent.wait(session.setup())
+        request = await self._silent.wait(session.link.peer_id, session.setup())
         if request is None:
             return
         incoming, setup = request

@@ -88,7 +88,7 @@ class Switchboard:
         try:
             caller.link.start()
             async with asyncio.timeout(PATIENCE_S):
-                join = (await self._silent.wait(caller.joined())).body
+                join = (await self._silent.wait(channel.peer_id, caller.joined())).body
                 key = (join.session, join.rank)
                 if key in self._waiting or len(self._waiting) >= _MOST_WAITING:
                     return
@@ -109,11 +109,19 @@ class Switchboard:
         return (session, rank) in self._waiting
 
     async def claim(self, session: int, rank: int) -> _Caller:
-        """Wait for the link of a session's worker; give it back by setting ``left``."""
+        """Wait for the link of a session's worker; give it back by setting ``left``.
+
+        Cancelled, the link stays where it is.
+
+        Raises:
+            TransportError: the link ended as it was claimed.
+        """
         key = (session, rank)
         async with self._arrivals:
             await self._arrivals.wait_for(lambda: self.waits_for(*key))
         caller = self._waiting.pop(key)
+        if caller.claimed.done():  # lost or given up, and not removed yet
+            raise TransportError(f"peer {caller.link.peer_id}: the link ended before it was used")
         caller.claimed.set_result(None)
         return caller
 

@@ -24,6 +24,7 @@ import statistics
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import assert_never
 
 from tpirt.batch import Algorithm
 from tpirt.units import format_bytes
@@ -82,30 +83,41 @@ def predict_s(algorithm: Algorithm, topology: Topology, nbytes: int) -> float:
     """Predicted time of one all-reduce."""
     world = topology.world_size
     work = _work_s(algorithm, topology)
-    if algorithm is Algorithm.STAR:
-        moved = (world - 1) * nbytes / topology.rate(0)
-        return 2 * (topology.master_hop_s() + moved) + work
     slowest = min(topology.rate(rank) for rank in range(world))
-    if algorithm is Algorithm.ONE_SHOT:
-        return topology.slowest_hop_s() + (world - 1) * nbytes / slowest + work
-    return 2 * (topology.slowest_hop_s() + (world - 1) / world * nbytes / slowest) + work
+    match algorithm:
+        case Algorithm.STAR:
+            moved = (world - 1) * nbytes / topology.rate(0)
+            return 2 * (topology.master_hop_s() + moved) + work
+        case Algorithm.ONE_SHOT:
+            return topology.slowest_hop_s() + (world - 1) * nbytes / slowest + work
+        case Algorithm.TWO_SHOT:
+            moved = (world - 1) / world * nbytes / slowest
+            return 2 * (topology.slowest_hop_s() + moved) + work
+        case _:
+            assert_never(algorithm)
 
 
 def _work_s(algorithm: Algorithm, topology: Topology) -> float:
     """Time of the busiest machine for messages that are not included in latencies."""
-    others = topology.world_size - 1
-    hops = 1 if algorithm is Algorithm.ONE_SHOT else 2
-
-    def messages(rank: int) -> int:
-        """Messages sent and received by a rank."""
-        if algorithm is Algorithm.STAR:
-            return 2 * others if rank == 0 else 2
-        return 2 * others * hops
-
+    hops, messages = _traffic(algorithm, topology.world_size)
     alone = set(range(topology.world_size)) - {r for m in topology.machines for r in m.ranks}
     machines = [*topology.machines, *(Machine((rank,), 1) for rank in alone)]
-    busiest = max(sum(map(messages, m.ranks)) / m.cores for m in machines)
+    busiest = max(sum(messages[rank] for rank in m.ranks) / m.cores for m in machines)
     return _MESSAGE_S * max(0.0, busiest - 2 * hops)
+
+
+def _traffic(algorithm: Algorithm, world_size: int) -> tuple[int, list[int]]:
+    """Sequential hops, and the messages that each rank sends and receives."""
+    others = world_size - 1
+    match algorithm:
+        case Algorithm.STAR:
+            return 2, [2 * others] + [2] * others
+        case Algorithm.ONE_SHOT:
+            return 1, [2 * others] * world_size
+        case Algorithm.TWO_SHOT:
+            return 2, [4 * others] * world_size
+        case _:
+            assert_never(algorithm)
 
 
 @dataclass

@@ -38,7 +38,7 @@ class Conversation:
         return len(self._ids)
 
     def reset(self) -> None:
-        """Start over; the system message stays."""
+        """Start a new conversation; the system message stays."""
         self.turns.clear()
         self._ids, self._text = [], ""
 

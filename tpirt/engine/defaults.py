@@ -44,7 +44,7 @@ def _sampling(path: Path, generation: dict[str, Any]) -> SamplingParams:
     file = path / "generation_config.json"
     values: dict[str, float] = {"repetition_penalty": 1.0}
     if generation.get("do_sample"):
-        # transformers' defaults for missing keys
+        # transformers' defaults for parameters that the file leaves out
         values |= {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
     for name in values:
         value = generation.get(name)

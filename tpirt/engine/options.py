@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tpirt.errors import ConfigError
 from tpirt.planning.options import PlanOptions, check_range
+from tpirt.types import DEFAULT_TIMEOUT_S
 
-DEFAULT_TIMEOUT_S = 20.0
 MAX_TIMEOUT_S = 86_400.0
 
 

@@ -31,9 +31,9 @@ _AMOUNT = {STEPS: "tokens", COMPUTE: "bytes", NETWORK: "bytes", DISK: "bytes"}
 
 
 class TraceFile:
-    """A trace file; a context manager.
+    """Reserves the output file up front so that a bad path fails early; a context manager.
 
-    Checks at once that the path is writable. An existing file is only replaced by a whole trace.
+    An existing file stays until a whole trace replaces it.
     """
 
     def __init__(self, path: Path):
@@ -45,8 +45,8 @@ class TraceFile:
         self.path = path.expanduser()
         self._begin_ns = time.perf_counter_ns()
         if self.path.exists() and not self.path.is_file():
-            raise RequestError(f"trace {path}: not a regular file; give another name")
-        self._target = self.path.resolve()  # follows links
+            raise RequestError(f"trace {path}: not an ordinary file; give another name")
+        self._target = self.path.resolve()  # a link's target
         try:
             handle, self._draft = tempfile.mkstemp(
                 prefix=f".{self._target.name}.", dir=self._target.parent

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from tpirt.batch import Batch
+from tpirt.cancellation import finish
 from tpirt.collectives.base import Communicator
 from tpirt.collectives.context import StepContext
 from tpirt.config import ModelConfig
@@ -220,11 +221,7 @@ class Decoder:
                 return compute(weights, *args)
             loop = asyncio.get_running_loop()
             running = loop.run_in_executor(self._thread, compute, weights, *args)
-            try:
-                return await asyncio.shield(running)
-            except asyncio.CancelledError:
-                await asyncio.wait([running])  # the thread uses the block until it ends
-                raise
+            return await finish(running)  # the thread uses the block until it ends
 
     # -- computation -----------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 # Maximum elements of an attention mask: bounds a chunk's memory for any context length.
 MASK_ELEMENTS = 1 << 22
 
-# By the names of ``ModelConfig.hidden_act``.
+# By ``ModelConfig.hidden_act``.
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,

@@ -25,7 +25,7 @@ from tpirt.printable import printable_line
 from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
 from tpirt.weights.store import SliceStore
 
-_MOST_CONNECTIONS = 512
+_MOST_CONNECTIONS = 1024
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ async def run_peer(options: PeerOptions) -> None:
     print(f"{READY_PREFIX}{host}:{port} (store {options.store.root})", flush=True)
     if not is_loopback(options.host):
         _log(
-            f"warning: anyone who can reach {host}:{port} can use this peer and read its data: "
-            "there is no authentication yet; listen only on networks that you trust"
+            f"warning: anyone who can connect to {host}:{port} can use this peer and see what "
+            "it computes: there is no authentication yet; listen only on networks that you trust"
         )
     try:
         if options.until_stdin_closes:
@@ -95,7 +95,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _watch_stdin(stop: asyncio.Event) -> None:
-    """Set ``stop`` when standard input closes.
+    """Set ``stop`` when the other end of standard input is closed.
 
     Waits in a thread, because an event loop cannot poll every kind of file.
     """

@@ -220,8 +220,8 @@ def plan_model(
 def memory_limits(peers: Sequence[PeerProfile], asked: int | None) -> list[int | None]:
     """Choose each rank's memory limit.
 
-    It is the user's limit, or a fair share of the machine's free memory, and at most the peer's
-    own limit. Ranks on one machine share its free memory.
+    It is the limit asked for, or else a fair share of the machine's free memory; and never more
+    than the peer's own limit. Ranks on one machine share its free memory.
     """
     sharing = Counter(peer.host_id for peer in peers)
     limits = []

@@ -26,7 +26,7 @@ _CHUNKS = (512, 256, 128, 64, 32, 16)  # candidates for the tokens of a step
 # Resident memory of a process without a model: Python, torch, gRPC (measured).
 PROCESS_BYTES = 270 << 20
 
-# Memory of a running process that is not counted: allocator slack, thread stacks, gRPC.
+# Memory of a running process that no other part accounts for: allocator slack, stacks, gRPC.
 SLACK_BYTES = 32 << 20
 
 # Advised limits suffice for a conversation of this many tokens, or the whole context if less.

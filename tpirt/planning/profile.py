@@ -1,4 +1,4 @@
-"""The profile of a peer."""
+"""The properties of a peer that planning depends on."""
 
 from __future__ import annotations
 

@@ -100,12 +100,10 @@ class UnitChunk(_message.Message):
     def __init__(self, order: _Optional[str] = ..., unit: _Optional[int] = ..., offset: _Optional[int] = ..., crc32: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class PutUnitsReply(_message.Message):
-    __slots__ = ("bytes_written", "held")
+    __slots__ = ("bytes_written",)
     BYTES_WRITTEN_FIELD_NUMBER: _ClassVar[int]
-    HELD_FIELD_NUMBER: _ClassVar[int]
     bytes_written: int
-    held: bytes
-    def __init__(self, bytes_written: _Optional[int] = ..., held: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, bytes_written: _Optional[int] = ...) -> None: ...
 
 class Message(_message.Message):
     __slots__ = ("setup", "loading", "ready", "step", "abort", "step_ended", "failure", "free_slot", "stats_request", "stats", "clock_request", "clock", "trace_request", "trace", "join_link", "joined", "probe", "measure_link", "link_quality")

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
 
-async def finish(work: Coroutine[Any, Any, _T], on_cancel: Callable[[], None] | None = None) -> _T:
-    """Await ``work`` in a task of its own. If cancelled, wait for its end first.
+async def finish(work: Awaitable[_T], on_cancel: Callable[[], None] | None = None) -> _T:
+    """Await a coroutine, in a task of its own, or a future. If cancelled, wait for its end first.
 
     The cancellation is then raised in place of any result or error. Further cancellations have no
     effect, so ``work`` must end soon.
 
     Args:
-        work: the coroutine.
+        work: a coroutine or a future.
         on_cancel: called when the caller is cancelled, to end ``work`` sooner.
     """
     task = asyncio.ensure_future(work)

@@ -313,7 +313,7 @@ async def test_chunks_of_any_size(
 @pytest.mark.usefixtures("micro_batched")
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "dynamic-old", "odd-qwen3"])
 @pytest.mark.parametrize("algorithm", Algorithm, ids=lambda algorithm: algorithm.value)
-async def test_halves_of_a_chunk_interleaved(
+async def test_micro_batches_of_a_chunk_interleaved(
     reference: Callable[[str], Reference], name: str, algorithm: Algorithm
 ) -> None:
     expected = reference(name)
@@ -329,7 +329,7 @@ async def test_halves_of_a_chunk_interleaved(
 
 @pytest.mark.usefixtures("micro_batched")
 @pytest.mark.parametrize("name", ["llama-gqa", "llama-biases"])
-async def test_halves_where_ranks_cut_their_mlps_differently(
+async def test_micro_batches_if_ranks_cut_their_mlps_differently(
     reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(decoder, "ROWS_UNIT", 8)

@@ -211,7 +211,7 @@ class SliceWriter:
             place = self._index.find(key, digest)
             if place is None:
                 raise StoreError(
-                    f"{self._root}: {key} was removed while the slice was being written; start again"
+                    f"{self._root}: {key} was removed while the slice was written; start again"
                 )
             sources[number] = place
         return sources

@@ -27,7 +27,7 @@ _CHUNKS = (512, 256, 128, 64, 32, 16)  # candidates for the tokens of a step
 PROCESS_BYTES = 270 << 20
 
 # Memory of a running process that no other part accounts for: allocator slack, stacks, gRPC.
-SLACK_BYTES = 32 << 20
+SLACK_BYTES = 48 << 20
 
 # Advised limits suffice for a conversation of this many tokens, or the whole context if less.
 ADVISED_CONTEXT = 2048

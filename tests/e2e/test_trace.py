@@ -303,12 +303,12 @@ async def test_full_lanes_stop_and_the_trace_says_so(
     assert len(full) == sum(len(rank["not_recorded"]) for rank in trace.ranks)
 
 
-@pytest.mark.usefixtures("in_halves")
+@pytest.mark.usefixtures("micro_batched")
 @pytest.mark.parametrize("window", [None, 2])
 async def test_overlapping_collectives_are_drawn_apart_and_counted_once(
     model: Path, store: Path, file: Path, window: int | None
 ) -> None:
-    """A prompt goes through the layers in two halves, whose collectives overlap."""
+    """A prompt goes through the layers as two micro-batches, whose collectives overlap."""
     async with memory_engine(model, 2, store=store, trace=file, window=window) as engine:
         answer = await engine.complete(PROMPT, PARAMS)
     for rank in answer.ranks:

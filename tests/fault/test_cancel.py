@@ -181,9 +181,9 @@ async def test_cancel_storm_of_frames_larger_than_the_way_holds(
         await check_answers(engine, expected)
 
 
-@pytest.mark.usefixtures("in_halves")
+@pytest.mark.usefixtures("micro_batched")
 @pytest.mark.parametrize("algorithm", Algorithm, ids=lambda algorithm: algorithm.value)
-async def test_cancel_storm_of_prompts_in_halves(
+async def test_cancel_storm_of_prompts_in_micro_batches(
     model: Path, store: Path, expected: list[list[int]], algorithm: Algorithm
 ) -> None:
     async with memory_engine(

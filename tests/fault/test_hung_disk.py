@@ -82,7 +82,7 @@ async def test_a_workers_disk_fails_amid_a_step_of_large_frames(
 ) -> None:
     """Frames of 50 KiB and more, over pipes that hold 8: the others are amid sending them."""
     if halves:
-        request.getfixturevalue("in_halves")
+        request.getfixturevalue("micro_batched")
     async with (
         asyncio.timeout(60),
         memory_engine(

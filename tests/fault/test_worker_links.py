@@ -90,7 +90,7 @@ async def test_a_failure_in_one_worker_frees_the_others_in_direct_exchange(
     from tpirt.errors import StoreError
 
     if halves:
-        request.getfixturevalue("in_halves")
+        request.getfixturevalue("micro_batched")
     failing = {"left": 1}
     validate = RankRuntime.validate
 

@@ -310,10 +310,10 @@ async def test_chunks_of_any_size(
         assert await run(engine, expected.prompt) == expected.tokens
 
 
-@pytest.mark.usefixtures("in_halves")
+@pytest.mark.usefixtures("micro_batched")
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "dynamic-old", "odd-qwen3"])
 @pytest.mark.parametrize("algorithm", Algorithm, ids=lambda algorithm: algorithm.value)
-async def test_halves_of_a_chunk_interleaved(
+async def test_micro_batches_of_a_chunk_interleaved(
     reference: Callable[[str], Reference], name: str, algorithm: Algorithm
 ) -> None:
     expected = reference(name)
@@ -327,9 +327,9 @@ async def test_halves_of_a_chunk_interleaved(
             assert torch.equal(await engine.logits(expected.prompt), logits)
 
 
-@pytest.mark.usefixtures("in_halves")
+@pytest.mark.usefixtures("micro_batched")
 @pytest.mark.parametrize("name", ["llama-gqa", "llama-biases"])
-async def test_halves_where_ranks_cut_their_mlps_differently(
+async def test_micro_batches_if_ranks_cut_their_mlps_differently(
     reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(decoder, "ROWS_UNIT", 8)
@@ -350,7 +350,7 @@ async def test_halves_where_ranks_cut_their_mlps_differently(
     assert torch.equal(*got)
 
 
-@pytest.mark.usefixtures("in_halves")
+@pytest.mark.usefixtures("micro_batched")
 @pytest.mark.parametrize("name", CASES)
 async def test_micro_batches_give_the_same_tokens(
     reference: Callable[[str], Reference], name: str

@@ -183,5 +183,5 @@ def test_slice_for_another_cpu_is_refused(model: Path, tmp_path: Path) -> None:
     with Checkpoint.open(model) as checkpoint:
         maker = SliceMaker(checkpoint, config, form)
         stored = write_slice(maker, plan, 0, SliceStore(tmp_path), ignore_progress)
-    with pytest.raises(StoreError, match=f"layout {other.name}, this one wants {mine.name}"):
+    with pytest.raises(StoreError, match=f"layout {other.name}, this one needs {mine.name}"):
         RankRuntime(config, stored, 1, LinkSet(0), Limits(None, None, 16))

@@ -17,14 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpirt.config import ModelConfig
+from tpirt.dtypes import SAFETENSORS_NAMES
 from tpirt.errors import CheckpointError
 from tpirt.weights import checkpoint as module
 from tpirt.weights import fingerprint as notes
 from tpirt.weights.checkpoint import Checkpoint, check_tensors, read_header, resolve_tied
-from tpirt.weights.header import DTYPES
 from tpirt.weights.names import expected_tensors
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CONFIG = {
     "model_type": "llama",
     "hidden_size": 16,
@@ -49,7 +48,7 @@ def save(path: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
     for name, tensor in tensors.items():
         content = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
         header[name] = {
-            "dtype": NAMES[tensor.dtype],
+            "dtype": SAFETENSORS_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [len(data), len(data) + len(content)],
         }
@@ -79,7 +78,7 @@ def model_dir(path: Path, tensors: Mapping[str, torch.Tensor], **changes: Any) -
 # -- reading -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@pytest.mark.parametrize("dtype", SAFETENSORS_NAMES, ids=str)
 def test_reads_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     raw = torch.arange(4 * 3 * 8 * dtype.itemsize, dtype=torch.uint8)
     if dtype is torch.bool:

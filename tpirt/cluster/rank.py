@@ -265,7 +265,7 @@ class RankRuntime:
         if left is None or before is None or left == before:
             return
         if left > before:
-            release_free_memory()  # what steps and the store no longer need is the weights' now
+            release_free_memory()  # for the weights
         try:
             await self.streamer.set_budget(left)
         except MemoryLimitError as exc:
@@ -278,10 +278,10 @@ class RankRuntime:
 
 
 def _check_layout(stored: StoredSlice) -> None:
-    """The kernel cannot tell codes in another order from its own: it would compute nonsense."""
+    """Check the order of codes: with another one, the kernel's results would be wrong."""
     form, mine = stored.manifest.form, int4_layout()
     if form.quant.uses_layout and form.layout != mine:
         raise StoreError(
             f"{stored.path}: its weights are laid out for a CPU of layout {form.layout.name}, "
-            f"this one wants {mine.name}; remove it, and have the slice made for this machine"
+            f"this one needs {mine.name}; delete it; it will be recreated for this machine"
         )

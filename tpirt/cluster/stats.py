@@ -1,5 +1,5 @@
-"""One rank's time and traffic, divided among its steps. Counters only grow: a difference of two
-readings is what happened in between, for any number of readers."""
+"""Time and traffic of one rank by step. Counters only grow, so that any number of readers can take
+differences."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from tpirt.stopwatch import STEPS, Recorder
 from tpirt.types import StepTimes
 
-MAX_STEPS = 4096  # remembered
+MAX_STEPS = 4096  # kept
 
 
 class Counters(NamedTuple):
@@ -33,7 +33,7 @@ class Counters(NamedTuple):
 
 @dataclass(slots=True)
 class _Step:
-    """A step: the counters when it began, when its layers ended, when it ended."""
+    """A step: the counters at its begin, at the end of its layers, and at its end."""
 
     number: int
     tokens: int
@@ -46,7 +46,7 @@ class _Step:
 
 
 class StepLog:
-    """Reads a rank's counters at the borders of its steps.
+    """Reads a rank's counters at the boundaries of steps.
 
     A step lasts until the next one begins, so the steps add up to the totals.
     """
@@ -57,9 +57,9 @@ class StepLog:
         """Begin with no steps.
 
         Args:
-            read: the counters now.
-            last_ns: until when time is counted, by ``perf_counter_ns``.
-            recorder: whose steps lane gets a span for every step.
+            read: returns the counters.
+            last_ns: returns the ``perf_counter_ns`` up to which time is counted.
+            recorder: gets a span for every step in its steps lane.
         """
         self._read = read
         self._last_ns = last_ns
@@ -67,9 +67,9 @@ class StepLog:
         self._steps: deque[_Step] = deque(maxlen=MAX_STEPS)
 
     def begin(self, number: int, tokens: int, prefill: bool) -> None:
-        """End the step before, if there is one, and begin this one."""
+        """End the previous step, if there is one, and begin this one."""
         now, counters = time.perf_counter_ns(), self._read()
-        now = max(now, self._last_ns())  # what is under way is counted until it is read
+        now = max(now, self._last_ns())  # running work is counted up to the reading
         self._end(now, counters)
         self._steps.append(_Step(number, tokens, prefill, now, counters))
 

@@ -22,6 +22,7 @@ from typing import ClassVar, Protocol
 import torch
 import torch.nn.functional as F
 
+from tpirt.dtypes import dtype_name
 from tpirt.ops.buffers import ALIGN
 from tpirt.ops.quant import Int4, Int8, Scheme
 from tpirt.ops.quant_layout import Layout, find_kernel
@@ -103,7 +104,7 @@ class Dense:
 
     @property
     def name(self) -> str:
-        return f"dense-{str(self.dtype).removeprefix('torch.')}"
+        return f"dense-{dtype_name(self.dtype)}"
 
     def accepts(self, spec: Scheme, layout: Layout | None) -> bool:
         return True

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from tpirt.config import ModelConfig
+from tpirt.dtypes import RUN_DTYPES
 from tpirt.planning.options import AUTO
 from tpirt.planning.profile import PeerProfile
-from tpirt.sharding.format import DTYPES
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ChosenDtype:
     @property
     def dtype(self) -> torch.dtype:
         """The torch dtype."""
-        return DTYPES[self.name]
+        return RUN_DTYPES[self.name]
 
 
 def choose_dtype(config: ModelConfig, asked: str, peers: Sequence[PeerProfile]) -> ChosenDtype:

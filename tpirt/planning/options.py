@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from tpirt.batch import Algorithm, CommDtype
+from tpirt.dtypes import RUN_DTYPES
 from tpirt.errors import ConfigError, MemoryLimitError
 from tpirt.ops.quant import QuantSpec
-from tpirt.sharding.format import DTYPES
 from tpirt.weights.streamer import MIN_SLOTS
 
 AUTO = "auto"
@@ -89,7 +89,7 @@ class PlanOptions:
         check_range("window", self.window, 2**31 - 1)
         check_range("memory_bytes", self.memory_bytes, 2**63 - 1)
         check_range("chunk_tokens", self.chunk_tokens, 2**31 - 1)
-        if self.dtype not in (AUTO, *DTYPES):
+        if self.dtype not in (AUTO, *RUN_DTYPES):
             raise ConfigError(f"dtype {self.dtype!r}: expected auto, float32 or bfloat16")
         QuantSpec.parse(self.quantize)
         CollectiveOptions.parse(self.collective, self.comm_dtype)

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from tpirt.dtypes import RUN_DTYPES, dtype_name
 from tpirt.errors import ConfigError
 from tpirt.ops.quant import AS_THEY_ARE, Int8, QuantSpec
 from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class WeightFormat:
     def names(self) -> tuple[str, str, str]:
         """dtype, quantization and layout as in manifests; no layout without 4-bit codes."""
         layout = self.layout.name if self.quant.uses_layout else ""
-        return str(self.dtype).removeprefix("torch."), str(self.quant), layout
+        return dtype_name(self.dtype), str(self.quant), layout
 
     @classmethod
     def named(cls, dtype: str, quantize: str, layout: str) -> WeightFormat:
@@ -46,6 +45,6 @@ class WeightFormat:
             ConfigError: an unknown name.
         """
         known = Layout.named(layout) if layout else PORTABLE_LAYOUT
-        if dtype not in DTYPES or known is None:
+        if dtype not in RUN_DTYPES or known is None:
             raise ConfigError(f"weights in {dtype} {quantize} {layout}: unknown format")
-        return cls(DTYPES[dtype], QuantSpec.parse(quantize), known)
+        return cls(RUN_DTYPES[dtype], QuantSpec.parse(quantize), known)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from tpirt.config import ModelConfig
+from tpirt.dtypes import dtype_name
 from tpirt.weights.names import expected_tensors
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -93,7 +94,7 @@ def make_model(
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     config = {**_SIZES, **_FAMILIES[family], "model_type": family, **config_overrides}
-    config["dtype"] = str(dtype).removeprefix("torch.")
+    config["dtype"] = dtype_name(dtype)
     _write_json(path / "config.json", config)
     _write_json(path / "generation_config.json", {"eos_token_id": list(EOS_IDS)})
     make_tokenizer(path, template)

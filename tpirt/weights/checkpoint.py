@@ -18,6 +18,7 @@ from typing import Self
 import torch
 
 from tpirt.config import ModelConfig
+from tpirt.dtypes import CHECKPOINT_DTYPES, dtype_name
 from tpirt.errors import CheckpointError
 from tpirt.ops.buffers import tensor_bytes
 from tpirt.sharding.blocks import Block
@@ -55,7 +56,6 @@ __all__ = [
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _ROWS_BYTES = 1 << 20  # whole rows in memory at once while columns are cut out
 # Gaps smaller than this are read, not skipped: a separate cold read takes as long as about 170 KiB
@@ -500,12 +500,12 @@ def _check_tensor(info: TensorInfo, shape: tuple[int, ...]) -> None:
             got=info.shape,
             advice="config.json describes another model; download both again",
         )
-    if info.dtype not in WEIGHT_DTYPES:
+    if info.dtype not in CHECKPOINT_DTYPES:
         raise checkpoint_error(
             info.path,
             info.name,
             expected="float32, float16 or bfloat16",
-            got=str(info.dtype).removeprefix("torch."),
+            got=dtype_name(info.dtype),
             advice="use the original, not a quantized checkpoint",
         )
 

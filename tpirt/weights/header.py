@@ -17,32 +17,11 @@ from typing import Any
 
 import torch
 
+from tpirt.dtypes import SAFETENSORS_DTYPES
 from tpirt.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
 RECOPY = "copy or download the file again"
-
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-}
 
 # Other files that are often found under a weight file's name, by their first bytes.
 _OTHER_FILES = {
@@ -184,12 +163,12 @@ def _json_object(text: bytes, path: Path) -> dict[str, Any]:
 def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
     if not isinstance(entry, dict):
         raise checkpoint_error(path, name, expected="a JSON object", got=repr(entry)[:80])
-    dtype = DTYPES.get(str(entry.get("dtype")))
+    dtype = SAFETENSORS_DTYPES.get(str(entry.get("dtype")))
     if dtype is None:
         raise checkpoint_error(
             path,
             f"{name}: dtype",
-            expected=f"one of {', '.join(DTYPES)}",
+            expected=f"one of {', '.join(SAFETENSORS_DTYPES)}",
             got=repr(entry.get("dtype"))[:80],
             advice="use a float32, float16 or bfloat16 checkpoint",
         )

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 
+from tpirt.dtypes import SAFETENSORS_NAMES
 from tpirt.ops.buffers import Region
 from tpirt.ops.quant import Scheme
 from tpirt.ops.quant_linear import QuantMatrix
@@ -23,21 +24,13 @@ PAGE_BYTES = 4096
 Weight = torch.Tensor | QuantMatrix
 Weights = Mapping[str, Weight]
 
-_DTYPE_NAMES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-}
-
 
 def block_header(block: Block) -> bytes:
     """Return the file's header: length, JSON, padding to a multiple of 4096 bytes."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt", "block": block.name}}
     for region in _regions(block):
         entries[region.name] = {
-            "dtype": _DTYPE_NAMES[region.dtype],
+            "dtype": SAFETENSORS_NAMES[region.dtype],
             "shape": list(region.shape),
             "data_offsets": [region.offset, region.end],
         }

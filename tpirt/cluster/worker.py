@@ -191,15 +191,6 @@ class Worker:
         self._log(f"serving {session.link.peer_id}")
         await session.serve(incoming, setup, self._prepare)
 
-    async def _leave(self, session: WorkerSession) -> None:
-        """Close a session; the next master may come."""
-        await session.aclose()
-        if self._session is session:
-            async with self._free:
-                self._session = None
-                self._free.notify_all()
-            self._log("waiting for a master")
-
     async def _claim(self, session: WorkerSession) -> None:
         """Make ``session`` the one that is served; wait for one whose master has left."""
         while (current := self._session) is not None:

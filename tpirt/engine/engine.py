@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from tpirt.batch import Collective, Segment
-from tpirt.cluster.cancellation import finish
+from tpirt.cancellation import finish
 from tpirt.cluster.group import Group
 from tpirt.cluster.launcher import LocalPeers
 from tpirt.cluster.machine import default_threads

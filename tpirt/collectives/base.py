@@ -44,7 +44,10 @@ class Communicator(Protocol):
         """
 
     async def reduce(self, step: StepContext, partial: torch.Tensor) -> torch.Tensor | None:
-        """As :meth:`all_reduce`, but only rank 0 gets the sum; the others return once they sent."""
+        """As :meth:`all_reduce`, but only rank 0 gets the sum.
+
+        The others return None when their partial is sent.
+        """
 
 
 class SingleRankCommunicator:

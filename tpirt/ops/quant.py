@@ -15,8 +15,9 @@ Scales and zero points are bfloat16 because torch's kernels require it.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from tpirt.errors import ConfigError
 from tpirt.ops.buffers import Region, round_up
 from tpirt.ops.quant_rounding import Workspace, int4_tiles, round_int8
+from tpirt.ops.quant_units import NibbleCodes, RowCodes, UnitCodes
 
 if TYPE_CHECKING:
     from tpirt.ops.quant_layout import Layout
@@ -57,9 +59,9 @@ class QuantSpec:
         Raises:
             ConfigError: anything else.
         """
-        if text not in _BY_NAME:
-            raise ConfigError(f"quantize {text!r}: expected {', '.join(_BY_NAME)}")
-        return _BY_NAME[text]
+        if text not in SCHEMES:
+            raise ConfigError(f"quantize {text!r}: expected {', '.join(SCHEMES)}")
+        return SCHEMES[text]
 
     def __str__(self) -> str:
         return self.kind
@@ -67,6 +69,18 @@ class QuantSpec:
     def padded_in_features(self, in_features: int) -> int:
         """Kp: K with padding."""
         return in_features
+
+    def column_step(self, start: int, step: int) -> int:
+        """Columns between two cuts of a matrix that change no stored number.
+
+        Args:
+            start: the first column that is held, of the checkpoint's matrix.
+            step: where cuts are wanted: at multiples of this many columns.
+
+        Returns:
+            ``step``, rounded up to what the scheme allows; 0 if the columns stay together.
+        """
+        return step
 
     @property
     def bits(self) -> float:
@@ -106,6 +120,43 @@ class Scheme(QuantSpec, ABC):
     def output_scales(self, scales: torch.Tensor) -> torch.Tensor | None:
         """Factors (N,) float32 to apply to a product with the pieces; None for no factors."""
         return None
+
+    # -- units: rectangles that another plan can use; see tpirt.sharding.units -----------------
+
+    @abstractmethod
+    def column_step(self, start: int, step: int) -> int:
+        """See :meth:`QuantSpec.column_step`."""
+
+    @abstractmethod
+    def unit_regions(self, rows: int, columns: int) -> tuple[Region, Region]:
+        """Dtype and shape of a unit's codes and scales: the same in every layout."""
+
+    @abstractmethod
+    def unit_codes(self, codes: torch.Tensor, layout: Layout) -> UnitCodes:
+        """Give access to a matrix's codes by unit."""
+
+    @abstractmethod
+    def unit_scales(self, scales: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
+        """A unit's scales: a view."""
+
+    # -- synthetic weights; see tpirt.weights.synthetic -----------------------------------------
+
+    @abstractmethod
+    def random_codes(
+        self, draw: Callable[[int], torch.Tensor], inputs: int, nbytes: int, at_once: int
+    ) -> Iterator[torch.Tensor]:
+        """Yield the bytes of a codes region, drawn evenly; inputs that pad weigh nothing.
+
+        Args:
+            draw: gives the next random bytes, uint8 (n,).
+            inputs: K.
+            nbytes: size of the region.
+            at_once: about how many bytes to yield at once.
+        """
+
+    @abstractmethod
+    def even_scales(self, region: Region, rows: int, std: float) -> torch.Tensor:
+        """Scales for codes drawn evenly: weights around 0 of that deviation; padding is 0."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +204,36 @@ class Int8(Scheme):
 
     def output_scales(self, scales: torch.Tensor) -> torch.Tensor | None:
         return scales.float()
+
+    def column_step(self, start: int, step: int) -> int:
+        return 0  # all columns share their row's scale
+
+    def unit_regions(self, rows: int, columns: int) -> tuple[Region, Region]:
+        return (
+            Region("codes", torch.int8, (rows, columns)),
+            Region("scales", torch.bfloat16, (rows,)),
+        )
+
+    def unit_codes(self, codes: torch.Tensor, layout: Layout) -> UnitCodes:
+        return RowCodes(codes)
+
+    def unit_scales(self, scales: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
+        return scales[rows]
+
+    def random_codes(
+        self, draw: Callable[[int], torch.Tensor], inputs: int, nbytes: int, at_once: int
+    ) -> Iterator[torch.Tensor]:
+        width = self.padded_in_features(inputs)
+        if width > inputs:
+            at_once = max(1, at_once // width) * width  # whole rows
+        for start in range(0, nbytes, at_once):
+            codes = draw(min(at_once, nbytes - start))
+            if width > inputs:
+                codes.view(-1, width)[:, inputs:] = 0
+            yield codes
+
+    def even_scales(self, region: Region, rows: int, std: float) -> torch.Tensor:
+        return torch.full(region.shape, std / _even_deviation(256), dtype=region.dtype)
 
 
 @dataclass(frozen=True)
@@ -225,9 +306,44 @@ class Int4(Scheme):
             torch.addcmul(zero, levels, scale, out=levels)
             yield start, turned.t()
 
+    def column_step(self, start: int, step: int) -> int:
+        """Whole groups; a shard that begins within a group has groups of its own."""
+        return 0 if start % self.group_size else math.lcm(step, self.group_size)
+
+    def unit_regions(self, rows: int, columns: int) -> tuple[Region, Region]:
+        return (
+            Region("codes", torch.uint8, (columns // 2, rows)),
+            Region("scale_zero", torch.bfloat16, (columns // self.group_size, rows, 2)),
+        )
+
+    def unit_codes(self, codes: torch.Tensor, layout: Layout) -> UnitCodes:
+        return NibbleCodes(codes, layout)
+
+    def unit_scales(self, scales: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
+        return scales[columns.start // self.group_size : columns.stop // self.group_size, rows]
+
+    def random_codes(
+        self, draw: Callable[[int], torch.Tensor], inputs: int, nbytes: int, at_once: int
+    ) -> Iterator[torch.Tensor]:
+        for start in range(0, nbytes, at_once):  # any byte is two codes
+            yield draw(min(at_once, nbytes - start))
+
+    def even_scales(self, region: Region, rows: int, std: float) -> torch.Tensor:
+        scale = std / _even_deviation(16)
+        scale_zero = torch.zeros(region.shape, dtype=region.dtype)
+        scale_zero[:, :rows, 0] = scale
+        scale_zero[:, :rows, 1] = scale / 2  # codes 0..15 stand for -7.5..7.5 scales
+        return scale_zero
+
+
+def _even_deviation(levels: int) -> float:
+    """Standard deviation of numbers drawn evenly from so many levels."""
+    return levels / math.sqrt(12)
+
 
 AS_THEY_ARE = QuantSpec()
 
-_BY_NAME: dict[str, QuantSpec] = {"none": AS_THEY_ARE, "int8": Int8(), "int4": Int4()} | {
+# By the value of ``--quantize``.
+SCHEMES: dict[str, QuantSpec] = {"none": AS_THEY_ARE, "int8": Int8(), "int4": Int4()} | {
     str(scheme): scheme for scheme in map(Int4, GROUP_SIZES)
 }

@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from tpirt.ops.buffers import ALIGN, Region, place, round_up
+from tpirt.ops.buffers import ALIGN, Region, page_buffer, place, round_up
 from tpirt.ops.quant import Scheme
 from tpirt.ops.quant_rounding import Workspace
 
@@ -56,6 +56,15 @@ class Layout:
         low, high = self.split(rows)
         low.copy_((codes & 15).view(torch.int8).sub_(8))
         high.copy_((codes >> 4).view(torch.int8).sub_(8))
+
+    def levels(self, codes: torch.Tensor) -> torch.Tensor:
+        """Packed codes (m, k, B / 2) to codes 0..15, one byte each, uint8 (k, m B)."""
+        blocks, inputs, _ = codes.shape
+        levels = page_buffer(inputs * blocks * self.block).view(inputs, blocks, self.block)
+        low, high = self.split(levels.transpose(0, 1))
+        torch.bitwise_and(codes, 15, out=low)
+        torch.bitwise_right_shift(codes, 4, out=high)
+        return levels.view(inputs, blocks * self.block)
 
     def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Split rows (..., B) into those of the low and of the high half-bytes."""

@@ -7,12 +7,10 @@ stored slice contains.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tpirt.config import ModelConfig
-from tpirt.ops.quant import Int4, Int8
 from tpirt.sharding.blocks import HEAD_ROWS, Block, Piece, Split, StoredTensor
 from tpirt.sharding.partition import Span
 
@@ -56,8 +54,7 @@ def block_units(config: ModelConfig, block: Block) -> tuple[Unit, ...]:
 
     Matrices are cut along the axis that plans split, at multiples of an attention head, of
     128 MLP columns (fewer in small models), or of 64 rows of the LM head. Vectors are one unit.
-    Columns that share scales stay together: whole groups in 4 bits, all columns of the block in
-    8 bits.
+    Columns whose codes depend on each other stay together: see ``Scheme.column_step``.
     """
     units: list[Unit] = []
     for index, tensor in enumerate(block.tensors):
@@ -96,7 +93,7 @@ def _piece_units(
             key = _key(piece.source, part, piece.columns)
             yield Unit(key, index, _moved(part, first - piece.rows.start), whole)
         return
-    for part in _cut(piece.columns, _column_step(tensor, piece.columns, step)):
+    for part in _cut(piece.columns, tensor.quant.column_step(piece.columns.start, step)):
         key = _key(piece.source, piece.rows, part)
         yield Unit(key, index, rows, _moved(part, -piece.columns.start))
 
@@ -109,17 +106,6 @@ def _step(config: ModelConfig, split: Split) -> int:
             return unit_columns(config)
         case _:
             return HEAD_ROWS
-
-
-def _column_step(tensor: StoredTensor, columns: Span, step: int) -> int:
-    """The step, rounded up so that cuts do not change codes; 0 for no cut."""
-    match tensor.quant:
-        case Int4(group_size=group):
-            return 0 if columns.start % group else math.lcm(step, group)
-        case Int8():
-            return 0
-        case _:
-            return step
 
 
 def _cut(span: Span, step: int) -> Iterator[Span]:

@@ -177,7 +177,7 @@ class BlockFile:
     @classmethod
     def of(cls, block: Block, digests: bytes, xxh3_128: str = "") -> BlockFile:
         """Describe a block's file; its bytes follow from header, layout and units."""
-        packed = (tensor for tensor in block.tensors if tensor.quant.kind == "int4")
+        packed = (tensor for tensor in block.tensors if tensor.quant.uses_layout)
         layouts = ",".join(tensor.layout.name for tensor in packed)
         content = hashlib.sha256(block_header(block) + layouts.encode() + digests).hexdigest()[:24]
         return cls(block.name, file_bytes(block), content, digests, xxh3_128)

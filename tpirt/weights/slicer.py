@@ -99,8 +99,8 @@ class _Cutter:
         for tensor, offset in zip(block.tensors, block.offsets, strict=True):
             if offset > end:
                 yield _Job.done(memoryview(bytes(offset - end)))
-            plain = tensor.quant.kind == "none"
-            yield from self._plain(tensor) if plain else self._quantized(tensor)
+            quantized = isinstance(tensor.quant, Scheme)
+            yield from self._quantized(tensor) if quantized else self._plain(tensor)
             end = offset + tensor.nbytes
 
     def _plain(self, tensor: StoredTensor) -> Iterator[_Job]:

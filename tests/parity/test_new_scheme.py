@@ -1,0 +1,131 @@
+"""A quantization scheme is one subclass and one table entry: nothing else knows the schemes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tpirt.cluster.synth import make_synthetic
+from tpirt.config import ModelConfig
+from tpirt.ops import quant
+from tpirt.ops.buffers import Region, round_up
+from tpirt.ops.quant import Scheme
+from tpirt.ops.quant_layout import Layout
+from tpirt.ops.quant_linear import QuantMatrix
+from tpirt.ops.quant_rounding import Workspace
+from tpirt.ops.quant_units import RowCodes, UnitCodes
+from tpirt.sharding.format import WeightFormat
+from tpirt.sharding.partition import make_plan
+from tpirt.testing.cluster import memory_engine
+from tpirt.testing.models import make_model
+from tpirt.types import ignore_progress
+
+GROUP = 8
+PROMPT = list(range(20, 40))
+
+
+@dataclass(frozen=True)
+class Grouped(Scheme):
+    """8 bits, a float32 scale per group of 8 inputs of a row."""
+
+    kind = "grouped"
+
+    def padded_inputs(self, inputs: int) -> int:
+        return round_up(inputs, GROUP)
+
+    @property
+    def bits(self) -> float:
+        return 8 + 32 / GROUP
+
+    def regions(self, rows: int, inputs: int, layout: Layout) -> tuple[Region, Region]:
+        return self.unit_regions(rows, self.padded_inputs(inputs))
+
+    def round_rows(
+        self,
+        layout: Layout,
+        w: torch.Tensor,
+        start: int,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        space: Workspace,
+    ) -> None:
+        padded = torch.nn.functional.pad(w.float(), (0, codes.shape[1] - w.shape[1]))
+        groups = padded.view(len(w), -1, GROUP)
+        scale = groups.abs().amax(2).clamp(min=1e-20) / 127
+        scales[start : start + len(w)] = scale
+        codes.copy_((groups / scale.unsqueeze(2)).round().view(codes.shape))
+
+    def part(self, matrix: QuantMatrix, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return matrix.codes[start:stop], matrix.scales[start:stop]
+
+    def pieces(
+        self, matrix: QuantMatrix, dtype: torch.dtype, elements: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        groups = matrix.codes.view(matrix.rows, -1, GROUP) * matrix.scales.unsqueeze(2)
+        yield 0, groups.view(matrix.rows, -1).to(dtype)
+
+    def column_step(self, start: int, step: int) -> int:
+        return 0 if start % GROUP else round_up(step, GROUP)
+
+    def unit_regions(self, rows: int, columns: int) -> tuple[Region, Region]:
+        return (
+            Region("codes", torch.int8, (rows, columns)),
+            Region("scales", torch.float32, (rows, columns // GROUP)),
+        )
+
+    def unit_codes(self, codes: torch.Tensor, layout: Layout) -> UnitCodes:
+        return RowCodes(codes)
+
+    def unit_scales(self, scales: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
+        return scales[rows, columns.start // GROUP : columns.stop // GROUP]
+
+    def random_codes(
+        self, draw: Callable[[int], torch.Tensor], inputs: int, nbytes: int, at_once: int
+    ) -> Iterator[torch.Tensor]:
+        yield draw(nbytes)
+
+    def even_scales(self, region: Region, rows: int, std: float) -> torch.Tensor:
+        return torch.full(region.shape, std * 12**0.5 / 256)
+
+
+@pytest.fixture(autouse=True)
+def entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(quant.SCHEMES, "grouped", Grouped())
+
+
+async def logits(model: Path, store: Path, world_size: int, **options: Any) -> torch.Tensor:
+    async with memory_engine(model, world_size, store=store, **options) as engine:
+        return await engine.logits(PROMPT)
+
+
+async def test_it_computes_what_plain_weights_do(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "llama", intermediate_size=328)
+    expected = await logits(model, tmp_path / "plain", 1)
+    for world_size in (1, 2):
+        got = await logits(model, tmp_path / "store", world_size, quantize="grouped")
+        assert (got - expected).norm() / expected.norm() < 0.02
+
+
+async def test_another_plan_is_made_of_its_units(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "llama", intermediate_size=328)
+    await logits(model, tmp_path / "used", 2, quantize="grouped")
+    got = await logits(model, tmp_path / "used", 2, quantize="grouped", ratio=(3.0, 1.0))
+    fresh = await logits(model, tmp_path / "fresh", 2, quantize="grouped", ratio=(3.0, 1.0))
+    assert torch.equal(got, fresh)
+
+
+async def test_its_weights_can_be_drawn(tmp_path: Path) -> None:
+    config = make_model(tmp_path / "model", "llama") / "config.json"
+    shape = json.loads(config.read_text())
+    out, form = tmp_path / "drawn", WeightFormat(torch.float32, Grouped())
+    plan = make_plan(ModelConfig.from_hf(shape), 2)
+    make_synthetic(out, shape, 0, plan, form, ignore_progress)
+    got = await logits(out, out / "slices", 2, quantize="grouped")
+    assert got.isfinite().all()
+    assert got.std() > 0.01

@@ -13,6 +13,7 @@ from tpirt.cluster.machine import (
     host_id,
     int4_layout,
     machine_cores,
+    release_free_memory,
     resident_bytes,
 )
 from tpirt.cluster.rank import RankRuntime, frame_limit
@@ -102,7 +103,9 @@ class Worker:
 
     async def receive(self, method: str, chunks: AsyncIterator[bytes]) -> bytes:
         """See :class:`tpirt.transport.base.PeerService`."""
-        return encode_call(PutUnitsReply(await self._uploads.receive(chunks)))
+        received = await self._uploads.receive(chunks)
+        release_free_memory()  # of the messages: it counts towards the next session's limit
+        return encode_call(PutUnitsReply(received))
 
     async def session(self, channel: Channel) -> None:
         """See :class:`tpirt.transport.base.PeerService`."""

@@ -151,7 +151,7 @@ async def test_master_that_forgot_what_it_cut_checks_the_workers_word(
 
 async def test_chunks_are_small_enough_for_slow_links(tmp_path: Path) -> None:
     model = make_model(
-        tmp_path / "m", "llama", hidden_size=512, num_attention_heads=2, num_key_value_heads=2
+        tmp_path / "m", "llama", hidden_size=2048, head_dim=16, intermediate_size=2048
     )
     async with connected(model, [tmp_path / "a", tmp_path / "b"]) as (_, (client,)):
         assert client.largest == 256 << 10  # two seconds at 1 Mbit/s

@@ -20,6 +20,9 @@ class Communicator(Protocol):
     the algorithm, so all ranks hold identical bits and a rerun repeats them; all algorithms give
     the same bits.
 
+    Over each link and in each direction, a collective sends at most one PARTIAL and then at most one
+    REDUCED frame, after the frames of the part's earlier collectives. Others break the link.
+
     All calls raise:
         PeerLostError: a rank is gone or silent; names it.
         TransportError: a message of another step, collective, shape or dtype came; it was not

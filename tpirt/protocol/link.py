@@ -112,7 +112,7 @@ class Link:
         follows = step == self._step + 1
         self._step, self._parts, self._reason = step, parts, None
         self._inbox, self._ahead = (self._ahead if follows else _queues()), _queues()
-        self._newest = [-1] * PARTS
+        self._newest = [_newest(queue) for queue in self._inbox]
 
     def skip(self, step: int) -> None:
         """Record a step that was aborted before it arrived."""
@@ -251,9 +251,12 @@ class Link:
 
     def on_frame(self, frame: Frame) -> None:
         """See :class:`tpirt.transport.base.Receiver`."""
-        for waiter in self._waiters:  # nearly always: just what is expected
+        for part, waiter in enumerate(self._waiters):  # nearly always: just what is expected
             if waiter is not None and waiter.head == frame.head and not waiter.future.done():
-                self._newest[frame.header.seq % PARTS] = _order(frame.header)
+                order = _order(frame.header)
+                if order <= self._newest[part]:
+                    break  # the same again
+                self._newest[part] = order
                 waiter.future.set_result(frame)
                 return
         if self.lost is not None:
@@ -296,7 +299,7 @@ class Link:
 
     def _take_tensor(self, header: Header, frame: Frame) -> None:
         """Keep a tensor that is not expected yet, or drop one of an older step."""
-        part = header.seq % PARTS
+        part, order = header.seq % PARTS, _order(header)
         if header.step in self._given_up:
             return
         if header.step == self._step + 1:
@@ -305,18 +308,23 @@ class Link:
                 if waiter is not None and not waiter.future.done():
                     raise _mismatch(self.peer_id, waiter.head, frame)
             queue = self._ahead[part]
+            newest = _newest(queue)
         elif header.step == self._step and self._parts:
-            order, newest = _order(header), self._newest[part]
             waiter = self._waiters[part]
             if waiter is not None and waiter.future.done():  # it has its own, and runs soon
                 waiter = None
-            if part >= self._parts or order <= newest or waiter is not None:
+            if part >= self._parts or (waiter is not None and waiter.head != frame.head):
                 expected = None if waiter is None else waiter.head
                 raise _mismatch(self.peer_id, expected, frame)
-            self._newest[part] = order
             queue = self._inbox[part]
+            newest = self._newest[part]
+            self._newest[part] = order
         else:
             raise _mismatch(self.peer_id, None, frame)
+        if order <= newest:
+            raise TransportError(
+                f"peer {self.peer_id}: {_words(header)} came again, or too late; refused"
+            )
         if len(queue) >= _MOST_AHEAD:
             raise TransportError(
                 f"peer {self.peer_id}: {len(queue)} tensors ahead of step {self._step}; refused"
@@ -418,8 +426,12 @@ def _queues() -> list[deque[Frame]]:
 
 
 def _order(header: Header) -> int:
-    """The order of a tensor in its part of a step."""
+    """Where a tensor comes in its part of a step; increases from one to the next."""
     return 2 * header.seq + (header.kind == Kind.REDUCED)
+
+
+def _newest(queue: deque[Frame]) -> int:
+    return _order(queue[-1].header) if queue else -1
 
 
 def _mismatch(peer_id: str, expected: bytes | None, frame: Frame) -> TransportError:

@@ -20,8 +20,8 @@ class Communicator(Protocol):
     the algorithm, so all ranks hold identical bits and a rerun repeats them; all algorithms give
     the same bits.
 
-    Over each link and in each direction, a collective sends at most one PARTIAL and then at most one
-    REDUCED frame, after the frames of the part's earlier collectives. Others break the link.
+    Over each link and in each direction, a collective sends at most one PARTIAL and then at most
+    one REDUCED frame, after the frames of the part's earlier collectives. Others break the link.
 
     All calls raise:
         PeerLostError: a rank is gone or silent; names it.

@@ -23,7 +23,7 @@ from bench.trace.critical_path import (
     critical_path,
     shares,
 )
-from bench.trace.reader import Rank, Span, Trace, read_trace
+from bench.trace.reader import Rank, Span, Trace, merged, read_trace
 from tpirt.cli.options import count
 from tpirt.errors import RequestError, TpirtError
 from tpirt.stopwatch import COMPUTE, DISK, NETWORK, SAMPLE, WAIT_DISK
@@ -156,7 +156,7 @@ def _draw_rank(axes: Axes, view: View, rank: Rank, at: float) -> Iterator[tuple[
         _bars(axes, view, [(s.begin_ms, s.end_ms) for s in shown], y, COLORS[color])
         if lane in (COMPUTE, DISK):
             _name_blocks(axes, view, shown, y)
-        busy = sum(min(s.end_ms, view.end_ms) - max(s.begin_ms, view.begin_ms) for s in shown)
+        busy = sum(min(e, view.end_ms) - max(b, view.begin_ms) for b, e in merged(shown))
         share = busy / (view.end_ms - view.begin_ms)
         axes.text(
             1.005,

@@ -61,8 +61,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
-def in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every step of several tokens go through the layers in two halves."""
+def micro_batched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every step of several tokens as two micro-batches."""
     monkeypatch.setattr(collective_policy, "_WORTH_HIDING_S", 0.0)
     monkeypatch.setattr(collective_policy, "_LEAST_SPLIT", 2)
     monkeypatch.setattr(Topology, "on_loopback", False)

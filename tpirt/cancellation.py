@@ -1,4 +1,4 @@
-"""Work that always runs to its end, even if its caller is cancelled."""
+"""Run work to its end even if the caller is cancelled."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _T = TypeVar("_T")
 
 
 async def finish(work: Awaitable[_T], on_cancel: Callable[[], None] | None = None) -> _T:
-    """Await a coroutine, as a task of its own, or a future; cancelled, still wait for its end.
+    """Await a coroutine, in a task of its own, or a future. If cancelled, wait for its end first.
 
-    The cancellation is raised after that, in place of any result or error. Further cancellations
-    meanwhile change nothing, so ``work`` must end by itself before long.
+    The cancellation is then raised in place of any result or error. Further cancellations have no
+    effect, so ``work`` must end soon.
 
     Args:
-        work: what is to be done.
-        on_cancel: called when the caller is cancelled, to have ``work`` end sooner.
+        work: a coroutine or a future.
+        on_cancel: called when the caller is cancelled, to end ``work`` sooner.
     """
     task = asyncio.ensure_future(work)
     try:
@@ -30,12 +30,12 @@ async def finish(work: Awaitable[_T], on_cancel: Callable[[], None] | None = Non
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait({task})
         if not task.cancelled():
-            task.exception()  # it was looked at: asyncio need not report it
+            task.exception()  # retrieved, so that asyncio does not report it
         raise
 
 
 async def in_thread(
     function: Callable[..., _T], *args: Any, on_cancel: Callable[[], None] | None = None
 ) -> _T:
-    """Run ``function(*args)`` in a thread; when this returns or raises, the thread is done."""
+    """Run ``function(*args)`` in a thread, and wait for its end even if cancelled."""
     return await finish(asyncio.to_thread(function, *args), on_cancel)

@@ -50,8 +50,10 @@ class StepTimes:
     A step lasts until the next one begins (``total_ms``); the last one until its work is done.
     ``compute_ms`` is time in blocks (on the master also in the LM head and in sampling), ``io_ms``
     waiting for weights, ``comm_ms`` in collectives (on the master also sending the step to the
-    workers). The rest of ``total_ms`` is idle: a worker waits for the next step; the master embeds
-    and decodes text, or its caller works between two tokens.
+    workers). Each moment counts once, for the first of these that is under way: with
+    micro-batches, one half computes during the other's sum. So the three never exceed
+    ``total_ms``. The rest is idle: a worker waits for the next step; the master embeds and decodes
+    text, or its caller works between two tokens.
 
     ``head_compute_ms`` and ``head_io_ms`` are the parts of ``compute_ms`` and ``io_ms`` after the
     layers, on the master only.
@@ -101,8 +103,9 @@ class TokenTimes:
 class RankStats:
     """Counters of one rank since a step began (``Engine.stats``: since the latest request began).
 
-    ``io_ms`` is time spent waiting for weights, ``comm_ms`` for other ranks; ``read_ms`` is the
-    time of all reads, waited for or not. ``steps`` are the latest 4096.
+    ``io_ms`` is time spent waiting for weights, ``comm_ms`` for other ranks, both only while
+    nothing is computed; ``read_ms`` is the time of all reads, waited for or not. ``steps`` are the
+    latest 4096.
     """
 
     rank: int = 0

@@ -2,8 +2,10 @@
 
 All ranks meet in every collective, and it cannot end before the last of them has come. So the path
 of a step leads, from collective to collective, over the rank that came to each last: over what
-that rank did since the collective before (its compute, its waiting for the disk), and over the
-network from one such rank to the next. After the last collective it leads over the master alone.
+that rank did since the last one came to the collective before. That is its compute, its waiting
+for the disk, and where it did neither, the network while a collective was under way there. After
+the last collective it leads over the master alone. Two micro-batches' collectives overlap; all
+ranks begin them in the same order.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.trace.reader import Rank, Span, Trace
+from bench.trace.reader import Rank, Span, Trace, merged
 from tpirt.stopwatch import COMPUTE, NETWORK, STEPS, WAIT_DISK
 
 COMPUTING, DISK_WAIT, NETWORK_WAIT, OTHER = "compute", "waiting for disk", "network", "other"
@@ -37,7 +39,7 @@ def critical_path(trace: Trace, steps: Sequence[Span]) -> list[Piece]:
     """
     if not steps:
         return []
-    path = _Path(steps[0].begin_ms)
+    path = _Path(steps[0].begin_ms, trace.ranks)
     visits = [_visits(rank, {step.number for step in steps}) for rank in trace.ranks]
     for step in steps:
         present = [found[step.number] for found in visits if step.number in found]
@@ -79,9 +81,10 @@ def _visits(rank: Rank, wanted: set[int]) -> dict[int, _Visit]:
 
 
 class _Path:
-    def __init__(self, at_ms: float):
+    def __init__(self, at_ms: float, ranks: Sequence[Rank]):
         self.pieces: list[Piece] = []
         self._at = at_ms
+        self._meeting = [merged(rank.lanes[NETWORK]) for rank in ranks]
 
     def follow(self, step: Span, visits: Sequence[_Visit]) -> None:
         """Go through one step, the master's visit first."""
@@ -89,11 +92,9 @@ class _Path:
         self._own(step.begin_ms, master.rank)  # what lay between two steps
         for meeting in range(min(len(visit.meetings) for visit in visits)):
             last = max(visits, key=lambda visit: visit.meetings[meeting].begin_ms)
-            ready = last.meetings[meeting - 1].end_ms if meeting else last.begin_ms
-            self._spend(ready, NETWORK_WAIT, last.rank)
+            if not meeting:
+                self._spend(last.begin_ms, NETWORK_WAIT, last.rank)
             self._own(last.meetings[meeting].begin_ms, last.rank)
-        if master.meetings:
-            self._spend(master.meetings[-1].end_ms, NETWORK_WAIT, master.rank)
         self._own(step.end_ms, master.rank)
 
     def _own(self, until_ms: float, rank: Rank) -> None:
@@ -103,9 +104,20 @@ class _Path:
         for span in spans[first:]:
             if span.begin_ms >= until_ms:
                 break
-            self._spend(span.begin_ms, OTHER, rank)
+            self._idle(span.begin_ms, rank)
             cause = DISK_WAIT if span.name == WAIT_DISK else COMPUTING
             self._spend(min(span.end_ms, until_ms), cause, rank)
+        self._idle(until_ms, rank)
+
+    def _idle(self, until_ms: float, rank: Rank) -> None:
+        """Spend the time until then, in which the rank did nothing itself."""
+        stretches = self._meeting[rank.rank]
+        first = bisect_left(stretches, self._at, key=lambda stretch: stretch[1])
+        for begin_ms, end_ms in stretches[first:]:
+            if begin_ms >= until_ms:
+                break
+            self._spend(begin_ms, OTHER, rank)
+            self._spend(min(end_ms, until_ms), NETWORK_WAIT, rank)
         self._spend(until_ms, OTHER, rank)
 
     def _spend(self, until_ms: float, cause: str, rank: Rank) -> None:

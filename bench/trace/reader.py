@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,28 @@ class Span:
 
 @dataclass
 class Rank:
-    """One rank's spans, each lane in the order of time."""
+    """One rank's spans, each lane in the order of time.
+
+    Spans of the network may overlap: the sums of two micro-batches do.
+    """
 
     rank: int
     peer: str
     missing: str
     uncertainty_ms: float
     lanes: dict[str, list[Span]] = field(default_factory=lambda: {lane: [] for lane in LANES})
+
+
+def merged(spans: Iterable[Span]) -> list[tuple[float, float]]:
+    """When at least one of the spans, given in the order of time, was under way."""
+    stretches: list[tuple[float, float]] = []
+    for span in spans:
+        if stretches and span.begin_ms <= stretches[-1][1]:
+            begin, end = stretches[-1]
+            stretches[-1] = begin, max(end, span.end_ms)
+        else:
+            stretches.append((span.begin_ms, span.end_ms))
+    return stretches
 
 
 @dataclass(frozen=True)

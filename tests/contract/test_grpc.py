@@ -82,9 +82,9 @@ async def chunks_of(*chunks: bytes) -> AsyncIterator[bytes]:
 async def test_requests_are_answered_and_refused_with_the_peers_words() -> None:
     async with peer() as (client, _):
         assert await client.call("Hello", b"me", TIMEOUT_S) == b"Hello:me"
-        assert await client.call("Lacking", b"", TIMEOUT_S) == b"Lacking:"
+        assert await client.call("Inventory", b"", TIMEOUT_S) == b"Inventory:"
         with pytest.raises(PeerError, match=rf"^peer {client.address}: disk full$"):
-            await client.call("Lacking", b"full", TIMEOUT_S)
+            await client.call("Inventory", b"full", TIMEOUT_S)
 
 
 async def test_a_method_that_the_peer_does_not_know_is_another_service() -> None:

@@ -345,7 +345,7 @@ def test_two_at_once_install_once(clone: Clone) -> None:
     slow = clone.pretended / "slow"
     slow.touch()
     with clone.start() as first, clone.start() as second:
-        time.sleep(0.2)  # whoever comes second finds the first at work, or waits for its lock
+        time.sleep(0.2)  # the second one finds the first at work, or waits for its lock
         slow.unlink()
         for process in (first, second):
             out, err = process.communicate(timeout=DEADLINE_S)

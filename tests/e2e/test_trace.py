@@ -60,6 +60,7 @@ class Trace:
         self.lanes: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
         self.threads: dict[tuple[int, int], str] = {}
         self.processes: dict[int, str] = {}
+        by_thread: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
         for event in content["traceEvents"]:
             match event["ph"]:
                 case "M" if event["name"] == "thread_name":
@@ -69,13 +70,15 @@ class Trace:
                 case "X":
                     assert event["ts"] >= 0
                     assert event["dur"] >= 0
-                    assert self.threads[event["pid"], event["tid"]] == event["cat"]
+                    thread = self.threads[event["pid"], event["tid"]]
+                    assert thread in (event["cat"], f"{event['cat']} 2")
                     self.lanes[event["pid"], event["cat"]].append(event)
+                    by_thread[event["pid"], event["tid"]].append(event)
                 case "i":
                     self.instants.append(event)
                 case kind:
                     assert kind == "M"
-        for spans in self.lanes.values():  # one after another: no two overlap in one lane
+        for spans in by_thread.values():  # one after another: no two overlap in one thread
             for earlier, later in pairwise(spans):
                 assert earlier["ts"] + earlier["dur"] <= later["ts"] + ROUNDING_US
 
@@ -298,6 +301,32 @@ async def test_full_lanes_stop_and_the_trace_says_so(
         assert rank["not_recorded"].keys() >= {"compute", "network"}
     full = [i for i in trace.instants if i["name"].startswith("full: ")]
     assert len(full) == sum(len(rank["not_recorded"]) for rank in trace.ranks)
+
+
+@pytest.mark.usefixtures("micro_batched")
+@pytest.mark.parametrize("window", [None, 2])
+async def test_overlapping_collectives_are_drawn_apart_and_counted_once(
+    model: Path, store: Path, file: Path, window: int | None
+) -> None:
+    """A prompt goes through the layers as two micro-batches, whose collectives overlap."""
+    async with memory_engine(model, 2, store=store, trace=file, window=window) as engine:
+        answer = await engine.complete(PROMPT, PARAMS)
+    for rank in answer.ranks:
+        for step in rank.steps:
+            assert step.compute_ms + step.io_ms + step.comm_ms <= step.total_ms
+            assert min(step.compute_ms, step.comm_ms) > 0
+    trace = Trace(file)
+    check_nesting(trace)
+    for rank in range(2):
+        prompt, *decoded = trace.meetings(rank).values()
+        kinds = [span["name"] for span in prompt]
+        assert kinds.count("broadcast") == 2
+        assert kinds.count("all_reduce") == 4 + 5  # of the first half, no result is wanted
+        assert {span["tid"] for spans in decoded for span in spans} == {prompt[0]["tid"]}
+    first, second = (s for s in trace.lanes[1, "network"] if s["name"] == "broadcast")
+    assert first["ts"] < end(second)  # the worker waits for both halves' rows
+    assert second["ts"] < end(first)
+    assert {trace.threads[1, span["tid"]] for span in (first, second)} == {"network", "network 2"}
 
 
 async def test_several_requests_are_one_trace(model: Path, store: Path, file: Path) -> None:

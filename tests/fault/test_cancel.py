@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
-from tpirt.transport.codec import Frame
 
 from tpirt.batch import Algorithm
+from tpirt.cluster.worker import Worker
 from tpirt.engine import Engine, EngineOptions
-from tpirt.testing.cluster import memory_engine
+from tpirt.testing.cluster import MemoryPeerClient, memory_engine
 from tpirt.testing.faults import Fault, FaultyChannel
 from tpirt.testing.processes import PeerProcess
 from tpirt.transport.base import Channel
+from tpirt.transport.frame import Frame, Kind
 from tpirt.types import Progress, SamplingParams
+from tpirt.weights.store import SliceStore
 
 PROMPT = [i % 250 for i in range(200)]
 OTHER = [7, 8, 9, 10]
@@ -25,19 +28,16 @@ PARAMS = SamplingParams(max_tokens=8)
 ENDLESS = SamplingParams(max_tokens=300)
 
 
-class Counting:
+class Counting(FaultyChannel):
     """Passes a worker's frames on and counts them: its compute shows as partials sent."""
 
     def __init__(self, inner: Channel):
+        super().__init__(inner, Fault.DELAY, kind="none")
         self.partials = 0
-        self._inner = inner
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._inner, name)
 
     async def send(self, frame: Frame) -> None:
-        self.partials += frame.kind == "partial"
-        await self._inner.send(frame)
+        self.partials += frame.header.kind == Kind.PARTIAL
+        await super().send(frame)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ async def counted(model: Path, store: Path) -> AsyncIterator[tuple[Engine, list[
 
     def count(_: int, channel: Channel) -> Channel:
         workers.append(Counting(channel))
-        return workers[-1]  # type: ignore[return-value]
+        return workers[-1]
 
     async with memory_engine(
         model, 3, store=store, chunk_tokens=16, timeout_s=5, worker_side=count
@@ -163,9 +163,27 @@ async def test_cancel_storm_never_desynchronises(
         await check_answers(engine, expected)
 
 
-@pytest.mark.usefixtures("in_halves")
 @pytest.mark.parametrize("algorithm", Algorithm, ids=lambda algorithm: algorithm.value)
-async def test_cancel_storm_of_prompts_in_halves(
+async def test_cancel_storm_of_frames_larger_than_the_way_holds(
+    model: Path, store: Path, expected: list[list[int]], algorithm: Algorithm
+) -> None:
+    """A chunk of 200 tokens is 51 KiB: large frames, over pipes that hold 4 KiB."""
+    async with memory_engine(
+        model,
+        4,
+        store=store,
+        chunk_tokens=256,
+        timeout_s=5,
+        capacity=4096,
+        collective=algorithm.value,
+    ) as engine:
+        await storm(engine, 11, 30)
+        await check_answers(engine, expected)
+
+
+@pytest.mark.usefixtures("micro_batched")
+@pytest.mark.parametrize("algorithm", Algorithm, ids=lambda algorithm: algorithm.value)
+async def test_cancel_storm_of_prompts_in_micro_batches(
     model: Path, store: Path, expected: list[list[int]], algorithm: Algorithm
 ) -> None:
     async with memory_engine(
@@ -195,21 +213,64 @@ async def test_cancelled_while_a_worker_is_slow_then_answered_right(
     model: Path, store: Path, expected: list[list[int]]
 ) -> None:
     """What the slow worker still sends of the old step is not taken for the new one's."""
+    late: list[FaultyChannel] = []
 
     def slow(rank: int, channel: Channel) -> Channel:
         if rank == 2:
-            return FaultyChannel(channel, Fault.DELAY, after=7, kind="partial", delay_s=0.3)
+            late.append(FaultyChannel(channel, Fault.DELAY, after=7, kind="partial", delay_s=0.3))
+            return late[0]
         return channel
 
     async with memory_engine(
         model, 3, store=store, chunk_tokens=16, timeout_s=5, worker_side=slow
     ) as engine:
         task = asyncio.ensure_future(engine.complete(PROMPT, ENDLESS))
-        await asyncio.sleep(0.1)
+        await late[0].fired.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         await check_answers(engine, expected)
+
+
+class AbruptClient(MemoryPeerClient):
+    """Cancels its sessions on leaving, as gRPC does with the handlers of calls that end."""
+
+    turns = 0
+
+    async def aclose(self) -> None:
+        for channel in self._channels:
+            await channel.aclose()
+        for _ in range(self.turns):
+            await asyncio.sleep(0)
+        for session in self._sessions:
+            session.cancel()
+        await asyncio.gather(*self._sessions, return_exceptions=True)
+        self._sessions.clear()
+
+
+async def test_a_worker_whose_handler_is_cancelled_at_any_moment_serves_again(
+    model: Path, store: Path, expected: list[list[int]]
+) -> None:
+    worker = Worker("rank1", SliceStore(store), None, 1, lambda _: None)
+    options = EngineOptions(dtype="float32", threads=1, store=store, chunk_tokens=16)
+    for turns in (0, 1, 2, 3, 4, 6, 10, 20, 40):
+        client = AbruptClient(worker)
+        client.turns = turns
+        async with asyncio.timeout(20), Engine.connect(model, options, peers=[client]) as engine:
+            assert (await engine.complete(OTHER, PARAMS)).token_ids == expected[1]
+    assert "tpirt-window" not in {thread.name for thread in threading.enumerate()}
+
+
+async def test_many_resets_at_once_are_one(
+    model: Path, store: Path, expected: list[list[int]]
+) -> None:
+    async with memory_engine(model, 2, store=store, chunk_tokens=16) as engine:
+        await engine.complete(PROMPT, PARAMS)
+        for _ in range(300):  # more messages than a worker's queue takes
+            engine.reset()
+            await asyncio.sleep(0)
+        assert (await engine.complete(OTHER, PARAMS)).token_ids == expected[1]
+        assert engine.broken is None
 
 
 async def test_two_requests_at_once_wait_for_each_other(

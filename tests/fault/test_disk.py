@@ -10,11 +10,11 @@ import subprocess
 import zlib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tpirt.transport.pb import tpirt_pb2 as pb
 
 from tpirt.cli.main import main
 from tpirt.cluster.provision import Delivery, lacking_units, unit_chunks
@@ -23,6 +23,7 @@ from tpirt.cluster.worker import Worker
 from tpirt.config import ModelConfig
 from tpirt.engine import Engine, EngineOptions
 from tpirt.errors import MemoryLimitError, StoreError, TpirtError
+from tpirt.protocol.messages import UnitChunk, encode_call
 from tpirt.sharding.format import WeightFormat
 from tpirt.sharding.partition import make_plan
 from tpirt.testing.cluster import MemoryPeerClient, memory_engine
@@ -198,20 +199,21 @@ async def upload(
     plan = make_plan(maker.config, 2)
     spec = maker.spec(plan.shards[1])
     nothing = [NO_DIGEST] * len(spec.places)
-    text = SliceOrder(spec, nothing, question=False).to_json()
+    text = SliceOrder(spec, nothing).to_json()
     if isinstance(change, dict):
         fields = json.loads(text)
         if isinstance(change.get("config"), dict):
             change = {"config": fields["config"] | change["config"]}
         text = json.dumps(fields | change)
 
-    async def chunks() -> AsyncIterator[pb.SliceChunk]:
+    async def chunks() -> AsyncIterator[UnitChunk]:
         if change == "no manifest":
             return
-        yield pb.SliceChunk(manifest=text)
+        yield UnitChunk(order=text)
         delivery = Delivery(nothing, list(range(len(nothing))))
         units = lacking_units(maker, plan.shards[1], delivery, SliceStore(store))
-        for number, chunk in enumerate(unit_chunks(units), start=1):
+        for number, whole in enumerate(unit_chunks(units), start=1):
+            chunk = whole
             if number == 3:
                 match change:
                     case "ends early":
@@ -221,21 +223,22 @@ async def upload(
                     case "bit flipped":
                         data = bytearray(chunk.data)
                         data[len(data) // 2] ^= 1
-                        chunk.data = bytes(data)
+                        chunk = replace(chunk, data=bytes(data))
                     case "left out":
                         continue
                     case "twice":
-                        yield pb.SliceChunk(chunk=chunk)
+                        yield chunk
                     case "manifest again":
-                        yield pb.SliceChunk(manifest=text)
+                        yield UnitChunk(order=text)
                     case "another unit":
-                        chunk.block = 1 << 30
+                        chunk = replace(chunk, unit=1 << 30)
                     case "other bytes":
-                        chunk.data = bytes(len(chunk.data))
-                        chunk.crc32 = zlib.crc32(chunk.data)
-            yield pb.SliceChunk(chunk=chunk)
+                        zeros = bytes(len(chunk.data))
+                        chunk = replace(chunk, data=zeros, crc32=zlib.crc32(zeros))
+            yield chunk
 
-    await MemoryPeerClient(service or worker(store)).put_slice(chunks())
+    client = MemoryPeerClient(service or worker(store))
+    await client.upload("PutUnits", (encode_call(c) async for c in chunks()), 20)
 
 
 async def test_whole_upload_is_kept(maker: SliceMaker, tmp_path: Path) -> None:
@@ -270,15 +273,15 @@ async def test_upload_begun_before_a_session_changes_nothing_of_it(
     begun, may_end = asyncio.Event(), asyncio.Event()
 
     class Slow(Worker):
-        async def put_slice(self, chunks: AsyncIterator[pb.SliceChunk]) -> pb.PutSliceReply:
-            async def slowly() -> AsyncIterator[pb.SliceChunk]:
+        async def receive(self, method: str, chunks: AsyncIterator[bytes]) -> bytes:
+            async def slowly() -> AsyncIterator[bytes]:
                 async for chunk in chunks:
                     yield chunk
                     if not begun.is_set():
                         begun.set()
                         await may_end.wait()
 
-            return await service.put_slice(slowly())
+            return await service.receive(method, slowly())
 
     slow = Slow("slow", SliceStore(tmp_path / "worker"), None, 1, lambda _: None)
     uploading = asyncio.create_task(upload(maker, tmp_path / "worker", change, slow))
@@ -295,21 +298,15 @@ async def test_upload_begun_before_a_session_changes_nothing_of_it(
 async def connected(
     model: Path, service: Worker, store: Path, window: int | None = None
 ) -> AsyncIterator[Engine]:
-    async with Engine.connect(
-        model,
-        peers=[MemoryPeerClient(service)],
-        dtype="float32",
-        threads=1,
-        store=store,
-        window=window,
-    ) as engine:
+    options = EngineOptions(dtype="float32", threads=1, store=store, window=window)
+    async with Engine.connect(model, options, peers=[MemoryPeerClient(service)]) as engine:
         yield engine
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ("no manifest", "must begin with its manifest"),
+        ("no manifest", "must begin with its order"),
         ("ends early", "ends early"),
         ("bit flipped", "checksum mismatch"),
         ("left out", "ends early"),
@@ -362,12 +359,8 @@ async def test_upload_is_refused_while_another_master_is_served(
                 model, EngineOptions(store=tmp_path / "master"), peers=[MemoryPeerClient(service)]
             ):
                 pytest.fail("loaded")
-
-        async def chunks() -> AsyncIterator[pb.SliceChunk]:
-            yield pb.SliceChunk(manifest="{}")
-
         with pytest.raises(TpirtError, match="serves master already"):
-            await MemoryPeerClient(service).put_slice(chunks())
+            await upload(maker, tmp_path / "worker", None, service)
         await engine.complete(PROMPT, PARAMS)  # the one that is served notices nothing
 
 

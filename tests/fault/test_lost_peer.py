@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import pytest
 
 from tpirt.engine import Engine, EngineOptions
 from tpirt.errors import PeerLostError
+from tpirt.protocol.messages import UnitChunk
 from tpirt.testing.processes import (
     PeerProcess,
     descendants,
@@ -31,9 +32,9 @@ from tpirt.types import Progress, SamplingParams, ignore_progress
 Peers = Callable[[int], list[PeerProcess]]
 
 LONG = SamplingParams(max_tokens=400)
-# Measured on loopback: dead 0.02 s, hung 6 to 8 s (keepalive 2 s, ping timeout 6 s). A process
-# that dies is given a second here, for machines that do other things beside.
-DEAD_S, HUNG_S = 5.0, 12.0
+# Measured on loopback: dead 0.02 s, hung the timeout and at most a heartbeat's interval more. The
+# rest is for machines that do other things too.
+DEAD_S, HUNG_S = 5.0, 5.0
 
 
 @pytest.fixture(autouse=True)
@@ -107,34 +108,21 @@ async def test_killed_worker_is_named_in_prefill_in_decode_and_between_requests(
     assert "Traceback" not in other.log
 
 
-async def test_hung_worker_is_noticed_without_waiting_for_the_timeout(
+async def test_silence_of_a_worker_that_hangs_is_noticed(
     model: Path, peers: Peers, tmp_path: Path
 ) -> None:
     (peer,) = peers(1)
     async with Engine.connect(
         model,
-        EngineOptions(threads=1, store=tmp_path / "store", timeout_s=60),
+        EngineOptions(threads=1, store=tmp_path / "store", timeout_s=1.0),
         peers=[peer.address],
     ) as engine:
         seconds = await lose(engine, [1, 2, 3], lambda _: peer.signal(signal.SIGSTOP))
-        assert seconds < HUNG_S
+        assert 0.7 < seconds < HUNG_S
         assert peer.peer_port in str(engine.broken)
         assert "hangs" in str(engine.broken)
         leaving = time.monotonic()
     assert time.monotonic() - leaving < 2
-
-
-async def test_timeout_bounds_the_wait_for_a_worker_that_hangs(
-    model: Path, peers: Peers, tmp_path: Path
-) -> None:
-    (peer,) = peers(1)
-    async with Engine.connect(
-        model,
-        EngineOptions(threads=1, store=tmp_path / "store", timeout_s=0.5),
-        peers=[peer.address],
-    ) as engine:
-        seconds = await lose(engine, [1, 2, 3], lambda _: peer.signal(signal.SIGSTOP))
-    assert 0.4 < seconds < 3
 
 
 class KilledAtSession(GrpcPeerClient):
@@ -204,7 +192,7 @@ async def test_error_while_cutting_a_slice_is_told_as_it_is(
 
     (peer,) = peers(1)
 
-    def broken(*_: object) -> Iterator[None]:
+    def broken(_: object) -> Generator[UnitChunk]:
         raise CheckpointError("model.safetensors: the disk says no")
         yield
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tpirt.transport.pb import tpirt_pb2 as pb
 
 from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.cluster.worker import Worker
 from tpirt.config import ModelConfig
-from tpirt.engine import Engine
+from tpirt.engine import Engine, EngineOptions
 from tpirt.ops.quant import QuantSpec
+from tpirt.protocol.messages import UnitChunk, decode_call
 from tpirt.sharding.format import WeightFormat
 from tpirt.sharding.partition import make_plan
 from tpirt.testing.cluster import MemoryPeerClient
@@ -39,16 +39,17 @@ class CountingClient(MemoryPeerClient):
         self.sent = 0
         self.largest = 0
 
-    async def put_slice(self, chunks: AsyncIterator[pb.SliceChunk]) -> pb.PutSliceReply:
-        async def counted() -> AsyncIterator[pb.SliceChunk]:
-            async for chunk in chunks:
-                if chunk.WhichOneof("body") == "chunk":
-                    self.units.add(chunk.chunk.block)
-                    self.sent += len(chunk.chunk.data)
-                    self.largest = max(self.largest, len(chunk.chunk.data))
-                yield chunk
+    async def upload(self, method: str, chunks: AsyncIterator[bytes], timeout_s: float) -> bytes:
+        async def counted() -> AsyncIterator[bytes]:
+            async for data in chunks:
+                chunk = decode_call(UnitChunk, data, "test")
+                if not chunk.order:
+                    self.units.add(chunk.unit)
+                    self.sent += len(chunk.data)
+                    self.largest = max(self.largest, len(chunk.data))
+                yield data
 
-        return await super().put_slice(counted())
+        return await super().upload(method, counted(), timeout_s)
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +71,8 @@ async def connected(
     model: Path, stores: Sequence[Path], **options: Any
 ) -> AsyncIterator[tuple[Engine, list[CountingClient]]]:
     clients = [CountingClient(store, rank) for rank, store in enumerate(stores) if rank]
-    async with Engine.connect(
-        model, peers=clients, dtype="float32", threads=1, store=stores[0], **options
-    ) as engine:
+    chosen = EngineOptions(dtype="float32", threads=1, store=stores[0], **options)
+    async with Engine.connect(model, chosen, peers=clients) as engine:
         yield engine, clients
 
 
@@ -151,7 +151,7 @@ async def test_master_that_forgot_what_it_cut_checks_the_workers_word(
 
 async def test_chunks_are_small_enough_for_slow_links(tmp_path: Path) -> None:
     model = make_model(
-        tmp_path / "m", "llama", hidden_size=512, num_attention_heads=2, num_key_value_heads=2
+        tmp_path / "m", "llama", hidden_size=2048, head_dim=16, intermediate_size=2048
     )
     async with connected(model, [tmp_path / "a", tmp_path / "b"]) as (_, (client,)):
         assert client.largest == 256 << 10  # two seconds at 1 Mbit/s

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tpirt.cluster import rank, worker_links
 from tpirt.cluster.worker import Worker
 from tpirt.engine import Engine, EngineOptions
-from tpirt.testing.cluster import MemoryPeerClient
+from tpirt.testing.cluster import MemoryPeerClient, memory_engine
 from tpirt.transport.base import Channel
 from tpirt.transport.memory import memory_pair
 from tpirt.types import SamplingParams
@@ -56,3 +60,23 @@ async def test_a_session_cancelled_while_it_ends_leaves_the_worker_free(
         client = CancelledSession(worker, turns)
         async with Engine.connect(model, options, peers=[client]) as engine:
             await engine.complete(PROMPT, ONE)
+
+
+async def test_a_worker_that_is_slow_to_prepare_has_links(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first start on a small device measures kernels for a while; other workers do not."""
+    patience_s = 0.5
+    monkeypatch.setattr(worker_links, "PATIENCE_S", patience_s)
+    calls, choose = itertools.count(), rank.choose_kernels
+
+    def slow_for_one(*arguments: Any) -> Any:
+        if next(calls) == 1:
+            time.sleep(3 * patience_s)
+        return choose(*arguments)
+
+    monkeypatch.setattr(rank, "choose_kernels", slow_for_one)
+    async with memory_engine(model, 3, store=tmp_path, collective="one-shot") as engine:
+        assert next(calls) == 3
+        assert engine.notice == ""
+        await engine.complete(PROMPT, ONE)

@@ -6,14 +6,15 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from tpirt.transport.codec import Frame
-from tpirt.transport.pb import tpirt_pb2 as pb
 
 from tpirt.batch import Batch
 from tpirt.cluster import worker_links as mesh
 from tpirt.cluster.worker_links import Switchboard
-from tpirt.errors import PeerUnreachableError, TransportError
+from tpirt.errors import PeerLostError, PeerUnreachableError, TpirtError
+from tpirt.protocol.link import Link
+from tpirt.protocol.messages import Abort, Joined, JoinLink
 from tpirt.testing.cluster import MemoryPeerClient, memory_engine
+from tpirt.testing.ranks import Inbox
 from tpirt.transport.base import Channel
 from tpirt.transport.memory import memory_pair
 from tpirt.types import SamplingParams
@@ -42,7 +43,7 @@ async def test_unreachable_worker(
     tokens, notice, explained = await answer(model, tmp_path, collective=collective)
     assert tokens == expected
     assert "star" in notice
-    assert "rank 2 has no link to rank 1: peer memory:1: connection refused" in notice
+    assert "rank 2 has no link to rank 1: it cannot be reached from there" in notice
     assert any("one token" in line and ": star" in line for line in explained)
 
 
@@ -89,18 +90,18 @@ async def test_a_failure_in_one_worker_frees_the_others_in_direct_exchange(
     from tpirt.errors import StoreError
 
     if halves:
-        request.getfixturevalue("in_halves")
+        request.getfixturevalue("micro_batched")
     failing = {"left": 1}
-    check = RankRuntime.check_step
+    validate = RankRuntime.validate
 
     def once(self: RankRuntime, batch: Batch) -> None:
         start = batch.segments[0].position
         if self.comm.rank == 2 and (halves or start > 20) and failing["left"]:
             failing["left"] -= 1
             raise StoreError("disk on fire")
-        check(self, batch)
+        validate(self, batch)
 
-    monkeypatch.setattr(RankRuntime, "check_step", once)
+    monkeypatch.setattr(RankRuntime, "validate", once)
     for algorithm in ("one-shot", "two-shot"):
         failing["left"] = 1
         async with (
@@ -116,47 +117,63 @@ async def test_a_failure_in_one_worker_frees_the_others_in_direct_exchange(
 # -- the switchboard -------------------------------------------------------------------------
 
 
-async def call(board: Switchboard, session: int, rank: int) -> tuple[Channel, asyncio.Task[None]]:
-    mine, theirs = memory_pair("board", f"rank{rank}")
+async def call(board: Switchboard, name: str = "caller") -> tuple[Link, asyncio.Task[None]]:
+    mine, theirs = memory_pair("board", name)
     serving = asyncio.create_task(board.serve(theirs))
-    await mine.send(Frame(pb.FrameHeader(link=pb.Link(session=session, rank=rank))))
-    return mine, serving
+    link = Link(mine, 0, 5.0, Inbox())
+    link.start()
+    return link, serving
 
 
-async def test_links_find_their_session_whoever_comes_first() -> None:
+async def join(link: Link, session: int, rank: int) -> asyncio.Task[object]:
+    """Ask to join; the answer comes once the link is claimed."""
+    return asyncio.create_task(link.request(JoinLink(session, rank)))
+
+
+async def test_links_find_their_session_whichever_comes_first() -> None:
     board = Switchboard()
-    claim = asyncio.create_task(board.claim(7, 2))
-    await asyncio.sleep(0)
-    _, serving = await call(board, 7, 2)
-    caller = await claim
-    caller.done.set()
-    await serving
-    _, serving = await call(board, 8, 3)
-    await asyncio.sleep(0)
-    caller = await board.claim(8, 3)
-    caller.done.set()
-    await serving
+    for session, claims_first in ((7, True), (8, False)):
+        claim = asyncio.create_task(board.claim(session, 2))
+        if claims_first:
+            await asyncio.sleep(0)
+        link, serving = await call(board)
+        joining = await join(link, session, 2)
+        caller = await claim
+        caller.link.reply(await caller.joined(), Joined())
+        assert isinstance((await joining).body, Joined)  # type: ignore[attr-defined]
+        caller.left.set()
+        await serving
+        await link.aclose()
 
 
 async def test_a_second_link_of_a_rank_and_other_words_are_refused() -> None:
     board = Switchboard()
-    _, first = await call(board, 7, 2)
-    await asyncio.sleep(0)
-    _, second = await call(board, 7, 2)
-    with pytest.raises(TransportError, match="second link of rank 2"):
-        await second
-    first.cancel()
-    mine, theirs = memory_pair("board", "stranger")
-    await mine.send(Frame(pb.FrameHeader(abort=pb.Abort(step=1))))
-    with pytest.raises(TransportError, match="expected link, got abort"):
-        await board.serve(theirs)
+    first, waiting = await call(board)
+    joining = await join(first, 7, 2)
+    second, refused = await call(board)
+    while not board.waits_for(7, 2):  # noqa: ASYNC110 - nothing tells
+        await asyncio.sleep(0)
+    with pytest.raises(PeerLostError):
+        await second.request(JoinLink(7, 2))
+    await refused
+    caller = await board.claim(7, 2)  # the first one is still there
+    caller.link.reply(await caller.joined(), Joined())
+    await joining
+    stranger, serving = await call(board)
+    with pytest.raises(TpirtError):
+        await stranger.request(Abort(1))
+    caller.left.set()
+    await asyncio.wait_for(asyncio.gather(waiting, serving), 10)
+    for link in (first, second, stranger):
+        await link.aclose()
 
 
 async def test_a_link_that_nobody_claims_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mesh, "PATIENCE_S", 0.05)
     board = Switchboard()
-    _, serving = await call(board, 7, 2)
+    link, serving = await call(board)
+    with pytest.raises(PeerLostError):
+        await link.request(JoinLink(7, 2))
     await asyncio.wait_for(serving, 5)
-    with pytest.raises(TimeoutError):
-        await board.claim(7, 2)
-    assert not board._callers
+    assert not board.waits_for(7, 2)
+    await link.aclose()

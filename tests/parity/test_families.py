@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from tpirt.batch import Algorithm, Segment
 from tpirt.collectives.algorithms import GroupCommunicator
 from tpirt.engine import Engine, EngineOptions
+from tpirt.engine.sampler import Sampler
 from tpirt.errors import MemoryLimitError
 from tpirt.model import decoder
 from tpirt.planning import Deployment, MemoryBudget
@@ -30,8 +31,6 @@ from tpirt.testing.cluster import memory_engine
 from tpirt.testing.decoders import decoder_group
 from tpirt.testing.models import make_tokenizer
 from tpirt.types import SamplingParams
-from tpirt.weights.layout import file_bytes
-from tpirt.weights.reader import buffer_bytes
 
 NEW_TOKENS = 10
 CHUNK_TOKENS = 16
@@ -311,10 +310,10 @@ async def test_chunks_of_any_size(
         assert await run(engine, expected.prompt) == expected.tokens
 
 
-@pytest.mark.usefixtures("in_halves")
+@pytest.mark.usefixtures("micro_batched")
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "dynamic-old", "odd-qwen3"])
 @pytest.mark.parametrize("algorithm", Algorithm, ids=lambda algorithm: algorithm.value)
-async def test_halves_of_a_chunk_interleaved(
+async def test_micro_batches_of_a_chunk_interleaved(
     reference: Callable[[str], Reference], name: str, algorithm: Algorithm
 ) -> None:
     expected = reference(name)
@@ -328,13 +327,13 @@ async def test_halves_of_a_chunk_interleaved(
             assert torch.equal(await engine.logits(expected.prompt), logits)
 
 
-@pytest.mark.usefixtures("in_halves")
+@pytest.mark.usefixtures("micro_batched")
 @pytest.mark.parametrize("name", ["llama-gqa", "llama-biases"])
-async def test_halves_where_ranks_cut_their_mlps_differently(
+async def test_micro_batches_if_ranks_cut_their_mlps_differently(
     reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(decoder, "ROWS_UNIT", 8)
-    monkeypatch.setattr(sharding, "_PIECE_BYTES", 6000)
+    monkeypatch.setattr(sharding, "_MLP_PIECE_BYTES", 6000)
     monkeypatch.setattr(sharding, "_PIECE_COLUMNS", 8)
     expected = reference(name)
     got = []
@@ -351,7 +350,7 @@ async def test_halves_where_ranks_cut_their_mlps_differently(
     assert torch.equal(*got)
 
 
-@pytest.mark.usefixtures("in_halves")
+@pytest.mark.usefixtures("micro_batched")
 @pytest.mark.parametrize("name", CASES)
 async def test_micro_batches_give_the_same_tokens(
     reference: Callable[[str], Reference], name: str
@@ -395,7 +394,7 @@ async def test_mlp_in_pieces(
     name: str,
     world: int,
 ) -> None:
-    monkeypatch.setattr(sharding, "_PIECE_BYTES", 6000)
+    monkeypatch.setattr(sharding, "_MLP_PIECE_BYTES", 6000)
     monkeypatch.setattr(sharding, "_PIECE_COLUMNS", 8)
     expected = reference(name)
     got = []
@@ -444,14 +443,13 @@ async def test_partly_resident_equals_resident_while_the_cache_grows(
     store = expected.path / "slices"
     async with memory_engine(expected.path, 2, chunk_tokens=5, store=store) as engine:
         resident = await engine.logits(expected.prompt)
-        window = engine._group.runtime.streamer
-        sizes = [buffer_bytes(file_bytes(block)) for block in window.blocks]
+        sizes = engine.deployment.ranks[0].budget.block_bytes
         whole, block = sum(sizes), max(sizes)
     resident_blocks = set()
     for budget in range(2 * block, whole + block, block):
         monkeypatch.setattr(MemoryBudget, "left_for_weights", fixed_budget(budget))
         async with memory_engine(expected.path, 2, chunk_tokens=5, store=store) as engine:
-            resident_blocks.add(len(engine._group.runtime.streamer.plan.resident))
+            resident_blocks.add(len(engine.deployment.ranks[0].streaming.resident))
             try:
                 logits = await engine.logits(expected.prompt)
             except MemoryLimitError as exc:
@@ -546,17 +544,16 @@ async def run_with_logits(
 ) -> tuple[list[int], torch.Tensor]:
     """Tokens and the logits that they were chosen from."""
     seen: list[torch.Tensor] = []
-    compute = engine._group.logits
+    choose = Sampler.next
 
-    async def recorded(hidden: torch.Tensor) -> torch.Tensor:
-        logits = await compute(hidden)
+    def recorded(self: Sampler, logits: torch.Tensor, history: Sequence[int]) -> int:
         seen.append(logits.clone())
-        return logits
+        return choose(self, logits, history)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine._group, "logits", recorded)
+        patch.setattr(Sampler, "next", recorded)
         tokens = await run(engine, prompt, count)
-    return tokens, torch.cat(seen)
+    return tokens, torch.stack(seen)
 
 
 async def test_left_prefill_is_not_reused_wrongly(

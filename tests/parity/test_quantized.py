@@ -153,17 +153,25 @@ async def test_kernels_are_chosen_once(model: Path, tmp_path: Path) -> None:
     assert all(entry["timings_ms"][entry["rest"]]["1"] > 0 for entry in entries)
 
 
-@pytest.mark.parametrize("bad", ["rubbish", "kernel"])
-async def test_a_record_that_is_no_use_is_made_again(model: Path, tmp_path: Path, bad: str) -> None:
+@pytest.mark.parametrize("bad", ["not JSON", "unknown kernel", "other keys"])
+async def test_an_unusable_record_of_kernels_is_replaced(
+    model: Path, tmp_path: Path, bad: str
+) -> None:
     async with memory_engine(model, quantize="int4", store=tmp_path):
         pass
     (noted,) = tmp_path.glob("*/kernels.json")
-    # No file of ours; or a kernel that this version or this machine lacks.
-    text = noted.read_text(encoding="utf-8").replace('"dense-', '"other-')
-    noted.write_text("rubbish" if bad == "rubbish" else text, encoding="utf-8")
+    text = noted.read_text(encoding="utf-8")
+    spoiled = {
+        "not JSON": "rubbish",
+        "unknown kernel": text.replace('"dense-', '"other-'),
+        "other keys": text.replace('"out_features"', '"rows"'),
+    }
+    noted.write_text(spoiled[bad], encoding="utf-8")
     async with memory_engine(model, quantize="int4", store=tmp_path) as engine:
         assert (await engine.logits(PROMPT)).isfinite().all()
-    assert '"rest": "dense-' in noted.read_text(encoding="utf-8")
+    replaced = noted.read_text(encoding="utf-8")
+    assert '"rest": "dense-' in replaced
+    assert '"out_features"' in replaced
 
 
 def test_slice_for_another_cpu_is_refused(model: Path, tmp_path: Path) -> None:
@@ -175,5 +183,5 @@ def test_slice_for_another_cpu_is_refused(model: Path, tmp_path: Path) -> None:
     with Checkpoint.open(model) as checkpoint:
         maker = SliceMaker(checkpoint, config, form)
         stored = write_slice(maker, plan, 0, SliceStore(tmp_path), ignore_progress)
-    with pytest.raises(StoreError, match=f"layout {other.name}, this one wants {mine.name}"):
+    with pytest.raises(StoreError, match=f"layout {other.name}, this one needs {mine.name}"):
         RankRuntime(config, stored, 1, LinkSet(0), Limits(None, None, 16))

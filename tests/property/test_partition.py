@@ -149,7 +149,7 @@ def test_slices_put_together_are_the_checkpoint(
     plan = make_plan(config, world, data.draw(shares, "ratio"))
     piece_bytes = data.draw(st.sampled_from([1, 20_000, 16 << 20]), "piece_bytes")
     with Checkpoint.open(path) as checkpoint, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "_PIECE_BYTES", piece_bytes)
+        patch.setattr(sharding, "_MLP_PIECE_BYTES", piece_bytes)
         rebuilt = put_together(checkpoint, config, plan, dtype)
         for name in expected_tensors(config):
             if name != "model.embed_tokens.weight" or config.tie_word_embeddings:

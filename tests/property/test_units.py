@@ -101,7 +101,7 @@ def test_another_plans_slices_are_made_of_the_units_at_hand(
     rank = data.draw(st.integers(0, second.world_size - 1), "rank")
     shard = second.shards[rank]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "_PIECE_BYTES", piece_bytes)
+        patch.setattr(sharding, "_MLP_PIECE_BYTES", piece_bytes)
         old = SliceMaker(opened.checkpoint, opened.config, form)
         new = SliceMaker(opened.checkpoint, opened.config, other)
         spec = new.spec(shard)

@@ -252,7 +252,7 @@ async def test_a_lost_peer_is_explained_once(
 ) -> None:
     error = PeerLostError("pi:50051: connection lost")
     error.rank = 0
-    monkeypatch.setattr(engine._group, "_broken", error)
+    monkeypatch.setattr(Engine, "broken", error)
     chat.session.complain(error)
     assert "error: pi:50051: connection lost\nNo answers without this peer" in chat.err.getvalue()
     chat.session.complain(error)

@@ -43,7 +43,7 @@ def test_nothing_else_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"another name.*not a saved conversation"):
         save(file, TALK)
     assert file.read_text() == "precious"
-    with pytest.raises(RequestError, match="not an ordinary file"):
+    with pytest.raises(RequestError, match="not a regular file"):
         save(tmp_path, TALK)
 
 
@@ -81,9 +81,9 @@ def content(**changes: Any) -> dict[str, Any]:
         ("[" * 100_000, "not JSON"),
         ("[]", "expected a JSON object"),
         (json.dumps(content(version=2)), "version: expected 1, got 2"),
-        (json.dumps(content(system=3)), "system: expected a text"),
+        (json.dumps(content(system=3)), "system: expected a string"),
         (json.dumps(content(messages=None)), "messages: expected a list"),
-        (json.dumps(content(messages=[{"role": "user", "content": ""}])), "in turn"),
+        (json.dumps(content(messages=[{"role": "user", "content": ""}])), "alternating"),
         (json.dumps(content(messages=[1, 2])), r"messages\[0\]: expected an object"),
         (
             json.dumps(content(messages=[{"role": "user", "content": ""}] * 2)),

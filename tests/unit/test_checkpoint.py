@@ -17,14 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpirt.config import ModelConfig
+from tpirt.dtypes import SAFETENSORS_NAMES
 from tpirt.errors import CheckpointError
 from tpirt.weights import checkpoint as module
 from tpirt.weights import fingerprint as notes
 from tpirt.weights.checkpoint import Checkpoint, check_tensors, read_header, resolve_tied
-from tpirt.weights.header import DTYPES
 from tpirt.weights.names import expected_tensors
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CONFIG = {
     "model_type": "llama",
     "hidden_size": 16,
@@ -49,7 +48,7 @@ def save(path: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
     for name, tensor in tensors.items():
         content = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
         header[name] = {
-            "dtype": NAMES[tensor.dtype],
+            "dtype": SAFETENSORS_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [len(data), len(data) + len(content)],
         }
@@ -79,7 +78,7 @@ def model_dir(path: Path, tensors: Mapping[str, torch.Tensor], **changes: Any) -
 # -- reading -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@pytest.mark.parametrize("dtype", SAFETENSORS_NAMES, ids=str)
 def test_reads_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     raw = torch.arange(4 * 3 * 8 * dtype.itemsize, dtype=torch.uint8)
     if dtype is torch.bool:
@@ -123,8 +122,8 @@ def test_ranges_equal_slices(
     path = tmp_path_factory.mktemp("model")
     save(path / "model.safetensors", {"pad": torch.zeros(3, dtype=torch.uint8), "t": tensor})
     with pytest.MonkeyPatch.context() as patch, Checkpoint.open(path) as checkpoint:
-        patch.setattr(module, "SKIP_BYTES", skip_bytes)
-        patch.setattr(module, "PIECE_BYTES", piece_bytes)
+        patch.setattr(module, "_SKIP_BYTES", skip_bytes)
+        patch.setattr(module, "_ROWS_BYTES", piece_bytes)
         patch.setattr(module, "_READ_BYTES", call_bytes)
         assert torch.equal(checkpoint.read("t"), tensor)
         assert torch.equal(checkpoint.read_rows("t", *rows), tensor[slice(*rows)])
@@ -208,7 +207,7 @@ def test_closes_its_files(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tmp_path)
     checkpoint.close()
     checkpoint.close()
-    with pytest.raises(CheckpointError, match="t0: read after the checkpoint's close"):
+    with pytest.raises(CheckpointError, match="t0: read after close"):
         checkpoint.read("t0")
     (tmp_path / "4.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError):
@@ -410,7 +409,7 @@ def test_what_is_no_regular_file(tmp_path: Path, make: Callable[[Path], None]) -
         (b'{"weight_map": {}}', "weight_map"),
         (b'{"weight_map": {"a": 3}}', "a: expected a file name"),
         (b'{"weight_map": {"a": "../1.safetensors"}}', "a: expected a file name"),
-        (b'{"weight_map": {"a": "9.safetensors"}}', "9.safetensors: this shard is missing"),
+        (b'{"weight_map": {"a": "9.safetensors"}}', "9.safetensors: missing shard"),
         (b'{"weight_map": {"x": "1.safetensors"}}', "x: expected in 1.safetensors, got no such"),
         (
             b'{"weight_map": {"a": "2.safetensors", "b": "1.safetensors"}}',
@@ -435,7 +434,7 @@ def test_tensor_in_two_shards(tmp_path: Path) -> None:
             "2.safetensors": {"a": torch.ones(1), "b": torch.ones(1)},
         },
     )
-    with pytest.raises(CheckpointError, match=r"2\.safetensors: a: is in 1\.safetensors as well"):
+    with pytest.raises(CheckpointError, match=r"2\.safetensors: a: also in 1\.safetensors"):
         Checkpoint.open(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""What slicing and long contexts take: measured as the peak of a process, not foretold.
+"""Memory of slicing and long contexts: the measured peak of a process, not an estimate.
 
 Each measurement runs in a process of its own; its peak counts from the moment the work begins.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,9 @@ from tpirt.testing.cluster import memory_engine
 from tpirt.testing.models import make_model
 from tpirt.types import ProgressCallback, SamplingParams
 from tpirt.units import parse_bytes
-from tpirt.weights.streamer import StreamPlan, plan_streaming
+from tpirt.weights import streamer
+from tpirt.weights.reader import read_file
+from tpirt.weights.streamer import StreamPlan, WeightStreamer, plan_streaming
 
 MIB = 1 << 20
 
@@ -150,7 +153,7 @@ def refused(config: ModelConfig, peers: list[PeerProfile], options: PlanOptions)
 def test_every_limit_that_is_too_low_is_named(config: ModelConfig) -> None:
     peers = [profile(), profile(1, memory_bytes=60 * MIB), profile(2, memory_bytes=900 * MIB)]
     text = refused(config, peers, PlanOptions(memory_bytes=50 * MIB))
-    assert text.startswith("rank 0 (pi0): its memory limit of 50 MiB is too low: the process takes")
+    assert text.startswith("rank 0 (pi0): its memory limit of 50 MiB is too low: the process needs")
     common, own = re.findall(r"raise --memory(?: of (?:\w+))? to at least (\w+)", text)
     assert "--memory of pi1 to" in text
     assert "pi2" not in text
@@ -285,9 +288,68 @@ async def test_weights_use_the_memory_of_a_prompt_once_it_is_computed(
     model: Path, tmp_path: Path
 ) -> None:
     async with memory_engine(
-        model, 1, memory_bytes=PROCESS_BYTES + SLACK_BYTES + 16 * MIB, store=tmp_path
+        model, 1, memory_bytes=PROCESS_BYTES + SLACK_BYTES + 20 * MIB, store=tmp_path
     ) as engine:
-        window = engine._group.runtime.streamer
-        before = len(window.plan.resident)
+        rank = engine.deployment.ranks[0]
+        sizes, resident = rank.budget.block_bytes, rank.streaming.resident
+        streamed = sum(sizes) - sum(sizes[i] for i in resident)  # by each step of the prompt
         await engine.complete([7] * 300, SamplingParams(max_tokens=2))
-        assert len(window.plan.resident) > before
+        answer = await engine.complete([7] * 300, SamplingParams(max_tokens=10))
+        assert 0 < answer.ranks[0].bytes_read < 9 * streamed  # in ten steps
+
+
+@pytest.fixture(scope="module")
+def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("planning") / "deep"
+    return make_model(path, max_position_embeddings=4096, **SIZES)
+
+
+def just_enough(path: Path, world_size: int) -> int:
+    """A limit under which all weights stay in memory during a short conversation only."""
+    options = PlanOptions(dtype="float32", chunk_tokens=64)
+    deployment = plan_model(ModelConfig.from_dir(path), world_size, profile(), options)
+    budgets = [rank.budget for rank in deployment.ranks]
+    needed = (b.process_bytes + b.step_bytes() + b.kv_bytes(64) + b.weights_bytes for b in budgets)
+    return PROCESS_BYTES - budgets[0].base_bytes + max(needed)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+async def test_reset_gives_the_memory_of_a_conversation_back(
+    deep_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
+) -> None:
+    reads: list[Path] = []
+    since: list[int] = []  # how many reads there were when a rank changed its budget
+    set_budget = WeightStreamer.set_budget
+
+    def noted(path: Path, target: memoryview, nbytes: int) -> None:
+        reads.append(path)
+        read_file(path, target, nbytes)
+
+    async def marked(self: WeightStreamer, budget_bytes: int) -> None:
+        before = self.plan
+        await set_budget(self, budget_bytes)  # nothing is being read
+        if self.plan != before:
+            since.append(len(reads))
+
+    monkeypatch.setattr(streamer, "read_file", noted)
+    short, params = [7] * 20, SamplingParams(max_tokens=3)
+    async with memory_engine(
+        deep_model,
+        world_size,
+        memory_bytes=just_enough(deep_model, world_size),
+        chunk_tokens=64,
+        store=tmp_path,
+    ) as engine:
+        first = await engine.complete(short, params)
+        assert [rank.bytes_read for rank in first.ranks] == [0] * world_size
+        long = await engine.complete([7] * 2000, params)
+        assert all(rank.steps[-1].io_ms > 0 for rank in long.ranks)  # decoding reads weights
+        assert all(rank.bytes_read > 0 for rank in long.ranks)
+        monkeypatch.setattr(WeightStreamer, "set_budget", marked)
+        engine.reset()
+        await engine.complete(short, params)
+        last = await engine.complete(short, params)
+        assert [rank.bytes_read for rank in last.ranks] == [0] * world_size
+        assert last.token_ids == first.token_ids
+    if world_size == 1:  # of several ranks, one reads already while the next one changes
+        assert max(Counter(reads[since[0] :]).values()) == 1

@@ -12,7 +12,7 @@ import pytest
 from tpirt.cluster.stats import MAX_STEPS, Counters, StepLog
 from tpirt.engine.token_times import token_times
 from tpirt.protocol.messages import decode, encode
-from tpirt.stopwatch import COMPUTE, NETWORK, STEPS, Recorder
+from tpirt.stopwatch import CAUSES, STEPS, Recorder
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.models import make_model
 from tpirt.types import RankStats, SamplingParams, StepTimes
@@ -28,14 +28,13 @@ class Work:
 
     def __init__(self) -> None:
         self.recorder = Recorder(10_000)
-        lanes = (COMPUTE, COMPUTE, NETWORK)
-        self._watches = [self.recorder.stopwatch(lane) for lane in lanes]
+        self._watches = [self.recorder.stopwatch(cause) for cause in CAUSES]
         self._bytes = 0
         self.log = StepLog(self.counters, self._last_ns, self.recorder)
 
     def counters(self) -> Counters:
         """What was counted so far."""
-        compute, io, comm = (watch.total_ns for watch in self._watches)
+        compute, io, comm = self.recorder.account.read()
         return Counters(compute, io, comm, bytes_sent=self._bytes, bytes_received=2 * self._bytes)
 
     def load(self) -> None:
@@ -62,7 +61,7 @@ class Work:
         self.compute("lm_head.0")
 
     def _last_ns(self) -> int:
-        return max(watch.ended_ns for watch in self._watches)
+        return self.recorder.account.last_ns
 
 
 @pytest.fixture

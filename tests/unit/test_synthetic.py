@@ -95,9 +95,9 @@ def test_weights_are_spread_around_zero_and_padding_is_nothing(
         for name, weight in view_weights(block, aligned, 0).items():
             if isinstance(weight, QuantMatrix):
                 if weight.spec.kind == "int8":
-                    assert not weight.codes[:, weight.inputs :].any()
+                    assert not weight.codes[:, weight.in_features :].any()
                 else:
-                    assert not weight.scales[:, weight.rows :].any()
+                    assert not weight.scales[:, weight.out_features :].any()
                 weight = dequantize(weight)
             if "norm" in name:
                 assert (weight == 1).all()

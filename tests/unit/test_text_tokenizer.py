@@ -153,7 +153,7 @@ def test_a_lone_surrogate_is_refused(tmp_path: Path) -> None:
     [
         ({}, r"tokenizer\.json: no such file; is .* complete"),
         ({"tokenizer.model": "x"}, r"found tokenizer\.model\); convert once with: python"),
-        ({"tokenizer.json": '{"version": '}, r"tokenizer\.json: not a tokenizer"),
+        ({"tokenizer.json": '{"version": '}, r"tokenizer\.json: not a supported tokenizer"),
         ({"tokenizer.json": "", "tokenizer_config.json": "{"}, r"_config\.json: not valid JSON"),
         ({"tokenizer_config.json": "[]"}, r"_config\.json: expected a JSON object, got list"),
         ({"tokenizer_config.json": '{"eos_token": 7}'}, r"_config\.json: .*expected a string"),

@@ -82,6 +82,37 @@ def test_path_leads_over_the_rank_that_came_last() -> None:
     ]
 
 
+def test_path_of_micro_batches_leads_over_compute_while_sums_are_under_way() -> None:
+    master = rank(
+        0,
+        steps=[("prefill", 0, 30)],
+        compute=[("attention", 1, 3), ("attention", 3, 6), ("mlp", 9, 12), ("mlp", 14, 17)],
+        network=[
+            ("send step", 0, 1),
+            ("all_reduce", 3, 9),  # of the first half
+            ("all_reduce", 6, 14),  # of the second
+            ("reduce", 17, 20),
+        ],
+    )
+    worker = rank(
+        1,
+        steps=[("prefill", 1, 18)],
+        compute=[("attention", 1, 2), ("attention", 2, 4), ("mlp", 10, 11), ("mlp", 11, 16)],
+        network=[("all_reduce", 2, 10), ("all_reduce", 4, 11), ("reduce", 16, 18)],
+    )
+    assert pieces(master, worker) == [
+        (0, 1, NETWORK_WAIT, 0),
+        (1, 3, COMPUTING, 0),
+        (3, 6, COMPUTING, 0),
+        (6, 9, NETWORK_WAIT, 0),
+        (9, 12, COMPUTING, 0),
+        (12, 14, NETWORK_WAIT, 0),
+        (14, 17, COMPUTING, 0),
+        (17, 20, NETWORK_WAIT, 0),
+        (20, 30, OTHER, 0),
+    ]
+
+
 def test_path_goes_on_over_what_lies_between_steps_and_has_no_gap() -> None:
     steps = [Span("decode", 0, 4, 1), Span("decode", 6, 9, 2)]
     only = Rank(0, "master", "", 0.0)

@@ -1,7 +1,7 @@
-"""What a person sees and types: the chat, the plan of a load, progress on the console.
+"""The user interface: the chat, the table of a plan, progress on the console.
 
-The master's terminal is this room's only outside world; everything it knows of the model it asks
-of :class:`tpirt.engine.Engine`.
+This package reads and writes the master's terminal; everything about the model comes from
+:class:`tpirt.engine.Engine`.
 """
 
 from tpirt.chat.plan_view import show_plan

@@ -1,4 +1,4 @@
-"""Talking to a model without a chat template: it continues each text, and remembers none."""
+"""Chat with a model without a chat template: it continues each text independently."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tpirt.types import Message, ProgressCallback, SamplingParams, Token, ignore
 
 
 class Continuation:
-    """Stands where a :class:`tpirt.engine.Conversation` would; ``system`` is of no effect."""
+    """Replaces a :class:`tpirt.engine.Conversation`; ``system`` has no effect."""
 
     def __init__(self, engine: Engine):
         self.system: str | None = None
@@ -23,7 +23,7 @@ class Continuation:
         return self._engine.cached_tokens
 
     def reset(self) -> None:
-        """Forget what was said."""
+        """Forget the last text."""
         self.turns.clear()
 
     async def send(

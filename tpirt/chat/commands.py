@@ -1,4 +1,4 @@
-"""What begins with ``/``."""
+"""The commands of a chat, which begin with ``/``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ASSIGNMENT = re.compile(r"([\w-]+)(?:\s*=\s*|\s+)?(.*)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Command:
-    """``run`` gets the session and what stood behind the name."""
+    """``run`` gets the session and the text after the name."""
 
     usage: str
     about: str
@@ -30,7 +30,7 @@ async def run_command(session: Session, line: str) -> None:
     """Execute a line that begins with ``/``.
 
     Raises:
-        TpirtError: no such command, or it could not do what was asked.
+        TpirtError: no such command, or the command failed.
     """
     name, *rest = line.split(maxsplit=1)
     command = COMMANDS.get(name.lower())
@@ -58,12 +58,12 @@ async def _reset(session: Session, _: str) -> None:
 
 async def _system(session: Session, text: str) -> None:
     if session.is_base:
-        raise RequestError("a base model knows no system message")
+        raise RequestError("a base model has no system message")
     if not text:
         session.console.say(session.talk.system or "There is no system message.")
         return
     session.talk.system = None if text == "-" else text
-    session.console.note("Holds from the next message on, for the whole conversation.")
+    session.console.note("Takes effect with the next message, for the whole conversation.")
 
 
 async def _set(session: Session, text: str) -> None:
@@ -99,7 +99,7 @@ async def _load(session: Session, name: str) -> None:
     if not name:
         raise RequestError("usage: /load FILE")
     if session.is_base:
-        raise RequestError("a base model continues texts, it has no conversation to go on with")
+        raise RequestError("a base model continues texts; it has no conversation to load")
     found = saved.load(Path(name))
     session.talk.reset()
     session.talk.system = found.system
@@ -121,9 +121,9 @@ COMMANDS = {
     "/system": Command("/system [TEXT]", "show or set the system message; - removes it", _system),
     "/set": Command("/set [NAME VALUE]", "show or set how tokens are chosen", _set),
     "/stats": Command("/stats", "memory, traffic and times of the last answer by rank", _stats),
-    "/peers": Command("/peers", "who computes what, and who is lost", _peers),
+    "/peers": Command("/peers", "the part and the state of every peer", _peers),
     "/save": Command("/save FILE", "write the conversation to a file", _save),
-    "/load": Command("/load FILE", "go on with a saved conversation", _load),
+    "/load": Command("/load FILE", "continue a saved conversation", _load),
     "/exit": _EXIT,
     "/quit": _EXIT,
 }

@@ -1,4 +1,4 @@
-"""Writing to the two output streams without one getting in the other's way."""
+"""Coordinated output to stdout and stderr."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from typing import TextIO
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
-# C0 but newline and tab, DEL, C1: what a terminal would obey instead of showing.
+# C0 except newline and tab, DEL, C1: a terminal obeys these instead of showing them.
 _CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")})
 
 
 def printable(text: str) -> str:
-    """Drop everything that a terminal would take for a command."""
+    """Drop all control characters that a terminal would obey."""
     return text.translate(_CONTROLS)
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Tell whether a person is on the other side; a closed stream has nobody."""
+    """Return whether the stream is an open terminal."""
     return stream is not None and not stream.closed and stream.isatty()
 
 
 def is_capable(stream: TextIO | None) -> bool:
-    """Tell whether the stream is a terminal that can do more than print lines."""
+    """Return whether the stream is a terminal that can do more than print lines."""
     return is_terminal(stream) and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
 
 
 def columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Align rows as lines of text; the first ``left`` columns to the left, others to the right."""
+    """Align rows as lines of text: the first ``left`` columns to the left, others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -41,11 +41,11 @@ def columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
 
 
 class Console:
-    """Answers and what was asked for go to ``out``, remarks about them to ``err``.
+    """Answers and requested output go to ``out``, remarks to ``err``.
 
-    Both may be the same terminal: a remark never begins in the middle of an answer's line. On a
-    terminal, control characters from the model or a peer are dropped; characters that the
-    stream's encoding lacks become question marks.
+    Both may be the same terminal; notes begin on a new line. On a terminal, control characters
+    from the model or a peer are removed. Characters that the stream cannot encode become question
+    marks.
     """
 
     def __init__(self, out: TextIO, err: TextIO):
@@ -54,35 +54,35 @@ class Console:
         self._within_line = False
 
     def stream(self, text: str) -> None:
-        """Write a piece of an answer at once."""
+        """Write a part of an answer."""
         if text := self._put(self._out, text):
             self._within_line = not text.endswith("\n")
 
     def end_line(self) -> None:
-        """End the current line, so that what follows begins on a new one."""
+        """End the current line, so that further output begins on a new one."""
         if self._within_line:
             self._put(self._out, "\n")
             self._within_line = False
 
     def say(self, *lines: str) -> None:
-        """Write lines that the user asked for."""
+        """Write command output."""
         self.end_line()
         self._put(self._out, "".join(line + "\n" for line in lines))
 
     def note(self, text: str) -> None:
-        """Write a quiet remark."""
+        """Write a note."""
         self.end_line()
         self._put(
             self._err, text + "\n", dim=is_capable(self._err) and "NO_COLOR" not in os.environ
         )
 
     def status(self, text: str) -> None:
-        """Write a quiet remark that only a person at a terminal cares for."""
+        """Write a remark, only on a terminal."""
         if is_terminal(self._err):
             self.note(text)
 
     def complain(self, error: object) -> None:
-        """Write one line about something that went wrong."""
+        """Write an error as one line."""
         self.end_line()
         self._put(self._err, f"error: {error}".replace("\n", " ") + "\n")
 

@@ -1,4 +1,4 @@
-"""Ctrl-C: to whoever is at work, instead of through everything."""
+"""Ctrl-C goes to the task at work instead of interrupting the process."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 
 
 class Interrupts:
-    """Passes SIGINT to one handler at a time; without one it is dropped."""
+    """Passes SIGINT to one handler at a time; ignores it without a handler."""
 
     def __init__(self) -> None:
         self._handler: Callable[[], None] | None = None
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Take SIGINT over; what was there before is put back."""
+        """Take SIGINT over; the previous handler is restored at the end."""
         loop = asyncio.get_running_loop()
         before = signal.getsignal(signal.SIGINT)
         try:
@@ -32,7 +32,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def to(self, handler: Callable[[], None]) -> Iterator[None]:
-        """Have ``handler`` called for each SIGINT within the block."""
+        """Call ``handler`` for each SIGINT within the block."""
         before, self._handler = self._handler, handler
         try:
             yield

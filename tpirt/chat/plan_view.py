@@ -1,4 +1,4 @@
-"""The plan of a deployment as a short table, shown before anything is loaded."""
+"""The plan of a deployment as a short table, displayed before loading."""
 
 from __future__ import annotations
 

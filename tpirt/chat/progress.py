@@ -1,4 +1,4 @@
-"""Progress on standard error: bars on a terminal, a line now and then elsewhere."""
+"""Progress on standard error: bars on a terminal, otherwise lines every few seconds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tpirt.chat.console import is_capable
 from tpirt.types import Progress
 from tpirt.units import format_bytes
 
-_PATIENCE_S = 1.0  # what is over sooner is not shown
+_PATIENCE_S = 1.0  # shorter stages are not shown
 _FIRST_LINE_S, _NEXT_LINE_S = 3.0, 5.0
 _MOST_BARS = 8
 
@@ -29,14 +29,14 @@ _Key = tuple[str, str]
 class ConsoleProgress:
     """Shows progress reports; a :data:`tpirt.types.ProgressCallback` and a context manager.
 
-    On a terminal, what lasts longer than a second has bars, one per ``detail``, that vanish when
-    all have come to their end, when it is closed, or when :meth:`close` is called before
-    other output. Elsewhere there is a plain line every few seconds. Callable from any thread.
+    On a terminal, stages longer than a second have bars, one per ``detail``. They vanish when all
+    have ended, or with :meth:`close`. Elsewhere there is a plain line every few seconds.
+    Thread-safe.
 
     Args:
         quiet: show nothing.
-        stream: where to; standard error when absent.
-        clock: seconds, for tests.
+        stream: output stream; by default standard error.
+        clock: monotonic seconds, for tests.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class ConsoleProgress:
             self._show = _Bars(stream, clock) if is_capable(stream) else _Lines(stream, clock)
 
     def __call__(self, progress: Progress) -> None:
-        """Take a report."""
+        """Show a report."""
         if self._show is not None:
             self._show.update(progress)
 
     def close(self) -> None:
-        """Take back what is on the screen; nothing is written until the next report."""
+        """Clear the screen's progress; nothing is written until the next report."""
         if self._show is not None:
             self._show.close()
 
@@ -76,7 +76,7 @@ class _Lines:
         self._lock = threading.Lock()
         self._stage = ""
         self._due_s = 0.0
-        self._begun: dict[_Key, tuple[float, int]] = {}  # when, and what was done by then
+        self._begun: dict[_Key, tuple[float, int]] = {}  # start time, and the amount done by then
 
     def update(self, progress: Progress) -> None:
         with self._lock:
@@ -99,7 +99,7 @@ class _Lines:
 
 
 class _Bars:
-    """Bars that are drawn again in place by a thread of rich's."""
+    """Bars that are redrawn in place by a thread of rich."""
 
     def __init__(self, stream: TextIO, clock: _Clock):
         self._console = _QuietConsole(file=stream)
@@ -142,7 +142,7 @@ class _Bars:
             redirect_stderr=False,
         )
         if self._clock() - self._shown_until_s < _PATIENCE_S:
-            self._start(self._bars)  # the next stage of what was on the screen a moment ago
+            self._start(self._bars)  # a next stage right after one that is on the screen
         else:
             self._timer = threading.Timer(_PATIENCE_S, self._on_timer, [self._bars])
             self._timer.daemon = True
@@ -185,7 +185,7 @@ class _Bars:
 
 
 class _QuietConsole(RichConsole):
-    """Leaves the cursor alone: a process that is killed could not bring it back."""
+    """Never hides the cursor: a killed process could not restore it."""
 
     def show_cursor(self, show: bool = True) -> bool:
         return False
@@ -223,7 +223,7 @@ def _amount(progress: Progress) -> str:
 
 
 def _pace(progress: Progress, done: int, seconds: float) -> str:
-    """Rate and remaining time of a stage that did ``done`` in ``seconds``; "" while unknown."""
+    """Format the rate and the remaining time of a stage; "" if unknown."""
     if seconds < _PATIENCE_S or done <= 0 or progress.total <= 0:
         return ""
     speed = done / seconds

@@ -1,4 +1,4 @@
-"""Reading what the user types on a capable terminal: editing, history, completion."""
+"""Reading user input on a capable terminal: editing, history, completion."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class PromptReader:
 
     Args:
         out: the terminal to draw on.
-        history: file of earlier input; None keeps none.
+        history: history file; None for no history.
     """
 
     def __init__(self, out: TextIO, history: Path | None):
         self._session: PromptSession[str] = PromptSession(
             history=open_history(history),
             completer=CommandCompleter(),
-            complete_style=CompleteStyle.READLINE_LIKE,  # no menu that pushes the text upwards
+            complete_style=CompleteStyle.READLINE_LIKE,  # without a menu below the line
             complete_while_typing=False,
             key_bindings=_bindings(),
             prompt_continuation="  ",
@@ -59,13 +59,13 @@ class PromptReader:
         return clean(text)
 
     def interrupt(self) -> None:
-        """See :class:`Reader`; Ctrl-C itself arrives as a key, this is a signal from outside."""
+        """See :class:`Reader`; for signals from outside, since Ctrl-C is read as a key."""
         if self._session.app.is_running:
             self._session.app.exit(exception=KeyboardInterrupt())
 
 
 class CommandCompleter(Completer):
-    """Completes commands and what follows them."""
+    """Completes commands and their arguments."""
 
     def __init__(self) -> None:
         files = PathCompleter(expanduser=True)
@@ -89,7 +89,7 @@ class CommandCompleter(Completer):
 
 
 class _SafeHistory(FileHistory):
-    """A file that cannot be written any more costs the history, not the chat."""
+    """A history file; if it can no longer be written, the chat goes on without it."""
 
     def store_string(self, string: str) -> None:
         with contextlib.suppress(OSError):
@@ -97,19 +97,19 @@ class _SafeHistory(FileHistory):
 
 
 def clean(text: str) -> str:
-    """Turn bytes that were typed but are no UTF-8 into U+FFFD."""
+    """Replace typed bytes that are not UTF-8 with U+FFFD."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def history_file() -> Path:
-    """Where input is remembered: ``$XDG_STATE_HOME/tpirt/history`` or its default."""
+    """The file of the input history: ``$XDG_STATE_HOME/tpirt/history`` or its default."""
     given = Path(os.environ.get("XDG_STATE_HOME", ""))
     state = given if given.is_absolute() else Path("~/.local/state").expanduser()
     return state / "tpirt" / "history"
 
 
 def open_history(path: Path | None) -> History:
-    """Open the history, made readable by its owner only; in memory where that is impossible."""
+    """Open the history file, readable by its owner only; in memory if that fails."""
     if path is None:
         return InMemoryHistory()
     try:
@@ -122,7 +122,7 @@ def open_history(path: Path | None) -> History:
 
 @contextlib.contextmanager
 def echo_off() -> Iterator[None]:
-    """Keep what is typed within the block off the screen; the next prompt shows it."""
+    """Hide text typed within the block; the next prompt shows it."""
     try:
         import termios
 
@@ -159,5 +159,5 @@ def _output(out: TextIO) -> Output:
             columns, lines = os.get_terminal_size(out.fileno())
         return Size(rows=lines or 24, columns=columns or 80)
 
-    # Asking where the cursor is would only be needed for menus; some terminals never answer.
+    # Cursor position requests are only needed for menus, and some terminals never answer.
     return Vt100_Output(out, size, term=os.environ.get("TERM"), enable_cpr=False)

@@ -1,4 +1,4 @@
-"""Reading what the user types: plain lines, from anything, beside a running event loop."""
+"""Reading user input: plain lines, from any file, while an event loop runs."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ LEAVE_HINT = "/exit or Ctrl-D leaves"
 
 
 class Reader(Protocol):
-    """Where messages come from."""
+    """A source of messages."""
 
     async def read(self) -> str | None:
         """Wait for the next message; None at the end.
 
         Raises:
-            KeyboardInterrupt: the line was given up with Ctrl-C.
+            KeyboardInterrupt: the line was discarded with Ctrl-C.
         """
         ...
 
     def interrupt(self) -> None:
-        """Take note of a SIGINT during :meth:`read`."""
+        """Handle a SIGINT during :meth:`read`."""
         ...
 
 
 class PlainReader:
-    """Lines from a pipe, a file, or a terminal that can only print lines.
+    """Lines from a pipe, a file or a plain terminal.
 
-    Bytes that are not UTF-8 become U+FFFD. A thread waits for input: neither a blocked read nor a
-    kind of file that the event loop cannot poll stops anything else.
+    Bytes that are not UTF-8 become U+FFFD. A thread waits for input, because an event loop cannot
+    poll every kind of file.
 
     Args:
-        handle: file descriptor to read; None reads as empty.
-        prompt_to: where to show a prompt; None for nowhere.
+        handle: file descriptor; None for empty input.
+        prompt_to: stream for prompts; None for no prompts.
     """
 
     def __init__(self, handle: int | None, prompt_to: TextIO | None = None):
@@ -62,7 +62,7 @@ class PlainReader:
         return line.decode("utf-8", "replace").removesuffix("\r")
 
     def interrupt(self) -> None:
-        """See :class:`Reader`; the terminal itself has dropped what was typed."""
+        """See :class:`Reader`; the terminal has dropped the typed text itself."""
         self._prompt(f"\n({LEAVE_HINT})\n{PROMPT}")
 
     def _prompt(self, text: str) -> None:
@@ -81,7 +81,7 @@ class PlainReader:
         return line
 
     async def _chunk(self) -> bytes:
-        """Read in a thread that nobody need wait for: a terminal's read cannot be called off."""
+        """Read in a daemon thread: a read from a terminal cannot be cancelled."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[bytes] = loop.create_future()
 

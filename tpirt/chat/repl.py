@@ -1,4 +1,4 @@
-"""The chat on the master: read a message, stream the answer, again."""
+"""The chat loop on the master: read a message, stream the answer."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["ChatOptions", "run_chat"]
 
 
 async def run_chat(engine: Engine, options: ChatOptions) -> None:
-    """Chat on this process's terminal, or answer what is piped in, until the input ends.
+    """Chat on this process's terminal, or answer piped input, until the input ends.
 
-    On a terminal, errors are shown and the chat goes on, and Ctrl-C stops the answer. Otherwise,
-    and with ``options.prompt``, an error ends the chat, and SIGINT is left to the caller.
+    On a terminal, the chat continues after errors, and Ctrl-C stops the answer. Otherwise, and
+    with ``options.prompt``, an error ends the chat, and SIGINT is left to the caller.
 
     Raises:
-        TpirtError: an answer or command failed, and nobody is there to see it.
+        TpirtError: an answer or command failed, unless input is a terminal.
     """
     console = Console(sys.stdout, sys.stderr)
     session = Session(engine, options, console)
@@ -42,7 +42,7 @@ async def run_chat(engine: Engine, options: ChatOptions) -> None:
 
 
 async def _talk(session: Session) -> None:
-    """Converse with a person."""
+    """Chat on a terminal."""
     _greet(session)
     interrupts = Interrupts()
     reader, around = _terminal_reader()
@@ -80,7 +80,7 @@ async def _handle(session: Session, text: str, interrupts: Interrupts, around: A
 
 
 def _terminal_reader() -> tuple[Reader, Around]:
-    """Choose how to read from the terminal, and what to do to it while an answer runs."""
+    """Choose the reader for the terminal, and a context for the time of an answer."""
     streams = (sys.stdout, sys.stderr)
     out = next(filter(is_capable, streams), None)
     if out is None:

@@ -14,23 +14,23 @@ from tpirt.errors import RequestError
 from tpirt.types import Message
 
 VERSION = 1
-_MOST_BYTES = 64 << 20  # a conversation is text; what is larger is something else
+_MOST_BYTES = 64 << 20  # a larger file is not a conversation
 _ROLES = ("user", "assistant")
 
 
 @dataclass(frozen=True)
 class SavedConversation:
-    """What a file holds: the system message, and the user's and assistant's turns in pairs."""
+    """A file's content: the system message, and the turns of user and assistant in pairs."""
 
     system: str | None
     messages: Sequence[Message]
 
 
 def save(path: Path, conversation: SavedConversation) -> None:
-    """Write the file as a whole or not at all; readable by its owner only.
+    """Write the file atomically, readable by its owner only.
 
     Raises:
-        RequestError: it cannot be written, or something that is no conversation is there.
+        RequestError: it cannot be written, or the existing file is not a conversation.
     """
     path = path.expanduser()
     if path.exists():
@@ -53,19 +53,19 @@ def load(path: Path) -> SavedConversation:
     """Read and check a file.
 
     Raises:
-        RequestError: it cannot be read or is no conversation; says what is wrong where.
+        RequestError: it cannot be read, or is not a conversation.
     """
     path = path.expanduser()
     try:
         if path.exists() and not path.is_file():
-            raise RequestError(f"{path}: not an ordinary file")
+            raise RequestError(f"{path}: not a regular file")
         if path.stat().st_size > _MOST_BYTES:
-            raise RequestError(f"{path}: not a saved conversation, it is far too large")
+            raise RequestError(f"{path}: not a saved conversation: too large")
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as exc:
         raise RequestError(f"{path}: cannot be read: {exc.strerror}") from exc
     except (ValueError, RecursionError) as exc:
-        raise RequestError(f"{path}: not a saved conversation: it is not JSON ({exc})") from exc
+        raise RequestError(f"{path}: not a saved conversation: not JSON ({exc})") from exc
     try:
         return _checked(content)
     except ValueError as exc:
@@ -79,10 +79,10 @@ def _checked(content: Any) -> SavedConversation:
     if version != VERSION:
         raise ValueError(f"version: expected {VERSION}, got {version!r}")
     if not (system is None or isinstance(system, str)):
-        raise ValueError(f"system: expected a text or null, got {system!r}")
+        raise ValueError(f"system: expected a string or null, got {system!r}")
     entries = content.get("messages")
     if not isinstance(entries, list) or len(entries) % 2:
-        raise ValueError("messages: expected a list of user and assistant in turn")
+        raise ValueError("messages: expected a list of alternating user and assistant messages")
     return SavedConversation(system, [_message(*entry) for entry in enumerate(entries)])
 
 
@@ -93,7 +93,7 @@ def _message(index: int, entry: Any) -> Message:
     if role != _ROLES[index % 2]:
         raise ValueError(f"messages[{index}].role: expected {_ROLES[index % 2]}, got {role!r}")
     if not isinstance(content, str):
-        raise ValueError(f"messages[{index}].content: expected a text, got {content!r}")
+        raise ValueError(f"messages[{index}].content: expected a string, got {content!r}")
     return Message(role, content)
 
 

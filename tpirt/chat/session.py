@@ -28,9 +28,9 @@ class ChatOptions:
     Attributes:
         params: how tokens are chosen.
         system: the system message.
-        prompt: a prompt to answer once instead of a chat.
-        model_name: for the banner; the model's type when absent.
-        progress: for prefills; one of its own when absent. ``quiet`` there quietens the chat too.
+        prompt: a single prompt to answer instead of a chat.
+        model_name: for the banner; by default the model's type.
+        progress: for prefills; by default a new one. Its ``quiet`` applies to the chat, too.
     """
 
     params: SamplingParams
@@ -41,7 +41,7 @@ class ChatOptions:
 
 
 class Session:
-    """The state of a chat, which the commands read and change."""
+    """The state of a chat, shared with commands."""
 
     def __init__(self, engine: Engine, options: ChatOptions, console: Console):
         self.engine = engine
@@ -62,16 +62,16 @@ class Session:
         interrupts: Interrupts,
         around: Around = nullcontext,
     ) -> None:
-        """Answer a message; Ctrl-C stops the answer, and keeps what was said so far.
+        """Answer a message; Ctrl-C stops the answer and keeps its text so far.
 
         Args:
             text: the message.
-            interrupts: where Ctrl-C comes from.
-            around: entered while the answer runs.
+            interrupts: source of Ctrl-C.
+            around: context manager entered during the answer.
 
         Raises:
             TpirtError: the request failed.
-            CancelledError: the caller was cancelled, not the answer by Ctrl-C.
+            CancelledError: the caller was cancelled (not the answer by Ctrl-C).
         """
         self.timing = Timing()
         stop = _Stop(asyncio.ensure_future(self._stream(text)), self)
@@ -81,7 +81,7 @@ class Session:
             self._show_status(stop.pressed > 0)
 
     def complain(self, error: TpirtError) -> None:
-        """Show an error of an answer, and what can be done about it."""
+        """Show an error of an answer with advice."""
         if error is not self.engine.broken:
             self.console.complain(error)
         elif self._told_broken:
@@ -96,7 +96,7 @@ class Session:
 
     @property
     def lost_rank(self) -> int | None:
-        """The rank whose peer is lost; None while all are there."""
+        """The rank whose peer is lost; None if all are connected."""
         broken = self.engine.broken
         return broken.rank if isinstance(broken, PeerLostError) else None
 
@@ -142,7 +142,7 @@ class Session:
 
 
 class _Stop:
-    """Stops an answer at the first press; at the third, nothing waits for it any more."""
+    """Stops an answer at the first press; stops waiting for it at the third."""
 
     def __init__(self, task: asyncio.Task[None], session: Session):
         self.pressed = 0
@@ -164,9 +164,9 @@ class _Stop:
             self._given_up.set()
 
     async def end(self) -> None:
-        """Wait for the answer's end; raises what it raised, unless it was stopped.
+        """Wait for the end of the answer; raises its error, unless it was stopped.
 
-        Cancelled, it cancels the answer and waits for that.
+        If cancelled, cancels the answer and waits for its end.
         """
         giving_up = asyncio.ensure_future(self._given_up.wait())
         try:
@@ -183,6 +183,6 @@ class _Stop:
 
 
 def _look_at(task: asyncio.Task[None]) -> None:
-    """Retrieve the result of a task that nobody may await, so that asyncio does not report it."""
+    """Retrieve the result of a task that may not be awaited, so that asyncio is silent."""
     if not task.cancelled():
         task.exception()

@@ -33,7 +33,7 @@ def canonical(name: str) -> str:
     """Return the field's name; ``top-p`` means ``top_p``.
 
     Raises:
-        ConfigError: an unknown parameter; names the nearest.
+        ConfigError: an unknown parameter; the message has the most similar one.
     """
     wanted = name.lower().replace("-", "_")
     if wanted in NAMES:
@@ -44,7 +44,7 @@ def canonical(name: str) -> str:
 
 
 def shown(params: SamplingParams, name: str) -> str:
-    """Return a value as a user types it."""
+    """Format a value as in ``/set``."""
     value = getattr(params, name)
     if name == "stop":
         return json.dumps(value, ensure_ascii=False) if value else "none"
@@ -70,7 +70,7 @@ def _seed(name: str, text: str) -> int | None:
 
 
 def _stops(name: str, text: str) -> tuple[str, ...]:
-    """Parse one plain text, or a JSON list of texts."""
+    """Parse one plain string, or a JSON list of strings."""
     if text.lower() in _NONE:
         return ()
     if not text.startswith("["):
@@ -80,7 +80,7 @@ def _stops(name: str, text: str) -> tuple[str, ...]:
     except ValueError as exc:
         raise ConfigError(f'{name}: expected a list such as ["\\n", "END"]: {exc}') from None
     if not all(isinstance(stop, str) for stop in stops):
-        raise ConfigError(f'{name}: expected a list of texts such as ["\\n", "END"], got {text}')
+        raise ConfigError(f'{name}: expected a list of strings such as ["\\n", "END"], got {text}')
     return tuple(stops)
 
 

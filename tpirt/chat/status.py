@@ -20,7 +20,7 @@ _CAUSES = ("compute", "io", "comm", "other")
 
 
 class Timing:
-    """The times of an answer's tokens."""
+    """Times of an answer's tokens."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -29,7 +29,7 @@ class Timing:
         self._first_s = self._last_s = self._started_s
 
     def count(self) -> None:
-        """Count a token that arrived now."""
+        """Count a token that has just arrived."""
         self._last_s = time.perf_counter()
         if self.tokens == 0:
             self._first_s = self._last_s
@@ -47,7 +47,7 @@ class Timing:
         return (self.tokens - 1) / elapsed if elapsed > 0 else None
 
     def __str__(self) -> str:
-        """TTFT and rate, where known."""
+        """TTFT and rate, if known."""
         if self.tokens == 0:
             return "no token yet"
         first = f"TTFT {self.ttft_s:.2f} s"
@@ -70,9 +70,9 @@ def stats_table(ranks: Iterable[RankStats]) -> list[str]:
 
 
 def times_tables(ranks: Sequence[RankStats]) -> list[str]:
-    """Where the time of the last request went: prefill, then a decoded token, by rank and cause.
+    """Times of the last request by rank and cause: prefill, then a decoded token.
 
-    The last line of the second table is the group's; see :class:`tpirt.types.TokenTimes`.
+    The last line of the second table is for the group; see :class:`tpirt.types.TokenTimes`.
     """
     prefills = [[step for step in rank.steps if step.prefill] for rank in ranks]
     tokens = sum(step.tokens for step in prefills[0])
@@ -98,7 +98,7 @@ def _disk_rate(rank: RankStats) -> str:
 
 
 def _times(steps: Sequence[StepTimes], over: Callable[[Iterable[float]], float]) -> Row:
-    """Sum up, or take the median of, some steps of one rank."""
+    """Combine some steps of one rank with ``over``: sum or median."""
     if not steps:  # the rank has not reached this phase
         return ("-",) * len(_CAUSES)
     busy = [(s.compute_ms, s.io_ms, s.comm_ms) for s in steps]
@@ -115,7 +115,7 @@ def _labelled(rank: RankStats, row: Row) -> Row:
 
 
 def _what_gated(decoded: Sequence[TokenTimes]) -> str:
-    """Say what most tokens waited longest for."""
+    """Name the most frequent longest wait of the tokens."""
     found = Counter(
         f"{token.gated_by} of rank {token.slowest_rank}"
         if token.gated_by in ("compute", "disk")
@@ -127,7 +127,7 @@ def _what_gated(decoded: Sequence[TokenTimes]) -> str:
 
 
 def peers_table(plan: Deployment, lost_rank: int | None) -> list[str]:
-    """One line per rank: its peer, what it computes, and whether it is lost."""
+    """One line per rank: peer, heads, threads, and whether it is lost."""
     rows = [("rank", "peer", "heads", "KV heads", "threads", "state")]
     for rank, (peer, shard) in enumerate(zip(plan.peers, plan.partition.shards, strict=True)):
         heads = (str(shard.q_heads.size), str(shard.kv_heads.size))

@@ -1,1 +1,1 @@
-"""The ``tpirt`` command: arguments to options, everything below composed, errors to exit codes."""
+"""The ``tpirt`` command: turns arguments into options and errors into exit codes."""

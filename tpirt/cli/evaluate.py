@@ -1,4 +1,4 @@
-"""``tpirt eval``: perplexity of a text, through the real distributed path."""
+"""``tpirt eval``: perplexity of a text, computed by all ranks."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def add_command(commands: Commands) -> None:
         type=count,
         default=512,
         metavar="N",
-        help="tokens per piece of text; each piece is read from nothing (default 512)",
+        help="tokens per piece of text; each piece is evaluated without context (default 512)",
     )
-    parser.add_argument("--max-pieces", type=count, metavar="N", help="stop after so many")
+    parser.add_argument("--max-pieces", type=count, metavar="N", help="stop after N pieces")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=lambda arguments: run_async(_run(arguments)))
 

@@ -46,7 +46,7 @@ def add_command(commands: Commands) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     text = _prompt(arguments)
-    sampling_params(arguments, SamplingParams())  # refused now rather than after loading
+    sampling_params(arguments, SamplingParams())  # fail before loading
     run_async(_generate(arguments, [Message("user", text)] if arguments.chat else text))
 
 

@@ -69,11 +69,11 @@ def _run(arguments: argparse.Namespace) -> None:
     context = arguments.context or min(config.context_length, 4096)
     if context > config.context_length:
         raise MemoryLimitError(
-            f"context {context}: the model's is {config.context_length} tokens at most"
+            f"context {context}: the model has at most {config.context_length} tokens"
         )
     plan = plan_model(config, arguments.world_size, this_peer(threads=1), options)
     console = Console(highlight=False)
-    console.begin_capture()  # printed below: rich would end the process when nobody reads
+    console.begin_capture()  # printed below: rich ends the process on a broken pipe
     console.print(_description(path.resolve().name, config))
     console.print(
         f"checkpoint in {config.dtype}; runs in {plan.dtype.name} ({plan.dtype.reason}), "

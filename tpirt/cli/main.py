@@ -1,4 +1,4 @@
-"""Entry point of ``tpirt``: picks the command, runs it, turns errors into exit codes."""
+"""Entry point of ``tpirt``: runs a command and turns errors into exit codes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = _run(argv)
     finally:
-        if argv is None:  # the process ends: nothing is left that Ctrl-C could stop
+        if argv is None:  # the process ends; Ctrl-C must not interrupt it
             signal.signal(signal.SIGINT, signal.SIG_IGN)
     if argv is None:
         _leave(code)
@@ -33,10 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _leave(code: int) -> NoReturn:
-    """End the process at once; everything of ours is closed by now.
+    """End the process at once, after everything is closed.
 
-    The interpreter's own end destroys gRPC's objects under its threads, which under load has
-    ended in an abort.
+    A normal exit destroys gRPC's objects while its threads run, which has caused aborts under
+    load.
     """
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
@@ -49,16 +49,16 @@ def _run(argv: Sequence[str] | None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         arguments.run(arguments)
-        sys.stdout.flush()  # here, where its failure is caught, not at the interpreter's end
+        sys.stdout.flush()  # here, where errors are caught
     except TpirtError as exc:
         print(f"tpirt: error: {exc}", file=sys.stderr)
         return exc.exit_code
     except KeyboardInterrupt:
         print("tpirt: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except BrokenPipeError:  # the reader of our output has closed it
         _drop_output()
-    except OSError as exc:  # every other one has become an error of ours
+    except OSError as exc:  # any other OSError is already a TpirtError
         _drop_output()
         print(f"tpirt: error: cannot write the output: {exc.strerror}", file=sys.stderr)
         return TpirtError.exit_code
@@ -66,7 +66,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _open_standard_streams() -> None:
-    """Put the null device where a standard stream is closed: any file could land there else."""
+    """Open the null device for closed standard streams, whose numbers other files would get."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -78,12 +78,12 @@ def _open_standard_streams() -> None:
 
 
 def _drop_output() -> None:
-    """Send what is still buffered nowhere, so that the interpreter's end does not fail on it."""
+    """Discard buffered output, so that flushing it does not fail when the interpreter ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Make the parser; each command's module adds its own."""
+    """Create the parser with all commands."""
     from tpirt.cli import chat, evaluate, generate, info, peer, split, store, synth
 
     parser = argparse.ArgumentParser(

@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def add_parser(
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:
-    """``--model``; the bundled model when absent."""
+    """Add ``--model``; by default the bundled model."""
     parser.add_argument(
         "--model", metavar="DIR", help="Hugging Face model directory (default: the bundled model)"
     )
 
 
 def add_ratio_option(parser: argparse.ArgumentParser) -> None:
-    """``--ratio``: a comma-separated share per rank."""
+    """Add ``--ratio``: a comma-separated share per rank."""
     parser.add_argument(
         "--ratio",
         type=_ratio,
@@ -53,7 +53,7 @@ def add_ratio_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """The options of :class:`tpirt.EngineOptions`, and where the ranks run."""
+    """Add the options of :class:`tpirt.EngineOptions`, and the location of ranks."""
     add_model_option(parser)
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
@@ -85,18 +85,18 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--collective",
         default="auto",
         metavar="HOW",
-        help="how partial sums are combined: star, one-shot, two-shot or auto (default), which "
-        "decides by measured links",
+        help="all-reduce algorithm: star, one-shot, two-shot or auto (default), which depends on "
+        "measured links",
     )
     parser.add_argument(
         "--comm-dtype",
         default="auto",
         metavar="DTYPE",
-        help="dtype of the sums between ranks: float32, bfloat16, int8 or auto (default): bfloat16 "
-        "unless weights are in float32",
+        help="dtype of partial sums between ranks: float32, bfloat16, int8 or auto (default): "
+        "bfloat16 unless weights are float32",
     )
     parser.add_argument(
-        "--explain", action="store_true", help="explain on stderr the plan, links and collectives"
+        "--explain", action="store_true", help="explain the plan, links and collectives on stderr"
     )
     add_process_options(parser)
     parser.add_argument(
@@ -116,29 +116,28 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_format_options(parser: argparse.ArgumentParser) -> None:
-    """``--dtype`` and ``--quantize``: how weights are kept."""
+    """Add ``--dtype`` and ``--quantize``."""
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument(
         "--quantize",
         default="none",
         metavar="HOW",
-        help="keep weights in fewer bits: int8, int4 or int4:GROUP with 32, 64 or 128 "
-        "(default none)",
+        help="quantize weights: int8, int4 or int4:GROUP with 32, 64 or 128 (default none)",
     )
 
 
 def add_process_options(parser: argparse.ArgumentParser) -> None:
-    """``--threads`` and ``--store``."""
+    """Add ``--threads`` and ``--store``."""
     parser.add_argument(
         "--threads", type=count, metavar="N", help="compute threads per process (default: cores)"
     )
     parser.add_argument(
-        "--store", metavar="DIR", help="where slices are kept (default ~/.cache/tpirt/slices)"
+        "--store", metavar="DIR", help="folder of slices (default ~/.cache/tpirt/slices)"
     )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """How tokens are chosen; the model's own defaults when absent."""
+    """Add sampling options; by default those of the model."""
     group = parser.add_argument_group("sampling (default: the model's generation_config.json)")
     group.add_argument("--max-tokens", type=int, metavar="N", help="default 256")
     group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
@@ -153,10 +152,10 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_params(arguments: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
-    """Lay the given options over the model's defaults.
+    """Override the model's defaults with the given options.
 
     Raises:
-        ConfigError: a value is out of its range.
+        ConfigError: a value is out of range.
     """
     from tpirt.engine.sampler import check_params
 
@@ -179,7 +178,7 @@ def sampling_params(arguments: argparse.Namespace, defaults: SamplingParams) -> 
 
 
 def engine_options(arguments: argparse.Namespace) -> EngineOptions:
-    """Make the engine's options from the command line's.
+    """Create the engine's options from arguments.
 
     Raises:
         ConfigError, MemoryLimitError: a value is invalid.
@@ -205,7 +204,7 @@ def engine_options(arguments: argparse.Namespace) -> EngineOptions:
 async def connected(
     arguments: argparse.Namespace, progress: ConsoleProgress
 ) -> AsyncIterator[Engine]:
-    """Connect the engine; show the plan before it loads, and how the group was formed.
+    """Connect the engine; print the plan before loading, and notes about the group after.
 
     Raises:
         TpirtError: see :meth:`tpirt.Engine.connect`.
@@ -213,7 +212,7 @@ async def connected(
     from tpirt.engine import Engine
 
     def on_plan(plan: Deployment) -> None:
-        progress.close()  # its line ends before the table begins
+        progress.close()  # end its line before the table
         _show_plan(arguments, plan)
 
     async with Engine.connect(
@@ -229,7 +228,7 @@ async def connected(
 
 
 def run_async(main: Coroutine[Any, Any, None]) -> None:
-    """Run a coroutine on uvloop where there is one."""
+    """Run a coroutine, on uvloop if installed."""
     try:
         import uvloop
     except ImportError:
@@ -251,7 +250,7 @@ def _show_plan(arguments: argparse.Namespace, plan: Deployment) -> None:
 
 
 def _tell(arguments: argparse.Namespace, engine: Engine) -> None:
-    """Print on stderr what a user should know of the group."""
+    """Print the group's plan and its notices on stderr."""
     if engine.notice and not arguments.quiet:
         print(f"tpirt: {engine.notice}", file=sys.stderr)
     if arguments.explain:
@@ -280,7 +279,7 @@ def split_address(text: str, lowest_port: int = 1) -> tuple[str, int]:
     """Split ``host:port``; an IPv6 host is written in brackets.
 
     Raises:
-        argparse.ArgumentTypeError: the text has another form.
+        argparse.ArgumentTypeError: invalid text.
     """
     host, _, port = text.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")

@@ -19,7 +19,7 @@ def add_command(commands: Commands) -> None:
     parser = add_parser(
         commands,
         "peer",
-        "run a worker that serves one master after another",
+        "run a worker peer, which serves one master at a time",
         "tpirt peer --listen 192.168.1.7:50051 --memory 2G",
     )
     parser.add_argument(
@@ -27,19 +27,19 @@ def add_command(commands: Commands) -> None:
         type=lambda text: split_address(text, lowest_port=0),
         required=True,
         metavar="HOST:PORT",
-        help="address to listen on; port 0 takes a free one",
+        help="address to listen on; port 0 selects a free port",
     )
     parser.add_argument(
-        "--memory", type=size, metavar="SIZE", help="most memory of this process, such as 900M"
+        "--memory", type=size, metavar="SIZE", help="maximum memory of this process, such as 900M"
     )
     add_process_options(parser)
     parser.add_argument(
-        "--store-limit", type=size, metavar="SIZE", help="most bytes that slices may take on disk"
+        "--store-limit", type=size, metavar="SIZE", help="maximum size of slices on disk"
     )
     parser.add_argument(
         "--until-stdin-closes",
         action="store_true",
-        help="end when standard input does: ties the peer to whoever started it",
+        help="exit when standard input closes, such as at the end of the parent process",
     )
     parser.add_argument("--quiet", action="store_true", help="do not report sessions on stderr")
     parser.set_defaults(run=_run)

@@ -25,7 +25,9 @@ def add_command(commands: Commands) -> None:
         "  then on rank 1's device: tpirt peer --listen ... --store slices/rank1",
     )
     add_model_option(parser)
-    parser.add_argument("--out", required=True, metavar="DIR", help="one folder per rank in here")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="output folder, with one folder per rank"
+    )
     parser.add_argument("--world-size", type=count, required=True, metavar="N")
     add_ratio_option(parser)
     add_format_options(parser)

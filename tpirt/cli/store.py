@@ -27,17 +27,17 @@ def add_command(commands: Commands) -> None:
         (
             "ls",
             _list,
-            "list slices: id, model, form, shard, size, and what only this one uses",
+            "list slices: id, model, format, shard, size, and size not shared with others",
             None,
         ),
-        ("verify", _verify, "read slices whole and compare their checksums", "*"),
+        ("verify", _verify, "read slices and compare checksums", "*"),
         ("rm", _remove, "remove slices", "+"),
     ):
         action = actions.add_parser(name, help=text, description=text)
         action.add_argument("--store", metavar="DIR", help="default ~/.cache/tpirt/slices")
         if ids is not None:
             action.add_argument(
-                "ids", nargs=ids, metavar="ID", help="a slice's id or the beginning of it"
+                "ids", nargs=ids, metavar="ID", help="id of a slice, or a prefix of it"
             )
         action.set_defaults(run=run)
 

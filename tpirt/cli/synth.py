@@ -22,7 +22,7 @@ def add_command(commands: Commands) -> None:
     parser = add_parser(
         commands,
         "synth",
-        "make a model of random weights in any shape, as slices without a checkpoint",
+        "create a model of any shape with random weights, as slices without a checkpoint",
         "tpirt synth --shape llama-3.1-8b --quantize int4 --world-size 2 --out llama-8b\n"
         "  then: tpirt generate --model llama-8b --quantize int4 --local 2 --prompt Hello",
     )
@@ -32,12 +32,12 @@ def add_command(commands: Commands) -> None:
         metavar="NAME|FILE",
         help=f"{', '.join(SHAPES)}, or a config.json",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="the model directory to make")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the model directory to create")
     parser.add_argument("--world-size", type=count, required=True, metavar="N")
     add_ratio_option(parser)
     add_format_options(parser)
     parser.add_argument(
-        "--seed", type=whole_number, default=0, metavar="N", help="of the weights (default 0)"
+        "--seed", type=whole_number, default=0, metavar="N", help="seed of the weights (default 0)"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     parser.set_defaults(run=_run)

@@ -17,21 +17,21 @@ from tpirt.types import Progress, ProgressCallback
 
 _WORTH_HIDING_S = 4e-3
 _LEAST_SPLIT = 32
-_DECODED_TOKENS = 8  # steps of more are not learnt from: their ranks wait for each other's compute
+_DECODED_TOKENS = 8  # steps of more are not learned from: their ranks wait for each other's compute
 
 
-Pair = tuple[int, int]  # of ranks, the lower first
+Pair = tuple[int, int]  # of ranks, the lower one first
 
 
 @dataclass(frozen=True)
 class LinkMatrix:
-    """What is known of the links between ranks: measured, or why there is none.
+    """The links between ranks: their measurements, or the reason why there is none.
 
     Attributes:
         world_size: number of ranks.
-        latency_s, bytes_per_s: of each pair that was measured.
-        carriers: what carries each link's frames: ``tcp``, or ``grpc`` and why nothing better.
-        failures: links between workers that could not be made or measured, a line each.
+        latency_s, bytes_per_s: of each measured pair.
+        carriers: carrier of each link, ``tcp``, or ``grpc`` and the reason.
+        failures: links between workers that could not be opened or measured, one line each.
         complete: whether every pair of ranks has a link.
     """
 
@@ -43,7 +43,7 @@ class LinkMatrix:
     complete: bool = True
 
     def detours(self) -> list[str]:
-        """Links whose frames go through gRPC, and why, a line each."""
+        """Links over gRPC and the reasons, one line each."""
         return [
             f"link {i}-{j}: over grpc" + (f" ({reason})" if reason else "")
             for (i, j), (kind, reason) in sorted(self.carriers.items())
@@ -54,11 +54,11 @@ class LinkMatrix:
 async def survey_links(
     links: LinkSet, states: Mapping[int, Sequence[LinkState]], progress: ProgressCallback
 ) -> LinkMatrix:
-    """Measure all links, one after another: at the same time they would measure each other.
+    """Measure all links in turn, because concurrent measurements would disturb each other.
 
     Args:
-        links: the master's, to all workers.
-        states: what each worker said of its links to the others; empty where none were wanted.
+        links: the master's links to all workers.
+        states: each worker's report on its links to the others; empty if none were wanted.
         progress: called after each link.
 
     Raises:
@@ -96,7 +96,7 @@ async def survey_links(
 
 
 async def _quality(link: Link, other: int) -> LinkQuality:
-    """The quality of the link between ``other`` and the worker that ``link`` leads to."""
+    """The quality of the link between ``other`` and the worker at the end of ``link``."""
     if other == 0:
         return await measure(link)
     answer = (await link.request(MeasureLink(other))).body
@@ -108,7 +108,7 @@ async def _quality(link: Link, other: int) -> LinkQuality:
 
 
 def _failures(states: Mapping[int, Sequence[LinkState]]) -> list[str]:
-    """Links that could not be made; what their opener says first, for it knows more."""
+    """Links that could not be opened; the opener's reason first, because it knows more."""
     lines = [
         (rank < state.rank, f"rank {rank} has no link to rank {state.rank}: {state.reason}")
         for rank, of_rank in states.items()
@@ -155,7 +155,7 @@ class CollectivePolicy:
         self._fixed = options.algorithm if topology.complete else Algorithm.STAR
 
     def for_step(self, tokens: int) -> Collective:
-        """Choose for a step of so many tokens."""
+        """Choose for a step of ``tokens`` tokens."""
         nbytes = self._nbytes(tokens)
         learned = tokens <= _DECODED_TOKENS
         choose = self._chooser.choose_to_learn if learned else self._chooser.choose
@@ -163,19 +163,19 @@ class CollectivePolicy:
         return Collective(self._fixed or choose(nbytes), self._comm_dtype, micro_batches)
 
     def used(self, tokens: int) -> Collective:
-        """The collective for a step of so many tokens, as far as is known now."""
+        """The collective for a step of ``tokens`` tokens under the current estimates."""
         nbytes = self._nbytes(tokens)
         micro_batches = tokens >= _LEAST_SPLIT and self._is_slow(nbytes)
         algorithm = self._fixed or self._chooser.choose(nbytes)
         return Collective(algorithm, self._comm_dtype, micro_batches)
 
     def learn(self, tokens: int, algorithm: Algorithm, measured_s: float) -> None:
-        """Account for what a step's allreduces took at the median."""
+        """Take the median time of a step's allreduces into account."""
         if tokens <= _DECODED_TOKENS:
             self._chooser.learn(algorithm, self._nbytes(tokens), measured_s)
 
     def explain(self, chunk_tokens: int) -> list[str]:
-        """Say what was measured and chosen, a line each."""
+        """Describe measurements and choices, one per line."""
         sizes = {"one token": self._nbytes(1), f"{chunk_tokens} tokens": self._nbytes(chunk_tokens)}
         lines = [*self._links.detours(), *self._chooser.explain(sizes)]
         if self._fixed is not None:

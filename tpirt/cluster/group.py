@@ -1,4 +1,4 @@
-"""The tensor-parallel group as its master sees it: formed, driven step by step, closed."""
+"""The master's side of a tensor-parallel group: form it, run steps, close it."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ from tpirt.types import Progress, ProgressCallback, RankStats
 from tpirt.weights.manifest import Manifest
 from tpirt.weights.store import StoredSlice
 
-_HINT_S = 0.5  # from one worker's report of a lost link until it counts: the lost one may show
+_HINT_S = 0.5  # after a worker's report of a lost link: our own link may show it, too
 
 
 class Group:
-    """Drives all ranks in step; this process is rank 0. A :class:`tpirt.protocol.link.Handler`.
+    """Runs steps on all ranks; this process is rank 0. A :class:`tpirt.protocol.link.Handler`.
 
-    Steps run one at a time. Everything else may be called at any time, by any number of tasks.
+    Steps run one at a time. All other methods may be called concurrently at any time.
 
-    After a peer is lost or has sent something invalid, the group is broken: workers are released
-    and every further call raises the same error at once.
+    If a peer is lost or sends an invalid message, the group is broken: workers are released and
+    every further call raises the same error.
     """
 
     def __init__(self, clients: Sequence[PeerClient], timeout_s: float, progress: ProgressCallback):
@@ -76,40 +76,40 @@ class Group:
 
     @property
     def runtime(self) -> RankRuntime:
-        """Rank 0's own runtime, once the group is formed."""
+        """Rank 0's runtime, after :meth:`form`."""
         assert self._runtime is not None
         return self._runtime
 
     @property
     def broken(self) -> TpirtError | None:
-        """Why the group cannot do anything any more; None while it can."""
+        """Why the group is broken; None if it is not."""
         return self._broken
 
     @property
     def policy(self) -> CollectivePolicy | None:
-        """How partial sums are combined; None for one rank."""
+        """Chooses the collectives; None for one rank."""
         return self._policy
 
     @property
     def next_step(self) -> int:
-        """Number of the step that comes next."""
+        """Number of the next step."""
         return self._last_step + 1
 
     async def form(
         self, deployment: Deployment, manifests: Sequence[Manifest], stored: StoredSlice
     ) -> None:
-        """Open the sessions, load the weights on all ranks at once, measure the links.
+        """Open the sessions, load the weights on all ranks in parallel, measure the links.
 
         Args:
-            deployment: who runs which shard under which limits.
-            manifests: of every rank's shard, which its store has.
-            stored: rank 0's.
+            deployment: the plan.
+            manifests: of every rank's slice, which is in its store.
+            stored: rank 0's slice.
 
         Raises:
-            MemoryLimitError: a rank's limit is too low; says how much is needed.
-            HandshakeError, PeerLostError, StoreError: a worker refused, is gone, cannot read.
+            MemoryLimitError: a rank's limit is too low; the message has a sufficient one.
+            HandshakeError, PeerLostError, StoreError: a worker refused, is gone, or cannot read.
 
-        Failed or cancelled, nothing loads any more; sessions that were opened stay until
+        If it fails or is cancelled, nothing is loading any more; open sessions are closed by
         :meth:`aclose`.
         """
         limits = deployment.limits
@@ -121,7 +121,7 @@ class Group:
                     for rank, client in enumerate(self._clients, start=1)
                 }
         except BaseExceptionGroup as group:
-            # What a rank said of itself tells more than that its session then ended.
+            # A rank's own failure is more specific than the end of its session.
             told = [exc for exc in group.exceptions if not isinstance(exc, PeerLostError)]
             raise told[0] if told else self._broken or group.exceptions[0] from None
         if self._clients:
@@ -142,24 +142,24 @@ class Group:
     ) -> torch.Tensor:
         """Run all layers on all ranks; see :meth:`tpirt.model.decoder.Decoder.forward`.
 
-        Failed or cancelled, the step is given up on every rank after the block that is being
-        computed, and each sequence keeps the positions before its segment. The next step waits
-        until every worker has left this one.
+        If it fails or is cancelled, every rank aborts the step after its current block, and each
+        sequence has the positions before its segment. The next step waits until every worker has
+        left this one.
 
         Args:
-            hidden: (T, H) float32 or bfloat16, the segments' rows in order. Overwritten.
-            segments: which sequences and positions they belong to.
-            prefill: whether they are (also) a prompt's; for statistics.
+            hidden: (T, H) float32 or bfloat16, the segments' rows in order; overwritten.
+            segments: sequences and positions of the rows.
+            prefill: whether some rows are a prompt's; for statistics.
 
         Returns:
             (N, H) float32, the wanted rows before the final norm.
 
         Raises:
             RequestError: the segments do not fit the limits, the KV stores or ``hidden``; no rank
-            has begun.
-            PeerLostError: a worker is gone or silent; names it. The group is broken.
-            TransportError: a worker sent something invalid; the group is broken.
-            TpirtError: a rank failed by itself (disk, memory); the group lives on.
+                has begun.
+            PeerLostError: a worker is gone or silent; the group is broken.
+            TransportError: a worker sent an invalid message; the group is broken.
+            TpirtError: a rank failed (disk, memory); the group is still usable.
         """
         async with self._stepping:
             await self._settled()
@@ -173,22 +173,22 @@ class Group:
                 self._current = None
 
     async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Apply the LM head to (T, H); returns (T, V) float32. The master's own work only.
+        """Apply the LM head to (T, H), on the master only; returns (T, V) float32.
 
-        Cancelled, it ends after the block that is being computed.
+        If cancelled, it ends after its current block.
         """
         async with self._stepping:
             self._check_alive()
             return await self.runtime.decoder.logits(hidden)
 
     def sampling(self, token: int) -> AbstractContextManager[None]:
-        """Count what is done in this block as the master's compute, for the answer's ``token``."""
+        """Count the time in this block as the master's compute for the answer's ``token``."""
         return self.runtime.decoder.clock.running(SAMPLE, number=token)
 
     async def free(self, slot: int) -> None:
-        """Drop a sequence on every rank, between steps; memory goes back to the weights.
+        """Drop a sequence on every rank, between steps; its memory goes to the weights.
 
-        Cancelled, some ranks may still hold it; they drop it when a segment begins at position 0.
+        If cancelled, some ranks may still hold it, until a segment begins at position 0.
 
         Raises:
             TpirtError: the group is broken.
@@ -199,7 +199,7 @@ class Group:
             await asyncio.gather(*(link.notify(FreeSlot(slot)) for link in self._all_links()))
 
     async def stats(self, since_step: int = 0) -> list[RankStats]:
-        """What every rank measured since step ``since_step`` began; 0: since the start.
+        """Return the statistics of every rank since step ``since_step`` began; 0: since the start.
 
         Cancelled, the workers' answers are ignored when they come.
 
@@ -212,7 +212,7 @@ class Group:
                 *(link.request(StatsRequest(since_step)) for link in self._all_links())
             )
         except TpirtError:
-            self._check_alive()  # the first reason counts, not that of a link closed after it
+            self._check_alive()  # the first error counts, not that of a link closed later
             raise
         ranks = [self.runtime.stats(since_step)]
         ranks[0].peer_id = "master"
@@ -224,7 +224,7 @@ class Group:
         return ranks
 
     async def trace(self) -> AsyncIterator[RankTrace]:
-        """Yield what each rank recorded, as far as it can be had; nothing without a trace."""
+        """Yield the trace of each rank, or the reason why it is missing."""
         if self._tracer is None:
             return
         if self._closing is not None:
@@ -234,10 +234,10 @@ class Group:
             yield trace
 
     async def aclose(self) -> None:
-        """Release the workers, which wait for another master, and stop this rank.
+        """Release the workers for another master, and stop this rank.
 
-        A step under way is given up. It and every later call raise RequestError. Cancelled, what
-        was not closed yet stays open.
+        A running step is aborted. It and every later call raise RequestError. If cancelled, some
+        links may stay open.
         """
         if self._broken is None:
             self._broken = RequestError("the engine is closed")
@@ -273,14 +273,14 @@ class Group:
         """Abort the step that a rank failed in."""
         step = self._current
         if step is None or failure.step != step.number:
-            return  # of a step that was given up
+            return  # of an aborted step
         error = failure.error(link.peer_id)
         if isinstance(error, PeerLostError):
             if error.rank in self._links.others:
                 lost = self._links[error.rank].peer_id
                 words = f"peer {lost}: lost by {link.peer_id}: {failure.message}"
                 error = PeerLostError(words, rank=error.rank, peer_id=lost)
-            # Our own link to the lost rank shows soon whether that rank is gone, or only a link.
+            # Our own link to that rank shows soon if the rank is lost, or only a link.
             asyncio.get_running_loop().call_later(_HINT_S, step.abort, error)
         else:
             step.abort(error)
@@ -294,7 +294,7 @@ class Group:
         self._closing = asyncio.get_running_loop().create_task(self._release())
 
     async def _release(self) -> None:
-        """Free the workers for another master at once; only their traces are fetched before."""
+        """Release the workers for another master, after fetching their traces."""
         if self._tracer is not None:
             await self._tracer.fetch()
         await self._links.aclose()
@@ -309,13 +309,13 @@ class Group:
         limits = deployment.limits[0]
         world_size = deployment.world_size
         runtime = await RankRuntime.open(deployment.config, stored, world_size, self._links, limits)
-        self._runtime = runtime  # closed with the group, whatever becomes of the others
+        self._runtime = runtime  # closed with the group, also if other ranks fail
         await runtime.load(self._progress)
 
     async def _open(
         self, rank: int, client: PeerClient, deployment: Deployment, manifest: Manifest
     ) -> Ready:
-        """Begin a worker's session; returns when its weights are loaded."""
+        """Open a worker's session and wait until its weights are loaded."""
         limits = deployment.limits[rank]
         linked = len(self._clients) > 1 and deployment.collectives.algorithm is not Algorithm.STAR
         link = Link(await client.open_session(), rank, self._timeout_s, self)
@@ -361,7 +361,7 @@ class Group:
         return self._policy.for_step(tokens) if self._policy else DEFAULT_COLLECTIVE
 
     async def _settled(self) -> None:
-        """Wait until every worker has left the step that was given up last."""
+        """Wait until every worker has left the last aborted step."""
         if self._draining is not None:
             await asyncio.shield(self._draining)
             self._draining = None
@@ -387,7 +387,7 @@ class Group:
         return out
 
     async def _send_step(self, step: StepContext, hidden: torch.Tensor) -> None:
-        """Tell all workers what to compute; micro-batches' rows are broadcast by the decoder."""
+        """Send the step to all workers; rows of micro-batches are broadcast by the decoder."""
         if not self._clients:
             return
         payload = b"" if step.batch.collective.micro_batches else tensor_bytes(hidden)
@@ -403,7 +403,7 @@ class Group:
             await self._links.send(step, dict.fromkeys(self._links.others, frame))
 
     async def _drain(self, number: int) -> None:
-        """Have every worker leave a step; links take care of what is still on its way."""
+        """Abort a step on every worker; links drop its tensors in flight."""
         requests = (link.request(Abort(number)) for link in self._all_links())
         for result in await asyncio.gather(*requests, return_exceptions=True):
             if isinstance(result, TpirtError):

@@ -1,7 +1,7 @@
-"""Which kernels multiply a slice's quantized matrices here: measured once, kept with the slice.
+"""Choose the kernels for a slice's quantized matrices. Measured once and kept with the slice.
 
-The bits of a product depend on the choice, and a measurement is noisy: it is not repeated at every
-start, so that reruns repeat exactly.
+The bits of a product depend on the choice, and measurements are noisy: they are not repeated at
+every start, so that reruns are bit-identical.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _FILE = "kernels.json"
 
 
 def choose_kernels(folder: Path, blocks: Iterable[Block]) -> Mapping[MatrixShape, KernelChoice]:
-    """Choose kernels for each shape of quantized matrix: as recorded in ``folder``, else measured.
+    """Choose kernels for each shape of quantized matrix: recorded in ``folder``, or measured.
 
     Measuring takes up to 0.2 s per shape, seconds on a small device: call it from a worker thread.
     Choices and timings are recorded for the next start; failure to write them is not an error.
-    They are measured again on another CPU capability or torch version, and if the record is not
-    readable.
+    They are measured again with another CPU capability or torch version, or if the record is
+    unreadable.
     """
     shapes = {
         MatrixShape(tensor.quant, *tensor.shape)
@@ -48,7 +48,7 @@ def choose_kernels(folder: Path, blocks: Iterable[Block]) -> Mapping[MatrixShape
     if shapes <= chosen.keys():
         return chosen
     for shape in sorted(shapes - chosen.keys(), key=str):
-        chosen[shape] = probe_kernels(shape.spec, shape.rows, shape.inputs, layout)
+        chosen[shape] = probe_kernels(shape.spec, shape.out_features, shape.in_features, layout)
     _write(folder / _FILE, machine, chosen)
     return chosen
 
@@ -66,7 +66,7 @@ def _read(path: Path, machine: str, layout: Layout | None) -> dict[MatrixShape, 
 
 
 def _parse(entry: dict[str, Any], layout: Layout | None) -> tuple[MatrixShape, KernelChoice]:
-    """One entry of the file; raises on anything that this machine cannot use."""
+    """Parse one entry of the file; raises if this machine cannot use it."""
     spec = QuantSpec.parse(entry["quantize"])
     steps = tuple((int(rows), str(name)) for rows, name in entry["steps"])
     timings = {
@@ -76,7 +76,7 @@ def _parse(entry: dict[str, Any], layout: Layout | None) -> tuple[MatrixShape, K
     names = [*(name for _, name in steps), entry["rest"]]
     if not isinstance(spec, Scheme) or not all(KERNELS[n].accepts(spec, layout) for n in names):
         raise ValueError(f"{spec}: not all of {names} are kernels of this machine")
-    shape = MatrixShape(spec, entry["rows"], entry["inputs"])
+    shape = MatrixShape(spec, entry["out_features"], entry["in_features"])
     return shape, KernelChoice(steps, entry["rest"], timings)
 
 
@@ -84,8 +84,8 @@ def _write(path: Path, machine: str, chosen: Mapping[MatrixShape, KernelChoice])
     entries = [
         {
             "quantize": str(shape.spec),
-            "rows": shape.rows,
-            "inputs": shape.inputs,
+            "out_features": shape.out_features,
+            "in_features": shape.in_features,
             "steps": choice.steps,
             "rest": choice.rest,
             "timings_ms": choice.timings_ms,
@@ -93,6 +93,6 @@ def _write(path: Path, machine: str, chosen: Mapping[MatrixShape, KernelChoice])
         for shape, choice in chosen.items()
     ]
     with contextlib.suppress(OSError):
-        beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-        beside.write_text(json.dumps({machine: entries}, indent=1), encoding="utf-8")
-        beside.replace(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+        temporary.write_text(json.dumps({machine: entries}, indent=1), encoding="utf-8")
+        temporary.replace(path)

@@ -1,4 +1,4 @@
-"""Worker peers as child processes of this one, on loopback, ended with it however it ends."""
+"""Worker peers as child processes on loopback, which end with this process."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ READY_PREFIX = "listening on "
 
 
 class LocalPeers:
-    """Starts ``count`` workers and knows their addresses; an async context manager.
+    """Starts ``count`` workers; an async context manager.
 
-    Each worker holds the reading end of a pipe whose writing end only this process has: when this
-    process ends, even by SIGKILL, the worker sees the pipe close and ends too. Workers are in a
-    session of their own, so that Ctrl-C at the terminal reaches the master alone.
+    Each worker has the read end of a pipe, and only this process has the write end: when this
+    process ends, even by SIGKILL, the pipe closes and the worker ends too. Workers run in their
+    own sessions, so that Ctrl-C at the terminal only reaches the master.
     """
 
     def __init__(self, count: int, threads: int, store: Path):
@@ -54,16 +54,16 @@ class LocalPeers:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids, by rank from 1 on."""
+        """Process ids by rank, from 1 on."""
         return [process.pid for process in self._processes]
 
     async def aclose(self) -> None:
-        """End all workers and wait until they are gone."""
+        """End all workers and wait for their exit."""
         for process in self._processes:
             if process.stdin is not None:
                 process.stdin.close()
             with contextlib.suppress(ProcessLookupError):
-                process.terminate()  # one that is still starting does not look at the pipe
+                process.terminate()  # a starting worker does not read the pipe yet
         processes, self._processes = self._processes, []
         await asyncio.gather(*map(_ended, processes))
 
@@ -71,7 +71,7 @@ class LocalPeers:
         pipe = asyncio.subprocess.PIPE
         return await asyncio.create_subprocess_exec(
             sys.executable,
-            "-P",  # nothing is imported from the folder that the user happens to stand in
+            "-P",  # do not import from the current folder
             "-m",
             "tpirt",
             "peer",
@@ -89,14 +89,14 @@ class LocalPeers:
 
 
 def _environment() -> dict[str, str]:
-    """This process's environment, in which the same tpirt as this one's is found first."""
+    """This process's environment, with this tpirt first in the import path."""
     home = str(Path(__file__).parents[2])
     others = os.environ.get("PYTHONPATH")
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (home, others)))}
 
 
 async def _ended(process: asyncio.subprocess.Process) -> None:
-    """Wait for a worker's end, and make one for a worker that hangs."""
+    """Wait for a worker's exit; kill it if it hangs."""
     try:
         async with asyncio.timeout(_STOP_TIMEOUT_S):
             await process.wait()

@@ -1,4 +1,4 @@
-"""What this machine and process have: memory, threads, bfloat16, identity."""
+"""Properties of this machine and process: memory, threads, bfloat16, identity."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def host_name() -> str:
 
 
 def has_bfloat16() -> bool:
-    """Tell whether the CPU multiplies bfloat16 natively (AVX-512 BF16, AMX, Arm BF16).
+    """Whether the CPU has native bfloat16 products (AVX-512 BF16, AMX, Arm BF16).
 
-    Where that cannot be known, float32 is the safe answer: emulated bfloat16 is slower.
+    False if unknown, because emulated bfloat16 is slower than float32.
     """
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -49,12 +49,12 @@ def has_bfloat16() -> bool:
 
 
 def int4_layout() -> Layout:
-    """Return the order in which this CPU's 4-bit kernel wants its codes."""
+    """Return the order of codes for this CPU's 4-bit kernel."""
     return local_layout() or PORTABLE_LAYOUT
 
 
 def available_bytes() -> int:
-    """Return the memory that processes here can still take, cgroup limits included."""
+    """Return the free memory of this machine, limited by the cgroup."""
     free = psutil.virtual_memory().available
     return min(free, _cgroup_free())
 
@@ -76,7 +76,7 @@ def _cgroup_free() -> int:
 
 
 def machine_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = min(cores, len(os.sched_getaffinity(0)))
@@ -84,7 +84,7 @@ def machine_cores() -> int:
 
 
 def default_threads(processes: int = 1) -> int:
-    """Return how many compute threads each of ``processes`` on this machine should use."""
+    """Return the number of compute threads for each of ``processes`` on this machine."""
     return max(1, machine_cores() // processes)
 
 
@@ -95,11 +95,10 @@ def resident_bytes() -> int:
 
 @cache
 def base_bytes() -> int:
-    """Return this process's resident memory before it holds anything of a model.
+    """Return this process's resident memory without a model.
 
-    Measured at the first call, which comes before the first session: later, what the allocator
-    keeps of a session could not be told from it. torch's kernels run once before, because they
-    allocate memory that they keep.
+    Measured at the first call, before the first session: later it would include memory that the
+    allocator keeps. torch's kernels run once before, because they keep memory.
     """
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.ones(16, 64, dtype=dtype)
@@ -111,7 +110,7 @@ def base_bytes() -> int:
 
 
 def release_free_memory() -> None:
-    """Return the allocator's free memory to the system, where the C library can (glibc)."""
+    """Return the allocator's free memory to the system, if supported (glibc)."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -119,9 +118,9 @@ def release_free_memory() -> None:
 
 
 def peak_resident_bytes() -> int:
-    """Return the most resident memory this process has had.
+    """Return this process's peak resident memory.
 
-    ``VmHWM`` where there is a /proc: unlike ``ru_maxrss`` it does not begin at the parent's peak.
+    ``VmHWM`` if there is a /proc: unlike ``ru_maxrss`` it does not start at the parent's peak.
     """
     try:
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():

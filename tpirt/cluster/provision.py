@@ -1,8 +1,8 @@
-"""Providing every rank with its slice: found in a store, made of what a store has, or sent.
+"""Provide every rank with its slice: found in a store, assembled from its units, or sent.
 
-A slice is identified with its content, so the master learns the digests of all units first: from
-its own notes, or by cutting the units that a store claims to hold. Only units that a store lacks,
-or holds with other content, are written or sent.
+A slice is identified by its content, so the master needs the digests of all units first: from its
+own records, or by cutting the units that a store reports. Only missing units, and units with other
+content, are written or sent.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ CHUNK_BYTES = 256 << 10
 
 @dataclass(frozen=True)
 class Delivery:
-    """What a store must do to hold a slice.
+    """How a store gets a slice.
 
     Attributes:
-        digests: of all units; NO_DIGEST for those that are about to be cut.
-        lacking: numbers of the units that must come from outside, ascending.
+        digests: of all units; NO_DIGEST for units that are to be cut.
+        lacking: numbers of the missing units, ascending.
     """
 
     digests: list[bytes]
@@ -76,16 +76,16 @@ def plan_order(
     known: Sequence[bytes],
     progress: ProgressCallback,
 ) -> Delivery:
-    """Compare what a store holds with what it should hold.
+    """Compare a store's units with those of a slice.
 
-    Units that the store holds and this machine does not know are cut here and compared: a store
-    may have been filled by a stranger, and its word is not enough.
+    Units that this machine does not know are cut and compared, because reports of stores are not
+    trusted.
 
     Args:
         maker: of the slice.
         shard: of the slice.
-        held: by unit, the digest that the store reports; NO_DIGEST where it has none.
-        known: by unit, the digest that this machine knows; NO_DIGEST where it does not.
+        held: digests by unit, as reported by the store; NO_DIGEST for missing ones.
+        known: digests by unit, as known by this machine; NO_DIGEST for unknown ones.
         progress: called while units are cut.
 
     Raises:
@@ -108,12 +108,12 @@ def lacking_units(
 ) -> Generator[tuple[int, memoryview]]:
     """Yield (number, canonical bytes) of the lacking units, block by block.
 
-    They are read from ``store`` where it has them with a known content, and cut otherwise; the
-    order's digests are completed. The model is read until the generator is at its end or closed.
+    Units are read from ``store`` if it has them with a known content, or else cut. Completes the
+    order's digests. The model must stay open until the generator is exhausted or closed.
 
     Raises:
         CheckpointError: a read of the model failed.
-        StoreError: a read of the store failed, or a file in it is damaged; names it.
+        StoreError: a read of the store failed, or a file in it is damaged.
     """
     spec, index = maker.spec(shard), store.index(maker.spec(shard))
     places: dict[int, dict[Unit, UnitPlace]] = {}
@@ -196,10 +196,10 @@ async def send_slice(
     progress: ProgressCallback,
     timeout_s: float,
 ) -> int:
-    """Have a worker hold its slice; returns the bytes of the units that were sent.
+    """Provide a worker with its slice; returns the bytes of sent units.
 
     Raises:
-        PeerLostError: the worker is gone, or took nothing for ``timeout_s``.
+        PeerLostError: the worker is gone, or received nothing for ``timeout_s``.
         StoreError: the worker could not keep it, or the store cannot be read.
         CheckpointError: a read of the model failed.
     """
@@ -237,7 +237,7 @@ async def send_slice(
 async def _ask(
     client: PeerClient, spec: SliceSpec, known: Sequence[bytes], timeout_s: float
 ) -> list[bytes]:
-    """Ask a worker which units it holds, with which content."""
+    """Request the digests of a worker's units."""
     order = await in_thread(SliceOrder(spec, list(known)).to_json)
     reply = await _inventory(client, InventoryRequest(order=order), timeout_s)
     held = split_digests(reply.held)
@@ -264,12 +264,12 @@ class _Chunks:
         self._lock = threading.Lock()
 
     def next(self) -> UnitChunk | None:
-        """The next one; None at the end, and when closed."""
+        """The next message; None at the end, and after close."""
         with self._lock:
             return next(self._chunks, None)
 
     def close(self) -> None:
-        """Stop cutting; when this returns, the model is no longer read."""
+        """Stop cutting; the model is not read afterwards."""
         with self._lock:
             self._chunks.close()
             self._units.close()
@@ -292,8 +292,8 @@ def split_model(
 ) -> list[StoredSlice]:
     """Write every rank's slice, rank ``r`` into ``stores[r]``; see :func:`write_slice`.
 
-    Their content is noted in ``known`` and in rank 0's store as well, so that a master that uses
-    either of them knows the copies.
+    Their content is recorded in ``known`` and in rank 0's store, so that a master with one of them
+    recognises the copies.
     """
     slices = []
     for rank, store in enumerate(stores):
@@ -313,18 +313,18 @@ async def distribute(
 ) -> list[Manifest]:
     """Provide every rank with its slice: rank 0 in ``store``, workers in their own stores.
 
-    ``makers[r]`` makes rank ``r``'s slice in the format of its CPU. A cancelled call has stopped
-    reading and left no half slice when it raises.
+    ``makers[r]`` makes rank ``r``'s slice in the format of its CPU. A cancelled call stops reading
+    before it raises, and leaves no partial slice.
 
     Returns:
-        What each rank's slice contains, by rank.
+        The manifest of every rank's slice, by rank.
 
     Raises:
         CheckpointError, StoreError, PeerLostError: the slice could not be made or kept.
     """
     await _stoppable(makers[0].checkpoint.hash_content, progress=progress)
     await _stoppable(write_slice, makers[0], plan, 0, store, progress=progress)
-    # One after another: in parallel they would compete for the same disk.
+    # In turn, because parallel writes would compete for the disk.
     for rank, client in enumerate(clients, start=1):
         maker, shard = makers[rank], plan.shards[rank]
         manifest = await in_thread(_known_manifest, maker, shard, store)
@@ -342,13 +342,13 @@ async def distribute(
 
 
 def _known_manifest(maker: SliceMaker, shard: Shard, store: SliceStore) -> Manifest | None:
-    """What a slice must contain, if this machine knows all of it."""
+    """The manifest of a slice, if this machine knows all its units."""
     digests = store.known(maker.spec(shard))
     return None if NO_DIGEST in digests else Manifest.of(maker.spec(shard), digests)
 
 
 async def _stoppable(function: Callable[..., _T], *args: object, progress: ProgressCallback) -> _T:
-    """Run ``function(*args, progress)`` in a thread; cancelled, it has ended when this raises."""
+    """Run ``function(*args, progress)`` in a thread; if cancelled, wait for its end first."""
     cancelled = threading.Event()
 
     def report(step: Progress) -> None:

@@ -224,10 +224,11 @@ class RankRuntime:
 
     def _counters(self) -> Counters:
         sent, received = self._links.traffic
+        compute_ns, io_ns, comm_ns = self.recorder.account.read()
         return Counters(
-            compute_ns=self.decoder.clock.total_ns,
-            io_ns=self.streamer.clock.total_ns,
-            comm_ns=self.comm.clock.total_ns,
+            compute_ns=compute_ns,
+            io_ns=io_ns,
+            comm_ns=comm_ns,
             read_ns=self.streamer.reads.total_ns,
             bytes_read=self.streamer.bytes_read,
             bytes_sent=sent,
@@ -235,9 +236,8 @@ class RankRuntime:
         )
 
     def _last_ns(self) -> int:
-        """When the rank last did anything that counts."""
-        clocks = (self.decoder.clock, self.streamer.clock, self.comm.clock)
-        return max(clock.ended_ns for clock in clocks)
+        """The time up to which the rank's work is counted."""
+        return self.recorder.account.last_ns
 
     def _too_little(self, exc: MemoryLimitError) -> MemoryLimitError:
         budget, rank = self._budget, self.comm.rank
@@ -265,7 +265,7 @@ class RankRuntime:
         if left is None or before is None or left == before:
             return
         if left > before:
-            release_free_memory()  # what steps and the store no longer need is the weights' now
+            release_free_memory()  # for the weights
         try:
             await self.streamer.set_budget(left)
         except MemoryLimitError as exc:
@@ -278,10 +278,10 @@ class RankRuntime:
 
 
 def _check_layout(stored: StoredSlice) -> None:
-    """The kernel cannot tell codes in another order from its own: it would compute nonsense."""
+    """Check the order of codes: with another one, the kernel's results would be wrong."""
     form, mine = stored.manifest.form, int4_layout()
     if form.quant.uses_layout and form.layout != mine:
         raise StoreError(
             f"{stored.path}: its weights are laid out for a CPU of layout {form.layout.name}, "
-            f"this one wants {mine.name}; remove it, and have the slice made for this machine"
+            f"this one needs {mine.name}; delete it; it will be recreated for this machine"
         )

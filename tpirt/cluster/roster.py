@@ -1,4 +1,4 @@
-"""The peers of a group and their profiles, which the planner starts from."""
+"""The peers of a group and their profiles, for the planner."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def this_peer(threads: int) -> PeerProfile:
 
 
 async def profile_peers(clients: Sequence[PeerClient], threads: int) -> list[PeerProfile]:
-    """Ask every worker who it is; entry 0 is this process itself.
+    """Request the profile of every worker; entry 0 is this process.
 
     Raises:
-        PeerUnreachableError: nobody answers at an address.
-        HandshakeError: a peer speaks another protocol version or serves another master.
+        PeerUnreachableError: no answer at an address.
+        HandshakeError: a peer has another protocol version or serves another master.
     """
     replies = await asyncio.gather(*(hello(client) for client in clients))
     others = [
@@ -79,17 +79,17 @@ def machines(peers: Sequence[PeerProfile]) -> list[Machine]:
     for peer in peers:
         found.setdefault(peer.host_id, []).append(peer)
     return [
-        Machine(tuple(peer.rank for peer in beside), max(1, beside[0].cores))
-        for beside in found.values()
+        Machine(tuple(peer.rank for peer in shared), max(1, shared[0].cores))
+        for shared in found.values()
     ]
 
 
 async def hello(client: PeerClient) -> HelloReply:
-    """Ask a peer who it is.
+    """Say Hello to a peer.
 
     Raises:
-        PeerUnreachableError: nobody answers.
-        HandshakeError: it speaks another protocol version or serves another master.
+        PeerUnreachableError: no answer.
+        HandshakeError: it has another protocol version or serves another master.
     """
     request = encode_call(HelloRequest(PROTOCOL_VERSION, __version__))
     answer = await client.call("Hello", request, _HELLO_TIMEOUT_S)

@@ -1,8 +1,8 @@
 """One master's session on a worker, from Setup until the master leaves.
 
-The link's callbacks answer at once what needs no waiting (statistics, clocks, traces) and mark a
-step as aborted; everything else goes through a queue, one at a time. An Abort is answered when
-nothing of its step is under way on this rank any more.
+The link's callbacks answer immediate requests (statistics, clocks, traces) and mark steps as
+aborted; all other messages are queued and handled one at a time. An Abort is answered when nothing
+of its step is running on this rank.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from tpirt.types import Progress
 
 _T = TypeVar("_T")
 
-SETUP_S = 5.0  # for a caller to say what it wants
+SETUP_S = 5.0  # for a caller to send Setup
 _REPORT_S = 0.25  # between two reports of a loading worker
 _MOST_QUEUED = 64
 _QUEUED_FRAMES = 2  # of the largest size: a master sends one step at a time
 
 
 class Prepared:
-    """What a worker makes of a valid Setup: a runtime, and links to the other workers."""
+    """The result of a valid Setup: a runtime, and links to the other workers."""
 
     def __init__(self, runtime: RankRuntime, links: LinkSet, workers: WorkerLinks):
         self.runtime = runtime
@@ -56,7 +56,7 @@ class Prepared:
         self.workers = workers
 
     async def aclose(self) -> None:
-        """Close the links to other workers, stop the threads, give the memory back."""
+        """Close the links to other workers, stop the threads, release the memory."""
         await self.workers.aclose()
         await self.runtime.aclose()
 
@@ -68,12 +68,12 @@ class WorkerSession:
     """Serves one master over one channel; a :class:`tpirt.protocol.link.Handler`."""
 
     def __init__(self, channel: Channel):
-        """Take the channel over; nothing large is accepted before a valid Setup."""
+        """Take over the channel; only small frames are accepted before a valid Setup."""
         self.link = Link(channel, 0, SETUP_S, self)
         self._queue: asyncio.Queue[Incoming | None] = asyncio.Queue()
-        self.left = asyncio.Event()  # set by the worker when nothing of the session is there
+        self.left = asyncio.Event()  # set by the worker after the session is cleaned up
         self._queued_bytes = 0
-        self._used_s = asyncio.get_running_loop().time()  # when a step was last asked for
+        self._used_s = asyncio.get_running_loop().time()  # time of the last step
         self._prepared: Prepared | None = None
         self._current: StepContext | None = None
         self._last_step = 0
@@ -82,28 +82,28 @@ class WorkerSession:
 
     @property
     def lost(self) -> bool:
-        """Whether the session is over: what is left to do is to clean up."""
+        """Whether the session is over, except for cleaning up."""
         return self._lost.done()
 
     @property
     def unused_s(self) -> float:
-        """Seconds since a step was last asked for."""
+        """Seconds since the last step."""
         return asyncio.get_running_loop().time() - self._used_s
 
     def give_way(self) -> None:
-        """Have the session end, to make room for another master."""
+        """End the session, to make room for another master."""
         self.link.give_up(TransportError("the session was not used, and another master came"))
 
     async def leaving(self, patience_s: float) -> bool:
-        """Wait a moment for the master to be gone; returns :attr:`lost`."""
+        """Wait up to ``patience_s`` for the master to leave; returns :attr:`lost`."""
         await asyncio.wait({self._lost}, timeout=patience_s)
         return self.lost
 
     async def setup(self) -> tuple[Incoming, Setup] | None:
-        """Wait for the session's first request; None if the caller asks for nothing in time.
+        """Wait for the session's first request; None on timeout.
 
         Raises:
-            PeerLostError, TransportError: the caller left, or said something else.
+            PeerLostError, TransportError: the caller left, or sent another message.
         """
         self.link.start()
         try:
@@ -127,24 +127,25 @@ class WorkerSession:
         """Load the rank and run steps until the master leaves.
 
         Raises:
-            PeerLostError: the master left; the ordinary end.
-            TpirtError: the session cannot go on; the master was told.
+            PeerLostError: the master left; the normal end.
+            TpirtError: the session failed; the master was notified.
         """
         self.link.silence(setup.timeout_ms / 1e3)
         try:
             self._prepared = await prepare(setup, self.link)
-            ready = await self._until_lost(self._load(self._prepared, setup))
+            ready = await self._until_lost(self._load(self._prepared))
         except TpirtError as exc:
             if not self.lost:
                 await self.refuse(to, exc)
             raise
         await self.link.respond(to, ready)
-        while (incoming := await self._next()) is not None:
+        while (incoming := await self._next()) is not None and not self.lost:
+            # A step begun without a master would wait for other workers, which begin none.
             await self._serve(self._prepared, incoming)
         raise self._lost.result()
 
     async def aclose(self) -> None:
-        """End the session, whatever it is doing."""
+        """End the session at any time."""
         await self.link.aclose()
         if not self.lost:
             self._lost.set_result(TransportError("the session has ended"))
@@ -166,7 +167,7 @@ class WorkerSession:
                 link.reply(incoming, *answer_trace(runtime.recorder, lane))
             case body:
                 if isinstance(body, Abort):
-                    self._give_up(body.step)
+                    self._abort(body.step)
                 most_bytes = _QUEUED_FRAMES * link.channel.frame_limit
                 self._queued_bytes += incoming.frame.nbytes
                 if self._queue.qsize() >= _MOST_QUEUED or self._queued_bytes > most_bytes:
@@ -180,8 +181,8 @@ class WorkerSession:
             self._current.abort(exc)
         self._queue.put_nowait(None)
 
-    def _give_up(self, step: int) -> None:
-        """Abort a step that runs, or one that is still in the queue."""
+    def _abort(self, step: int) -> None:
+        """Abort a step that is running or queued."""
         self._aborted_step = max(self._aborted_step, step)
         if self._current is not None and self._current.number == step:
             self._current.abort(StepAborted())
@@ -189,7 +190,7 @@ class WorkerSession:
     # -- the queue -------------------------------------------------------------------------
 
     async def _next(self) -> Incoming | None:
-        """The next message in turn; None when the master is gone."""
+        """The next queued message; None if the master is gone."""
         incoming = await self._queue.get()
         if incoming is not None:
             self._queued_bytes -= incoming.frame.nbytes
@@ -200,7 +201,7 @@ class WorkerSession:
             case Batch():
                 await self._step(prepared, incoming)
             case Abort(step=number):
-                if number > self._last_step:  # it never came here
+                if number > self._last_step:  # it never arrived
                     self._last_step = number
                     prepared.links.skip(number)
                 await self.link.respond(incoming, StepEnded(number))
@@ -214,7 +215,7 @@ class WorkerSession:
                 )
 
     async def _step(self, prepared: Prepared, incoming: Incoming) -> None:
-        """Run one step; a failure of this rank's own is reported and the session goes on."""
+        """Run one step; a failure of this rank is reported, and the session continues."""
         runtime = prepared.runtime
         number = incoming.frame.header.step
         if number <= self._last_step:
@@ -238,7 +239,7 @@ class WorkerSession:
             pass
         except TpirtError as exc:
             step.abort(exc)
-            if not begun:  # the others' tensors of it are dropped
+            if not begun:  # its tensors from other ranks are dropped
                 prepared.links.skip(number)
             if not self.lost:
                 await self.link.notify(Failure.of(exc, number))
@@ -257,22 +258,18 @@ class WorkerSession:
         else:
             await self.link.respond(to, quality)
 
-    async def _load(self, prepared: Prepared, setup: Setup) -> Ready:
-        """Load the weights and form links to the other workers; report progress meanwhile."""
+    async def _load(self, prepared: Prepared) -> Ready:
+        """Load the weights and report progress."""
         reporting = _Reports(self.link)
+        runtime = prepared.runtime
         try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(prepared.runtime.load(reporting.remember))
-                forming = tasks.create_task(prepared.workers.form(setup.session, setup.addresses))
-        except BaseExceptionGroup as group:
-            raise group.exceptions[0] from None
+            await runtime.load(reporting.remember)
         finally:
             reporting.stop()
-        runtime = prepared.runtime
-        return Ready(runtime.weights_bytes, runtime.held_bytes, forming.result())
+        return Ready(runtime.weights_bytes, runtime.held_bytes, await prepared.workers.formed())
 
     async def _until_lost(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """Await work, but no longer than the master is there."""
+        """Await ``work``; cancel it if the master leaves first."""
         task = asyncio.ensure_future(work)
         either: set[asyncio.Future[Any]] = {task, self._lost}
         try:
@@ -287,7 +284,7 @@ class WorkerSession:
 
 
 class _Reports:
-    """Tells the master how far loading is, a few times a second."""
+    """Reports the progress of loading to the master, a few times per second."""
 
     def __init__(self, link: Link):
         self._link = link
@@ -295,18 +292,18 @@ class _Reports:
         self._next_s = 0.0
 
     def remember(self, progress: Progress) -> None:
-        """A :data:`tpirt.types.ProgressCallback`; may be called from the event loop only."""
+        """A :data:`tpirt.types.ProgressCallback`, for the event loop only."""
         if self._loop.time() >= self._next_s:
             self._next_s = self._loop.time() + _REPORT_S
             self._link.tell(Loading(progress.done, progress.total))
 
     def stop(self) -> None:
-        """Report nothing more."""
+        """Stop reporting."""
         self._next_s = float("inf")
 
 
 def _hidden(incoming: Incoming, batch: Batch, hidden_size: int) -> torch.Tensor:
-    """The step's hidden states (T, H); with micro-batches, room for them."""
+    """The step's hidden states (T, H); with micro-batches, an empty buffer."""
     shape = (batch.tokens, hidden_size)
     dtype = hidden_dtype(incoming.frame.header.dtype)
     if batch.collective.micro_batches:

@@ -1,4 +1,4 @@
-"""The units of one rank's slice: cut out of the model, or found in the master's store."""
+"""Cut the units of slices out of the model, or find slices in the master's store."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tpirt.weights.unit_bytes import BlockUnits
 
 @dataclass
 class SliceMaker:
-    """Makes slices of one model in one form."""
+    """Makes slices of one model in one format."""
 
     checkpoint: ModelSource
     config: ModelConfig
@@ -34,7 +34,7 @@ class SliceMaker:
     _made: dict[Shard, Manifest] = field(default_factory=dict, init=False, repr=False)
 
     def spec(self, shard: Shard) -> SliceSpec:
-        """Describe the slice of one rank; made once. Hashes the model if nobody has."""
+        """Return the cached spec of a rank's slice; hashes the model if necessary."""
         if shard not in self._specs:
             source = self.checkpoint
             name = source.path.resolve().name
@@ -44,18 +44,18 @@ class SliceMaker:
         return self._specs[shard]
 
     def manifest(self, shard: Shard) -> Manifest:
-        """What the slice of one rank contains; known once it was provided or cut."""
+        """Return the manifest of a rank's slice, which was provided or cut before."""
         return self._made[shard]
 
     def made(self, manifest: Manifest, store: SliceStore) -> None:
-        """Note what a slice contains, also for later runs."""
+        """Remember a slice's content for later runs."""
         self._made[manifest.shard] = manifest
         store.remember(manifest)
 
     def stored(self, shard: Shard, store: SliceStore) -> StoredSlice | None:
-        """Find the slice of one rank with the content that this machine knows; None without.
+        """Find a rank's slice with the content that this machine knows; None if there is none.
 
-        A slice that is damaged is not found.
+        Damaged slices are ignored.
         """
         digests = store.known(self.spec(shard))
         if NO_DIGEST in digests:
@@ -69,9 +69,9 @@ class SliceMaker:
         return None
 
     def cut(self, shard: Shard, numbers: Sequence[int]) -> Generator[tuple[int, memoryview]]:
-        """Cut units out of the model: yields (number, canonical bytes), in order.
+        """Cut units out of the model; yields (number, canonical bytes), in order.
 
-        Works ahead in threads until the generator is at its end or closed. Memory: the wanted
+        Works ahead in threads until the generator is exhausted or closed. Memory: the wanted
         part of one block.
 
         Raises:
@@ -87,7 +87,7 @@ class SliceMaker:
     def cut_blocks(
         self, shard: Shard, indices: Sequence[int]
     ) -> Generator[tuple[int, torch.Tensor]]:
-        """Cut whole blocks: yields (index of block, its file as uint8), in order.
+        """Cut whole blocks; yields (index of block, its file as uint8), in order.
 
         Raises:
             CheckpointError: a read failed, or a weight to be quantized is not finite.
@@ -124,7 +124,7 @@ class SliceMaker:
 
 @dataclass(frozen=True)
 class _Job:
-    """A block to cut, and the units to take out of it, with their numbers."""
+    """A block to cut, and its wanted units with their numbers."""
 
     block: Block
     numbers: tuple[int, ...]
@@ -139,7 +139,7 @@ def _by_block(spec: SliceSpec, numbers: Iterable[int]) -> Iterator[tuple[int, li
 def _reduced(
     block: Block, wanted: dict[int, Unit]
 ) -> tuple[Block, tuple[int, ...], tuple[Unit, ...]]:
-    """A block of the wanted units alone: fewer rows, and one tensor for each run of columns."""
+    """A block of only the wanted units: fewer rows, and one tensor per run of columns."""
     tensors: list[StoredTensor] = []
     units: list[Unit] = []
     for index, tensor in enumerate(block.tensors):
@@ -152,7 +152,7 @@ def _reduced(
 
 
 def _runs(tensor: StoredTensor, units: Sequence[Unit]) -> Iterator[list[Unit]]:
-    """Units that can be one tensor: all that are rows, or neighbouring columns."""
+    """Group units that can be one tensor: any rows, or neighbouring columns."""
     run: list[Unit] = []
     for unit in units:
         if run and _by_columns(tensor) and not _adjoin(run[-1], unit):

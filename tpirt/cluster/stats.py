@@ -1,5 +1,5 @@
-"""One rank's time and traffic, divided among its steps. Counters only grow: a difference of two
-readings is what happened in between, for any number of readers."""
+"""Time and traffic of one rank by step. Counters only grow, so that any number of readers can take
+differences."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import NamedTuple
 from tpirt.stopwatch import STEPS, Recorder
 from tpirt.types import StepTimes
 
-MAX_STEPS = 4096  # remembered
+MAX_STEPS = 4096  # kept
 
 
 class Counters(NamedTuple):
-    """What a rank has counted since its session began."""
+    """The counters of a rank since its session began."""
 
     compute_ns: int = 0
     io_ns: int = 0
@@ -33,7 +33,7 @@ class Counters(NamedTuple):
 
 @dataclass(slots=True)
 class _Step:
-    """A step: the counters when it began, when its layers ended, when it ended."""
+    """A step: the counters at its begin, at the end of its layers, and at its end."""
 
     number: int
     tokens: int
@@ -46,9 +46,9 @@ class _Step:
 
 
 class StepLog:
-    """Reads a rank's counters where a step ends and the next one begins.
+    """Reads a rank's counters at the boundaries of steps.
 
-    A step lasts until the next one begins, so steps add up to what was counted in total.
+    A step lasts until the next one begins, so the steps add up to the totals.
     """
 
     def __init__(
@@ -57,9 +57,9 @@ class StepLog:
         """Begin with no steps.
 
         Args:
-            read: the counters now.
-            last_ns: when anything was last counted, by ``perf_counter_ns``.
-            recorder: whose steps lane gets a span for every step.
+            read: returns the counters.
+            last_ns: returns the ``perf_counter_ns`` up to which time is counted.
+            recorder: gets a span for every step in its steps lane.
         """
         self._read = read
         self._last_ns = last_ns
@@ -67,18 +67,19 @@ class StepLog:
         self._steps: deque[_Step] = deque(maxlen=MAX_STEPS)
 
     def begin(self, number: int, tokens: int, prefill: bool) -> None:
-        """End the step before, if there is one, and begin this one."""
+        """End the previous step, if there is one, and begin this one."""
         now, counters = time.perf_counter_ns(), self._read()
+        now = max(now, self._last_ns())  # running work is counted up to the reading
         self._end(now, counters)
         self._steps.append(_Step(number, tokens, prefill, now, counters))
 
     def end_layers(self) -> None:
-        """What follows in this step is the master's own work."""
+        """End the layers: the rest of this step is the master's own work."""
         if self._steps:
             self._steps[-1].layers = self._read()
 
     def since(self, number: int) -> tuple[Counters, list[StepTimes]]:
-        """What was counted since step ``number`` began (0: since the session began), by step."""
+        """Counters since step ``number`` began (0: the session), and the times by step."""
         now = self._read()
         steps = [step for step in self._steps if step.number >= number]
         earliest = steps[0].begin if steps else now
@@ -86,7 +87,7 @@ class StepLog:
         return now.since(first), [self._times(step, now) for step in steps]
 
     def flush(self) -> None:
-        """End the step at hand, so that the trace has it."""
+        """End the current step, so that the trace includes it."""
         self._end(None, self._read())
 
     def _end(self, now_ns: int | None, counters: Counters) -> None:

@@ -1,4 +1,4 @@
-"""Making a synthetic model: a model directory of any shape with its slices, and no checkpoint."""
+"""Make synthetic models: a model directory of any shape with slices, without a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tpirt.weights.shapes import Shape
 from tpirt.weights.store import SliceStore, StoredSlice
 from tpirt.weights.synthetic import MARKER, SyntheticCheckpoint, marker_text
 
-# Slices written side by side: one alone waits for its disk after every block. Measured with 1, 2,
+# Slices written in parallel, because one writer waits for the disk after every block. With 1, 2,
 # 3, 4 on 2 cores: 0.7, 0.9, 1.3, 1.1 GB/s.
 _WRITERS = 3
 
@@ -35,15 +35,15 @@ class _StoppedError(Exception):
 def make_synthetic(
     out: Path, shape: Shape, seed: int, plan: Plan, form: WeightFormat, progress: ProgressCallback
 ) -> list[StoredSlice]:
-    """Make a synthetic model, or add slices to one; whole slices that are there stay.
+    """Make a synthetic model, or add slices to one; existing whole slices stay.
 
-    The bytes follow from shape, seed, plan and form. Memory: three blocks.
+    The bytes follow from shape, seed, plan and format. Memory: three blocks.
 
     Args:
-        out: the model directory; made if it is not there.
+        out: the model directory, created if missing.
         shape: content of its config.json.
-        seed: what the weights are drawn from.
-        plan: whose slices to make, all of them.
+        seed: of the weights.
+        plan: the plan whose slices are made.
         form: of the weights.
         progress: called with the bytes written, also from other threads.
 
@@ -52,8 +52,8 @@ def make_synthetic(
 
     Raises:
         ConfigError: the vocabulary is too small for a tokenizer.
-        CheckpointError: ``out`` holds another model, or cannot be written.
-        StoreError: the disk is too small, then nothing was written; or a slice cannot be written.
+        CheckpointError: ``out`` has another model, or cannot be written.
+        StoreError: the disk is too small (nothing was written), or a slice cannot be written.
     """
     config = ModelConfig.from_hf(shape)
     if config.vocab_size < MIN_VOCAB_SIZE:
@@ -90,7 +90,7 @@ def make_synthetic(
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
-            stop.set()  # whoever writes still is not needed any more
+            stop.set()  # other writers are no longer needed
             pool.shutdown(cancel_futures=True)
     for future in futures:
         with contextlib.suppress(_StoppedError):
@@ -100,7 +100,7 @@ def make_synthetic(
 
 
 def _check_folder(wanted: SyntheticCheckpoint) -> None:
-    """Refuse a folder that holds another model; one that an earlier run began is ours."""
+    """Reject a folder with another model; continue an unfinished one."""
     out = wanted.path
     marker = (out / MARKER).exists()
     if not marker and ((out / _CONFIG).exists() or any(out.glob("*.safetensors"))):
@@ -131,7 +131,7 @@ def _check_room(store: SliceStore, needed: int) -> None:
 
 
 def _write_files(out: Path, shape: Shape, config: ModelConfig, seed: int) -> None:
-    """Write all but the slices; config.json is last, so that with it everything is there."""
+    """Write all but the slices; config.json is last, and marks the folder as complete."""
     if (out / _CONFIG).exists():
         return
     try:

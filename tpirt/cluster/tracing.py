@@ -1,9 +1,9 @@
-"""What all ranks recorded, brought to the master and onto its clock.
+"""The spans of all ranks, collected on the master and converted to its clock.
 
-Every peer's monotonic clock has a zero of its own. The master asks for the time, between steps:
-an answer ``t`` that was asked for at ``t0`` and came at ``t2`` puts the offset of the peer's clock
-between ``t - t2`` and ``t - t0``, whatever the way there and back took. The interval common to
-several such answers is narrower than that of the quickest; its half is the uncertainty.
+Every peer's monotonic clock has its own zero. The master asks for the time between steps: for a
+request at ``t0`` and a reply ``t`` at ``t2``, the offset of the peer's clock is between ``t - t2``
+and ``t - t0``, however long the round trip took. The intersection of several intervals is narrower
+than the shortest one; half of it is the uncertainty.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tpirt.stopwatch import LANES, Lane, Recorder
 
 TRACE_SPANS = 1 << 17  # in each lane, 16 MiB a rank: about 1,000 tokens of 32 layers
 _PROBES = 16
-_PATIENCE_S = 10.0  # a trace is worth no longer wait
+_PATIENCE_S = 10.0  # do not wait longer for a trace
 
 
 @dataclass(frozen=True)
 class ClockReading:
-    """A peer's clock minus the master's at one moment, right within ``error_ns``."""
+    """A peer's clock minus the master's at one time, to within ``error_ns``."""
 
     master_ns: int
     offset_ns: int
@@ -34,18 +34,18 @@ class ClockReading:
 
 @dataclass(frozen=True)
 class ClockMap:
-    """How a peer's clock goes against the master's, right within ``error_ns`` between readings."""
+    """The offset of a peer's clock over time, to within ``error_ns`` between readings."""
 
     offset_ns: int = 0  # at peer_ns
     peer_ns: int = 0
-    drift: float = 0.0  # by how much the offset grows per nanosecond
+    drift: float = 0.0  # change of the offset per nanosecond
     error_ns: int = 0
 
     @classmethod
     def fit(cls, readings: Sequence[ClockReading]) -> ClockMap:
-        """Lay a line through the first and the last reading, or a constant where that will do.
+        """Fit a constant if it agrees with all readings, or a line through the first and the last.
 
-        Where the clocks can be the same one, as on one machine, they are taken for it.
+        If an offset of 0 agrees with all readings, the clocks are the same.
         """
         lowest = max(r.offset_ns - r.error_ns for r in readings)
         highest = min(r.offset_ns + r.error_ns for r in readings)
@@ -59,13 +59,13 @@ class ClockMap:
         return cls(first.offset_ns, begin, drift, max(r.error_ns for r in readings))
 
     def to_master(self, peer_ns: int) -> int:
-        """Translate a time of the peer's clock."""
+        """Convert a time of the peer's clock to the master's."""
         return peer_ns - self.offset_ns - round(self.drift * (peer_ns - self.peer_ns))
 
 
 @dataclass(frozen=True)
 class LaneTrace:
-    """What one lane recorded, in the peer's clock; see :class:`tpirt.stopwatch.Lane`."""
+    """Spans of one lane, in the peer's clock; see :class:`tpirt.stopwatch.Lane`."""
 
     lane: str
     names: Sequence[str]
@@ -75,7 +75,7 @@ class LaneTrace:
 
 @dataclass(frozen=True)
 class RankTrace:
-    """What one rank recorded; ``missing`` says why it is not here, if it is not."""
+    """The trace of one rank; ``missing`` is the reason if there is none."""
 
     rank: int
     peer_id: str
@@ -85,7 +85,7 @@ class RankTrace:
 
 
 class Tracer:
-    """The master's side: reads clocks when the session begins, collects when it ends."""
+    """The master's side: reads clocks at the begin of the session, collects traces at its end."""
 
     def __init__(self, links: Sequence[Link]):
         self._links = links
@@ -102,11 +102,11 @@ class Tracer:
             readings.append(await _read_clock(link))
 
     async def fetch(self) -> None:
-        """Bring the workers' traces here, for :meth:`collect`, before their links are closed."""
+        """Fetch the workers' traces for :meth:`collect`, before their links are closed."""
         self._fetched = [await self._trace(*worker) for worker in self._workers()]
 
     async def collect(self, own: Recorder) -> AsyncIterator[RankTrace]:
-        """Yield each rank's trace; one that cannot be had says why.
+        """Yield each rank's trace, or the reason why it is missing.
 
         Args:
             own: the master's recorder.
@@ -136,12 +136,12 @@ class Tracer:
 
 
 def answer_clock() -> Clock:
-    """Tell the time, as a worker."""
+    """Answer with the current time, as a worker."""
     return Clock(time.perf_counter_ns())
 
 
 def answer_trace(recorder: Recorder, lane: str) -> tuple[Trace, memoryview | bytes]:
-    """What was recorded in a lane, as a worker; nothing where no trace was asked for."""
+    """Answer with the spans of a lane, as a worker; empty if no trace was asked for."""
     recorded = recorder.lanes.get(lane)
     if recorded is None:
         return Trace(lane), b""
@@ -186,7 +186,7 @@ def _is_valid(trace: Trace, records: memoryview | bytes) -> bool:
 
 
 def lane_traces(recorder: Recorder) -> list[LaneTrace]:
-    """Tell what was recorded so far."""
+    """Return the spans recorded so far."""
     return [
         LaneTrace(name, lane.names, lane.dropped, lane.records)
         for name, lane in recorder.lanes.items()

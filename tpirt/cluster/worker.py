@@ -13,6 +13,7 @@ from tpirt.cluster.machine import (
     host_id,
     int4_layout,
     machine_cores,
+    release_free_memory,
     resident_bytes,
 )
 from tpirt.cluster.rank import RankRuntime, frame_limit
@@ -54,11 +55,11 @@ Log = Callable[[str], None]
 _GOODBYE_S = 1.0  # from a master's end until the news of it is here
 _LEAVING_S = 20.0  # for a session whose master is gone to let go of threads and memory
 _MOST_SILENT = 16  # sessions that have not said yet what they want
-_MOST_WAITING = 8
-_MOST_QUESTIONS = 32  # about the store, each of up to 4 MiB
+_MOST_WAITING = 8  # masters whose Setup is valid, until the session before theirs has ended
+_MOST_QUESTIONS = 8  # about the store, each of up to 4 MiB
 _QUESTIONS_AT_ONCE = 2
 _UNUSED_S = 900.0  # without a step, after which a session gives way to another master
-_TIMEOUT_MS = range(50, 3_600_001)
+_TIMEOUT_MS = range(10, 86_400_001)
 
 
 class Worker:
@@ -97,13 +98,14 @@ class Worker:
             decode_call(HelloRequest, request, "caller")
             return encode_call(self._hello(busy=not await self._has_no_master()))
         if method == "Inventory":
-            asked = decode_call(InventoryRequest, request, "caller")
-            return encode_call(await self._answered(asked))
+            return encode_call(await self._answered(request))
         raise TransportError(f"unknown method {method}")
 
     async def receive(self, method: str, chunks: AsyncIterator[bytes]) -> bytes:
         """See :class:`tpirt.transport.base.PeerService`."""
-        return encode_call(PutUnitsReply(await self._uploads.receive(chunks)))
+        received = await self._uploads.receive(chunks)
+        release_free_memory()  # of the messages: it counts towards the next session's limit
+        return encode_call(PutUnitsReply(received))
 
     async def session(self, channel: Channel) -> None:
         """See :class:`tpirt.transport.base.PeerService`."""
@@ -133,12 +135,14 @@ class Worker:
                 session.left.set()
                 self._log("waiting for a master")
 
-    async def _answered(self, asked: InventoryRequest) -> InventoryReply:
+    async def _answered(self, request: bytes) -> InventoryReply:
+        """Answer a question about the store; a few at a time, for each takes memory."""
         if self._asking >= _MOST_QUESTIONS:
             raise PeerError("it has too many questions to answer; try again later")
         self._asking += 1
         try:
             async with self._questions:
+                asked = decode_call(InventoryRequest, request, "caller")
                 return await in_thread(self._inventory, asked)
         finally:
             self._asking -= 1
@@ -177,7 +181,7 @@ class Worker:
         )
 
     async def _serve(self, session: WorkerSession) -> None:
-        request = await self._silent.wait(session.setup())
+        request = await self._silent.wait(session.link.peer_id, session.setup())
         if request is None:
             return
         incoming, setup = request
@@ -229,9 +233,15 @@ class Worker:
         limit = frame_limit(config, limits)
         links = LinkSet(setup.rank)
         links.add(master)
-        runtime = await RankRuntime.open(config, stored, setup.world_size, links, limits)
-        master.channel.frame_limit = limit
         workers = WorkerLinks(links, self._connect, self._board, setup.timeout_ms / 1e3, limit)
+        # Links first: all workers are at this point, and how long a runtime takes differs.
+        workers.form(setup.session, setup.addresses)
+        try:
+            runtime = await RankRuntime.open(config, stored, setup.world_size, links, limits)
+        except BaseException:
+            await finish(workers.aclose())
+            raise
+        master.channel.frame_limit = limit
         return Prepared(runtime, links, workers)
 
 

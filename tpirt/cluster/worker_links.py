@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from tpirt.collectives.links import LinkSet
-from tpirt.errors import TpirtError, TransportError
+from tpirt.errors import PeerLostError, TpirtError, TransportError
 from tpirt.protocol.link import Incoming, Link
 from tpirt.protocol.messages import Joined, JoinLink, LinkState
 from tpirt.transport.backlog import Backlog
@@ -17,7 +17,7 @@ from tpirt.transport.base import Channel, PeerClient
 
 Connect = Callable[[str], PeerClient]
 
-PATIENCE_S = 5.0  # for another worker to open its link, or to answer
+PATIENCE_S = 10.0  # for another worker, which may be slow, to open its link, or to answer
 _MOST_SILENT = 64  # links that have not said yet to which session they belong
 _MOST_WAITING = 256  # links that no session has claimed yet
 
@@ -28,19 +28,33 @@ class _Peer:
     """Handler of a link between workers: it carries tensors and probes, and one request to join."""
 
     def __init__(self) -> None:
-        self.joined: asyncio.Future[Incoming] = asyncio.get_running_loop().create_future()
+        self.request: Incoming | None = None
         self.left = asyncio.Event()
+        self._spoken = asyncio.Event()  # or gone
+
+    async def joined(self) -> Incoming:
+        """Wait for the request to join.
+
+        Raises:
+            PeerLostError: the other side is gone.
+        """
+        await self._spoken.wait()
+        if self.request is None:
+            raise PeerLostError("a worker's link ended before it was used")
+        return self.request
 
     def on_message(self, link: Link, incoming: Incoming) -> None:
         """See :class:`tpirt.protocol.link.Handler`."""
-        if self.joined.done() or not isinstance(incoming.body, JoinLink) or not incoming.id:
+        if self.request is not None or not isinstance(incoming.body, JoinLink) or not incoming.id:
             kind = type(incoming.body).__name__
             raise TransportError(f"peer {link.peer_id}: {kind} on a worker's link; refused")
-        self.joined.set_result(incoming)
+        self.request = incoming
+        self._spoken.set()
 
     def on_lost(self, link: Link, exc: TpirtError) -> None:
         """See :class:`tpirt.protocol.link.Handler`: whoever uses the link next raises it."""
         self.left.set()
+        self._spoken.set()
 
 
 class _Caller(_Peer):
@@ -54,10 +68,9 @@ class _Caller(_Peer):
     def on_lost(self, link: Link, exc: TpirtError) -> None:
         """See :class:`tpirt.protocol.link.Handler`: nobody need wait for it any more."""
         super().on_lost(link, exc)
-        for waited in (self.joined, self.claimed):
-            if not waited.done():
-                waited.set_exception(exc)
-                waited.exception()  # nobody may be waiting
+        if not self.claimed.done():
+            self.claimed.set_exception(exc)
+            self.claimed.exception()  # nobody may be waiting
 
 
 class Switchboard:
@@ -75,7 +88,7 @@ class Switchboard:
         try:
             caller.link.start()
             async with asyncio.timeout(PATIENCE_S):
-                join = (await self._silent.wait(_joined(caller))).body
+                join = (await self._silent.wait(channel.peer_id, caller.joined())).body
                 key = (join.session, join.rank)
                 if key in self._waiting or len(self._waiting) >= _MOST_WAITING:
                     return
@@ -84,12 +97,16 @@ class Switchboard:
                     self._arrivals.notify_all()
                 await caller.claimed
             await caller.left.wait()
-        except TimeoutError:
+        except (TimeoutError, PeerLostError):
             pass
         finally:
             if key is not None and self._waiting.get(key) is caller:
                 del self._waiting[key]
             await caller.link.aclose()
+
+    def waits_for(self, session: int, rank: int) -> bool:
+        """Whether a worker's link is here and not claimed yet."""
+        return (session, rank) in self._waiting
 
     async def claim(self, session: int, rank: int) -> _Caller:
         """Wait for the link of a session's worker; give it back by setting ``left``.
@@ -101,16 +118,12 @@ class Switchboard:
         """
         key = (session, rank)
         async with self._arrivals:
-            await self._arrivals.wait_for(lambda: key in self._waiting)
+            await self._arrivals.wait_for(lambda: self.waits_for(*key))
         caller = self._waiting.pop(key)
         if caller.claimed.done():  # lost or given up, and not removed yet
             raise TransportError(f"peer {caller.link.peer_id}: the link ended before it was used")
         caller.claimed.set_result(None)
         return caller
-
-
-async def _joined(caller: _Caller) -> Incoming:
-    return await caller.joined
 
 
 class WorkerLinks:
@@ -133,24 +146,32 @@ class WorkerLinks:
         self._clients: list[PeerClient] = []
         self._opened: list[Link] = []
         self._callers: list[_Caller] = []
+        self._forming: list[asyncio.Task[LinkState]] = []
 
-    async def form(self, session: int, addresses: Sequence[str]) -> tuple[LinkState, ...]:
-        """Open or await a link to every other worker, at the same time.
+    def form(self, session: int, addresses: Sequence[str]) -> None:
+        """Begin to open or await a link to every other worker, at the same time.
 
         Args:
             session: number that the master drew.
             addresses: of all ranks, the master's first.
-
-        Returns:
-            how each link turned out. Addresses are what a master says, so a failure tells the
-            master no more than that there is no link.
         """
-        others = [rank for rank in range(1, len(addresses)) if rank != self._links.rank]
-        states = (self._form(session, rank, addresses[rank]) for rank in others)
-        return tuple(await asyncio.gather(*states))
+        for rank, address in enumerate(addresses):
+            if rank not in (0, self._links.rank):
+                self._forming.append(asyncio.create_task(self._form(session, rank, address)))
+
+    async def formed(self) -> tuple[LinkState, ...]:
+        """Wait until every link is there or has failed; returns how each turned out.
+
+        Addresses are what a master says, so a failure tells the master no more than that there is
+        no link.
+        """
+        return tuple(await asyncio.gather(*self._forming))
 
     async def aclose(self) -> None:
         """Let go of all links."""
+        for forming in self._forming:
+            forming.cancel()
+        await asyncio.gather(*self._forming, return_exceptions=True)
         for caller in self._callers:
             caller.left.set()
         await asyncio.gather(*(link.aclose() for link in self._opened))
@@ -190,5 +211,5 @@ class WorkerLinks:
     async def _accept(self, session: int, rank: int) -> Link:
         caller = await self._board.claim(session, rank)
         self._callers.append(caller)
-        caller.link.reply(caller.joined.result(), Joined())
+        caller.link.reply(await caller.joined(), Joined())
         return caller.link

@@ -1,1 +1,1 @@
-"""Combining partial results of all ranks, over channels of any transport."""
+"""Collectives: combine partial results of all ranks over links."""

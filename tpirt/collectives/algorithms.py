@@ -1,8 +1,8 @@
 """The collectives over links: star, one-shot, two-shot; broadcast and reduce.
 
-Partials are added in rank order, whatever order they arrive in. All algorithms give the same bits:
-the sum, in the form it has on the wire, of partials in the form they have on the wire. So a choice
-that follows measurements changes no sum.
+Partials are added in rank order, independent of the order of arrival. All algorithms give the same
+bits: partials are rounded to the comm dtype, and so is their sum. So the choice of an algorithm by
+measurements does not change results.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PARTIAL, REDUCED = Kind.PARTIAL, Kind.REDUCED
 
 @dataclass(slots=True)
 class _Sum:
-    """One collective under way: its number, its form on the wire, what this rank contributes."""
+    """A running collective: its number, its comm dtype, and this rank's partial."""
 
     step: StepContext
     seq: int
@@ -41,14 +41,14 @@ class _Sum:
         return Frame(head, b"", payload)
 
     def as_is(self, kind: Kind, tensor: torch.Tensor) -> Frame:
-        """The frame of a tensor that is sent in its own dtype."""
+        """The frame of a tensor in its own dtype."""
         return self.frame(kind, tensor, tensor_bytes(tensor))
 
 
 class GroupCommunicator:
-    """The communicator of a rank that has others; see :class:`Communicator`.
+    """The communicator of two or more ranks; see :class:`Communicator`.
 
-    Workers need links among themselves for all but the star.
+    All algorithms but star need links between workers.
     """
 
     def __init__(self, world_size: int, links: LinkSet):
@@ -64,7 +64,7 @@ class GroupCommunicator:
     async def broadcast(self, step: StepContext, part: int, rows: torch.Tensor) -> None:
         """See :class:`Communicator`.
 
-        Workers with links among themselves get a share each and pass it on: the master's link
+        Workers with links between them get a share each and pass it on, so that the master's link
         carries the rows once, not once per worker.
         """
         job = _Sum(step, step.next_seq(part), CommDtype.keeping(rows.dtype), rows)
@@ -168,7 +168,7 @@ class GroupCommunicator:
             value = own if rank == self.rank else await self._receive(job, rank, PARTIAL, own)
             if total is not None:
                 total.add_(value)
-            elif rank == self.rank:  # its memory may be on its way to the others
+            elif rank == self.rank:  # its memory may still be being sent
                 total = own.to(torch.float32, copy=True)
             else:  # a received tensor is this call's own
                 total = value.float()
@@ -180,7 +180,7 @@ class GroupCommunicator:
 
 
 def _shares(tensor: torch.Tensor, count: int) -> list[torch.Tensor]:
-    """Cut a tensor, flattened, into one share per rank, in whole blocks that share a scale."""
+    """Cut a flattened tensor into one share per rank, at blocks that share a scale."""
     flat = tensor.view(-1)
     return [flat[span.start : span.stop] for span in _spans(len(flat), count)]
 

@@ -1,4 +1,4 @@
-"""One step under way on one rank."""
+"""A running step on one rank."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _T = TypeVar("_T")
 
 
 class StepAborted(Exception):  # noqa: N818 - not an error
-    """The master gave the step up; not an error, never shown to a user."""
+    """The master aborted the step; not an error, never shown to a user."""
 
 
 class StepContext:
-    """A step from its start until its end or abort; it dies with the step.
+    """One step on one rank, from its start to its end or abort.
 
     Attributes:
-        number: of the step within the session, counted from 1.
-        batch: what the step computes.
+        number: number of the step in the session, from 1 on.
+        batch: description of the step.
     """
 
     def __init__(self, number: int, batch: Batch):
@@ -32,7 +32,7 @@ class StepContext:
 
     @property
     def aborted(self) -> bool:
-        """Whether the step was given up or has failed."""
+        """Whether the step was aborted or has failed."""
         return self._reason is not None
 
     def next_seq(self, part: int) -> int:
@@ -50,7 +50,7 @@ class StepContext:
             raise self._reason
 
     def abort(self, reason: Exception) -> None:
-        """Give the step up: everything that waits in it raises ``reason``. The first one counts."""
+        """Abort the step: all its waiting calls raise ``reason``. Only the first abort counts."""
         if self._reason is not None:
             return
         self._reason = reason
@@ -59,16 +59,14 @@ class StepContext:
             callback(reason)
 
     def on_abort(self, callback: Callable[[Exception], None]) -> None:
-        """Call ``callback(reason)`` when the step is aborted; at once if it was already."""
+        """Call ``callback(reason)`` when the step is aborted; at once if it already is."""
         if self._reason is not None:
             callback(self._reason)
         else:
             self._callbacks.append(callback)
 
     async def run(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """Await ``work``, but no longer than the step lives.
-
-        ``work`` is cancelled when the step is aborted or the caller is cancelled.
+        """Await ``work``; cancel it if the step is aborted or the caller is cancelled.
 
         Raises:
             Exception: the reason of the abort, or what ``work`` raises.

@@ -1,21 +1,21 @@
-"""Which collective suits which message, by a cost model over measured links.
+"""A cost model over measured links that chooses the all-reduce algorithm.
 
-Symbols: R ranks, n bytes of a partial on the wire, L(i, j) one-way latency between ranks i and j,
-including their work on one message, B(i) the rate of rank i's link (the best of its pairs, because
-a pair's rate is bounded by both ends), w the work of sending and taking messages.
+Symbols: R ranks, n bytes of a partial on the wire, L(i, j) one-way latency between ranks i and j
+including our own work on a message, B(i) the rate of rank i's link (the best of its pairs, because
+a pair's rate is bounded by both ends), w the work of sending and receiving messages.
 
     star      2 (max L(i, 0) + (R - 1) n / B(0)) + w
     one-shot  max L(i, j) + (R - 1) n / min B(i) + w
     two-shot  2 (max L(i, j) + (R - 1) / R n / min B(i)) + w
 
-Incast is in the second terms: what several ranks send to one shares its link. The work w is that
-of the busiest machine, c for each message that a rank of it sends or takes, over the cores
-that its ranks share, less what a hop's latency counts already: eight ranks on two cores are quicker
-through the master, for the star has the fewest messages.
+The second terms include incast: messages from several ranks to one share its link. The work w is
+that of the busiest machine: c for each message that its ranks send or receive, divided by its
+cores, minus the work included in latencies. Eight ranks on two cores are faster with star, which
+has the fewest messages.
 
-What collectives really took corrects the model: beyond it lies what the model does not know, such
-as the wait for a rank that computes longer. That comes with every algorithm, so those which may be
-the quickest are each tried for some tokens before measurements decide; they give the same bits.
+Measurements correct the model, which does not know how long ranks wait for a slower one. Every
+algorithm has that wait, so all that may be the fastest are tried for a few tokens; they give the
+same bits.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from typing import assert_never
 from tpirt.batch import Algorithm
 from tpirt.units import format_bytes
 
-_LOOPBACK_BYTES_PER_S = 125e6  # the least that a busy machine gives itself
-_MESSAGE_S = 45e-6  # c: a core's time to send or to take a message (bench.allreduce)
-_REMEMBERED = 5  # measurements of an algorithm; their median, for one stall must not decide
-_LEAST = 0.25  # of the prediction; less can only be chance
-_TRIALS = 3  # tokens that each algorithm is tried for
+_LOOPBACK_BYTES_PER_S = 125e6  # lower bound for loopback on a busy machine
+_MESSAGE_S = 45e-6  # c: a core's time to send or receive a message (bench.allreduce)
+_REMEMBERED = 5  # measurements per algorithm; their median is used, because of stalls
+_LEAST = 0.25  # of the prediction; less is noise
+_TRIALS = 3  # tokens per algorithm
 _WORTH_TRYING = 1.75  # times the best prediction
-_CLEARLY = 0.95  # of what the algorithm in use takes: less difference is noise
+_CLEARLY = 0.95  # of the time of the current algorithm; smaller differences are noise
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Machine:
 
 @dataclass(frozen=True)
 class Topology:
-    """The links of all pairs of ranks (i < j); ``complete`` if workers reach each other too.
+    """The links of all pairs of ranks (i < j); ``complete`` if there are links between workers.
 
-    Ranks that no machine names have one of their own.
+    Ranks that are in none of ``machines`` have their own.
     """
 
     world_size: int
@@ -61,10 +61,7 @@ class Topology:
 
     @property
     def on_loopback(self) -> bool:
-        """Whether all ranks share a machine, and nothing else is between them.
-
-        Devices that a machine emulates share it too; their links tell them apart.
-        """
+        """Whether all ranks are on one machine without emulated links."""
         together = any(len(machine.ranks) == self.world_size for machine in self.machines)
         slowest = min(self.bytes_per_s.values())
         return together and slowest > _LOOPBACK_BYTES_PER_S
@@ -83,7 +80,7 @@ class Topology:
 
 
 def predict_s(algorithm: Algorithm, topology: Topology, nbytes: int) -> float:
-    """Time of one allreduce according to the model."""
+    """Predicted time of one all-reduce."""
     world = topology.world_size
     work = _work_s(algorithm, topology)
     slowest = min(topology.rate(rank) for rank in range(world))
@@ -101,7 +98,7 @@ def predict_s(algorithm: Algorithm, topology: Topology, nbytes: int) -> float:
 
 
 def _work_s(algorithm: Algorithm, topology: Topology) -> float:
-    """The busiest machine's time with messages, beyond those that a hop's latency counts."""
+    """Time of the busiest machine for messages that are not included in latencies."""
     hops, messages = _traffic(algorithm, topology.world_size)
     alone = set(range(topology.world_size)) - {r for m in topology.machines for r in m.ranks}
     machines = [*topology.machines, *(Machine((rank,), 1) for rank in alone)]
@@ -110,7 +107,7 @@ def _work_s(algorithm: Algorithm, topology: Topology) -> float:
 
 
 def _traffic(algorithm: Algorithm, world_size: int) -> tuple[int, list[int]]:
-    """Hops one after another, and messages that each rank sends and takes."""
+    """Sequential hops, and the messages that each rank sends and receives."""
     others = world_size - 1
     match algorithm:
         case Algorithm.STAR:
@@ -125,10 +122,10 @@ def _traffic(algorithm: Algorithm, world_size: int) -> tuple[int, list[int]]:
 
 @dataclass
 class Chooser:
-    """Picks the algorithm for each size of message, and learns from what it took.
+    """Chooses the algorithm for each message size, and learns from measurements.
 
     Attributes:
-        beyond_s: what each algorithm took beyond the model, the latest decoded tokens.
+        beyond_s: measured minus predicted times per algorithm, of the latest decoded tokens.
     """
 
     topology: Topology
@@ -138,7 +135,7 @@ class Chooser:
 
     @property
     def candidates(self) -> list[Algorithm]:
-        """What can be had here; of two ranks, one-shot is the better of all sizes."""
+        """Available algorithms; for two ranks one-shot is always the fastest."""
         if not self.topology.complete:
             return [Algorithm.STAR]
         if self.topology.world_size == 2:
@@ -146,21 +143,21 @@ class Chooser:
         return list(Algorithm)
 
     def predicted_s(self, algorithm: Algorithm, nbytes: int) -> float:
-        """The model's time; computed once, for every token asks and links stay as measured."""
+        """The predicted time; cached, because it is needed for every token."""
         key = algorithm, nbytes
         if key not in self._predicted:
             self._predicted[key] = predict_s(algorithm, self.topology, nbytes)
         return self._predicted[key]
 
     def expected_s(self, algorithm: Algorithm, nbytes: int) -> float:
-        """The model's time, corrected by what was measured: of the others, if not of this one."""
+        """The predicted time, corrected by measurements of this algorithm or of the others."""
         medians = {tried: statistics.median(took) for tried, took in self.beyond_s.items()}
         beyond = medians.get(algorithm, min(medians.values(), default=0.0))
         predicted = self.predicted_s(algorithm, nbytes)
         return max(predicted + beyond, _LEAST * predicted)
 
     def choose(self, nbytes: int) -> Algorithm:
-        """The quickest for partials of so many bytes."""
+        """The fastest algorithm for partials of ``nbytes`` bytes."""
         best = min(self.candidates, key=lambda algorithm: self.expected_s(algorithm, nbytes))
         used = self._used
         if used in self.candidates and used is not None:
@@ -169,7 +166,7 @@ class Chooser:
         return best
 
     def choose_to_learn(self, nbytes: int) -> Algorithm:
-        """As :meth:`choose`, for a decoded token, whose time is going to be learned from."""
+        """Like :meth:`choose`, for a decoded token whose time will be measured."""
         predicted = {a: self.predicted_s(a, nbytes) for a in self.candidates}
         best = self.choose(nbytes)
         limit = max(_WORTH_TRYING * min(predicted.values()), self.expected_s(best, nbytes))
@@ -182,12 +179,12 @@ class Chooser:
         return self._used
 
     def learn(self, algorithm: Algorithm, nbytes: int, measured_s: float) -> None:
-        """Account for what a decoded token's allreduces took."""
+        """Record the time of a decoded token's all-reduces."""
         beyond = measured_s - self.predicted_s(algorithm, nbytes)
         self.beyond_s.setdefault(algorithm, deque(maxlen=_REMEMBERED)).append(beyond)
 
     def explain(self, sizes: Mapping[str, int]) -> list[str]:
-        """Say what was measured and what follows from it, a line each."""
+        """Describe measurements and choices, one line each."""
         topology = self.topology
         lines = [
             f"link {i}-{j}: {topology.latency_s[i, j] * 1e3:.2f} ms one way, "

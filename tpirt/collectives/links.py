@@ -1,4 +1,4 @@
-"""One rank's links to the others, as its collectives see them."""
+"""The links of one rank, for its collectives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tpirt.protocol.link import Link
 from tpirt.protocol.tensors import decode, tensor_head
 from tpirt.transport.frame import Frame, Kind
 
-# Below every socket's buffer and every window of HTTP/2: sent without waiting for the reader.
+# Smaller than socket buffers and HTTP/2 windows: sends do not wait for the reader.
 EAGER_BYTES = 33 << 10
 
 _T = TypeVar("_T")
@@ -25,9 +25,9 @@ class LinkSet:
     """The links of one rank, by the rank at the other end.
 
     Attributes:
-        rank: this one.
-        others: the ranks at the other ends, those after this one first. Sends are staggered so:
-            if every rank began with rank 0, its link would be the bottleneck.
+        rank: this rank.
+        others: the ranks at the other ends, from the next rank on. Staggered sends: if every rank
+            began with rank 0, its link would be the bottleneck.
     """
 
     def __init__(self, rank: int):
@@ -39,7 +39,7 @@ class LinkSet:
         return self._links[rank]
 
     def add(self, link: Link) -> None:
-        """Add the link to another rank, between steps."""
+        """Add a link; between steps only."""
         self._links[link.rank] = link
         self.others = sorted(self._links, key=lambda other: (other < self.rank, other))
 
@@ -57,30 +57,30 @@ class LinkSet:
         step.on_abort(self._wake)
 
     def skip(self, number: int) -> None:
-        """Take note of a step that was given up before it came here."""
+        """Record a step that was aborted before it arrived."""
         for link in self._links.values():
             link.skip(number)
 
     def end(self, *, completed: bool) -> None:
-        """Expect no further tensor of the step at hand; drop what comes if it was given up."""
+        """End the current step; its tensors are dropped from now on if it was aborted."""
         for link in self._links.values():
             link.end(completed=completed)
 
     async def send(self, step: StepContext, frames: Mapping[int, Frame]) -> None:
-        """Send every rank its frame: large ones at the same time, small ones in turn.
+        """Send every rank its frame: large ones concurrently, small ones in turn.
 
-        Cancelled or aborted, every frame that was begun still goes out whole.
+        If cancelled or aborted, every started frame is still sent whole.
 
         Raises:
-            PeerLostError: a rank is gone; names it.
-            StepAborted: the step was given up meanwhile.
+            PeerLostError: a rank is gone.
+            StepAborted: the step was aborted.
         """
         if _small(frames):
             lost: TpirtError | None = None
             for rank, frame in frames.items():
                 try:
                     await self._links[rank].send(frame)
-                except TpirtError as exc:  # the others get theirs all the same
+                except TpirtError as exc:  # still send to the others
                     lost = lost or exc
             if lost is not None:
                 raise lost
@@ -90,7 +90,7 @@ class LinkSet:
     async def exchange(
         self, step: StepContext, frames: Mapping[int, Frame], receive: Coroutine[Any, Any, _T]
     ) -> _T:
-        """Send, and receive large frames at the same time; returns what ``receive`` does."""
+        """Send frames, then receive; concurrently if large. Returns the result of ``receive``."""
         if _small(frames):
             try:
                 await self.send(step, frames)
@@ -120,9 +120,9 @@ class LinkSet:
         """Wait for one tensor of ``rank``.
 
         Raises:
-            PeerLostError: it is gone or silent; names it.
-            TransportError: something else came.
-            StepAborted: the step was given up.
+            PeerLostError: the rank is gone or silent.
+            TransportError: another frame came.
+            StepAborted: the step was aborted.
         """
         step.check()
         head = tensor_head(kind, step.number, seq, dtype, shape)
@@ -130,7 +130,7 @@ class LinkSet:
         return decode(payload, dtype, shape)
 
     def lost(self) -> tuple[int, TpirtError] | None:
-        """A rank whose link is gone, and why; None while all live."""
+        """A rank whose link is lost, and the reason; None if there is none."""
         for rank, link in self._links.items():
             if link.lost is not None:
                 return rank, link.lost

@@ -1,4 +1,4 @@
-"""A conversation of several turns whose keys and values stay cached between them."""
+"""A conversation of several turns, with keys and values cached between them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tpirt.types import (
 
 
 class Conversation:
-    """Messages so far, and the ids that stand for them in the cache."""
+    """The messages, and their ids in the KV cache."""
 
     def __init__(self, engine: Engine, system: str | None = None):
         self.system = system
@@ -28,17 +28,17 @@ class Conversation:
 
     @property
     def messages(self) -> list[Message]:
-        """All messages, the system's first."""
+        """All messages, the system message first."""
         head = [Message("system", self.system)] if self.system else []
         return head + self.turns
 
     @property
     def used_tokens(self) -> int:
-        """Tokens of context taken so far."""
+        """Tokens of context used so far."""
         return len(self._ids)
 
     def reset(self) -> None:
-        """Begin anew; the system message stays."""
+        """Start a new conversation; the system message stays."""
         self.turns.clear()
         self._ids, self._text = [], ""
 
@@ -50,8 +50,8 @@ class Conversation:
     ) -> AsyncGenerator[Token, None]:
         """Add a user's message and yield the answer's tokens.
 
-        Cancelled or left early, what was answered so far stays as the answer. A request that
-        fails before its first token leaves the conversation as it was.
+        If cancelled or closed early, the partial answer is kept. A request that fails before its
+        first token does not change the conversation.
 
         Raises: as :meth:`Engine.generate` and :meth:`Tokenizer.render_chat`.
         """

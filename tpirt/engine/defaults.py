@@ -1,4 +1,4 @@
-"""What a model directory says about generating with it: end tokens and sampling defaults."""
+"""A model directory's defaults for generation: end tokens and sampling parameters."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tpirt.types import SamplingParams
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """``eos_ids`` end an answer; ``sampling`` holds where the user gave nothing else."""
+    """``eos_ids`` end an answer; ``sampling`` has defaults for the user's parameters."""
 
     eos_ids: frozenset[int]
     sampling: SamplingParams
 
     @classmethod
     def from_dir(cls, path: Path, tokenizer_eos: int | None) -> GenerationDefaults:
-        """Read ``generation_config.json``; end tokens else from ``config.json``, the tokenizer.
+        """Read ``generation_config.json``; end tokens also from ``config.json`` or the tokenizer.
 
         Sampling is greedy unless the file says ``do_sample: true``, as in transformers.
 
@@ -44,7 +44,7 @@ def _sampling(path: Path, generation: dict[str, Any]) -> SamplingParams:
     file = path / "generation_config.json"
     values: dict[str, float] = {"repetition_penalty": 1.0}
     if generation.get("do_sample"):
-        # transformers' own defaults of what the file leaves out
+        # transformers' defaults for parameters that the file leaves out
         values |= {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
     for name in values:
         value = generation.get(name)

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from tpirt.batch import Collective, Segment
+from tpirt.cancellation import finish
 from tpirt.cluster.group import Group
 from tpirt.cluster.launcher import LocalPeers
 from tpirt.cluster.machine import default_threads
@@ -68,7 +69,7 @@ _SLOT = 0  # the one sequence of the KV store
 
 @dataclass(frozen=True)
 class Model:
-    """A model directory, opened: what it is, its weights, its text side.
+    """An open model directory: configuration, weights, tokenizer.
 
     ``embedding`` is the checkpoint's name of that matrix; ``store`` is where this machine keeps
     the model's slices unless told otherwise.
@@ -186,7 +187,7 @@ class Engine:
 
     @property
     def notice(self) -> str:
-        """What a user should know of how ranks work together; empty if all is as asked for."""
+        """A warning about how ranks are connected; empty if there is nothing to warn of."""
         return self._group.policy.notice if self._group.policy else ""
 
     def explain(self) -> list[str]:
@@ -195,7 +196,7 @@ class Engine:
         return policy.explain(self._chunk_tokens) if policy else ["one rank: nothing to sum"]
 
     def collective(self, tokens: int) -> Collective | None:
-        """How partial sums of a step of so many tokens are combined; None for one rank."""
+        """How partial sums of a step of ``tokens`` tokens are combined; None for one rank."""
         return self._group.policy.used(tokens) if self._group.policy else None
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -225,8 +226,8 @@ class Engine:
     ) -> AsyncGenerator[Token, None]:
         """Yield tokens until an end token, a stop string or ``max_tokens``.
 
-        What the prompt shares with the previous request's tokens is not computed again. Cancelled
-        or left early, all ranks stop after the block at hand, and the next request can follow.
+        The prefix that the prompt shares with the previous request is not computed again. Cancelled
+        or left early, all ranks stop after the current block, and the next request can follow.
 
         Requests take turns. A consumer that stops reading keeps its turn, and the others wait,
         until it reads on or closes the generator: use ``contextlib.aclosing`` to leave early.
@@ -333,7 +334,7 @@ class Engine:
         return rows if rows.dtype is torch.bfloat16 else rows.float()
 
     async def stats(self) -> list[RankStats]:
-        """What each rank used and did since the latest request began. Callable at any time."""
+        """Each rank's figures since the latest request began. Callable at any time."""
         return await self._group.stats(self._first_step)
 
     def reset(self) -> None:
@@ -358,7 +359,7 @@ class Engine:
 
     @asynccontextmanager
     async def _request(self) -> AsyncIterator[None]:
-        """Wait for this request's turn; what a reset during it cached is forgotten at its end."""
+        """Wait for this request's turn; at its end, forget its tokens if there was a reset."""
         async with self._turn:
             resets, self._first_step = self._resets, self._group.next_step
             try:
@@ -385,7 +386,7 @@ class Engine:
         return ids
 
     async def _prefill(self, ids: Sequence[int], progress: ProgressCallback) -> torch.Tensor:
-        """Compute what is not cached yet; returns the last position, (1, H)."""
+        """Compute the tokens that are not cached yet; returns the last position, (1, H)."""
         start = self._reusable(ids)
         del self._cached[start:]
         todo = len(ids) - start
@@ -413,6 +414,8 @@ class Engine:
         self, ids: Sequence[int], rope_length: int, num_logits: int, *, prefill: bool
     ) -> torch.Tensor:
         """Run one step over ``ids``; returns the hidden states of the last ``num_logits``."""
+        if self._group.broken is not None:
+            raise self._group.broken
         start = len(self._cached)
         segment = Segment(_SLOT, start, len(ids), num_logits, rope_length)
         out = await self._group.step(self.embed(ids), [segment], prefill)
@@ -555,7 +558,7 @@ async def _formed(
         await group.form(deployment, manifests, stored)
         yield group, deployment
     finally:
-        await group.aclose()
+        await finish(group.aclose())
 
 
 @contextmanager

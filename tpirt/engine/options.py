@@ -14,16 +14,16 @@ MAX_TIMEOUT_S = 86_400.0
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions(PlanOptions):
-    """How to run a model; validated when made.
+    """How to run a model; validated on construction.
 
-    All attributes of :class:`tpirt.planning.PlanOptions`, which decide who holds what, and these:
+    Extends :class:`tpirt.planning.PlanOptions`.
 
     Attributes:
-        threads: compute threads per process; the machine's cores divided by its ranks when absent.
-        store: folder of this machine's slices; when absent ``~/.cache/tpirt/slices``, or a
-            synthetic model's own ``slices``.
+        threads: compute threads per process; by default the machine's cores divided by its ranks.
+        store: folder of this machine's slices; by default ``~/.cache/tpirt/slices``, or the
+            ``slices`` folder of a synthetic model.
         timeout_s: longest silence of a peer before it counts as lost, in seconds.
-        trace: file for a trace of all ranks, written when the engine is left; see
+        trace: file for a trace of all ranks, written when the engine closes; see
             :mod:`tpirt.engine.trace_file`.
 
     Raises:

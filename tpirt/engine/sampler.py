@@ -1,4 +1,4 @@
-"""Choosing the next token, in the order and with the definitions of transformers' processors."""
+"""Sampling, with the order and the definitions of transformers' logits processors."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from tpirt.errors import ConfigError
 from tpirt.types import SamplingParams
 
 _REMOVED = -float("inf")
-# Below, the best token's share is 1 whatever the logits, and dividing by it may overflow.
+# Below, sampling is greedy for all logits, and dividing by the temperature may overflow.
 _GREEDY_BELOW = 1e-6
 
 
 def check_params(params: SamplingParams) -> None:
-    """Refuse values outside their ranges.
+    """Validate sampling parameters.
 
     Raises:
-        ConfigError: names the parameter, its range and what came.
+        ConfigError: a value is out of range; the message has name, range and value.
     """
     ranges = (
         ("max_tokens", params.max_tokens >= 1, "at least 1"),
@@ -32,7 +32,7 @@ def check_params(params: SamplingParams) -> None:
             "above 0; 1 is off",
         ),
         ("seed", params.seed is None or 0 <= params.seed < 1 << 63, "0 to 2^63 - 1"),
-        ("stop", all(params.stop), "texts that are not empty"),
+        ("stop", all(params.stop), "non-empty strings"),
     )
     for name, ok, expected in ranges:
         if not ok:
@@ -40,7 +40,7 @@ def check_params(params: SamplingParams) -> None:
 
 
 class Sampler:
-    """Draws token after token; the same seed and logits give the same tokens."""
+    """Draws tokens; the same seed and logits give the same tokens."""
 
     def __init__(self, params: SamplingParams):
         self._params = params
@@ -51,11 +51,11 @@ class Sampler:
             self._generator.manual_seed(params.seed)
 
     def next(self, logits: torch.Tensor, history: Sequence[int]) -> int:
-        """Choose a token.
+        """Sample a token.
 
         Args:
             logits: (V,) float32; overwritten.
-            history: prompt and generated ids so far, which repetition_penalty looks at.
+            history: prompt and generated ids, for the repetition penalty.
         """
         params = self._params
         if params.repetition_penalty != 1:

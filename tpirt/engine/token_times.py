@@ -1,4 +1,4 @@
-"""What decoded tokens waited for, out of what every rank measured for itself."""
+"""Times of decoded tokens by cause, from the measurements of all ranks."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from tpirt.types import RankStats, StepTimes, TokenTimes
 
 
 def token_times(ranks: Sequence[RankStats]) -> list[TokenTimes]:
-    """Combine the ranks' steps into one account per decoded token.
+    """Combine the ranks' step times into one entry per decoded token.
 
     Args:
         ranks: statistics of all ranks, the master's first.
 
     Returns:
-        one entry per decode step that every rank still remembers, in their order.
+        One entry per decode step that is in the statistics of every rank, in order.
     """
     by_rank = [{step.step: step for step in rank.steps if not step.prefill} for rank in ranks]
     return [

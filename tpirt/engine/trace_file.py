@@ -1,7 +1,8 @@
-"""Traces as files that https://ui.perfetto.dev and chrome://tracing open.
+"""Trace files for https://ui.perfetto.dev and chrome://tracing.
 
-The format is Chrome's trace event format, JSON: a process per rank, a thread per lane, times in
-microseconds of the master's clock since the file was claimed.
+The format is Chrome's trace event format (JSON): a process per rank, a thread per lane, times in
+microseconds of the master's clock since the file was created. Spans of a thread must not overlap:
+overlapping spans of a lane, such as the sums of two micro-batches, are in a second thread.
 """
 
 from __future__ import annotations
@@ -23,36 +24,36 @@ from tpirt.version import __version__
 
 Traces = Callable[[], AsyncIterator[RankTrace]]
 
-# What a span's number and amount stand for.
+# Names of a span's number and amount.
 _NUMBER = {STEPS: "step", COMPUTE: "block", NETWORK: "step", DISK: "block"}
 _TOKEN = "token"  # of a span named SAMPLE
 _AMOUNT = {STEPS: "tokens", COMPUTE: "bytes", NETWORK: "bytes", DISK: "bytes"}
 
 
 class TraceFile:
-    """A trace to be: a place that can be written to is seen to at once; a context manager.
+    """Reserves the output file up front so that a bad path fails early; a context manager.
 
-    What is there is left alone until a whole trace takes its place.
+    An existing file stays until a whole trace replaces it.
     """
 
     def __init__(self, path: Path):
-        """Claim the place.
+        """Create a temporary file next to ``path``.
 
         Raises:
-            RequestError: nothing can be written there.
+            RequestError: the path is not writable.
         """
         self.path = path.expanduser()
         self._begin_ns = time.perf_counter_ns()
         if self.path.exists() and not self.path.is_file():
             raise RequestError(f"trace {path}: not an ordinary file; give another name")
-        self._target = self.path.resolve()  # of a link: what it leads to
+        self._target = self.path.resolve()  # a link's target
         try:
             handle, self._draft = tempfile.mkstemp(
                 prefix=f".{self._target.name}.", dir=self._target.parent
             )
         except OSError as exc:
             raise RequestError(
-                f"trace {path}: cannot be written: {exc.strerror}; give another place"
+                f"trace {path}: cannot be written: {exc.strerror}; give another path"
             ) from exc
         self._out = open(handle, "w", encoding="utf-8")  # noqa: SIM115 - closed on leaving
 
@@ -67,7 +68,7 @@ class TraceFile:
 
     @asynccontextmanager
     async def saved(self, traces: Traces, model: str) -> AsyncIterator[None]:
-        """Write the trace on leaving, also with an error, which then goes first.
+        """Write the trace on exit, also after an error, which has precedence.
 
         Raises:
             RequestError: see :meth:`write`.
@@ -81,10 +82,10 @@ class TraceFile:
         await self.write(traces(), model)
 
     async def write(self, traces: AsyncIterator[RankTrace], model: str) -> None:
-        """Write the ranks' traces as they come; the file is there when this returns, or is not.
+        """Write the ranks' traces as they come; creates the file atomically.
 
         Raises:
-            RequestError: the disk is full, or the place has gone.
+            RequestError: the disk is full, or the folder is gone.
         """
         try:
             await write_trace(self._out, traces, model, self._begin_ns)
@@ -98,7 +99,7 @@ class TraceFile:
 async def write_trace(
     out: TextIO, traces: AsyncIterator[RankTrace], model: str, begin_ns: int
 ) -> None:
-    """Write one JSON object; times count from ``begin_ns`` of the master's clock."""
+    """Write one JSON object; times are relative to ``begin_ns`` of the master's clock."""
     ranks: list[dict[str, Any]] = []
     out.write('{"displayTimeUnit":"ms","traceEvents":[\n')
     async for trace in traces:
@@ -130,37 +131,56 @@ def _events(trace: RankTrace, begin_ns: int) -> Iterator[str]:
     yield _meta("process_name", trace.rank, 0, name=name)
     yield _meta("process_sort_index", trace.rank, 0, sort_index=trace.rank)
     for lane in trace.lanes:
-        thread = LANES.index(lane.lane) + 1
-        yield _meta("thread_name", trace.rank, thread, name=lane.lane)
-        yield _meta("thread_sort_index", trace.rank, thread, sort_index=thread)
-        where = f'"pid":{trace.rank},"tid":{thread}'
-        yield from _lane_events(lane, where, trace.clock, begin_ns)
+        yield from _lane_events(lane, trace.rank, trace.clock, begin_ns)
 
 
 def _meta(what: str, rank: int, thread: int, **args: object) -> str:
     return json.dumps({"ph": "M", "name": what, "pid": rank, "tid": thread, "args": args})
 
 
-def _lane_events(lane: LaneTrace, where: str, clock: ClockMap, begin_ns: int) -> Iterator[str]:
-    """Format one lane; by hand, since there can be millions of spans."""
-    heads = [
-        f'{{"ph":"X",{where},"cat":"{lane.lane}","name":{json.dumps(name)}' for name in lane.names
-    ]
+def _lane_events(lane: LaneTrace, rank: int, clock: ClockMap, begin_ns: int) -> Iterator[str]:
+    """Format one lane without ``json``, because there can be millions of spans."""
+    heads = [f'{{"ph":"X","cat":"{lane.lane}","name":{json.dumps(name)}' for name in lane.names]
     amount_of = _AMOUNT[lane.lane]
     numbers = [_TOKEN if name == SAMPLE else _NUMBER[lane.lane] for name in lane.names]
+    places = [f'"pid":{rank},"tid":{_thread(lane.lane, 0)}']  # of each thread
+    free_ns = [-(1 << 63)]  # when each thread's last span ended
     end_us = 0.0
+    yield from _thread_names(lane.lane, rank, 0)
     for begin, end, amount, name, number in Lane.RECORD.iter_unpack(lane.records):
+        thread = next((t for t, free in enumerate(free_ns) if free <= begin), len(free_ns))
+        if thread == len(free_ns):
+            yield from _thread_names(lane.lane, rank, thread)
+            places.append(f'"pid":{rank},"tid":{_thread(lane.lane, thread)}')
+            free_ns.append(end)
+        free_ns[thread] = end
+        where = places[thread]
         begin_us = (clock.to_master(begin) - begin_ns) / 1e3
         end_us = (clock.to_master(end) - begin_ns) / 1e3
         args = f'"{numbers[name]}":{number}' + (f',"{amount_of}":{amount}' if amount else "")
         times = f'"ts":{begin_us:.3f},"dur":{end_us - begin_us:.3f}'
-        yield f'{heads[name]},{times},"args":{{{args}}}}}'
+        yield f'{heads[name]},{where},{times},"args":{{{args}}}}}'
         if lane.names[name] == SAMPLE:
             yield _instant(f"token {number}", where, "p", end_us)
     if lane.dropped:
-        yield _instant(f"full: {lane.dropped} later spans are not recorded", where, "t", end_us)
+        full = f"full: {lane.dropped} later spans are not recorded"
+        yield _instant(full, places[0], "t", end_us)
+
+
+def _thread(lane: str, number: int) -> int:
+    """The id of a lane's first, second, ... thread."""
+    return LANES.index(lane) + 1 + len(LANES) * number
+
+
+def _thread_names(lane: str, rank: int, number: int) -> Iterator[str]:
+    """Name a thread, and put it below the others of its lane."""
+    thread = _thread(lane, number)
+    name = lane if number == 0 else f"{lane} {number + 1}"
+    yield _meta("thread_name", rank, thread, name=name)
+    order = 100 * LANES.index(lane) + number
+    yield _meta("thread_sort_index", rank, thread, sort_index=order)
 
 
 def _instant(name: str, where: str, scope: str, at_us: float) -> str:
-    """A mark on the whole process (``scope`` p) or on one thread (t)."""
+    """An instant event of the process (``scope`` p) or of one thread (t)."""
     return f'{{"ph":"i","s":"{scope}",{where},"name":{json.dumps(name)},"ts":{at_us:.3f}}}'

@@ -1,1 +1,1 @@
-"""One rank's forward pass: it sees a communicator and a source of weights, no socket, no path."""
+"""The forward pass of one rank, on a communicator and a source of weights."""

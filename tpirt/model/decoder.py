@@ -1,4 +1,4 @@
-"""The decoder, one rank of it: every family, every world size, streamed or resident.
+"""The decoder of one rank, for all model families, world sizes and weight sources.
 
 Axes: T tokens, H hidden, Q local query heads, K local KV heads, D head_dim, I MLP columns of
 a block. The residual stream and the partial sums are float32; matrix products run in the weights'
@@ -43,8 +43,8 @@ from tpirt.sharding.program import Program
 from tpirt.stopwatch import COMPUTE, Recorder
 from tpirt.weights.layout import Weights
 
-# Up to this many tokens a block is computed inside the event loop: handing over to a thread and
-# back costs more than it frees. Longer ones go to a thread, so that the loop stays responsive.
+# Blocks of up to this many tokens are computed on the event loop, because switching threads costs
+# more than it saves. Longer ones run in a thread, so that the loop stays responsive.
 _INLINE_TOKENS = 8
 
 _T = TypeVar("_T")
@@ -52,14 +52,14 @@ _T = TypeVar("_T")
 
 @dataclass(slots=True)
 class _Part:
-    """A micro-batch on its way through the layers: a step's rows, or half of them.
+    """The state of a micro-batch in the layers.
 
     Attributes:
-        index: 0, or 1 for the second half.
-        hidden: (T, H) float32, the residual stream; in the last layer of the wanted rows alone.
+        index: 0 or 1.
+        hidden: (T, H) float32, the residual stream; after the last attention only wanted rows.
         cos, sin: rotation of the rows' positions.
-        pipeline: what it shares with the other half.
-        alone: whether there is no other half.
+        pipeline: shared with the other micro-batch.
+        alone: whether there is no other micro-batch.
     """
 
     index: int
@@ -73,7 +73,7 @@ class _Part:
 
 
 class Decoder:
-    """Runs steps: hidden states of new tokens in, the wanted ones out, after all layers."""
+    """Runs steps: hidden states of new tokens in, hidden states of the wanted rows out."""
 
     def __init__(
         self,
@@ -105,25 +105,25 @@ class Decoder:
     async def forward(self, hidden: torch.Tensor, step: StepContext) -> torch.Tensor | None:
         """Run all layers over the rows of a step's batch.
 
-        Each sequence gets what it would get alone: positions, rotation, keys and values and the
-        causal mask are its own. Matrix products are over the rows of all sequences, and the number
-        of rows can change a product's last bits. So the same batch gives the same bits, and other
-        batches give a sequence the same values to within rounding.
+        Each sequence has its own positions, rotation, keys and values and causal mask. Matrix
+        products are over the rows of all sequences, and the number of rows can change the last
+        bits. So equal batches give equal bits; in different batches a sequence's results are equal
+        to within rounding.
 
         If the step fails or is aborted, each sequence keeps the positions before its segment, no
         block is held and nothing is left running.
 
         Args:
             hidden: (T, H) float32 or bfloat16, the same bits on every rank; overwritten. With
-                micro-batches only rank 0's count, and the others' are filled with them.
-            step: its batch says which rows belong to which sequence, and which are wanted.
+                micro-batches, other ranks receive rank 0's.
+            step: has the batch of segments and wanted rows.
 
         Returns:
             (``batch.num_logits``, H) float32 before the final norm on rank 0, None on the others.
 
         Raises:
-            StepAborted: the step was given up.
-            TpirtError: weights could not be read or another rank is lost.
+            StepAborted: the step was aborted.
+            TpirtError: weights could not be read, or another rank is lost.
         """
         segments = step.batch.segments
         self.kv.prepare(segments)
@@ -140,7 +140,7 @@ class Decoder:
         """Apply the final norm and the LM head, rank 0 only.
 
         Args:
-            hidden: (T, H) float32, as :meth:`forward` returned it.
+            hidden: (T, H) float32, from :meth:`forward`.
 
         Returns:
             (T, V) float32.
@@ -179,14 +179,14 @@ class Decoder:
         ]
 
     async def _run(self, part: _Part) -> torch.Tensor:
-        """Take a micro-batch through all layers; returns its last partial, not summed yet."""
+        """Run a micro-batch through all layers; returns its last partial sum."""
         try:
             if part.batch.collective.micro_batches:
                 await self._comm.broadcast(part.step, part.index, part.hidden)
             part.hidden = part.hidden.float()
             return await self._layers(part)
         except Exception as exc:
-            part.step.abort(exc)  # the other one ends where it is
+            part.step.abort(exc)  # ends the other one
             raise
         finally:
             part.pipeline.finish(part.index)
@@ -204,7 +204,7 @@ class Decoder:
         return partial
 
     async def _mlp(self, part: _Part, blocks: tuple[int, ...]) -> torch.Tensor:
-        """Two stages at least where there are two micro-batches: see :class:`Pipeline`."""
+        """At least two stages if there are two micro-batches: see :class:`Pipeline`."""
         if len(blocks) > 1:
             x, total = part.hidden, None
             for block in blocks:
@@ -219,7 +219,7 @@ class Decoder:
     async def _stage(
         self, part: _Part, block: int, compute: Callable[..., _T], *args: Any, keep: bool = False
     ) -> _T:
-        """Compute with a block when it is ``part``'s turn; ``keep`` it for the next stage."""
+        """Compute with a block on ``part``'s turn; ``keep`` it for the next stage."""
         weights = await part.pipeline.enter(part.index, block)
         result = await self._compute(len(part.hidden), block, compute, weights, *args)
         part.pipeline.leave(part.index, block, keep=keep)
@@ -235,7 +235,7 @@ class Decoder:
             running = loop.run_in_executor(self._thread, compute, weights, *args)
             return await finish(running)  # the thread uses the block until it ends
 
-    # -- what is computed ------------------------------------------------------------------
+    # -- computation -----------------------------------------------------------------------
 
     def _attention(self, w: Weights, part: _Part, layer: int) -> torch.Tensor:
         config = self.config
@@ -263,7 +263,7 @@ class Decoder:
     def _attend(
         self, batch: Batch, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
-        """Let each sequence's queries see its own keys; in the last layer the wanted ones alone."""
+        """Attend within each sequence; in the last layer for the wanted rows only."""
         last = layer == self.config.num_hidden_layers - 1
         window = self.config.sliding_windows[layer]
         if len(batch.segments) == 1 and batch.num_logits == batch.tokens:  # a decoded token
@@ -288,7 +288,7 @@ class Decoder:
     def _mlp_piece(
         self, w: Weights, x: torch.Tensor, total: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add some columns' part to ``total``, float32; the first one normalises ``x`` for all."""
+        """Add the result of some columns to ``total``, float32; the first one normalises ``x``."""
         if total is None:
             x = self._normed(w, x)
         gate_up = self._project(x, w, "gate_up_proj")
@@ -312,7 +312,7 @@ class Decoder:
         return self._project(gated_mlp(gate_up, self._activation), w, "down_proj")
 
     def _head(self, w: Weights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Some of the vocabulary's logits; the first piece normalises ``x`` for all."""
+        """Logits of a part of the vocabulary; the first piece normalises ``x``."""
         if "norm.weight" in w:
             x = self._normed(w, x)
         return x, self._project(x, w, "lm_head").float()
@@ -323,9 +323,9 @@ class Decoder:
     def _project(
         self, x: torch.Tensor, w: Weights, name: str, rows: Span | None = None
     ) -> torch.Tensor:
-        """``x W^T + b`` with weights in whatever form they are stored; x's dtype.
+        """``x W^T + b`` for plain or quantized weights, in x's dtype.
 
-        With ``rows``, which begin at a multiple of ``ROWS_UNIT``, of these outputs only.
+        ``rows``, which begin at a multiple of ``ROWS_UNIT``, selects outputs.
         """
         weight, bias = w[f"{name}.weight"], _plain(w, f"{name}.bias")
         if rows is not None and bias is not None:
@@ -338,7 +338,7 @@ class Decoder:
 
 
 async def _all(step: StepContext, runs: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
-    """Wait for all; raises why the step failed once none runs any more.
+    """Wait until all have ended; raises why the step failed.
 
     Not a task group: a run that fails aborts the step, which ends the others with its reason.
     """
@@ -351,7 +351,7 @@ async def _all(step: StepContext, runs: Iterable[Coroutine[Any, Any, _T]]) -> li
 
 
 def _rows(x: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
-    """Rows of ``x``, ascending; a view where they are one run."""
+    """Select rows of ``x``, ascending; a view if they are contiguous."""
     if not wanted:
         return x[:0]
     first, stop = wanted[0], wanted[-1] + 1
@@ -364,7 +364,7 @@ def _joined(rows: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _plain(w: Weights, name: str) -> torch.Tensor | None:
-    """A tensor that is never quantized: a norm or a bias; None if the block has none."""
+    """A tensor that is never quantized (norm or bias); None if the block lacks it."""
     tensor = w.get(name)
     assert not isinstance(tensor, QuantMatrix)
     return tensor
@@ -377,7 +377,7 @@ def _norm(w: Weights, x: torch.Tensor, name: str, eps: float) -> torch.Tensor:
 
 
 def _group_sizes(config: ModelConfig, shard: Shard) -> list[int]:
-    """Number of local query heads that read each local KV head."""
+    """Number of local query heads per local KV head."""
     group = config.num_attention_heads // config.num_key_value_heads
     sizes = [0] * shard.kv_heads.size
     for head in range(*shard.q_heads):

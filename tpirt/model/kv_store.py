@@ -29,10 +29,10 @@ class _Slot:
 class KVStore:
     """Keys and values of many sequences, each in a slot.
 
-    A slot opens when it is first used and holds nothing then. Every layer appends the same tokens
-    in a step; they count only after :meth:`commit`, so a step that fails leaves each sequence with
-    the positions before it. Where positions are dropped, memory goes back to the operating system
-    if a slot has more than twice the room it still needs.
+    A slot is created empty on first use. Every layer appends the same tokens in a step; they count
+    only after :meth:`commit`, so after a failed step each sequence has the positions before it.
+    When positions are dropped and a slot has more than twice the needed capacity, its memory is
+    returned to the operating system.
     """
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype):
@@ -48,19 +48,19 @@ class KVStore:
         return self._token_bytes * sum(slot.capacity for slot in self._slots.values())
 
     def length(self, slot: int) -> int:
-        """Number of positions that ``slot`` holds; 0 if it was never used."""
+        """Number of positions in ``slot``; 0 if it was never used."""
         found = self._slots.get(slot)
         return 0 if found is None else found.length
 
     def bytes_for(self, segments: Iterable[Segment]) -> int:
-        """Most bytes held at once while a step of these segments is prepared and runs."""
+        """Peak bytes while a step of these segments is prepared and runs."""
         held = peak = self.nbytes
         for segment in segments:
             slot = self._slots.get(segment.slot) or _Slot([])
             old = slot.capacity
             new = _capacity(old, segment.end, shrink=segment.position < slot.length)
             if new != old:
-                # Layers move one by one: while one is copied, it is there twice.
+                # Layers are copied one by one: only one exists twice.
                 copied = min(old, new) * self._token_bytes // self._layers
                 after = held + (new - old) * self._token_bytes
                 peak = max(peak, max(held, after) + copied)
@@ -68,7 +68,7 @@ class KVStore:
         return peak
 
     def prepare(self, segments: Iterable[Segment]) -> None:
-        """Drop what each sequence holds from its segment on, and make room for the segment."""
+        """Drop each sequence's positions from its segment on, and make room for the segment."""
         for segment in segments:
             slot = self._opened(segment.slot)
             assert segment.position <= slot.length
@@ -78,7 +78,7 @@ class KVStore:
     def append(
         self, layer: int, segment: Segment, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write a segment's (K, T, D) at its positions; return views of all so far, (K, S, D)."""
+        """Write a segment's (K, T, D) at its positions; returns views of all, (K, S, D)."""
         all_keys, all_values = self._slots[segment.slot].layers[layer]
         start, end = segment.position, segment.end
         all_keys[:, start:end] = keys
@@ -86,12 +86,12 @@ class KVStore:
         return all_keys[:, :end], all_values[:, :end]
 
     def commit(self, segments: Iterable[Segment]) -> None:
-        """Count the segments' positions, which all layers have appended."""
+        """Commit the segments' positions after all layers have appended them."""
         for segment in segments:
             self._slots[segment.slot].length = segment.end
 
     def reserve(self, slot: int, tokens: int) -> None:
-        """Make room for ``tokens`` positions in all; positions held stay."""
+        """Make room for ``tokens`` positions in total; existing positions stay."""
         found = self._opened(slot)
         self._fit(found, tokens)
 
@@ -112,9 +112,9 @@ class KVStore:
         self._move(copy, _capacity(0, length))
 
     def keep(self, slot: int, start: int, indices: Sequence[int]) -> None:
-        """Of the positions from ``start`` on, keep ``indices`` only and close the gaps.
+        """Keep only ``indices``, ascending, of the positions from ``start`` on, without gaps.
 
-        This is for a verified tree of drafts: ``indices`` is the accepted path, ascending.
+        For a verified tree of drafts, ``indices`` is the accepted path.
         """
         found = self._slots[slot]
         end = start + len(indices)
@@ -126,7 +126,7 @@ class KVStore:
         self.truncate(slot, end)
 
     def free(self, slot: int) -> None:
-        """Forget a sequence and release its memory; an unused slot is fine."""
+        """Drop a sequence and release its memory; does nothing for an unused slot."""
         self._slots.pop(slot, None)
 
     def _opened(self, slot: int) -> _Slot:
@@ -141,7 +141,7 @@ class KVStore:
             self._move(slot, capacity)
 
     def _move(self, slot: _Slot, capacity: int) -> None:
-        """Copy the positions held to buffers of another size, one layer after another."""
+        """Copy all positions to buffers of another size, layer by layer."""
         slot.layers = list(slot.layers)
         for index in range(self._layers):
             slot.layers[index] = self._copied(slot.layers[index], slot.length, capacity)
@@ -156,7 +156,7 @@ class KVStore:
         return copy
 
     def _allocate(self, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Uninitialised keys and values of one layer, in one buffer."""
+        """Allocate uninitialised keys and values of one layer, in one buffer."""
         heads, dim = self._shape
         shape = (2, heads, capacity, dim)
         buffer = page_buffer(math.prod(shape) * self._dtype.itemsize)
@@ -165,11 +165,11 @@ class KVStore:
 
 
 def _capacity(current: int, tokens: int, *, shrink: bool = False) -> int:
-    """Positions to have room for when ``tokens`` are needed and there is room for ``current``."""
+    """The new capacity if ``tokens`` positions are needed and the capacity is ``current``."""
     needed = round_up(tokens, _STEP_TOKENS)
     if current == 0 or (shrink and current > 2 * needed):
         return needed
     if current >= needed:
         return current
-    # By a quarter at least: the copies of a sequence that grows stay linear in its length.
+    # Grow by at least a quarter, so that all copies together stay linear in the length.
     return max(needed, round_up(current * 5 // 4, _STEP_TOKENS))

@@ -1,4 +1,4 @@
-"""How the micro-batches of one step share a rank's compute and its blocks."""
+"""Schedules the micro-batches of one step on a rank's compute and blocks."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from tpirt.weights.layout import Weights
 
 
 class WeightSource(Protocol):
-    """Where blocks come from; :class:`tpirt.weights.streamer.WeightStreamer` is one."""
+    """A source of blocks, such as :class:`tpirt.weights.streamer.WeightStreamer`."""
 
     blocks: Sequence[Block]
 
     def take(self, index: int) -> Weights | None:
-        """A block's tensors if they stay in memory and are there."""
+        """Return a block's tensors if it is resident and loaded, else None."""
 
     async def acquire(self, index: int) -> Weights:
-        """Wait for a block's tensors. Cancelled, the block is not held."""
+        """Wait for a block's tensors. If cancelled, the block is not held."""
 
     def release(self, index: int) -> None:
-        """Give them back."""
+        """Give a block back."""
 
 
 class Pipeline:
     """Turns and blocks of one step's micro-batches, one or two.
 
-    Two take turns, and the second is one stage behind the first: while one waits for a sum, the
-    other computes. At the same stage, the sum of an attention, the shortest stage, would have only
-    the other attention to hide behind; so it has part of an MLP. The order of stages is fixed, so
-    all ranks start their sums in the same order, in however many stages their MLPs are, if there
-    are two at least.
+    Two micro-batches take turns, the second one stage behind the first: while one waits for a sum,
+    the other computes. If both were at the same stage, an attention's sum would have only the
+    other attention to hide behind, the shortest stage; this way it has part of an MLP. The order
+    of stages is fixed, so all ranks start their sums in the same order, for any number of MLP
+    stages from two on.
 
     A block is acquired once and released when the last micro-batch is done with it. At most two
     are held.
@@ -43,14 +43,14 @@ class Pipeline:
         self._weights = weights
         self._step = step
         self._running = set(range(parts))
-        self._ahead = 0  # stages that the first has computed and the second has not
+        self._ahead = 0  # stages computed by the first only
         self._turns = [asyncio.Event() for _ in range(parts)]
         self._turns[0].set()
         self._held: dict[int, Weights] = {}
         self._users: dict[int, set[int]] = {}  # micro-batches that still need a block
 
     async def enter(self, part: int, block: int) -> Weights:
-        """Begin ``part``'s next stage: wait for its turn and for a block's tensors.
+        """Begin ``part``'s next stage: wait for its turn and its block.
 
         Raises:
             Exception: why the step was aborted.
@@ -62,7 +62,7 @@ class Pipeline:
         weights = self._held.get(block)
         if weights is None:
             weights = self._weights.take(block)
-            if weights is None:  # a disk may hang: an aborted step does not wait for it
+            if weights is None:  # a disk may hang; an aborted step does not wait
                 weights = await self._step.run(self._weights.acquire(block))
             self._held[block] = weights
             self._users[block] = set(self._running)
@@ -80,7 +80,7 @@ class Pipeline:
             self._turns[1 - part].set()
 
     def finish(self, part: int) -> None:
-        """Release what ``part`` holds; another one goes on without waiting for its turn."""
+        """Release ``part``'s blocks; the other micro-batch no longer waits for turns."""
         self._running.discard(part)
         for block in list(self._held):
             self._release(part, block)

@@ -1,1 +1,1 @@
-"""Pure tensor functions and raw buffers; nothing here knows of ranks, files or peers."""
+"""Pure tensor functions and raw buffers, independent of ranks, files and peers."""

@@ -1,4 +1,4 @@
-"""Raw memory of tensors: page-aligned buffers outside malloc, and views without a copy."""
+"""Raw memory for tensors: page-aligned buffers outside malloc, and views without a copy."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-# Every tensor in a block starts at a multiple of this: a cache line, the widest vector.
+# Alignment of every tensor in a block: a cache line, and the widest vector.
 ALIGN = 64
 
 
 def round_up(number: int, step: int) -> int:
-    """The least multiple of ``step`` that is at least ``number``."""
+    """The smallest multiple of ``step`` that is at least ``number``."""
     return -(-number // step) * step
 
 
@@ -50,27 +50,25 @@ def place(*regions: Region) -> tuple[Region, ...]:
     return tuple(placed)
 
 
-# Disks take so many pieces of memory per request (254 on virtio): what they write into should be
-# contiguous. Reading into 4 KiB pages came to half the rate of huge ones.
+# A disk request takes a limited number of memory segments (254 on virtio), so buffers should be
+# contiguous. Reads into 4 KiB pages had half the rate of reads into huge pages.
 _HUGE_PAGE = 2 << 20
 
 
 def page_buffer(nbytes: int) -> torch.Tensor:
     """Allocate zeroed uint8 (nbytes,), page-aligned, straight from the operating system.
 
-    It lies in huge pages as far as it fills them, where the system has them. It goes back as soon
-    as the last view of it is gone: no allocator keeps it, so a memory limit can be held to.
+    It uses huge pages if the system has them. It is returned as soon as the last view is gone: no
+    allocator keeps it, so memory limits are exact.
     """
     whole = nbytes // _HUGE_PAGE * _HUGE_PAGE
     if not whole or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.frombuffer(mmap.mmap(-1, max(1, nbytes)), dtype=torch.uint8)[:nbytes]
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # huge pages are not for shared memory
-    memory = mmap.mmap(
-        -1, nbytes + _HUGE_PAGE, flags=private
-    )  # what is never touched costs nothing
+    memory = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=private)  # untouched pages are free
     buffer = torch.frombuffer(memory, dtype=torch.uint8)
     start = -buffer.data_ptr() % _HUGE_PAGE
-    with contextlib.suppress(OSError):  # a kernel without them
+    with contextlib.suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE, start, whole)
     return buffer[start : start + nbytes]
 

@@ -1,4 +1,4 @@
-"""The transformer's small functions: normalisation, activation, attention.
+"""Transformer functions: normalisation, activation, attention.
 
 Axes: T new tokens, S cached and new tokens, H hidden, D head_dim, Q query heads, K KV heads,
 G query heads per KV head.
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-# Most elements of an attention mask: bounds what a chunk allocates, whatever the context's length.
+# Maximum elements of an attention mask: bounds a chunk's memory for any context length.
 MASK_ELEMENTS = 1 << 22
 
 # By ``ModelConfig.hidden_act``.
@@ -45,12 +45,12 @@ def attention(
 ) -> torch.Tensor:
     """Causal attention of the last T of S positions, ``softmax(q k^T / sqrt(D)) v``.
 
-    Memory is linear in S: queries go through in pieces whose mask stays below 4 Mi elements.
+    Memory is linear in S: queries are computed in pieces whose mask is at most 4 Mi elements.
 
     Args:
-        q: (Q, T, D), the newest positions' queries.
-        k: (K, S, D), all positions' keys; ``v`` likewise.
-        groups: number of query heads that read each KV head, K of them, summing to Q.
+        q: (Q, T, D), queries of the newest positions.
+        k: (K, S, D), keys of all positions; ``v`` likewise.
+        groups: number of query heads per KV head, length K, summing to Q.
         window: a query sees itself and the ``window - 1`` positions before it; None for all.
 
     Returns:
@@ -74,7 +74,7 @@ def attention(
 def _mask(start: int, tokens: int, first: int, window: int | None) -> torch.Tensor | None:
     """True where the query at ``start + row`` sees the key at ``first + column``.
 
-    None where plain causality says the same: a single query, or no keys before the queries.
+    None if plain causality suffices: a single query, or no keys before the queries.
     """
     if tokens == 1 or (first == start and (window is None or window >= tokens)):
         return None
@@ -93,7 +93,7 @@ def _grouped(
 ) -> torch.Tensor:
     if len(set(groups)) == 1:
         return _attend(q, k, v, groups[0], mask)
-    # More ranks than KV heads: this rank's query heads read unequal shares of them.
+    # More ranks than KV heads: KV heads have different numbers of local query heads.
     parts, start = [], 0
     for kv, count in enumerate(groups):
         heads = q[start : start + count]
@@ -107,7 +107,7 @@ def _attend(
 ) -> torch.Tensor:
     kv_heads, tokens, dim = k.shape[0], q.shape[1], q.shape[2]
     if tokens == 1:
-        # The group's queries stand in for tokens, so each KV head is read once.
+        # A group's queries take the place of tokens, so each KV head is read once.
         grouped = q.view(1, kv_heads, group, dim)
         out = F.scaled_dot_product_attention(grouped, k.unsqueeze(0), v.unsqueeze(0))
         return out.reshape(q.shape)

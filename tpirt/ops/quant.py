@@ -1,4 +1,4 @@
-"""Quantization schemes: how matrices are stored, and what the stored codes stand for.
+"""Quantization schemes: how matrices are stored, and the meaning of the codes.
 
 Axes: N out_features, K in_features, Kp padded K, g group size, G = Kp / g groups, B rows of a
 kernel block, Np = N rounded up to B. Symbols: q code, s scale, z zero point (the value of code 8).
@@ -6,9 +6,9 @@ kernel block, Np = N rounded up to B. Symbols: q code, s scale, z zero point (th
 - int8, one scale per output channel: ``w ~ q * s``, q in -127..127.
   ``codes`` int8 (N, Kp), ``scales`` bfloat16 (N,).
 - int4, one scale and zero point per group of one channel: ``w ~ (q - 8) * s + z``, q in 0..15,
-  which is what torch's CPU kernel computes (``ATen/native/cpu/int4mm_kernel.cpp``).
+  as in torch's CPU kernel (``ATen/native/cpu/int4mm_kernel.cpp``).
   ``codes`` uint8 (Np / B, Kp, B / 2) in the order of a :class:`~tpirt.ops.quant_layout.Layout`,
-  ``scale_zero`` bfloat16 (G, Np, 2). Rows that pad have scale and zero point 0.
+  ``scale_zero`` bfloat16 (G, Np, 2). Padding rows have scale and zero point 0.
 
 Scales and zero points are bfloat16 because torch's kernels require it.
 """
@@ -37,15 +37,15 @@ GROUP_SIZES = (32, 64, 128)
 DEFAULT_GROUP_SIZE = 64
 
 # The 8-bit kernel reads 16 inputs at a time without a bounds check, so rows are padded to that.
-INT8_INPUTS = 16
+INT8_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How matrices are stored. This class itself means plain floats; a :class:`Scheme`, codes.
+    """How matrices are stored: plain floats; subclasses of :class:`Scheme` store codes.
 
     Attributes:
-        kind: the scheme's name without its parameters.
+        kind: name of the scheme without its parameters.
         uses_layout: whether the order of the codes depends on the CPU.
     """
 
@@ -54,7 +54,7 @@ class QuantSpec:
 
     @staticmethod
     def parse(text: str) -> QuantSpec:
-        """Read ``none``, ``int8``, ``int4`` or ``int4:GROUP``.
+        """Parse ``none``, ``int8``, ``int4`` or ``int4:GROUP``.
 
         Raises:
             ConfigError: anything else.
@@ -66,9 +66,9 @@ class QuantSpec:
     def __str__(self) -> str:
         return self.kind
 
-    def padded_inputs(self, inputs: int) -> int:
-        """K rounded up to what is stored."""
-        return inputs
+    def padded_in_features(self, in_features: int) -> int:
+        """Kp: K with padding."""
+        return in_features
 
     def column_step(self, start: int, step: int) -> int:
         """Columns between two cuts of a matrix that change no stored number.
@@ -89,10 +89,10 @@ class QuantSpec:
 
 
 class Scheme(QuantSpec, ABC):
-    """A way to store a matrix as codes and scales. Layouts matter only if ``uses_layout``."""
+    """Stores a matrix as codes and scales. Layouts matter only if ``uses_layout``."""
 
     @abstractmethod
-    def regions(self, rows: int, inputs: int, layout: Layout) -> tuple[Region, Region]:
+    def regions(self, out_features: int, in_features: int, layout: Layout) -> tuple[Region, Region]:
         """Dtype and shape of codes and scales; offsets are not set."""
 
     @abstractmethod
@@ -115,10 +115,10 @@ class Scheme(QuantSpec, ABC):
     def pieces(
         self, matrix: QuantMatrix, dtype: torch.dtype, elements: int
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """De-quantise a matrix piece by piece; see ``QuantMatrix.pieces``."""
+        """Dequantize a matrix piece by piece; see ``QuantMatrix.pieces``."""
 
     def output_scales(self, scales: torch.Tensor) -> torch.Tensor | None:
-        """Factors (N,) float32 that a product with the pieces still lacks; None if none."""
+        """Factors (N,) float32 to apply to a product with the pieces; None for no factors."""
         return None
 
     # -- units: rectangles that another plan can use; see tpirt.sharding.units -----------------
@@ -165,17 +165,17 @@ class Int8(Scheme):
 
     kind = "int8"
 
-    def padded_inputs(self, inputs: int) -> int:
-        return round_up(inputs, INT8_INPUTS)
+    def padded_in_features(self, in_features: int) -> int:
+        return round_up(in_features, INT8_MULTIPLE)
 
     @property
     def bits(self) -> float:
         return 8.0
 
-    def regions(self, rows: int, inputs: int, layout: Layout) -> tuple[Region, Region]:
+    def regions(self, out_features: int, in_features: int, layout: Layout) -> tuple[Region, Region]:
         return (
-            Region("codes", torch.int8, (rows, self.padded_inputs(inputs))),
-            Region("scales", torch.bfloat16, (rows,)),
+            Region("codes", torch.int8, (out_features, self.padded_in_features(in_features))),
+            Region("scales", torch.bfloat16, (out_features,)),
         )
 
     def round_rows(
@@ -195,10 +195,10 @@ class Int8(Scheme):
     def pieces(
         self, matrix: QuantMatrix, dtype: torch.dtype, elements: int
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yields the codes, exact in bfloat16 too: scales are applied to the product."""
+        """Yield the codes, exact in bfloat16 too; scales are applied to the product."""
         step = max(1, elements // matrix.width)
-        scratch = torch.empty(min(step, matrix.rows), matrix.width, dtype=dtype)
-        for start in range(0, matrix.rows, step):
+        scratch = torch.empty(min(step, matrix.out_features), matrix.width, dtype=dtype)
+        for start in range(0, matrix.out_features, step):
             codes = matrix.codes[start : start + step]
             yield start, scratch[: codes.shape[0]].copy_(codes)
 
@@ -223,7 +223,7 @@ class Int8(Scheme):
     def random_codes(
         self, draw: Callable[[int], torch.Tensor], inputs: int, nbytes: int, at_once: int
     ) -> Iterator[torch.Tensor]:
-        width = self.padded_inputs(inputs)
+        width = self.padded_in_features(inputs)
         if width > inputs:
             at_once = max(1, at_once // width) * width  # whole rows
         for start in range(0, nbytes, at_once):
@@ -238,7 +238,7 @@ class Int8(Scheme):
 
 @dataclass(frozen=True)
 class Int4(Scheme):
-    """4 bits, a scale and a zero point per group of ``group_size`` inputs of a channel."""
+    """4 bits, a scale and a zero point per ``group_size`` inputs of an output channel."""
 
     kind = "int4"
     uses_layout = True
@@ -251,15 +251,16 @@ class Int4(Scheme):
     def __str__(self) -> str:
         return f"int4:{self.group_size}"
 
-    def padded_inputs(self, inputs: int) -> int:
-        return round_up(inputs, self.group_size)
+    def padded_in_features(self, in_features: int) -> int:
+        return round_up(in_features, self.group_size)
 
     @property
     def bits(self) -> float:
         return 4 + 32 / self.group_size
 
-    def regions(self, rows: int, inputs: int, layout: Layout) -> tuple[Region, Region]:
-        width, padded = self.padded_inputs(inputs), round_up(rows, layout.block)
+    def regions(self, out_features: int, in_features: int, layout: Layout) -> tuple[Region, Region]:
+        width = self.padded_in_features(in_features)
+        padded = round_up(out_features, layout.block)
         return (
             Region("codes", torch.uint8, (padded // layout.block, width, layout.block // 2)),
             Region("scale_zero", torch.bfloat16, (width // self.group_size, padded, 2)),
@@ -275,9 +276,9 @@ class Int4(Scheme):
         space: Workspace,
     ) -> None:
         padding = len(codes) * layout.block - len(w)
-        for inputs, levels, scale_zero in int4_tiles(w, self.group_size, space):
-            layout.pack(F.pad(levels, (0, padding)) if padding else levels, codes[:, inputs])
-            groups = slice(inputs.start // self.group_size, inputs.stop // self.group_size)
+        for columns, levels, scale_zero in int4_tiles(w, self.group_size, space):
+            layout.pack(F.pad(levels, (0, padding)) if padding else levels, codes[:, columns])
+            groups = slice(columns.start // self.group_size, columns.stop // self.group_size)
             scales[groups, start : start + len(w)] = scale_zero.permute(1, 2, 0)
 
     def part(self, matrix: QuantMatrix, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -288,7 +289,7 @@ class Int4(Scheme):
     def pieces(
         self, matrix: QuantMatrix, dtype: torch.dtype, elements: int
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yields weights; the last piece may go past the last row, with zeros."""
+        """Yield weights; the last piece may extend past the last row, with zeros."""
         layout, width, blocks = matrix.layout, matrix.width, matrix.codes.shape[0]
         step = max(1, min(elements // width // layout.block, blocks))
         scratch = torch.empty(step * layout.block * width, dtype=dtype)

@@ -1,12 +1,12 @@
-"""Where the bytes of a quantized matrix lie: in the order in which a CPU's kernel reads them.
+"""Memory layout of quantized matrices: the order in which a CPU's kernel reads the codes.
 
-A 4-bit code byte holds one input's codes of two rows of a block. Which two rows, and the size of
-the block, depend on the vectors torch uses (``weight_to_int4pack_kernel`` in
+A byte of 4-bit codes holds the codes of one input for two rows of a block. The two rows, and the
+size of the block, depend on the vectors that torch uses (``weight_to_int4pack_kernel`` in
 ``ATen/native/cpu/int4mm_kernel.cpp``: 64 rows, halves, on AVX-512; 32 rows, halves, on AVX2;
-neighbouring rows elsewhere). Torch does not say, so :func:`local_layout` packs a probe and looks.
+neighbouring rows elsewhere). Torch has no query for it; :func:`local_layout` packs a probe.
 
 Codes and scales are regions of one flat uint8 buffer. If the buffer starts at a multiple of 64
-bytes, every region does: tensors are views of it, never copies.
+bytes, so does every region. Tensors are views of it, never copies.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Order = Literal["halves", "pairs"]
 
 @dataclass(frozen=True)
 class Layout:
-    """The order of 4-bit codes: ``block`` rows (B) at a time, two of them in a byte.
+    """The order of 4-bit codes: ``block`` rows (B) at a time, two rows per byte.
 
-    ``order`` says which: row i with row ``i + block / 2`` (halves), or 2 i with 2 i + 1 (pairs).
+    ``order`` is ``halves`` (row i with row ``i + block / 2``) or ``pairs`` (2 i with 2 i + 1).
     """
 
     block: int
@@ -36,22 +36,22 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """The name recorded in manifests: machines of the same name read the same bytes."""
+        """The name in manifests; machines with the same layout name read the same bytes."""
         return f"int4-{self.block}-{self.order}"
 
     @classmethod
     def named(cls, name: str) -> Layout | None:
-        """The layout that :attr:`name` is of; None for one this version does not know."""
+        """The layout with this :attr:`name`; None if unknown."""
         return next((layout for layout in _LAYOUTS if layout.name == name), None)
 
     def pack(self, levels: torch.Tensor, out: torch.Tensor) -> None:
-        """Codes 0..15, one byte each, (k, m B), to ``out``, uint8 (m, k, B / 2)."""
+        """Pack codes 0..15, one byte each, (k, m B), into ``out``, uint8 (m, k, B / 2)."""
         rows = levels.view(torch.uint8).view(len(levels), -1, self.block)
         low, high = self.split(rows.transpose(0, 1))
         torch.add(low, high, alpha=16, out=out)
 
     def unpack(self, codes: torch.Tensor, out: torch.Tensor) -> None:
-        """Packed codes (m, k, B / 2) to levels -8..7 in ``out``, any float dtype (k, m B)."""
+        """Unpack codes (m, k, B / 2) to levels -8..7 in ``out``, any float dtype (k, m B)."""
         rows = out.view(out.shape[0], codes.shape[0], self.block).permute(1, 0, 2)
         low, high = self.split(rows)
         low.copy_((codes & 15).view(torch.int8).sub_(8))
@@ -67,7 +67,7 @@ class Layout:
         return levels.view(inputs, blocks * self.block)
 
     def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows (..., B) of the low and of the high halves of the bytes."""
+        """Split rows (..., B) into those of the low and of the high half-bytes."""
         if self.order == "halves":
             return rows[..., : self.block // 2], rows[..., self.block // 2 :]
         return rows[..., 0::2], rows[..., 1::2]
@@ -76,51 +76,53 @@ class Layout:
 _ORDERS: tuple[Order, ...] = ("halves", "pairs")
 _LAYOUTS = [Layout(block, order) for block in (64, 32, 16) for order in _ORDERS]
 
-# Where torch has no 4-bit kernel, weights are de-quantised from this.
+# The layout if torch has no 4-bit kernel and weights are dequantized.
 PORTABLE_LAYOUT = Layout(64, "halves")
 
 
 def find_kernel(name: str) -> Callable[..., torch.Tensor] | None:
-    """A torch CPU kernel by its ``aten`` name; None where this build of torch lacks it."""
+    """Find a torch CPU kernel by its ``aten`` name; None if this build lacks it."""
     packet = getattr(torch.ops.aten, name, None)
     return None if packet is None else packet.default
 
 
 def local_layout() -> Layout | None:
-    """Ask torch's packing kernel for its layout, with 48 KiB; well below a millisecond.
+    """Detect the layout of torch's packing kernel, with 48 KiB in well below a millisecond.
 
-    None where there is no such kernel or its bytes are of a layout unknown here.
+    None if there is no such kernel or its layout is unknown.
     """
     pack = find_kernel("_convert_weight_to_int4pack_for_cpu")
     if pack is None:
         return None
-    # Two blocks at least, every pair of neighbours distinct.
-    rows, inputs = 192, 32
-    codes = (torch.arange(rows * inputs).view(rows, inputs) * 7 // 3 % 16).to(torch.uint8)
+    # At least two blocks; all pairs of neighbours are distinct.
+    rows, columns = 192, 32
+    codes = (torch.arange(rows * columns).view(rows, columns) * 7 // 3 % 16).to(torch.uint8)
     try:
         packed = pack(codes.to(torch.int32), 2).view(-1)
     except RuntimeError:
         return None
     for layout in _LAYOUTS:
-        ours = torch.empty(rows // layout.block, inputs, layout.block // 2, dtype=torch.uint8)
+        ours = torch.empty(rows // layout.block, columns, layout.block // 2, dtype=torch.uint8)
         layout.pack(codes.t().contiguous(), ours)
         if packed.dtype == torch.uint8 and torch.equal(ours.view(-1), packed):
             return layout
     return None
 
 
-def local_regions(spec: Scheme, rows: int, inputs: int, layout: Layout) -> tuple[Region, ...]:
-    """The two regions, codes and scales, of a (rows, inputs) matrix, placed one after the other."""
-    return place(*spec.regions(rows, inputs, layout))
+def local_regions(
+    spec: Scheme, out_features: int, in_features: int, layout: Layout
+) -> tuple[Region, ...]:
+    """The regions of a matrix, codes and scales, placed one after the other."""
+    return place(*spec.regions(out_features, in_features, layout))
 
 
 def regions_nbytes(regions: tuple[Region, ...]) -> int:
-    """Bytes from the first region's start to the last one's end, rounded up to ``ALIGN``."""
+    """Size of all regions, rounded up to ``ALIGN``."""
     return round_up(regions[-1].end, ALIGN)
 
 
 def view_regions(regions: tuple[Region, ...], buffer: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """All regions as tensors on ``buffer``'s memory, in order."""
+    """View all regions of ``buffer`` as tensors, in order."""
     return tuple(region.view(buffer) for region in regions)
 
 
@@ -135,14 +137,15 @@ def quantize_rows(
 ) -> None:
     """Quantize some rows of a matrix.
 
-    Rows are independent: any cut into parts that begin at multiples of the layout's block, in any
-    order or thread, gives the same bytes. Memory in ``space`` grows with the rows.
+    Rows are independent: any split at multiples of the layout's block, in any order and thread,
+    gives the same bytes. Memory in ``space`` grows with the rows.
 
     Args:
-        w: (n, K), any float dtype: the matrix's rows from ``start`` on.
+        w: (n, K), any float dtype; rows of the matrix from ``start`` on.
         start: index of the first row.
         codes: the codes region of n rows (:func:`local_regions`); overwritten.
-        scales: the whole matrix's second region, zero at first; the rows' entries are overwritten.
+        scales: the scales region of the whole matrix, initially zero; entries of these rows are
+            overwritten.
         space: scratch memory.
 
     Raises:

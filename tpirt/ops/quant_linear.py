@@ -1,4 +1,4 @@
-"""Products with quantized matrices, each by the kernel chosen for its shape and number of rows."""
+"""Products with quantized matrices, by the kernel chosen for their shape and number of rows."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ __all__ = ["ROWS_UNIT", "KernelChoice", "MatrixShape", "QuantMatrix", "dequantiz
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """Which kernel multiplies how many rows: with it, the number of threads and x, bits are fixed.
+    """The kernel by number of rows. With x and the number of threads, it determines the bits.
 
     Attributes:
-        steps: (max_rows, kernel name), ascending: the first step whose ``max_rows`` is not
-            exceeded applies.
+        steps: (max_rows, kernel name), ascending; the first step with enough rows applies.
         rest: the kernel for more rows.
-        timings_ms: CPU time that the probe measured, by kernel name and rows of input.
+        timings_ms: CPU time in the probe, by kernel name and rows of input.
     """
 
     steps: tuple[tuple[int, str], ...]
@@ -33,19 +32,19 @@ class KernelChoice:
 
 
 def linear(x: torch.Tensor, matrix: QuantMatrix, choice: KernelChoice) -> torch.Tensor:
-    """``x w^T`` for the weights ``w`` that ``matrix`` stands for.
+    """Return ``x w^T`` for the dequantized weights ``w`` of ``matrix``.
 
-    Bits do not depend on where the matrix lies. They repeat with the same number of threads; with
-    packed kernels they do so with any number, and a row's bits do not depend on the other rows.
+    Bits do not depend on the matrix's address. They are equal for the same number of threads; with
+    packed kernels for any number, and a row's bits do not depend on the other rows.
 
     Args:
         x: (T, K), any float dtype.
-        choice: its kernels are ones that this machine has.
+        choice: of kernels that this machine has.
 
     Returns:
-        (T, N) in x's dtype, as exact as the kernel's dtype: bfloat16 (packed, or dense in
+        (T, N) in x's dtype, with the precision of the kernel: bfloat16 (packed, or dense in
         bfloat16) or float32.
     """
-    if not (x.shape[0] and matrix.inputs and matrix.rows):
-        return x.new_zeros(x.shape[0], matrix.rows)
+    if not (x.shape[0] and matrix.in_features and matrix.out_features):
+        return x.new_zeros(x.shape[0], matrix.out_features)
     return KERNELS[choice.kernel(x.shape[0])](x, matrix)

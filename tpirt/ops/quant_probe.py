@@ -1,4 +1,4 @@
-"""Measuring which kernel suits a shape on this machine."""
+"""Measure which kernels are the fastest for a shape on this machine."""
 
 from __future__ import annotations
 
@@ -15,39 +15,43 @@ from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout, local_regions, regio
 from tpirt.ops.quant_linear import KernelChoice, linear
 from tpirt.ops.quant_matrix import QuantMatrix
 
-# Rows of input at which the probe measures, and those its thresholds can be.
+# Rows of input that the probe measures, and possible thresholds.
 _PROBED_ROWS = (1, 4, 8, 32, 128)
 _THRESHOLDS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-# Weights the probe multiplies at most; the least time per measurement.
+# Maximum weights of a probed matrix, and minimum time of a measurement.
 _PROBED_WEIGHTS = 1 << 22
 _PROBE_S = 0.006
 
 _setting_threads = threading.Lock()
 
 
-def probe_kernels(spec: Scheme, rows: int, inputs: int, layout: Layout | None) -> KernelChoice:
-    """Measure which kernels a (rows, inputs) matrix should use on this machine.
+def probe_kernels(
+    spec: Scheme, out_features: int, in_features: int, layout: Layout | None
+) -> KernelChoice:
+    """Choose the kernels of a matrix by measuring them on this machine.
 
     At most 4 Mi weights are multiplied, 0.15 s of work; timings are scaled to the whole matrix.
-    A measurement is noisy and bits depend on the choice: probe once per shape and keep the answer
-    with the weights. Thresholds are powers of two, which hides most noise. Other processes may be
-    busy, such as ranks that probe too, so CPU time of one thread is measured, not wall time.
+    Measurements are noisy and bits depend on the choice: probe once per shape and store the result
+    with the weights. Thresholds are powers of two, which hides most noise. CPU time of one thread
+    is measured, not wall time, because other processes may be busy, such as ranks that probe too.
 
     May be called from any thread; other threads keep their number of torch threads.
 
     Args:
-        layout: the result of ``local_layout``; None where torch has no 4-bit kernel.
+        layout: the result of ``local_layout``; None if torch has no 4-bit kernel.
     """
     with ThreadPoolExecutor(1, "tpirt-probe", initializer=_use_one_thread) as pool:
-        return pool.submit(_probe, spec, rows, inputs, layout).result()
+        return pool.submit(_probe, spec, out_features, in_features, layout).result()
 
 
-def _probe(spec: Scheme, rows: int, inputs: int, layout: Layout | None) -> KernelChoice:
-    matrix = _probe_matrix(spec, rows, inputs, layout or PORTABLE_LAYOUT)
-    scale = rows / max(1, matrix.rows)
+def _probe(
+    spec: Scheme, out_features: int, in_features: int, layout: Layout | None
+) -> KernelChoice:
+    matrix = _probe_matrix(spec, out_features, in_features, layout or PORTABLE_LAYOUT)
+    scale = out_features / max(1, matrix.out_features)
 
     def measure(name: str, count: int) -> float:
-        x = torch.full((count, inputs), 0.5)
+        x = torch.full((count, in_features), 0.5)
         return scale * _time_ms(lambda: linear(x, matrix, KernelChoice((), name)))
 
     dense = min((kernel.name for kernel in DENSE), key=lambda name: measure(name, 32))
@@ -62,11 +66,11 @@ def _probe(spec: Scheme, rows: int, inputs: int, layout: Layout | None) -> Kerne
 
 
 def choose_by_time(timings_ms: dict[str, dict[int, float]], dense: str) -> KernelChoice:
-    """Choose the fastest kernels for few rows, up to where ``dense`` overtakes them all.
+    """Choose the fastest kernels for few rows, up to where ``dense`` is faster.
 
     Args:
         timings_ms: by kernel name and rows of input; interpolated linearly.
-        dense: the kernel for all rows beyond.
+        dense: the kernel for more rows.
     """
     others = [name for name in timings_ms if name != dense]
     steps: list[tuple[int, str]] = []
@@ -88,10 +92,10 @@ def _at(times: Mapping[int, float], rows: int) -> float:
 
 
 def _use_one_thread() -> None:
-    """Have torch do the work of the calling thread, a new one, in that thread alone.
+    """Make torch use only the calling thread, which must be new.
 
     ``set_num_threads`` applies to the calling thread and to threads that have not used torch yet.
-    A short-lived thread restores the number for the latter at once.
+    A short-lived thread restores the number for the latter.
     """
     with _setting_threads:
         before = torch.get_num_threads()
@@ -101,12 +105,13 @@ def _use_one_thread() -> None:
         restore.join()
 
 
-def _probe_matrix(spec: Scheme, rows: int, inputs: int, layout: Layout) -> QuantMatrix:
-    width = spec.padded_inputs(inputs)
-    rows = min(rows, max(layout.block, _PROBED_WEIGHTS // width // layout.block * layout.block))
-    regions = local_regions(spec, rows, inputs, layout)
+def _probe_matrix(spec: Scheme, out_features: int, in_features: int, layout: Layout) -> QuantMatrix:
+    width = spec.padded_in_features(in_features)
+    blocks = max(1, _PROBED_WEIGHTS // width // layout.block)
+    rows = min(out_features, blocks * layout.block)
+    regions = local_regions(spec, rows, in_features, layout)
     buffer = torch.arange(regions_nbytes(regions), dtype=torch.int32).remainder_(251)
-    matrix = QuantMatrix.of_buffer(spec, rows, inputs, layout, buffer.to(torch.uint8))
+    matrix = QuantMatrix.of_buffer(spec, rows, in_features, layout, buffer.to(torch.uint8))
     matrix.scales.fill_(0.01)
     return matrix
 

@@ -3,9 +3,9 @@
 Axes: n output channels, K inputs, g inputs of a group, G = ceil(K / g) groups. Symbols: q code,
 s scale, z zero point.
 
-Torch does every step in a pass of its own over a tile. A tile is large enough that calling torch
-some 80 times does not cost more than computing does, small enough for the cache; what is as large
-as a tile is written into memory that is kept.
+Every step is one torch call over a tile. A tile is large enough that the overhead of about 80
+calls is small, and small enough for the cache. Results as large as a tile go to memory that is
+reused.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ import torch
 from tpirt.errors import CheckpointError
 from tpirt.ops.buffers import round_up
 
-# Elements rounded at once, 2 MiB in float32: measured best of 2^16..2^20 with one thread, and with
-# two, which also wait for each other's turn in the interpreter.
+# Elements rounded at once, 2 MiB in float32: the fastest of 2^16..2^20 with one thread and with
+# two, which also contend for the GIL.
 _TILE = 1 << 19
 
-# Where the refinement starts, as a part of max - min; how far it goes towards each of its two
-# fits. Measured on gaussian, Student-t(4) and trained weights: docs/quantization.md.
+# Initial range of the refinement relative to max - min, and its step towards each of two fits.
+# Measured on gaussian, Student-t(4) and trained weights: docs/quantization.md.
 _START = {32: 0.97, 64: 0.95, 128: 0.92}
 _STRIDES = (2.5, 1.5)
 
-# The least scale: its inverse does not overflow.
+# The smallest scale; its inverse does not overflow.
 _TINY = 1e-30
 
 
 class Workspace:
-    """Memory kept from call to call: fresh pages would cost half as much as the rounding itself.
+    """Scratch memory that is reused: new pages would add half the time of the rounding.
 
-    Not to be shared between threads.
+    Not thread-safe.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
 
     def take(self, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        """Uninitialised memory of this shape, the same at every call with this name and dtype."""
+        """Return uninitialised memory; calls with the same name and dtype share it."""
         count = math.prod(shape)
         buffer = self._buffers.get((name, dtype))
         if buffer is None or buffer.numel() < count:
@@ -54,76 +54,76 @@ def round_int8(
 ) -> None:
     """Round each output channel to 255 levels, ``s = max|w| / 127``, ``q = round(w / s)``.
 
-    Searching 25 clipped scales per channel for the least squared error lowers the error by 1 %
-    only (gaussian and Student-t weights alike, docs/quantization.md): not worth the time.
+    Searching 25 clipped scales per channel lowers the squared error by only 1% (for gaussian and
+    Student-t weights, docs/quantization.md), so there is no search.
 
     Args:
         w: (n, K), any float dtype.
-        codes: int8 (n, K or more), filled; what is beyond K becomes 0.
-        scales: bfloat16 (n,), filled.
+        codes: int8 (n, K or more), overwritten; columns beyond K become 0.
+        scales: bfloat16 (n,), overwritten.
 
     Raises:
         CheckpointError: a weight is not finite.
     """
-    rows, inputs = w.shape
-    codes[:, inputs:] = 0
-    if not inputs:
+    rows, in_features = w.shape
+    codes[:, in_features:] = 0
+    if not in_features:
         scales.zero_()
         return
-    step = max(1, _TILE // inputs)
+    step = max(1, _TILE // in_features)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        x = space.take("x", torch.float32, min(step, rows - start), inputs)
+        x = space.take("x", torch.float32, min(step, rows - start), in_features)
         x.copy_(w[part])
         scales[part] = torch.maximum(x.amax(1), x.amin(1).neg_()).mul_(1 / 127).clamp_min_(_TINY)
         x.mul_(scales[part].float().reciprocal_().unsqueeze(1))
-        codes[part, :inputs] = x.round_().clamp_(-127, 127)
+        codes[part, :in_features] = x.round_().clamp_(-127, 127)
     _check_finite(scales)
 
 
-def rows_at_once(inputs: int) -> int:
-    """How many output channels to round at once: a tile, a multiple of the layouts' 64 rows."""
-    return max(64, min(256, _TILE // max(1, inputs) // 64 * 64))
+def rows_at_once(in_features: int) -> int:
+    """Number of output channels to round at once: a tile, a multiple of the layouts' 64 rows."""
+    return max(64, min(256, _TILE // max(1, in_features) // 64 * 64))
 
 
 def int4_tiles(
     w: torch.Tensor, group_size: int, space: Workspace, *, refine: bool = True
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Round output channels to 16 levels per group, ``w ~ (q - 8) s + z``; yields tile by tile.
+    """Round output channels to 16 levels per group, ``w ~ (q - 8) s + z``, tile by tile.
 
     The baseline takes ``s = (max - min) / 15`` and ``z = min + 8 s``. The refinement works on
-    ``x = (w - z) / s``, the weights in the baseline's steps: from levels over a slightly narrower
-    range it alternates between rounding and the least squares fit ``x ~ a t - c`` to the levels
-    t = q - 8 that it has::
+    ``x = (w - z) / s``, the weights in units of the baseline's scale. It starts with levels over a
+    slightly narrower range and alternates between rounding and the least squares fit
+    ``x ~ a t - c`` to the levels t = q - 8::
 
         a = cov(t, x) / var(t)
         c = a mean(t) - mean(x)
 
-    Neither step raises the group's squared error (Lloyd 1982, restricted to equidistant levels;
-    HQQ, Badri and Shaji 2023, alternates alike, for the zero point only and in an l_p norm, and
-    came out worse here). Going beyond each fit (over-relaxation) reaches in two rounds what takes
-    four otherwise. Scales and zero points are rounded to bfloat16 *before* the codes are chosen:
-    that rounding then costs nothing. A group keeps the baseline where it is better.
+    Neither step raises the group's squared error (Lloyd 1982, restricted to equidistant levels).
+    HQQ (Badri and Shaji 2023) alternates too, for the zero point only and in an l_p norm; it was
+    worse here. With over-relaxation two rounds suffice instead of four. Scales and zero points
+    are rounded to bfloat16 *before* the codes are chosen, so the codes compensate for it. A group
+    keeps the baseline if it is better.
 
     Args:
         w: (n, K), any float dtype; best :func:`rows_at_once` rows.
-        group_size: g; a last group that is short is filled with its own mean.
-        space: to work in.
+        group_size: g; a short last group is padded with its mean.
+        space: scratch memory.
         refine: False for the baseline.
 
     Yields:
-        The tile's inputs, a part of 0..G g in whole groups; their codes, int8 0..15 (inputs, n),
+        The tile's columns of w, whole groups of 0..G g; their codes, int8 0..15 (columns, n),
         overwritten by the next tile; scales and zero points, bfloat16 (2, groups, n).
 
     Raises:
         CheckpointError: a weight is not finite.
     """
-    rows, inputs = w.shape
-    # Inputs first: what belongs to a group then broadcasts and sums along whole vectors.
-    turned = space.take("turned", w.dtype, inputs, rows)
+    rows, in_features = w.shape
+    # Transposed, so that groups broadcast and sum along whole vectors.
+    turned = space.take("turned", w.dtype, in_features, rows)
     turned.copy_(w.t())
     step = max(1, _TILE // max(1, rows * group_size)) * group_size
-    for start in range(0, inputs, step):
+    for start in range(0, in_features, step):
         part = turned[start : start + step]
         width = round_up(len(part), group_size)
         x = space.take("x", torch.float32, width, rows)
@@ -141,14 +141,14 @@ def int4_tiles(
 def _round_groups(
     x: torch.Tensor, space: Workspace, refine: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (G, g, n), scales and zero points (2, G, n) of the weights x (G, g, n), used up."""
+    """Return codes (G, g, n), scales and zero points (2, G, n); x (G, g, n) is overwritten."""
     t = space.take("t", torch.float32, *x.shape)
     stored = _baseline(x)
     scale, zero = stored.float()
     x.sub_(zero).mul_(scale.reciprocal())
     if refine:
         u = space.take("u", torch.float32, *x.shape)
-        # Back to weights, w ~ (s a) t + (z - s c), and to what bfloat16 keeps of it.
+        # Back to weights, w ~ (s a) t + (z - s c), rounded to bfloat16.
         fit = _refined(x, t, u).mul_(scale)
         torch.sub(zero, fit[1], out=fit[1])
         refined = fit.bfloat16()
@@ -156,7 +156,7 @@ def _round_groups(
         inverse = scale / fit[0]
         offset = (zero - fit[1]).div_(fit[0])
         torch.addcmul(offset, x, inverse, out=u)
-        # A fit to a group of one level is nan, and what is compared with nan is not better.
+        # The fit to a group of one level is nan; comparisons with nan are false.
         better = _squared_error(u, t) < _squared_error(x, t).mul_(inverse).mul_(inverse)
         stored = torch.where(better, refined, stored)
         torch.addcmul(torch.where(better, offset, 0), x, torch.where(better, inverse, 1), out=x)
@@ -165,17 +165,17 @@ def _round_groups(
 
 
 def _baseline(x: torch.Tensor) -> torch.Tensor:
-    """Scales and zero points (2, G, 1, n) of levels from min to max, bfloat16."""
+    """Return scales and zero points (2, G, 1, n) of levels from min to max, bfloat16."""
     low = x.amin(1, keepdim=True)
     out = x.new_empty(2, *low.shape)
-    # A group of one value has next to no scale: its zero point is the value itself.
+    # A group with a single value has the smallest scale, and the value as zero point.
     torch.sub(x.amax(1, keepdim=True), low, out=out[0]).mul_(1 / 15).clamp_min_(_TINY)
     torch.add(low, out[0], alpha=8, out=out[1])
     return out.bfloat16()
 
 
 def _refined(x: torch.Tensor, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """The fit's a and c (2, G, 1, n); t and u are overwritten."""
+    """Return a and c of the fit (2, G, 1, n); t and u are overwritten."""
     part = _START[x.shape[1]]
     minus_mean = x.sum(1, keepdim=True).mul_(-1 / x.shape[1])
     fit = torch.tensor([part, 0.5 - part / 2]).view(2, 1, 1, 1)
@@ -205,11 +205,11 @@ def _least_squares(
 
 
 def _squared_error(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Per group, of rounding x to levels; t is overwritten."""
+    """Squared rounding error of x per group; t is overwritten."""
     return torch.round(x, out=t).clamp_(-8, 7).sub_(x).square_().sum(1, keepdim=True)
 
 
 def _check_finite(scales: torch.Tensor) -> None:
-    """An infinite or undefined weight is one in its group's scale; amax hands nan on."""
+    """Inf and nan weights make the scale of their group inf or nan; amax propagates nan."""
     if scales.numel() and not math.isfinite(scales.amax()):
         raise CheckpointError("expected finite weights, got inf or nan")

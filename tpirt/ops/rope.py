@@ -1,4 +1,4 @@
-"""Rotary position embedding and its scalings, as transformers' ``modeling_rope_utils`` has them.
+"""Rotary position embedding and its scalings, as in transformers' ``modeling_rope_utils``.
 
 Axes: T tokens, D head_dim.
 """
@@ -19,7 +19,7 @@ def inverse_frequencies(config: ModelConfig, length: int) -> torch.Tensor:
 
     Args:
         config: the model.
-        length: sequence length that ``dynamic`` scaling is computed for; others ignore it.
+        length: sequence length for ``dynamic`` scaling; ignored by the others.
     """
     rope, dim = config.rope, config.head_dim
     theta = rope.theta
@@ -67,7 +67,7 @@ class RotaryEmbedding:
     def tables(self, segments: Iterable[Segment]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and signed sin for the segments' rows in order, each (T, D).
 
-        The first half of sin is negated: :func:`rotate` then need not negate what it turns.
+        The first half of sin is negated, so that :func:`rotate` need not negate.
         """
         angles = [self._angles(segment) for segment in segments]
         turn = angles[0] if len(angles) == 1 else torch.cat(angles)

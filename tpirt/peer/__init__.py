@@ -1,1 +1,1 @@
-"""One worker peer's process: listens, serves masters one after another, ends cleanly."""
+"""The process of a worker peer: listens, serves one master at a time, exits cleanly."""

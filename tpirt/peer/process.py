@@ -1,4 +1,4 @@
-"""The body of ``tpirt peer``."""
+"""The implementation of ``tpirt peer``."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from tpirt.printable import printable_line
 from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
 from tpirt.weights.store import SliceStore
 
-_MOST_CONNECTIONS = 512
+_MOST_CONNECTIONS = 1024
 
 
 @dataclass(frozen=True)
 class PeerOptions:
-    """How a worker peer runs; ``until_stdin_closes`` ties its life to its starter's."""
+    """Options of a worker peer; with ``until_stdin_closes`` it ends with its parent."""
 
     host: str
     port: int
@@ -42,9 +42,9 @@ class PeerOptions:
 
 
 async def run_peer(options: PeerOptions) -> None:
-    """Listen and serve until a signal, or the end of standard input, says stop.
+    """Listen and serve until a signal, or until standard input closes.
 
-    Prints one line with the address once it accepts masters, then one line per event.
+    Prints one line with the address once it listens, then one line per event.
 
     Raises:
         TransportError: the address cannot be listened on.
@@ -63,8 +63,8 @@ async def run_peer(options: PeerOptions) -> None:
     print(f"{READY_PREFIX}{host}:{port} (store {options.store.root})", flush=True)
     if not is_loopback(options.host):
         _log(
-            f"warning: whoever reaches {host}:{port} can use this peer, and sees what it "
-            "computes: there is no authentication yet; listen on networks that you trust only"
+            f"warning: anyone who can connect to {host}:{port} can use this peer and see what "
+            "it computes: there is no authentication yet; listen only on networks that you trust"
         )
     try:
         if options.until_stdin_closes:
@@ -87,7 +87,7 @@ def _most_connections() -> int:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether only this machine reaches an address; a name other than localhost is none."""
+    """Whether an address is only reachable from this machine; only localhost among names."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -95,9 +95,9 @@ def is_loopback(host: str) -> bool:
 
 
 def _watch_stdin(stop: asyncio.Event) -> None:
-    """Set ``stop`` when whoever holds the other end of standard input is gone.
+    """Set ``stop`` when the other end of standard input is closed.
 
-    A thread waits for that: an event loop cannot poll every kind of file.
+    Waits in a thread, because an event loop cannot poll every kind of file.
     """
     loop = asyncio.get_running_loop()
 
@@ -105,7 +105,7 @@ def _watch_stdin(stop: asyncio.Event) -> None:
         with contextlib.suppress(OSError):
             while os.read(sys.stdin.fileno(), 4096):
                 pass
-        with contextlib.suppress(RuntimeError):  # the loop is closed by now
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(stop.set)
 
     threading.Thread(target=wait, name="tpirt-stdin", daemon=True).start()

@@ -1,6 +1,6 @@
-"""Planning, pure computation: from peers' profiles and options to a :class:`Deployment`.
+"""Planning: from peers' profiles and options to a :class:`Deployment`.
 
-No input or output, no sockets, no paths.
+Pure computation, without I/O.
 """
 
 from tpirt.planning.deployment import Deployment, RankPlan, plan, plan_model

@@ -1,4 +1,4 @@
-"""The plan of a deployment: which rank holds what, in which form, under which limits."""
+"""The plan of a deployment: shard, weight format and limits of every rank."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _SHARE_OF_FREE_MEMORY = 0.85
 
 @dataclass(frozen=True)
 class RankPlan:
-    """What one rank runs and holds.
+    """The plan of one rank.
 
     Attributes:
-        peer: the process that runs it.
-        budget: how its memory is divided.
-        streaming: which weight blocks stay in memory once it has loaded.
+        peer: its process.
+        budget: its memory budget.
+        streaming: its resident blocks and slots after loading.
     """
 
     peer: PeerProfile
@@ -43,22 +43,22 @@ class RankPlan:
 
     @property
     def shard(self) -> Shard:
-        """Its heads and columns."""
+        """Its heads and MLP columns."""
         return self.budget.shard
 
     @property
     def form(self) -> WeightFormat:
-        """How its weights are kept."""
+        """The format of its weights."""
         return self.budget.form
 
     @property
     def limits(self) -> Limits:
-        """Its bounds."""
+        """Its limits."""
         return self.budget.limits
 
     @property
     def held(self) -> str:
-        """How its weights are held, in words."""
+        """Describe how its weights are held."""
         plan, blocks = self.streaming, len(self.budget.block_bytes)
         if not plan.slots:
             return "resident"
@@ -68,15 +68,15 @@ class RankPlan:
 
 @dataclass(frozen=True)
 class Deployment:
-    """Who runs which shard, in which format, under which limits; made by :func:`plan`.
+    """Shards, weight formats and limits of all ranks; created by :func:`plan`.
 
     Attributes:
         config: the model.
         partition: the shard of every rank.
-        dtype: what weights are kept and multiplied in, and why.
-        ranks: entry ``r`` is rank ``r``'s.
-        chunk_tokens: most tokens of a step.
-        collectives: how partial sums are combined.
+        dtype: of weights and products, and the reason.
+        ranks: the plans of all ranks, by rank.
+        chunk_tokens: maximum tokens of a step.
+        collectives: options for partial sums.
     """
 
     config: ModelConfig
@@ -98,20 +98,20 @@ class Deployment:
 
     @property
     def limits(self) -> tuple[Limits, ...]:
-        """The bounds of every rank."""
+        """The limits of every rank."""
         return tuple(rank.limits for rank in self.ranks)
 
     @property
     def logits_tokens(self) -> int:
-        """How many tokens' logits the master holds at once."""
+        """Maximum tokens whose logits the master computes at once."""
         shard = self.partition.shards[0]
         return logits_tokens(self.config, shard, self.world_size, self.chunk_tokens)
 
     def check_context(self, tokens: int) -> None:
-        """Check that every rank can hold ``tokens`` tokens of prompt and answer.
+        """Check that ``tokens`` tokens of prompt and answer fit on every rank.
 
         Raises:
-            MemoryLimitError: one cannot; names limits with which all can.
+            MemoryLimitError: they do not; the message has sufficient limits.
         """
         short = [rank for rank in self.ranks if not rank.budget.holds(tokens)]
         if not short:
@@ -135,7 +135,7 @@ class Deployment:
         )
 
     def explain(self) -> list[str]:
-        """Say why the plan is as it is, one line per fact."""
+        """Describe the plan and its reasons, one line per fact."""
         lines = [f"prompts in chunks of {self.chunk_tokens} tokens"]
         for rank in self.ranks:
             budget = rank.budget
@@ -161,17 +161,17 @@ def plan(
     *,
     trace_spans: int = 0,
 ) -> Deployment:
-    """Decide which rank holds what.
+    """Plan a deployment.
 
     Args:
         config: the model.
-        peers: the processes, rank ``r`` at ``r``.
-        options: what the user asked for.
-        trace_spans: most spans that each lane of a trace may hold; 0 for no trace.
+        peers: the processes, by rank.
+        options: the user's options.
+        trace_spans: maximum spans per lane of a trace; 0 for no trace.
 
     Raises:
         PlanError: the ratio or the number of peers does not fit the model.
-        MemoryLimitError: a limit is too low; names one that works.
+        MemoryLimitError: a limit is too low; the message has a sufficient one.
     """
     partition = make_plan(config, len(peers), options.ratio)
     dtype = choose_dtype(config, options.dtype, peers)
@@ -207,7 +207,7 @@ def plan(
 def plan_model(
     config: ModelConfig, world_size: int, peer: PeerProfile, options: PlanOptions
 ) -> Deployment:
-    """Plan ``world_size`` ranks like ``peer`` before any of them is there; no memory limits.
+    """Plan ``world_size`` ranks on hypothetical peers like ``peer``, without memory limits.
 
     Raises:
         PlanError: the ratio or the world size does not fit the model.
@@ -218,9 +218,9 @@ def plan_model(
 
 
 def memory_limits(peers: Sequence[PeerProfile], asked: int | None) -> list[int | None]:
-    """Decide each rank's memory limit.
+    """Choose each rank's memory limit.
 
-    It is what was asked for, or else a fair share of what is free on the machine; and never more
+    It is the limit asked for, or else a fair share of the machine's free memory; and never more
     than the peer's own limit. Ranks on one machine share its free memory.
     """
     sharing = Counter(peer.host_id for peer in peers)
@@ -237,7 +237,7 @@ def memory_limits(peers: Sequence[PeerProfile], asked: int | None) -> list[int |
 def _shortage(
     peers: Sequence[PeerProfile], budgets: Sequence[MemoryBudget], asked: int | None
 ) -> MemoryLimitError:
-    """Say which limit is too low, and limits with which every rank loads and has a conversation."""
+    """The error for a limit that is too low, with limits that suffice for a conversation."""
     unlimited = [replace(peer, memory_bytes=None) for peer in peers]
     advice = []
     by_master = _below(budgets, memory_limits(unlimited, asked))
@@ -262,7 +262,7 @@ def _shortage(
 
 
 def _below(budgets: Sequence[MemoryBudget], limits: Sequence[int | None]) -> list[int]:
-    """The ranks that could not load under ``limits``."""
+    """The ranks that cannot load under ``limits``."""
     pairs = enumerate(zip(budgets, limits, strict=True))
     return [
         rank for rank, (budget, limit) in pairs if limit is not None and limit < budget.least_bytes

@@ -1,4 +1,4 @@
-"""Choosing the dtype that weights are kept and multiplied in."""
+"""Choose the dtype of weights and products."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from dataclasses import dataclass
 import torch
 
 from tpirt.config import ModelConfig
+from tpirt.dtypes import RUN_DTYPES
 from tpirt.planning.options import AUTO
 from tpirt.planning.profile import PeerProfile
-from tpirt.sharding.format import DTYPES
 
 
 @dataclass(frozen=True)
 class ChosenDtype:
-    """``float32`` or ``bfloat16``, and why."""
+    """``float32`` or ``bfloat16``, and the reason."""
 
     name: str
     reason: str
 
     @property
     def dtype(self) -> torch.dtype:
-        """torch's own."""
-        return DTYPES[self.name]
+        """The torch dtype."""
+        return RUN_DTYPES[self.name]
 
 
 def choose_dtype(config: ModelConfig, asked: str, peers: Sequence[PeerProfile]) -> ChosenDtype:
-    """Take the dtype that was asked for; for ``auto``, one that suits checkpoint and CPUs."""
+    """Return the requested dtype; for ``auto``, one that suits the checkpoint and all CPUs."""
     if asked != AUTO:
         return ChosenDtype(asked, "as asked")
     if config.dtype == "float32":

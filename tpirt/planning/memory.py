@@ -1,7 +1,7 @@
-"""The memory of one rank, computed from shapes.
+"""Memory use of one rank, computed from shapes.
 
-:class:`MemoryBudget` is the only memory arithmetic in the program: the plan that is displayed, the
-blocks that a rank keeps resident, the chunk size and the advice in error messages all come from it.
+All memory arithmetic is in :class:`MemoryBudget`: the displayed plan, the resident blocks of a
+rank, the chunk size and the advice in error messages.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from tpirt.weights.layout import file_bytes
 from tpirt.weights.reader import buffer_bytes
 from tpirt.weights.streamer import StreamPlan, least_budget, plan_streaming
 
-_CHUNKS = (512, 256, 128, 64, 32, 16)  # tokens of a step that are chosen from
+_CHUNKS = (512, 256, 128, 64, 32, 16)  # candidates for the tokens of a step
 
-# Resident memory of a process that holds nothing of a model: Python, torch, gRPC (measured).
+# Resident memory of a process without a model: Python, torch, gRPC (measured).
 PROCESS_BYTES = 270 << 20
 
-# What a running process takes beyond what is counted: allocator slack, thread stacks, gRPC.
-SLACK_BYTES = 32 << 20
+# Memory of a running process that no other part accounts for: allocator slack, stacks, gRPC.
+SLACK_BYTES = 48 << 20
 
-# Advice on limits leaves room for a conversation of this many tokens, or of the whole context.
+# Advised limits suffice for a conversation of this many tokens, or the whole context if less.
 ADVISED_CONTEXT = 2048
 
 
 def activation_bytes(config: ModelConfig, shard: Shard, world_size: int, tokens: int) -> int:
-    """Most bytes that a step of ``tokens`` tokens takes on one rank, frames on links included."""
+    """Peak bytes of a step of ``tokens`` tokens on one rank, including frames on links."""
     hidden = 4 * tokens * config.hidden_size
     heads = shard.q_heads.size + 2 * shard.kv_heads.size
     qkv = 4 * tokens * heads * config.head_dim
@@ -46,34 +46,34 @@ def activation_bytes(config: ModelConfig, shard: Shard, world_size: int, tokens:
 
 
 def logits_tokens(config: ModelConfig, shard: Shard, world_size: int, tokens: int) -> int:
-    """How many tokens' logits rank 0 can hold in the memory of a step of ``tokens`` tokens.
+    """Number of tokens whose logits fit on rank 0 in the memory of a step of ``tokens`` tokens.
 
-    Each token takes two rows of the vocabulary in float32: its logits and one intermediate result.
+    Each token needs two rows of the vocabulary in float32: logits and one intermediate result.
     """
     room = activation_bytes(config, shard, world_size, tokens)
     return max(1, min(tokens, room // (8 * config.vocab_size)))
 
 
 def kv_bytes(config: ModelConfig, shard: Shard, dtype: torch.dtype, tokens: int) -> int:
-    """Bytes of the keys and values of ``tokens`` positions on one rank."""
+    """Bytes of keys and values of ``tokens`` positions on one rank."""
     per_layer = 2 * shard.kv_heads.size * config.head_dim * dtype.itemsize
     return config.num_hidden_layers * per_layer * tokens
 
 
 def format_limit(nbytes: int) -> str:
-    """Write a memory limit as ``--memory`` takes it, rounded up to whole MiB."""
+    """Format a memory limit for ``--memory``, rounded up to whole MiB."""
     return f"{-(-nbytes >> 20)}M"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of one rank; None means no bound.
+    """Limits of one rank; None means unlimited.
 
     Attributes:
-        window_blocks: most weight blocks in memory.
-        memory_bytes: most resident memory of the rank's whole process.
-        chunk_tokens: most tokens of one step.
-        trace_spans: most spans in each lane of a trace; 0 for no trace.
+        window_blocks: maximum weight blocks in memory.
+        memory_bytes: maximum resident memory of the rank's process.
+        chunk_tokens: maximum tokens of one step.
+        trace_spans: maximum spans per lane of a trace; 0 for no trace.
     """
 
     window_blocks: int | None
@@ -84,15 +84,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """How one rank divides its memory limit: process, step, keys and values, weights.
+    """Divides the memory limit of one rank into process, step, KV cache and weights.
 
     Attributes:
         config: the model.
-        shard: the rank's part of it.
+        shard: the rank's shard.
         world_size: number of ranks.
-        form: how the rank keeps its weights.
-        block_bytes: memory of each weight block, in the order of use.
-        base_bytes: resident memory of the process before it holds anything of a model.
+        form: the format of its weights.
+        block_bytes: memory of each weight block, in order of use.
+        base_bytes: resident memory of the process without a model.
         limits: the rank's limits.
     """
 
@@ -114,7 +114,7 @@ class MemoryBudget:
         base_bytes: int,
         limits: Limits,
     ) -> MemoryBudget:
-        """Make the budget of one rank; its block sizes follow from the shapes."""
+        """Create the budget of one rank; block sizes follow from the shapes."""
         blocks = rank_blocks(config, shard, form)
         sizes = tuple(buffer_bytes(file_bytes(block)) for block in blocks)
         return cls(config, shard, world_size, form, sizes, base_bytes, limits)
@@ -126,11 +126,11 @@ class MemoryBudget:
 
     @property
     def process_bytes(self) -> int:
-        """The part of the process itself."""
+        """The part of the process without a model."""
         return self.base_bytes + SLACK_BYTES
 
     def step_bytes(self, tokens: int | None = None) -> int:
-        """The part of a step of ``tokens`` tokens; of the longest step when absent.
+        """The part of a step of ``tokens`` tokens; by default of the longest step.
 
         Token counts are rounded up to powers of two, so that the streaming plan rarely changes.
         """
@@ -139,9 +139,9 @@ class MemoryBudget:
         return activation_bytes(self.config, self.shard, self.world_size, tokens)
 
     def kv_bytes(self, tokens: int) -> int:
-        """An upper bound of the part of the keys and values of ``tokens`` positions.
+        """An upper bound of the part of the KV cache for ``tokens`` positions.
 
-        The store grows by a quarter of its size at a time, and copies one layer while it grows.
+        The KV store grows by a quarter at a time, and copies layer by layer.
         """
         tokens = round_up(tokens + tokens // 4, 64)
         cache = kv_bytes(self.config, self.shard, self.form.dtype, tokens)
@@ -150,7 +150,7 @@ class MemoryBudget:
     def left_for_weights(self, tokens: int | None = None, kv_bytes: int = 0) -> int | None:
         """The part of the weights during a step of ``tokens`` tokens; None without a limit.
 
-        Negative if even the other parts do not fit.
+        Negative if the other parts do not fit.
         """
         limit = self.limits.memory_bytes
         if limit is None:
@@ -158,7 +158,7 @@ class MemoryBudget:
         return limit - self.process_bytes - self.step_bytes(tokens) - kv_bytes
 
     def streaming(self) -> StreamPlan:
-        """The plan that a rank starts with: no keys and values yet, room for the longest step.
+        """The initial plan of a rank: an empty KV cache, and room for the longest step.
 
         Raises:
             MemoryLimitError: two blocks do not fit.
@@ -167,31 +167,31 @@ class MemoryBudget:
 
     @property
     def least_bytes(self) -> int:
-        """The lowest memory limit under which the rank loads."""
+        """The lowest memory limit with which the rank loads."""
         return self._least_bytes(self.limits.chunk_tokens, 0)
 
     def holds(self, context: int) -> bool:
-        """Whether ``context`` tokens can fit at all; the cache may need more while it grows."""
+        """Whether ``context`` tokens can fit; the cache may need more while it grows."""
         kv = kv_bytes(self.config, self.shard, self.form.dtype, context)
         left = self.left_for_weights(1, kv)
         return left is None or left >= least_budget(self.block_bytes, self.limits.window_blocks)
 
     @property
     def shortage(self) -> str:
-        """Why the rank cannot load, where its memory limit is below :attr:`least_bytes`."""
+        """Describe why the rank cannot load with a limit below :attr:`least_bytes`."""
         limit = self.limits.memory_bytes or 0
         weights = least_budget(self.block_bytes, self.limits.window_blocks)
         return (
-            f"its memory limit of {format_bytes(limit)} is too low: the process takes "
+            f"its memory limit of {format_bytes(limit)} is too low: the process needs "
             f"{format_bytes(self.process_bytes)}, a step of {self.limits.chunk_tokens} tokens "
             f"{format_bytes(self.step_bytes())}, two weight blocks {format_bytes(weights)}"
         )
 
     def chunk_tokens(self) -> int:
-        """Choose the longest step that takes at most a quarter of the memory limit.
+        """Choose the longest step that needs at most a quarter of the memory limit.
 
-        Each chunk of a prompt streams the weights once, so longer is better; the memory of a chunk
-        is used by the weights again while tokens are decoded.
+        Each chunk of a prompt streams the weights once, so longer is better. During decoding, the
+        memory of a chunk is used for weights.
         """
         limit = self.limits.memory_bytes
         fitting = (c for c in _CHUNKS if limit is None or self._chosen_from(c) <= limit)
@@ -200,9 +200,9 @@ class MemoryBudget:
     def advised_bytes(self, context: int = 0) -> int:
         """A memory limit that works for ``context`` tokens of prompt and answer, in whole MiB.
 
-        So does every higher one. A higher limit can bring longer steps, which take more memory
-        themselves: those that it brings are accounted for. The least context is
-        ``ADVISED_CONTEXT``, or all that the model has.
+        Every higher limit works, too: a higher limit can select longer steps, which need more
+        memory, and these are accounted for. ``context`` is at least ``ADVISED_CONTEXT``, or the
+        model's context length.
         """
         kv = self.kv_bytes(max(context, self._advised_context))
         possible = (c for c in _CHUNKS if self._chosen_from(c) < self._least_bytes(c, kv))
@@ -214,12 +214,12 @@ class MemoryBudget:
         return min(ADVISED_CONTEXT, self.config.context_length)
 
     def _chosen_from(self, chunk: int) -> int:
-        """The memory limit from which on steps of ``chunk`` tokens are chosen."""
+        """The lowest memory limit with which steps of ``chunk`` tokens are chosen."""
         step = activation_bytes(self.config, self.shard, self.world_size, chunk)
         return max(4 * step, self._least_bytes(chunk, self.kv_bytes(self._advised_context)))
 
     def _least_bytes(self, chunk: int, kv_bytes: int) -> int:
-        """The lowest memory limit under which steps of ``chunk`` tokens work."""
+        """The lowest memory limit with which steps of ``chunk`` tokens work."""
         step = activation_bytes(self.config, self.shard, self.world_size, chunk)
         weights = least_budget(self.block_bytes, self.limits.window_blocks)
         return self.process_bytes + step + kv_bytes + weights

@@ -1,4 +1,4 @@
-"""What a user can ask of a deployment."""
+"""The options of a deployment."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from tpirt.batch import Algorithm, CommDtype
+from tpirt.dtypes import RUN_DTYPES
 from tpirt.errors import ConfigError, MemoryLimitError
 from tpirt.ops.quant import QuantSpec
-from tpirt.sharding.format import DTYPES
 from tpirt.weights.streamer import MIN_SLOTS
 
 AUTO = "auto"
@@ -18,14 +18,14 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class CollectiveOptions:
-    """How partial sums are combined; None leaves it to us."""
+    """How partial sums are combined; None means automatic."""
 
     algorithm: Algorithm | None = None
     comm_dtype: CommDtype | None = None
 
     @classmethod
     def parse(cls, collective: str, comm_dtype: str) -> CollectiveOptions:
-        """Read the values of ``--collective`` and ``--comm-dtype``.
+        """Parse ``--collective`` and ``--comm-dtype``.
 
         Raises:
             ConfigError: an unknown value.
@@ -42,7 +42,7 @@ class CollectiveOptions:
             raise ConfigError(f"comm_dtype {comm_dtype!r}: expected one of {names}") from None
 
     def comm_dtype_for(self, dtype: torch.dtype) -> CommDtype:
-        """The form of sums where products are of ``dtype``: no finer than they are."""
+        """The comm dtype of partial sums in ``dtype``; by default ``dtype`` itself."""
         if self.comm_dtype is not None:
             return self.comm_dtype
         return CommDtype.keeping(dtype)
@@ -50,21 +50,21 @@ class CollectiveOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """The options that decide who holds what; validated when made.
+    """The options of a deployment; validated on construction.
 
     Attributes:
-        ratio: relative share of each rank, the master first; even when absent.
-        window: most weight blocks in memory per rank, at least 2.
-        memory_bytes: most resident memory of each rank's process; a share of what is free when
-            absent.
+        ratio: relative share of each rank, the master first; by default even.
+        window: maximum weight blocks in memory per rank, at least 2.
+        memory_bytes: maximum resident memory of each rank's process; by default a share of the
+            free memory.
         dtype: ``auto``, ``float32`` or ``bfloat16``.
-        quantize: ``none``, ``int8``, ``int4`` or ``int4:GROUP`` with 32, 64 or 128: how the
-            projections are stored; the LM head is kept in 8 bits at least.
-        collective: how partial sums are combined: ``star``, ``one-shot``, ``two-shot``, or
-            ``auto``, which decides by measured links.
-        comm_dtype: dtype of the sums between ranks: ``float32``, ``bfloat16``, ``int8``, or
+        quantize: quantization of the projections: ``none``, ``int8``, ``int4`` or ``int4:GROUP``
+            with 32, 64 or 128. The LM head has at least 8 bits.
+        collective: all-reduce algorithm: ``star``, ``one-shot``, ``two-shot``, or ``auto``, which
+            depends on measured links.
+        comm_dtype: dtype of partial sums between ranks: ``float32``, ``bfloat16``, ``int8``, or
             ``auto``: float32 for a float32 run, else bfloat16.
-        chunk_tokens: most tokens of a prefill step; chosen by the memory limits when absent.
+        chunk_tokens: maximum tokens of a prefill step; by default it follows from memory limits.
 
     Raises:
         ConfigError: an option has an invalid value.
@@ -89,17 +89,17 @@ class PlanOptions:
         check_range("window", self.window, 2**31 - 1)
         check_range("memory_bytes", self.memory_bytes, 2**63 - 1)
         check_range("chunk_tokens", self.chunk_tokens, 2**31 - 1)
-        if self.dtype not in (AUTO, *DTYPES):
+        if self.dtype not in (AUTO, *RUN_DTYPES):
             raise ConfigError(f"dtype {self.dtype!r}: expected auto, float32 or bfloat16")
         QuantSpec.parse(self.quantize)
         CollectiveOptions.parse(self.collective, self.comm_dtype)
 
 
 def check_range(name: str, value: int | None, most: int) -> None:
-    """Check that an option is absent or from 1 to ``most``.
+    """Check that an option is None or from 1 to ``most``.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: it is not.
     """
     if value is not None and not 1 <= value <= most:
         raise ConfigError(f"{name}: expected a number from 1 to {most}, got {value}")

@@ -1,4 +1,4 @@
-"""What the planner knows of each peer."""
+"""The properties of a peer that planning depends on."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from tpirt.planning.memory import PROCESS_BYTES
 
 @dataclass(frozen=True)
 class PeerProfile:
-    """One rank's process and machine, as it described itself.
+    """A rank's process and machine, as reported by the peer.
 
     Attributes:
         rank: its rank; 0 is the master.
         peer_id: its name in messages.
-        host_id: equal for processes that share one machine's memory and cores.
-        memory_bytes: its own memory limit; None without one.
-        available_bytes: memory that its process can hold in all; None if unknown.
+        host_id: equal for processes on the same machine.
+        memory_bytes: its own memory limit; None for no limit.
+        available_bytes: total memory that its process can use; None if unknown.
         threads: compute threads.
         cores: cores of the machine.
-        bfloat16: whether its CPU multiplies bfloat16 natively.
-        int4_layout: the order in which its 4-bit kernel expects the codes.
-        base_bytes: resident memory of its process before it holds anything of a model.
+        bfloat16: whether its CPU has native bfloat16 products.
+        int4_layout: the order of codes for its 4-bit kernel.
+        base_bytes: resident memory of its process without a model.
     """
 
     rank: int

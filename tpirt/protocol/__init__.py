@@ -1,1 +1,1 @@
-"""What peers say to each other: messages, tensors' frames, links. It alone imports protobuf."""
+"""Messages, tensors and links between peers. The only package that imports protobuf."""

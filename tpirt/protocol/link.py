@@ -1,11 +1,11 @@
-"""A link to another rank: the only reader of its channel, and the judge of whether it lives.
+"""A link to another rank: the only reader of its channel, which also decides whether it is alive.
 
-A link always reads. What comes is a tensor of the step at hand, a message, a reply, or a heartbeat;
-tensors of steps that are over are dropped. So no sender waits for a reader that has left a step,
-and nobody but the link ever reads from a channel.
+A link always reads. A frame is a tensor of the current step, a message, a reply or a heartbeat;
+tensors of past steps are dropped. So a sender never waits for a reader that has left a step, and
+only the link reads from a channel.
 
-A peer counts as lost when nothing at all has come from it for ``timeout_s``. Both sides send
-heartbeats, and bytes of a large frame count while they arrive: slow is not dead, silent is.
+A peer is lost if nothing has come from it for ``timeout_s``. Both sides send heartbeats, and bytes
+of a large frame count while they arrive, so a slow peer is not lost.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from tpirt.transport.base import Channel
 from tpirt.transport.frame import Frame, Header, Kind
 
 HEARTBEAT_S = 2.0
-PARTS = 2  # a step has one or two micro-batches
-_REMEMBERED = 1024  # steps that were given up: what is left of older ones has long been read
-_MOST_UNSENT = 64  # replies and messages that the other side has not read yet
-_MOST_AHEAD = 4  # frames of a part that nobody has asked for yet: collectives run in lockstep
+PARTS = 2  # micro-batches of a step, at most
+_REMEMBERED = 1024  # aborted steps; all tensors of older ones have been read
+_MOST_UNSENT = 64  # replies and messages that are not sent yet
+_MOST_AHEAD = 4  # unexpected frames per part: collectives run in lockstep
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +39,13 @@ class Incoming:
 
 
 class Handler(Protocol):
-    """Gets what a link does not settle by itself; called on the event loop, must not block."""
+    """Receives what the link does not handle itself; on the event loop, must not block."""
 
     def on_message(self, link: Link, incoming: Incoming) -> None:
         """Take a message or a request. A TransportError raised here breaks the link."""
 
     def on_lost(self, link: Link, exc: TpirtError) -> None:
-        """The other side is gone, silent, or sent something invalid. Called once."""
+        """The other side is gone, silent, or sent an invalid frame. Called once."""
 
 
 @dataclass(slots=True)
@@ -58,13 +58,13 @@ class Link:
     """One rank's connection to another.
 
     Attributes:
-        rank: the other side's.
-        channel: what carries the frames; nobody else reads it.
-        lost: why the link is gone; None while it lives.
+        rank: rank of the other side.
+        channel: carries the frames; only the link reads it.
+        lost: why the link is lost; None if it is not.
     """
 
     def __init__(self, channel: Channel, rank: int, timeout_s: float, handler: Handler):
-        """Take a channel over; :meth:`start` begins to read."""
+        """Take over a channel; :meth:`start` begins to read."""
         self.rank = rank
         self.channel = channel
         self.lost: TpirtError | None = None
@@ -88,7 +88,7 @@ class Link:
 
     @property
     def peer_id(self) -> str:
-        """Name of the other side, for messages."""
+        """Name of the other side, for error messages."""
         return self.channel.peer_id
 
     def silence(self, timeout_s: float) -> None:
@@ -108,19 +108,19 @@ class Link:
     # -- steps -----------------------------------------------------------------------------
 
     def begin(self, step: int, parts: int) -> None:
-        """Expect tensors of ``step``; what is left of older steps is dropped."""
+        """Expect tensors of ``step``; drop those of older steps."""
         follows = step == self._step + 1
         self._step, self._parts, self._reason = step, parts, None
         self._inbox, self._ahead = (self._ahead if follows else _queues()), _queues()
         self._newest = [_newest(queue) for queue in self._inbox]
 
     def skip(self, step: int) -> None:
-        """Take note of a step that was given up before it came here."""
+        """Record a step that was aborted before it arrived."""
         self.begin(step, 0)
         self._given_up.append(step)
 
     def end(self, *, completed: bool) -> None:
-        """Expect no further tensor of the step at hand; drop what comes if it was given up."""
+        """End the current step; its tensors are dropped from now on if it was aborted."""
         self._parts = 0
         if not completed:
             self._given_up.append(self._step)
@@ -128,27 +128,27 @@ class Link:
             inbox.clear()
 
     def wake(self, reason: Exception) -> None:
-        """Have everyone who waits for a tensor of the step at hand raise ``reason``."""
+        """Raise ``reason`` in all calls that wait for a tensor of the current step."""
         self._reason = reason
         self._fail_waiters(reason)
 
     async def expect(self, part: int, head: bytes) -> memoryview | bytes:
         """Wait for the tensor whose frame begins with ``head``; returns its payload.
 
-        A cancelled call leaves the link as it was; the tensor is then the next call's.
+        A cancelled call does not change the link; the next call gets the tensor.
 
         Raises:
             PeerLostError: the other side is gone or silent.
-            TransportError: something else came; the link is broken.
+            TransportError: another frame came; the link is broken.
             Exception: the reason given to :meth:`wake` since the step began.
         """
         inbox = self._inbox[part]
         if not inbox:
-            self.channel.poll()  # which may bring the news that the step is given up
+            self.channel.poll()  # which may abort the step
         if self._reason is not None:
             raise self._reason
         if inbox:
-            await asyncio.sleep(0)  # a rank that finds everything there must not starve the loop
+            await asyncio.sleep(0)  # a rank that never waits must not starve the loop
             if self._reason is not None:
                 raise self._reason
             frame = inbox.popleft()
@@ -174,7 +174,7 @@ class Link:
     # -- messages --------------------------------------------------------------------------
 
     async def send(self, frame: Frame) -> None:
-        """Send a frame, in order. Cancelled, the frame still goes out whole.
+        """Send a frame, in order. If cancelled, the frame is still sent whole.
 
         Raises:
             PeerLostError, TransportError: the link is gone.
@@ -193,7 +193,7 @@ class Link:
     async def request(self, body: object, payload: memoryview | bytes = b"") -> Incoming:
         """Send a request and wait for its reply; any number at a time, in any order.
 
-        Cancelled, the request still goes out whole, and its reply is ignored when it comes.
+        If cancelled, the whole request is still sent, and its reply is ignored.
 
         Raises:
             PeerLostError, TransportError: the link is gone.
@@ -219,7 +219,7 @@ class Link:
         await self.send(message_frame(Kind.REPLY, body, payload, to.id))
 
     def reply(self, to: Incoming, body: object, payload: memoryview | bytes = b"") -> None:
-        """Answer a request; the answer goes out in the background.
+        """Answer a request in the background.
 
         Raises:
             TransportError: the other side asks for more than it reads.
@@ -233,13 +233,13 @@ class Link:
         self._spawn(self._post(message_frame(Kind.MESSAGE, body)))
 
     def give_up(self, exc: TpirtError) -> None:
-        """End the link for a reason of this side's own."""
+        """Break the link for a reason on this side."""
         self._broken(exc)
 
     async def aclose(self) -> None:
-        """Close the channel; everyone who waits raises PeerLostError. Safe to call twice.
+        """Close the channel; waiting calls raise PeerLostError. Idempotent.
 
-        Cancelled, the link is lost all the same, and another call closes the channel.
+        If cancelled, the link is lost all the same; another call closes the channel.
         """
         self._stop()
         if self.lost is None:
@@ -301,7 +301,7 @@ class Link:
                 )
 
     def _take_tensor(self, header: Header, frame: Frame) -> None:
-        """Keep a tensor that nobody waits for yet, or drop what is left of an older step."""
+        """Keep a tensor that is not expected yet, or drop one of an older step."""
         part, order = header.seq % PARTS, _order(header)
         if header.step in self._given_up:
             return
@@ -337,7 +337,7 @@ class Link:
     # -- life ------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        """Note whether anything came, and let the other side hear something."""
+        """Check for silence, and send a heartbeat if nothing else was sent."""
         self.channel.poll()  # after a pause of ours the timer may come before what has arrived
         if self.lost is not None:
             return
@@ -369,7 +369,7 @@ class Link:
             self._timer = None
 
     def _broken(self, exc: TpirtError) -> TpirtError:
-        """Give the link up; returns the error that counts, which is the first."""
+        """Break the link; returns the first error."""
         if self.lost is not None:
             return self.lost
         self.lost = self._named(exc)
@@ -380,7 +380,7 @@ class Link:
         return exc
 
     def _named(self, exc: TpirtError) -> TpirtError:
-        """Say in a lost peer's error which rank it was: channels know no ranks."""
+        """Add the rank to a lost peer's error: channels do not know ranks."""
         if isinstance(exc, PeerLostError):
             exc.rank, exc.peer_id = self.rank, self.peer_id
         return exc
@@ -415,7 +415,7 @@ def message_frame(
     dtype: int = 0,
     shape: tuple[int, int] = (0, 0),
 ) -> Frame:
-    """Make the frame of a message; ``dtype`` and ``shape`` describe a tensor that goes with it."""
+    """Make the frame of a message; ``dtype`` and ``shape`` describe a tensor in the payload."""
     message = encode(body)
     header = Header(kind, dtype, step, number, *shape, len(message), len(payload))
     return Frame(header.pack(), message, payload)
@@ -429,7 +429,7 @@ def _queues() -> list[deque[Frame]]:
 
 
 def _order(header: Header) -> int:
-    """Where a tensor comes in its part of a step: must increase from one to the next."""
+    """Where a tensor comes in its part of a step; increases from one to the next."""
     return 2 * header.seq + (header.kind == Kind.REDUCED)
 
 

@@ -209,7 +209,7 @@ class MeasureLink:
 
 @dataclass(frozen=True)
 class LinkQuality:
-    """What a link is good for.
+    """The quality of a link.
 
     Attributes:
         latency_s: one way for a small message, our own work on it included.

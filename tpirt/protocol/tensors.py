@@ -1,7 +1,7 @@
 """Tensors on the wire: the frame that carries one, and its payload in float32, bfloat16 or int8.
 
-Every rank must add the same numbers, so a sender goes on with what the others read of its tensor:
-:func:`encode` returns both.
+Every rank must add the same numbers, so a sender continues with its tensor as the receivers decode
+it: :func:`encode` returns both.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _BY_NUMBER = {number: dtype for dtype, number in _NUMBERS.items()}
 def tensor_head(
     kind: Kind, step: int, seq: int, dtype: CommDtype, shape: torch.Size | tuple[int, ...]
 ) -> bytes:
-    """The header of a tensor's frame: the receiver compares it with what it expects.
+    """The header of a tensor's frame; the receiver compares it with the expected one.
 
     Args:
         kind: PARTIAL or REDUCED.
         step: number of the step.
         seq: number of the collective within the step.
-        dtype: form of the payload.
+        dtype: comm dtype of the payload.
         shape: (rows, columns), or (elements,) for a share of a flattened tensor.
     """
     rows, columns = (1, *shape) if len(shape) == 1 else shape
@@ -38,12 +38,12 @@ def tensor_head(
 
 
 def dtype_number(dtype: CommDtype) -> int:
-    """A form's number in a frame's header."""
+    """The number of a comm dtype in headers."""
     return _NUMBERS[dtype]
 
 
 def hidden_dtype(number: int) -> CommDtype:
-    """The form of hidden states that a header's number stands for.
+    """The comm dtype of hidden states by its number in a header.
 
     Raises:
         TransportError: neither float32 nor bfloat16.
@@ -55,7 +55,7 @@ def hidden_dtype(number: int) -> CommDtype:
 
 
 def rounded(tensor: torch.Tensor, dtype: CommDtype) -> torch.Tensor:
-    """A tensor as the readers of its payload will have it; in float32 itself."""
+    """Round a tensor to what its receivers decode; the identity for float32."""
     return tensor if dtype is CommDtype.FLOAT32 else encode(tensor, dtype)[1]
 
 
@@ -63,9 +63,8 @@ def encode(tensor: torch.Tensor, dtype: CommDtype) -> tuple[memoryview, torch.Te
     """Serialise a contiguous tensor, float32 or bfloat16.
 
     Returns:
-        The payload, and the tensor as its readers will have it, the same shape: in bfloat16 that
-        dtype, else float32. It is the given one where nothing had to be done; the payload then
-        shares its memory.
+        The payload, and the tensor as its receivers decode it, of the same shape, in bfloat16 or
+        float32. Without a conversion it is the given tensor, and the payload shares its memory.
     """
     if dtype is not CommDtype.INT8:
         form = tensor.to(dtype.torch_dtype)
@@ -81,11 +80,11 @@ def encode(tensor: torch.Tensor, dtype: CommDtype) -> tuple[memoryview, torch.Te
 def decode(
     payload: memoryview | bytes, dtype: CommDtype, shape: torch.Size | tuple[int, ...]
 ) -> torch.Tensor:
-    """Read a payload of :func:`encode`: a tensor of the caller's own.
+    """Decode a payload of :func:`encode` to a tensor that the caller owns.
 
     Returns:
-        bfloat16 for a bfloat16 payload, else float32. The payload's memory becomes the tensor's
-        where it is writable.
+        bfloat16 for a bfloat16 payload, else float32. It shares the payload's memory if that is
+        writable.
 
     Raises:
         TransportError: the payload's length is not that of the shape.

@@ -1,1 +1,1 @@
-"""Who holds what: partition arithmetic and the one statement of how each weight is split."""
+"""Partition arithmetic, and the tables that define how each weight is split."""

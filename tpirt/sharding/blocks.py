@@ -1,12 +1,12 @@
-"""How each weight is split, stated once, as data.
+"""Tables of how each weight is split, and the blocks that follow from them.
 
-Slicing, loading, block files and memory estimates all read the two tables below. A *stored* tensor
-is what a rank keeps on disk and in memory: one or several checkpoint tensors, sliced and laid one
-after another along their rows, so that projections of the same input are one matrix product.
+Slicing, loading, block files and memory estimates read the two tables below. A *stored* tensor is
+kept by a rank on disk and in memory: one or several checkpoint tensors, sliced and concatenated
+along their rows, so that projections of the same input are one matrix product.
 
-The window's unit is the *block*: one layer's attention, a piece of one layer's MLP (some of its
-columns: pieces add up as ranks do), or a piece of the LM head (rank 0 only). Small blocks leave
-more of a memory limit to what stays, and still are long sequential reads.
+The unit of streaming is the *block*: one layer's attention, a piece of one layer's MLP (some of
+its columns; pieces add up like ranks), or a piece of the LM head (rank 0 only). With small blocks,
+more weights stay resident under a memory limit; reads are still long and sequential.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout, local_regions
 from tpirt.sharding.format import WeightFormat
 from tpirt.sharding.partition import Shard, Span
 
-# Pieces of the MLP have about this size, rounded to whole ``_PIECE_COLUMNS``. Half of it was no
-# faster streamed, and slower resident: every piece is two more matrix products.
-_PIECE_BYTES = 16 << 20
+# Size of an MLP piece, before rounding to whole ``_PIECE_COLUMNS``. Half of it was not faster
+# streamed, and slower resident, because every piece is two more matrix products.
+_MLP_PIECE_BYTES = 16 << 20
 
-# Blocks of the LM head begin at multiples of this many rows, where their size allows: every plan
-# then cuts it at places that other plans can use.
+# Blocks of the LM head begin at multiples of this many rows if their size allows, so that plans
+# can share units of it.
 HEAD_ROWS = 64
 
-# Pieces begin at multiples of this many columns: whole groups of 4-bit codes, whole vectors.
+# MLP pieces begin at multiples of this many columns: whole groups of 4-bit codes, whole vectors.
 _PIECE_COLUMNS = 128
 
 
 class Split(Enum):
-    """Which part of a weight ``(out_features, in_features)`` a rank holds."""
+    """The part of a weight ``(out_features, in_features)`` on a rank."""
 
     Q_ROWS = "colwise by query head"
     KV_ROWS = "colwise by KV head"
@@ -61,7 +61,7 @@ def _always(_: ModelConfig) -> bool:
 
 @dataclass(frozen=True)
 class Rule:
-    """A stored tensor: its name, the checkpoint tensors it is made of, how they are split."""
+    """A stored tensor: its name, and its checkpoint tensors with their splits."""
 
     name: str
     parts: tuple[tuple[str, Split], ...]
@@ -102,7 +102,7 @@ MLP = (
     Rule("down_proj.bias", ((f"{_DOWN}.bias", Split.FIRST_RANK),), lambda c: c.mlp_bias),
 )
 
-# What a further piece of an MLP holds: its columns; norm and row-parallel bias are the first's.
+# Later pieces of an MLP: only columns. The first piece has the norm and the row-parallel bias.
 MLP_FURTHER = tuple(rule for rule in MLP if rule.parts[0][1] in (Split.MLP_ROWS, Split.MLP_COLUMNS))
 
 
@@ -121,13 +121,13 @@ class Piece:
 
     @property
     def stops(self) -> tuple[int, ...]:
-        """Where it ends, per axis: what its tensor's shape is at least."""
+        """Its end per axis, a lower bound of the tensor's shape."""
         return (self.rows.stop,) if self.columns is None else (self.rows.stop, self.columns.stop)
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a block as a rank stores it; ``dtype`` is that of what is not quantized."""
+    """One tensor of a block as stored; ``dtype`` applies if it is not quantized."""
 
     name: str
     shape: tuple[int, ...]
@@ -138,29 +138,29 @@ class StoredTensor:
 
     @property
     def regions(self) -> tuple[Region, ...]:
-        """Where its bytes lie, from its own beginning: one region, or codes and scales."""
+        """Its regions, relative to its start: one region, or codes and scales."""
         if not isinstance(self.quant, Scheme):
             return (Region(self.name, self.dtype, self.shape),)
-        rows, inputs = self.shape
-        parts = local_regions(self.quant, rows, inputs, self.layout)
+        out_features, in_features = self.shape
+        parts = local_regions(self.quant, out_features, in_features, self.layout)
         return tuple(replace(part, name=f"{self.name}.{part.name}") for part in parts)
 
     @property
     def nbytes(self) -> int:
-        """Bytes it takes."""
+        """Size in bytes."""
         return self.regions[-1].end
 
 
 @dataclass(frozen=True)
 class Block:
-    """The unit that the window loads and gives up, with what it holds on one rank."""
+    """The unit of streaming: some tensors of one rank."""
 
     name: str
     tensors: tuple[StoredTensor, ...]
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """Where each tensor begins: multiples of 64, so that no kernel meets an unaligned row."""
+        """Start of each tensor, a multiple of 64, so that every row is aligned for the kernels."""
         offsets, end = [], 0
         for tensor in self.tensors:
             offsets.append(round_up(end, ALIGN))
@@ -174,10 +174,10 @@ class Block:
 
 
 def rank_blocks(config: ModelConfig, shard: Shard, form: WeightFormat) -> tuple[Block, ...]:
-    """List the blocks of one rank in the order in which a step uses them.
+    """List the blocks of one rank in order of use.
 
-    Every layer is its attention and then its MLP, in as many pieces as :func:`mlp_pieces` names;
-    on rank 0 the LM head's pieces follow. Norm weights are float32, all else is as ``form`` says.
+    Every layer is its attention and then its MLP in the pieces of :func:`mlp_pieces`; on rank 0
+    the LM head's pieces follow. Norm weights are float32, all others are in ``form``.
     """
     blocks = layer_blocks(config, shard, form)
     if shard.first:
@@ -186,7 +186,7 @@ def rank_blocks(config: ModelConfig, shard: Shard, form: WeightFormat) -> tuple[
 
 
 def layer_blocks(config: ModelConfig, shard: Shard, form: WeightFormat) -> tuple[Block, ...]:
-    """List the blocks of the decoder layers alone; see :func:`rank_blocks`."""
+    """List the blocks of the decoder layers only; see :func:`rank_blocks`."""
     pieces = mlp_pieces(config, shard, form)
     names = ["mlp"] if len(pieces) == 1 else [f"mlp.{i}" for i in range(len(pieces))]
     blocks: list[Block] = []
@@ -201,11 +201,11 @@ def layer_blocks(config: ModelConfig, shard: Shard, form: WeightFormat) -> tuple
 
 
 def mlp_pieces(config: ModelConfig, shard: Shard, form: WeightFormat) -> tuple[Span, ...]:
-    """Cut a rank's MLP columns into the pieces that are its blocks, even to within 128 columns."""
+    """Split a rank's MLP columns into pieces, one per block, equal to within 128 columns."""
     bits = form.quant.bits or 8 * form.dtype.itemsize
     nbytes = 3 * config.hidden_size * shard.columns.size * bits / 8
     units = shard.columns.size // _PIECE_COLUMNS
-    count = max(1, min(units, math.ceil(nbytes / _PIECE_BYTES)))
+    count = max(1, min(units, math.ceil(nbytes / _MLP_PIECE_BYTES)))
     start, stop = shard.columns
     cuts = [start + units * i // count * _PIECE_COLUMNS for i in range(count)] + [stop]
     return tuple(Span(low, high) for low, high in pairwise(cuts))
@@ -249,7 +249,7 @@ def _piece(config: ModelConfig, shard: Shard, source: str, split: Split) -> Piec
 
 
 def _whole(config: ModelConfig, source: str) -> tuple[Span, Span]:
-    """Rows and columns of the part that is not split, from the tensor's role."""
+    """Rows and columns of a tensor along the axes that are not split."""
     if source.endswith(("q_norm.weight", "k_norm.weight")):
         return Span(0, config.head_dim), Span(0, 0)
     return Span(0, config.hidden_size), Span(0, config.hidden_size)

@@ -1,4 +1,4 @@
-"""How a rank keeps and multiplies its weights."""
+"""The format of a rank's weights."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ from dataclasses import dataclass
 
 import torch
 
+from tpirt.dtypes import RUN_DTYPES, dtype_name
 from tpirt.errors import ConfigError
 from tpirt.ops.quant import AS_THEY_ARE, Int8, QuantSpec
 from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """The form of a slice's weights.
+    """The format of a slice's weights.
 
     Attributes:
-        dtype: of what is not quantized, of the KV cache and of attention.
-        quant: how the projections are stored.
-        layout: where a 4-bit kernel of the rank's CPU wants the codes.
+        dtype: of unquantized weights, the KV cache and attention.
+        quant: of the projections.
+        layout: the order of 4-bit codes for the rank's CPU.
     """
 
     dtype: torch.dtype
@@ -29,23 +28,23 @@ class WeightFormat:
 
     @property
     def head_quant(self) -> QuantSpec:
-        """How the LM head is stored: in 8 bits at least, because every token depends on it."""
+        """Quantization of the LM head: at least 8 bits, because it decides every token."""
         return AS_THEY_ARE if self.quant == AS_THEY_ARE else Int8()
 
     @property
     def names(self) -> tuple[str, str, str]:
-        """dtype, quantization and layout as a manifest has them; no layout without 4-bit codes."""
+        """dtype, quantization and layout as in manifests; no layout without 4-bit codes."""
         layout = self.layout.name if self.quant.uses_layout else ""
-        return str(self.dtype).removeprefix("torch."), str(self.quant), layout
+        return dtype_name(self.dtype), str(self.quant), layout
 
     @classmethod
     def named(cls, dtype: str, quantize: str, layout: str) -> WeightFormat:
-        """The format that :attr:`names` is of.
+        """The format with these :attr:`names`.
 
         Raises:
-            ConfigError: a name that this version does not know.
+            ConfigError: an unknown name.
         """
         known = Layout.named(layout) if layout else PORTABLE_LAYOUT
-        if dtype not in DTYPES or known is None:
-            raise ConfigError(f"weights in {dtype} {quantize} {layout}: not a format known here")
-        return cls(DTYPES[dtype], QuantSpec.parse(quantize), known)
+        if dtype not in RUN_DTYPES or known is None:
+            raise ConfigError(f"weights in {dtype} {quantize} {layout}: unknown format")
+        return cls(RUN_DTYPES[dtype], QuantSpec.parse(quantize), known)

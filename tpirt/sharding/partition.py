@@ -21,15 +21,15 @@ class Span(NamedTuple):
         return self.stop - self.start
 
     def scaled(self, unit: int) -> Span:
-        """The same range counted in elements, ``unit`` of them each."""
+        """The same range in elements, ``unit`` for each of ours."""
         return Span(self.start * unit, self.stop * unit)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What one rank computes: its heads and columns.
+    """The part of the model on one rank: its heads and MLP columns.
 
-    ``first`` marks rank 0, which alone adds the row-parallel biases and holds the LM head.
+    ``first`` marks rank 0, which also adds the row-parallel biases and has the LM head.
     """
 
     q_heads: Span
@@ -42,7 +42,7 @@ class Shard:
 class Plan:
     """The shards of all ranks, by rank; together they cover the model exactly once.
 
-    ``ratio`` is what was asked for, None for an even split.
+    ``ratio`` is the requested ratio, None for an even split.
     """
 
     shards: tuple[Shard, ...]
@@ -56,9 +56,9 @@ class Plan:
 def apportion(total: int, weights: Sequence[float], minimum: int = 1) -> list[int]:
     """Split ``total`` units in proportion to ``weights``, at least ``minimum`` each.
 
-    Largest remainder; ties go to the lower rank, so the result is deterministic.
+    Uses the largest remainder method; ties go to the lower rank, so the result is deterministic.
     """
-    largest = max(weights)  # dividing by it, no sum or quotient of extreme weights overflows
+    largest = max(weights)  # normalised, so that extreme weights do not overflow
     shares = [weight / largest for weight in weights]
     quotas = [total * share / sum(shares) for share in shares]
     counts = [max(minimum, int(quota)) for quota in quotas]
@@ -74,14 +74,14 @@ def apportion(total: int, weights: Sequence[float], minimum: int = 1) -> list[in
 def make_plan(config: ModelConfig, world_size: int, ratio: Sequence[float] | None = None) -> Plan:
     """Decide each rank's heads and MLP columns.
 
-    KV-head groups (a KV head with its query heads) are dealt out whole while there are at least
-    as many as ranks. With more ranks than KV heads, query heads are dealt out one by one and each
-    rank holds a copy of the KV heads that its query heads read.
+    If there are at least as many KV heads as ranks, a KV head and its query heads stay on one
+    rank. With more ranks than KV heads, query heads are distributed one by one, and each rank has
+    a copy of the KV heads that its query heads read.
 
     Args:
         config: the model.
         world_size: number of ranks, 1 to ``num_attention_heads``.
-        ratio: relative amount of work per rank; even when absent.
+        ratio: relative amount of work per rank; None for an even split.
 
     Raises:
         PlanError: the world size or the ratio does not fit the model.
@@ -131,8 +131,8 @@ def _split_heads(config: ModelConfig, weights: Sequence[float]) -> list[Span]:
 
 
 def _column_unit(columns: int, world_size: int) -> int:
-    # Aligned slices keep matrix kernels on their fast path, but never at the price of balance:
-    # every rank gets at least eight units.
+    # Aligned columns keep matrix kernels on their fast path. Every rank gets at least eight units,
+    # so that the split stays balanced.
     for unit in (128, 64, 32, 16, 8):
         if columns % unit == 0 and columns // unit >= 8 * world_size:
             return unit

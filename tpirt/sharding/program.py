@@ -1,4 +1,4 @@
-"""The order in which a step uses a rank's blocks."""
+"""The order of a rank's blocks in a step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tpirt.sharding.blocks import Block
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer: indices of its blocks. The pieces of an MLP add up."""
+    """Block indices of one decoder layer. The outputs of MLP pieces are summed."""
 
     attention: int
     mlp: tuple[int, ...]
@@ -18,14 +18,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Program:
-    """What a step runs: layers, then on rank 0 the pieces of the LM head, as block indices."""
+    """Block indices of a step: layers, then on rank 0 the pieces of the LM head."""
 
     layers: tuple[Layer, ...]
     head: tuple[int, ...]
 
     @classmethod
     def of(cls, blocks: Iterable[Block]) -> Program:
-        """Read the program off the names of one rank's blocks, which are in the order of use."""
+        """Derive the program from the names of a rank's blocks in order of use."""
         layers: list[Layer] = []
         head: list[int] = []
         for index, block in enumerate(blocks):

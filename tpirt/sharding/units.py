@@ -1,8 +1,8 @@
-"""Units: the parts of a block that stay the same when a model is split another way.
+"""Units: the parts of a block that do not depend on the plan.
 
-A block depends on the plan, a unit does not: it is a rectangle of one checkpoint tensor, cut at
-fixed places. Two slices of one model in one format hold the same bytes for units of the same key,
-so another plan needs only the units that no slice at hand contains.
+A unit is a rectangle of one checkpoint tensor, cut at fixed places. Slices of one model in one
+format have equal bytes for units with equal keys, so a new plan needs only the units that no
+stored slice contains.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from tpirt.sharding.blocks import HEAD_ROWS, Block, Piece, Split, StoredTensor
 from tpirt.sharding.partition import Span
 
 _COLUMNS = (128, 64, 32, 16, 8)
-_MIN_UNITS = 32  # of an MLP, where its size allows
+_MIN_UNITS = 32  # of an MLP, if its size allows
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A rectangle of a checkpoint tensor, and its place in a block.
+    """A rectangle of a checkpoint tensor, and its position in a block.
 
     Attributes:
-        key: source tensor and rectangle. Equal keys mean equal bytes among slices of one model
-            in one dtype and quantization.
-        tensor: index of the block's tensor that holds it.
-        rows: rows of that tensor.
-        columns: columns of that tensor; None in a vector.
+        key: source tensor and rectangle. In slices of one model in one dtype and quantization,
+            equal keys mean equal bytes.
+        tensor: index of its tensor in the block.
+        rows: its rows in that tensor.
+        columns: its columns in that tensor; None for a vector.
     """
 
     key: str
@@ -50,7 +50,7 @@ class Unit:
 
 
 def block_units(config: ModelConfig, block: Block) -> tuple[Unit, ...]:
-    """List a block's units, tensor by tensor, in the order of their rows or columns.
+    """List a block's units by tensor, in the order of their rows or columns.
 
     Matrices are cut along the axis that plans split, at multiples of an attention head, of
     128 MLP columns (fewer in small models), or of 64 rows of the LM head. Vectors are one unit.
@@ -66,13 +66,13 @@ def block_units(config: ModelConfig, block: Block) -> tuple[Unit, ...]:
 
 
 def unit_columns(config: ModelConfig) -> int:
-    """How many MLP columns make a unit: follows from the model alone, not from the plan."""
+    """MLP columns per unit; depends on the model only, not on the plan."""
     size = config.intermediate_size
     return next((c for c in _COLUMNS if size % c == 0 and size // c >= _MIN_UNITS), _COLUMNS[-1])
 
 
 def most_units(config: ModelConfig) -> int:
-    """An upper bound of the units of all ranks together, from sizes alone."""
+    """An upper bound of the number of units of all ranks, from sizes only."""
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
     columns = 3 * (config.intermediate_size // unit_columns(config) + 1)
     extra = 16 + config.intermediate_size // 128  # vectors and the ends of blocks
@@ -109,7 +109,7 @@ def _step(config: ModelConfig, split: Split) -> int:
 
 
 def _cut(span: Span, step: int) -> Iterator[Span]:
-    """Cut a span at the multiples of ``step`` that lie inside it."""
+    """Cut a span at the multiples of ``step`` inside it."""
     start = span.start
     while start < span.stop:
         stop = min((start // step + 1) * step, span.stop) if step else span.stop

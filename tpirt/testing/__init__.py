@@ -1,4 +1,4 @@
-"""Test tools: tiny models, a tensor-parallel group within one process, a faulty channel.
+"""Test tools: tiny models, tensor-parallel groups in one process, faulty channels.
 
-Nothing in tpirt imports this room.
+Nothing in tpirt imports this package.
 """

@@ -1,4 +1,4 @@
-"""A tensor-parallel group within one process: real workers and engine, channels in memory."""
+"""A tensor-parallel group in one process: real workers and engine, channels in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tpirt.transport.memory import memory_pair
 from tpirt.types import ProgressCallback, ignore_progress
 from tpirt.weights.store import SliceStore
 
-# Gets a worker's rank and one end of its session; returns what is used in its place.
+# Gets a worker's rank and one end of its session; returns the channel to use instead.
 ChannelHook = Callable[[int, Channel], Channel]
 
 TIMEOUT_S = 20.0
@@ -26,19 +26,19 @@ _DEFAULTS: dict[str, Any] = {"dtype": "float32", "threads": 1, "timeout_s": TIME
 
 
 def same_channel(_: int, channel: Channel) -> Channel:
-    """The hook that changes nothing."""
+    """A hook that changes nothing."""
     return channel
 
 
 class MemoryPeerClient:
-    """See :class:`tpirt.transport.base.PeerClient`: leads to a service in this process.
+    """A :class:`tpirt.transport.base.PeerClient` of a service in this process.
 
-    Frames pass through pipes of ``capacity`` bytes, as if they had crossed a network. A session
-    runs as a task; an error of our tree ends its channel, as it would end the RPC. Any other error
-    is a bug and raised by :meth:`aclose`.
+    Frames pass through pipes of ``capacity`` bytes. A session runs as a task; a TpirtError closes
+    its channel, as it ends the RPC of a real session. Other errors are bugs; :meth:`aclose` raises
+    them.
 
     Attributes:
-        session_errors: the errors of our tree that ended sessions, oldest first.
+        session_errors: the TpirtErrors that ended sessions, oldest first.
     """
 
     def __init__(
@@ -121,21 +121,23 @@ async def memory_engine(
     *,
     progress: ProgressCallback = ignore_progress,
     on_plan: PlanCallback | None = None,
+    capacity: int | None = None,
     master_side: ChannelHook = same_channel,
     worker_side: ChannelHook = same_channel,
     **options: Any,
 ) -> AsyncIterator[Engine]:
-    """Load a model over ``world_size`` ranks in this process; see :meth:`Engine.connect`.
+    """Load a model on ``world_size`` ranks in this process; see :meth:`Engine.connect`.
 
     Args:
         path: model directory.
         world_size: number of ranks.
         progress, on_plan: see :meth:`Engine.connect`.
-        master_side: changes the master's end of each worker's session, such as into a
+        capacity: bytes that each direction of a channel buffers; by default unbounded.
+        master_side: wraps the master's end of each worker's session, for example in a
             :class:`~tpirt.testing.faults.FaultyChannel`.
-        worker_side: likewise the worker's end.
-        options: of :class:`EngineOptions`. The dtype is float32, one thread computes, and the
-            slices of all ranks are in a temporary ``store``, unless given.
+        worker_side: wraps the worker's end.
+        options: of :class:`EngineOptions`. Defaults are float32, one thread, and a temporary
+            ``store`` for all ranks.
     """
     with ExitStack() as stack:
         if "store" not in options:
@@ -145,14 +147,21 @@ async def memory_engine(
         workers: dict[str, Worker] = {}
 
         def connect(address: str) -> MemoryPeerClient:
-            return MemoryPeerClient(workers[address], int(address.partition(":")[2]))
+            rank = int(address.partition(":")[2])
+            return MemoryPeerClient(workers[address], rank, capacity=capacity)
 
         clients = []
         for rank in range(1, world_size):
             worker = Worker(f"rank{rank}", store, None, chosen.threads or 1, _log_nothing, connect)
             workers[f"memory:{rank}"] = worker
             clients.append(
-                MemoryPeerClient(worker, rank, master_side=master_side, worker_side=worker_side)
+                MemoryPeerClient(
+                    worker,
+                    rank,
+                    capacity=capacity,
+                    master_side=master_side,
+                    worker_side=worker_side,
+                )
             )
         async with Engine.connect(
             path, chosen, peers=clients, progress=progress, on_plan=on_plan

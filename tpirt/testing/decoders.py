@@ -1,4 +1,4 @@
-"""The decoders of all ranks in one process, summed without any transport."""
+"""The decoders of all ranks in one process, without a transport."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ _Key = tuple[int, int, int]  # step, micro-batch (-1 for the last sum), number w
 
 
 class Exchange:
-    """Where the ranks of one process leave their partials and pick up sums."""
+    """Exchanges partials between the ranks of one process."""
 
     def __init__(self, world_size: int):
         self.world_size = world_size
         self._given: dict[_Key, dict[int, torch.Tensor]] = {}
         self._waiting: dict[_Key, list[asyncio.Future[dict[int, torch.Tensor]]]] = {}
 
-    async def meet(
+    async def gather(
         self, step: StepContext, key: _Key, rank: int, value: torch.Tensor
     ) -> dict[int, torch.Tensor]:
-        """Give a tensor and wait for everybody's; raises the reason if ``step`` is aborted."""
+        """Contribute a tensor and wait for all; raises the reason if ``step`` is aborted."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[dict[int, torch.Tensor]] = loop.create_future()
         given = self._given.setdefault(key, {})
@@ -64,7 +64,7 @@ class ExchangeCommunicator:
     """See :class:`tpirt.collectives.base.Communicator`; adds in rank order, in float32.
 
     Attributes:
-        calls: what was called so far, as pairs of a name and a micro-batch, in order.
+        calls: calls so far, as pairs of a name and a micro-batch, in order.
     """
 
     def __init__(self, rank: int, exchange: Exchange):
@@ -77,25 +77,25 @@ class ExchangeCommunicator:
     async def broadcast(self, step: StepContext, part: int, rows: torch.Tensor) -> None:
         """See :class:`tpirt.collectives.base.Communicator`."""
         self.calls.append(("broadcast", part))
-        rows.copy_((await self._meet(step, part, rows))[0])
+        rows.copy_((await self._gather(step, part, rows))[0])
 
     async def all_reduce(self, step: StepContext, part: int, partial: torch.Tensor) -> torch.Tensor:
         """See :class:`tpirt.collectives.base.Communicator`."""
         self.calls.append(("all_reduce", part))
-        return _total(await self._meet(step, part, partial))
+        return _total(await self._gather(step, part, partial))
 
     async def reduce(self, step: StepContext, partial: torch.Tensor) -> torch.Tensor | None:
         """See :class:`tpirt.collectives.base.Communicator`."""
         self.calls.append(("reduce", -1))
-        total = _total(await self._meet(step, -1, partial))
+        total = _total(await self._gather(step, -1, partial))
         return None if self.rank else total
 
-    async def _meet(
+    async def _gather(
         self, step: StepContext, part: int, value: torch.Tensor
     ) -> dict[int, torch.Tensor]:
         number = self._numbers[step.number, part]
         self._numbers[step.number, part] += 1
-        return await self._exchange.meet(step, (step.number, part, number), self.rank, value)
+        return await self._exchange.gather(step, (step.number, part, number), self.rank, value)
 
 
 def _total(values: dict[int, torch.Tensor]) -> torch.Tensor:
@@ -107,7 +107,7 @@ def _total(values: dict[int, torch.Tensor]) -> torch.Tensor:
 
 @dataclass
 class DecoderRank:
-    """One rank's decoder, streamer and communicator."""
+    """The decoder of one rank and its dependencies."""
 
     decoder: Decoder
     streamer: WeightStreamer
@@ -134,16 +134,16 @@ class DecoderGroup:
     def contexts(
         self, segments: Sequence[Segment], *, micro_batches: bool = False
     ) -> list[StepContext]:
-        """Make the next step, as each rank has it."""
+        """Create the next step, one context per rank."""
         number = next(self._steps)
         batch = Batch(tuple(segments), collective=Collective(micro_batches=micro_batches))
         return [StepContext(number, batch) for _ in self.ranks]
 
     async def run(self, ids: Sequence[int], steps: Sequence[StepContext]) -> torch.Tensor:
-        """Run a step on all ranks; returns the wanted rows of the last layer's output."""
+        """Run a step on all ranks; returns the wanted rows after all layers."""
         rows = self.embed(ids)
         inputs = [rows.clone() for _ in self.ranks]
-        if steps[0].batch.collective.micro_batches:  # the others have them from rank 0
+        if steps[0].batch.collective.micro_batches:  # the others receive them from rank 0
             inputs = [rows, *(torch.full_like(rows, torch.nan) for _ in self.ranks[1:])]
         runs = (
             rank.decoder.forward(hidden, step)
@@ -174,7 +174,7 @@ async def decoder_group(
     window: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> AsyncIterator[DecoderGroup]:
-    """Cut a model directory into slices and load a decoder for every rank."""
+    """Split a model directory into slices and load a decoder for every rank."""
     config = ModelConfig.from_dir(path)
     plan = make_plan(config, world_size, ratio)
     exchange = Exchange(world_size)

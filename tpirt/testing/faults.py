@@ -1,4 +1,4 @@
-"""A channel that misbehaves, by choice: dead, silent, slow, lying."""
+"""A channel with faults: lost, silent, slow, or sending invalid frames."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from tpirt.transport.frame import Frame, Header, Kind
 
 
 class Fault(Enum):
-    """What goes wrong with one frame that is sent; all but the first two happen once."""
+    """A fault of one sent frame; all but the first two happen once."""
 
-    DROP = "the connection ends instead of the frame"
-    SILENCE = "the frame and all after it are swallowed; the connection stays"
+    DROP = "the connection closes instead of sending the frame"
+    SILENCE = "the frame and all later ones are dropped; the connection stays open"
     DELAY = "the frame comes late"
     TRUNCATE = "the payload is half as long as the tensor"
     DUPLICATE = "the frame comes twice"
     REORDER = "the frame comes after the next one"
-    WRONG_DTYPE = "a tensor's header names another dtype"
+    WRONG_DTYPE = "a tensor's header has another dtype"
     WRONG_SHAPE = "a tensor's header has another shape of the same size"
     WRONG_SIZE = "header and payload agree on one row too many"
-    WRONG_STEP = "a tensor or step claims to be of a later step"
-    OLD_STEP = "a tensor or step claims to be of the step before"
-    WRONG_SEQ = "a tensor's header claims another collective"
+    WRONG_STEP = "a tensor or step has the number of a later step"
+    OLD_STEP = "a tensor or step has the number of the previous step"
+    WRONG_SEQ = "a tensor's header has the number of another collective"
     GARBAGE = "the frame's header is random bytes"
 
 
 def frame_kind(frame: Frame) -> str:
-    """What a frame is: ``partial``, ``reduced``, ``step``, ``heartbeat``, or a message's name."""
+    """Kind of a frame: ``partial``, ``reduced``, ``step``, ``heartbeat``, or a message's name."""
     kind = Kind(frame.header.kind)
     if kind in (Kind.MESSAGE, Kind.REQUEST, Kind.REPLY):
         body = decode(frame.message, "test")
@@ -40,9 +40,9 @@ def frame_kind(frame: Frame) -> str:
 
 
 class FaultyChannel:
-    """Wraps a :class:`~tpirt.transport.base.Channel`; what it *sends* goes wrong.
+    """Wraps a :class:`~tpirt.transport.base.Channel` with a fault in a frame that it *sends*.
 
-    To have what an end receives go wrong, wrap the other end.
+    For a fault in received frames, wrap the other end.
 
     Attributes:
         fired: set once the fault has happened.
@@ -61,10 +61,10 @@ class FaultyChannel:
 
         Args:
             inner: the channel.
-            fault: what goes wrong.
-            after: how many frames go through before; the next one is hit. Heartbeats do not count.
-            kind: count and hit frames of this kind only (see :func:`frame_kind`).
-            delay_s: how late, for ``DELAY``.
+            fault: the fault.
+            after: number of frames before the faulty one, without heartbeats.
+            kind: only consider frames of this kind (see :func:`frame_kind`).
+            delay_s: delay for ``DELAY``.
         """
         self.fired = asyncio.Event()
         self._inner = inner
@@ -112,7 +112,7 @@ class FaultyChannel:
         self._inner.poll()
 
     def send_nowait(self, frame: Frame) -> bool:
-        """See :class:`tpirt.transport.base.Channel`: heartbeats, swallowed by a silent channel."""
+        """See :class:`tpirt.transport.base.Channel`: heartbeats, dropped by a silent channel."""
         if self.fired.is_set() and self._fault is Fault.SILENCE:
             return True
         return self._inner.send_nowait(frame)
@@ -163,10 +163,10 @@ class FaultyChannel:
 
 
 def spoil(frame: Frame, fault: Fault) -> Frame:
-    """Return a copy of ``frame`` that lies in the way of ``fault``.
+    """Return a copy of ``frame`` with ``fault``.
 
     Raises:
-        ValueError: the fault is none of a frame's content.
+        ValueError: the fault is not one of a frame's content.
     """
     header, payload = frame.header, bytes(frame.payload)
     row = len(payload) // max(1, header.rows)

@@ -1,8 +1,8 @@
-"""Python processes that start in milliseconds: forks of one that has imported tpirt already.
+"""Python processes that start in milliseconds: forks of a server that has imported tpirt.
 
-A cold start of ``python -m tpirt`` spends a second of CPU time on importing torch and gRPC. The
-server pays that once. Its forks are ordinary processes: children of the caller with signals, exit
-codes, standard streams and an environment of their own.
+A cold start of ``python -m tpirt`` needs a second of CPU time to import torch and gRPC; the server
+does it once. Its forks are ordinary processes: children of the caller with their own signals, exit
+codes, standard streams and environment.
 
 Forking is safe because the server only imports: it runs one thread, and no event loop, thread pool
 or gRPC core has been started in it.
@@ -49,7 +49,7 @@ class ForkServer:
     """
 
     def __init__(self) -> None:
-        """Start it; it serves once it has imported everything."""
+        """Start the server; it accepts requests after its imports."""
         ours, theirs = socket.socketpair()
         root = str(Path(tpirt.__file__).parents[1])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
@@ -75,18 +75,18 @@ class ForkServer:
         new_session: bool = False,
         terminal: bool = False,
     ) -> int:
-        """Start a child of this process that does what ``python ARGUMENTS`` does.
+        """Start a child of this process that runs ``python ARGUMENTS``.
 
         Args:
             arguments: ``-m MODULE ...`` or ``-c CODE ...``.
-            streams: the descriptors of its standard input, output and error.
-            env: its environment; absent, this process's.
-            cwd: its folder; absent, this process's.
-            new_session: whether it leads a session of its own.
+            streams: descriptors of its standard input, output and error.
+            env: its environment; by default this process's.
+            cwd: its folder; by default this process's.
+            new_session: whether it starts a new session.
             terminal: whether its standard input becomes its controlling terminal.
 
         Returns:
-            Its process id, once its signal handlers are in place.
+            Its process id, after its signal handlers are set.
         """
         request = {
             "arguments": list(arguments),
@@ -106,7 +106,7 @@ class ForkServer:
         return pid
 
     def close(self) -> None:
-        """End the server; what it has forked stays."""
+        """End the server; its forks keep running."""
         self._socket.close()
         self._process.wait()
 
@@ -119,8 +119,8 @@ class ForkedProcess(subprocess.Popen[Any]):
         super().__init__([sys.executable, *arguments], **options)
 
     def _execute_child(self, *args: Any) -> None:
-        # The one step of Popen that differs. It has no public seam; its parameters have been the
-        # same since Python 3.11.
+        # The only step of Popen that differs. It is not public; its parameters have not changed
+        # since Python 3.11.
         given = _EXECUTE.bind(self, *args).arguments
         pipes = ("p2cread", "c2pwrite", "errwrite")
         streams = [fd if (fd := given[name]) != -1 else i for i, name in enumerate(pipes)]
@@ -138,7 +138,7 @@ class ForkedProcess(subprocess.Popen[Any]):
 
 @contextlib.contextmanager
 def _adopting_orphans() -> Iterator[None]:
-    """Become the parent of descendants whose parent ends meanwhile: the server's forks."""
+    """Become the parent of orphaned descendants within the block: the server's forks."""
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     if prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl")
@@ -160,7 +160,7 @@ def _serve(connection: socket.socket) -> None:
     threads = len(os.listdir("/proc/self/task"))
     if threads > 1:
         sys.exit(f"fork server: importing tpirt started {threads - 1} threads: forks would break")
-    gc.freeze()  # pages of what is imported stay shared
+    gc.freeze()  # keeps pages of imported modules shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests
     while True:
         header, streams, _, _ = socket.recv_fds(connection, _HEADER.size, 3)
@@ -175,7 +175,7 @@ def _serve(connection: socket.socket) -> None:
 
 
 def _fork_orphan(request: dict[str, Any], streams: list[int]) -> int:
-    """Fork twice and end the one in between, so that the caller becomes the parent."""
+    """Fork twice and end the process in between, so that the caller becomes the parent."""
     reading, writing = os.pipe()
     between = os.fork()
     if not between:
@@ -192,7 +192,7 @@ def _fork_orphan(request: dict[str, Any], streams: list[int]) -> int:
 
 
 def _become(request: dict[str, Any], streams: list[int], ready: int) -> NoReturn:
-    """Turn a fork of the server into the process that was asked for."""
+    """Turn a fork of the server into the requested process."""
     gc.unfreeze()
     if request["new_session"]:
         os.setsid()
@@ -221,14 +221,14 @@ def _become(request: dict[str, Any], streams: list[int], ready: int) -> NoReturn
 
 
 def _text_stream(number: int, old: TextIO) -> TextIO:
-    """Open a standard stream again: it may have become a terminal, or none."""
+    """Reopen a standard stream, which can be a terminal or not."""
     raw = open(number, "wb" if number else "rb", closefd=False)  # noqa: SIM115
     buffered = number == 2 or raw.isatty()
     return TextIOWrapper(raw, old.encoding, old.errors, line_buffering=buffered)
 
 
 def _exit_code(arguments: list[str]) -> int:
-    """Do what was asked for; returns the exit code, or a signal's negative number."""
+    """Run the request; returns the exit code, or the negative number of a signal."""
     try:
         _run(arguments)
     except SystemExit as exc:
@@ -246,7 +246,7 @@ def _exit_code(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> None:
-    """Do what ``python ARGUMENTS`` does."""
+    """Run ``python ARGUMENTS``."""
     option, what, *rest = arguments
     sys.argv = [option, *rest]
     match option:

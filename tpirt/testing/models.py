@@ -1,4 +1,4 @@
-"""Tiny random model directories of every family, complete with a byte-level tokenizer."""
+"""Tiny random model directories of every family, with a byte-level tokenizer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from tpirt.config import ModelConfig
+from tpirt.dtypes import dtype_name
 from tpirt.weights.names import expected_tensors
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-EOS_IDS = (256, 258)  # <|endoftext|> and <|im_end|>, behind the 256 bytes
-VOCAB_SIZE = 264  # of the models: more than the tokenizer's 259, as real ones are padded
+EOS_IDS = (256, 258)  # <|endoftext|> and <|im_end|>, after the 256 bytes
+VOCAB_SIZE = 264  # of the models: more than the tokenizer's 259, like padded real ones
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -56,8 +57,8 @@ _FAMILIES: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
-# Standard deviation of the logits. The best two of 264 are then apart by about one: rounding does
-# not change which is the greedy one.
+# Standard deviation of the logits. The best two of 264 then differ by about one, so rounding does
+# not change the greedy token.
 _LOGIT_SCALE = 4.0
 
 
@@ -71,29 +72,29 @@ def make_model(
     template: str | None = CHATML,
     **config_overrides: Any,
 ) -> Path:
-    """Write a complete model directory of random weights; a second or less.
+    """Write a complete model directory of random weights, in at most a second.
 
     Greedy answers do not end by themselves: end tokens have the logit 0.
 
     Args:
-        path: the directory, made if it is not there.
+        path: the directory, created if missing.
         family: ``llama``, ``mistral``, ``qwen2`` or ``qwen3``.
         seed: of the weights; the same seed and sizes give the same bytes.
         dtype: of the checkpoint.
-        shards: number of weight files; with more than one there is an index.
-        template: chat template; None for a model without one.
+        shards: number of weight files; more than one have an index.
+        template: chat template; None for no template.
         config_overrides: entries of ``config.json`` to change or add.
 
     Returns:
         ``path``.
 
     Raises:
-        ConfigError: the overrides make no model.
+        ConfigError: invalid overrides.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     config = {**_SIZES, **_FAMILIES[family], "model_type": family, **config_overrides}
-    config["dtype"] = str(dtype).removeprefix("torch.")
+    config["dtype"] = dtype_name(dtype)
     _write_json(path / "config.json", config)
     _write_json(path / "generation_config.json", {"eos_token_id": list(EOS_IDS)})
     make_tokenizer(path, template)
@@ -126,7 +127,7 @@ def make_tokenizer(path: Path, template: str | None = CHATML) -> Path:
 
 
 def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Draw a checkpoint's float32 tensors such that every part of the model affects the logits."""
+    """Draw a checkpoint's float32 tensors, scaled so that every part affects the logits."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in expected_tensors(config).items():

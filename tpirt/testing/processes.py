@@ -1,4 +1,4 @@
-"""Real processes: worker peers and command lines, and proof that nothing of them is left."""
+"""Real processes: worker peers and command lines, and checks that all of them have ended."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tpirt.cluster.launcher import READY_PREFIX
 from tpirt.testing.forkserver import ForkedProcess, ForkServer
 
 DEADLINE_S = 30.0
-COLD_STARTS = "TPIRT_COLD_STARTS"  # set: every process is a cold start, as a user's is
+COLD_STARTS = "TPIRT_COLD_STARTS"  # if set, every process is a cold start, as for users
 
 
 @functools.cache
 def fork_server() -> ForkServer | None:
-    """This process's fork server, started by its first use; None for cold starts."""
+    """This process's fork server, started on first use; None for cold starts."""
     if sys.platform != "linux" or os.environ.get(COLD_STARTS):
         return None
     server = ForkServer()
@@ -35,7 +35,7 @@ def fork_server() -> ForkServer | None:
 
 
 def start_python(*arguments: str, **options: Any) -> subprocess.Popen[Any]:
-    """Start ``python -m MODULE ...`` or ``python -c CODE ...``, warm where that is possible.
+    """Start ``python -m MODULE ...`` or ``python -c CODE ...``, by a fork server if possible.
 
     Args:
         options: ``stdin``, ``stdout``, ``stderr``, ``text``, ``env``, ``cwd`` and
@@ -48,10 +48,10 @@ def start_python(*arguments: str, **options: Any) -> subprocess.Popen[Any]:
 
 
 def run_python(*arguments: str, timeout_s: float = DEADLINE_S, **options: Any) -> Any:
-    """Run one to its end, as ``subprocess.run`` with its output captured does.
+    """Run Python and capture its output, like ``subprocess.run``.
 
     Args:
-        options: those of :func:`start_python`, and ``input``.
+        options: of :func:`start_python`, and ``input``.
     """
     data = options.pop("input", None)
     stdin = subprocess.DEVNULL if data is None else subprocess.PIPE
@@ -62,7 +62,7 @@ def run_python(*arguments: str, timeout_s: float = DEADLINE_S, **options: Any) -
 
 
 class PeerProcess:
-    """A ``tpirt peer`` of its own on loopback, as a user starts one; a context manager.
+    """A ``tpirt peer`` process on loopback; a context manager.
 
     Attributes:
         pid: its process id.
@@ -70,7 +70,7 @@ class PeerProcess:
     """
 
     def __init__(self, store: Path, *options: str):
-        """Start it; it listens once :attr:`address` has returned."""
+        """Start it; it listens after :attr:`address` has returned."""
         self.store = store
         store.mkdir(parents=True, exist_ok=True)
         self._log = store.parent / f"{store.name}.log"
@@ -87,7 +87,7 @@ class PeerProcess:
 
     @property
     def address(self) -> str:
-        """Where it listens, ``host:port``."""
+        """Its address, ``host:port``."""
         if not self._address:
             assert self._process.stdout is not None
             line = self._process.stdout.readline()
@@ -102,12 +102,12 @@ class PeerProcess:
 
     @property
     def log(self) -> str:
-        """What it has written to standard error."""
+        """Its output on standard error."""
         return self._log.read_text(encoding="utf-8")
 
     @property
     def alive(self) -> bool:
-        """Whether it runs."""
+        """Whether it is running."""
         return self._process.poll() is None
 
     def signal(self, number: signal.Signals) -> None:
@@ -115,7 +115,7 @@ class PeerProcess:
         self._process.send_signal(number)
 
     def end(self) -> int:
-        """Kill it if it still runs; returns its exit code."""
+        """Kill it if it is running; returns its exit code."""
         if self.alive:
             self._process.kill()
         code = self._process.wait(DEADLINE_S)
@@ -156,7 +156,7 @@ def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @contextlib.contextmanager
 def killed_at_exit(process: subprocess.Popen[Any]) -> Iterator[subprocess.Popen[Any]]:
-    """Kill the process on leaving, whatever happened."""
+    """Kill the process on exit."""
     with process:
         try:
             yield process
@@ -167,10 +167,9 @@ def killed_at_exit(process: subprocess.Popen[Any]) -> Iterator[subprocess.Popen[
 def descendants(
     pid: int | None = None, where: Callable[[psutil.Process], bool] = lambda _: True
 ) -> list[psutil.Process]:
-    """The processes started by ``pid`` (this one when absent) that run, at any depth.
+    """The running descendants of ``pid`` (by default of this process) that satisfy ``where``.
 
-    Of those, the ones that ``where`` is true of; one that ends while it is asked does not count,
-    nor does this process's fork server.
+    Without processes that end meanwhile, and without this process's fork server.
     """
     server = fork_server.cache_info().currsize and fork_server()
     found = []
@@ -183,7 +182,7 @@ def descendants(
 
 
 def survivors(processes: Sequence[psutil.Process], timeout_s: float = 10.0) -> list[psutil.Process]:
-    """Wait for processes to end; returns those that have not."""
+    """Wait for processes to end; returns those still running."""
     _, alive = psutil.wait_procs(processes, timeout=timeout_s)
     return list(alive)
 
@@ -194,7 +193,7 @@ def wait_for(
     """Poll until ``condition`` holds.
 
     Raises:
-        AssertionError: it did not within ``timeout_s``.
+        AssertionError: it does not within ``timeout_s``.
     """
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -1,4 +1,4 @@
-"""Ranks within one process: link sets over channels of any transport."""
+"""Ranks in one process: link sets over channels of any transport."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Hook = Callable[[int, int, Channel], Channel]  # rank, other rank, its end of th
 
 
 class Inbox:
-    """A link's handler that keeps what comes."""
+    """A handler that keeps a link's messages."""
 
     def __init__(self) -> None:
         self.messages: asyncio.Queue[Incoming] = asyncio.Queue()
@@ -72,7 +72,7 @@ async def in_memory(capacity: int | None = None) -> AsyncIterator[tuple[Channel,
 
 
 class _Rendezvous:
-    """A service that hands its session's channel over and keeps the session open."""
+    """A service that publishes its session's channel and keeps the session open."""
 
     def __init__(self) -> None:
         self.channel: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()
@@ -120,14 +120,14 @@ async def linked_ranks(
     star: bool = False,
     hook: Hook = lambda _, __, channel: channel,
 ) -> AsyncIterator[Sequence[Rank]]:
-    """Ranks that are linked to each other, or with ``star`` to rank 0 only.
+    """Create ranks with links to each other, or with ``star`` to rank 0 only.
 
     Args:
-        pair: makes two connected channels.
+        pair: creates two connected channels.
         world_size: number of ranks.
         timeout_s: longest silence.
-        star: whether workers have no links among themselves.
-        hook: changes a rank's end of a channel.
+        star: whether there are no links between workers.
+        hook: wraps a rank's end of a channel.
     """
     async with AsyncExitStack() as stack:
         ranks = [Rank(rank, world_size) for rank in range(world_size)]

@@ -1,4 +1,4 @@
-"""Slices of artificial blocks, for tests of what reads them."""
+"""Slices of artificial blocks, for tests of readers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TINY = ModelConfig.from_hf(
 
 
 def counting_slice(folder: Path, counts: Sequence[int]) -> tuple[StoredSlice, list[Block]]:
-    """Write a slice whose block ``i``, of name ``block<i>``, holds ``counts[i]`` floats ``i``."""
+    """Write a slice whose block ``i``, named ``block<i>``, has ``counts[i]`` floats ``i``."""
     blocks = [
         Block(f"block{i}", (StoredTensor("t", (count,), torch.float32, ()),))
         for i, count in enumerate(counts)

@@ -150,8 +150,14 @@ class FrameReader:
         """Bytes still to come of a frame larger than 64 KiB; 0 while none is being read."""
         return len(self._body)
 
+    def close(self) -> None:
+        """Give the memory back; nothing more is read. Garbage collection may take its time."""
+        self._start = self._stop = 0
+        self._staging = self._body = memoryview(b"")
+        self._large = None
+
     def space(self) -> memoryview:
-        """Return where the next bytes go; never empty."""
+        """Return where the next bytes go; empty only when closed."""
         if self._body:
             return self._body
         left = self._stop - self._start
@@ -203,7 +209,8 @@ class FrameReader:
         """Read ``data``, of any length; yield the frames that it completes. Raises as `next`."""
         view = memoryview(data)
         while view:
-            space = self.space()
+            if not (space := self.space()):  # closed
+                return
             count = min(len(space), len(view))
             space[:count] = view[:count]
             self.filled(count)

@@ -140,7 +140,7 @@ class GrpcPeerClient:
 class GrpcPeerServer:
     """Serves a :class:`~tpirt.transport.base.PeerService` on one address."""
 
-    def __init__(self, service: PeerService, most_connections: int = 512):
+    def __init__(self, service: PeerService, most_connections: int = 1024):
         """Serve ``service``; ``most_connections`` of gRPC's are open at a time."""
         self._service = service
         self._running: set[asyncio.Task[Any]] = set()  # handlers, and what ends their connections
@@ -210,7 +210,7 @@ class GrpcPeerServer:
         call = GrpcChannel(caller, context)
 
         async def work() -> None:
-            channel = await self._silent.wait(self._accept(call, context))
+            channel = await self._silent.wait(caller, self._accept(call, context))
             try:
                 await serve(channel)
             finally:

@@ -64,7 +64,7 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 _HANDSHAKE_MS = 5_000  # for a connection to begin to speak HTTP/2
-_IDLE_MS = 60_000  # for a connection without a call; a client connects again when it needs one
+_IDLE_MS = 20_000  # for a connection without a call; a client connects again when it needs one
 _MOST_STREAMS = 16  # calls at a time on one connection: a master makes one or two
 
 ERRORS = (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.BaseError)

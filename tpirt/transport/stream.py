@@ -173,6 +173,7 @@ class StreamChannel:
     def _give_up(self, exc: TpirtError) -> None:
         """Refuse all sends, those under way included; deliver nothing more."""
         self._receiver = None
+        self._reader.close()
         self._error = self._error or exc
         while self._outbox:
             self._outbox.popleft().fail(self._error)

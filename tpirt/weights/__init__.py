@@ -1,1 +1,1 @@
-"""Weights on their way: checkpoint, slices, store, and the window they pass through."""
+"""Weights: checkpoints, slices, the slice store and the weight streamer."""

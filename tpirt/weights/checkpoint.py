@@ -1,7 +1,7 @@
 """A Hugging Face safetensors checkpoint, read by byte range.
 
-Nothing is mapped and nothing kept: memory is bounded by what a call returns, and a file that
-shrinks or vanishes under us is an error, not a signal.
+Files are neither mapped nor cached: memory is bounded by the results of calls, and a file that
+shrinks or vanishes is an error, not a signal.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Self
 import torch
 
 from tpirt.config import ModelConfig
+from tpirt.dtypes import CHECKPOINT_DTYPES, dtype_name
 from tpirt.errors import CheckpointError
 from tpirt.ops.buffers import tensor_bytes
 from tpirt.sharding.blocks import Block
@@ -55,25 +56,24 @@ __all__ = [
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-PIECE_BYTES = 1 << 20  # whole rows held at once while columns are cut out of them
-# Skipping less than this between reads costs more than reading on: a cold read of its own takes as
-# long as some 170 KiB in sequence (NVMe, 60 us against 2.8 GB/s), and warm ones are no faster.
-SKIP_BYTES = 128 << 10
-_READ_BYTES = 1 << 28  # one system call (the kernels' own limits are just below 2 GiB)
+_ROWS_BYTES = 1 << 20  # whole rows in memory at once while columns are cut out
+# Gaps smaller than this are read, not skipped: a separate cold read takes as long as about 170 KiB
+# in sequence (NVMe, 60 us and 2.8 GB/s), and warm ones are no faster.
+_SKIP_BYTES = 128 << 10
+_READ_BYTES = 1 << 28  # of one system call (kernels read at most just below 2 GiB)
 
 
 class Checkpoint:
     """The tensors of a model directory: one safetensors file or an index and its shards.
 
-    Reads are safe from several threads at once; closing is not, while a read is under way. Use
-    it as a context manager or call :meth:`close`.
+    Reads are thread-safe; do not close during a read. Use it as a context manager or call
+    :meth:`close`.
 
     Attributes:
         path: the model directory.
-        tensors: every tensor in it, by the name the files use.
-        prefix: what decoder tensor names begin with, ``model.`` or nothing.
+        tensors: all tensors, by name in the files.
+        prefix: prefix of decoder tensor names, ``model.`` or nothing.
     """
 
     divisible = True
@@ -89,12 +89,12 @@ class Checkpoint:
     def open(cls, path: Path) -> Checkpoint:
         """Open a model directory and check every file's header.
 
-        ``model.safetensors`` is taken first, then ``model.safetensors.index.json`` with its
-        shards, then the only other ``*.safetensors`` file. One descriptor per file stays open.
+        Looks for ``model.safetensors``, then ``model.safetensors.index.json`` with its shards,
+        then a single other ``*.safetensors`` file. One descriptor per file stays open.
 
         Raises:
-            CheckpointError: no such directory, no safetensors in it, an index that does not fit
-                its shards, a damaged or unreadable file; the message says what to do.
+            CheckpointError: no such directory, no safetensors files, an index that does not match
+                its shards, or a damaged or unreadable file; the message has advice.
         """
         path = Path(path)
         files, index = _weight_files(path)
@@ -106,16 +106,14 @@ class Checkpoint:
                 on_error.callback(os.close, fds[file])
                 for name, info in parse_header(fds[file], file).items():
                     if name in tensors:
-                        raise checkpoint_error(
-                            file, f"{name}: is in {tensors[name].path.name} as well"
-                        )
+                        raise checkpoint_error(file, f"{name}: also in {tensors[name].path.name}")
                     tensors[name] = info
             _check_index(path / INDEX_FILE, index, tensors)
             on_error.pop_all()
         return cls(path, tensors, fds)
 
     def close(self) -> None:
-        """Close the files; a second call does nothing."""
+        """Close the files; idempotent."""
         while self._fds:
             os.close(self._fds.popitem()[1])
 
@@ -134,12 +132,12 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Identify the model's content: 32 hex digits of a SHA-256.
 
-        Covers what :class:`ModelConfig` reads of config.json, every tensor's name, dtype and
-        shape, and all of its bytes. The same weights sharded differently have the same
-        fingerprint. Call :meth:`hash_content` first, in a thread: otherwise the first use hashes.
+        Covers the :class:`ModelConfig`, and the name, dtype, shape and bytes of every tensor. It
+        does not depend on how the weights are sharded into files. Call :meth:`hash_content`
+        first, in a thread: otherwise the first use hashes.
 
         Raises:
-            CheckpointError: config.json missing or broken; a read failed.
+            CheckpointError: missing or invalid config.json, or a failed read.
             ConfigError: config.json is not supported.
         """
         if self._content is None:
@@ -149,10 +147,10 @@ class Checkpoint:
         return hashlib.sha256(f"{config}{self._content}".encode()).hexdigest()[:32]
 
     def hash_content(self, progress: ProgressCallback = ignore_progress) -> None:
-        """Hash all tensors, unless the files are those that were hashed before.
+        """Hash all tensors, unless the hash of these files is cached.
 
-        What was hashed is remembered in the user's cache folder with every file's size, inode and
-        times of change; see :mod:`tpirt.weights.fingerprint`. Reads at the disk's speed.
+        Hashes are cached in the user's cache folder with every file's size, inode and times of
+        change; see :mod:`tpirt.weights.fingerprint`.
 
         Raises:
             CheckpointError: a read failed or came short.
@@ -163,16 +161,16 @@ class Checkpoint:
     def cut(
         self, config: ModelConfig, shard: Shard, blocks: Iterable[Block]
     ) -> Generator[tuple[int, int, memoryview]]:
-        """Yield the files of ``blocks``; see :func:`tpirt.weights.slicer.slice_bytes`."""
+        """Yield the bytes of ``blocks``; see :func:`tpirt.weights.slicer.slice_bytes`."""
         _, head = resolve_tied(self, config)
         return slice_bytes(self, head, blocks)
 
     def source_name(self, name: str, head_name: str) -> str:
-        """Map an unprefixed name to this checkpoint's own.
+        """Map an unprefixed name to the name in this checkpoint.
 
         Args:
             name: such as ``layers.0.mlp.up_proj.weight``, ``norm.weight`` or ``lm_head.weight``.
-            head_name: tensor that serves as LM head, from :func:`resolve_tied`.
+            head_name: name of the LM head, from :func:`resolve_tied`.
         """
         return head_name if name == LM_HEAD else self.prefix + name
 
@@ -193,17 +191,17 @@ class Checkpoint:
         """Read rows ``start <= i < stop`` of dimension 0: one contiguous range of bytes.
 
         Args:
-            name: the checkpoint's name of the tensor, 1-D or more.
+            name: name in the checkpoint of a tensor, 1-D or more.
             start: first row.
-            stop: row after the last.
+            stop: end of the rows, exclusive.
             out: contiguous CPU tensor of the result's shape and dtype to read into.
 
         Returns:
             ``out``, or a new tensor in the checkpoint's dtype.
 
         Raises:
-            CheckpointError: no such tensor or rows; a read failed or came short, ``out`` then
-                holds rubbish.
+            CheckpointError: no such tensor or rows; a read failed or came short, and the content
+                of ``out`` is undefined.
         """
         info = self._info(name)
         _check_range(info, 0, start, stop)
@@ -225,8 +223,8 @@ class Checkpoint:
     ) -> torch.Tensor:
         """Read a rectangle of a matrix into ``out`` or a new tensor, in the checkpoint's dtype.
 
-        The columns are cut out of whole rows read in pieces; only where 128 KiB or more of a row
-        would be read in vain are the rows' parts read one by one. Memory: the result and 1 MiB.
+        Reads whole rows and cuts the columns out, unless 128 KiB or more per row would be
+        discarded: then it reads the part of each row separately. Memory: the result and 1 MiB.
 
         Raises:
             CheckpointError: no such tensor, not a matrix, no such rows or columns; a read failed
@@ -243,21 +241,21 @@ class Checkpoint:
             out = torch.empty(shape, dtype=info.dtype)
         assert (out.shape, out.dtype) == (shape, info.dtype), (name, out.shape, out.dtype)
         segment, row = out.shape[1] * info.dtype.itemsize, _row_bytes(info)
-        if row - segment >= SKIP_BYTES or row > PIECE_BYTES:
+        if row - segment >= _SKIP_BYTES or row > _ROWS_BYTES:
             self._fill_segments(info, row_start, col_start, out)
         elif out.numel():
             self._fill_from_rows(info, row_start, col_start, out)
         return out
 
     def gather_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
-        """Read single rows of a matrix by number, as an embedding look-up.
+        """Read single rows of a matrix by number, for embedding look-ups.
 
         Args:
-            name: the checkpoint's name of the matrix.
-            rows: row numbers, in any order, repeats allowed.
+            name: name of the matrix in the checkpoint.
+            rows: row numbers in any order, possibly repeated.
 
         Returns:
-            (len(rows), columns), in the checkpoint's dtype; memory: that only.
+            (len(rows), columns), in the checkpoint's dtype.
 
         Raises:
             CheckpointError: no such tensor, not a matrix, no such row; a read failed.
@@ -285,7 +283,7 @@ class Checkpoint:
     def _fill_from_rows(
         self, info: TensorInfo, row_start: int, col_start: int, out: torch.Tensor
     ) -> None:
-        step = max(1, PIECE_BYTES // _row_bytes(info))
+        step = max(1, _ROWS_BYTES // _row_bytes(info))
         rows, columns = out.shape
         piece = torch.empty((min(step, rows), info.shape[1]), dtype=info.dtype)
         for start in range(0, rows, step):
@@ -303,7 +301,7 @@ class Checkpoint:
         """Read the tensor's bytes from ``start`` on until ``target`` is full."""
         fd = self._fds.get(info.path)
         if fd is None:
-            raise CheckpointError(f"{info.path}: {info.name}: read after the checkpoint's close")
+            raise CheckpointError(f"{info.path}: {info.name}: read after close")
         done = 0
         while done < len(target):
             part = target[done : done + _READ_BYTES]
@@ -322,16 +320,15 @@ class Checkpoint:
 
 
 def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Check that the checkpoint holds the model that the configuration describes.
+    """Check that the checkpoint matches the configuration.
 
-    Every needed tensor is there, in float32, float16 or bfloat16, with its shape. Tensors of
-    other modules and stored rotary buffers are ignored; a tensor in the decoder's own modules
-    that the configuration knows nothing of (a bias, a norm, a further layer) would change the
-    result and is refused.
+    Every required tensor must exist in float32, float16 or bfloat16, with its shape. Tensors of
+    other modules and stored rotary buffers are ignored. An additional tensor in the decoder's
+    modules (a bias, a norm, another layer) would change the result and is an error.
 
     Raises:
-        CheckpointError: names the first tensor that is missing, extra or of another shape or
-            dtype, and how many more there are.
+        CheckpointError: missing or additional tensors, or one of another shape or dtype; the
+            message has the first tensor and their number.
     """
     _check_prefix(checkpoint)
     embedding, head = resolve_tied(checkpoint, config)
@@ -356,13 +353,13 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
 
 
 def resolve_tied(checkpoint: Checkpoint, config: ModelConfig) -> tuple[str, str]:
-    """Find the tensors that serve as embedding and as LM head.
+    """Find the embedding and the LM head.
 
-    With tied embeddings one of the two is enough and serves as both; where the file has both,
-    each serves as itself, as transformers does.
+    With tied embeddings, one tensor can be both. If the checkpoint has two, they are used
+    separately, as in transformers.
 
     Returns:
-        (embedding, LM head), by the checkpoint's names.
+        (embedding, LM head), names in the checkpoint.
 
     Raises:
         CheckpointError: untied and one is missing, or both are.
@@ -386,7 +383,7 @@ def resolve_tied(checkpoint: Checkpoint, config: ModelConfig) -> tuple[str, str]
 
 
 def _weight_files(path: Path) -> tuple[list[Path], Mapping[str, str]]:
-    """Return the files to open and, if there is an index, its tensor name -> file name."""
+    """Return the files to open, and the index (tensor name -> file name) if there is one."""
     names = _list_directory(path)
     if SINGLE_FILE in names:
         return [path / SINGLE_FILE], {}
@@ -395,7 +392,7 @@ def _weight_files(path: Path) -> tuple[list[Path], Mapping[str, str]]:
         for name in sorted(set(index.values()) - names):
             raise checkpoint_error(
                 path / INDEX_FILE,
-                f"{name}: this shard is missing",
+                f"{name}: missing shard",
                 advice="copy or download it into the same directory",
             )
         return [path / name for name in sorted(set(index.values()))], index
@@ -503,12 +500,12 @@ def _check_tensor(info: TensorInfo, shape: tuple[int, ...]) -> None:
             got=info.shape,
             advice="config.json describes another model; download both again",
         )
-    if info.dtype not in WEIGHT_DTYPES:
+    if info.dtype not in CHECKPOINT_DTYPES:
         raise checkpoint_error(
             info.path,
             info.name,
             expected="float32, float16 or bfloat16",
-            got=str(info.dtype).removeprefix("torch."),
+            got=dtype_name(info.dtype),
             advice="use the original, not a quantized checkpoint",
         )
 

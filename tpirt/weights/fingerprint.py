@@ -1,9 +1,9 @@
-"""The content hash of a checkpoint, and the memory of what was hashed.
+"""The content hash of a checkpoint, and a cache of it.
 
-Every byte of every tensor is hashed with XXH3, which runs faster than disks read. The result is
-kept with each file's size, inode, mtime and ctime: while these are the same the files are not read
-again. ctime cannot be set by programs, so an edit that restores mtime is noticed too. ``touch`` or
-a copy costs another hash, not another slice.
+Every byte of every tensor is hashed with XXH3, which is faster than disks. The result is cached
+with each file's size, inode, mtime and ctime; files are read again only if one of them changes.
+Programs cannot set ctime, so an edit that restores mtime is noticed too. After ``touch`` or a copy
+the files are hashed again, but slices are still valid.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from tpirt.weights.header import TensorInfo
 _READ_BYTES = 4 << 20
 _READERS = 2
 
-# A file that changed less than this before it was hashed may change again within one tick of its
-# clock, unseen: such a hash is not remembered. FAT counts in steps of 2 s.
+# The hash of a file that changed less than this before is not cached: it may change again within
+# one tick of the file system's clock, unnoticed. FAT has ticks of 2 s.
 _SETTLED_NS = 3_000_000_000
 
 # Fills a buffer with a tensor's bytes from an offset on.
@@ -50,8 +50,8 @@ def content_digest(
     """Return a digest of all tensors' names, dtypes, shapes and bytes.
 
     Args:
-        tensors: what to hash; their order does not matter.
-        files: the files that hold them, each with its open descriptor.
+        tensors: the tensors, in any order.
+        files: their files with open descriptors.
         fill: reads tensor bytes; called from several threads.
         progress: called with the bytes hashed, from several threads.
 
@@ -111,7 +111,7 @@ def _hash_all(
 
 
 def _state(files: Mapping[Path, int]) -> dict[str, list[int]]:
-    """Size, inode and times of change of each file."""
+    """Return size, inode and times of change of each file."""
     state = {}
     for path, descriptor in sorted(files.items()):
         found = os.fstat(descriptor)
@@ -120,7 +120,7 @@ def _state(files: Mapping[Path, int]) -> dict[str, list[int]]:
 
 
 def _note_path(files: Iterable[Path]) -> Path | None:
-    """Where the hash of these files is remembered; None without a home directory."""
+    """Path of the cached hash of these files; None without a home directory."""
     try:
         names = "\n".join(str(path.resolve()) for path in sorted(files))
         name = hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:32]
@@ -141,7 +141,7 @@ def _remembered(path: Path | None, state: dict[str, list[int]]) -> str | None:
 
 
 def _remember(path: Path | None, state: dict[str, list[int]], digest: str) -> None:
-    """Write the note as a whole; a cache that cannot be written costs a hash next time."""
+    """Cache the hash atomically; if that fails, the files are hashed again next time."""
     if path is None:
         return
     with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
-"""The head of a safetensors file: 8 bytes length, JSON, then the data without gaps.
+"""The header of a safetensors file: 8 bytes of length, JSON, then data without gaps.
 
-Format: https://huggingface.co/docs/safetensors. Read here rather than with the ``safetensors``
-package because that one maps the file: a file that shrinks under a map kills the process.
+Format: https://huggingface.co/docs/safetensors. The ``safetensors`` package is not used, because
+it maps the file: a mapped file that shrinks kills the process.
 """
 
 from __future__ import annotations
@@ -17,35 +17,14 @@ from typing import Any
 
 import torch
 
+from tpirt.dtypes import SAFETENSORS_DTYPES
 from tpirt.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
 RECOPY = "copy or download the file again"
 
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-}
-
-# What else tends to lie under a weight file's name, by its first bytes.
-_IMPOSTORS = {
+# Other files that are often found under a weight file's name, by their first bytes.
+_OTHER_FILES = {
     b"version https://git-lfs": "a git-lfs pointer, not the weights; run `git lfs pull`",
     b"PK\x03\x04": "a PyTorch .bin file; convert it to safetensors",
     b"GGUF": "a GGUF file; use the original safetensors checkpoint",
@@ -56,7 +35,7 @@ _IMPOSTORS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: ``nbytes`` bytes from ``offset``, absolute in the file ``path``."""
+    """The position of a tensor: ``nbytes`` bytes at the absolute ``offset`` of file ``path``."""
 
     name: str
     dtype: torch.dtype
@@ -69,13 +48,13 @@ class TensorInfo:
 def checkpoint_error(
     path: Path, problem: str, *, expected: object = None, got: object = None, advice: str = RECOPY
 ) -> CheckpointError:
-    """Word an error: ``path: problem: expected .., got ..; advice``."""
+    """Format an error: ``path: problem: expected .., got ..; advice``."""
     difference = "" if expected is None else f": expected {expected}, got {got}"
     return CheckpointError(f"{path}: {problem}{difference}; {advice}")
 
 
 def read_error(path: Path, subject: str, exc: OSError) -> CheckpointError:
-    """Word an operating system's error."""
+    """Format an operating system's error."""
     denied = isinstance(exc, PermissionError)
     advice = "allow reading it (chmod)" if denied else "check the disk"
     return checkpoint_error(path, f"{subject} cannot be read ({exc.strerror})", advice=advice)
@@ -88,7 +67,7 @@ def open_file(path: Path) -> int:
         CheckpointError: missing, unreadable, or not a regular file.
     """
     try:
-        # Without O_NONBLOCK a FIFO of that name would wait for a writer.
+        # Without O_NONBLOCK, opening a FIFO would wait for a writer.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError as exc:
         raise checkpoint_error(path, "no such file") from exc
@@ -103,15 +82,15 @@ def open_file(path: Path) -> int:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Read and check the header of a safetensors file.
 
-    Every tensor's bytes are within the file, match its shape and dtype, and together they fill
-    the data exactly. Costs two reads; no tensor data is touched.
+    Every tensor's bytes must be within the file and match its shape and dtype, and all tensors
+    must fill the data exactly. Takes two reads, without reading tensor data.
 
     Returns:
         The tensors by name, in the file's order.
 
     Raises:
-        CheckpointError: missing or unreadable file; another kind of file (git-lfs pointer, ...);
-            truncated; header too long, not JSON or not as the format says.
+        CheckpointError: a missing, unreadable or truncated file, another kind of file (such as a
+            git-lfs pointer), or an invalid header.
     """
     fd = open_file(path)
     try:
@@ -121,7 +100,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def parse_header(fd: int, path: Path) -> dict[str, TensorInfo]:
-    """Do :func:`read_header`'s work on an open file."""
+    """Read the header of an open file; see :func:`read_header`."""
     file_bytes = os.fstat(fd).st_size
     header_bytes = _header_bytes(_read(fd, path, 64, 0), path, file_bytes)
     content = _json_object(_read(fd, path, header_bytes, 8), path)
@@ -140,7 +119,7 @@ def _read(fd: int, path: Path, count: int, offset: int) -> bytes:
 
 
 def _header_bytes(head: bytes, path: Path, file_bytes: int) -> int:
-    for magic, what in _IMPOSTORS.items():
+    for magic, what in _OTHER_FILES.items():
         if head.startswith(magic):
             raise CheckpointError(f"{path}: this is {what}")
     if len(head) < 8:
@@ -184,12 +163,12 @@ def _json_object(text: bytes, path: Path) -> dict[str, Any]:
 def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
     if not isinstance(entry, dict):
         raise checkpoint_error(path, name, expected="a JSON object", got=repr(entry)[:80])
-    dtype = DTYPES.get(str(entry.get("dtype")))
+    dtype = SAFETENSORS_DTYPES.get(str(entry.get("dtype")))
     if dtype is None:
         raise checkpoint_error(
             path,
             f"{name}: dtype",
-            expected=f"one of {', '.join(DTYPES)}",
+            expected=f"one of {', '.join(SAFETENSORS_DTYPES)}",
             got=repr(entry.get("dtype"))[:80],
             advice="use a float32, float16 or bfloat16 checkpoint",
         )
@@ -223,12 +202,12 @@ def _counts(path: Path, subject: str, value: object) -> tuple[int, ...]:
 
 
 def _check_layout(path: Path, tensors: list[TensorInfo], start: int, file_bytes: int) -> None:
-    """Check that the tensors' data lie one after another and fill the file."""
+    """Check that the tensors' data is contiguous and fills the file."""
     ordered = sorted(tensors, key=lambda info: (info.offset, info.nbytes))
     end = ordered[-1].offset + ordered[-1].nbytes if ordered else start
     for before, info in pairwise(ordered):
         if info.offset < before.offset + before.nbytes:
-            raise checkpoint_error(path, f"{info.name}: its data overlap those of {before.name}")
+            raise checkpoint_error(path, f"{info.name}: its data overlaps that of {before.name}")
         if info.offset > before.offset + before.nbytes:
             raise checkpoint_error(path, f"{info.name}: a hole in the data before it")
     if ordered and ordered[0].offset != start:

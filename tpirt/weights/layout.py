@@ -1,8 +1,8 @@
-"""The block file: one block of one rank as a safetensors file whose data begins page-aligned.
+"""Block files: one block of one rank as a safetensors file with page-aligned data.
 
-One file is one sequential read into one buffer; its tensors are views of that buffer. Format:
-https://huggingface.co/docs/safetensors, the header padded with spaces as the format allows. The
-format allows no holes, so the gaps that align tensors are tensors themselves, named ``gap.N``.
+A file is read sequentially into one buffer; its tensors are views of that buffer. Format:
+https://huggingface.co/docs/safetensors, with the header padded with spaces. The format allows no
+holes, so the gaps that align tensors are tensors themselves, named ``gap.N``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 
+from tpirt.dtypes import SAFETENSORS_NAMES
 from tpirt.ops.buffers import Region
 from tpirt.ops.quant import Scheme
 from tpirt.ops.quant_linear import QuantMatrix
@@ -23,21 +24,13 @@ PAGE_BYTES = 4096
 Weight = torch.Tensor | QuantMatrix
 Weights = Mapping[str, Weight]
 
-_DTYPE_NAMES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-}
-
 
 def block_header(block: Block) -> bytes:
-    """Return the file's head: length, JSON, padding up to a multiple of 4096 bytes."""
+    """Return the file's header: length, JSON, padding to a multiple of 4096 bytes."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt", "block": block.name}}
     for region in _regions(block):
         entries[region.name] = {
-            "dtype": _DTYPE_NAMES[region.dtype],
+            "dtype": SAFETENSORS_NAMES[region.dtype],
             "shape": list(region.shape),
             "data_offsets": [region.offset, region.end],
         }
@@ -52,7 +45,7 @@ def file_bytes(block: Block) -> int:
 
 
 def view_weights(block: Block, buffer: torch.Tensor, start: int) -> Weights:
-    """View a block's weights in ``buffer``, uint8, whose data begins at ``start``; no copy."""
+    """View a block's weights in ``buffer``, uint8, from ``start`` on; no copy."""
     data = buffer[start : start + block.nbytes]
     return {
         tensor.name: _view(tensor, data[offset : offset + tensor.nbytes])
@@ -63,8 +56,8 @@ def view_weights(block: Block, buffer: torch.Tensor, start: int) -> Weights:
 def _view(tensor: StoredTensor, buffer: torch.Tensor) -> Weight:
     if not isinstance(tensor.quant, Scheme):
         return tensor.regions[0].view(buffer)
-    rows, inputs = tensor.shape
-    return QuantMatrix.of_buffer(tensor.quant, rows, inputs, tensor.layout, buffer)
+    out_features, in_features = tensor.shape
+    return QuantMatrix.of_buffer(tensor.quant, out_features, in_features, tensor.layout, buffer)
 
 
 def _regions(block: Block) -> list[Region]:

@@ -1,4 +1,4 @@
-"""Locks on files and folders that end with the process that holds them, on whichever host it is."""
+"""Locks on files and folders, released when the holding process ends, on any host."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ except ImportError:  # not a POSIX system
 
 
 class Lock:
-    """A lock that is held; :meth:`release` or the end of the process gives it up."""
+    """A held lock, until :meth:`release` or the end of the process."""
 
     def __init__(self, descriptor: int | None):
         self._descriptor = descriptor
 
     def release(self) -> None:
-        """Give the lock up; a second call does nothing."""
+        """Release the lock; idempotent."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
 
 def lock(path: Path, *, shared: bool = False) -> Lock | None:
-    """Lock a file or folder that exists; None if another holder excludes it.
+    """Lock an existing file or folder; None if another holder excludes it.
 
-    File systems without locks, and paths that cannot be opened, give a lock that excludes nobody.
+    Without support for locks, and for paths that cannot be opened, the lock excludes nobody.
     """
     return _lock(path, shared=shared, without=Lock(None))
 
 
 def try_lock(path: Path) -> Lock | None:
-    """Lock a file or folder exclusively; None unless it is certain that nobody else holds it."""
+    """Lock a file or folder exclusively; None if another holder is possible."""
     return _lock(path, shared=False, without=None)
 
 

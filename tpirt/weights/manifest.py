@@ -137,7 +137,7 @@ class SliceSpec:
         try:
             fields = dict(fields)
             if (version := fields.pop("format_version")) != FORMAT_VERSION:
-                named = printable_line(str(version))[:20]
+                named = repr(version)[:40]
                 raise StoreError(
                     f"slice manifest of format {named}, this tpirt reads {FORMAT_VERSION}"
                 )

@@ -1,4 +1,4 @@
-"""Names and shapes of the checkpoint tensors a decoder needs, as the sharding table has them.
+"""Names and shapes of the checkpoint tensors of a decoder, from the sharding table.
 
 Canonical names carry the ``model.`` prefix of the causal-LM classes; a checkpoint of the base
 model has none (``Checkpoint.source_name`` maps). Axes: V vocabulary, H hidden.
@@ -22,15 +22,15 @@ FINAL_NORM = "norm.weight"
 LM_HEAD = "lm_head.weight"
 
 _MODEL_PART = re.compile(r"(layers\.\d+|embed_tokens|norm|lm_head)\.")
-# Old checkpoints store buffers that the model computes itself.
+# Old checkpoints contain buffers that the model computes.
 _HARMLESS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """List the tensors the model needs, by canonical name, with their shapes.
+    """Return the shapes of all tensors of the model by canonical name.
 
-    What a single rank would hold is the whole model, so the sharding table says it all. A model
-    with tied embeddings needs no ``lm_head.weight``, so it is not listed.
+    They follow from the sharding table for a single rank, which holds the whole model. Without
+    ``lm_head.weight`` if embeddings are tied.
     """
     expected: dict[str, tuple[int, ...]] = {
         canonical_name(EMBEDDING): head_shape(config),
@@ -64,10 +64,10 @@ def unprefixed_name(name: str) -> str:
 
 
 def is_model_part(name: str) -> bool:
-    """Tell whether a tensor lies in a module of the decoder and takes part in its result."""
+    """Whether a tensor belongs to a module of the decoder and affects its result."""
     return bool(_MODEL_PART.match(unprefixed_name(name))) and not _HARMLESS.search(name)
 
 
 def name_prefix(names: Iterable[str]) -> str:
-    """Return the prefix a checkpoint's decoder tensors carry: ``model.`` or nothing."""
+    """Return the prefix of a checkpoint's decoder tensors: ``model.`` or nothing."""
     return PREFIX if any(n.startswith(PREFIX) and is_model_part(n) for n in names) else ""

@@ -1,8 +1,8 @@
-"""Reading a block file past the file cache, straight into the buffer that is computed from.
+"""Read block files without the page cache, into the buffers that are computed from.
 
-A cached read costs up to a whole core and evicts what others have cached; a direct one is the
-disk's own copy. ``O_DIRECT`` on Linux, ``F_NOCACHE`` on macOS; elsewhere, and on file systems
-that refuse, buffered reads whose pages are given back at once.
+A cached read uses up to a whole core and evicts other files from the cache; a direct one is DMA.
+``O_DIRECT`` on Linux, ``F_NOCACHE`` on macOS. Elsewhere, and on file systems without direct I/O,
+reads are buffered and their pages are dropped at once.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 from tpirt.errors import StoreError
 from tpirt.ops.buffers import round_up
 
-# What O_DIRECT wants of offset, length and address; all disks in use are content with it.
+# Alignment of offset, length and address for O_DIRECT; enough for common disks.
 ALIGNMENT = 4096
-_LARGEST_READ = 1 << 30  # one system call moves a little below 2 GiB at most
+_LARGEST_READ = 1 << 30  # of one system call; the limit is just below 2 GiB
 
 
 def buffer_bytes(nbytes: int) -> int:
-    """Size of the buffer that a read of ``nbytes`` needs."""
+    """Size of the buffer for a read of ``nbytes``."""
     return round_up(nbytes, ALIGNMENT)
 
 
@@ -30,10 +30,10 @@ def read_file(path: Path, target: memoryview, nbytes: int) -> None:
     Args:
         path: file to read.
         target: page-aligned memory of ``buffer_bytes(nbytes)``, all of which may be written to.
-        nbytes: how much is wanted.
+        nbytes: number of bytes to read.
 
     Raises:
-        StoreError: the file cannot be read, or ends early; names it.
+        StoreError: the file cannot be read, or ends early.
     """
     assert len(target) == buffer_bytes(nbytes)
     try:
@@ -43,7 +43,7 @@ def read_file(path: Path, target: memoryview, nbytes: int) -> None:
         except OSError as exc:
             if not (direct and exc.errno == errno.EINVAL):
                 raise
-            os.close(handle)  # the file system wants larger units than ours
+            os.close(handle)  # the file system needs a larger alignment
             handle, direct = os.open(path, os.O_RDONLY), False
             done = _read(handle, target, nbytes)
         finally:
@@ -52,18 +52,18 @@ def read_file(path: Path, target: memoryview, nbytes: int) -> None:
             os.close(handle)
     except OSError as exc:
         raise StoreError(
-            f"{path}: cannot be read: {exc.strerror}; if it stays so, remove the slice's folder "
-            "and start again"
+            f"{path}: cannot be read: {exc.strerror}; if this repeats, delete {path.parent}; it "
+            "will be recreated"
         ) from exc
     if done < nbytes:
         raise StoreError(
-            f"{path}: block ends after {done} of {nbytes} bytes; "
-            "remove the slice's folder and start again"
+            f"{path}: block ends after {done} of {nbytes} bytes; delete {path.parent}; it will be "
+            "recreated"
         )
 
 
 def _open(path: Path) -> tuple[int, bool]:
-    """Open for direct reads where that is possible; tells whether it is."""
+    """Open for direct reads if possible; returns whether it is."""
     if hasattr(os, "O_DIRECT"):
         try:
             return os.open(path, os.O_RDONLY | os.O_DIRECT), True
@@ -81,10 +81,10 @@ def _open(path: Path) -> tuple[int, bool]:
 
 
 def _read(handle: int, target: memoryview, nbytes: int) -> int:
-    """Read until ``nbytes`` are there or the file ends; returns how many are."""
+    """Read up to ``nbytes``, fewer only at the end of the file; returns the number."""
     done = 0
     while done < nbytes:
-        # Whole units to the end: a direct read of a part of one is refused.
+        # Always to the end of the buffer: direct reads must be aligned.
         count = os.preadv(handle, [target[done : done + _LARGEST_READ]], done)
         if count == 0:
             break

@@ -1,4 +1,4 @@
-"""Room on a store's disk, promised to writers that are under way side by side."""
+"""Reservations of a store's disk space for concurrent writers."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from pathlib import Path
 from tpirt.errors import StoreError
 from tpirt.units import format_bytes
 
-# What stays free on a disk: a full one stops more than tpirt.
+# Space to leave free on a disk for other programs.
 RESERVE_BYTES = 1 << 30
-_RESERVE_PART = 20  # of a disk, where that is less
+_RESERVE_PART = 20  # of a disk, if that is less
 
 
 class Promise:
-    """Room that one writer may fill; :meth:`release` gives back what it did not."""
+    """Space reserved for one writer; :meth:`release` returns the rest."""
 
     def __init__(self, room: Room, nbytes: int):
         self.nbytes = nbytes
         self._room = room
 
     def keep(self, nbytes: int) -> None:
-        """Take note that so many bytes are written: the disk counts them now."""
+        """Record that ``nbytes`` were written and use disk space now."""
         self.nbytes = max(0, self.nbytes - nbytes)
 
     def release(self) -> None:
-        """Expect no more from this writer; a second call does nothing."""
+        """End the reservation; idempotent."""
         self._room.withdraw(self)
 
 
 class Room:
-    """A store's disk and limit, less what writers of this process have been promised.
+    """The free space of a store, minus the reservations of this process.
 
     Args:
         root: the store's folder.
-        limit_bytes: most bytes that it may take; None for no limit but the disk's.
-        used: counts the bytes that it takes.
+        limit_bytes: maximum size of the store; None for no limit except the disk.
+        used: returns the size of the store.
     """
 
     def __init__(self, root: Path, limit_bytes: int | None, used: Callable[[], int]):
@@ -48,11 +48,11 @@ class Room:
         self._lock = threading.Lock()
 
     def promise(self, nbytes: int) -> Promise:
-        """Promise a writer ``nbytes``.
+        """Reserve ``nbytes`` for a writer.
 
         Raises:
-            StoreError: the disk, or the store's limit, leaves less; says how much.
-            OSError: the folder cannot be looked at.
+            StoreError: the disk or the store's limit has less; the message has the sizes.
+            OSError: the folder cannot be read.
         """
         with self._lock:
             needed = nbytes + sum(promise.nbytes for promise in self._promises)
@@ -63,7 +63,7 @@ class Room:
             return promise
 
     def withdraw(self, promise: Promise) -> None:
-        """Forget a promise."""
+        """End a reservation."""
         with self._lock:
             self._promises.discard(promise)
 

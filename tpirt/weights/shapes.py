@@ -1,7 +1,6 @@
-"""Published models' shapes by name: what a ``config.json`` says of the computation, and no more.
+"""Shapes of published models by name: the part of ``config.json`` that determines the computation.
 
-Special tokens are left out, for they belong to a tokenizer, and weights of these shapes come
-without the model's own.
+Special tokens are omitted: they belong to a tokenizer, and synthetic models have their own.
 """
 
 from __future__ import annotations
@@ -114,7 +113,7 @@ SHAPES: Mapping[str, Shape] = {
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     },
-    # No published model: 1.10 B weights, what our own figures and llama.cpp's are measured on.
+    # Not a published model: 1.10 B weights, for benchmarks of tpirt and llama.cpp.
     "bench-1.1b": {
         **_LLAMA2,
         **_sizes(2048, 8192, 16, 32, 8),
@@ -126,11 +125,11 @@ _OF_ITS_TOKENIZER = ("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_
 
 
 def find_shape(name: str) -> Shape:
-    """Return the content of a ``config.json``: a known shape's, or that of the file ``name``.
+    """Return the content of a ``config.json``: of a known shape, or of the file ``name``.
 
     Raises:
-        ConfigError: neither a known shape nor a file, or a file that describes no model that can
-            be run here; says what is known.
+        ConfigError: neither a known shape nor a file (the message lists the known shapes), or an
+            unsupported model.
     """
     content = SHAPES.get(name.lower()) or _read(Path(name))
     shape = {key: value for key, value in content.items() if key not in _OF_ITS_TOKENIZER}
@@ -148,7 +147,7 @@ def _read(file: Path) -> Shape:
         content = json.loads(file.read_bytes())
     except FileNotFoundError as exc:
         raise ConfigError(
-            f"shape {file}: no such file, and no shape of that name; known: {', '.join(SHAPES)}"
+            f"shape {file}: neither a file nor a known shape; known: {', '.join(SHAPES)}"
         ) from exc
     except (OSError, ValueError, RecursionError) as exc:
         raise ConfigError(f"shape {file}: not a readable config.json ({exc})") from exc

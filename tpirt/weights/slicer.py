@@ -1,8 +1,8 @@
-"""Cutting one rank's slice out of a checkpoint: bytes are read, converted, handed on in order.
+"""Cut a rank's slice out of a checkpoint: read, convert and yield bytes in order.
 
-Some threads work ahead of whoever takes the bytes: reading, quantizing and writing or sending go
-on at the same time. Memory stays at some MiB a thread and 16 MiB of bytes that wait to be taken,
-whatever the size of the model and of its tensors.
+A few threads work ahead of the consumer, so that reading and quantizing overlap with writing or
+sending. Memory is a few MiB per thread and 16 MiB of finished bytes, independent of the sizes of
+the model and of its tensors.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ from tpirt.weights.layout import block_header
 if TYPE_CHECKING:
     from tpirt.weights.checkpoint import Checkpoint
 
-PIECE_BYTES = 4 << 20
+_YIELDED_BYTES = 4 << 20  # maximum size of the pieces that are yielded
 
-# Elements converted at once.
-_CONVERTED = 1 << 18
+_CONVERTED = 1 << 18  # elements converted at once
 
-# Bytes that are made before they are asked for: threads go on while a block is brought to disk.
+# Bytes prepared ahead of the consumer: threads continue while a block is flushed to disk.
 _AHEAD_BYTES = 8 << 20
 
-# More threads than this wait for each other: torch is called from Python, by one at a time.
+# More threads than this only contend for the GIL.
 _MOST_THREADS = 4
 
 
@@ -47,17 +46,17 @@ def slice_bytes(
 ) -> Generator[tuple[int, int, memoryview]]:
     """Yield (index of block, offset in its file, bytes), in order, at most 4 MiB at a time.
 
-    Works in as many threads as torch has here, four at most; the bytes do not depend on them. The
-    checkpoint is read until the generator is at its end or closed.
+    Uses torch's number of threads, at most four; the bytes do not depend on it. The checkpoint
+    must stay open until the generator is exhausted or closed.
 
     Args:
-        checkpoint: where the weights come from.
-        head_name: checkpoint tensor that serves as the LM head (the embedding when tied).
-        blocks: what to cut.
+        checkpoint: the checkpoint.
+        head_name: checkpoint tensor of the LM head (the embedding if tied).
+        blocks: the blocks to cut.
 
     Raises:
         CheckpointError: a read failed or came short, or a weight to be quantized is not finite;
-            names file and tensor.
+            the message has file and tensor.
     """
     cutter = _Cutter(checkpoint, head_name)
     jobs = ((index, job) for index, block in enumerate(blocks) for job in cutter.jobs(block))
@@ -66,22 +65,22 @@ def slice_bytes(
         for index, data in _in_order(pool, jobs):
             if index != current:
                 current, offset = index, 0
-            for start in range(0, len(data), PIECE_BYTES):
-                piece = data[start : start + PIECE_BYTES]
+            for start in range(0, len(data), _YIELDED_BYTES):
+                piece = data[start : start + _YIELDED_BYTES]
                 yield index, offset, piece
                 offset += len(piece)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """Some bytes of a block file: how many, and what makes them, in any thread."""
+    """Some bytes of a block file: their number, and a function that makes them in any thread."""
 
     nbytes: int
     make: Callable[[], memoryview]
 
     @classmethod
     def done(cls, data: memoryview) -> _Job:
-        """Bytes that need no making."""
+        """A job for bytes that exist."""
         return cls(len(data), lambda: data)
 
 
@@ -94,7 +93,7 @@ class _Cutter:
         self._own = _OfThread()
 
     def jobs(self, block: Block) -> Iterator[_Job]:
-        """All bytes of a block's file, in order."""
+        """Yield jobs for a block's file, in order."""
         yield _Job.done(memoryview(block_header(block)))
         end = 0
         for tensor, offset in zip(block.tensors, block.offsets, strict=True):
@@ -116,15 +115,15 @@ class _Cutter:
         return tensor_bytes(out)
 
     def _quantized(self, tensor: StoredTensor) -> Iterator[_Job]:
-        rows, inputs = tensor.shape
+        rows, in_features = tensor.shape
         codes, scales = tensor.regions
         kept = torch.zeros(scales.shape, dtype=scales.dtype)
-        for start, stop in _parts(rows, rows_at_once(inputs)):
+        for start, stop in _parts(rows, rows_at_once(in_features)):
             nbytes = codes.nbytes * (stop - start) // rows
             yield _Job(nbytes, partial(self._quantize, tensor, start, stop, kept))
         if scales.offset > codes.end:
             yield _Job.done(memoryview(bytes(scales.offset - codes.end)))
-        # They come after all codes: filled by the time that anyone looks at them.
+        # Scales come after all codes, so they are complete before they are read.
         yield _Job.done(tensor_bytes(kept))
 
     def _quantize(
@@ -167,7 +166,7 @@ class _Cutter:
     def _sources(
         self, tensor: StoredTensor, start: int, stop: int
     ) -> Iterator[tuple[str, Piece, int, int]]:
-        """What rows ``start`` to ``stop`` come from: checkpoint tensor, piece, rows of that."""
+        """Yield the sources of rows ``start`` to ``stop``: checkpoint tensor, piece, its rows."""
         first = 0
         for piece in tensor.pieces:
             low, high = max(start - first, 0), min(stop - first, piece.rows.size)
@@ -183,7 +182,7 @@ class _OfThread(threading.local):
 
 
 def _fresh(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """Memory that goes back to the system with its last use, in whichever thread that is."""
+    """Allocate memory that is returned to the system after its last use, in any thread."""
     return page_buffer(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
@@ -194,12 +193,12 @@ def _parts(rows: int, step: int) -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def _workers(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads in which torch does not start threads of its own."""
+    """A pool of threads in which torch does not start other threads."""
     before = torch.get_num_threads()
     ready = threading.Barrier(count + 1)
 
     def begin() -> None:
-        torch.get_num_threads()  # the first call in a thread takes over what was set last in any
+        torch.get_num_threads()  # the first call in a thread copies the process-wide number
         torch.set_num_threads(1)
         ready.wait()
 
@@ -217,7 +216,7 @@ def _workers(count: int) -> Iterator[ThreadPoolExecutor]:
 def _in_order(
     pool: ThreadPoolExecutor, jobs: Iterable[tuple[int, _Job]]
 ) -> Iterator[tuple[int, memoryview]]:
-    """Run jobs side by side; yield their bytes one after another."""
+    """Run jobs in parallel; yield their bytes in order."""
     under_way: deque[tuple[int, _Job, Future[memoryview]]] = deque()
     ahead = 0
     for index, job in jobs:

@@ -1,4 +1,4 @@
-"""Where weights come from: what slices are cut out of."""
+"""Sources of weights that slices are cut from."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ BlockBytes = tuple[int, int, memoryview]
 
 
 class ModelSource(Protocol):
-    """The weights of one model: a checkpoint's, or drawn from a seed.
+    """The weights of one model: of a checkpoint, or random.
 
     Attributes:
         path: the model directory.
-        divisible: any rectangle of a tensor can be cut, and is the same for every shard; otherwise
-            only whole blocks can, and units belong to one shard.
+        divisible: whether any rectangle of a tensor can be cut, and is equal for all shards;
+            otherwise only whole blocks can be cut, and units belong to one shard.
     """
 
     path: Path
@@ -35,7 +35,7 @@ class ModelSource(Protocol):
         """Identify the content: 32 hex digits. Call :meth:`hash_content` before the first use."""
 
     def hash_content(self, progress: ProgressCallback = ...) -> None:
-        """Do what :attr:`fingerprint` needs; it may read all weights."""
+        """Prepare :attr:`fingerprint`; may read all weights."""
 
     def gather_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
         """Read rows of the embedding by number: (len(rows), H)."""
@@ -50,7 +50,7 @@ class ModelSource(Protocol):
         """
 
     def close(self) -> None:
-        """Close files; nothing can be read afterwards."""
+        """Close all files."""
 
     def __enter__(self) -> Self: ...
 

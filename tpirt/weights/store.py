@@ -1,12 +1,12 @@
 """The slice store: a folder with one folder per slice, a manifest and its block files in each.
 
-Slices are immutable: a slice's id covers its content, and its folder appears by one rename when
-everything is on disk. A crash leaves the slice whole or not there at all. Blocks that two slices
-have in common are hard links to one file. A slice whose plan changed is assembled from the units of
-the slices that are here; only units that none of them contains have to come from elsewhere.
+Slices are immutable: a slice's id covers its content, and its folder is renamed into place after
+everything is on disk, so a crash leaves a whole slice or none. Blocks that two slices share are
+hard links to one file. For another plan, a slice is assembled from units of the slices in the
+store; only missing units come from elsewhere.
 
-The folder ``known`` has the digests of units that this machine cut, or saw being cut, as a master:
-what a worker claims to hold is compared with them. See docs/store.md.
+The folder ``known`` has the digests of units that this machine cut as a master. Reports of workers
+are compared with them. See docs/store.md.
 """
 
 from __future__ import annotations
@@ -64,17 +64,17 @@ class StoredSlice:
         """Compare a block file's content with the manifest's checksum, at memory speed.
 
         Raises:
-            StoreError: it is not what was written; names the file.
+            StoreError: it has changed since it was written.
         """
         expected, got = self.manifest.blocks[index].xxh3_128, xxhash.xxh3_128_hexdigest(content)
         if got != expected:
             raise StoreError(
                 f"{self.block_path(index)}: expected checksum {expected}, got {got}: its bytes "
-                f"have changed since they were written; remove {self.path}; it will be recreated"
+                f"have changed since they were written; delete {self.path}; it will be recreated"
             )
 
     def hold(self) -> Lock:
-        """Keep the slice from being removed until the lock is released.
+        """Lock the slice against removal.
 
         Raises:
             StoreError: it is being removed now.
@@ -88,7 +88,7 @@ class StoredSlice:
         """Read and check one block file; uint8 (nbytes,), page-aligned.
 
         Raises:
-            StoreError: it is missing, cannot be read, or is not what was written; names it.
+            StoreError: it is missing, cannot be read, or has changed since it was written.
         """
         block = self.manifest.blocks[index]
         _check_size(self.path, block)
@@ -98,10 +98,10 @@ class StoredSlice:
         return buffer[: block.nbytes]
 
     def units(self, index: int, units: Sequence[Unit]) -> Iterator[tuple[Unit, memoryview]]:
-        """Read units of one block; a slice of another plan may have them at other places.
+        """Read units of one block.
 
         Raises:
-            StoreError: the file cannot be read, or is not what was written; names it.
+            StoreError: the file cannot be read, or has changed since it was written.
         """
         block, content = self.manifest.spec.blocks[index], self.read_block(index)
         view = BlockUnits(block, content[len(content) - block.nbytes :])
@@ -112,7 +112,7 @@ class StoredSlice:
         """Read every block file and compare its checksum with the manifest's.
 
         Raises:
-            StoreError: a file is missing, cannot be read, or is not what was written; names it.
+            StoreError: a file is missing, cannot be read, or has changed since it was written.
         """
         done = 0
         for index, block in enumerate(self.manifest.blocks):
@@ -123,9 +123,9 @@ class StoredSlice:
 
 @dataclass(frozen=True)
 class UnusableSlice:
-    """A folder whose manifest this tpirt does not read.
+    """A slice whose manifest cannot be read.
 
-    ``outdated`` if it is of an older format; otherwise it is of a newer one, or damaged.
+    ``outdated`` if it has an older format; otherwise it has a newer one, or is damaged.
     """
 
     path: Path
@@ -137,7 +137,7 @@ class UnusableSlice:
 
 @dataclass(frozen=True)
 class UnitPlace:
-    """Where one unit lies: a block of a slice, and the unit as that block has it."""
+    """The place of a unit: a block of a slice, and the unit in that block."""
 
     stored: StoredSlice
     block: int
@@ -146,7 +146,7 @@ class UnitPlace:
 
 
 class UnitIndex:
-    """Where the units of one model in one form lie in a store."""
+    """The places of all units of one model in one format in a store."""
 
     def __init__(self, slices: Sequence[StoredSlice], space: str):
         self._places: dict[str, list[UnitPlace]] = {}
@@ -156,18 +156,18 @@ class UnitIndex:
                 self._add(stored)
 
     def find(self, key: str, digest: bytes = NO_DIGEST) -> UnitPlace | None:
-        """Find a unit by key; with a digest, only one of that content."""
+        """Find a unit by key, and by content if a digest is given."""
         for place in self._places.get(key, ()):
             if digest in (NO_DIGEST, place.digest):
                 return place
         return None
 
     def file(self, content: str) -> tuple[StoredSlice, int] | None:
-        """Find a block file with exactly this content: its slice and index."""
+        """Find a block file by content; returns its slice and index."""
         return self._files.get(content)
 
     def digest(self, key: str, known: bytes) -> bytes:
-        """The digest of a unit that is here, the known one if possible; NO_DIGEST without any."""
+        """The digest of a unit, if possible the known one; NO_DIGEST if the unit is missing."""
         place = self.find(key, known) or self.find(key)
         return NO_DIGEST if place is None else place.digest
 
@@ -175,10 +175,10 @@ class UnitIndex:
         """Read units, each block file once, and compare their digests.
 
         Args:
-            wanted: units as the caller's block has them, and where they lie.
+            wanted: units in the caller's block, and their places.
 
         Raises:
-            StoreError: a file cannot be read, or is not what was written; names it.
+            StoreError: a file cannot be read, or has changed since it was written.
         """
         by_file: dict[tuple[Path, int], list[tuple[Unit, UnitPlace]]] = {}
         for unit, place in wanted.items():
@@ -190,7 +190,7 @@ class UnitIndex:
                 if unit_digest(content) != place.digest:
                     raise StoreError(
                         f"{stored.block_path(index)}: {unit.key} is not what its manifest says; "
-                        f"remove {stored.path}; it will be recreated"
+                        f"delete {stored.path}; it will be recreated"
                     )
                 yield unit, content
 
@@ -199,7 +199,7 @@ class UnitIndex:
         digests = iter(stored.manifest.digests)
         for index, block in enumerate(stored.manifest.blocks):
             theirs = [(unit, next(digests)) for unit in units[index]]
-            with contextlib.suppress(StoreError):  # a damaged file contains nothing
+            with contextlib.suppress(StoreError):  # skip damaged files
                 _check_size(stored.path, block)
                 self._files.setdefault(block.content, (stored, index))
                 for unit, digest in theirs:
@@ -216,8 +216,8 @@ class SliceStore:
     """Finds slices under one folder; :class:`tpirt.weights.writer.SliceWriter` writes them.
 
     Args:
-        root: the folder; need not exist.
-        limit_bytes: most bytes that it may take; None for no limit but the disk's.
+        root: the folder; may be missing.
+        limit_bytes: maximum size; None for no limit except the disk.
     """
 
     def __init__(self, root: Path, limit_bytes: int | None = None):
@@ -226,10 +226,10 @@ class SliceStore:
         self._room = Room(root, limit_bytes, self.bytes_used)
 
     def find(self, slice_id: str) -> StoredSlice | None:
-        """Look a slice up by id, in the store's folder itself and in the folders within it.
+        """Find a slice by id, in the store's folder and its subfolders.
 
-        The folders ``rank0``, ``rank1`` ... that ``tpirt split`` writes are looked into as well.
-        Files are checked by presence and size.
+        Also in the folders ``rank0``, ``rank1`` ... of ``tpirt split``. Checks presence and size
+        of the files.
 
         Raises:
             StoreError: the slice is there but damaged: its manifest broken, or a file of it
@@ -252,7 +252,7 @@ class SliceStore:
         return None
 
     def slices(self) -> list[StoredSlice]:
-        """All slices here, in the store's folder itself and in the folders within it."""
+        """All slices in the store's folder and its subfolders."""
         found = []
         for folder in (self.root, *self._folders()):
             with contextlib.suppress(StoreError):
@@ -262,7 +262,7 @@ class SliceStore:
         return found
 
     def unusable(self) -> list[UnusableSlice]:
-        """Folders of slices that cannot be used: of another format version, or damaged."""
+        """Slices with another format version, and damaged ones."""
         found = []
         for folder in self._folders():
             try:
@@ -273,10 +273,10 @@ class SliceStore:
         return found
 
     def matching(self, ids: Sequence[str]) -> list[StoredSlice | UnusableSlice]:
-        """The slices whose ids begin with one of ``ids``; all of them without any.
+        """The slices whose ids begin with one of ``ids``; all slices if ``ids`` is empty.
 
         Raises:
-            StoreError: an id that no slice here has.
+            StoreError: no slice has such an id.
         """
         named: list[tuple[str, StoredSlice | UnusableSlice]] = [
             *((stored.manifest.slice_id, stored) for stored in self.slices()),
@@ -288,7 +288,7 @@ class SliceStore:
         return [each for slice_id, each in named if not ids or slice_id.startswith(tuple(ids))]
 
     def remove(self, stored: StoredSlice | UnusableSlice) -> None:
-        """Remove a slice, its manifest first: what is left of it then is no slice.
+        """Remove a slice, its manifest first: the rest is then not taken for a slice.
 
         Raises:
             StoreError: a session uses it; the folder cannot be changed.
@@ -309,16 +309,16 @@ class SliceStore:
             held.release()
 
     def index(self, spec: SliceSpec) -> UnitIndex:
-        """Where the units that ``spec`` may consist of lie here."""
+        """Index the units that ``spec`` can consist of."""
         return UnitIndex(self.slices(), spec.space)
 
     def inventory(self, spec: SliceSpec, known: Sequence[bytes] = ()) -> list[bytes]:
-        """The digest of each of a slice's units that is here, NO_DIGEST for those that are not.
+        """Return the digests of a slice's units in the store; NO_DIGEST for missing ones.
 
         Args:
             spec: of the slice.
-            known: the digests that are wanted, as far as they are known; of two contents for one
-                key, the wanted one is reported.
+            known: wanted digests, as far as known; preferred if there are several contents for
+                one key.
         """
         index = self.index(spec)
         wanted = known or [NO_DIGEST] * len(spec.places)
@@ -327,10 +327,10 @@ class SliceStore:
             for (_, unit), digest in zip(spec.places, wanted, strict=True)
         ]
 
-    # -- what is known of units, wherever they are -------------------------------------------
+    # -- known digests -----------------------------------------------------------------------
 
     def known(self, spec: SliceSpec) -> list[bytes]:
-        """The digests of a slice's units as this machine cut them; NO_DIGEST for unknown ones."""
+        """The digests of a slice's units as cut by this machine; NO_DIGEST for unknown ones."""
         for folder in self._known_folders():
             with contextlib.suppress(StoreError):
                 manifest = _read_manifest(folder, f"{spec.key}.json")
@@ -347,28 +347,28 @@ class SliceStore:
         return [known.get(unit.key, NO_DIGEST) for _, unit in spec.places]
 
     def remember(self, manifest: Manifest) -> None:
-        """Keep a slice's digests for :meth:`known`; a store that cannot be written costs a cut."""
+        """Keep a slice's digests for :meth:`known`; if that fails, it is cut again next time."""
         folder = self.root / _KNOWN
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / f"{manifest.spec.key}.json", manifest.to_json())
 
     def promise(self, nbytes: int) -> Promise:
-        """Promise a writer room on the disk.
+        """Reserve room for a writer.
 
         Raises:
-            StoreError: there is too little, or there are too many slices already.
-            OSError: the folder cannot be looked at.
+            StoreError: not enough room, or too many slices.
+            OSError: the folder cannot be read.
         """
         count = len(self._folders())
-        if count >= _MOST_SLICES:  # each is looked at when a slice is asked for
+        if count >= _MOST_SLICES:  # every lookup reads all of them
             raise StoreError(
-                f"{self.root}: {count} slices are here already; remove some with `tpirt store rm`"
+                f"{self.root}: has {count} slices already; remove some with `tpirt store rm`"
             )
         return self._room.promise(nbytes)
 
     def own_bytes(self, slices: Sequence[StoredSlice]) -> dict[Path, int]:
-        """By folder, the bytes that removing the slice would free: files no other one links to."""
+        """Return the bytes that removing each slice would free, by folder."""
         own = {}
         for stored in slices:
             sizes = 0
@@ -380,7 +380,7 @@ class SliceStore:
         return own
 
     def bytes_used(self) -> int:
-        """Bytes of all files under the folder; files with several links count once."""
+        """Size of all files in the folder; files with several links count once."""
         sizes: dict[tuple[int, int], int] = {}
         for folder, _, files in os.walk(self.root):
             for name in files:
@@ -401,7 +401,7 @@ class SliceStore:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove what writers left that no longer live, on this host or another one."""
+    """Remove partial slices of writers that have ended, on any host."""
     for path in root.glob(f"{_PARTIAL}*"):
         held = try_lock(path)
         if held is not None:
@@ -410,23 +410,23 @@ def remove_leftovers(root: Path) -> None:
 
 
 def new_partial(root: Path, name: str) -> tuple[Path, Lock]:
-    """Make a folder that is locked as long as its writer lives."""
+    """Create a folder that is locked until its writer ends."""
     while True:
         path = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{name}-", dir=root))
         held = lock(path)
-        if held is not None and path.exists():  # not taken for a leftover in between
+        if held is not None and path.exists():  # not removed as a leftover meanwhile
             path.chmod(0o755)
             return path, held
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small file; a crash leaves the old or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(beside, "w", encoding="utf-8") as file:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, path)
+    os.replace(temporary, path)
 
 
 def _read_manifest(folder: Path, name: str = MANIFEST) -> Manifest | None:
@@ -436,18 +436,18 @@ def _read_manifest(folder: Path, name: str = MANIFEST) -> Manifest | None:
         return None
     except StoreError as exc:
         raise StoreError(
-            f"{folder / name}: {exc}; remove the folder; it will be recreated"
+            f"{folder / name}: {exc}; delete the folder; it will be recreated"
         ) from exc
 
 
 def _unusable(folder: Path, reason: str) -> UnusableSlice | None:
-    """Recognise a slice's folder by what all format versions have in common."""
+    """Recognise a slice of any format version."""
     try:
         fields = parse_fields((folder / MANIFEST).read_bytes())
     except (OSError, StoreError):
         fields = {}
     if not _SLICE_ID.fullmatch(folder.name) and "format_version" not in fields:
-        return None  # somebody else's manifest.json
+        return None  # not a slice
     version = fields.get("format_version")
     outdated = isinstance(version, int) and version < FORMAT_VERSION
     if outdated:
@@ -461,9 +461,9 @@ def _check_size(folder: Path, block: BlockFile) -> None:
     try:
         size = path.stat().st_size
     except OSError as exc:
-        raise StoreError(f"{path}: {exc.strerror}; remove {folder}; it will be recreated") from exc
+        raise StoreError(f"{path}: {exc.strerror}; delete {folder}; it will be recreated") from exc
     if size != block.nbytes:
         raise StoreError(
-            f"{path}: expected {block.nbytes} bytes, got {size}; remove {folder}; "
+            f"{path}: expected {block.nbytes} bytes, got {size}; delete {folder}; "
             "it will be recreated"
         )

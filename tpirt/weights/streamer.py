@@ -22,7 +22,7 @@ import torch
 from tpirt.errors import MemoryLimitError, StoreError
 from tpirt.ops.buffers import page_buffer, tensor_bytes
 from tpirt.sharding.blocks import Block
-from tpirt.stopwatch import COMPUTE, DISK, WAIT_DISK, Recorder
+from tpirt.stopwatch import DISK, WAIT_DISK, Recorder
 from tpirt.types import Progress, ProgressCallback
 from tpirt.units import format_bytes
 from tpirt.weights.layout import Weights, view_weights
@@ -159,8 +159,8 @@ class WeightStreamer:
         self.blocks = blocks
         self.bytes_read = 0
         recorder = recorder or Recorder()
-        self.clock = recorder.stopwatch(COMPUTE)  # what the consumer waits, between its blocks
-        self.reads = recorder.stopwatch(DISK)  # what the readers read
+        self.clock = recorder.stopwatch(WAIT_DISK)  # what the consumer waits, between its blocks
+        self.reads = recorder.tally(DISK)  # what the readers read
         self._stored = stored
         self._read_timeout_s = read_timeout_s
         self._max_blocks = max_blocks

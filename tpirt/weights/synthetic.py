@@ -1,12 +1,12 @@
-"""A model without a checkpoint: weights drawn from a seed, straight into the slices' bytes.
+"""A model without a checkpoint: random weights from a seed, generated as bytes of slices.
 
 Its directory has ``config.json``, a tokenizer, ``synthetic.json`` with the seed, and its slices
-under ``slices``; see :mod:`tpirt.cluster.synth`. A slice's bytes depend on seed, shard, block,
-tensor and form alone. Slices of another split or form are another model: they are drawn for their
-shard, not cut from one whole.
+under ``slices``; see :mod:`tpirt.cluster.synth`. The bytes of a slice depend only on seed, shard,
+block, tensor and format. Slices of another split or format are a different model, because weights
+are drawn per shard.
 
-Weights are uniform around 0 with the standard deviation that transformers initialises with, norms
-are 1: hidden states stay tame over any number of layers. Tied embeddings are drawn untied.
+Weights are uniform around 0 with the standard deviation of transformers' initialisation, norms
+are 1, so hidden states stay bounded for any number of layers. Tied embeddings are drawn untied.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from tpirt.weights.source import BlockBytes
 MARKER = "synthetic.json"
 SLICES = "slices"
 
-# What a seed stands for: counted up whenever the same seed would give other bytes.
+# Version of the generator: incremented when the same seed would give other bytes.
 _GENERATION = 1
 
 _STD = 0.02
 _UNIFORM_16_BITS = 65536 / math.sqrt(12)  # standard deviation of numbers drawn evenly
 
-_PIECE_BYTES = 1 << 20  # drawn at once: 4.7 GB/s, where 64 MiB at once give 3.3 (caches)
+_DRAWN_BYTES = 1 << 20  # drawn at once: 4.7 GB/s, against 3.3 for 64 MiB (caches)
 
 
 class SyntheticCheckpoint:
-    """A :class:`tpirt.weights.source.ModelSource` whose weights are drawn; closing does nothing.
+    """A :class:`tpirt.weights.source.ModelSource` of random weights; closing does nothing.
 
     Attributes:
         path: the model directory.
-        seed: what all weights follow from.
+        seed: of the weights.
     """
 
     divisible = False
@@ -65,24 +65,24 @@ class SyntheticCheckpoint:
         """Open a model directory that :func:`is_synthetic`.
 
         Raises:
-            CheckpointError: ``synthetic.json`` or config.json is missing or broken.
+            CheckpointError: ``synthetic.json`` or config.json is missing or invalid.
             ConfigError: config.json is not supported.
         """
         return cls(path, ModelConfig.from_dir(path), read_seed(path))
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identify the model: 32 hex digits that follow from configuration and seed."""
+        """Identify the model: 32 hex digits from configuration and seed."""
         identity = f"synthetic {_GENERATION} {self.seed} {self._config.to_json()}"
         return hashlib.sha256(identity.encode()).hexdigest()[:32]
 
     @property
     def slices(self) -> Path:
-        """Folder of the slices that were made for it."""
+        """Folder of its slices."""
         return self.path / SLICES
 
     def gather_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
-        """Draw rows of the embedding, the only matrix there is; (len(rows), H) bfloat16."""
+        """Draw rows of the embedding, (len(rows), H) bfloat16."""
         out = torch.empty(len(rows), self._config.hidden_size, dtype=torch.bfloat16)
         for index, row in enumerate(rows):
             (numbers,) = _int16_pieces(f"{self.seed}/{name}/{row}", [out.shape[1]])
@@ -118,7 +118,7 @@ class SyntheticCheckpoint:
 
 
 def is_synthetic(path: Path) -> bool:
-    """Tell whether a model directory says that it has no checkpoint."""
+    """Whether a model directory is synthetic."""
     return (path / MARKER).is_file()
 
 
@@ -126,7 +126,7 @@ def read_seed(path: Path) -> int:
     """Return the seed of a synthetic model's directory.
 
     Raises:
-        CheckpointError: ``synthetic.json`` is missing or broken.
+        CheckpointError: ``synthetic.json`` is missing or invalid.
     """
     file = path / MARKER
     try:
@@ -134,7 +134,7 @@ def read_seed(path: Path) -> int:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
         raise CheckpointError(f"{file}: not readable ({exc!r}); run `tpirt synth` again") from exc
     if type(seed) is not int or seed < 0:
-        raise CheckpointError(f"{file}: seed: expected a whole number from 0 on, got {seed!r}")
+        raise CheckpointError(f"{file}: seed: expected a whole number, at least 0, got {seed!r}")
     return seed
 
 
@@ -146,7 +146,7 @@ def marker_text(seed: int) -> str:
 def random_block(seed: int, shard: Shard, block: Block) -> Iterator[memoryview]:
     """Yield a block file's bytes in order, header first, in pieces of about 1 MiB.
 
-    Scales and zero points are there as a whole, which is at most a sixteenth of the block.
+    Scales and zero points of a tensor are one piece, at most a sixteenth of the block.
     """
     yield memoryview(block_header(block))
     end = 0
@@ -165,7 +165,7 @@ def _region_bytes(key: str, tensor: StoredTensor, region: Region) -> Iterator[me
         yield from _plain(key, tensor)
     elif region == tensor.regions[0]:
         draw = _Stream(key).take
-        for codes in quant.random_codes(draw, tensor.shape[1], region.nbytes, _PIECE_BYTES):
+        for codes in quant.random_codes(draw, tensor.shape[1], region.nbytes, _DRAWN_BYTES):
             yield tensor_bytes(codes)
     else:
         yield tensor_bytes(quant.even_scales(region, tensor.shape[0], _STD))
@@ -175,7 +175,7 @@ def _plain(key: str, tensor: StoredTensor) -> Iterator[memoryview]:
     if "norm" in tensor.name:
         yield tensor_bytes(torch.ones(tensor.shape, dtype=tensor.dtype))
         return
-    step = _PIECE_BYTES // tensor.dtype.itemsize
+    step = _DRAWN_BYTES // tensor.dtype.itemsize
     for numbers in _int16_pieces(key, _parts(math.prod(tensor.shape), step)):
         yield tensor_bytes(numbers.to(tensor.dtype).mul_(_STD / _UNIFORM_16_BITS))
 
@@ -194,7 +194,7 @@ def _int16_pieces(key: str, sizes: Sequence[int]) -> Iterator[torch.Tensor]:
 class _Stream:
     """The random numbers that are ``key``'s.
 
-    numpy keeps this generator's numbers the same from version to version.
+    numpy guarantees the same numbers of this generator in all versions.
     """
 
     def __init__(self, key: str):

@@ -1,4 +1,4 @@
-"""Units in and out of a block's memory, in a form that no plan and no CPU's layout changes.
+"""Copy units into and out of blocks, in a form that depends on neither plan nor CPU layout.
 
 The canonical bytes of a unit are its values in the stored dtype, row by row; of a quantized matrix
 its codes and then its scales, as :meth:`tpirt.ops.quant.Scheme.unit_regions` has them.
@@ -27,8 +27,8 @@ class BlockUnits:
     Codes may be kept unpacked until :meth:`flush`; see :class:`tpirt.ops.quant_units.UnitCodes`.
 
     Args:
-        block: what the buffer holds.
-        data: uint8 (block.nbytes,), zero where nothing was put yet.
+        block: the block.
+        data: uint8 (block.nbytes,), initially zero if units are put.
     """
 
     def __init__(self, block: Block, data: torch.Tensor):
@@ -37,7 +37,7 @@ class BlockUnits:
         self._codes: dict[int, UnitCodes] = {}  # of the tensors that were used, by index
 
     def get(self, unit: Unit) -> memoryview:
-        """Copy a unit's canonical bytes out."""
+        """Return a copy of a unit's canonical bytes."""
         regions = _canonical(self._block.tensors[unit.tensor], unit)
         out = torch.empty(sum(region.nbytes for region in regions), dtype=torch.uint8)
         first, *scales = _views(regions, out)
@@ -49,7 +49,7 @@ class BlockUnits:
         return tensor_bytes(out)
 
     def put(self, unit: Unit, content: memoryview | bytes) -> None:
-        """Copy a unit's canonical bytes in; complete after :meth:`flush`."""
+        """Write a unit's canonical bytes; complete after :meth:`flush`."""
         regions = _canonical(self._block.tensors[unit.tensor], unit)
         raw = torch.frombuffer(bytearray(content), dtype=torch.uint8)  # aligned, and writable
         first, *scales = _views(regions, raw)
@@ -60,7 +60,7 @@ class BlockUnits:
             self._values(unit).copy_(first)
 
     def clear_padding(self) -> None:
-        """Make everything that belongs to no unit zero, as it is where units are put together."""
+        """Zero all bytes outside of units, as in a block assembled from units."""
         for index, tensor in enumerate(self._block.tensors):
             if isinstance(tensor.quant, Scheme):
                 codes = tensor.quant.unit_codes(self._views(index)[0], tensor.layout)
@@ -114,10 +114,10 @@ def _canonical(tensor: StoredTensor, unit: Unit) -> tuple[Region, ...]:
 
 
 def _stored_columns(tensor: StoredTensor, columns: Span) -> Span:
-    """A unit's columns with the padding that the tensor's last column is followed by."""
+    """A unit's columns, with the tensor's padding if they are the last."""
     if columns.stop < tensor.shape[1]:
         return columns
-    return Span(columns.start, tensor.quant.padded_inputs(tensor.shape[1]))
+    return Span(columns.start, tensor.quant.padded_in_features(tensor.shape[1]))
 
 
 def _views(regions: tuple[Region, ...], content: torch.Tensor) -> list[torch.Tensor]:

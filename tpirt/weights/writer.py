@@ -1,6 +1,6 @@
-"""Writing one slice: block files assembled from units that are here and units that come.
+"""Write a slice: block files assembled from stored and received units.
 
-One block is in memory at a time, with its 4-bit codes unpacked: about what streaming it takes.
+One block is in memory at a time, with unpacked 4-bit codes: about the memory for streaming it.
 Nothing is visible before :meth:`SliceWriter.commit`.
 """
 
@@ -41,7 +41,7 @@ from tpirt.weights.unit_bytes import BlockUnits
 
 @dataclass
 class _Incoming:
-    """The unit that is being received: its number, and what came of it."""
+    """The unit that is being received: its number, and its content so far."""
 
     number: int
     content: bytearray = field(default_factory=bytearray)
@@ -53,20 +53,20 @@ class _OpenBlock:
 
     content: torch.Tensor  # the whole file
     units: BlockUnits
-    digests: list[bytes]  # of its units; NO_DIGEST until they are there
+    digests: list[bytes]  # of its units; NO_DIGEST for missing ones
 
 
 class SliceWriter:
-    """Writes one slice, block after block; use as a context manager, then :meth:`commit`.
+    """Writes one slice block by block; a context manager. Ends with :meth:`commit`.
 
-    Within a block, units come in any order. All methods block: call them in a thread, one at a
-    time.
+    Units of a block can be written in any order. All methods block: call them in a thread, one at
+    a time.
 
     Args:
-        store: where to.
+        store: the store.
         spec: of the slice.
-        kept: by unit, the digest of those that are taken from the store's own slices; NO_DIGEST
-            for those that will be written.
+        kept: digests by unit of those that are taken from the store's slices; NO_DIGEST for those
+            that will be written.
 
     Raises:
         StoreError: a kept unit is not in the store; the folder cannot be written; the disk, or
@@ -105,14 +105,14 @@ class SliceWriter:
         self.close()
 
     def close(self) -> None:
-        """Remove what was not committed; safe to call twice."""
+        """Remove the slice if it was not committed; idempotent."""
         shutil.rmtree(self._path, ignore_errors=True)
         self._lock.release()
         self._promise.release()
 
     @property
     def lacking(self) -> list[int]:
-        """The numbers of the units that must be written."""
+        """Numbers of the units that must be written."""
         return [number for number, digest in enumerate(self._kept) if digest == NO_DIGEST]
 
     def write(self, number: int, offset: int, data: bytes | memoryview) -> None:
@@ -137,7 +137,7 @@ class SliceWriter:
             self.put(number, memoryview(content))
 
     def put(self, number: int, content: memoryview) -> None:
-        """Add a whole unit, one that is lacking.
+        """Write a whole unit, one of :attr:`lacking`.
 
         Raises:
             StoreError: units of an earlier block are missing, or the disk refused.
@@ -148,7 +148,7 @@ class SliceWriter:
         block.digests[number - self._starts[index]] = unit_digest(content)
 
     def put_block(self, index: int, content: torch.Tensor) -> None:
-        """Add a block none of whose units is kept, as its whole file; uint8 (file_bytes,).
+        """Write a whole block file without kept units; uint8 (file_bytes,).
 
         Raises:
             StoreError: units of an earlier block are missing, or the disk refused.
@@ -160,7 +160,7 @@ class SliceWriter:
         self._save(index, content, digests)
 
     def commit(self) -> StoredSlice:
-        """Make the slice visible, after everything of it is on disk.
+        """Flush the slice to disk, then make it visible.
 
         Raises:
             StoreError: units are missing, or the disk refused.
@@ -184,9 +184,9 @@ class SliceWriter:
         return StoredSlice(target, manifest)
 
     def _mend(self, target: Path) -> None:
-        """Replace the files of a slice that is there: the same content, for it may be damaged.
+        """Replace the files of an existing slice with the same content, because it may be damaged.
 
-        One that a session uses is left as it is.
+        Does nothing if a session uses it.
         """
         if not target.is_dir():
             target.unlink()
@@ -200,7 +200,7 @@ class SliceWriter:
                 shutil.rmtree(target / name)
             os.replace(self._path / name, target / name)
 
-    # -- what is here --------------------------------------------------------------------------
+    # -- stored units --------------------------------------------------------------------------
 
     def _find_kept(self) -> dict[int, UnitPlace]:
         sources = {}
@@ -210,7 +210,9 @@ class SliceWriter:
             key = self.spec.places[number][1].key
             place = self._index.find(key, digest)
             if place is None:
-                raise StoreError(f"{self._root}: {key} is not here any more; start again")
+                raise StoreError(
+                    f"{self._root}: {key} was removed while the slice was written; start again"
+                )
             sources[number] = place
         return sources
 
@@ -219,7 +221,7 @@ class SliceWriter:
         return self._kept[start : start + len(self.spec.units[index])]
 
     def _find_files(self) -> dict[int, tuple[StoredSlice, int]]:
-        """Block files in the store that are blocks of this slice already, by block."""
+        """Block files in the store with the content of this slice's blocks, by block."""
         files = {}
         for index, block in enumerate(self.spec.blocks):
             kept = self._kept_of(index)
@@ -230,11 +232,11 @@ class SliceWriter:
         return files
 
     def _new_bytes(self) -> int:
-        """Bytes of the files that cannot be links."""
+        """Size of the files that cannot be links."""
         blocks = enumerate(self.spec.blocks)
         return sum(file_bytes(block) for index, block in blocks if index not in self._files)
 
-    # -- block after block ---------------------------------------------------------------------
+    # -- blocks --------------------------------------------------------------------------------
 
     def _is_due(self, number: int) -> bool:
         if not 0 <= number < len(self._kept) or self._kept[number] != NO_DIGEST:
@@ -257,7 +259,7 @@ class SliceWriter:
         return self._open
 
     def _finish_before(self, index: int) -> None:
-        """Complete the blocks before ``index`` from what was put and what is here."""
+        """Complete the blocks before ``index`` from written and stored units."""
         while len(self._done) < index:
             current = len(self._done)
             if current in self._files:
@@ -297,7 +299,7 @@ class SliceWriter:
         self._done.append(entry)
 
     def _link(self, index: int, stored: StoredSlice, theirs: int) -> None:
-        """Take a file over from another slice; copied where the disk has no hard links."""
+        """Link a file of another slice; copy it if the disk has no hard links."""
         stored.read_block(theirs)  # a damaged file must not spread
         found = stored.manifest.blocks[theirs]
         entry = BlockFile.of(self.spec.blocks[index], found.digests, found.xxh3_128)

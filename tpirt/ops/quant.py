@@ -143,13 +143,13 @@ class Scheme(QuantSpec, ABC):
 
     @abstractmethod
     def random_codes(
-        self, draw: Callable[[int], torch.Tensor], inputs: int, nbytes: int, at_once: int
+        self, draw: Callable[[int], torch.Tensor], in_features: int, nbytes: int, at_once: int
     ) -> Iterator[torch.Tensor]:
         """Yield the bytes of a codes region, drawn evenly; inputs that pad weigh nothing.
 
         Args:
             draw: gives the next random bytes, uint8 (n,).
-            inputs: K.
+            in_features: K.
             nbytes: size of the region.
             at_once: about how many bytes to yield at once.
         """
@@ -221,15 +221,15 @@ class Int8(Scheme):
         return scales[rows]
 
     def random_codes(
-        self, draw: Callable[[int], torch.Tensor], inputs: int, nbytes: int, at_once: int
+        self, draw: Callable[[int], torch.Tensor], in_features: int, nbytes: int, at_once: int
     ) -> Iterator[torch.Tensor]:
-        width = self.padded_in_features(inputs)
-        if width > inputs:
+        width = self.padded_in_features(in_features)
+        if width > in_features:
             at_once = max(1, at_once // width) * width  # whole rows
         for start in range(0, nbytes, at_once):
             codes = draw(min(at_once, nbytes - start))
-            if width > inputs:
-                codes.view(-1, width)[:, inputs:] = 0
+            if width > in_features:
+                codes.view(-1, width)[:, in_features:] = 0
             yield codes
 
     def even_scales(self, region: Region, rows: int, std: float) -> torch.Tensor:
@@ -323,7 +323,7 @@ class Int4(Scheme):
         return scales[columns.start // self.group_size : columns.stop // self.group_size, rows]
 
     def random_codes(
-        self, draw: Callable[[int], torch.Tensor], inputs: int, nbytes: int, at_once: int
+        self, draw: Callable[[int], torch.Tensor], in_features: int, nbytes: int, at_once: int
     ) -> Iterator[torch.Tensor]:
         for start in range(0, nbytes, at_once):  # any byte is two codes
             yield draw(min(at_once, nbytes - start))

@@ -308,6 +308,56 @@ async def test_a_slow_disk_does_not_block_the_loop_while_the_budget_changes(
             await visit(window, index)
 
 
+async def test_the_budget_changes_only_when_both_reads_of_a_block_have_ended(
+    stored: tuple[StoredSlice, list[Block]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them is read in vain: it was asked for, given up, and asked for again."""
+    block = buffer_bytes(stored[0].manifest.blocks[0].nbytes)
+    reads: list[tuple[str, threading.Event]] = []
+
+    def slow(path: Path, target: memoryview, nbytes: int) -> None:
+        reads.append((path.stem, disk := threading.Event()))
+        assert disk.wait(20)
+        read_file(path, target, nbytes)
+
+    async def begun(*names: str) -> None:
+        await asyncio.to_thread(
+            wait_until, lambda: sorted(name for name, _ in reads) == sorted(names)
+        )
+
+    def end(name: str) -> None:
+        next(disk for each, disk in reads if each == name and not disk.is_set()).set()
+
+    monkeypatch.setattr(module, "read_file", slow)
+    async with opened(stored, budget_bytes=4 * block) as window:
+        await begun("block0", "block1")
+        for index in (3, 1):
+            await give_up(window, index)
+        end("block0")
+        await begun("block0", "block1", "block1")
+        changing = asyncio.ensure_future(window.set_budget(2 * block))
+        await asyncio.sleep(0)
+        read = window.bytes_read
+        end("block1")
+        await asyncio.to_thread(wait_until, lambda: window.bytes_read > read)
+        await asyncio.wait({changing}, timeout=0.1)
+        assert not changing.done()
+        monkeypatch.setattr(module, "read_file", read_file)
+        end("block1")
+        await changing
+        for index in range(COUNT):
+            await visit(window, index)
+
+
+async def give_up(window: WeightStreamer, index: int) -> None:
+    """Begin to acquire and be cancelled, as an aborted step does."""
+    task = asyncio.ensure_future(window.acquire(index))
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait({task})
+    assert task.cancelled()
+
+
 def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 20
     while not condition():

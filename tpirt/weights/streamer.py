@@ -112,7 +112,7 @@ def _choose_resident(sizes: Sequence[int], spare_bytes: int) -> frozenset[int]:
     return frozenset(resident)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Entry:
     """A block on its way through the ring, or a resident one being read."""
 
@@ -176,7 +176,7 @@ class WeightStreamer:
         self._free: list[torch.Tensor] = []
         self._kinds = _kinds(blocks, [file.nbytes for file in self._files])
         self._views: dict[tuple[int, int], Weights] = {}  # by block's kind and ring buffer
-        self._reading: set[int] = set()  # blocks that are being read now
+        self._reading: set[_Entry] = set()  # the same block can be read twice, once in vain
         self._waiters: dict[int, _Waiter] = {}
         self._pause: _Waiter | None = None  # waits until nothing is being read
         self._cursor = 0
@@ -250,7 +250,7 @@ class WeightStreamer:
         idle = asyncio.Event()
         with self._condition:
             self._pause = (asyncio.get_running_loop(), idle)
-            reading = min(self._reading, default=0)
+            reading = min((entry.index for entry in self._reading), default=0)
             if not self._reading:
                 idle.set()
         try:
@@ -398,7 +398,7 @@ class WeightStreamer:
                 if self._closing:
                     return
                 assert entry is not None
-                self._reading.add(entry.index)
+                self._reading.add(entry)
             began_ns = time.perf_counter_ns()
             try:
                 self._read(entry)
@@ -462,7 +462,7 @@ class WeightStreamer:
 
     def _finish(self, entry: _Entry) -> None:
         entry.done = True
-        self._reading.discard(entry.index)
+        self._reading.discard(entry)
         if entry.index in self.plan.resident:
             if entry.error is not None:
                 self._errors[entry.index] = entry.error

@@ -22,7 +22,7 @@ from tpirt.testing.cluster import memory_engine
 from tpirt.testing.models import make_model
 from tpirt.types import ProgressCallback, SamplingParams
 from tpirt.units import parse_bytes
-from tpirt.weights.streamer import StreamPlan, plan_streaming
+from tpirt.weights.stream_plan import StreamPlan, plan_streaming
 
 MIB = 1 << 20
 

@@ -220,7 +220,7 @@ def test_a_context_that_one_peer_cannot_hold_is_refused(long_model: Path) -> Non
     peers = [profile(), profile(1, memory_bytes=336 * MIB)]
     deployment = plan(config, peers, PlanOptions(memory_bytes=400 * MIB))
     deployment.check_context(500)
-    with pytest.raises(MemoryLimitError, match=r"on rank 1 \(pi1\), whose .* is 320 MiB") as caught:
+    with pytest.raises(MemoryLimitError, match=r"on rank 1 \(pi1\), whose .* is 336 MiB") as caught:
         deployment.check_context(12_000)
     common, own = map(parse_bytes, re.findall(r"to at least (\w+)", str(caught.value)))
     peers[1] = profile(1, memory_bytes=own)

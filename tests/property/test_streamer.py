@@ -24,7 +24,8 @@ from tpirt.types import ignore_progress
 from tpirt.weights import streamer as module
 from tpirt.weights.reader import buffer_bytes
 from tpirt.weights.store import StoredSlice
-from tpirt.weights.streamer import WeightStreamer, plan_streaming
+from tpirt.weights.stream_plan import plan_streaming
+from tpirt.weights.streamer import WeightStreamer
 
 SIZES = st.lists(st.integers(1, 1000), min_size=1, max_size=20)
 
@@ -190,8 +191,9 @@ async def use(
                     case "yield":
                         await asyncio.sleep(0)
                     case "budget":
-                        budget = budget_of(value)
+                        before, budget = budget, budget_of(value)
                         await window.set_budget(budget)
+                        assert buffers.peak <= max(before, budget)
                         buffers.forget_peak()
                 assert window.held_bytes <= budget
                 assert buffers.peak <= budget

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import mmap
 import os
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ from tpirt.errors import MemoryLimitError, StoreError
 from tpirt.sharding.blocks import Block
 from tpirt.testing.slices import counting_slice
 from tpirt.types import Progress, ignore_progress
+from tpirt.weights import stream_plan
 from tpirt.weights import streamer as module
 from tpirt.weights.reader import buffer_bytes, read_file
 from tpirt.weights.store import SliceStore, StoredSlice
@@ -121,34 +124,69 @@ async def test_preload_reports_all_bytes(stored: tuple[StoredSlice, list[Block]]
 
 
 @BOTH
+@pytest.mark.parametrize(
+    "where", [(os, "preadv"), (module, "view_weights")], ids=["reading", "viewing"]
+)
 async def test_any_failure_of_the_reader_reaches_the_consumer(
     stored: tuple[StoredSlice, list[Block]],
     limits: dict[str, int],
+    where: tuple[object, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class BugError(Exception):
         pass
 
-    def preadv(*_: object) -> int:
+    def fail(*_: object) -> int:
         raise BugError
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "preadv", preadv)
+        patch.setattr(*where, fail)
         async with opened(stored, **limits) as window:
             with pytest.raises(BugError):
                 await window.acquire(0)
 
 
+@BOTH
 async def test_memory_that_runs_out_is_an_error_not_a_hang(
-    stored: tuple[StoredSlice, list[Block]], monkeypatch: pytest.MonkeyPatch
+    stored: tuple[StoredSlice, list[Block]],
+    limits: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def full(_: int) -> torch.Tensor:
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr(module, "page_buffer", full)
-    async with opened(stored) as window:
-        with pytest.raises(StoreError, match=r"block0.*Cannot allocate memory"):
-            await window.acquire(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "page_buffer", full)
+        window = WeightStreamer(*stored, **limits)
+        try:
+            with pytest.raises(StoreError, match=r"block0.*Cannot allocate memory"):
+                await window.acquire(0)
+        finally:
+            await window.aclose()
+
+
+@BOTH
+async def test_an_error_that_is_kept_keeps_no_memory(
+    stored: tuple[StoredSlice, list[Block]],
+    limits: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[weakref.ref[mmap.mmap]] = []
+
+    def page_buffer(nbytes: int) -> torch.Tensor:
+        memory = mmap.mmap(-1, nbytes)
+        made.append(weakref.ref(memory))
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+    monkeypatch.setattr(module, "page_buffer", page_buffer)
+    for damage in (truncate, remove):
+        damage(stored[0].block_path(3))
+        async with opened(stored, **limits) as window:
+            with pytest.raises(StoreError) as caught:
+                await window.acquire(3)
+        assert "block3" in str(caught.value)
+        assert made
+        assert not [memory for memory in made if memory() is not None]
 
 
 async def test_short_reads_are_continued(
@@ -248,32 +286,37 @@ async def test_reading_goes_on_while_nobody_asks(stored: tuple[StoredSlice, list
     async with opened(stored, max_blocks=3) as window:
         for index in range(COUNT):
             await visit(window, index)
-        await asyncio.to_thread(
-            wait_until, lambda: all(e.done for e in window._ring) and len(window._ring) == 3
-        )
-        assert [entry.index for entry in window._ring] == [0, 1, 2]
+        await has_read(window, COUNT + 3)
+        await nothing_more_is_read(window, (0, 1, 2))
 
 
 async def test_changing_the_budget_keeps_what_was_read_ahead(
     stored: tuple[StoredSlice, list[Block]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_BEST_SLOTS", 3)
+    monkeypatch.setattr(stream_plan, "_BEST_SLOTS", 3)
     block = buffer_bytes(stored[0].manifest.blocks[0].nbytes)
     async with opened(stored, budget_bytes=4 * block) as window:  # block 0 stays
         await window.preload(ignore_progress)
-        await asyncio.to_thread(
-            wait_until, lambda: [e.index for e in window._ring if e.done] == [1, 2, 3]
-        )
-        read = window.bytes_read
+        await has_read(window, 4)  # 1, 2 and 3 ahead
         await window.set_budget(5 * block)  # block 4 is to stay too
-        assert [entry.index for entry in window._ring] == [1, 2, 3]
         for index in range(COUNT):
             await visit(window, index)
-        await asyncio.to_thread(
-            wait_until, lambda: [e.index for e in window._ring if e.done] == [1, 2, 3]
-        )
-        # 4 and 5, and then 1, 2, 3 again: nothing twice.
-        assert window.bytes_read - read == 5 * stored[0].manifest.blocks[0].nbytes
+        await has_read(window, 9)  # 4 and 5, and then 1, 2, 3 again: nothing twice
+        await nothing_more_is_read(window, (1, 2, 3))
+
+
+async def has_read(window: WeightStreamer, blocks: int) -> None:
+    nbytes = blocks * window.weights_bytes // COUNT
+    await asyncio.to_thread(wait_until, lambda: window.bytes_read >= nbytes)
+    assert window.bytes_read == nbytes
+
+
+async def nothing_more_is_read(window: WeightStreamer, ahead: Sequence[int]) -> None:
+    """Take the blocks of all buffers into use: none is left to read into."""
+    read = window.bytes_read
+    for index in ahead:
+        assert (await window.acquire(index))["t"].eq(index).all()
+    assert window.bytes_read == read
 
 
 async def test_a_slow_disk_does_not_block_the_loop_while_the_budget_changes(
@@ -308,45 +351,81 @@ async def test_a_slow_disk_does_not_block_the_loop_while_the_budget_changes(
             await visit(window, index)
 
 
-async def test_the_budget_changes_only_when_no_read_is_under_way(
+async def test_the_budget_changes_only_when_both_reads_of_a_block_have_ended(
     stored: tuple[StoredSlice, list[Block]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even the first of two reads of one block: the consumer skipped it, and came back."""
+    """One of them is read in vain: it was asked for, given up, and asked for again."""
     block = buffer_bytes(stored[0].manifest.blocks[0].nbytes)
-    begun: list[int] = []
-    disk = [threading.Event() for _ in range(3)]
+    reads: list[tuple[str, threading.Event]] = []
 
     def slow(path: Path, target: memoryview, nbytes: int) -> None:
-        number = len(begun)
-        begun.append(int(path.stem.removeprefix("block")))
-        if number < len(disk):
-            disk[number].wait(20)
+        reads.append((path.stem, disk := threading.Event()))
+        assert disk.wait(20)
         read_file(path, target, nbytes)
 
-    async def give_up(index: int) -> None:
-        task = asyncio.ensure_future(window.acquire(index))
-        await asyncio.sleep(0)
-        task.cancel()
-        await asyncio.wait([task])
+    async def begun(*names: str) -> None:
+        await asyncio.to_thread(
+            wait_until, lambda: sorted(name for name, _ in reads) == sorted(names)
+        )
+
+    def end(name: str) -> None:
+        next(disk for each, disk in reads if each == name and not disk.is_set()).set()
 
     monkeypatch.setattr(module, "read_file", slow)
-    async with opened(stored, max_blocks=3, budget_bytes=3 * block) as window:
-        await asyncio.to_thread(wait_until, lambda: len(begun) == 2)
-        first = begun.index(0)
-        await give_up(2)  # what is being read is not wanted any more
-        await give_up(0)
-        disk[1 - first].set()
-        await asyncio.to_thread(wait_until, lambda: len(begun) == 3)
-        assert begun.count(0) == 2
+    async with opened(stored, budget_bytes=4 * block) as window:
+        await begun("block0", "block1")
+        for index in (3, 1):
+            await give_up(window, index)
+        end("block0")
+        await begun("block0", "block1", "block1")
         changing = asyncio.ensure_future(window.set_budget(2 * block))
         await asyncio.sleep(0)
-        disk[2].set()  # the second read of block 0
-        done, _ = await asyncio.wait([changing], timeout=0.2)
-        assert not done
-        disk[first].set()
+        read = window.bytes_read
+        end("block1")
+        await asyncio.to_thread(wait_until, lambda: window.bytes_read > read)
+        await asyncio.wait({changing}, timeout=0.1)
+        assert not changing.done()
+        monkeypatch.setattr(module, "read_file", read_file)
+        end("block1")
         await changing
         for index in range(COUNT):
             await visit(window, index)
+
+
+async def test_closing_ends_what_waits_and_no_memory_is_taken_afterwards(
+    stored: tuple[StoredSlice, list[Block]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = buffer_bytes(stored[0].manifest.blocks[0].nbytes)
+    begun, disk = threading.Event(), threading.Event()
+
+    def slow(path: Path, target: memoryview, nbytes: int) -> None:
+        begun.set()
+        assert disk.wait(20)
+        read_file(path, target, nbytes)
+
+    monkeypatch.setattr(module, "read_file", slow)
+    async with opened(stored, budget_bytes=4 * block) as window:
+        await asyncio.to_thread(begun.wait, 20)
+        acquiring = asyncio.ensure_future(window.acquire(0))
+        changing = asyncio.ensure_future(window.set_budget(3 * block))
+        await asyncio.sleep(0)
+        closing = asyncio.ensure_future(window.aclose())
+        for waiting in (acquiring, changing):
+            with pytest.raises(StoreError, match="its session has ended"):
+                await waiting
+        disk.set()
+        await closing
+        with pytest.raises(StoreError, match="its session has ended"):
+            await window.acquire(0)
+
+
+async def give_up(window: WeightStreamer, index: int) -> None:
+    """Begin to acquire and be cancelled, as an aborted step does."""
+    task = asyncio.ensure_future(window.acquire(index))
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait({task})
+    assert task.cancelled()
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -59,14 +59,13 @@ class Pipeline:
         if not self._turns[part].is_set():
             await self._turns[part].wait()
         self._step.check()
-        weights = self._held.get(block)
-        if weights is None:
+        if block not in self._held:
             weights = self._weights.take(block)
-            if weights is None:  # a disk may hang; an aborted step does not wait
-                weights = await self._step.run(self._weights.acquire(block))
-            self._held[block] = weights
-            self._users[block] = set(self._running)
-        return weights
+            if weights is None:  # a disk may hang: an aborted step does not wait for it
+                await self._step.run(self._acquire(block))
+            else:
+                self._hold(block, weights)
+        return self._held[block]
 
     def leave(self, part: int, block: int, *, keep: bool) -> None:
         """End a stage; ``keep`` the block if ``part``'s next stage uses it too."""
@@ -86,6 +85,14 @@ class Pipeline:
             self._release(part, block)
         for turn in self._turns:
             turn.set()
+
+    async def _acquire(self, block: int) -> None:
+        """Hold a block as soon as it comes; ``enter`` may be cancelled before it hears of it."""
+        self._hold(block, await self._weights.acquire(block))
+
+    def _hold(self, block: int, weights: Weights) -> None:
+        self._held[block] = weights
+        self._users[block] = set(self._running)
 
     def _release(self, part: int, block: int) -> None:
         users = self._users[block]

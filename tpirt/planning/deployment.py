@@ -22,7 +22,7 @@ from tpirt.planning.profile import PeerProfile
 from tpirt.sharding.format import WeightFormat
 from tpirt.sharding.partition import Plan, Shard, make_plan
 from tpirt.units import format_bytes
-from tpirt.weights.streamer import StreamPlan
+from tpirt.weights.stream_plan import StreamPlan
 
 _SHARE_OF_FREE_MEMORY = 0.85
 

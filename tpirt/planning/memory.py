@@ -19,7 +19,7 @@ from tpirt.sharding.partition import Shard
 from tpirt.units import format_bytes
 from tpirt.weights.layout import file_bytes
 from tpirt.weights.reader import buffer_bytes
-from tpirt.weights.streamer import StreamPlan, least_budget, plan_streaming
+from tpirt.weights.stream_plan import StreamPlan, least_budget, plan_streaming
 
 _CHUNKS = (512, 256, 128, 64, 32, 16)  # candidates for the tokens of a step
 

@@ -11,7 +11,7 @@ from tpirt.batch import Algorithm, CommDtype
 from tpirt.dtypes import RUN_DTYPES
 from tpirt.errors import ConfigError, MemoryLimitError
 from tpirt.ops.quant import QuantSpec
-from tpirt.weights.streamer import MIN_SLOTS
+from tpirt.weights.stream_plan import MIN_SLOTS
 
 AUTO = "auto"
 

@@ -35,6 +35,7 @@ async def test_unreachable_worker(
 ) -> None:
     expected, notice, _ = await answer(model, tmp_path)
     assert notice == ""
+    monkeypatch.setattr(mesh, "PATIENCE_S", 0.2)
 
     async def unreachable(self: MemoryPeerClient) -> Channel:
         raise PeerUnreachableError(f"peer {self.address}: connection refused")
@@ -43,7 +44,8 @@ async def test_unreachable_worker(
     tokens, notice, explained = await answer(model, tmp_path, collective=collective)
     assert tokens == expected
     assert "star" in notice
-    assert "rank 2 has no link to rank 1: it cannot be reached from there" in notice
+    # Not why: a master could have its workers try the ports of other machines.
+    assert "rank 2 has no link to rank 1: no link within" in notice
     assert any("one token" in line and ": star" in line for line in explained)
 
 

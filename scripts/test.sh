@@ -46,7 +46,7 @@ checks &>"$reports/checks" &
 checks=$!
 # pytest's summary is kept back: it is to be the last line when all is well.
 printf -- '--- pytest\n'
-"$bin/python" -m pytest -n 3 --dist loadfile --no-loadscope-reorder -rs --durations=25 "$@" |
+"$bin/python" -m pytest -n 3 --dist loadfile --no-loadscope-reorder -rfEs --durations=25 "$@" |
   sed -u -e "\$w $reports/summary" -e '$d' || printf ' pytest;' >>"$reports/failed"
 wait "$checks"
 cat "$reports/checks" "$reports/summary"

@@ -224,7 +224,8 @@ async def _await_session(
     links.add(_started(await service.master, 0))
     workers = WorkerLinks(links, GrpcPeerClient, service.board, TIMEOUT_S, _FRAME_LIMIT)
     stack.push_async_callback(workers.aclose)
-    for state in await workers.form(_SESSION, addresses):
+    workers.form(_SESSION, addresses)
+    for state in await workers.formed():
         if not state.carrier:
             raise PeerUnreachableError(
                 f"rank {links.rank} has no link to rank {state.rank}: {state.reason}"

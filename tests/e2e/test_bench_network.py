@@ -54,7 +54,6 @@ def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return values
 
 
-@pytest.mark.nightly
 def test_allreduce(tmp_path: Path) -> None:
     out = tmp_path / "results" / "allreduce.json"
     done = bench(

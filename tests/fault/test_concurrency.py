@@ -194,12 +194,14 @@ async def test_after_a_cancelled_long_prompt_the_user_may_think(
         if carrier == "grpc":  # of the master's links; workers have their own processes
             stack.enter_context(patch.object(transport, "connect", refused))
         async with connected(wide, peers, store, algorithm.value) as engine:
-            for wait_s in (0.15, 0.4):
+            cancelled = 0
+            for wait_s in (0.01, 0.05, 0.15, 0.4):  # the last ones may come too late here
                 task = asyncio.ensure_future(engine.complete(LONG, PARAMS))
                 await asyncio.sleep(wait_s)
                 task.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await task
+                await asyncio.wait({task})
+                cancelled += task.cancelled()
+            assert cancelled >= 1
             await asyncio.sleep(TIMEOUT_S + 1)
             assert engine.broken is None
             assert (await engine.complete(PROMPTS["other"], PARAMS)).token_ids == alone["other"]

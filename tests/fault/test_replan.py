@@ -71,7 +71,9 @@ async def connected(
     model: Path, stores: Sequence[Path], **options: Any
 ) -> AsyncIterator[tuple[Engine, list[CountingClient]]]:
     clients = [CountingClient(store, rank) for rank, store in enumerate(stores) if rank]
-    chosen = EngineOptions(dtype="float32", threads=1, store=stores[0], **options)
+    chosen = EngineOptions(
+        dtype="float32", threads=1, store=stores[0], collective="star", **options
+    )
     async with Engine.connect(model, chosen, peers=clients) as engine:
         yield engine, clients
 

@@ -150,7 +150,10 @@ class Worker:
     def _inventory(self, asked: InventoryRequest) -> InventoryReply:
         if asked.order:
             order = SliceOrder.from_json(asked.order)
-            return InventoryReply(held=b"".join(self._store.inventory(order.spec, order.digests)))
+            held = self._store.inventory(order.spec, order.digests)
+            # An upload that is refused midway may not hear why: gRPC reports its failed write.
+            self._store.check_room(order.spec, held)
+            return InventoryReply(held=b"".join(held))
         try:
             return InventoryReply(whole=self._store.find(asked.slice_id) is not None)
         except StoreError as exc:  # damaged: the master sends it again

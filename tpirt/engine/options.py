@@ -9,7 +9,7 @@ from tpirt.errors import ConfigError
 from tpirt.planning.options import PlanOptions, check_range
 from tpirt.types import DEFAULT_TIMEOUT_S
 
-MAX_TIMEOUT_S = 86_400.0
+MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.01, 86_400.0  # peers accept no others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,8 @@ class EngineOptions(PlanOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("threads", self.threads, 1024)
-        if not 0 < self.timeout_s <= MAX_TIMEOUT_S:
+        if not MIN_TIMEOUT_S <= self.timeout_s <= MAX_TIMEOUT_S:
             raise ConfigError(
-                f"timeout_s: expected a number of seconds above 0, at most {MAX_TIMEOUT_S:g}, "
-                f"got {self.timeout_s}"
+                f"timeout_s: expected {MIN_TIMEOUT_S:g} to {MAX_TIMEOUT_S:g} seconds, "
+                f"got {self.timeout_s:g}"
             )

@@ -202,6 +202,8 @@ def lost(peer_id: str, details: str | None) -> PeerLostError:
         sign in details for sign in ("Socket closed", "reset by peer", "Broken pipe", "GOAWAY")
     ):
         why = f"it ended, was killed, or its machine went away ({details})"
+    elif "Cancelling all calls" in details:
+        why = "it was stopped"
     else:
         why = details
     return PeerLostError(f"peer {peer_id}: connection lost: {why}", peer_id=peer_id)

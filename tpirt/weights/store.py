@@ -28,6 +28,7 @@ from tpirt.ops.buffers import page_buffer, tensor_bytes
 from tpirt.sharding.units import Unit
 from tpirt.types import Progress, ProgressCallback, ignore_progress
 from tpirt.weights.fingerprint import cache_folder
+from tpirt.weights.layout import file_bytes
 from tpirt.weights.locks import Lock, lock, try_lock
 from tpirt.weights.manifest import (
     FORMAT_VERSION,
@@ -366,6 +367,25 @@ class SliceStore:
                 f"{self.root}: has {count} slices already; remove some with `tpirt store rm`"
             )
         return self._room.promise(nbytes)
+
+    def check_room(self, spec: SliceSpec, held: Sequence[bytes]) -> None:
+        """Check that the blocks of a slice's missing units would fit, before any of them comes.
+
+        Args:
+            spec: of the slice.
+            held: by unit, the digest of what is here; NO_DIGEST where nothing is.
+
+        Raises:
+            StoreError: not enough room, or too many slices.
+        """
+        missing = {spec.places[n][0] for n, digest in enumerate(held) if digest == NO_DIGEST}
+        if not missing:
+            return
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self.promise(sum(file_bytes(spec.blocks[block]) for block in missing)).release()
+        except OSError as exc:
+            raise StoreError(f"{self.root}: cannot be written: {exc.strerror}") from exc
 
     def own_bytes(self, slices: Sequence[StoredSlice]) -> dict[Path, int]:
         """Return the bytes that removing each slice would free, by folder."""

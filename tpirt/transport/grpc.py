@@ -37,6 +37,8 @@ from tpirt.transport.tickets import TcpListener, connect
 _T = TypeVar("_T")
 _SERVICE = "tpirt.v1.Peer"
 _OFFER = "tpirt-tcp"  # metadata of an answer: where frames may go; see tpirt.transport.tickets
+_REFUSAL = "tpirt-refusal-bin"  # metadata of an answer: why an upload is refused
+_HEARD_S = 5.0  # for an uploader to hear that it is refused
 _OFFER_S = 2.0  # for it to come
 _PATIENCE_S = 3.0  # with a peer that is just being started
 _SPEAK_S = 5.0  # for a caller to connect, or to say that it stays on the call
@@ -87,18 +89,26 @@ class GrpcPeerClient:
                     peer_id=self.peer_id,
                 ) from None
 
+        answered = asyncio.ensure_future(call.initial_metadata())
         try:
-            # An early end of the call shows as an error of a write; why, in the answer.
             with contextlib.suppress(*ERRORS):
                 async for chunk in chunks:
+                    if answered.done():  # before the end: it wants no more
+                        break
                     await timely(call.write(chunk))
-                await timely(call.done_writing())
+                else:
+                    await timely(call.done_writing())
+                refusal = dict(await timely(answered)).get(_REFUSAL)
+                if refusal is not None:
+                    raise StoreError(f"peer {self.peer_id}: {bytes(refusal).decode()}")
             return await timely(call)
         except grpc.aio.AioRpcError as exc:
             if exc.code() is grpc.StatusCode.FAILED_PRECONDITION:
                 raise StoreError(f"peer {self.peer_id}: {details_of(exc)}") from exc
             raise lost(self.peer_id, details_of(exc)) from exc
         finally:
+            answered.cancel()
+            await asyncio.gather(answered, return_exceptions=True)
             call.cancel()
 
     async def open_session(self) -> Channel:
@@ -188,7 +198,14 @@ class GrpcPeerServer:
             return grpc.unary_unary_rpc_method_handler(handle)
 
         async def put_units(chunks: AsyncIterator[bytes], context: Any) -> bytes | None:
-            return await self._guarded(lambda: self._service.receive("PutUnits", chunks), context)
+            async def take() -> bytes:
+                try:
+                    return await self._service.receive("PutUnits", chunks)
+                except TpirtError as exc:
+                    await _refuse(chunks, context, exc)
+                    raise
+
+            return await self._guarded(take, context)
 
         async def session(_: Any, context: Any) -> None:
             await self._stream(f"master {_address(context)}", context, self._service.session)
@@ -227,6 +244,7 @@ class GrpcPeerServer:
 
         Raises:
             TransportError: it does neither.
+            PeerLostError: its call ends first, or what it says is refused.
         """
         if self._listener is None:
             await context.send_initial_metadata(())
@@ -250,6 +268,8 @@ class GrpcPeerServer:
             raise TransportError(
                 f"peer {call.peer_id}: it neither connected nor spoke within {_SPEAK_S:g} s"
             )
+        if spoken.cancelled() or spoken.exception() or spoken.result() is grpc.aio.EOF:
+            raise PeerLostError(f"peer {call.peer_id}: its call ended before it said anything")
         call.carrier = Carrier("grpc", "the caller did not connect")
         return call
 
@@ -269,6 +289,18 @@ class GrpcPeerServer:
         except TpirtError as exc:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(exc))
             return None
+
+
+async def _refuse(chunks: AsyncIterator[bytes], context: Any, exc: TpirtError) -> None:
+    """Tell an uploader why, and take what it still sends until it has heard.
+
+    A call that ended while its caller writes would show there as an internal error of gRPC's.
+    """
+    with contextlib.suppress(*ERRORS, TimeoutError):
+        async with asyncio.timeout(_HEARD_S):
+            await context.send_initial_metadata(((_REFUSAL, str(exc).encode()),))
+            async for _ in chunks:
+                pass
 
 
 def _address(context: Any) -> str:

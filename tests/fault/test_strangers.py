@@ -345,14 +345,19 @@ async def eventually(condition: Callable[[], object]) -> None:
 async def test_uploads_that_stand_still_end_or_give_way(
     held: Manifest, worker: Worker, store: SliceStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    never = asyncio.Event()
+    silent: list[int] = []
+
+    async def order_then_silence(number: int) -> AsyncIterator[bytes]:
+        yield order_of(held, fingerprint=str(number))
+        silent.append(number)  # the worker waits for the next message
+        await asyncio.Event().wait()
 
     async def idle(number: int) -> bytes:
-        first = order_of(held, fingerprint=str(number))
-        return await worker.receive("PutUnits", messages(first, then=never))
+        return await worker.receive("PutUnits", order_then_silence(number))
 
     running = [asyncio.ensure_future(idle(n)) for n in range(uploads.MOST_UPLOADS)]
-    await eventually(lambda: len(partial_folders(store)) == uploads.MOST_UPLOADS)
+    await eventually(lambda: len(silent) == uploads.MOST_UPLOADS)
+    assert len(partial_folders(store)) == uploads.MOST_UPLOADS
     with pytest.raises(PeerError, match="receives 4 slices already"):
         await idle(9)
     monkeypatch.setattr(uploads, "_GIVES_WAY_S", 0.0)

@@ -8,26 +8,24 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import uvloop
 
 from tpirt.errors import PeerLostError, TpirtError, TransportError
+from tpirt.testing.ranks import Pair, in_memory, over_sockets
 from tpirt.transport.base import Channel
 from tpirt.transport.frame import Frame, Kind
-from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
-from tpirt.transport.memory import memory_pair
-from tpirt.transport.tickets import TcpListener
+from tpirt.transport.grpc import GrpcPeerClient
 
 TIMEOUT_S = 20.0
 LARGE = 8 << 20
 LOOPS = {"asyncio": asyncio.SelectorEventLoop, "uvloop": uvloop.new_event_loop}
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
-Ends = tuple[Channel, Channel]
-Pair = Callable[[], AbstractAsyncContextManager[Ends]]
 
 
 @pytest.fixture(params=LOOPS)
@@ -69,57 +67,10 @@ class Inbox:
             await self._changed.wait()
 
 
-class Rendezvous:
-    """A service that hands its session's channel to the test and keeps the session open."""
-
-    def __init__(self) -> None:
-        self.channel: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()
-        self.leave = asyncio.Event()
-
-    async def answer(self, method: str, request: bytes) -> bytes:
-        return request
-
-    async def receive(self, method: str, chunks: AsyncIterator[bytes]) -> bytes:
-        return b""
-
-    async def session(self, channel: Channel) -> None:
-        self.channel.set_result(channel)
-        await self.leave.wait()
-
-    link = session
-
-
-@asynccontextmanager
-async def served_pair(kind: str) -> AsyncIterator[Ends]:
-    with pytest.MonkeyPatch.context() as patch:
-        if kind == "grpc":
-            patch.setattr(TcpListener, "beside", lambda *_: None)
-        service = Rendezvous()
-        server = GrpcPeerServer(service)
-        client = GrpcPeerClient(f"127.0.0.1:{await server.start('127.0.0.1', 0)}")
-    try:
-        mine = await client.open_session()
-        theirs = await service.channel
-        assert mine.carrier.kind == theirs.carrier.kind == kind
-        yield mine, theirs
-    finally:
-        service.leave.set()
-        await client.aclose()
-        await server.aclose()
-
-
-@asynccontextmanager
-async def in_memory_pair() -> AsyncIterator[Ends]:
-    mine, theirs = memory_pair("worker", "master", capacity=64 << 10)
-    yield mine, theirs
-    await mine.aclose()
-    await theirs.aclose()
-
-
 PAIRS: dict[str, Pair] = {
-    "memory": in_memory_pair,
-    "grpc": lambda: served_pair("grpc"),
-    "tcp": lambda: served_pair("tcp"),
+    "memory": partial(in_memory, 64 << 10),
+    "grpc": partial(over_sockets, "grpc"),
+    "tcp": partial(over_sockets, "tcp"),
 }
 
 

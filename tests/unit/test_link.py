@@ -174,7 +174,7 @@ async def test_a_woken_step_gives_nobody_a_tensor_any_more() -> None:
 
 
 async def test_news_of_an_abort_that_a_reader_polls_itself_wakes_it() -> None:
-    """It comes while nobody waits yet: whoever is about to wait must not wait for ever."""
+    """It comes before anyone waits: a caller about to wait must not hang."""
 
     class Aborting(Inbox):
         def on_message(self, link: Link, incoming: Incoming) -> None:

@@ -52,11 +52,6 @@ class LocalPeers:
     ) -> None:
         await self.aclose()
 
-    @property
-    def pids(self) -> list[int]:
-        """Process ids by rank, from 1 on."""
-        return [process.pid for process in self._processes]
-
     async def aclose(self) -> None:
         """End all workers and wait for their exit."""
         for process in self._processes:

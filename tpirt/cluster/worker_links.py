@@ -52,7 +52,7 @@ class _Peer:
         self._spoken.set()
 
     def on_lost(self, link: Link, exc: TpirtError) -> None:
-        """See :class:`tpirt.protocol.link.Handler`: whoever uses the link next raises it."""
+        """See :class:`tpirt.protocol.link.Handler`: the next use of the link raises it."""
         self.left.set()
         self._spoken.set()
 

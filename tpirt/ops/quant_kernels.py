@@ -69,9 +69,8 @@ class PackedInt4:
         kernel, spec = find_kernel(INT4_KERNEL), matrix.spec
         assert kernel is not None
         assert isinstance(spec, Int4)
-        codes = matrix.codes.view(matrix.scales.shape[1], -1)
         x16 = _fitted(x, matrix.width, torch.bfloat16)
-        out = kernel(x16, codes, spec.group_size, matrix.scales)
+        out = kernel(x16, matrix.rows, spec.group_size, matrix.scales)
         if out.shape[1] != matrix.out_features:  # slicing costs microseconds
             out = out[:, : matrix.out_features]
         return out.to(x.dtype)
@@ -130,7 +129,8 @@ KERNELS: dict[str, Kernel] = {
 
 def _fitted(x: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
     """Convert ``x`` (T, K) to ``dtype``: zero-padded to ``width``, contiguous, aligned."""
-    x = x.to(dtype)
+    if x.dtype is not dtype:
+        x = x.to(dtype)
     if x.shape[1] != width:
         return F.pad(x, (0, width - x.shape[1]))
     x = x.contiguous()

@@ -28,7 +28,10 @@ class KernelChoice:
 
     def kernel(self, rows: int) -> str:
         """Name of the kernel for ``rows`` rows of input."""
-        return next((name for most, name in self.steps if rows <= most), self.rest)
+        for most, name in self.steps:
+            if rows <= most:
+                return name
+        return self.rest
 
 
 def linear(x: torch.Tensor, matrix: QuantMatrix, choice: KernelChoice) -> torch.Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -56,15 +57,21 @@ class QuantMatrix:
         codes, scales = view_regions(regions, buffer)
         return cls(spec, out_features, in_features, layout, codes, scales)
 
-    @property
+    # Cached: a decoded token asks for these at every product.
+    @cached_property
     def width(self) -> int:
         """Kp, the stored in_features."""
         return self.spec.padded_in_features(self.in_features)
 
-    @property
+    @cached_property
     def shape(self) -> MatrixShape:
         """The key of this matrix's kernel choice."""
         return MatrixShape(self.spec, self.out_features, self.in_features)
+
+    @cached_property
+    def rows(self) -> torch.Tensor:
+        """The codes, viewed with one row per (padded) output: (N, bytes)."""
+        return self.codes.view(self.scales.shape[1], -1)
 
     def part(self, start: int, stop: int) -> QuantMatrix:
         """Rows ``start``, a multiple of ``ROWS_UNIT``, to ``stop``; codes are a view."""

@@ -34,12 +34,10 @@ def all_reduce_hops(algorithm: str, world_size: int, nbytes: float) -> list[Hop]
 
     gather: Hop = [(rank, 0, nbytes) for rank in others]
     scatter: Hop = [(0, rank, nbytes) for rank in others]
-    around: Hop = [(rank, (rank + 1) % world_size, share) for rank in ranks if world_size > 1]
     return {
         "star": [gather, scatter],
         "one-shot": [exchange(nbytes)],
         "two-shot": [exchange(share), exchange(share)],
-        "ring": [around] * (2 * (world_size - 1)),
     }[algorithm]
 
 

@@ -63,6 +63,8 @@ async def survey_links(
 
     Raises:
         PeerLostError, TransportError: the master's own link to a worker is gone.
+
+    If cancelled, a worker may still finish its measurement; the answer is ignored.
     """
     ranks = sorted(links.others)
     pairs = [(i, j) for j in ranks for i in range(j)]

@@ -182,7 +182,7 @@ class Group:
             return await self.runtime.decoder.logits(hidden)
 
     def sampling(self, token: int) -> AbstractContextManager[None]:
-        """Count the time in this block as the master's compute for the answer's ``token``."""
+        """Count the time in this ``with`` statement as compute for the answer's ``token``."""
         return self.runtime.decoder.clock.running(SAMPLE, number=token)
 
     async def free(self, slot: int) -> None:

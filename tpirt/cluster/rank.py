@@ -164,7 +164,7 @@ class RankRuntime:
                 )
 
     async def load(self, progress: ProgressCallback) -> None:
-        """Wait until what stays in memory is there.
+        """Wait until what stays in memory is there. If cancelled, reading goes on.
 
         Raises:
             StoreError: a block could not be read.
@@ -178,7 +178,7 @@ class RankRuntime:
         self.step_log.begin(step.number, step.batch.tokens, step.batch.prefill)
 
     async def run(self, hidden: torch.Tensor, step: StepContext) -> torch.Tensor | None:
-        """Run all layers over ``hidden`` (T, H); see :meth:`Decoder.forward`.
+        """Run all layers over ``hidden`` (T, H); see :meth:`Decoder.forward`, also if cancelled.
 
         Raises:
             MemoryLimitError: the longer KV cache no longer fits with two blocks.
@@ -194,7 +194,10 @@ class RankRuntime:
             self._links.end(completed=completed)
 
     async def free(self, slot: int) -> None:
-        """Drop a sequence's keys and values; their memory goes to the weights."""
+        """Drop a sequence's keys and values; their memory goes to the weights.
+
+        If cancelled, the weights may get that memory at the next step only.
+        """
         self.decoder.kv.free(slot)
         await self._divide(1, self.decoder.kv.nbytes, 0)
 

@@ -1,7 +1,8 @@
 """The collectives over links: star, one-shot, two-shot; broadcast and reduce.
 
 Partials are added in rank order, independent of the order of arrival. All algorithms give the same
-bits: partials are rounded to the comm dtype, and so is their sum. So the choice of an algorithm by
+bits: partials are rounded to the comm dtype, and so is their sum (except a step's last sum, which
+only rank 0 gets). So the choice of an algorithm by
 measurements does not change results.
 """
 

@@ -42,14 +42,14 @@ class Communicator(Protocol):
     async def all_reduce(self, step: StepContext, part: int, partial: torch.Tensor) -> torch.Tensor:
         """Sum ``partial`` (T, H), float32 or bfloat16, over ranks; every rank gets the sum (T, H).
 
-        The sum is bfloat16 where that is the form on the wire, else float32. ``partial`` may be
+        The sum is bfloat16 where that is the dtype on the wire, else float32. ``partial`` may be
         overwritten.
         """
 
     async def reduce(self, step: StepContext, partial: torch.Tensor) -> torch.Tensor | None:
-        """As :meth:`all_reduce`, but only rank 0 gets the sum.
+        """Sum ``partial`` for rank 0 only: (T, H) float32, not rounded.
 
-        The others return None when their partial is sent.
+        The others' partials are rounded to the comm dtype. They return None when theirs is sent.
         """
 
 

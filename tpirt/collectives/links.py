@@ -90,7 +90,10 @@ class LinkSet:
     async def exchange(
         self, step: StepContext, frames: Mapping[int, Frame], receive: Coroutine[Any, Any, _T]
     ) -> _T:
-        """Send frames, then receive; concurrently if large. Returns the result of ``receive``."""
+        """Send frames, then receive; concurrently if large. Returns the result of ``receive``.
+
+        If cancelled, frames that were begun are still sent whole, and ``receive`` has ended.
+        """
         if _small(frames):
             try:
                 await self.send(step, frames)
@@ -117,7 +120,7 @@ class LinkSet:
         dtype: CommDtype,
         shape: torch.Size | tuple[int, ...],
     ) -> torch.Tensor:
-        """Wait for one tensor of ``rank``.
+        """Wait for one tensor of ``rank``. If cancelled, the next call gets it.
 
         Raises:
             PeerLostError: the rank is gone or silent.

@@ -50,8 +50,8 @@ class Conversation:
     ) -> AsyncGenerator[Token, None]:
         """Add a user's message and yield the answer's tokens.
 
-        If cancelled or closed early, the partial answer is kept. A request that fails before its
-        first token does not change the conversation.
+        If cancelled or closed early, the partial answer is kept. One that fails or is cancelled
+        before its first token does not change the conversation.
 
         Raises: as :meth:`Engine.generate` and :meth:`Tokenizer.render_chat`.
         """

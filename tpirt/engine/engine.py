@@ -137,7 +137,15 @@ class Engine:
             StoreError: slices cannot be written or read.
             HandshakeError: a peer is of another version, or busy.
             PeerUnreachableError, PeerLostError: a peer does not answer, or is lost.
+            PeerError, TransportError: a peer is overloaded, or sent something invalid.
             RequestError: the trace cannot be written.
+
+        Cancelled, it leaves no process, session or file of its own behind.
+
+        Example::
+
+            async with Engine.connect("models/llama", EngineOptions(quantize="int4")) as engine:
+                print((await engine.complete("Once upon a time")).text)
         """
         options = options or EngineOptions()
         async with AsyncExitStack() as stack:
@@ -235,8 +243,11 @@ class Engine:
         Raises:
             RequestError: the prompt is empty or longer than the context; the engine is closed.
             ConfigError: a sampling parameter is out of range.
-            PeerLostError: a peer died or fell silent; names it. The engine is broken then.
-            TpirtError: a rank failed (disk, memory); the engine lives on.
+            TokenizerError: the chat template refuses the messages.
+            MemoryLimitError: the prompt, or the keys and values so far, exceed the memory limit.
+            PeerLostError, TransportError: a peer died, fell silent or sent something invalid; names
+                it. The engine is broken then.
+            TpirtError: a rank failed (its disk); the engine lives on.
         """
         params = params or self.defaults.sampling
         check_params(params)
@@ -263,7 +274,7 @@ class Engine:
         params: SamplingParams | None = None,
         progress: ProgressCallback = ignore_progress,
     ) -> Completion:
-        """Generate to the end and measure; see :meth:`generate` for what is raised."""
+        """Generate to the end and measure; raises and can be cancelled as :meth:`generate`."""
         ids = self.encode(prompt)
         started = time.perf_counter()
         times: list[float] = []
@@ -291,6 +302,8 @@ class Engine:
     async def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Return the logits after each of ``ids``, (T, V) float32; forgets what was cached.
 
+        Cancelled, all ranks stop after the current block, and the next request can follow.
+
         Raises:
             RequestError: ``ids`` is empty or longer than the context.
         """
@@ -300,7 +313,8 @@ class Engine:
     async def loss(self, ids: Sequence[int]) -> float:
         """Return ``-sum(log p(ids[t] | ids[:t]))`` over t >= 1; forgets what was cached.
 
-        Logits take no more memory than a prefill chunk does. Raises as :meth:`logits`.
+        Logits take no more memory than a prefill chunk does. Raises and can be cancelled as
+        :meth:`logits`.
         """
         total = 0.0
         async with aclosing(self._logits(ids, self._loss_tokens)) as parts:
@@ -334,13 +348,20 @@ class Engine:
         return rows if rows.dtype is torch.bfloat16 else rows.float()
 
     async def stats(self) -> list[RankStats]:
-        """Each rank's figures since the latest request began. Callable at any time."""
+        """Each rank's figures since the latest request began. Callable at any time.
+
+        Cancelled, the answers of workers are ignored when they come.
+
+        Raises:
+            PeerLostError: a peer is gone; the engine is broken.
+        """
         return await self._group.stats(self._first_step)
 
     def reset(self) -> None:
         """Forget the cached tokens and give their memory back; a running request is not affected.
 
-        Callable at any time. The memory is free before the next request begins.
+        Callable at any time, within a running event loop. The memory is free before the next
+        request begins.
         """
         self._resets += 1
         if self._freeing is None or self._freeing.done():  # one that waits does it for all
@@ -420,6 +441,8 @@ class Engine:
         segment = Segment(_SLOT, start, len(ids), num_logits, rope_length)
         out = await self._group.step(self.embed(ids), [segment], prefill)
         self._rope_length = max(self._rope_length if start else 0, rope_length)
+        # Only now: a step that was cancelled leaves the ids as they were, so the next segment begins
+        # where all ranks still agree.
         self._cached.extend(ids)
         return out
 

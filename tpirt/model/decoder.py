@@ -110,7 +110,7 @@ class Decoder:
         bits. So equal batches give equal bits; in different batches a sequence's results are equal
         to within rounding.
 
-        If the step fails or is aborted, each sequence keeps the positions before its segment, no
+        If the step fails, is aborted or cancelled, each sequence keeps the positions before its segment, no
         block is held and nothing is left running.
 
         Args:
@@ -137,7 +137,7 @@ class Decoder:
         return None if reduced is None else _joined([part.hidden for part in parts]).add_(reduced)
 
     async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Apply the final norm and the LM head, rank 0 only.
+        """Apply the final norm and the LM head, rank 0 only. If cancelled, no block is held.
 
         Args:
             hidden: (T, H) float32, from :meth:`forward`.

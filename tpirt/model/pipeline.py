@@ -52,6 +52,8 @@ class Pipeline:
     async def enter(self, part: int, block: int) -> Weights:
         """Begin ``part``'s next stage: wait for its turn and its block.
 
+        If cancelled, the micro-batch must :meth:`finish`, which frees its blocks.
+
         Raises:
             Exception: why the step was aborted.
             StoreError: the block could not be read.

@@ -126,11 +126,11 @@ class MemoryBudget:
 
     @property
     def process_bytes(self) -> int:
-        """The part of the process without a model."""
+        """Bytes of the process without a model."""
         return self.base_bytes + SLACK_BYTES
 
     def step_bytes(self, tokens: int | None = None) -> int:
-        """The part of a step of ``tokens`` tokens; by default of the longest step.
+        """Bytes reserved for a step of ``tokens`` tokens; by default for the longest step.
 
         Token counts are rounded up to powers of two, so that the streaming plan rarely changes.
         """
@@ -139,7 +139,7 @@ class MemoryBudget:
         return activation_bytes(self.config, self.shard, self.world_size, tokens)
 
     def kv_bytes(self, tokens: int) -> int:
-        """An upper bound of the part of the KV cache for ``tokens`` positions.
+        """An upper bound of the bytes of the KV cache for ``tokens`` positions.
 
         The KV store grows by a quarter at a time, and copies layer by layer.
         """
@@ -148,9 +148,9 @@ class MemoryBudget:
         return cache + cache // self.config.num_hidden_layers
 
     def left_for_weights(self, tokens: int | None = None, kv_bytes: int = 0) -> int | None:
-        """The part of the weights during a step of ``tokens`` tokens; None without a limit.
+        """Bytes left for weights during a step of ``tokens`` tokens; None without a limit.
 
-        Negative if the other parts do not fit.
+        Negative if the rest does not fit.
         """
         limit = self.limits.memory_bytes
         if limit is None:

@@ -159,7 +159,7 @@ class WeightStreamer:
                 self._condition.notify_all()
 
     async def preload(self, progress: ProgressCallback, detail: str = "") -> None:
-        """Wait until all resident blocks are in memory.
+        """Wait until all resident blocks are in memory. If cancelled, reading goes on.
 
         Raises:
             StoreError: a block could not be read.

@@ -129,7 +129,10 @@ def add_format_options(parser: argparse.ArgumentParser) -> None:
 def add_process_options(parser: argparse.ArgumentParser) -> None:
     """Add ``--threads`` and ``--store``."""
     parser.add_argument(
-        "--threads", type=count, metavar="N", help="compute threads per process (default: cores, divided among --local)"
+        "--threads",
+        type=count,
+        metavar="N",
+        help="compute threads per process (default: cores, divided among --local)",
     )
     parser.add_argument(
         "--store", metavar="DIR", help="folder of slices (default ~/.cache/tpirt/slices)"

@@ -441,8 +441,8 @@ class Engine:
         segment = Segment(_SLOT, start, len(ids), num_logits, rope_length)
         out = await self._group.step(self.embed(ids), [segment], prefill)
         self._rope_length = max(self._rope_length if start else 0, rope_length)
-        # Only now: a step that was cancelled leaves the ids as they were, so the next segment begins
-        # where all ranks still agree.
+        # Only now: a cancelled step leaves the ids as they were, so the next segment begins where
+        # all ranks still agree.
         self._cached.extend(ids)
         return out
 

@@ -110,8 +110,8 @@ class Decoder:
         bits. So equal batches give equal bits; in different batches a sequence's results are equal
         to within rounding.
 
-        If the step fails, is aborted or cancelled, each sequence keeps the positions before its segment, no
-        block is held and nothing is left running.
+        If the step fails, is aborted or cancelled, each sequence keeps the positions before its
+        segment, no block is held and nothing is left running.
 
         Args:
             hidden: (T, H) float32 or bfloat16, the same bits on every rank; overwritten. With

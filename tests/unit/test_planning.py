@@ -227,6 +227,29 @@ def test_a_context_that_one_peer_cannot_hold_is_refused(long_model: Path) -> Non
     plan(config, peers, PlanOptions(memory_bytes=common)).check_context(12_000)
 
 
+async def test_a_prompt_is_refused_before_its_first_step_or_runs(long_model: Path) -> None:
+    """The lowest limit that is said to hold a prompt does; one MiB less is refused at once."""
+    config = ModelConfig.from_dir(long_model)
+    prompt = [1 + i % 250 for i in range(700)]
+
+    def holds(limit: int) -> bool:
+        options = PlanOptions(memory_bytes=limit, chunk_tokens=64, dtype="float32")
+        return plan(config, [profile()], options).ranks[0].budget.holds(len(prompt))
+
+    low, high = 328, 1024
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle * MIB) else (middle, high)
+    options: dict[str, Any] = {"chunk_tokens": 64}
+    async with memory_engine(long_model, memory_bytes=high * MIB, **options) as engine:
+        await engine.complete(prompt, SamplingParams(max_tokens=1))
+    async with memory_engine(long_model, memory_bytes=low * MIB, **options) as engine:
+        with pytest.raises(MemoryLimitError, match="700 tokens of context need"):
+            await engine.complete(prompt, SamplingParams(max_tokens=1))
+        assert engine.cached_tokens == 0
+        await engine.complete(prompt[:100], SamplingParams(max_tokens=1))
+
+
 def test_every_limit_above_the_advised_one_works(long_model: Path) -> None:
     """A higher limit brings longer steps, which must not take what the conversation needs."""
     config = ModelConfig.from_dir(long_model)

@@ -58,7 +58,7 @@ class KVStore:
         for segment in segments:
             slot = self._slots.get(segment.slot) or _Slot([])
             old = slot.capacity
-            new = _capacity(old, segment.end, shrink=segment.position < slot.length)
+            new = grown_capacity(old, segment.end, shrink=segment.position < slot.length)
             if new != old:
                 # Layers are copied one by one: only one exists twice.
                 copied = min(old, new) * self._token_bytes // self._layers
@@ -109,7 +109,7 @@ class KVStore:
         assert length <= origin.length
         self.free(target)
         copy = self._slots[target] = _Slot(origin.layers, length=length)
-        self._move(copy, _capacity(0, length))
+        self._move(copy, grown_capacity(0, length))
 
     def keep(self, slot: int, start: int, indices: Sequence[int]) -> None:
         """Keep only ``indices``, ascending, of the positions from ``start`` on, without gaps.
@@ -136,7 +136,7 @@ class KVStore:
         return found
 
     def _fit(self, slot: _Slot, tokens: int, *, shrink: bool = False) -> None:
-        capacity = _capacity(slot.capacity, tokens, shrink=shrink)
+        capacity = grown_capacity(slot.capacity, tokens, shrink=shrink)
         if capacity != slot.capacity:
             self._move(slot, capacity)
 
@@ -164,8 +164,8 @@ class KVStore:
         return keys, values
 
 
-def _capacity(current: int, tokens: int, *, shrink: bool = False) -> int:
-    """The new capacity if ``tokens`` positions are needed and the capacity is ``current``."""
+def grown_capacity(current: int, tokens: int, *, shrink: bool = False) -> int:
+    """A slot's new capacity if ``tokens`` positions are needed and it has ``current``."""
     needed = round_up(tokens, _STEP_TOKENS)
     if current == 0 or (shrink and current > 2 * needed):
         return needed

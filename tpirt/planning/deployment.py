@@ -107,13 +107,13 @@ class Deployment:
         shard = self.partition.shards[0]
         return logits_tokens(self.config, shard, self.world_size, self.chunk_tokens)
 
-    def check_context(self, tokens: int) -> None:
-        """Check that ``tokens`` tokens of prompt and answer fit on every rank.
+    def check_context(self, tokens: int, cached: int = 0) -> None:
+        """Check that a prompt of ``tokens`` tokens fits on every rank, ``cached`` of them cached.
 
         Raises:
             MemoryLimitError: they do not; the message has sufficient limits.
         """
-        short = [rank for rank in self.ranks if not rank.budget.holds(tokens)]
+        short = [rank for rank in self.ranks if not rank.budget.holds(tokens, cached)]
         if not short:
             return
         enough = {rank.peer.rank: rank.budget.advised_bytes(tokens) for rank in self.ranks}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from tpirt.config import ModelConfig
+from tpirt.model.kv_store import grown_capacity
 from tpirt.ops.buffers import round_up
 from tpirt.ops.nn import MASK_ELEMENTS
 from tpirt.sharding.blocks import rank_blocks
@@ -170,11 +171,31 @@ class MemoryBudget:
         """The lowest memory limit with which the rank loads."""
         return self._least_bytes(self.limits.chunk_tokens, 0)
 
-    def holds(self, context: int) -> bool:
-        """Whether ``context`` tokens can fit; the cache may need more while it grows."""
-        kv = kv_bytes(self.config, self.shard, self.form.dtype, context)
-        left = self.left_for_weights(1, kv)
-        return left is None or left >= least_budget(self.block_bytes, self.limits.window_blocks)
+    def holds(self, context: int, cached: int = 0) -> bool:
+        """Whether a prompt can be computed, chunk by chunk, up to ``context`` tokens in all.
+
+        Follows what a rank does: before each chunk the KV store grows, one layer after another.
+
+        Args:
+            context: tokens of the prompt.
+            cached: leading ones that need not be computed.
+        """
+        least = least_budget(self.block_bytes, self.limits.window_blocks)
+        chunk, token_bytes = self.limits.chunk_tokens, self._token_bytes
+        capacity = grown_capacity(0, cached)
+        for start in range(cached, context, chunk):
+            end = min(start + chunk, context)
+            before, capacity = capacity, grown_capacity(capacity, end)
+            copied = before * token_bytes // self.config.num_hidden_layers
+            growing = copied if capacity > before else 0
+            left = self.left_for_weights(end - start, capacity * token_bytes + growing)
+            if left is not None and left < least:
+                return False
+        return True
+
+    @property
+    def _token_bytes(self) -> int:
+        return kv_bytes(self.config, self.shard, self.form.dtype, 1)
 
     @property
     def shortage(self) -> str:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 _T = TypeVar("_T")
 
 
-async def finish(work: Awaitable[_T], on_cancel: Callable[[], None] | None = None) -> _T:
+async def finish(work: Awaitable[_T], on_cancel: Callable[[], object] | None = None) -> _T:
     """Await a coroutine, in a task of its own, or a future. If cancelled, wait for its end first.
 
     The cancellation is then raised in place of any result or error. Further cancellations have no

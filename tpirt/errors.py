@@ -44,7 +44,11 @@ class TransportError(TpirtError):
 
 
 class HandshakeError(TransportError):
-    """A peer with another protocol version or another model, or busy with another master."""
+    """A peer with another protocol version or another model."""
+
+
+class PeerBusyError(HandshakeError):
+    """A peer that serves another master."""
 
 
 class PeerError(TpirtError):

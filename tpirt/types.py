@@ -133,6 +133,9 @@ class Progress:
     detail: str = ""
 
 
+# A stage that is over when it is reported, with the number of peers; ``detail`` says what follows.
+RECONNECTED = "reconnected"
+
 ProgressCallback = Callable[[Progress], None]
 
 
@@ -152,4 +155,5 @@ class Completion:
     tpot_ms: float
     world_size: int
     ranks: list[RankStats] = field(default_factory=list)
-    decoded: list[TokenTimes] = field(default_factory=list)  # all but the first token
+    # All but the first; with a reconnect, those after it.
+    decoded: list[TokenTimes] = field(default_factory=list)

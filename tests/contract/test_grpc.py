@@ -93,6 +93,13 @@ async def test_a_method_that_the_peer_does_not_know_is_another_service() -> None
             await client.call("Unknown", b"", TIMEOUT_S)
 
 
+async def test_a_closed_client_connects_again() -> None:
+    async with peer() as (client, _):
+        for _ in range(2):
+            assert await client.call("Hello", b"me", TIMEOUT_S) == b"Hello:me"
+            await client.aclose()
+
+
 async def test_nobody_there() -> None:
     client = GrpcPeerClient("127.0.0.1:1")
     with pytest.raises(PeerUnreachableError, match="nothing listens there"):

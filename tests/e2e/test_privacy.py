@@ -326,7 +326,7 @@ def without_chance(frame: Frame) -> bytes:
         return frame.head + frame.message
     setup = decode(frame.message, "test")
     assert isinstance(setup, Setup)
-    return encode(replace(setup, memory_bytes=0, session=0))
+    return encode(replace(setup, memory_bytes=0, session=0, master=0))
 
 
 async def test_other_words_give_the_same_messages_but_for_hidden_states(
@@ -355,7 +355,7 @@ async def test_other_words_give_the_same_messages_but_for_hidden_states(
 # prompt, an answer, the tokenizer or the sampling; texts and bytes say here what is in them.
 ALLOWED = {
     "Bytes": set(),
-    "HelloRequest": {"protocol_version", "tpirt_version"},
+    "HelloRequest": {"protocol_version", "tpirt_version", "master"},
     "HelloReply": {
         "protocol_version",
         "tpirt_version",
@@ -409,6 +409,7 @@ ALLOWED = {
         "trace_spans",
         "session",
         "addresses",
+        "master",
     },
     "Loading": {"done_bytes", "total_bytes"},
     "Ready": {"weights_bytes", "resident_bytes", "links"},

@@ -13,7 +13,7 @@ import pytest
 
 from tpirt.batch import Batch, Segment
 from tpirt.cluster.worker import Worker
-from tpirt.errors import PeerLostError, TpirtError, TransportError
+from tpirt.errors import TpirtError, TransportError
 from tpirt.protocol.link import Link, message_frame
 from tpirt.protocol.messages import PROTOCOL_VERSION, Abort, Ready, Setup
 from tpirt.testing.cluster import memory_engine, same_channel
@@ -22,12 +22,12 @@ from tpirt.testing.ranks import Inbox
 from tpirt.transport.base import Channel
 from tpirt.transport.frame import Kind
 from tpirt.transport.memory import memory_pair
-from tpirt.types import SamplingParams
+from tpirt.types import RECONNECTED, Progress, SamplingParams
 from tpirt.weights.store import SliceStore
 
 PROMPT = list(range(40, 64))
 PARAMS = SamplingParams(max_tokens=6)
-SHORT_S = 0.4  # what a silent peer is given here
+SHORT_S = 0.8  # what a silent peer is given here
 
 # Late is not wrong; twice is harmless where nobody waits for the second one any more.
 MAY_SUCCEED = {Fault.DUPLICATE, Fault.REORDER}
@@ -85,7 +85,7 @@ def expected(model: Path, store: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(("algorithm", "side", "kind", "fault", "after"), list(cases()))
-async def test_faulty_message_is_refused_and_its_sender_named(
+async def test_faulty_message_is_refused_and_its_sender_named_or_connected_again(
     model: Path,
     store: Path,
     expected: list[int],
@@ -98,7 +98,7 @@ async def test_faulty_message_is_refused_and_its_sender_named(
     faulty_channels: list[FaultyChannel] = []
 
     def faulty(rank: int, channel: Channel) -> Channel:
-        if rank != 2:
+        if rank != 2 or faulty_channels:
             return channel
         faulty_channels.append(FaultyChannel(channel, fault, after=after, kind=kind))
         return faulty_channels[-1]
@@ -117,29 +117,30 @@ async def test_faulty_message_is_refused_and_its_sender_named(
         ) as engine,
     ):
         tokens: list[int] = []
+        stages: set[str] = set()
+
+        def report(progress: Progress) -> None:
+            stages.add(progress.stage)
 
         async def request() -> None:
-            async for token in engine.generate(PROMPT, PARAMS):
+            async for token in engine.generate(PROMPT, PARAMS, report):
                 tokens.append(token.id)
 
-        if fault in MAY_SUCCEED:
-            with suppress(TransportError, PeerLostError):
-                try:
-                    async with asyncio.timeout(2):
-                        await request()
-                except TimeoutError:  # both wait for each other, alive; the user may give up
-                    tokens = (await engine.complete(PROMPT, PARAMS)).token_ids
-        else:
-            with pytest.raises((TransportError, PeerLostError)):
-                await request()
+        with suppress(TransportError):
+            try:
+                async with asyncio.timeout(2 if fault in MAY_SUCCEED else None):
+                    await request()
+            except TimeoutError:  # both wait for each other, alive; the user may give up
+                tokens = (await engine.complete(PROMPT, PARAMS, report)).token_ids
         assert faulty_channels[0].fired.is_set()
         assert tokens == expected[: len(tokens)]
         if engine.broken is None:
             assert tokens == expected
+            assert fault in MAY_SUCCEED or RECONNECTED in stages
             return
-        # The liar, or the first that says nothing when a sum went astray.
-        assert "rank2" in str(engine.broken) or "rank1" in str(engine.broken)
-        with pytest.raises(type(engine.broken)):
+        assert isinstance(engine.broken, TransportError)
+        assert "rank2" in str(engine.broken)
+        with pytest.raises(TransportError):
             await engine.complete(PROMPT, PARAMS)
 
 
@@ -216,21 +217,20 @@ GOOD = Segment(slot=0, position=0, tokens=1, num_logits=1, rope_length=1)
 
 
 @pytest.mark.parametrize(
-    ("segment", "number", "dtype"),
+    ("segment", "dtype"),
     [
-        (replace(GOOD, position=5, rope_length=6), 1, 1),  # nothing is cached there
-        (replace(GOOD, tokens=0), 1, 1),
-        (replace(GOOD, tokens=9, rope_length=9), 1, 1),  # more than a chunk
-        (replace(GOOD, rope_length=10**6), 1, 1),
-        (replace(GOOD, position=2**63), 1, 1),
-        (replace(GOOD, num_logits=2), 1, 1),  # more than there are
-        (GOOD, 0, 1),
-        (GOOD, 1, 3),  # int8
-        (GOOD, 1, 2),  # bfloat16, of half as many bytes
+        (replace(GOOD, position=5, rope_length=6), 1),  # nothing is cached there
+        (replace(GOOD, tokens=0), 1),
+        (replace(GOOD, tokens=9, rope_length=9), 1),  # more than a chunk
+        (replace(GOOD, rope_length=10**6), 1),
+        (replace(GOOD, position=2**63), 1),
+        (replace(GOOD, num_logits=2), 1),  # more than there are
+        (GOOD, 3),  # int8
+        (GOOD, 2),  # bfloat16, of half as many bytes
     ],
 )
 async def test_worker_refuses_an_invalid_step(
-    model: Path, store: Path, segment: Segment, number: int, dtype: int
+    model: Path, store: Path, segment: Segment, dtype: int
 ) -> None:
     ends: list[Channel] = []
 
@@ -242,8 +242,8 @@ async def test_worker_refuses_an_invalid_step(
         payload = bytes(4 * 64 * max(1, segment.tokens))
         shape = (segment.tokens, 64)
         step = message_frame(
-            Kind.MESSAGE, Batch((segment,)), payload, step=number, dtype=dtype, shape=shape
+            Kind.MESSAGE, Batch((segment,)), payload, step=1, dtype=dtype, shape=shape
         )
         await ends[0].send(step)
-        with pytest.raises((PeerLostError, TransportError), match="rank1"):
+        with pytest.raises(TransportError, match="rank1"):
             await engine.complete(PROMPT, PARAMS)

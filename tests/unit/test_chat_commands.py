@@ -257,7 +257,7 @@ async def test_a_lost_peer_is_explained_once(
     assert "error: pi:50051: connection lost\nNo answers without this peer" in chat.err.getvalue()
     chat.session.complain(error)
     assert chat.err.getvalue().endswith(
-        "error: still without peer master; /exit, then start tpirt again\n"
+        "error: still without peer master; start it again, or /exit\n"
     )
 
 

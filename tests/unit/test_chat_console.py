@@ -40,6 +40,15 @@ def test_printable_keeps_text_only() -> None:
     )
 
 
+def test_an_answer_is_interrupted_by_a_remark_on_a_terminal_only() -> None:
+    for stream, shown in ((Terminal(), "Once\n"), (io.StringIO(), "Once")):
+        console = Console(stream, stream)
+        console.stream("Once")
+        for _ in range(2):
+            console.end_line_on_terminal()
+        assert stream.getvalue() == shown
+
+
 def test_a_terminal_gets_no_commands_and_a_file_gets_all() -> None:
     terminal, file = Terminal(), io.StringIO()
     for stream in (terminal, file):

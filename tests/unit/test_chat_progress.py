@@ -52,6 +52,19 @@ def test_elsewhere_a_line_now_and_then() -> None:
     ]
 
 
+def test_a_reconnect_is_a_line_that_stays() -> None:
+    for out in (io.StringIO(), Terminal()):
+        progress = ConsoleProgress(stream=out)
+        progress.before = lambda out=out: out.write("|")  # type: ignore[misc]
+        progress(Progress("loading weights", 1, 2))
+        progress(Progress("reconnected", 2, 2, "peers", "computing 312 tokens again"))
+        progress(Progress("reconnected", 1, 1, "peers"))
+        progress.close()
+        assert out.getvalue() == (
+            "|reconnected to 2 peers; computing 312 tokens again\n|reconnected to 1 peer\n"
+        )
+
+
 def test_a_rate_counts_from_where_a_rank_began() -> None:
     out, clock = io.StringIO(), Clock()
     progress = ConsoleProgress(stream=out, clock=clock)

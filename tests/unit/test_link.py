@@ -287,6 +287,40 @@ async def test_a_silent_peer_is_lost_after_the_timeout() -> None:
         assert asyncio.get_running_loop().time() - began > 0.3
 
 
+@pytest.mark.parametrize("clock", ["loop", "wall"])
+async def test_after_a_pause_longer_than_the_timeout_a_silent_peer_is_lost_soon(
+    clock: str,
+) -> None:
+    """The process was stopped, or the machine slept: the other side may have given this one up."""
+    mine, theirs = memory_pair("worker", "master")
+    silent = FaultyChannel(theirs, Fault.SILENCE)
+    async with links_over(mine, silent, 20.0) as (master, worker), linked(20.0) as alive:
+        worker.tell(Joined())  # swallowed, as is everything after it
+        for link in (master, *alive):
+            link._interval_s = 0.1
+            link._schedule()
+        for link in (master, alive[0]):
+            if clock == "loop":
+                link._ticked_s -= 100
+            else:
+                link._ticked_wall_s -= 100
+        async with asyncio.timeout(5):
+            with pytest.raises(PeerLostError, match="said nothing for 20 s"):
+                await master.expect(0, head(1, 0))
+        assert alive[0].lost is None
+
+
+async def test_after_a_shorter_pause_the_other_side_has_all_its_time() -> None:
+    mine, theirs = memory_pair("worker", "master")
+    silent = FaultyChannel(theirs, Fault.SILENCE)
+    async with links_over(mine, silent, 1.0) as (master, worker):
+        worker.tell(Joined())
+        master._heard_s -= 0.9
+        master._ticked_s -= 0.9
+        await asyncio.sleep(0.7)
+        assert master.lost is None
+
+
 async def test_a_frame_that_takes_longer_than_the_timeout_arrives() -> None:
     """Bytes that come count, not whole frames: slow is not silent."""
     mine, theirs = memory_pair("worker", "master", capacity=2048)

@@ -64,6 +64,11 @@ class Console:
             self._put(self._out, "\n")
             self._within_line = False
 
+    def end_line_on_terminal(self) -> None:
+        """End the current line if others see it; a file gets the answer in one piece."""
+        if is_terminal(self._out):
+            self.end_line()
+
     def say(self, *lines: str) -> None:
         """Write command output."""
         self.end_line()

@@ -15,7 +15,7 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from tpirt.chat.console import is_capable
-from tpirt.types import Progress
+from tpirt.types import RECONNECTED, Progress
 from tpirt.units import format_bytes
 
 _PATIENCE_S = 1.0  # shorter stages are not shown
@@ -30,13 +30,17 @@ class ConsoleProgress:
     """Shows progress reports; a :data:`tpirt.types.ProgressCallback` and a context manager.
 
     On a terminal, stages longer than a second have bars, one per ``detail``. They vanish when all
-    have ended, or with :meth:`close`. Elsewhere there is a plain line every few seconds.
-    Thread-safe.
+    have ended, or with :meth:`close`. Elsewhere there is a plain line every few seconds. That peers
+    were connected again is a line that stays. Thread-safe.
 
     Args:
         quiet: show nothing.
         stream: output stream; by default standard error.
         clock: monotonic seconds, for tests.
+
+    Attributes:
+        before: called before something is shown, also from other threads, to end a line that the
+            terminal is within.
     """
 
     def __init__(
@@ -44,13 +48,19 @@ class ConsoleProgress:
     ):
         stream = stream or sys.stderr
         self.quiet = quiet
+        self.before: Callable[[], None] = _do_nothing
         self._show: _Bars | _Lines | None = None
         if not quiet:
-            self._show = _Bars(stream, clock) if is_capable(stream) else _Lines(stream, clock)
+            kind = _Bars if is_capable(stream) else _Lines
+            self._show = kind(stream, clock, lambda: self.before())
 
     def __call__(self, progress: Progress) -> None:
         """Show a report."""
-        if self._show is not None:
+        if self._show is None:
+            return
+        if progress.stage == RECONNECTED:
+            self._show.say(_reconnected(progress))
+        else:
             self._show.update(progress)
 
     def close(self) -> None:
@@ -70,9 +80,10 @@ class ConsoleProgress:
 class _Lines:
     """At most one plain line per stage every few seconds."""
 
-    def __init__(self, stream: TextIO, clock: _Clock):
+    def __init__(self, stream: TextIO, clock: _Clock, before: Callable[[], None]):
         self._stream = stream
         self._clock = clock
+        self._before = before
         self._lock = threading.Lock()
         self._stage = ""
         self._due_s = 0.0
@@ -90,20 +101,30 @@ class _Lines:
                 return
             self._due_s = now + _NEXT_LINE_S
             pace = _pace(progress, progress.done - done, now - begun_s)
-            self._stream.write(f"{_title(progress)}: {_amount(progress)}{pace}\n")
-            self._stream.flush()
+            self._write(f"{_title(progress)}: {_amount(progress)}{pace}")
+
+    def say(self, line: str) -> None:
+        with self._lock:
+            self._write(line)
 
     def close(self) -> None:
         with self._lock:
             self._stage = ""
 
+    def _write(self, line: str) -> None:
+        self._before()
+        self._stream.write(f"{line}\n")
+        self._stream.flush()
+
 
 class _Bars:
     """Bars that are redrawn in place by a thread of rich."""
 
-    def __init__(self, stream: TextIO, clock: _Clock):
+    def __init__(self, stream: TextIO, clock: _Clock, before: Callable[[], None]):
+        self._stream = stream
         self._console = _QuietConsole(file=stream)
         self._clock = clock
+        self._before = before
         self._lock = threading.Lock()
         self._bars: RichProgress | None = None
         self._tasks: dict[_Key, TaskID] = {}
@@ -123,6 +144,13 @@ class _Bars:
             self._put(bars, progress)
             if bars.finished:
                 self._end()
+
+    def say(self, line: str) -> None:
+        with self._lock:
+            self._end()
+            self._before()
+            self._stream.write(f"{line}\n")
+            self._stream.flush()
 
     def close(self) -> None:
         with self._lock:
@@ -171,6 +199,7 @@ class _Bars:
 
     def _start(self, bars: RichProgress) -> None:
         self._shown = True
+        self._before()
         bars.start()
 
     def _end(self) -> None:
@@ -208,6 +237,15 @@ class _Remaining(ProgressColumn):
     def render(self, task: Task) -> Text:
         left = task.time_remaining
         return Text("" if left is None or task.finished else _left(left))
+
+
+def _do_nothing() -> None:
+    pass
+
+
+def _reconnected(progress: Progress) -> str:
+    peers = f"{progress.total} peer" + "s" * (progress.total != 1)
+    return f"reconnected to {peers}" + (f"; {progress.detail}" if progress.detail else "")
 
 
 def _title(progress: Progress) -> str:

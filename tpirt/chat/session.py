@@ -48,6 +48,7 @@ class Session:
         self.options = options
         self.console = console
         self.progress = options.progress or ConsoleProgress()
+        self.progress.before = console.end_line_on_terminal
         self.params = options.params
         self.is_base = not engine.tokenizer.has_chat_template
         self.talk: Conversation | Continuation
@@ -77,6 +78,7 @@ class Session:
         stop = _Stop(asyncio.ensure_future(self._stream(text)), self)
         with interrupts.to(stop), around():
             await stop.end()
+        self._told_broken = False
         if not self.leaving:
             self._show_status(stop.pressed > 0)
 
@@ -85,13 +87,14 @@ class Session:
         if error is not self.engine.broken:
             self.console.complain(error)
         elif self._told_broken:
-            self.console.complain(f"still without {self._lost}; /exit, then start tpirt again")
+            self.console.complain(f"still without {self._lost}; start it again, or /exit")
         else:
             self._told_broken = True
             self.console.complain(error)
             self.console.note(
-                "No answers without this peer: /exit, start it again (local ones start by "
-                "themselves), then tpirt. /save FILE keeps the conversation for /load FILE."
+                "No answers without this peer. Each message tries to reach it again: start it "
+                "first (local ones start with tpirt: /exit). /save FILE keeps the conversation "
+                "for /load FILE."
             )
 
     @property

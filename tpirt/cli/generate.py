@@ -69,6 +69,7 @@ def _prompt(arguments: argparse.Namespace) -> str:
 
 
 async def _generate(arguments: argparse.Namespace, prompt: Prompt) -> None:
+    from tpirt.chat.console import Console
     from tpirt.chat.progress import ConsoleProgress
 
     with ConsoleProgress(quiet=arguments.quiet) as progress:
@@ -78,8 +79,10 @@ async def _generate(arguments: argparse.Namespace, prompt: Prompt) -> None:
                 completion = await engine.complete(prompt, params, progress)
                 print(json.dumps(asdict(completion)))
                 return
+            console = Console(sys.stdout, sys.stderr)
+            progress.before = console.end_line_on_terminal
             async with aclosing(engine.generate(prompt, params, progress)) as tokens:
                 async for token in tokens:
                     progress.close()
-                    print(token.text, end="", flush=True)
+                    console.stream(token.text)
             print()

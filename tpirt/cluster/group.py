@@ -49,12 +49,23 @@ class Group:
     Steps run one at a time. All other methods may be called concurrently at any time.
 
     If a peer is lost or sends an invalid message, the group is broken: workers are released and
-    every further call raises the same error.
+    every further call raises the same error, except :meth:`logits`, which needs no worker. A group
+    is not repaired: close it and form another one.
     """
 
-    def __init__(self, clients: Sequence[PeerClient], timeout_s: float, progress: ProgressCallback):
-        """Use the clients, whose owner closes them; :meth:`form` opens the sessions."""
+    def __init__(
+        self,
+        clients: Sequence[PeerClient],
+        master: int,
+        timeout_s: float,
+        progress: ProgressCallback,
+    ):
+        """Use the clients, whose owner closes them; :meth:`form` opens the sessions.
+
+        ``master`` is the number by which workers recognise the master of an earlier group.
+        """
         self._clients = clients
+        self._master = master
         self._timeout_s = timeout_s
         self._progress = progress
         self._session = secrets.randbits(63)
@@ -68,6 +79,7 @@ class Group:
         self._draining: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._broken: TpirtError | None = None
+        self._closed = False
 
     @property
     def world_size(self) -> int:
@@ -178,7 +190,8 @@ class Group:
         If cancelled, it ends after its current block.
         """
         async with self._stepping:
-            self._check_alive()
+            if self._closed:
+                self._check_alive()
             return await self.runtime.decoder.logits(hidden)
 
     def sampling(self, token: int) -> AbstractContextManager[None]:
@@ -237,8 +250,11 @@ class Group:
         """Release the workers for another master, and stop this rank.
 
         A running step is aborted. It and every later call raise RequestError. If cancelled, some
-        links may stay open.
+        links may stay open. Does nothing the second time.
         """
+        if self._closed:
+            return
+        self._closed = True
         if self._broken is None:
             self._broken = RequestError("the engine is closed")
         if self._current is not None:
@@ -337,6 +353,7 @@ class Group:
                 trace_spans=limits.trace_spans,
                 session=self._session,
                 addresses=("", *(c.address for c in self._clients)) if linked else (),
+                master=self._master,
             )
         )
         if not isinstance(reply.body, Ready):

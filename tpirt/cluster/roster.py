@@ -15,7 +15,7 @@ from tpirt.cluster.machine import (
     resident_bytes,
 )
 from tpirt.collectives.cost_model import Machine
-from tpirt.errors import HandshakeError
+from tpirt.errors import HandshakeError, PeerBusyError
 from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout
 from tpirt.planning import PeerProfile
 from tpirt.protocol.messages import (
@@ -29,6 +29,7 @@ from tpirt.transport.base import PeerClient
 from tpirt.version import __version__
 
 _HELLO_TIMEOUT_S = 10.0
+_RETRY_S = 0.25
 
 
 def this_peer(threads: int) -> PeerProfile:
@@ -47,14 +48,16 @@ def this_peer(threads: int) -> PeerProfile:
     )
 
 
-async def profile_peers(clients: Sequence[PeerClient], threads: int) -> list[PeerProfile]:
-    """Request the profile of every worker; entry 0 is this process.
+async def profile_peers(
+    clients: Sequence[PeerClient], threads: int, master: int
+) -> list[PeerProfile]:
+    """Request the profile of every worker; entry 0 is this process, whose number is ``master``.
 
     Raises:
         PeerUnreachableError: no answer at an address.
         HandshakeError: a peer has another protocol version or serves another master.
     """
-    replies = await asyncio.gather(*(hello(client) for client in clients))
+    replies = await asyncio.gather(*(hello(client, master) for client in clients))
     others = [
         PeerProfile(
             rank,
@@ -84,15 +87,43 @@ def machines(peers: Sequence[PeerProfile]) -> list[Machine]:
     ]
 
 
-async def hello(client: PeerClient) -> HelloReply:
-    """Say Hello to a peer.
+async def return_to(clients: Sequence[PeerClient], master: int, patience_s: float) -> None:
+    """Say Hello to every worker again over a new connection: the old one may lead nowhere.
+
+    A worker that serves another master, and one that does not answer, have ``patience_s``.
+
+    Raises: as :func:`profile_peers`.
+    """
+
+    async def greet(client: PeerClient) -> None:
+        await client.aclose()
+        until_s = asyncio.get_running_loop().time() + patience_s
+        while True:
+            try:
+                await hello(client, master, min(patience_s, _HELLO_TIMEOUT_S))
+            except PeerBusyError:
+                if asyncio.get_running_loop().time() > until_s:
+                    raise
+                await asyncio.sleep(_RETRY_S)
+            else:
+                return
+
+    answers = await asyncio.gather(*map(greet, clients), return_exceptions=True)
+    for answer in answers:
+        if answer is not None:
+            raise answer
+
+
+async def hello(client: PeerClient, master: int, timeout_s: float = _HELLO_TIMEOUT_S) -> HelloReply:
+    """Say Hello to a peer, as the master whose number is ``master``.
 
     Raises:
-        PeerUnreachableError: no answer.
-        HandshakeError: it has another protocol version or serves another master.
+        PeerUnreachableError: no answer within ``timeout_s``.
+        PeerBusyError: it serves another master.
+        HandshakeError: it has another protocol version.
     """
-    request = encode_call(HelloRequest(PROTOCOL_VERSION, __version__))
-    answer = await client.call("Hello", request, _HELLO_TIMEOUT_S)
+    request = encode_call(HelloRequest(PROTOCOL_VERSION, __version__, master))
+    answer = await client.call("Hello", request, timeout_s)
     reply = decode_call(HelloReply, answer, client.address)
     client.peer_id = reply.peer_id or client.address
     if reply.protocol_version != PROTOCOL_VERSION:
@@ -102,5 +133,5 @@ async def hello(client: PeerClient) -> HelloReply:
             "install the same tpirt on both"
         )
     if reply.busy:
-        raise HandshakeError(f"peer {client.peer_id}: serves another master now; try later")
+        raise PeerBusyError(f"peer {client.peer_id}: serves another master now; try later")
     return reply

@@ -20,7 +20,7 @@ from tpirt.cluster.tracing import answer_clock, answer_trace
 from tpirt.cluster.worker_links import WorkerLinks
 from tpirt.collectives.context import StepAborted, StepContext
 from tpirt.collectives.links import LinkSet
-from tpirt.errors import TpirtError, TransportError
+from tpirt.errors import PeerLostError, TpirtError, TransportError
 from tpirt.protocol.link import Incoming, Link
 from tpirt.protocol.messages import (
     Abort,
@@ -72,6 +72,7 @@ class WorkerSession:
         self.link = Link(channel, 0, SETUP_S, self)
         self._queue: asyncio.Queue[Incoming | None] = asyncio.Queue()
         self.left = asyncio.Event()  # set by the worker after the session is cleaned up
+        self.master = 0  # the master's number; 0 if it has none
         self._queued_bytes = 0
         self._used_s = asyncio.get_running_loop().time()  # time of the last step
         self._prepared: Prepared | None = None
@@ -90,9 +91,16 @@ class WorkerSession:
         """Seconds since the last step."""
         return asyncio.get_running_loop().time() - self._used_s
 
-    def give_way(self) -> None:
-        """End the session, to make room for another master."""
-        self.link.give_up(TransportError("the session was not used, and another master came"))
+    def is_of(self, master: int) -> bool:
+        """Whether this is an earlier session of ``master``."""
+        return master != 0 and master == self.master
+
+    def give_way(self, master: int) -> None:
+        """End the session, to make room for one of ``master``."""
+        if self.is_of(master):
+            self.link.give_up(PeerLostError(f"{self.link.peer_id} came back with a new session"))
+        else:
+            self.link.give_up(TransportError("the session was not used, and another master came"))
 
     async def leaving(self, patience_s: float) -> bool:
         """Wait up to ``patience_s`` for the master to leave; returns :attr:`lost`."""

@@ -95,8 +95,8 @@ class Worker:
     async def answer(self, method: str, request: bytes) -> bytes:
         """See :class:`tpirt.transport.base.PeerService`."""
         if method == "Hello":
-            decode_call(HelloRequest, request, "caller")
-            return encode_call(self._hello(busy=not await self._has_no_master()))
+            asked = decode_call(HelloRequest, request, "caller")
+            return encode_call(self._hello(busy=not await self._is_free_for(asked.master)))
         if method == "Inventory":
             return encode_call(await self._answered(request))
         raise TransportError(f"unknown method {method}")
@@ -160,10 +160,13 @@ class Worker:
             self._log(str(exc))
             return InventoryReply()
 
-    async def _has_no_master(self) -> bool:
-        """Whether a master may come. The end of the last one may still be on its way here."""
+    async def _is_free_for(self, master: int) -> bool:
+        """Whether a master may come. The end of the last one may still be on its way here.
+
+        A master that comes back has lost its session, even if nothing of that has been heard here.
+        """
         session = self._session
-        if session is None or session.unused_s > _UNUSED_S:
+        if session is None or session.unused_s > _UNUSED_S or session.is_of(master):
             return True
         return await session.leaving(_GOODBYE_S)
 
@@ -190,21 +193,21 @@ class Worker:
         incoming, setup = request
         try:
             _check_setup(setup)
-            await self._claim(session)
+            await self._claim(session, setup.master)
         except TpirtError as exc:
             await session.refuse(incoming, exc)
             raise
         self._log(f"serving {session.link.peer_id}")
         await session.serve(incoming, setup, self._prepare)
 
-    async def _claim(self, session: WorkerSession) -> None:
+    async def _claim(self, session: WorkerSession, master: int) -> None:
         """Make ``session`` the one that is served; wait for one whose master has left."""
         while (current := self._session) is not None:
-            if not await self._has_no_master():
+            if not await self._is_free_for(master):
                 raise HandshakeError(f"it serves {current.link.peer_id} already")
             if self._waiting >= _MOST_WAITING:
                 raise HandshakeError("other masters wait for it already; try again later")
-            current.give_way()
+            current.give_way(master)
             self._waiting += 1
             try:
                 async with asyncio.timeout(_LEAVING_S):
@@ -214,6 +217,7 @@ class Worker:
             finally:
                 self._waiting -= 1
         self._session = session
+        session.master = master
 
     async def _prepare(self, setup: Setup, master: Link) -> Prepared:
         config = ModelConfig.from_json(setup.model_config)

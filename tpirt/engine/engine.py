@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import operator
+import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import (
@@ -27,10 +28,10 @@ import torch.nn.functional as F
 
 from tpirt.batch import Collective, Segment
 from tpirt.cancellation import finish
+from tpirt.cluster.connection import Connection
 from tpirt.cluster.group import Group
 from tpirt.cluster.launcher import LocalPeers
 from tpirt.cluster.machine import default_threads
-from tpirt.cluster.provision import distribute
 from tpirt.cluster.roster import profile_peers
 from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.cluster.tracing import TRACE_SPANS
@@ -40,12 +41,13 @@ from tpirt.engine.options import EngineOptions
 from tpirt.engine.sampler import Sampler, check_params
 from tpirt.engine.token_times import token_times
 from tpirt.engine.trace_file import TraceFile
-from tpirt.errors import ConfigError, RequestError, TpirtError
+from tpirt.errors import ConfigError, PeerLostError, RequestError, TpirtError
 from tpirt.planning import Deployment, PeerProfile, plan
 from tpirt.text import StopMatcher, Tokenizer
 from tpirt.transport.base import PeerClient
 from tpirt.transport.grpc import GrpcPeerClient
 from tpirt.types import (
+    RECONNECTED,
     Completion,
     Message,
     Progress,
@@ -89,14 +91,14 @@ PlanCallback = Callable[[Deployment], None]
 class Engine:
     """A loaded model, ready to generate; made by :meth:`connect`. One request runs at a time."""
 
-    def __init__(self, model: Model, group: Group, deployment: Deployment):
+    def __init__(self, model: Model, connection: Connection, deployment: Deployment):
         self.config = model.config
         self.tokenizer = model.tokenizer
         self.defaults = model.defaults
         self.deployment = deployment
         self._checkpoint = model.checkpoint
         self._embedding = model.embedding
-        self._group = group
+        self._connection = connection
         self._chunk_tokens = deployment.chunk_tokens
         self._loss_tokens = deployment.logits_tokens
         self._cached: list[int] = []  # ids whose keys and values every rank holds
@@ -104,6 +106,8 @@ class Engine:
         self._turn = asyncio.Lock()  # requests take turns
         self._resets = 0  # how often reset() was called
         self._first_step = 1  # of the latest request
+        self._progress: ProgressCallback = ignore_progress  # of the latest request
+        self._may_reconnect = True  # once in each request
         self._freeing: asyncio.Task[None] | None = None  # of the latest reset
 
     @classmethod
@@ -156,11 +160,13 @@ class Engine:
             trace = stack.enter_context(_trace_file(options))
             host = await stack.enter_async_context(_prepared(model, options, local, progress))
             clients = await stack.enter_async_context(_connected(host, local, peers))
-            group, deployment = await stack.enter_async_context(_formed(host, clients, on_plan))
-            engine = cls(host.model, group, deployment)
+            formed = _formed(host, clients, on_plan)
+            connection, deployment = await stack.enter_async_context(formed)
+            engine = cls(host.model, connection, deployment)
             stack.push_async_callback(engine._end)
             if trace is not None:
-                await stack.enter_async_context(trace.saved(group.trace, engine.name))
+                saved = trace.saved(lambda: connection.group.trace(), engine.name)
+                await stack.enter_async_context(saved)
             yield engine
 
     @property
@@ -190,8 +196,15 @@ class Engine:
 
     @property
     def broken(self) -> Exception | None:
-        """Why no request can succeed any more (a lost peer); None while all is well."""
-        return self._group.broken
+        """Why the group is broken; None while all is well.
+
+        After a ``PeerLostError`` the next request connects again, and it is None if that succeeds.
+        """
+        return self._connection.broken
+
+    @property
+    def _group(self) -> Group:
+        return self._connection.group
 
     @property
     def notice(self) -> str:
@@ -237,6 +250,9 @@ class Engine:
         The prefix that the prompt shares with the previous request is not computed again. Cancelled
         or left early, all ranks stop after the current block, and the next request can follow.
 
+        If a peer is lost, or was since the last request, the same peers are connected again, once
+        in a request, and all tokens so far are computed again; ``progress`` tells.
+
         Requests take turns. A consumer that stops reading keeps its turn, and the others wait,
         until it reads on or closes the generator: use ``contextlib.aclosing`` to leave early.
 
@@ -245,8 +261,9 @@ class Engine:
             ConfigError: a sampling parameter is out of range.
             TokenizerError: the chat template refuses the messages.
             MemoryLimitError: the prompt, or the keys and values so far, exceed the memory limit.
-            PeerLostError, TransportError: a peer died, fell silent or sent something invalid; names
-                it. The engine is broken then.
+            PeerLostError: a peer died or fell silent, and could not be connected again; names it.
+                The next request tries again.
+            TransportError: a peer sent something invalid; names it. The engine is broken then.
             TpirtError: a rank failed (its disk); the engine lives on.
         """
         params = params or self.defaults.sampling
@@ -256,8 +273,8 @@ class Engine:
         writer = _Writer(self.tokenizer, ids, params, self.defaults.eos_ids, limit)
         sampler = Sampler(params)
         history = list(ids)
-        async with self._request():
-            hidden = await self._prefill(ids, progress)
+        async with self._request(progress):
+            hidden = await self._prefill(ids)
             while True:
                 logits = await self._group.logits(hidden)
                 with self._group.sampling(len(history) - len(ids)):
@@ -329,7 +346,7 @@ class Engine:
     ) -> AsyncGenerator[tuple[int, torch.Tensor], None]:
         """Yield the logits after each id, (T, V) with T at most ``at_once``, and T's first id."""
         ids = self._checked(list(ids), room=0)
-        async with self._request():
+        async with self._request(ignore_progress):
             self._cached.clear()
             for start in range(0, len(ids), self._chunk_tokens):
                 chunk = ids[start : start + self._chunk_tokens]
@@ -348,12 +365,12 @@ class Engine:
         return rows if rows.dtype is torch.bfloat16 else rows.float()
 
     async def stats(self) -> list[RankStats]:
-        """Each rank's figures since the latest request began. Callable at any time.
+        """Each rank's figures since the latest request began, or its reconnect, at any time.
 
         Cancelled, the answers of workers are ignored when they come.
 
         Raises:
-            PeerLostError: a peer is gone; the engine is broken.
+            PeerLostError: a peer is gone.
         """
         return await self._group.stats(self._first_step)
 
@@ -379,10 +396,11 @@ class Engine:
                 await self._group.free(_SLOT)
 
     @asynccontextmanager
-    async def _request(self) -> AsyncIterator[None]:
+    async def _request(self, progress: ProgressCallback) -> AsyncIterator[None]:
         """Wait for this request's turn; at its end, forget its tokens if there was a reset."""
         async with self._turn:
             resets, self._first_step = self._resets, self._group.next_step
+            self._progress, self._may_reconnect = progress, True
             try:
                 yield
             finally:
@@ -406,7 +424,7 @@ class Engine:
         self.deployment.check_context(len(ids))
         return ids
 
-    async def _prefill(self, ids: Sequence[int], progress: ProgressCallback) -> torch.Tensor:
+    async def _prefill(self, ids: Sequence[int]) -> torch.Tensor:
         """Compute the tokens that are not cached yet; returns the last position, (1, H)."""
         start = self._reusable(ids)
         del self._cached[start:]
@@ -415,7 +433,7 @@ class Engine:
             chunk = ids[len(self._cached) : len(self._cached) + self._chunk_tokens]
             hidden = await self._forward(chunk, len(ids), 1, prefill=True)
             done = len(self._cached) - start
-            progress(Progress("prefill", done, todo, "tokens"))
+            self._progress(Progress("prefill", done, todo, "tokens"))
             if done == todo:
                 return hidden
 
@@ -434,7 +452,35 @@ class Engine:
     async def _forward(
         self, ids: Sequence[int], rope_length: int, num_logits: int, *, prefill: bool
     ) -> torch.Tensor:
-        """Run one step over ``ids``; returns the hidden states of the last ``num_logits``."""
+        """Run one step over ``ids``; returns the hidden states of the last ``num_logits``.
+
+        If a peer is lost, connects again, once in a request, and computes what was cached again.
+        """
+        try:
+            return await self._step(ids, rope_length, num_logits, prefill)
+        except PeerLostError:
+            if not self._may_reconnect:
+                raise
+        self._may_reconnect = False
+        await self._reconnect(rope_length)
+        return await self._step(ids, rope_length, num_logits, prefill)
+
+    async def _reconnect(self, rope_length: int) -> None:
+        """Form another group of the same peers, and have it cache the same tokens."""
+        await self._connection.reconnect(self._progress)
+        ids, self._cached = self._cached, []
+        self._first_step = self._group.next_step
+        peers = self.world_size - 1
+        again = f"computing {len(ids)} tokens again" if ids else ""
+        self._progress(Progress(RECONNECTED, peers, peers, "peers", again))
+        for start in range(0, len(ids), self._chunk_tokens):
+            chunk = ids[start : start + self._chunk_tokens]
+            await self._step(chunk, rope_length, 1, prefill=True)
+            self._progress(Progress("computing again", len(self._cached), len(ids), "tokens"))
+
+    async def _step(
+        self, ids: Sequence[int], rope_length: int, num_logits: int, prefill: bool
+    ) -> torch.Tensor:
         if self._group.broken is not None:
             raise self._group.broken
         start = len(self._cached)
@@ -562,26 +608,22 @@ async def _connected(
 @asynccontextmanager
 async def _formed(
     host: _Host, clients: Sequence[PeerClient], on_plan: PlanCallback | None
-) -> AsyncIterator[tuple[Group, Deployment]]:
+) -> AsyncIterator[tuple[Connection, Deployment]]:
     """Plan, provide every rank with its slice, and form the group, which is closed on leaving."""
-    model, options, progress = host.model, host.options, host.progress
-    group = Group(clients, options.timeout_s, progress)
+    model, options = host.model, host.options
+    master = secrets.randbits(63)
+    profiles = await profile_peers(clients, host.threads, master)
+    spans = 0 if options.trace is None else TRACE_SPANS
+    deployment = plan(model.config, profiles, options, trace_spans=spans)
+    if on_plan is not None:
+        on_plan(deployment)
+    makers = [SliceMaker(model.checkpoint, model.config, r.form) for r in deployment.ranks]
+    connection = Connection(clients, deployment, makers, host.store, master, options.timeout_s)
+    await connection.form(host.progress)
     try:
-        profiles = await profile_peers(clients, host.threads)
-        spans = 0 if options.trace is None else TRACE_SPANS
-        deployment = plan(model.config, profiles, options, trace_spans=spans)
-        if on_plan is not None:
-            on_plan(deployment)
-        makers = [SliceMaker(model.checkpoint, model.config, r.form) for r in deployment.ranks]
-        manifests = await distribute(
-            makers, deployment.partition, host.store, clients, options.timeout_s, progress
-        )
-        stored = host.store.find(manifests[0].slice_id)
-        assert stored is not None
-        await group.form(deployment, manifests, stored)
-        yield group, deployment
+        yield connection, deployment
     finally:
-        await finish(group.aclose())
+        await finish(connection.aclose())
 
 
 @contextmanager

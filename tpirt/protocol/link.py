@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import deque
 from collections.abc import Coroutine
 from dataclasses import dataclass
@@ -82,7 +83,6 @@ class Link:
         self._last_id = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._received = self._sent = 0
-        self._heard_s = self._ticked_s = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
         self.silence(timeout_s)
 
@@ -95,13 +95,13 @@ class Link:
         """Set the longest silence before the other side counts as lost."""
         self._timeout_s = timeout_s
         self._interval_s = min(HEARTBEAT_S, timeout_s / 4)
-        self._heard_s = self._ticked_s = self._loop.time()
+        self._begin_to_listen()
         if self._timer is not None:  # the next heartbeat may be due sooner than was planned
             self._schedule()
 
     def start(self) -> None:
         """Begin to read and to send heartbeats."""
-        self._heard_s = self._ticked_s = self._loop.time()
+        self._begin_to_listen()
         self._schedule()
         self.channel.start(self)
 
@@ -341,11 +341,15 @@ class Link:
         self.channel.poll()  # after a pause of ours the timer may come before what has arrived
         if self.lost is not None:
             return
-        now = self._loop.time()
-        stood_still = now - self._ticked_s > 2 * self._interval_s
-        if self.channel.bytes_received != self._received or stood_still:
+        paused_s = self._since_tick_s()
+        received, self._received = self._received, self.channel.bytes_received
+        now = self._ticked_s
+        if received != self._received or paused_s > 2 * self._interval_s:
             self._heard_s = now  # our own pause says nothing of the other side
-        self._received, self._ticked_s = self.channel.bytes_received, now
+        if paused_s > self._timeout_s:
+            # It heard nothing either, and may have given us up, with no way to tell us (a firewall
+            # forgot the connection). If it has not, its next heartbeat is due now.
+            self._heard_s = now - self._timeout_s + 2 * self._interval_s
         if now - self._heard_s > self._timeout_s:
             self._broken(
                 PeerLostError(
@@ -358,6 +362,20 @@ class Link:
             self.channel.send_nowait(_HEARTBEAT)
         self._sent = self.channel.bytes_sent
         self._schedule()
+
+    def _begin_to_listen(self) -> None:
+        self._heard_s = self._ticked_s = self._loop.time()
+        self._ticked_wall_s = time.time()
+
+    def _since_tick_s(self) -> float:
+        """Seconds since the last tick, and a new tick.
+
+        The loop's clock counts the time in which a process is stopped; only the wall clock counts
+        that in which the machine sleeps.
+        """
+        before_s, before_wall_s = self._ticked_s, self._ticked_wall_s
+        self._ticked_s, self._ticked_wall_s = self._loop.time(), time.time()
+        return max(self._ticked_s - before_s, self._ticked_wall_s - before_wall_s)
 
     def _schedule(self) -> None:
         self._stop()

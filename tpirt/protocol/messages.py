@@ -35,6 +35,7 @@ _T = TypeVar("_T")
 class HelloRequest:
     protocol_version: int
     tpirt_version: str
+    master: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class Setup:
     trace_spans: int
     session: int
     addresses: tuple[str, ...]
+    master: int = 0
 
 
 @dataclass(frozen=True)

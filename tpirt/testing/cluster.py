@@ -12,7 +12,7 @@ from typing import Any
 from tpirt.cluster.worker import Worker
 from tpirt.engine import Engine, EngineOptions
 from tpirt.engine.engine import PlanCallback
-from tpirt.errors import TpirtError
+from tpirt.errors import PeerUnreachableError, TpirtError
 from tpirt.transport.base import Channel, PeerService
 from tpirt.transport.memory import memory_pair
 from tpirt.types import ProgressCallback, ignore_progress
@@ -63,8 +63,11 @@ class MemoryPeerClient:
 
     async def call(self, method: str, request: bytes, timeout_s: float) -> bytes:
         """See :class:`tpirt.transport.base.PeerClient`."""
-        async with asyncio.timeout(timeout_s):
-            return await self._service.answer(method, request)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._service.answer(method, request)
+        except TimeoutError:
+            raise PeerUnreachableError(f"peer {self.peer_id}: no answer") from None
 
     async def upload(self, method: str, chunks: AsyncIterator[bytes], timeout_s: float) -> bytes:
         """See :class:`tpirt.transport.base.PeerClient`."""

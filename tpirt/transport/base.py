@@ -148,5 +148,5 @@ class PeerClient(Protocol):
     async def aclose(self) -> None:
         """Close the connection and every channel; requests under way fail.
 
-        Cancelled, what was not closed yet stays open.
+        A later call connects again. Cancelled, what was not closed yet stays open.
         """

@@ -52,8 +52,15 @@ class GrpcPeerClient:
     def __init__(self, address: str):
         self.address = address
         self.peer_id = address
-        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+        self._connection: grpc.aio.Channel | None = None
         self._calls: list[Channel] = []
+
+    @property
+    def _channel(self) -> grpc.aio.Channel:
+        """The connection, made at the first call."""
+        if self._connection is None:
+            self._connection = grpc.aio.insecure_channel(self.address, options=OPTIONS)
+        return self._connection
 
     async def call(self, method: str, request: bytes, timeout_s: float) -> bytes:
         """See :class:`tpirt.transport.base.PeerClient`."""
@@ -121,9 +128,12 @@ class GrpcPeerClient:
 
     async def aclose(self) -> None:
         """See :class:`tpirt.transport.base.PeerClient`."""
-        for call in self._calls:
+        calls, self._calls = self._calls, []
+        for call in calls:
             await call.aclose()
-        await self._channel.close(grace=None)
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close(grace=None)
 
     async def _open(self, method: str) -> Channel:
         """Make a call, and the connection for its frames if there can be one."""

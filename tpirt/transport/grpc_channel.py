@@ -59,6 +59,8 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server beside it
     ("grpc.enable_retries", 0),  # streams are never retried; what would do it costs every message
     ("grpc.enable_http_proxy", 0),  # peers are on the local network
+    # A client that connects again must not get the dead connection of the one before.
+    ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", int(RETRY_S * 1e3)),
     ("grpc.max_reconnect_backoff_ms", int(RETRY_S * 1e3)),
 )

@@ -185,6 +185,20 @@ async def test_a_lost_peer_is_connected_again(
         assert engine.explain()
 
 
+async def test_several_losses_in_one_answer(
+    model: Path, store: Path, expected: list[list[int]]
+) -> None:
+    async with connected(model, store) as (engine, peers):
+        tokens = []
+        async with aclosing(engine.generate(PROMPT, PARAMS)) as answer:
+            async for token in answer:
+                tokens.append(token.id)
+                if len(tokens) in (2, 4):
+                    peers[0].lose()
+        assert tokens == expected[0]
+        assert len(peers[0].opened) == 3
+
+
 async def test_losses_while_all_logits_are_computed(
     model: Path, store: Path, expected: list[list[int]]
 ) -> None:
@@ -255,7 +269,7 @@ async def test_a_peer_that_does_not_come_back_fails_each_request_until_it_does(
         assert reports.reconnected == ["2 peers, computing 49 tokens again"]
 
 
-async def test_a_request_connects_again_only_once(
+async def test_a_loss_while_computing_again_is_an_error(
     model: Path, store: Path, expected: list[list[int]]
 ) -> None:
     async with connected(model, store) as (engine, peers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tpirt.batch import Segment
 from tpirt.errors import RequestError
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.models import make_model
-from tpirt.types import SamplingParams
+from tpirt.types import Progress, SamplingParams
 
 PROMPT = list(range(40, 48))
 PARAMS = SamplingParams(max_tokens=3)
@@ -41,3 +42,23 @@ async def test_a_step_that_cannot_be_is_the_callers_error(
         assert engine.broken is None
         engine.reset()
         assert (await engine.complete(PROMPT, PARAMS)).token_ids == before.token_ids
+
+
+async def test_a_reset_is_before_the_next_request(tmp_path: Path) -> None:
+    """Also if that request begins at once, before any task of the reset has run."""
+    model = make_model(tmp_path / "model", "llama")
+    async with memory_engine(model, 2) as engine:
+        computed: list[int] = []
+
+        def progress(report: Progress) -> None:
+            if report.stage == "prefill":
+                computed.append(report.total)
+
+        before = await engine.complete(PROMPT, PARAMS, progress)
+        engine.reset()
+        assert engine.cached_tokens == 0
+        assert (await engine.complete(PROMPT, PARAMS, progress)).token_ids == before.token_ids
+        await asyncio.sleep(0)  # the task of the reset
+        assert engine.cached_tokens
+        await engine.complete([*PROMPT, 3], PARAMS, progress)
+        assert computed == [len(PROMPT), len(PROMPT), 1]

@@ -14,10 +14,12 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from tpirt.batch import Batch, Segment
 from tpirt.cluster import uploads, worker_links
 from tpirt.cluster import worker as worker_module
+from tpirt.cluster.rank import RankRuntime
 from tpirt.cluster.worker import Worker
 from tpirt.engine import Engine, EngineOptions
 from tpirt.errors import (
@@ -48,7 +50,7 @@ from tpirt.transport.backlog import Backlog
 from tpirt.transport.frame import Frame, FrameReader, Header, Kind
 from tpirt.transport.grpc import GrpcPeerClient
 from tpirt.transport.memory import memory_pair
-from tpirt.types import SamplingParams
+from tpirt.types import ProgressCallback, SamplingParams
 from tpirt.weights.manifest import NO_DIGEST, Manifest, SliceOrder, SliceSpec
 from tpirt.weights.store import SliceStore
 
@@ -248,6 +250,36 @@ async def test_a_session_that_is_used_is_protected_and_one_that_is_not_gives_way
         await tokens(engine)
         assert "not used" in str(await idle.refused())
     await idle.aclose()
+
+
+async def test_a_session_that_loads_or_runs_a_step_is_not_idle(
+    model: Path, tmp_path: Path, held: Manifest, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it takes."""
+    monkeypatch.setattr(worker_module, "_UNUSED_S", 0.0)
+    seen: list[tuple[str, float]] = []
+    load, run = RankRuntime.load, RankRuntime.run
+
+    def note(name: str, runtime: RankRuntime) -> None:
+        if worker._session is not None and runtime.comm.rank == 1:
+            seen.append((name, worker._session.unused_s))
+
+    async def loading(self: RankRuntime, progress: ProgressCallback) -> None:
+        await asyncio.sleep(0)
+        note("load", self)
+        await load(self, progress)
+
+    async def running(self: RankRuntime, *arguments: Any) -> torch.Tensor | None:
+        await asyncio.sleep(0)
+        note("step", self)
+        return await run(self, *arguments)
+
+    monkeypatch.setattr(RankRuntime, "load", loading)
+    monkeypatch.setattr(RankRuntime, "run", running)
+    async with master(model, tmp_path, worker) as engine:
+        await tokens(engine)
+    assert {name for name, _ in seen} == {"load", "step"}
+    assert not any(idle_s for _, idle_s in seen)
 
 
 async def busy(worker: Worker) -> bool:

@@ -74,7 +74,7 @@ class WorkerSession:
         self.left = asyncio.Event()  # set by the worker after the session is cleaned up
         self.master = 0  # the master's number; 0 if it has none
         self._queued_bytes = 0
-        self._used_s = asyncio.get_running_loop().time()  # time of the last step
+        self._idle_since_s: float | None = None  # None while it loads or a step runs
         self._prepared: Prepared | None = None
         self._current: StepContext | None = None
         self._last_step = 0
@@ -88,8 +88,8 @@ class WorkerSession:
 
     @property
     def unused_s(self) -> float:
-        """Seconds since the last step."""
-        return asyncio.get_running_loop().time() - self._used_s
+        """Seconds since the last step ended; 0 while one runs or the weights are loaded."""
+        return 0.0 if self._idle_since_s is None else _now_s() - self._idle_since_s
 
     def is_of(self, master: int) -> bool:
         """Whether this is an earlier session of ``master``."""
@@ -147,6 +147,7 @@ class WorkerSession:
                 await self.refuse(to, exc)
             raise
         await self.link.respond(to, ready)
+        self._idle_since_s = _now_s()
         while (incoming := await self._next()) is not None and not self.lost:
             # A step begun without a master would wait for other workers, which begin none.
             await self._serve(self._prepared, incoming)
@@ -232,7 +233,7 @@ class WorkerSession:
                 "refused"
             )
         self._last_step = number
-        self._used_s = asyncio.get_running_loop().time()
+        self._idle_since_s = None
         step = self._current = StepContext(number, incoming.body)
         if number <= self._aborted_step:
             step.abort(StepAborted())
@@ -253,6 +254,7 @@ class WorkerSession:
                 await self.link.notify(Failure.of(exc, number))
         finally:
             self._current = None
+            self._idle_since_s = _now_s()
 
     async def _measure(self, links: LinkSet, to: Incoming, rank: int) -> None:
         if rank not in links.others:
@@ -317,3 +319,7 @@ def _hidden(incoming: Incoming, batch: Batch, hidden_size: int) -> torch.Tensor:
     if batch.collective.micro_batches:
         return torch.empty(shape, dtype=dtype.torch_dtype)
     return decode(incoming.frame.payload, dtype, shape)
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()

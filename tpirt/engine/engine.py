@@ -104,10 +104,9 @@ class Engine:
         self._cached: list[int] = []  # ids whose keys and values every rank holds
         self._rope_length = 0  # the longest that their keys were rotated for
         self._turn = asyncio.Lock()  # requests take turns
-        self._resets = 0  # how often reset() was called
+        self._forget = False  # reset() was called, and its memory is not free yet
         self._first_step = 1  # of the latest request
         self._progress: ProgressCallback = ignore_progress  # of the latest request
-        self._may_reconnect = True  # once in each request
         self._freeing: asyncio.Task[None] | None = None  # of the latest reset
 
     @classmethod
@@ -192,7 +191,7 @@ class Engine:
     @property
     def cached_tokens(self) -> int:
         """How many tokens' keys and values are kept for the next request."""
-        return len(self._cached)
+        return 0 if self._forget else len(self._cached)
 
     @property
     def broken(self) -> Exception | None:
@@ -250,8 +249,8 @@ class Engine:
         The prefix that the prompt shares with the previous request is not computed again. Cancelled
         or left early, all ranks stop after the current block, and the next request can follow.
 
-        If a peer is lost, or was since the last request, the same peers are connected again, once
-        in a request, and all tokens so far are computed again; ``progress`` tells.
+        If a peer is lost, or was since the last request, the same peers are connected again and all
+        tokens so far are computed again; ``progress`` tells. A step that fails once more raises.
 
         Requests take turns. A consumer that stops reading keeps its turn, and the others wait,
         until it reads on or closes the generator: use ``contextlib.aclosing`` to leave early.
@@ -347,6 +346,7 @@ class Engine:
         """Yield the logits after each id, (T, V) with T at most ``at_once``, and T's first id."""
         ids = self._checked(list(ids), room=0)
         async with self._request(ignore_progress):
+            self.deployment.check_context(len(ids))
             self._cached.clear()
             for start in range(0, len(ids), self._chunk_tokens):
                 chunk = ids[start : start + self._chunk_tokens]
@@ -380,7 +380,7 @@ class Engine:
         Callable at any time, within a running event loop. The memory is free before the next
         request begins.
         """
-        self._resets += 1
+        self._forget = True
         if self._freeing is None or self._freeing.done():  # one that waits does it for all
             self._freeing = asyncio.get_running_loop().create_task(self._free())
 
@@ -391,21 +391,24 @@ class Engine:
 
     async def _free(self) -> None:
         async with self._turn:
-            self._cached.clear()
-            with contextlib.suppress(TpirtError):  # a broken group is reported by its next user
-                await self._group.free(_SLOT)
+            await self._carry_out_reset()
+
+    async def _carry_out_reset(self) -> None:
+        """Within a turn: forget the cached tokens if there was a reset since they were computed."""
+        if not self._forget:
+            return
+        self._forget = False
+        self._cached.clear()
+        with contextlib.suppress(TpirtError):  # a broken group is reported by its next user
+            await self._group.free(_SLOT)
 
     @asynccontextmanager
     async def _request(self, progress: ProgressCallback) -> AsyncIterator[None]:
-        """Wait for this request's turn; at its end, forget its tokens if there was a reset."""
+        """Wait for this request's turn."""
         async with self._turn:
-            resets, self._first_step = self._resets, self._group.next_step
-            self._progress, self._may_reconnect = progress, True
-            try:
-                yield
-            finally:
-                if self._resets != resets:
-                    self._cached.clear()
+            await self._carry_out_reset()  # its task may come later than this request
+            self._first_step, self._progress = self._group.next_step, progress
+            yield
 
     def _checked(self, ids: list[int], room: int = 1) -> list[int]:
         if not ids:
@@ -421,12 +424,12 @@ class Engine:
                     f"token id {token_id} is outside the model's vocabulary of "
                     f"{self.config.vocab_size}; do tokenizer and model belong together?"
                 )
-        self.deployment.check_context(len(ids))
         return ids
 
     async def _prefill(self, ids: Sequence[int]) -> torch.Tensor:
         """Compute the tokens that are not cached yet; returns the last position, (1, H)."""
         start = self._reusable(ids)
+        self.deployment.check_context(len(ids), cached=start)
         del self._cached[start:]
         todo = len(ids) - start
         while True:
@@ -454,15 +457,12 @@ class Engine:
     ) -> torch.Tensor:
         """Run one step over ``ids``; returns the hidden states of the last ``num_logits``.
 
-        If a peer is lost, connects again, once in a request, and computes what was cached again.
+        If a peer is lost, connects again, computes what was cached again and repeats the step once.
         """
         try:
             return await self._step(ids, rope_length, num_logits, prefill)
         except PeerLostError:
-            if not self._may_reconnect:
-                raise
-        self._may_reconnect = False
-        await self._reconnect(rope_length)
+            await self._reconnect(rope_length)
         return await self._step(ids, rope_length, num_logits, prefill)
 
     async def _reconnect(self, rope_length: int) -> None:

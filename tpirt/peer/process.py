@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import os
 import signal
 import sys
@@ -21,11 +22,12 @@ except ImportError:  # not a POSIX system
 from tpirt.cluster.launcher import READY_PREFIX
 from tpirt.cluster.machine import host_name
 from tpirt.cluster.worker import Worker
-from tpirt.printable import printable_line
+from tpirt.peer.logs import logged
 from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
 from tpirt.weights.store import SliceStore
 
 _MOST_CONNECTIONS = 1024
+_log = logging.getLogger("tpirt.peer")
 
 
 @dataclass(frozen=True)
@@ -44,25 +46,33 @@ class PeerOptions:
 async def run_peer(options: PeerOptions) -> None:
     """Listen and serve until a signal, or until standard input closes.
 
-    Prints one line with the address once it listens, then one line per event.
+    Prints one line with the address once it listens, then logs one line per event on standard
+    error.
 
     Raises:
         TransportError: the address cannot be listened on.
     """
+    with logged(logging.WARNING if options.quiet else logging.INFO):
+        await _run(options)
+
+
+async def _run(options: PeerOptions) -> None:
     torch.set_num_threads(options.threads)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    log = (lambda _: None) if options.quiet else _log
-    worker = Worker("", options.store, options.memory_bytes, options.threads, log, GrpcPeerClient)
+    worker = Worker(
+        "", options.store, options.memory_bytes, options.threads, _log.info, GrpcPeerClient
+    )
     server = GrpcPeerServer(worker, _most_connections())
     port = await server.start(options.host, options.port)
     worker.peer_id = f"{host_name()}:{port}"
     host = f"[{options.host}]" if ":" in options.host else options.host
-    print(f"{READY_PREFIX}{host}:{port} (store {options.store.root})", flush=True)
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(f"{READY_PREFIX}{host}:{port} (store {options.store.root})", flush=True)
     if not is_loopback(options.host):
-        _log(
+        _log.warning(
             f"warning: anyone who can connect to {host}:{port} can use this peer and see what "
             "it computes: there is no authentication yet; listen only on networks that you trust"
         )
@@ -109,7 +119,3 @@ def _watch_stdin(stop: asyncio.Event) -> None:
             loop.call_soon_threadsafe(stop.set)
 
     threading.Thread(target=wait, name="tpirt-stdin", daemon=True).start()
-
-
-def _log(text: str) -> None:
-    print(printable_line(text), file=sys.stderr, flush=True)

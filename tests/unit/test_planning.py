@@ -13,6 +13,8 @@ import pytest
 
 from tpirt.cluster import machine
 from tpirt.cluster.rank import RankRuntime
+from tpirt.cluster.roster import machines
+from tpirt.collectives.cost_model import Machine
 from tpirt.config import ModelConfig
 from tpirt.engine import Engine, EngineOptions
 from tpirt.errors import ConfigError, MemoryLimitError
@@ -131,6 +133,19 @@ def test_ranks_of_one_machine_share_its_free_memory(config: ModelConfig) -> None
     assert limits == [425 * MIB, 425 * MIB, 850 * MIB, 400 * MIB]
     asked = plan(config, peers, PlanOptions(memory_bytes=500 * MIB)).limits
     assert [each.memory_bytes for each in asked] == [500 * MIB] * 3 + [400 * MIB]
+
+
+def test_containers_of_one_machine_share_its_cores_but_not_their_memory(
+    config: ModelConfig,
+) -> None:
+    peers = [
+        profile(0, host_id="a/1", available_bytes=1000 * MIB, cores=4),
+        profile(1, host_id="a/2", available_bytes=1000 * MIB, cores=4),
+        profile(2, host_id="b", available_bytes=1000 * MIB),
+    ]
+    limits = [each.memory_bytes for each in plan(config, peers, PlanOptions()).limits]
+    assert limits == [850 * MIB] * 3
+    assert machines(peers) == [Machine((0, 1), 4), Machine((2,), 1)]
 
 
 def test_ahead_of_time_there_are_no_limits(config: ModelConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import socket
 import sys
@@ -14,15 +15,23 @@ import psutil
 import torch
 import torch.nn.functional as F
 
+from tpirt.cluster.cgroup import cpu_quota, memory_group
 from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout, local_layout
 
 
 def host_id() -> str:
-    """Return an id that is equal for processes sharing one machine's memory."""
+    """Return an id that is equal for processes sharing the memory of :func:`available_bytes`.
+
+    It is that of the machine, or of the container (memory cgroup) whose limit leaves less.
+    """
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
-        return f"{uuid.getnode():x}"
+        machine = f"{uuid.getnode():x}"
+    group = memory_group()
+    if group is None or group.free_bytes >= psutil.virtual_memory().available:
+        return machine
+    return f"{machine}/{group.name}"
 
 
 def host_name() -> str:
@@ -54,33 +63,18 @@ def int4_layout() -> Layout:
 
 
 def available_bytes() -> int:
-    """Return the free memory of this machine, limited by the cgroup."""
-    free = psutil.virtual_memory().available
-    return min(free, _cgroup_free())
-
-
-def _cgroup_free() -> int:
-    pairs = (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
-    )
-    for limit, usage in pairs:
-        try:
-            return int(Path(limit).read_text()) - int(Path(usage).read_text())
-        except (OSError, ValueError):
-            continue
-    return sys.maxsize
+    """Return the free memory of this machine, limited by the cgroups of this process."""
+    free, group = int(psutil.virtual_memory().available), memory_group()
+    return free if group is None else min(free, group.free_bytes)
 
 
 def machine_cores() -> int:
-    """Return the number of cores that this process may use."""
+    """Return the number of cores that this process may use; a CPU quota is rounded up."""
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = min(cores, len(os.sched_getaffinity(0)))
-    return cores
+    quota = cpu_quota()
+    return cores if quota >= cores else max(1, math.ceil(quota))
 
 
 def default_threads(processes: int = 1) -> int:

@@ -80,9 +80,9 @@ def machines(peers: Sequence[PeerProfile]) -> list[Machine]:
     """Group ranks by the machine whose cores they share."""
     found: dict[str, list[PeerProfile]] = {}
     for peer in peers:
-        found.setdefault(peer.host_id, []).append(peer)
+        found.setdefault(peer.machine_id, []).append(peer)
     return [
-        Machine(tuple(peer.rank for peer in shared), max(1, shared[0].cores))
+        Machine(tuple(peer.rank for peer in shared), max(1, *(peer.cores for peer in shared)))
         for shared in found.values()
     ]
 

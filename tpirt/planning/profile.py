@@ -15,7 +15,7 @@ class PeerProfile:
     Attributes:
         rank: its rank; 0 is the master.
         peer_id: its name in messages.
-        host_id: equal for processes on the same machine.
+        host_id: equal for processes that share the memory of one machine, or of one container.
         memory_bytes: its own memory limit; None for no limit.
         available_bytes: total memory that its process can use; None if unknown.
         threads: compute threads.
@@ -35,3 +35,8 @@ class PeerProfile:
     bfloat16: bool
     int4_layout: Layout
     base_bytes: int = PROCESS_BYTES
+
+    @property
+    def machine_id(self) -> str:
+        """Equal for processes on one machine, also in different containers."""
+        return self.host_id.partition("/")[0]

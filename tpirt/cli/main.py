@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, TextIO, cast
 
 from tpirt.errors import TpirtError
+from tpirt.refusals import refusal
 from tpirt.version import __version__
 
 INTERRUPTED = 130
@@ -58,9 +59,14 @@ def _run(argv: Sequence[str] | None) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has closed it
         _drop_output()
-    except OSError as exc:  # any other OSError is already a TpirtError
+    except (OSError, MemoryError, RuntimeError) as exc:
+        if (words := refusal(exc)) is None:
+            if not isinstance(exc, OSError):
+                raise  # a bug
+            # Any OSError of another kind is already a TpirtError.
+            words = f"cannot write the output: {exc.strerror}"
         _drop_output()
-        print(f"tpirt: error: cannot write the output: {exc.strerror}", file=sys.stderr)
+        print(f"tpirt: error: {words}", file=sys.stderr)
         return TpirtError.exit_code
     return 0
 

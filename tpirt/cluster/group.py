@@ -188,11 +188,14 @@ class Group:
         """Apply the LM head to (T, H), on the master only; returns (T, V) float32.
 
         If cancelled, it ends after its current block.
+
+        Raises:
+            MemoryLimitError: the system refused memory.
         """
         async with self._stepping:
             if self._closed:
                 self._check_alive()
-            return await self.runtime.decoder.logits(hidden)
+            return await self.runtime.logits(hidden)
 
     def sampling(self, token: int) -> AbstractContextManager[None]:
         """Count the time in this ``with`` statement as compute for the answer's ``token``."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tpirt.errors import PeerUnreachableError
+from tpirt.refusals import refusal
 
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 5.0
@@ -64,23 +65,27 @@ class LocalPeers:
 
     async def _start(self) -> asyncio.subprocess.Process:
         pipe = asyncio.subprocess.PIPE
-        return await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-P",  # do not import from the current folder
-            "-m",
-            "tpirt",
-            "peer",
-            "--listen",
-            "127.0.0.1:0",
-            "--until-stdin-closes",
-            "--quiet",
-            *self._options,
-            stdin=pipe,
-            stdout=pipe,
-            stderr=None,
-            env=_environment(),
-            start_new_session=True,
-        )
+        try:
+            return await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-P",  # do not import from the current folder
+                "-m",
+                "tpirt",
+                "peer",
+                "--listen",
+                "127.0.0.1:0",
+                "--until-stdin-closes",
+                "--quiet",
+                *self._options,
+                stdin=pipe,
+                stdout=pipe,
+                stderr=None,
+                env=_environment(),
+                start_new_session=True,
+            )
+        except OSError as exc:
+            reason = refusal(exc) or f"{exc.strerror}; end other programs, or use fewer ranks"
+            raise PeerUnreachableError(f"a local worker cannot be started: {reason}") from exc
 
 
 def _environment() -> dict[str, str]:

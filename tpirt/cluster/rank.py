@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from tpirt.batch import Batch
@@ -22,6 +25,7 @@ from tpirt.config import ModelConfig
 from tpirt.errors import MemoryLimitError, StoreError, TransportError
 from tpirt.model.decoder import Decoder
 from tpirt.planning import Limits, MemoryBudget, format_limit
+from tpirt.refusals import refused_memory
 from tpirt.sharding.blocks import rank_blocks
 from tpirt.sharding.program import Program
 from tpirt.stopwatch import Recorder
@@ -117,7 +121,8 @@ class RankRuntime:
         """
         made: list[RankRuntime] = []
         try:
-            await in_thread(lambda: made.append(cls(config, stored, world_size, links, limits)))
+            with refused_memory(f"rank {links.rank}"):
+                await in_thread(lambda: made.append(cls(config, stored, world_size, links, limits)))
         except BaseException:
             for runtime in made:
                 await finish(runtime.aclose())
@@ -181,17 +186,28 @@ class RankRuntime:
         """Run all layers over ``hidden`` (T, H); see :meth:`Decoder.forward`, also if cancelled.
 
         Raises:
-            MemoryLimitError: the longer KV cache no longer fits with two blocks.
+            MemoryLimitError: the longer KV cache no longer fits with two blocks; the system refused
+                memory. Each sequence has the positions before its segment.
         """
         completed = False
         try:
-            await step.run(self._make_room(step.batch))
-            out = await self.decoder.forward(hidden, step)
+            with self._refused_memory(step.batch):
+                await step.run(self._make_room(step.batch))
+                out = await self.decoder.forward(hidden, step)
             completed = True
             return out
         finally:
             self.step_log.end_layers()
             self._links.end(completed=completed)
+
+    async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Apply the LM head, on rank 0 only; see :meth:`Decoder.logits`.
+
+        Raises:
+            MemoryLimitError: the system refused memory.
+        """
+        with refused_memory(f"rank {self.comm.rank}: logits of {len(hidden)} tokens"):
+            return await self.decoder.logits(hidden)
 
     async def free(self, slot: int) -> None:
         """Drop a sequence's keys and values; their memory goes to the weights.
@@ -259,6 +275,17 @@ class RankRuntime:
         """
         kv_bytes = self.decoder.kv.bytes_for(batch.segments)
         await self._divide(batch.tokens, kv_bytes, max(s.rope_length for s in batch.segments))
+
+    @contextlib.contextmanager
+    def _refused_memory(self, batch: Batch) -> Iterator[None]:
+        longest = max(segment.end for segment in batch.segments)
+        subject = f"rank {self.comm.rank}: a step of {batch.tokens} tokens, {longest} in all"
+        try:
+            with refused_memory(subject):
+                yield
+        except MemoryLimitError:
+            release_free_memory()
+            raise
 
     async def _divide(self, tokens: int, kv_bytes: int, context: int) -> None:
         """Divide the memory limit for steps of ``tokens`` tokens and a KV store of some size."""

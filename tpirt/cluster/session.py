@@ -36,6 +36,7 @@ from tpirt.protocol.messages import (
     TraceRequest,
 )
 from tpirt.protocol.tensors import decode, hidden_dtype
+from tpirt.refusals import refused_memory
 from tpirt.transport.base import Channel
 from tpirt.types import Progress
 
@@ -240,7 +241,8 @@ class WorkerSession:
         begun = False
         try:
             runtime.validate(step.batch)
-            hidden = _hidden(incoming, step.batch, runtime.config.hidden_size)
+            with refused_memory(f"rank {runtime.comm.rank}"):
+                hidden = _hidden(incoming, step.batch, runtime.config.hidden_size)
             runtime.begin(step)
             begun = True
             await runtime.run(hidden, step)

@@ -43,6 +43,7 @@ from tpirt.engine.token_times import token_times
 from tpirt.engine.trace_file import TraceFile
 from tpirt.errors import ConfigError, PeerLostError, RequestError, TpirtError
 from tpirt.planning import Deployment, PeerProfile, plan
+from tpirt.refusals import allow_open_files, refused_memory
 from tpirt.text import StopMatcher, Tokenizer
 from tpirt.transport.base import PeerClient
 from tpirt.transport.grpc import GrpcPeerClient
@@ -66,6 +67,7 @@ from tpirt.weights.synthetic import SyntheticCheckpoint, is_synthetic
 Prompt = str | Sequence[int] | Sequence[Message]
 
 BUNDLED_MODEL = Path(__file__).parent.parent / "demo"
+_OPEN_FILES, _OPEN_FILES_PER_RANK = 32, 5  # connections, pipes, weights; measured: 20 and 4
 _SLOT = 0  # the one sequence of the KV store
 
 
@@ -156,6 +158,7 @@ class Engine:
                 if not isinstance(peer, str):
                     stack.push_async_callback(peer.aclose)
             _check_ranks(local, peers)
+            allow_open_files(_OPEN_FILES + _OPEN_FILES_PER_RANK * max(local, len(peers)))
             trace = stack.enter_context(_trace_file(options))
             host = await stack.enter_async_context(_prepared(model, options, local, progress))
             clients = await stack.enter_async_context(_connected(host, local, peers))
@@ -276,7 +279,10 @@ class Engine:
             hidden = await self._prefill(ids)
             while True:
                 logits = await self._group.logits(hidden)
-                with self._group.sampling(len(history) - len(ids)):
+                with (
+                    self._group.sampling(len(history) - len(ids)),
+                    refused_memory("sampling"),
+                ):
                     token = writer.push(sampler.next(logits[0], history))
                 history.append(token.id)
                 yield token
@@ -485,7 +491,9 @@ class Engine:
             raise self._group.broken
         start = len(self._cached)
         segment = Segment(_SLOT, start, len(ids), num_logits, rope_length)
-        out = await self._group.step(self.embed(ids), [segment], prefill)
+        with refused_memory(f"embeddings of {len(ids)} tokens"):
+            hidden = self.embed(ids)
+        out = await self._group.step(hidden, [segment], prefill)
         self._rope_length = max(self._rope_length if start else 0, rope_length)
         # Only now: a cancelled step leaves the ids as they were, so the next segment begins where
         # all ranks still agree.

@@ -143,6 +143,7 @@ class KVStore:
     def _move(self, slot: _Slot, capacity: int) -> None:
         """Copy all positions to buffers of another size, layer by layer."""
         slot.layers = list(slot.layers)
+        slot.capacity = min(slot.capacity, capacity)  # memory may be refused in between
         for index in range(self._layers):
             slot.layers[index] = self._copied(slot.layers[index], slot.length, capacity)
         slot.capacity = capacity

@@ -12,6 +12,7 @@ from typing import Any
 
 from tpirt.errors import RequestError
 from tpirt.types import Message
+from tpirt.weights.files import sync_file
 
 VERSION = 1
 _MOST_BYTES = 64 << 20  # a larger file is not a conversation
@@ -103,7 +104,7 @@ def _write(path: Path, text: str) -> None:
         with open(handle, "w", encoding="utf-8", errors="replace") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            sync_file(file.fileno())
         os.replace(name, path)
     except BaseException:
         os.unlink(name)

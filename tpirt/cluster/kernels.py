@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from tpirt.ops.quant_layout import Layout, local_layout
 from tpirt.ops.quant_linear import KernelChoice, MatrixShape
 from tpirt.ops.quant_probe import probe_kernels
 from tpirt.sharding.blocks import Block
+from tpirt.weights.files import write_atomically
 
 _FILE = "kernels.json"
 
@@ -93,6 +92,4 @@ def _write(path: Path, machine: str, chosen: Mapping[MatrixShape, KernelChoice])
         for shape, choice in chosen.items()
     ]
     with contextlib.suppress(OSError):
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-        temporary.write_text(json.dumps({machine: entries}, indent=1), encoding="utf-8")
-        temporary.replace(path)
+        write_atomically(path, json.dumps({machine: entries}, indent=1))

@@ -21,6 +21,7 @@ from tpirt.cluster.tracing import ClockMap, LaneTrace, RankTrace
 from tpirt.errors import RequestError
 from tpirt.stopwatch import COMPUTE, DISK, LANES, NETWORK, SAMPLE, STEPS, Lane
 from tpirt.version import __version__
+from tpirt.weights.files import sync_file
 
 Traces = Callable[[], AsyncIterator[RankTrace]]
 
@@ -90,7 +91,7 @@ class TraceFile:
         try:
             await write_trace(self._out, traces, model, self._begin_ns)
             self._out.flush()
-            os.fsync(self._out.fileno())
+            sync_file(self._out.fileno())
             os.replace(self._draft, self._target)
         except OSError as exc:
             raise RequestError(f"trace {self.path}: cannot be written: {exc.strerror}") from exc

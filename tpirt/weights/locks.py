@@ -1,4 +1,7 @@
-"""Locks on files and folders, released when the holding process ends, on any host."""
+"""Locks on files, released when the holding process ends, on any host.
+
+Process ids would not do: a store can be shared by containers or hosts, whose ids differ.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ class Lock:
 
 
 def lock(path: Path, *, shared: bool = False) -> Lock | None:
-    """Lock an existing file or folder; None if another holder excludes it.
+    """Lock an existing file; None if another holder excludes it.
 
     Without support for locks, and for paths that cannot be opened, the lock excludes nobody.
     """
@@ -34,7 +37,7 @@ def lock(path: Path, *, shared: bool = False) -> Lock | None:
 
 
 def try_lock(path: Path) -> Lock | None:
-    """Lock a file or folder exclusively; None if another holder is possible."""
+    """Lock a file exclusively; None if another holder is possible."""
     return _lock(path, shared=False, without=None)
 
 
@@ -42,7 +45,7 @@ def _lock(path: Path, *, shared: bool, without: Lock | None) -> Lock | None:
     if fcntl is None:
         return without
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = _open(path, writable=not shared)
     except OSError:
         return without
     try:
@@ -55,3 +58,11 @@ def _lock(path: Path, *, shared: bool, without: Lock | None) -> Lock | None:
             os.close(descriptor)
         return without
     return Lock(descriptor)
+
+
+def _open(path: Path, *, writable: bool) -> int:
+    """Open for locking; NFS excludes others only through a file that is open for writing."""
+    if writable:
+        with contextlib.suppress(OSError):  # a folder, or not ours to write
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

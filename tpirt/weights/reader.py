@@ -7,7 +7,7 @@ reads are buffered and their pages are dropped at once.
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import os
 from pathlib import Path
 
@@ -40,15 +40,16 @@ def read_file(path: Path, target: memoryview, nbytes: int) -> None:
         handle, direct = _open(path)
         try:
             done = _read(handle, target, nbytes)
-        except OSError as exc:
-            if not (direct and exc.errno == errno.EINVAL):
+        except OSError:
+            if not direct:
                 raise
-            os.close(handle)  # the file system needs a larger alignment
+            os.close(handle)  # a larger alignment is needed, or direct reads fail otherwise
             handle, direct = os.open(path, os.O_RDONLY), False
             done = _read(handle, target, nbytes)
         finally:
             if not direct and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(handle, 0, nbytes, os.POSIX_FADV_DONTNEED)
+                with contextlib.suppress(OSError):
+                    os.posix_fadvise(handle, 0, nbytes, os.POSIX_FADV_DONTNEED)
             os.close(handle)
     except OSError as exc:
         raise StoreError(
@@ -65,11 +66,8 @@ def read_file(path: Path, target: memoryview, nbytes: int) -> None:
 def _open(path: Path) -> tuple[int, bool]:
     """Open for direct reads if possible; returns whether it is."""
     if hasattr(os, "O_DIRECT"):
-        try:
+        with contextlib.suppress(OSError):  # which error means "not here" depends on the system
             return os.open(path, os.O_RDONLY | os.O_DIRECT), True
-        except OSError as exc:
-            if exc.errno != errno.EINVAL:
-                raise
     handle = os.open(path, os.O_RDONLY)
     try:
         import fcntl

@@ -69,6 +69,8 @@ class Room:
 
     def _check_disk(self, needed: int) -> None:
         usage = shutil.disk_usage(self._root)
+        if not usage.total:  # a file system that does not know
+            return
         reserve = min(RESERVE_BYTES, usage.total // _RESERVE_PART)
         if usage.free - reserve < needed:
             raise StoreError(

@@ -14,8 +14,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from tpirt.errors import StoreError
 from tpirt.ops.buffers import page_buffer, tensor_bytes
 from tpirt.sharding.units import Unit
 from tpirt.types import Progress, ProgressCallback, ignore_progress
+from tpirt.weights.files import write_atomically
 from tpirt.weights.fingerprint import cache_folder
 from tpirt.weights.layout import file_bytes
 from tpirt.weights.locks import Lock, lock, try_lock
@@ -44,7 +45,7 @@ from tpirt.weights.reader import buffer_bytes, read_file
 from tpirt.weights.room import Promise, Room
 from tpirt.weights.unit_bytes import BlockUnits
 
-_PARTIAL = ".partial-"
+_PARTIAL, _LOCK = ".partial-", ".lock-"
 _KNOWN = "known"
 _MOST_SLICES = 1024
 _SLICE_ID = re.compile(r"[0-9a-f]{24}")
@@ -420,33 +421,51 @@ class SliceStore:
             return []
 
 
+@dataclass(frozen=True)
+class Partial:
+    """A slice that is being written: a folder, and a locked file beside it until it ends.
+
+    A file, because network file systems do not lock folders across hosts.
+    """
+
+    path: Path
+    lock: Lock
+
+    @classmethod
+    def create(cls, root: Path, name: str) -> Partial:
+        """Create an empty folder.
+
+        Raises:
+            OSError: it cannot be created.
+        """
+        while True:
+            unique = f"{name}-{secrets.token_hex(4)}"
+            path, file = root / f"{_PARTIAL}{unique}", root / f"{_LOCK}{unique}"
+            file.touch(exist_ok=False)
+            held = lock(file)
+            if held is not None and file.exists():  # not removed as a leftover
+                path.mkdir()
+                return cls(path, held)
+
+    def remove(self) -> None:
+        """Remove it, if it was not renamed into place; idempotent."""
+        _remove_partial(self.path)
+        self.lock.release()
+
+
 def remove_leftovers(root: Path) -> None:
     """Remove partial slices of writers that have ended, on any host."""
-    for path in root.glob(f"{_PARTIAL}*"):
-        held = try_lock(path)
+    for file in root.glob(f"{_LOCK}*"):
+        held = try_lock(file)
         if held is not None:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove_partial(root / file.name.replace(_LOCK, _PARTIAL, 1))
             held.release()
 
 
-def new_partial(root: Path, name: str) -> tuple[Path, Lock]:
-    """Create a folder that is locked until its writer ends."""
-    while True:
-        path = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{name}-", dir=root))
-        held = lock(path)
-        if held is not None and path.exists():  # not removed as a leftover meanwhile
-            path.chmod(0o755)
-            return path, held
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file; a crash leaves the old or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _remove_partial(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.with_name(path.name.replace(_PARTIAL, _LOCK, 1)).unlink()
 
 
 def _read_manifest(folder: Path, name: str = MANIFEST) -> Manifest | None:

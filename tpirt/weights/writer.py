@@ -19,6 +19,7 @@ import xxhash
 from tpirt.errors import StoreError
 from tpirt.ops.buffers import page_buffer, tensor_bytes
 from tpirt.sharding.units import Unit
+from tpirt.weights.files import sync_file, sync_folder
 from tpirt.weights.layout import block_header, file_bytes
 from tpirt.weights.locks import lock
 from tpirt.weights.manifest import (
@@ -30,10 +31,10 @@ from tpirt.weights.manifest import (
     unit_digest,
 )
 from tpirt.weights.store import (
+    Partial,
     SliceStore,
     StoredSlice,
     UnitPlace,
-    new_partial,
     remove_leftovers,
 )
 from tpirt.weights.unit_bytes import BlockUnits
@@ -89,7 +90,7 @@ class SliceWriter:
             remove_leftovers(self._root)
             self._promise = store.promise(self._new_bytes())
             try:
-                self._path, self._lock = new_partial(self._root, spec.key)
+                self._partial = Partial.create(self._root, spec.key)
             except BaseException:
                 self._promise.release()
                 raise
@@ -106,8 +107,7 @@ class SliceWriter:
 
     def close(self) -> None:
         """Remove the slice if it was not committed; idempotent."""
-        shutil.rmtree(self._path, ignore_errors=True)
-        self._lock.release()
+        self._partial.remove()
         self._promise.release()
 
     @property
@@ -169,16 +169,16 @@ class SliceWriter:
         manifest = Manifest(self.spec, tuple(self._done))
         target = self._root / manifest.slice_id
         try:
-            with open(self._path / MANIFEST, "w", encoding="utf-8") as file:
+            with open(self._partial.path / MANIFEST, "w", encoding="utf-8") as file:
                 file.write(manifest.to_json())
                 file.flush()
-                os.fsync(file.fileno())
-            _sync_folder(self._path)
+                sync_file(file.fileno())
+            sync_folder(self._partial.path)
             if target.exists():
                 self._mend(target)
             else:
-                os.rename(self._path, target)
-            _sync_folder(self._root)
+                os.rename(self._partial.path, target)
+            sync_folder(self._root)
         except OSError as exc:
             raise _write_error(self._root, exc) from exc
         return StoredSlice(target, manifest)
@@ -198,7 +198,7 @@ class SliceWriter:
         for name in [block.file for block in self._done] + [MANIFEST]:
             if (target / name).is_dir():
                 shutil.rmtree(target / name)
-            os.replace(self._path / name, target / name)
+            os.replace(self._partial.path / name, target / name)
 
     # -- stored units --------------------------------------------------------------------------
 
@@ -288,11 +288,11 @@ class SliceWriter:
         checksum = xxhash.xxh3_128_hexdigest(data)
         entry = BlockFile.of(self.spec.blocks[index], b"".join(digests), checksum)
         try:
-            with open(self._path / entry.file, "wb", buffering=0) as file:
+            with open(self._partial.path / entry.file, "wb", buffering=0) as file:
                 written = 0
                 while written < len(data):
                     written += file.write(data[written:])
-                os.fsync(file.fileno())
+                sync_file(file.fileno())
             self._promise.keep(len(data))
         except OSError as exc:
             raise _write_error(self._root, exc) from exc
@@ -303,14 +303,14 @@ class SliceWriter:
         stored.read_block(theirs)  # a damaged file must not spread
         found = stored.manifest.blocks[theirs]
         entry = BlockFile.of(self.spec.blocks[index], found.digests, found.xxh3_128)
-        source, target = stored.block_path(theirs), self._path / entry.file
+        source, target = stored.block_path(theirs), self._partial.path / entry.file
         try:
             try:
                 os.link(source, target)
             except OSError:
                 shutil.copyfile(source, target)
                 with open(target, "rb") as file:
-                    os.fsync(file.fileno())
+                    sync_file(file.fileno())
         except OSError as exc:
             raise _write_error(self._root, exc) from exc
         self._done.append(entry)
@@ -330,14 +330,6 @@ def _buffer(nbytes: int, root: Path) -> torch.Tensor:
         return page_buffer(nbytes)
     except (OSError, MemoryError) as exc:
         raise StoreError(f"{root}: no memory for a block of {nbytes:,} bytes") from exc
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _write_error(root: Path, exc: OSError) -> StoreError:

@@ -1,0 +1,63 @@
+"""Files on any file system: what one does not support is left out, what fails is an error."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from pathlib import Path
+
+_UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_NOT_FOR_FOLDERS = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF}
+
+
+def sync_file(descriptor: int) -> None:
+    """Flush a file to disk, if its file system can.
+
+    Raises:
+        OSError: the disk is full, or failed.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as exc:
+        if exc.errno not in _UNSUPPORTED:
+            raise
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's entries to disk, if its file system can (SMB and many FUSE ones cannot).
+
+    Raises:
+        OSError: the disk failed.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as exc:
+        if exc.errno not in _UNSUPPORTED | _NOT_FOR_FOLDERS:
+            raise
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file; a crash leaves the old or the new one.
+
+    Any number of processes, also of other hosts, may write it at once.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with open(temporary, "x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            sync_file(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise

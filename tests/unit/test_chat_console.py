@@ -239,6 +239,9 @@ def test_history_where_none_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "tpirt").write_text("in the way")
     assert isinstance(open_history(tmp_path / "tpirt" / "history"), InMemoryHistory)
     assert isinstance(open_history(None), InMemoryHistory)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # a user without an entry
+    assert history_file() is None
 
 
 def test_who_is_lost(tmp_path: Path) -> None:

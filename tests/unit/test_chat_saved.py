@@ -103,3 +103,8 @@ def test_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "talk.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(RequestError, match="not JSON"):
         load(tmp_path / "talk.json")
+
+
+def test_home_directory_of_nobody_is_a_folder_that_is_not_there() -> None:
+    with pytest.raises(RequestError, match="~nobody-there"):
+        load(Path("~nobody-there/talk.json"))

@@ -8,9 +8,11 @@ import fcntl
 import hashlib
 import json
 import os
+import pwd
 import stat
 import subprocess
 import sys
+import tempfile
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
@@ -651,9 +653,55 @@ def test_direct_read_that_fails_is_repeated_through_the_page_cache(
     written.verify()
 
 
-def test_default_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert default_store() == Path("/somewhere/tpirt/slices")
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    monkeypatch.setenv("HOME", "/home/me")
-    assert default_store() == Path("/home/me/.cache/tpirt/slices")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_store() == tmp_path / ".cache/tpirt/slices"
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A user without a home directory; returns the folder that takes its place."""
+
+    def unknown(_: int) -> None:
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    return tmp_path / f"tpirt-{os.getuid()}"
+
+
+def test_place_without_a_home_directory(homeless: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert default_store() == homeless / "slices"
+    assert homeless.stat().st_mode & 0o077 == 0
+    (warning,) = caplog.messages
+    assert "no home directory" in warning
+    assert f"{homeless / 'slices'}; give --store DIR" in warning
+    assert default_store() == homeless / "slices"  # and again, now that it is there
+
+
+def test_place_with_a_home_directory_that_cannot_be_written_to(
+    homeless: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As a container's ``HOME=/`` for a user other than root."""
+    monkeypatch.setenv("HOME", str(tmp_path / "root"))
+    monkeypatch.setattr(os, "access", lambda path, _: not tmp_path.is_relative_to(path))
+    assert default_store() == homeless / "slices"
+
+
+@pytest.mark.parametrize("trap", ["a link", "writable by all"])
+def test_folder_that_another_user_prepared_is_refused(
+    homeless: Path, tmp_path: Path, trap: str
+) -> None:
+    if trap == "a link":
+        (tmp_path / "theirs").mkdir()
+        homeless.symlink_to(tmp_path / "theirs")
+    else:
+        homeless.mkdir()
+        homeless.chmod(0o777)
+    with pytest.raises(StoreError, match=r"not this user's own; give --store"):
+        default_store()

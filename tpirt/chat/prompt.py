@@ -101,11 +101,14 @@ def clean(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def history_file() -> Path:
-    """The file of the input history: ``$XDG_STATE_HOME/tpirt/history`` or its default."""
+def history_file() -> Path | None:
+    """The file of the input history: ``$XDG_STATE_HOME/tpirt/history`` or its default.
+
+    None without a home directory.
+    """
     given = Path(os.environ.get("XDG_STATE_HOME", ""))
-    state = given if given.is_absolute() else Path("~/.local/state").expanduser()
-    return state / "tpirt" / "history"
+    state = given if given.is_absolute() else Path(os.path.expanduser("~/.local/state"))
+    return state / "tpirt" / "history" if state.is_absolute() else None
 
 
 def open_history(path: Path | None) -> History:

@@ -33,7 +33,7 @@ def save(path: Path, conversation: SavedConversation) -> None:
     Raises:
         RequestError: it cannot be written, or the existing file is not a conversation.
     """
-    path = path.expanduser()
+    path = Path(os.path.expanduser(path))
     if path.exists():
         try:
             load(path)
@@ -56,7 +56,7 @@ def load(path: Path) -> SavedConversation:
     Raises:
         RequestError: it cannot be read, or is not a conversation.
     """
-    path = path.expanduser()
+    path = Path(os.path.expanduser(path))
     try:
         if path.exists() and not path.is_file():
             raise RequestError(f"{path}: not a regular file")

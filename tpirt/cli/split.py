@@ -43,7 +43,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from tpirt.engine.engine import BUNDLED_MODEL, open_model
     from tpirt.planning import PlanOptions, plan_model
     from tpirt.units import format_bytes
-    from tpirt.weights.store import SliceStore
+    from tpirt.weights.store import SliceStore, default_store
 
     options = PlanOptions(ratio=arguments.ratio, dtype=arguments.dtype, quantize=arguments.quantize)
     model = open_model(Path(arguments.model) if arguments.model else BUNDLED_MODEL)
@@ -55,7 +55,7 @@ def _run(arguments: argparse.Namespace) -> None:
         stores = [SliceStore(out / f"rank{rank}") for rank in range(plan.world_size)]
         with ConsoleProgress(quiet=arguments.quiet) as progress:
             model.checkpoint.hash_content(progress)
-            store = SliceStore(model.store)
+            store = SliceStore(model.store or default_store())
             slices = split_model(maker, plan.partition, stores, store, progress)
     for rank, stored in enumerate(slices):
         print(f"rank {rank}: {stored.path} ({format_bytes(stored.manifest.nbytes)})")

@@ -76,13 +76,13 @@ class Model:
     """An open model directory: configuration, weights, tokenizer.
 
     ``embedding`` is the checkpoint's name of that matrix; ``store`` is where this machine keeps
-    the model's slices unless told otherwise.
+    the model's slices unless told otherwise; None for the default store.
     """
 
     config: ModelConfig
     checkpoint: ModelSource
     embedding: str
-    store: Path
+    store: Path | None
     tokenizer: Tokenizer
     defaults: GenerationDefaults
 
@@ -553,7 +553,7 @@ def open_model(path: Path) -> Model:
     except BaseException:
         checkpoint.close()
         raise
-    return Model(config, checkpoint, embedding, default_store(), tokenizer, defaults)
+    return Model(config, checkpoint, embedding, None, tokenizer, defaults)
 
 
 def _check_ranks(local: int, peers: Sequence[str | PeerClient]) -> None:
@@ -586,7 +586,7 @@ async def _prepared(
     model = await asyncio.to_thread(open_model, BUNDLED_MODEL if path is None else Path(path))
     threads = options.threads or default_threads(local)
     with model.checkpoint, _compute_threads(threads):
-        store = SliceStore(Path(options.store or model.store))
+        store = SliceStore(Path(options.store or model.store or default_store()))
         yield _Host(model, options, store, threads, progress)
 
 

@@ -43,7 +43,7 @@ class TraceFile:
         Raises:
             RequestError: the path is not writable.
         """
-        self.path = path.expanduser()
+        self.path = Path(os.path.expanduser(path))
         self._begin_ns = time.perf_counter_ns()
         if self.path.exists() and not self.path.is_file():
             raise RequestError(f"trace {path}: not an ordinary file; give another name")

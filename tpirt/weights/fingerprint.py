@@ -21,8 +21,10 @@ from pathlib import Path
 
 import xxhash
 
+from tpirt.errors import StoreError
 from tpirt.ops.buffers import page_buffer, tensor_bytes
 from tpirt.types import Progress, ProgressCallback
+from tpirt.weights.cache_folder import cache_folder
 from tpirt.weights.header import TensorInfo
 
 _READ_BYTES = 4 << 20
@@ -34,11 +36,6 @@ _SETTLED_NS = 3_000_000_000
 
 # Fills a buffer with a tensor's bytes from an offset on.
 _Fill = Callable[[TensorInfo, int, memoryview], None]
-
-
-def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/tpirt``, by default ``~/.cache/tpirt``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tpirt"
 
 
 def content_digest(
@@ -120,12 +117,12 @@ def _state(files: Mapping[Path, int]) -> dict[str, list[int]]:
 
 
 def _note_path(files: Iterable[Path]) -> Path | None:
-    """Path of the cached hash of these files; None without a home directory."""
+    """Path of the cached hash of these files; None without a folder for it."""
     try:
         names = "\n".join(str(path.resolve()) for path in sorted(files))
         name = hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:32]
         return cache_folder() / "fingerprints" / f"{name}.json"
-    except (OSError, RuntimeError):
+    except (OSError, StoreError):
         return None
 
 

@@ -12,6 +12,7 @@ are compared with them. See docs/store.md.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import secrets
@@ -27,8 +28,8 @@ from tpirt.errors import StoreError
 from tpirt.ops.buffers import page_buffer, tensor_bytes
 from tpirt.sharding.units import Unit
 from tpirt.types import Progress, ProgressCallback, ignore_progress
+from tpirt.weights.cache_folder import cache_folder, home_cache
 from tpirt.weights.files import write_atomically
-from tpirt.weights.fingerprint import cache_folder
 from tpirt.weights.layout import file_bytes
 from tpirt.weights.locks import Lock, lock, try_lock
 from tpirt.weights.manifest import (
@@ -48,6 +49,7 @@ from tpirt.weights.unit_bytes import BlockUnits
 _PARTIAL, _LOCK = ".partial-", ".lock-"
 _KNOWN = "known"
 _MOST_SLICES = 1024
+_log = logging.getLogger(__name__)
 _SLICE_ID = re.compile(r"[0-9a-f]{24}")
 
 
@@ -210,8 +212,19 @@ class UnitIndex:
 
 
 def default_store() -> Path:
-    """``$XDG_CACHE_HOME/tpirt/slices``, by default under ``~/.cache``."""
-    return cache_folder() / "slices"
+    """The folder ``slices`` of :func:`cache_folder`; warns of a temporary one.
+
+    Raises:
+        StoreError: there is no folder for it.
+    """
+    folder = cache_folder() / "slices"
+    if not os.environ.get("XDG_CACHE_HOME") and home_cache() is None:
+        _log.warning(
+            "no home directory that can be written to: slices are kept in %s; give --store DIR to "
+            "keep them elsewhere",
+            folder,
+        )
+    return folder
 
 
 class SliceStore:

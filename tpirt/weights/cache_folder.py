@@ -1,0 +1,50 @@
+"""The folder of what this machine keeps between runs: slices, and hashes of checkpoints."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from tpirt.errors import StoreError
+
+_ADVICE = "give --store DIR, or set XDG_CACHE_HOME"
+
+
+def cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/tpirt``, by default ``~/.cache/tpirt``.
+
+    Without a home directory that can be written to (containers, system users), a folder of this
+    user among the temporary files.
+
+    Raises:
+        StoreError: there is none of these.
+    """
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "tpirt"
+    return home_cache() or _temporary_folder()
+
+
+def home_cache() -> Path | None:
+    """``~/.cache/tpirt``; None without a home directory that can be written to."""
+    home = os.path.expanduser("~")  # unlike pathlib, it does not fail without one
+    folder = Path(home) / ".cache" / "tpirt"
+    if not folder.is_absolute():
+        return None
+    nearest = next(each for each in (folder, *folder.parents) if os.path.isdir(each))
+    return folder if nearest == folder or os.access(nearest, os.W_OK | os.X_OK) else None
+
+
+def _temporary_folder() -> Path:
+    """Create a folder that no other user can write to; slices of strangers are not trusted."""
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    try:
+        path = Path(tempfile.gettempdir()) / f"tpirt-{user}"
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.lstat()
+    except OSError as exc:
+        raise StoreError(f"no home directory, and no temporary one ({exc}); {_ADVICE}") from exc
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != user or found.st_mode & 0o022:
+        raise StoreError(f"no home directory, and {path} is not this user's own; {_ADVICE}")
+    return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.cluster.worker import Worker
 from tpirt.config import ModelConfig
 from tpirt.engine import Engine, EngineOptions
+from tpirt.errors import StoreError
 from tpirt.ops.quant import QuantSpec
 from tpirt.protocol.messages import UnitChunk, decode_call
 from tpirt.sharding.format import WeightFormat
@@ -22,6 +24,7 @@ from tpirt.sharding.partition import make_plan
 from tpirt.testing.cluster import MemoryPeerClient
 from tpirt.testing.models import make_model
 from tpirt.types import SamplingParams
+from tpirt.units import format_bytes
 from tpirt.weights.checkpoint import Checkpoint
 from tpirt.weights.store import SliceStore
 
@@ -190,3 +193,33 @@ async def test_touched_or_copied_checkpoint_is_not_sliced_again(tmp_path: Path) 
     async with connected(copy, stores) as (_, (client,)):
         assert client.sent == 0
     assert [path.stat().st_ctime_ns for path in files] == times
+
+
+async def test_new_slices_are_announced_with_the_stores_size_and_what_it_has_instead(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stores = [tmp_path / "master", tmp_path / "peer"]
+    caplog.set_level("INFO", "tpirt")
+    async with connected(model, stores):
+        pass
+    mine, sent = caplog.messages
+    used = format_bytes(sum(path.stat().st_size for path in stores[0].glob("*/*.safetensors")))
+    assert mine == (
+        "new slice of tiny (float32, heads 0-3, columns 0-79, LM head): "
+        f"adds {used} to {stores[0]}, {used} then"
+    )
+    assert sent.startswith("sending rank 1 (rank1) a new slice of tiny (float32, heads 4-7")
+    caplog.clear()
+    async with connected(model, stores):  # nothing is new
+        pass
+    assert caplog.messages == []
+    async with connected(model, stores, quantize="int8"):
+        pass
+    assert "new slice of tiny (int8, heads 0-3" in caplog.messages[0]
+    assert re.search(r"; other slices of this model there: \w+ \(float32", caplog.messages[0])
+
+
+async def test_masters_store_is_bounded(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"its limit of 100 B.*--store-limit"):
+        async with connected(model, [tmp_path], store_limit_bytes=100):
+            pytest.fail("loaded")

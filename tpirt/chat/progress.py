@@ -59,9 +59,14 @@ class ConsoleProgress:
         if self._show is None:
             return
         if progress.stage == RECONNECTED:
-            self._show.say(_reconnected(progress))
+            self._show.note(_reconnected(progress))
         else:
             self._show.update(progress)
+
+    def note(self, text: str) -> None:
+        """Print a line that stays."""
+        if self._show is not None:
+            self._show.note(text)
 
     def close(self) -> None:
         """Clear the screen's progress; nothing is written until the next report."""
@@ -103,7 +108,7 @@ class _Lines:
             pace = _pace(progress, progress.done - done, now - begun_s)
             self._write(f"{_title(progress)}: {_amount(progress)}{pace}")
 
-    def say(self, line: str) -> None:
+    def note(self, line: str) -> None:
         with self._lock:
             self._write(line)
 
@@ -145,7 +150,7 @@ class _Bars:
             if bars.finished:
                 self._end()
 
-    def say(self, line: str) -> None:
+    def note(self, line: str) -> None:
         with self._lock:
             self._end()
             self._before()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +128,7 @@ def add_format_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_process_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--threads`` and ``--store``."""
+    """Add ``--threads``, ``--store`` and ``--store-limit``."""
     parser.add_argument(
         "--threads",
         type=count,
@@ -136,6 +137,9 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--store", metavar="DIR", help="folder of slices (default ~/.cache/tpirt/slices)"
+    )
+    parser.add_argument(
+        "--store-limit", type=size, metavar="SIZE", help="maximum size of slices on disk"
     )
 
 
@@ -198,6 +202,7 @@ def engine_options(arguments: argparse.Namespace) -> EngineOptions:
         comm_dtype=arguments.comm_dtype,
         threads=arguments.threads,
         store=arguments.store,
+        store_limit_bytes=arguments.store_limit,
         timeout_s=arguments.timeout,
         trace=arguments.trace,
     )
@@ -218,16 +223,40 @@ async def connected(
         progress.close()  # end its line before the table
         _show_plan(arguments, plan)
 
-    async with Engine.connect(
-        arguments.model,
-        engine_options(arguments),
-        local=arguments.local,
-        peers=arguments.peers,
-        progress=progress,
-        on_plan=on_plan,
-    ) as engine:
-        _tell(arguments, engine)
-        yield engine
+    with noted(progress):
+        async with Engine.connect(
+            arguments.model,
+            engine_options(arguments),
+            local=arguments.local,
+            peers=arguments.peers,
+            progress=progress,
+            on_plan=on_plan,
+        ) as engine:
+            _tell(arguments, engine)
+            yield engine
+
+
+@contextmanager
+def noted(progress: ConsoleProgress) -> Iterator[None]:
+    """Show what is logged within the block, such as new slices; with ``--quiet`` only warnings."""
+    from tpirt.printable import printable_line
+
+    class Notes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            progress.note(f"tpirt: {printable_line(record.getMessage())}")
+
+    if progress.quiet:
+        yield
+        return
+    logger, notes = logging.getLogger("tpirt"), Notes()
+    before = logger.level
+    logger.addHandler(notes)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(notes)
+        logger.setLevel(before)
 
 
 def run_async(main: Coroutine[Any, Any, None]) -> None:

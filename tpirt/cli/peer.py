@@ -34,9 +34,6 @@ def add_command(commands: Commands) -> None:
     )
     add_process_options(parser)
     parser.add_argument(
-        "--store-limit", type=size, metavar="SIZE", help="maximum size of slices on disk"
-    )
-    parser.add_argument(
         "--until-stdin-closes",
         action="store_true",
         help="exit when standard input closes, such as at the end of the parent process",

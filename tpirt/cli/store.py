@@ -10,7 +10,6 @@ from tpirt.cli.options import Commands, add_parser
 from tpirt.errors import StoreError
 
 if TYPE_CHECKING:
-    from tpirt.weights.manifest import Manifest
     from tpirt.weights.store import SliceStore
 
 
@@ -55,22 +54,14 @@ def _list(arguments: argparse.Namespace) -> None:
     slices = store.slices()
     own = store.own_bytes(slices)
     for stored in slices:
-        manifest = stored.manifest
-        shard = manifest.shard
+        manifest, spec = stored.manifest, stored.manifest.spec
         print(
-            f"{manifest.slice_id}  {manifest.model}  {_form(manifest)}  heads "
-            f"{shard.q_heads.start}-{shard.q_heads.stop - 1}, columns "
-            f"{shard.columns.start}-{shard.columns.stop - 1}{', LM head' if shard.first else ''}  "
+            f"{manifest.slice_id}  {manifest.model}  {spec.form_label}  {spec.shard_label}  "
             f"{format_bytes(manifest.nbytes)}, {format_bytes(own[stored.path])} not shared"
         )
     for each in store.unusable():
         print(f"{each.slice_id}  {each.model}  {each.reason}")
     print(f"{format_bytes(store.bytes_used())} in {store.root}")
-
-
-def _form(manifest: Manifest) -> str:
-    dtype, quantize, _ = manifest.form.names
-    return dtype if quantize == "none" else quantize
 
 
 def _verify(arguments: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from types import TracebackType
 
 from tpirt.errors import PeerUnreachableError
 from tpirt.refusals import refusal
+from tpirt.weights.store import SliceStore
 
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 5.0
@@ -25,10 +26,12 @@ class LocalPeers:
     own sessions, so that Ctrl-C at the terminal only reaches the master.
     """
 
-    def __init__(self, count: int, threads: int, store: Path):
+    def __init__(self, count: int, threads: int, store: SliceStore):
         self.addresses: list[str] = []
         self._count = count
-        self._options = ["--threads", str(threads), "--store", str(store)]
+        self._options = ["--threads", str(threads), "--store", str(store.root)]
+        if store.limit_bytes is not None:
+            self._options += ["--store-limit", str(store.limit_bytes)]
         self._processes: list[asyncio.subprocess.Process] = []
 
     async def __aenter__(self) -> LocalPeers:

@@ -30,6 +30,7 @@ from tpirt.sharding.partition import Plan, Shard
 from tpirt.sharding.units import Unit
 from tpirt.transport.base import PeerClient
 from tpirt.types import Progress, ProgressCallback
+from tpirt.units import format_bytes
 from tpirt.weights.manifest import (
     NO_DIGEST,
     Manifest,
@@ -167,6 +168,7 @@ def write_slice(
         progress(Progress("slicing", done, max(done, spec.nbytes), detail=f"rank {rank}"))
 
     with SliceWriter(store, spec, order.kept) as writer:
+        _log.info("%s", store.growth(spec, writer.new_bytes))
         if len(order.lacking) == len(spec.places):  # no need to take blocks to pieces
             _write_blocks(maker, writer, report)
         else:
@@ -215,6 +217,11 @@ async def send_slice(
             await in_thread(maker.made, manifest, store)
             return 0
     total = sum(spec.unit_bytes(number) for number in order.lacking)
+    _log.info(
+        "sending rank %d (%s) a new slice of %s (%s): its store lacks %s of %s",
+        *(rank, client.peer_id, spec.model, spec.label),
+        *(format_bytes(total), format_bytes(spec.nbytes)),
+    )
     chunks = _Chunks(await in_thread(lacking_units, maker, shard, order, store))
     done = 0
 

@@ -32,7 +32,7 @@ class Uploads:
     Args:
         store: where to.
         memory_bytes: the peer's own limit, which bounds the blocks being assembled.
-        log: gets a line for every slice that is kept.
+        log: gets a line for every slice that begins and that is kept.
     """
 
     def __init__(self, store: SliceStore, memory_bytes: int | None, log: Callable[[str], None]):
@@ -73,6 +73,7 @@ class Uploads:
                 lambda: opened.append(SliceWriter(self._store, order.spec, order.digests))
             )
             (writer,) = opened
+            self._log(await in_thread(self._store.growth, order.spec, writer.new_bytes))
             async for chunk in upload.chunks():
                 await in_thread(writer.write, chunk.unit, chunk.offset, chunk.data)
             return await in_thread(writer.commit)

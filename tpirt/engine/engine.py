@@ -586,7 +586,8 @@ async def _prepared(
     model = await asyncio.to_thread(open_model, BUNDLED_MODEL if path is None else Path(path))
     threads = options.threads or default_threads(local)
     with model.checkpoint, _compute_threads(threads):
-        store = SliceStore(Path(options.store or model.store or default_store()))
+        root = Path(options.store or model.store or default_store())
+        store = SliceStore(root, options.store_limit_bytes)
         yield _Host(model, options, store, threads, progress)
 
 
@@ -601,7 +602,7 @@ async def _connected(
     async with AsyncExitStack() as stack:
         if local > 1:
             host.progress(Progress("starting peers", 0, local - 1, "peers"))
-            started = LocalPeers(local - 1, host.threads, host.store.root)
+            started = LocalPeers(local - 1, host.threads, host.store)
             peers = (await stack.enter_async_context(started)).addresses
             host.progress(Progress("starting peers", local - 1, local - 1, "peers"))
         clients: list[PeerClient] = []

@@ -22,6 +22,7 @@ class EngineOptions(PlanOptions):
         threads: compute threads per process; by default the machine's cores divided by its ranks.
         store: folder of this machine's slices; by default ``~/.cache/tpirt/slices``, or the
             ``slices`` folder of a synthetic model.
+        store_limit_bytes: maximum size of that folder; by default only the disk limits it.
         timeout_s: longest silence of a peer before it counts as lost, in seconds.
         trace: file for a trace of all ranks, written when the engine closes; see
             :mod:`tpirt.engine.trace_file`.
@@ -33,12 +34,14 @@ class EngineOptions(PlanOptions):
 
     threads: int | None = None
     store: str | Path | None = None
+    store_limit_bytes: int | None = None
     timeout_s: float = DEFAULT_TIMEOUT_S
     trace: str | Path | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("threads", self.threads, 1024)
+        check_range("store_limit_bytes", self.store_limit_bytes, 1 << 60)
         if not MIN_TIMEOUT_S <= self.timeout_s <= MAX_TIMEOUT_S:
             raise ConfigError(
                 f"timeout_s: expected {MIN_TIMEOUT_S:g} to {MAX_TIMEOUT_S:g} seconds, "

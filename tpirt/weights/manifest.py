@@ -93,6 +93,27 @@ class SliceSpec:
         """Size of all block files."""
         return sum(file_bytes(block) for block in self.blocks)
 
+    @property
+    def form_label(self) -> str:
+        """Describe the format, such as ``int8`` or ``int4:64 in layout avx512``."""
+        dtype, quantize, layout = self.form.names
+        form = dtype if quantize == "none" else quantize
+        return f"{form} in layout {layout}" if self.form.quant.uses_layout else form
+
+    @property
+    def shard_label(self) -> str:
+        """Describe the shard, such as ``heads 0-3, columns 0-511, LM head``."""
+        heads, columns = self.shard.q_heads, self.shard.columns
+        return (
+            f"heads {heads.start}-{heads.stop - 1}, columns "
+            f"{columns.start}-{columns.stop - 1}{', LM head' if self.shard.first else ''}"
+        )
+
+    @property
+    def label(self) -> str:
+        """Describe format and shard."""
+        return f"{self.form_label}, {self.shard_label}"
+
     @cached_property
     def space(self) -> str:
         """Equal for two specs if units of equal keys have equal bytes in both."""

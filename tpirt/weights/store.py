@@ -28,6 +28,7 @@ from tpirt.errors import StoreError
 from tpirt.ops.buffers import page_buffer, tensor_bytes
 from tpirt.sharding.units import Unit
 from tpirt.types import Progress, ProgressCallback, ignore_progress
+from tpirt.units import format_bytes
 from tpirt.weights.cache_folder import cache_folder, home_cache
 from tpirt.weights.files import write_atomically
 from tpirt.weights.layout import file_bytes
@@ -323,6 +324,21 @@ class SliceStore:
         finally:
             held.release()
 
+    def growth(self, spec: SliceSpec, new_bytes: int) -> str:
+        """Describe what a new slice adds, and other slices of the model, which it differs from."""
+        others = [each.manifest for each in self.slices() if _same_model(each.manifest, spec)]
+        limit = "" if self.limit_bytes is None else f" of at most {format_bytes(self.limit_bytes)}"
+        total = format_bytes(self.bytes_used() + new_bytes)
+        text = (
+            f"new slice of {spec.model} ({spec.label}): adds {format_bytes(new_bytes)} to "
+            f"{self.root}, {total} then{limit}"
+        )
+        if others:
+            there = ", ".join(f"{each.slice_id} ({each.spec.label})" for each in others[:2])
+            more = f" and {len(others) - 2} more" if len(others) > 2 else ""
+            text += f"; other slices of this model there: {there}{more}"
+        return text
+
     def index(self, spec: SliceSpec) -> UnitIndex:
         """Index the units that ``spec`` can consist of."""
         return UnitIndex(self.slices(), spec.space)
@@ -479,6 +495,10 @@ def _remove_partial(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):
         path.with_name(path.name.replace(_PARTIAL, _LOCK, 1)).unlink()
+
+
+def _same_model(manifest: Manifest, spec: SliceSpec) -> bool:
+    return manifest.fingerprint == spec.fingerprint and manifest.spec.key != spec.key
 
 
 def _read_manifest(folder: Path, name: str = MANIFEST) -> Manifest | None:

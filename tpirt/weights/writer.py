@@ -82,13 +82,14 @@ class SliceWriter:
         self._kept = list(kept) or [NO_DIGEST] * len(spec.places)
         self._sources = self._find_kept()
         self._files = self._find_files()
+        self._new_bytes = self._count_new_bytes()
         self._done: list[BlockFile] = []
         self._open: _OpenBlock | None = None
         self._incoming: _Incoming | None = None
         try:
             self._root.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self._root)
-            self._promise = store.promise(self._new_bytes())
+            self._promise = store.promise(self._new_bytes)
             try:
                 self._partial = Partial.create(self._root, spec.key)
             except BaseException:
@@ -109,6 +110,11 @@ class SliceWriter:
         """Remove the slice if it was not committed; idempotent."""
         self._partial.remove()
         self._promise.release()
+
+    @property
+    def new_bytes(self) -> int:
+        """Disk space that the slice adds: blocks that another slice has are links to its files."""
+        return self._new_bytes
 
     @property
     def lacking(self) -> list[int]:
@@ -231,7 +237,7 @@ class SliceWriter:
                     files[index] = found
         return files
 
-    def _new_bytes(self) -> int:
+    def _count_new_bytes(self) -> int:
         """Size of the files that cannot be links."""
         blocks = enumerate(self.spec.blocks)
         return sum(file_bytes(block) for index, block in blocks if index not in self._files)

@@ -15,8 +15,11 @@ try:
 except ImportError:  # not a POSIX system
     resource = None  # type: ignore[assignment]
 
-# Of torch's RuntimeErrors, which have no class of their own.
-_NO_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory", "bad_alloc")
+# Of torch and of the loader of its libraries, whose errors have no class of their own.
+_NO_MEMORY = (
+    *("DefaultCPUAllocator", "can't allocate memory", "not enough memory", "bad_alloc"),
+    *("failed to map segment", "cannot allocate memory"),
+)
 _NO_THREAD = ("can't start new thread",)
 
 
@@ -27,7 +30,7 @@ def refusal(exc: BaseException) -> str | None:
         return "the system allows no more threads; raise `ulimit -u` or the container's limit"
     if isinstance(exc, MemoryError) or (isinstance(exc, OSError) and number == errno.ENOMEM):
         return _no_memory()
-    if isinstance(exc, RuntimeError) and any(each in text for each in _NO_MEMORY):
+    if isinstance(exc, (RuntimeError, ImportError)) and any(each in text for each in _NO_MEMORY):
         return _no_memory(text)
     if isinstance(exc, OSError) and number in (errno.EMFILE, errno.ENFILE):
         return f"too many open files: {text}; raise the limit with `ulimit -n`"

@@ -137,8 +137,10 @@ async def test_hard_limit_too_low_for_the_peers_is_named_before_any_is_asked(
             pytest.fail("loaded")
 
 
-def test_too_many_open_files_is_not_an_unwritable_output() -> None:
+def test_what_is_a_refusal_and_what_is_not() -> None:
     words = refusal(OSError(errno.EMFILE, "Too many open files", "model.safetensors"))
     assert words is not None
     assert "ulimit -n" in words
+    assert refusal(ImportError("libtorch_cpu.so: failed to map segment from shared object"))
+    assert refusal(ImportError("no module named torch")) is None
     assert refusal(OSError(errno.ENOSPC, "No space left on device")) is None

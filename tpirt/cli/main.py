@@ -59,7 +59,7 @@ def _run(argv: Sequence[str] | None) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has closed it
         _drop_output()
-    except (OSError, MemoryError, RuntimeError) as exc:
+    except (OSError, MemoryError, RuntimeError, ImportError) as exc:
         if (words := refusal(exc)) is None:
             if not isinstance(exc, OSError):
                 raise  # a bug

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tpirt.engine import Engine, EngineOptions
     from tpirt.planning import Deployment
 
+_LEAST_OPEN_FILES = 32
 Commands = Any  # argparse's subparsers object, which has no public type
 
 
@@ -260,7 +261,18 @@ def noted(progress: ConsoleProgress) -> Iterator[None]:
 
 
 def run_async(main: Coroutine[Any, Any, None]) -> None:
-    """Run a coroutine, on uvloop if installed."""
+    """Run a coroutine, on uvloop if installed.
+
+    Raises:
+        ConfigError: too few files may be open for an event loop.
+    """
+    from tpirt.refusals import allow_open_files
+
+    try:
+        allow_open_files(_LEAST_OPEN_FILES)
+    except BaseException:
+        main.close()
+        raise
     try:
         import uvloop
     except ImportError:

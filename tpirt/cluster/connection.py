@@ -12,6 +12,7 @@ from tpirt.cluster.roster import return_to
 from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.errors import PeerLostError, RequestError, TpirtError
 from tpirt.planning import Deployment
+from tpirt.refusals import refused_memory
 from tpirt.transport.base import PeerClient
 from tpirt.types import Progress, ProgressCallback
 from tpirt.weights.store import SliceStore
@@ -69,9 +70,10 @@ class Connection:
         Raises: as :func:`~tpirt.cluster.provision.distribute` and :meth:`Group.form`.
         """
         clients, timeout_s = self._clients, self._timeout_s
-        manifests = await distribute(
-            self._makers, self._deployment.partition, self._store, clients, timeout_s, progress
-        )
+        with refused_memory("preparing slices"):
+            manifests = await distribute(
+                self._makers, self._deployment.partition, self._store, clients, timeout_s, progress
+            )
         stored = self._store.find(manifests[0].slice_id)
         assert stored is not None
         group = Group(clients, self._master, timeout_s, progress)

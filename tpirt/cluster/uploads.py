@@ -14,6 +14,7 @@ from tpirt.cancellation import in_thread
 from tpirt.cluster.machine import available_bytes
 from tpirt.errors import PeerError, StoreError, TransportError
 from tpirt.protocol.messages import UnitChunk, decode_call
+from tpirt.refusals import refused_memory
 from tpirt.units import format_bytes
 from tpirt.weights.layout import file_bytes
 from tpirt.weights.manifest import SliceOrder, SliceSpec
@@ -48,6 +49,7 @@ class Uploads:
             PeerError: as many as are taken at a time are under way.
             TransportError: the sender stands still, or sends something else.
             StoreError: no room on the disk or in memory; not a slice.
+            MemoryLimitError: the system refused memory.
         """
         self._make_place()
         upload = _Upload(messages)
@@ -55,7 +57,8 @@ class Uploads:
         try:
             order = await upload.order()
             self._take_memory(upload, order.spec)
-            stored = await self._write(upload, order)
+            with refused_memory("writing a slice"):
+                stored = await self._write(upload, order)
         finally:
             self._running.remove(upload)
         manifest = stored.manifest

@@ -330,7 +330,8 @@ class Engine:
             RequestError: ``ids`` is empty or longer than the context.
         """
         async with aclosing(self._logits(ids, self._chunk_tokens)) as parts:
-            return torch.cat([part async for _, part in parts])
+            with refused_memory(f"logits of {len(ids)} tokens"):
+                return torch.cat([part async for _, part in parts])
 
     async def loss(self, ids: Sequence[int]) -> float:
         """Return ``-sum(log p(ids[t] | ids[:t]))`` over t >= 1; forgets what was cached.

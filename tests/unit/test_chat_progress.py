@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import logging
 import threading
 
 import pytest
 
 from tpirt.chat.progress import ConsoleProgress
+from tpirt.cli.options import noted
 from tpirt.types import Progress
 
 
@@ -167,3 +169,14 @@ def test_many_ranks_have_few_bars(monkeypatch: pytest.MonkeyPatch) -> None:
         assert out.written.wait(30)
     assert "rank 7 " in out.getvalue()
     assert "rank 8 " not in out.getvalue()
+
+
+def test_notes_are_lines_of_their_own_and_quiet_shows_none() -> None:
+    out = io.StringIO()
+    with ConsoleProgress(stream=out) as progress, noted(progress):
+        logging.getLogger("tpirt.cluster.provision").info("new slice of %s", "m\x1b[2J")
+        logging.getLogger("tpirt.cluster.provision").debug("left out")
+    assert out.getvalue() == "tpirt: new slice of m?[2J\n"
+    with ConsoleProgress(quiet=True, stream=out) as progress, noted(progress):
+        progress.note("unseen")
+    assert "unseen" not in out.getvalue()

@@ -137,8 +137,10 @@ class Engine:
             on_plan: called with the plan before any weights are loaded.
 
         Raises:
-            ConfigError, CheckpointError, TokenizerError: the model or an option is invalid.
-            MemoryLimitError: a memory limit is too low; names one that works.
+            ConfigError, CheckpointError, TokenizerError: the model or an option is invalid; fewer
+                files may be open than the ranks need.
+            MemoryLimitError: a memory limit is too low, and names one that works; or the system
+                refused memory.
             StoreError: slices cannot be written or read.
             HandshakeError: a peer is of another version, or busy.
             PeerUnreachableError, PeerLostError: a peer does not answer, or is lost.

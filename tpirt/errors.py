@@ -39,6 +39,10 @@ class RequestError(TpirtError):
     """A request that cannot be served, for example empty or longer than the context."""
 
 
+class LogitsError(TpirtError):
+    """The model computed NaN or infinity: no token can be chosen."""
+
+
 class TransportError(TpirtError):
     """A malformed or unexpected message; it was rejected."""
 

@@ -305,6 +305,23 @@ def test_template_that_raises(cli: Cli, model: Path, template: str, expected: st
     assert str(model) in result.line
 
 
+def test_weights_that_are_not_finite(cli: Cli, model: Path, tmp_path: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, model / "model.safetensors")
+    (tmp_path / "text").write_text("some text")
+    for command in (
+        ("generate", "--prompt", "a", "--temperature", "0"),
+        ("generate", "--prompt", "a", "--temperature", "1"),
+        ("chat", "--prompt", "a"),
+        ("eval", "--text", str(tmp_path / "text")),
+    ):
+        result = cli(*command, "--model", str(model), "--quiet")
+        assert (result.code, result.out.strip()) == (2, "")
+        assert "not finite (nan)" in result.line
+        assert "damaged" in result.line
+
+
 # -- options ---------------------------------------------------------------------------------
 
 OPTIONS: dict[str, tuple[str, ...]] = {

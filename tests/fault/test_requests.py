@@ -6,9 +6,12 @@ import asyncio
 from pathlib import Path
 
 import pytest
+import torch
 
 from tpirt.batch import Segment
-from tpirt.errors import RequestError
+from tpirt.engine import Conversation
+from tpirt.errors import LogitsError, RequestError
+from tpirt.model.decoder import Decoder
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.models import make_model
 from tpirt.types import Progress, SamplingParams
@@ -62,3 +65,42 @@ async def test_a_reset_is_before_the_next_request(tmp_path: Path) -> None:
         assert engine.cached_tokens
         await engine.complete([*PROMPT, 3], PARAMS, progress)
         assert computed == [len(PROMPT), len(PROMPT), 1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+async def test_logits_that_are_not_finite_end_the_request_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float, temperature: float
+) -> None:
+    model = make_model(tmp_path / "model", "llama")
+    params = SamplingParams(max_tokens=3, temperature=temperature, seed=1)
+    logits = Decoder.logits
+    left = 2
+
+    async def damaged(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
+        nonlocal left
+        left -= 1
+        out = await logits(self, hidden)
+        if left <= 0:
+            out[-1, 7] = value
+        return out
+
+    async def ask(talk: Conversation, text: str) -> list[int]:
+        return [token.id async for token in talk.send(text, params)]
+
+    async with memory_engine(model, 2) as engine:
+        talk = Conversation(engine)
+        await ask(talk, "first")
+        turns, used = list(talk.turns), talk.used_tokens
+        with monkeypatch.context() as patch:
+            patch.setattr(Decoder, "logits", damaged)
+            with pytest.raises(LogitsError, match=r"damaged .*--dtype float32"):
+                await ask(talk, "second")
+            assert left == 0  # one token of the answer was good
+            with pytest.raises(LogitsError):
+                await engine.loss(PROMPT)
+        assert (talk.turns, talk.used_tokens) == (turns, used)
+        again = await ask(talk, "second")
+        other = Conversation(engine)
+        await ask(other, "first")
+        assert await ask(other, "second") == again

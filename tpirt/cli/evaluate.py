@@ -15,7 +15,7 @@ from tpirt.cli.options import (
     count,
     run_async,
 )
-from tpirt.errors import RequestError
+from tpirt.errors import LogitsError, RequestError
 from tpirt.types import Progress
 
 
@@ -58,12 +58,22 @@ async def _run(arguments: argparse.Namespace) -> None:
                 loss += await engine.loss(piece)
                 tokens += len(piece) - 1
                 progress(Progress("evaluating", number + 1, len(pieces), "pieces"))
-    perplexity = math.exp(loss / tokens)
+    perplexity = _perplexity(loss / tokens)
     if arguments.json:
         figures = {"perplexity": perplexity, "tokens": tokens, "context": length}
         print(json.dumps(figures | {"quantize": arguments.quantize}))
     else:
         print(f"perplexity {perplexity:.4f} over {tokens} tokens, pieces of {length}")
+
+
+def _perplexity(mean_loss: float) -> float:
+    try:
+        return math.exp(mean_loss)
+    except OverflowError:
+        raise LogitsError(
+            f"the mean loss is {mean_loss:.4g} per token, too much for a perplexity: the "
+            "checkpoint is damaged: download it again, or try --dtype float32"
+        ) from None
 
 
 def _read(path: Path) -> str:

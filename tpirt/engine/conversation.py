@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from tpirt.engine.engine import Engine
+from tpirt.errors import LogitsError
 from tpirt.text import continue_chat
 from tpirt.types import (
     Message,
@@ -51,7 +52,7 @@ class Conversation:
         """Add a user's message and yield the answer's tokens.
 
         If cancelled or closed early, the partial answer is kept. One that fails or is cancelled
-        before its first token does not change the conversation.
+        before its first token, or fails by a LogitsError, does not change the conversation.
 
         Raises: as :meth:`Engine.generate` and :meth:`Tokenizer.render_chat`.
         """
@@ -68,6 +69,9 @@ class Conversation:
                     ids.append(token.id)
                     answer += token.text
                     yield token
+        except LogitsError:  # with the partial answer, every later one would fail, too
+            ids.clear()
+            raise
         finally:
             if ids:
                 self.turns += [Message("user", text), Message("assistant", answer)]

@@ -38,10 +38,10 @@ from tpirt.cluster.tracing import TRACE_SPANS
 from tpirt.config import ModelConfig
 from tpirt.engine.defaults import GenerationDefaults
 from tpirt.engine.options import EngineOptions
-from tpirt.engine.sampler import Sampler, check_params
+from tpirt.engine.sampler import Sampler, check_finite, check_params
 from tpirt.engine.token_times import token_times
 from tpirt.engine.trace_file import TraceFile
-from tpirt.errors import ConfigError, PeerLostError, RequestError, TpirtError
+from tpirt.errors import ConfigError, LogitsError, PeerLostError, RequestError, TpirtError
 from tpirt.planning import Deployment, PeerProfile, plan
 from tpirt.refusals import allow_open_files, refused_memory
 from tpirt.text import StopMatcher, Tokenizer
@@ -265,6 +265,7 @@ class Engine:
             ConfigError: a sampling parameter is out of range.
             TokenizerError: the chat template refuses the messages.
             MemoryLimitError: the prompt, or the keys and values so far, exceed the memory limit.
+            LogitsError: the model computed NaN or infinity; the engine lives on.
             PeerLostError: a peer died or fell silent, and could not be connected again; names it.
                 The next request tries again.
             TransportError: a peer sent something invalid; names it. The engine is broken then.
@@ -340,10 +341,14 @@ class Engine:
 
         Logits take no more memory than a prefill chunk does. Raises and can be cancelled as
         :meth:`logits`.
+
+        Raises:
+            LogitsError: the model computed NaN or infinity.
         """
         total = 0.0
         async with aclosing(self._logits(ids, self._loss_tokens)) as parts:
             async for start, logits in parts:
+                check_finite(logits)
                 targets = torch.tensor(ids[start + 1 : start + 1 + len(logits)])
                 predictions = logits[: len(targets)]
                 total += float(F.cross_entropy(predictions, targets, reduction="sum"))
@@ -417,7 +422,11 @@ class Engine:
         async with self._turn:
             await self._carry_out_reset()  # its task may come later than this request
             self._first_step, self._progress = self._group.next_step, progress
-            yield
+            try:
+                yield
+            except LogitsError:
+                self._cached.clear()  # keys and values may be NaN, too
+                raise
 
     def _checked(self, ids: list[int], room: int = 1) -> list[int]:
         if not ids:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tpirt.errors import ConfigError
+from tpirt.errors import ConfigError, LogitsError
 from tpirt.types import SamplingParams
 
 _REMOVED = -float("inf")
@@ -39,6 +39,21 @@ def check_params(params: SamplingParams) -> None:
             raise ConfigError(f"{name}: expected {expected}, got {getattr(params, name)!r}")
 
 
+def check_finite(logits: torch.Tensor) -> None:
+    """Check logits of any shape before they are used.
+
+    Raises:
+        LogitsError: one is NaN or infinite.
+    """
+    for bound in torch.aminmax(logits):  # both are NaN if any element is
+        if not bound.isfinite():
+            raise LogitsError(
+                f"the model computed logits that are not finite ({float(bound)}): its checkpoint "
+                "is damaged (download it again), or its values exceed the dtype (try --dtype "
+                "float32)"
+            )
+
+
 class Sampler:
     """Draws tokens; the same seed and logits give the same tokens."""
 
@@ -56,7 +71,11 @@ class Sampler:
         Args:
             logits: (V,) float32; overwritten.
             history: prompt and generated ids, for the repetition penalty.
+
+        Raises:
+            LogitsError: a logit is NaN or infinite.
         """
+        check_finite(logits)
         params = self._params
         if params.repetition_penalty != 1:
             _penalise(logits, history, params.repetition_penalty)

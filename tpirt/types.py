@@ -6,17 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 DEFAULT_TIMEOUT_S = 20.0  # longest silence of a peer before it counts as lost
+DEFAULT_MAX_TOKENS = 256  # of an answer outside a chat
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is sampled; terms are defined as in transformers.
 
-    ``temperature == 0`` is greedy. ``top_k == 0``, ``top_p == 1``, ``min_p == 0`` and
-    ``repetition_penalty == 1`` turn the respective filter off.
+    With ``max_tokens`` None an answer runs to the end of the context. An entry of ``stop`` that is
+    the text of an added token, such as ``<|im_end|>``, stops at that token. ``temperature == 0`` is
+    greedy. ``top_k == 0``, ``top_p == 1``, ``min_p == 0`` and ``repetition_penalty == 1`` turn the
+    respective filter off.
     """
 
-    max_tokens: int = 256
+    max_tokens: int | None = DEFAULT_MAX_TOKENS
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0

@@ -278,6 +278,7 @@ async def test_base_model_continues_text(tmp_path: Path) -> None:
     ("name", "text", "value"),
     [
         ("max_tokens", "7", 7),
+        ("max_tokens", "none", None),
         ("temperature", "1e-1", 0.1),
         ("min-p", "0.05", 0.05),
         ("seed", "3", 3),

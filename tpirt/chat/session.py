@@ -111,12 +111,14 @@ class Session:
     async def _stream(self, text: str) -> None:
         assert self.timing is not None
         self.progress(Progress("waiting for the first token", 0, 0))
+        ids: list[int] = []
         try:
             async with aclosing(self.talk.send(text, self.params, self.progress)) as tokens:
                 async for token in tokens:
                     if self.timing.tokens == 0:
                         self.progress.close()
                     self.timing.count()
+                    ids.append(token.id)
                     self.console.stream(token.text)
                     self.timing.finish_reason = token.finish_reason
         except (RequestError, MemoryLimitError) as exc:
@@ -126,6 +128,8 @@ class Session:
         finally:
             self.progress.close()
             self.console.end_line()
+            if unknown := self.engine.tokenizer.unknown(ids):
+                self.console.note(f"[{unknown}]")
 
     def _show_status(self, stopped: bool) -> None:
         assert self.timing is not None
@@ -141,7 +145,8 @@ class Session:
     def _why_cut(self) -> str:
         if self.talk.used_tokens >= self.engine.context_length:
             return "[the context is full: /reset begins a new conversation]"
-        return f"[cut at {self.params.max_tokens} tokens: /set max_tokens allows more]"
+        assert self.timing is not None
+        return f"[cut at {self.timing.tokens} tokens: /set max_tokens allows more]"
 
 
 class _Stop:

@@ -65,7 +65,7 @@ def _number(name: str, text: str) -> float:
         raise ConfigError(f"{name}: expected a number, got {text!r}") from None
 
 
-def _seed(name: str, text: str) -> int | None:
+def _whole_or_none(name: str, text: str) -> int | None:
     return None if text.lower() in _NONE else _whole(name, text)
 
 
@@ -85,12 +85,12 @@ def _stops(name: str, text: str) -> tuple[str, ...]:
 
 
 _READERS: dict[str, Callable[[str, str], object]] = {
-    "max_tokens": _whole,
+    "max_tokens": _whole_or_none,
     "temperature": _number,
     "top_k": _whole,
     "top_p": _number,
     "min_p": _number,
     "repetition_penalty": _number,
-    "seed": _seed,
+    "seed": _whole_or_none,
     "stop": _stops,
 }

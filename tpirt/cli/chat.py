@@ -36,8 +36,10 @@ async def _run(arguments: argparse.Namespace) -> None:
 
     with ConsoleProgress(quiet=arguments.quiet) as progress:
         async with connected(arguments, progress) as engine:
+            defaults = engine.defaults
+            answers = engine.tokenizer.has_chat_template  # a base model would not end by itself
             chat = ChatOptions(
-                params=sampling_params(arguments, engine.defaults.sampling),
+                params=sampling_params(arguments, defaults.chat if answers else defaults.sampling),
                 system=arguments.system,
                 prompt=arguments.prompt,
                 model_name=engine.name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +24,8 @@ from tpirt.errors import RequestError
 from tpirt.types import Message, SamplingParams
 
 if TYPE_CHECKING:
-    from tpirt.engine.engine import Prompt
+    from tpirt.chat.progress import ConsoleProgress
+    from tpirt.engine.engine import Engine, Prompt
 
 
 def add_command(commands: Commands) -> None:
@@ -78,11 +80,38 @@ async def _generate(arguments: argparse.Namespace, prompt: Prompt) -> None:
             if arguments.json:
                 completion = await engine.complete(prompt, params, progress)
                 print(json.dumps(asdict(completion)))
-                return
-            console = Console(sys.stdout, sys.stderr)
-            progress.before = console.end_line_on_terminal
-            async with aclosing(engine.generate(prompt, params, progress)) as tokens:
-                async for token in tokens:
-                    progress.close()
-                    console.stream(token.text)
-            print()
+                ids, reason = completion.token_ids, completion.finish_reason
+            else:
+                ids, reason = await _print_answer(engine, prompt, params, progress)
+            if not arguments.quiet:
+                for note in _notes(engine, ids, reason):
+                    print(f"tpirt: {note}", file=sys.stderr)
+
+
+async def _print_answer(
+    engine: Engine, prompt: Prompt, params: SamplingParams, progress: ConsoleProgress
+) -> tuple[list[int], str | None]:
+    from tpirt.chat.console import Console
+
+    ids, reason = [], None
+    console = Console(sys.stdout, sys.stderr)
+    progress.before = console.end_line_on_terminal
+    async with aclosing(engine.generate(prompt, params, progress)) as tokens:
+        async for token in tokens:
+            progress.close()
+            console.stream(token.text)
+            ids.append(token.id)
+            reason = token.finish_reason
+    print()
+    return ids, reason
+
+
+def _notes(engine: Engine, ids: Sequence[int], finish_reason: str | None) -> Iterator[str]:
+    """What a reader of the answer should know."""
+    if finish_reason == "length":
+        if engine.cached_tokens + 1 >= engine.context_length:
+            yield f"stopped at the end of the context of {engine.context_length} tokens"
+        else:
+            yield f"stopped after {len(ids)} tokens: --max-tokens N for more"
+    if unknown := engine.tokenizer.unknown(ids):
+        yield unknown

@@ -147,7 +147,12 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add sampling options; by default those of the model."""
     group = parser.add_argument_group("sampling (default: the model's generation_config.json)")
-    group.add_argument("--max-tokens", type=int, metavar="N", help="default 256")
+    group.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="most tokens of an answer (default: to the end of the context in a chat, else 256)",
+    )
     group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
     group.add_argument("--top-k", type=int, metavar="K")
     group.add_argument("--top-p", type=float, metavar="P")
@@ -155,7 +160,10 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--repetition-penalty", type=float, metavar="R")
     group.add_argument("--seed", type=int, metavar="N")
     group.add_argument(
-        "--stop", action="append", metavar="TEXT", help="stop at this text; may be repeated"
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="stop at this text or control token; may be repeated",
     )
 
 

@@ -1,47 +1,90 @@
-"""A model directory's defaults for generation: end tokens and sampling parameters."""
+"""A model directory's defaults for generation: end tokens, lengths and sampling parameters."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tpirt.engine.sampler import check_params
 from tpirt.errors import CheckpointError, ConfigError
-from tpirt.types import SamplingParams
+from tpirt.types import DEFAULT_MAX_TOKENS, SamplingParams
 
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """``eos_ids`` end an answer; ``sampling`` has defaults for the user's parameters."""
+    """What ``generation_config.json`` and its neighbours say.
+
+    Attributes:
+        eos_ids: tokens that end an answer.
+        sampling: defaults for the user's parameters; without a stated length, ``max_tokens`` is
+            ``DEFAULT_MAX_TOKENS``.
+        max_new_tokens: the stated maximum of an answer's tokens; None if there is none.
+        max_length: likewise of prompt and answer together. It has no effect on longer prompts, or
+            with a ``max_tokens``.
+    """
 
     eos_ids: frozenset[int]
     sampling: SamplingParams
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+
+    @property
+    def chat(self) -> SamplingParams:
+        """Defaults in a chat: without a stated length, answers run to the context's end."""
+        return replace(self.sampling, max_tokens=self.max_new_tokens)
 
     @classmethod
-    def from_dir(cls, path: Path, tokenizer_eos: int | None) -> GenerationDefaults:
-        """Read ``generation_config.json``; end tokens also from ``config.json`` or the tokenizer.
+    def from_dir(cls, path: Path, tokenizer_ends: Iterable[int]) -> GenerationDefaults:
+        """Read ``generation_config.json``.
 
-        Sampling is greedy unless the file says ``do_sample: true``, as in transformers.
+        End tokens are those of ``generation_config.json``, of ``config.json`` and of the tokenizer
+        together: files often lack one of them, and then answers would not end. Sampling is greedy
+        unless the file says ``do_sample: true``, as in transformers.
 
         Raises:
-            CheckpointError: a file is not valid JSON or an end token is not a number.
+            CheckpointError: a file is not valid JSON, or a value is invalid.
         """
-        generation = _read(path / "generation_config.json")
-        eos = generation.get("eos_token_id")
-        if eos is None:
-            eos = _read(path / "config.json").get("eos_token_id")
-        if eos is None:
-            eos = [] if tokenizer_eos is None else tokenizer_eos
-        ids = eos if isinstance(eos, list) else [eos]
-        if not all(isinstance(i, int) for i in ids):
-            raise CheckpointError(f"{path}: eos_token_id: expected numbers, got {eos!r}")
-        return cls(frozenset(ids), _sampling(path, generation))
+        file = path / "generation_config.json"
+        generation = _read(file)
+        ends = set(tokenizer_ends)
+        ends |= _eos_ids(file, generation)
+        ends |= _eos_ids(path / "config.json", _read(path / "config.json"))
+        new, length = (_length(file, generation, n) for n in ("max_new_tokens", "max_length"))
+        most = new if new or length else DEFAULT_MAX_TOKENS
+        sampling = _sampling(file, generation)
+        sampling = replace(sampling, max_tokens=most, stop=_stops(file, generation))
+        return cls(frozenset(ends), sampling, new, length)
 
 
-def _sampling(path: Path, generation: dict[str, Any]) -> SamplingParams:
-    file = path / "generation_config.json"
+def _eos_ids(file: Path, content: dict[str, Any]) -> set[int]:
+    eos = content.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(i, int) for i in ids):
+        raise CheckpointError(f"{file}: eos_token_id: expected numbers, got {eos!r}")
+    return set(ids)
+
+
+def _length(file: Path, generation: dict[str, Any], name: str) -> int | None:
+    value = generation.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"{file}: {name}: expected a whole number above 0, got {value!r}")
+    return value
+
+
+def _stops(file: Path, generation: dict[str, Any]) -> tuple[str, ...]:
+    value = generation.get("stop_strings") or []
+    stops = value if isinstance(value, list) else [value]
+    if not all(isinstance(stop, str) and stop for stop in stops):
+        raise CheckpointError(f"{file}: stop_strings: expected texts, got {value!r}")
+    return tuple(stops)
+
+
+def _sampling(file: Path, generation: dict[str, Any]) -> SamplingParams:
     values: dict[str, float] = {"repetition_penalty": 1.0}
     if generation.get("do_sample"):
         # transformers' defaults for parameters that the file leaves out
@@ -65,7 +108,7 @@ def _sampling(path: Path, generation: dict[str, Any]) -> SamplingParams:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as exc:

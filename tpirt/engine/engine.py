@@ -249,7 +249,9 @@ class Engine:
         params: SamplingParams | None = None,
         progress: ProgressCallback = ignore_progress,
     ) -> AsyncGenerator[Token, None]:
-        """Yield tokens until an end token, a stop string or ``max_tokens``.
+        """Yield tokens until an end token, a stop string, ``max_tokens`` or the context's end.
+
+        Ids beyond the tokenizer's vocabulary (padding of the model's) have no text.
 
         The prefix that the prompt shares with the previous request is not computed again. Cancelled
         or left early, all ranks stop after the current block, and the next request can follow.
@@ -274,7 +276,7 @@ class Engine:
         params = params or self.defaults.sampling
         check_params(params)
         ids = self._checked(self.encode(prompt))
-        limit = min(params.max_tokens, self.context_length - len(ids))
+        limit = self._most_tokens(params, len(ids))
         writer = _Writer(self.tokenizer, ids, params, self.defaults.eos_ids, limit)
         sampler = Sampler(params)
         history = list(ids)
@@ -428,6 +430,14 @@ class Engine:
                 self._cached.clear()  # keys and values may be NaN, too
                 raise
 
+    def _most_tokens(self, params: SamplingParams, prompt: int) -> int:
+        """The maximum of an answer's tokens; at least 1."""
+        room = self.context_length - prompt
+        if params.max_tokens is not None:
+            return min(params.max_tokens, room)
+        length = self.defaults.max_length or 0
+        return min(length - prompt, room) if length > prompt else room
+
     def _checked(self, ids: list[int], room: int = 1) -> list[int]:
         if not ids:
             raise RequestError("the prompt is empty: give at least one token of text")
@@ -526,13 +536,13 @@ class _Writer:
     ):
         self._detokenizer = tokenizer.detokenizer(prompt_ids)
         self._stops = StopMatcher(params.stop)
-        self._eos_ids = eos_ids
+        self._end_ids = eos_ids | tokenizer.added_ids_of(params.stop)
         self._left = limit
 
     def push(self, token_id: int) -> Token:
         """Account for one more token."""
         self._left -= 1
-        if token_id in self._eos_ids:
+        if token_id in self._end_ids:
             return Token(token_id, self._rest(), "stop")
         text, stopped = self._stops.push(self._detokenizer.push(token_id))
         if stopped:
@@ -554,7 +564,7 @@ def open_model(path: Path) -> Model:
     """
     config = ModelConfig.from_dir(path)
     tokenizer = Tokenizer.from_dir(path)
-    defaults = GenerationDefaults.from_dir(path, tokenizer.eos_id)
+    defaults = GenerationDefaults.from_dir(path, tokenizer.end_ids())
     if is_synthetic(path):
         drawn = SyntheticCheckpoint.open(path)
         return Model(config, drawn, EMBEDDING, drawn.slices, tokenizer, defaults)

@@ -21,7 +21,7 @@ def check_params(params: SamplingParams) -> None:
         ConfigError: a value is out of range; the message has name, range and value.
     """
     ranges = (
-        ("max_tokens", params.max_tokens >= 1, "at least 1"),
+        ("max_tokens", params.max_tokens is None or params.max_tokens >= 1, "at least 1"),
         ("temperature", 0 <= params.temperature < float("inf"), "0 (greedy) or more"),
         ("top_k", params.top_k >= 0, "0 (off) or more"),
         ("top_p", 0 < params.top_p <= 1, "above 0, at most 1 (off)"),

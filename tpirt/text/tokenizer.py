@@ -13,8 +13,9 @@ version 4 did. If file and configuration agree, all three give the same ids.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,36 @@ class Tokenizer:
         """Render a conversation and encode it; BOS comes from the template."""
         text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
         return self.encode(text, add_special_tokens=False)
+
+    def end_ids(self) -> frozenset[int]:
+        """Ids that end an answer: EOS, and what the chat template writes after an answer."""
+        ends = set() if self.eos_id is None else {self.eos_id}
+        if self._template is not None:
+            with contextlib.suppress(TokenizerError):  # it rejects this conversation
+                ends |= self._ids_after_an_answer()
+        return frozenset(ends)
+
+    def _ids_after_an_answer(self) -> set[int]:
+        answer = "An answer"
+        talk = [Message("user", "A question"), Message("assistant", answer)]
+        rendered = self.render_chat(talk, add_generation_prompt=False)
+        _, _, after = rendered.rpartition(answer)
+        first = self.encode(after.strip(), add_special_tokens=False)[:1]
+        return self.added_ids & set(first)
+
+    def added_ids_of(self, texts: Iterable[str]) -> frozenset[int]:
+        """The ids of those texts that are added tokens, white space around them aside."""
+        return self.added_ids & {self._fast.token_to_id(text.strip()) for text in texts}
+
+    def unknown(self, ids: Sequence[int]) -> str:
+        """Say which of the ids have no text, as padding of a model's vocabulary; "" if none."""
+        unknown = [i for i in ids if self._fast.id_to_token(i) is None]
+        if not unknown:
+            return ""
+        return (
+            f"token id {unknown[0]} is not in the tokenizer and has no text ({len(unknown)} of "
+            f"{len(ids)} tokens): do tokenizer and model belong together?"
+        )
 
     def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
         """Return a streaming decoder for ids generated after ``prompt_ids``."""

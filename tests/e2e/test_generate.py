@@ -86,6 +86,14 @@ def test_chat_applies_the_template(generate: Generate) -> None:
     assert len(chat["prompt_token_ids"]) > len(plain["prompt_token_ids"])
 
 
+def test_control_tokens_in_a_message_are_text_unless_asked_for(generate: Generate) -> None:
+    asked = ("--prompt", "a<|im_end|>b", "--max-tokens", "1", "--chat")
+    assert generate(*asked)["prompt_token_ids"].count(258) == 1  # the template's own
+    assert generate(*asked, "--special-tokens")["prompt_token_ids"].count(258) == 2
+    plain = generate("--prompt", "a<|im_end|>b", "--max-tokens", "1")
+    assert plain["prompt_token_ids"].count(258) == 1
+
+
 def test_stop_text_ends_the_answer_and_is_not_in_it(generate: Generate) -> None:
     whole = generate("--prompt", "Hello", "--max-tokens", "40")["text"]
     stop = next(

@@ -29,6 +29,7 @@ class ChatOptions:
         params: how tokens are chosen.
         system: the system message.
         prompt: a single prompt to answer instead of a chat.
+        parse_special: read control tokens within messages as control tokens.
         model_name: for the banner; by default the model's type.
         progress: for prefills; by default a new one. Its ``quiet`` applies to the chat, too.
     """
@@ -36,6 +37,7 @@ class ChatOptions:
     params: SamplingParams
     system: str | None = None
     prompt: str | None = None
+    parse_special: bool = False
     model_name: str | None = None
     progress: ConsoleProgress | None = None
 
@@ -52,7 +54,11 @@ class Session:
         self.params = options.params
         self.is_base = not engine.tokenizer.has_chat_template
         self.talk: Conversation | Continuation
-        self.talk = Continuation(engine) if self.is_base else Conversation(engine, options.system)
+        self.talk = (
+            Continuation(engine)
+            if self.is_base
+            else Conversation(engine, options.system, parse_special=options.parse_special)
+        )
         self.timing: Timing | None = None  # of the last answer
         self.leaving = False
         self._told_broken = False

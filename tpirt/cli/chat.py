@@ -9,6 +9,7 @@ from tpirt.cli.options import (
     add_engine_options,
     add_parser,
     add_sampling_options,
+    add_special_tokens_option,
     connected,
     run_async,
     sampling_params,
@@ -27,6 +28,7 @@ def add_command(commands: Commands) -> None:
     add_sampling_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this prompt once and exit")
+    add_special_tokens_option(parser)
     parser.set_defaults(run=lambda arguments: run_async(_run(arguments)))
 
 
@@ -42,6 +44,7 @@ async def _run(arguments: argparse.Namespace) -> None:
                 params=sampling_params(arguments, defaults.chat if answers else defaults.sampling),
                 system=arguments.system,
                 prompt=arguments.prompt,
+                parse_special=arguments.special_tokens,
                 model_name=engine.name,
                 progress=progress,
             )

@@ -16,6 +16,7 @@ from tpirt.cli.options import (
     add_engine_options,
     add_parser,
     add_sampling_options,
+    add_special_tokens_option,
     connected,
     run_async,
     sampling_params,
@@ -42,6 +43,7 @@ def add_command(commands: Commands) -> None:
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt; - reads standard input")
     prompt.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file")
     parser.add_argument("--chat", action="store_true", help="apply the model's chat template")
+    add_special_tokens_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object with figures")
     parser.set_defaults(run=_run)
 
@@ -77,6 +79,7 @@ async def _generate(arguments: argparse.Namespace, prompt: Prompt) -> None:
     with ConsoleProgress(quiet=arguments.quiet) as progress:
         async with connected(arguments, progress) as engine:
             params = sampling_params(arguments, engine.defaults.sampling)
+            prompt = engine.encode(prompt, parse_special=arguments.special_tokens)
             if arguments.json:
                 completion = await engine.complete(prompt, params, progress)
                 print(json.dumps(asdict(completion)))

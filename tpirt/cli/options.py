@@ -144,6 +144,16 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_special_tokens_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--special-tokens``."""
+    parser.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help="in messages of a chat, read control tokens such as <|im_end|> as control tokens "
+        "(default: as text)",
+    )
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add sampling options; by default those of the model."""
     group = parser.add_argument_group("sampling (default: the model's generation_config.json)")

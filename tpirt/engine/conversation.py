@@ -18,10 +18,18 @@ from tpirt.types import (
 
 
 class Conversation:
-    """The messages, and their ids in the KV cache."""
+    """The messages, and their ids in the KV cache.
 
-    def __init__(self, engine: Engine, system: str | None = None):
+    Args:
+        engine: answers.
+        system: the system message; None for none.
+        parse_special: encode control tokens within messages as control tokens, not as text; see
+            :meth:`tpirt.text.Tokenizer.encode_chat`.
+    """
+
+    def __init__(self, engine: Engine, system: str | None = None, *, parse_special: bool = False):
         self.system = system
+        self._parse_special = parse_special
         self.turns: list[Message] = []
         self._engine = engine
         self._ids: list[int] = []
@@ -58,7 +66,11 @@ class Conversation:
         """
         asked = [*self.messages, Message("user", text)]
         prompt_ids, prompt_text = continue_chat(
-            self._engine.tokenizer, self._ids, self._text, asked
+            self._engine.tokenizer,
+            self._ids,
+            self._text,
+            asked,
+            parse_special=self._parse_special,
         )
         ids: list[int] = []
         answer = ""

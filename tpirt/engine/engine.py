@@ -224,8 +224,11 @@ class Engine:
         """How partial sums of a step of ``tokens`` tokens are combined; None for one rank."""
         return self._group.policy.used(tokens) if self._group.policy else None
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt, *, parse_special: bool = False) -> list[int]:
         """Turn a prompt into ids: text with BOS as the tokenizer says, messages by the template.
+
+        In a text, control tokens such as ``<|im_end|>`` become their ids; in messages only with
+        ``parse_special``.
 
         Raises:
             TokenizerError: there is no template, or it refuses the messages.
@@ -234,7 +237,7 @@ class Engine:
             return self.tokenizer.encode(prompt)
         messages = [m for m in prompt if isinstance(m, Message)]
         if messages and len(messages) == len(prompt):
-            return self.tokenizer.encode_chat(messages)
+            return self.tokenizer.encode_chat(messages, parse_special=parse_special)
         try:
             return [operator.index(i) for i in prompt]  # type: ignore[arg-type]
         except TypeError as exc:

@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +61,11 @@ class Tokenizer:
         self._origin = origin
         fast.no_truncation()  # tokenizer.json may contain the limits of training
         fast.no_padding()
+        self._stands_for: dict[int, int] = {}  # ids of stand-ins: beyond the vocabulary
         added = fast.get_added_tokens_decoder()
         self.added_ids: frozenset[int] = frozenset(added)
         self.special_ids: frozenset[int] = frozenset(i for i, t in added.items() if t.special)
+        self._special = _any_of(t.content for t in added.values() if t.special)
         self.vocab_size: int = fast.get_vocab_size(with_added_tokens=True)
         self.bos_token = self._special_tokens.get("bos_token")
         self.eos_token = self._special_tokens.get("eos_token")
@@ -107,7 +112,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Return the text of a sequence of ids; invalid UTF-8 becomes U+FFFD."""
-        text: str = self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        known = [i for i in ids if i not in self._stands_for]
+        text: str = self._fast.decode(known, skip_special_tokens=skip_special_tokens)
         return text
 
     @property
@@ -133,11 +139,71 @@ class Tokenizer:
         )
 
     def encode_chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        parse_special: bool = False,
     ) -> list[int]:
-        """Render a conversation and encode it; BOS comes from the template."""
-        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
-        return self.encode(text, add_special_tokens=False)
+        """Render a conversation and encode it; BOS comes from the template.
+
+        Control tokens are those that the template writes. Within messages, their text is encoded
+        as text, so that a quoted document cannot end a turn; with ``parse_special``, it becomes
+        their ids, as in transformers.
+
+        Raises:
+            TokenizerError: as :meth:`render_chat` and :meth:`encode`.
+        """
+        return self.encode_chat_spans(
+            messages, add_generation_prompt=add_generation_prompt, parse_special=parse_special
+        )[0]
+
+    def encode_chat_spans(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        parse_special: bool = False,
+    ) -> tuple[list[int], list[tuple[int, int]], str]:
+        """As :meth:`encode_chat`; also each id's span in the rendered text, and that text."""
+        if parse_special or not any(self._special.search(m.content) for m in messages):
+            text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
+            return *self.encode_spans(text), text
+        key = _random_text(4)
+        quoted: list[str] = []  # control tokens within messages
+
+        def quote(match: re.Match[str]) -> str:
+            quoted.append(match[0])
+            return f"{key}{len(quoted) - 1}{key}"
+
+        marked = [Message(m.role, self._special.sub(quote, m.content)) for m in messages]
+        text = self.render_chat(marked, add_generation_prompt=add_generation_prompt)
+        parts = re.compile(f"{key}([0-9]+){key}|{self._special.pattern}")
+        stand_ins = self._stand_ins
+        encoded = parts.sub(lambda m: quoted[int(m[1])] if m[1] else stand_ins[m[0]], text)
+        self._fast.encode_special_tokens = True  # as text
+        try:
+            ids, spans = self.encode_spans(encoded)
+        finally:
+            self._fast.encode_special_tokens = False
+        plain = parts.sub(lambda m: quoted[int(m[1])] if m[1] else m[0], text)
+        return [self._stands_for.get(i, i) for i in ids], spans, plain
+
+    @cached_property
+    def _stand_ins(self) -> dict[str, str]:
+        """A text of the same length for each special token, encoded as this token.
+
+        Only the template's tokens are replaced by it. The whole text is then encoded at once:
+        cut into pieces, it could have other ids at the seams. The texts are random, so no message
+        contains them.
+        """
+        special = [t for t in self._fast.get_added_tokens_decoder().values() if t.special]
+        stand_ins = {t.content: _random_text(len(t.content)) for t in special}
+        for token in special:
+            text = stand_ins[token.content]
+            self._fast.add_tokens([_like(token, text)])
+            self._stands_for[self._fast.token_to_id(text)] = self._fast.token_to_id(token.content)
+        return stand_ins
 
     def end_ids(self) -> frozenset[int]:
         """Ids that end an answer: EOS, and what the chat template writes after an answer."""
@@ -161,7 +227,7 @@ class Tokenizer:
 
     def unknown(self, ids: Sequence[int]) -> str:
         """Say which of the ids have no text, as padding of a model's vocabulary; "" if none."""
-        unknown = [i for i in ids if self._fast.id_to_token(i) is None]
+        unknown = [i for i in ids if i in self._stands_for or self._fast.id_to_token(i) is None]
         if not unknown:
             return ""
         return (
@@ -171,7 +237,7 @@ class Tokenizer:
 
     def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
         """Return a streaming decoder for ids generated after ``prompt_ids``."""
-        return Detokenizer(self._fast, self.special_ids, prompt_ids)
+        return Detokenizer(self._fast, self.special_ids | self._stands_for.keys(), prompt_ids)
 
     def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Encode without BOS/EOS; also each id's (start, end) in characters of ``text``."""
@@ -192,7 +258,12 @@ class Tokenizer:
 
 
 def continue_chat(
-    tokenizer: Tokenizer, cached_ids: list[int], cached_text: str, messages: Sequence[Message]
+    tokenizer: Tokenizer,
+    cached_ids: list[int],
+    cached_text: str,
+    messages: Sequence[Message],
+    *,
+    parse_special: bool = False,
 ) -> tuple[list[int], str]:
     """Encode a conversation, and reuse the ids that are already in the KV cache.
 
@@ -208,6 +279,7 @@ def continue_chat(
         cached_ids: ids in the cache: earlier prompts and generated ids.
         cached_text: their exact text, with special tokens.
         messages: the whole conversation.
+        parse_special: as in :meth:`Tokenizer.encode_chat`.
 
     Returns:
         The ids of the whole conversation with a generation prompt, and R.
@@ -215,8 +287,7 @@ def continue_chat(
     Raises:
         TokenizerError: as ``Tokenizer.render_chat``.
     """
-    text = tokenizer.render_chat(messages)
-    ids, spans = tokenizer.encode_spans(text)
+    ids, spans, text = tokenizer.encode_chat_spans(messages, parse_special=parse_special)
     if cached_ids and cached_text and text.startswith(cached_text):
         at = _border(tokenizer.added_ids, cached_ids[-1], ids, spans, len(cached_text))
         if at is not None:
@@ -242,6 +313,27 @@ def _border(
         if start > border:
             break
     return None
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """A pattern of the texts, the longest first; without texts, it matches nothing."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+
+
+def _random_text(length: int) -> str:
+    """Characters of private use, which nobody can guess."""
+    return "".join(chr(0xF0000 + secrets.randbelow(0xFFFE)) for _ in range(length))
+
+
+def _like(token: AddedToken, content: str) -> AddedToken:
+    return AddedToken(
+        content,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        single_word=token.single_word,
+        normalized=token.normalized,
+        special=False,
+    )
 
 
 def _read_fast(path: Path) -> str:

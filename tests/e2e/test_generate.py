@@ -13,7 +13,8 @@ from tpirt.cli.main import main
 from tpirt.engine import Engine, EngineOptions
 from tpirt.testing.models import make_model
 from tpirt.testing.processes import PeerProcess, descendants, run_cli, run_python, survivors
-from tpirt.types import SamplingParams
+from tpirt.text import Tokenizer
+from tpirt.types import Message, SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,12 @@ def test_chat_applies_the_template(generate: Generate) -> None:
     chat = generate("--prompt", "Hi", "--max-tokens", "2", "--chat")
     assert 257 in chat["prompt_token_ids"]  # <|im_start|>
     assert len(chat["prompt_token_ids"]) > len(plain["prompt_token_ids"])
+
+
+def test_system_message(generate: Generate, model: Path) -> None:
+    answer = generate("--prompt", "Hi", "--system", "Be brief.", "--max-tokens", "1")
+    messages = [Message("system", "Be brief."), Message("user", "Hi")]
+    assert answer["prompt_token_ids"] == Tokenizer.from_dir(model).encode_chat(messages)
 
 
 def test_control_tokens_in_a_message_are_text_unless_asked_for(generate: Generate) -> None:

@@ -261,9 +261,10 @@ def run(
     return done
 
 
-def test_piped_input(command: list[str], environment: dict[str, str]) -> None:
+def test_piped_lines(command: list[str], environment: dict[str, str]) -> None:
     typed = b"hi\n\n\xff\xfe not UTF-8\r\n/set max_tokens 3\n//stats\n/stats"
-    done = run(command, environment, "--local", "2", "--max-tokens", "7", typed=typed)
+    options = ("--local", "2", "--max-tokens", "7", "--each-line")
+    done = run(command, environment, *options, typed=b"\xef\xbb\xbf" + typed)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.decode().splitlines()
     assert lines[:4] == ["!!!!!!!", "!!!!!!!", "max_tokens  3", "!!!"]
@@ -288,7 +289,7 @@ def test_no_input_at_all(command: list[str], environment: dict[str, str]) -> Non
 
 
 def test_scripts_fail_at_the_first_error(command: list[str], environment: dict[str, str]) -> None:
-    done = run(command, environment, "--quiet", typed=b"/nope\nhi\n")
+    done = run(command, environment, "--quiet", "--each-line", typed=b"/nope\nhi\n")
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr.startswith(b"tpirt: error: no command /nope")
 
@@ -296,7 +297,7 @@ def test_scripts_fail_at_the_first_error(command: list[str], environment: dict[s
 @pytest.fixture
 def answering(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """A chat on pipes in the middle of an answer."""
-    arguments = [*command, "--quiet", "--local", "2", *ENDLESS]
+    arguments = [*command, "--quiet", "--local", "2", "--each-line", *ENDLESS]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with killed_at_exit(start_python(*arguments, env=environment, **pipes)) as process:
         assert process.stdin is not None

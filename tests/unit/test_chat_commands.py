@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import re
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from tpirt.chat.commands import COMMANDS, run_command
 from tpirt.chat.console import Console
 from tpirt.chat.interrupts import Interrupts
 from tpirt.chat.progress import ConsoleProgress
+from tpirt.chat.repl import run_chat
 from tpirt.chat.session import ChatOptions, Session
 from tpirt.chat.settings import NAMES, change, shown
 from tpirt.engine import Engine, EngineOptions
@@ -157,6 +159,38 @@ async def test_save_and_load(chat: Chat, engine: Engine, tmp_path: Path) -> None
 async def test_file_commands_want_a_name(chat: Chat, line: str) -> None:
     with pytest.raises(RequestError, match="usage"):
         await chat.command(line)
+
+
+@pytest.mark.parametrize(
+    ("piped", "messages"),
+    [
+        (
+            b"\xef\xbb\xbfDear you,\r\n\n/exit\n//x\nb\xffye\n",
+            ["Dear you,\r\n\n/exit\n//x\nb\ufffdye"],
+        ),
+        (b"no newline", ["no newline"]),
+        (b" \n\n", []),
+        (b"", []),
+    ],
+)
+async def test_piped_text_is_one_message(
+    engine: Engine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    piped: bytes,
+    messages: list[str],
+) -> None:
+    asked: list[str] = []
+
+    async def answer(self: Session, text: str, interrupts: Interrupts) -> None:
+        asked.append(text)
+
+    (tmp_path / "piped").write_bytes(piped)
+    monkeypatch.setattr(Session, "answer", answer)
+    with open(tmp_path / "piped") as stdin:  # noqa: ASYNC230
+        monkeypatch.setattr(sys, "stdin", stdin)
+        await run_chat(engine, ChatOptions(SamplingParams()))
+    assert asked == messages
 
 
 @pytest.mark.parametrize("line", ["/exit", "/quit", "/EXIT"])

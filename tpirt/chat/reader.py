@@ -7,6 +7,7 @@ import contextlib
 import os
 import select
 import threading
+from codecs import BOM_UTF8
 from typing import Protocol, TextIO
 
 PROMPT = "> "
@@ -32,8 +33,8 @@ class Reader(Protocol):
 class PlainReader:
     """Lines from a pipe, a file or a plain terminal.
 
-    Bytes that are not UTF-8 become U+FFFD. A thread waits for input, because an event loop cannot
-    poll every kind of file.
+    A byte order mark is skipped. Bytes that are not UTF-8 become U+FFFD. A thread waits for input,
+    because an event loop cannot poll every kind of file.
 
     Args:
         handle: file descriptor; None for empty input.
@@ -46,20 +47,27 @@ class PlainReader:
         self._buffer = bytearray()
         self._searched = 0  # bytes of the buffer that hold no newline
         self._ended = handle is None
+        self._beginning = True  # a byte order mark may come
 
     async def read(self) -> str | None:
         """See :class:`Reader`."""
         self._prompt(PROMPT)
         while (line := self._take_line()) is None and not self._ended:
-            chunk = await self._chunk()
-            self._ended = not chunk
-            self._buffer += chunk
+            await self._more()
         if line is None and self._buffer:  # the last line, without a newline
             line, self._buffer = bytes(self._buffer), bytearray()
         if line is None:
             self._prompt("\n")
             return None
         return line.decode("utf-8", "replace").removesuffix("\r")
+
+    async def read_all(self) -> str:
+        """Wait for the end of the input; all of it that is left, without the last newline."""
+        while not self._ended:
+            await self._more()
+        text = self._buffer.decode("utf-8", "replace")
+        self._buffer.clear()
+        return text.removesuffix("\n").removesuffix("\r")
 
     def interrupt(self) -> None:
         """See :class:`Reader`; the terminal has dropped the typed text itself."""
@@ -79,6 +87,15 @@ class PlainReader:
         del self._buffer[: end + 1]
         self._searched = 0
         return line
+
+    async def _more(self) -> None:
+        chunk = await self._chunk()
+        self._ended = not chunk
+        self._buffer += chunk
+        if self._beginning and len(self._buffer) >= len(BOM_UTF8):
+            self._beginning = False
+            if self._buffer.startswith(BOM_UTF8):
+                del self._buffer[: len(BOM_UTF8)]
 
     async def _chunk(self) -> bytes:
         """Read in a daemon thread: a read from a terminal cannot be cancelled."""

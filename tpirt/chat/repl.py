@@ -17,7 +17,7 @@ __all__ = ["ChatOptions", "run_chat"]
 
 
 async def run_chat(engine: Engine, options: ChatOptions) -> None:
-    """Chat on this process's terminal, or answer piped input, until the input ends.
+    """Chat on this process's terminal, or answer piped input.
 
     On a terminal, the chat continues after errors, and Ctrl-C stops the answer. Otherwise, and
     with ``options.prompt``, an error ends the chat, and SIGINT is left to the caller.
@@ -63,9 +63,14 @@ async def _talk(session: Session) -> None:
 
 
 async def _work_off(session: Session) -> None:
-    """Handle piped input line by line."""
+    """Answer piped input: one message, or one message or command per line."""
     closed = sys.stdin is None or sys.stdin.closed
     reader = PlainReader(None if closed else sys.stdin.fileno())
+    if not session.options.each_line:
+        text = await reader.read_all()
+        if text.strip():
+            await session.answer(text, Interrupts())
+        return
     while not session.leaving and (text := await reader.read()) is not None:
         await _handle(session, text, Interrupts(), nullcontext)
 

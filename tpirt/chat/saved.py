@@ -62,7 +62,7 @@ def load(path: Path) -> SavedConversation:
             raise RequestError(f"{path}: not a regular file")
         if path.stat().st_size > _MOST_BYTES:
             raise RequestError(f"{path}: not a saved conversation: too large")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as exc:
         raise RequestError(f"{path}: cannot be read: {exc.strerror}") from exc
     except (ValueError, RecursionError) as exc:

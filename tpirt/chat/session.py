@@ -29,6 +29,7 @@ class ChatOptions:
         params: how tokens are chosen.
         system: the system message.
         prompt: a single prompt to answer instead of a chat.
+        each_line: whether piped input has one message or command per line; else it is one message.
         parse_special: read control tokens within messages as control tokens.
         model_name: for the banner; by default the model's type.
         progress: for prefills; by default a new one. Its ``quiet`` applies to the chat, too.
@@ -37,6 +38,7 @@ class ChatOptions:
     params: SamplingParams
     system: str | None = None
     prompt: str | None = None
+    each_line: bool = False
     parse_special: bool = False
     model_name: str | None = None
     progress: ConsoleProgress | None = None

@@ -22,12 +22,19 @@ def add_command(commands: Commands) -> None:
         commands,
         "chat",
         "talk to a model; /help lists the commands of a chat",
-        "tpirt chat --local 4\n  tpirt chat --model ~/llama --peers 192.168.1.7:50051",
+        "tpirt chat --local 4\n  tpirt chat --model ~/llama --peers 192.168.1.7:50051\n"
+        "  tpirt chat --system 'Correct the spelling.' < letter.txt",
     )
     add_engine_options(parser)
     add_sampling_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this prompt once and exit")
+    parser.add_argument(
+        "--each-line",
+        action="store_true",
+        help="take each line of piped input as a message or command (default: all of it is one "
+        "message)",
+    )
     add_special_tokens_option(parser)
     parser.set_defaults(run=lambda arguments: run_async(_run(arguments)))
 
@@ -44,6 +51,7 @@ async def _run(arguments: argparse.Namespace) -> None:
                 params=sampling_params(arguments, defaults.chat if answers else defaults.sampling),
                 system=arguments.system,
                 prompt=arguments.prompt,
+                each_line=arguments.each_line,
                 parse_special=arguments.special_tokens,
                 model_name=engine.name,
                 progress=progress,

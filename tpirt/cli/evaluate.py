@@ -78,7 +78,7 @@ def _perplexity(mean_loss: float) -> float:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as exc:
         raise RequestError(f"{path}: {exc.strerror}") from exc
     except UnicodeDecodeError as exc:

@@ -43,6 +43,7 @@ def add_command(commands: Commands) -> None:
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt; - reads standard input")
     prompt.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file")
     parser.add_argument("--chat", action="store_true", help="apply the model's chat template")
+    parser.add_argument("--system", metavar="TEXT", help="the system message; implies --chat")
     add_special_tokens_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object with figures")
     parser.set_defaults(run=_run)
@@ -51,16 +52,23 @@ def add_command(commands: Commands) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     text = _prompt(arguments)
     sampling_params(arguments, SamplingParams())  # fail before loading
-    run_async(_generate(arguments, [Message("user", text)] if arguments.chat else text))
+    run_async(_generate(arguments, _conversation(arguments, text)))
+
+
+def _conversation(arguments: argparse.Namespace, text: str) -> Prompt:
+    if not (arguments.chat or arguments.system):
+        return text
+    system = [Message("system", arguments.system)] if arguments.system else []
+    return [*system, Message("user", text)]
 
 
 def _prompt(arguments: argparse.Namespace) -> str:
     name = arguments.prompt_file or "standard input"
     try:
         if arguments.prompt_file is not None:
-            text = Path(arguments.prompt_file).read_text(encoding="utf-8")
+            text = Path(arguments.prompt_file).read_text(encoding="utf-8-sig")
         elif arguments.prompt == "-":
-            text = sys.stdin.buffer.read().decode("utf-8")
+            text = sys.stdin.buffer.read().decode("utf-8-sig")
         else:
             text = arguments.prompt
     except OSError as exc:

@@ -102,9 +102,9 @@ def find_chat_template(path: Path, config: Mapping[str, Any]) -> ChatTemplate | 
 
 
 def read_text(file: Path) -> str:
-    """Read a UTF-8 file; TokenizerError naming it where that fails."""
+    """Read a UTF-8 file without its byte order mark; TokenizerError naming it where that fails."""
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as exc:
         raise TokenizerError(f"{file}: cannot be read: {exc}") from exc
 

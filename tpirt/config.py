@@ -71,10 +71,14 @@ _FAMILIES: Mapping[str, _Family] = {
     ),
 }
 
+QUANTIZED = (
+    "the weights are quantized already (GPTQ, AWQ, FP8 or the like), which is not supported; take "
+    "the model's original repository in float32, float16 or bfloat16, and --quantize int4"
+)
+
 # Keys that change the computation and are not implemented.
 _REFUSED_KEYS: Mapping[str, str] = {
-    "quantization_config": "quantized checkpoints are not supported; use the original "
-    "float32, float16 or bfloat16 weights",
+    "quantization_config": QUANTIZED,
     "per_layer_config": "layers of different shapes are not supported",
 }
 
@@ -188,7 +192,7 @@ class ModelConfig:
         return int(self.max_position_embeddings * self.rope.factor)
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
+    def from_hf(cls, config: Mapping[str, Any], default_dtype: str = "float32") -> ModelConfig:
         """Translate the content of a ``config.json``.
 
         Families: llama, mistral, qwen2, qwen3. Missing keys get transformers' defaults of the
@@ -197,6 +201,7 @@ class ModelConfig:
         Args:
             config: the JSON object, with the old (``rope_theta``, ``rope_scaling``) or the new
                 rope keys (``rope_parameters``), and ``dtype`` or ``torch_dtype``.
+            default_dtype: the checkpoint's, if the file has none, or ``auto``.
 
         Raises:
             ConfigError: an unsupported family, architecture, rope type, activation, dtype or
@@ -204,20 +209,25 @@ class ModelConfig:
                 has the key, the value and the supported values.
         """
         with _named("config.json"):
-            return _translate(config)
+            return _translate(config, default_dtype)
 
     @classmethod
-    def from_dir(cls, path: Path) -> ModelConfig:
+    def from_dir(cls, path: Path, default_dtype: str = "float32") -> ModelConfig:
         """Read and translate ``path/config.json``.
 
         Raises:
             CheckpointError: no such directory or file, unreadable, or not a JSON object.
-            ConfigError: as :meth:`from_hf`; the message names the file.
+            ConfigError: as :meth:`from_hf`, or a file beside it says that the weights are
+                quantized; the message names the file.
         """
         file = Path(path) / "config.json"
         content = _read_json_object(file)
         with _named(str(file)):
-            return _translate(content)
+            config = _translate(content, default_dtype)
+        for name in ("quantize_config.json", "quant_config.json"):  # older GPTQ and AWQ
+            if (file.parent / name).is_file():
+                raise ConfigError(f"{file.parent / name}: {QUANTIZED}")
+        return config
 
     def to_json(self) -> str:
         """Serialize to one line of JSON with sorted keys; :meth:`from_json` restores it exactly."""
@@ -378,7 +388,7 @@ def _known_fields(content: object, cls: type, name: str = "") -> dict[str, Any]:
     return dict(content)
 
 
-def _translate(config: Mapping[str, Any]) -> ModelConfig:
+def _translate(config: Mapping[str, Any], default_dtype: str) -> ModelConfig:
     if not isinstance(config, Mapping):
         raise ConfigError(f"expected a JSON object, got {_show(config)}")
     family = _family(config)
@@ -410,7 +420,7 @@ def _translate(config: Mapping[str, Any]) -> ModelConfig:
         mlp_bias=_bias(config, "mlp_bias", family.mlp_bias),
         qk_norm=family.qk_norm,
         sliding_windows=_windows(config, family, layers),
-        dtype=_dtype(config),
+        dtype=_dtype(config, default_dtype),
     )
 
 
@@ -462,11 +472,11 @@ def _bias(config: Mapping[str, Any], key: str, of_family: bool | None) -> bool:
     return _flag(key, config.get(key, False)) if of_family is None else of_family
 
 
-def _dtype(config: Mapping[str, Any]) -> str:
-    for key in ("dtype", "torch_dtype"):
-        if config.get(key) is not None:
+def _dtype(config: Mapping[str, Any], default: str) -> str:
+    for key in ("dtype", "torch_dtype"):  # the new name and the old one
+        if config.get(key) not in (None, "auto"):
             return _one_of(key, config[key], DTYPES)
-    return "float32"
+    return default
 
 
 def _windows(config: Mapping[str, Any], family: _Family, layers: int) -> tuple[int | None, ...]:

@@ -132,6 +132,13 @@ def drop_tensor(model: Path) -> None:
     save_file(tensors, model / "model.safetensors")
 
 
+def quantize(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj."
+    tensors[name + "qweight"] = tensors.pop(name + "weight").int()
+    save_file(tensors, model / "model.safetensors")
+
+
 def make_index(model: Path, tensor: str | None = None) -> None:
     names = list(load_file(model / "model.safetensors"))
     (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
@@ -203,7 +210,26 @@ MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         set_config(rope_scaling={"rope_type": "linear", "factor": float("nan")}),
         ("factor",),
     ),
-    "quantized": (set_config(quantization_config={"bits": 4}), ("quantization_config",)),
+    "quantized": (
+        set_config(quantization_config={"bits": 4}),
+        ("config.json", "quantization_config", "quantized already", "--quantize int4"),
+    ),
+    "quantized, said elsewhere": (
+        write("quantize_config.json", "{}"),
+        ("quantize_config.json", "quantized already", "--quantize int4"),
+    ),
+    "quantized, not said": (
+        quantize,
+        ("down_proj.qweight", "quantized already", "--quantize int4"),
+    ),
+    "only GGUF": (
+        lambda m: [empty(m), write("model.gguf", "GGUF")(m)],
+        ("model.gguf", "GGUF is not supported", "config.json", "--quantize int4"),
+    ),
+    "only GGUF weights": (
+        lambda m: (m / "model.safetensors").rename(m / "model.gguf"),
+        ("model.gguf", "--quantize int4"),
+    ),
     "heads": (set_config(num_key_value_heads=3), ("num_key_value_heads",)),
     "hidden size": (set_config(hidden_size=64), ("expected (64,)", "got (32,)")),
     "negative size": (set_config(intermediate_size=-1), ("intermediate_size", "-1")),

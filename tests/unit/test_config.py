@@ -202,6 +202,8 @@ def test_activation_spellings(spelling: str, name: str) -> None:
         ({}, "float32"),
         ({"dtype": None, "torch_dtype": None}, "float32"),
         ({"torch_dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "auto"}, "float32"),
+        ({"dtype": "auto", "torch_dtype": "float16"}, "float16"),
         ({"dtype": "float16", "torch_dtype": "bfloat16"}, "float16"),
     ],
 )

@@ -7,8 +7,8 @@ from functools import cache
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders
 
 from tests.support.text import byte_level, sentencepiece
 from tpirt.errors import RequestError
@@ -39,8 +39,11 @@ def stream(tokenizer: Tokenizer, ids: list[int], prompt: list[int]) -> list[str]
 
 
 def after(tokenizer: Tokenizer, ids: list[int], prompt: list[int]) -> str:
-    before = tokenizer.decode(prompt, skip_special_tokens=True)
-    return tokenizer.decode(prompt + ids, skip_special_tokens=True)[len(before) :]
+    """The text as ``tokenizers`` has it, and that ``decode`` has the same."""
+    before = tokenizer._fast.decode(prompt, skip_special_tokens=True)
+    whole: str = tokenizer._fast.decode(prompt + ids, skip_special_tokens=True)
+    assert tokenizer.decode(prompt + ids, skip_special_tokens=True) == whole
+    return whole[len(before) :]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,6 +66,22 @@ def test_random_text_comes_back_in_whole_characters(kind: str, text: str) -> Non
     assert "".join(pieces) == after(tokenizer, ids, prompt)
     if "\ufffd" not in text and kind != "mixed":
         assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_an_added_token_is_its_own_text(special: bool) -> None:
+    """Also where its letters could all stand for bytes, as those of ``naïve`` can."""
+    fast = byte_level()
+    texts = ["naïve", "ü b", "<|café|>"]
+    fast.add_tokens([AddedToken(t, special=special, normalized=False) for t in texts])
+    tokenizer = Tokenizer(fast, {})
+    ids = [tokenizer.encode(text)[0] for text in texts]
+    assert [tokenizer.decode([i]) for i in ids] == texts
+    text = "the naïve é<|café|>"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    shown = "" if special else "".join(texts)
+    assert "".join(stream(tokenizer, ids, [])) == shown
+    assert tokenizer.decode(ids, skip_special_tokens=True) == shown
 
 
 def test_a_character_comes_with_its_last_byte() -> None:

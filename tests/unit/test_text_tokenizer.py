@@ -152,7 +152,7 @@ def test_a_lone_surrogate_is_refused(tmp_path: Path) -> None:
     ("files", "message"),
     [
         ({}, r"tokenizer\.json: no such file; is .* complete"),
-        ({"tokenizer.model": "x"}, r"found tokenizer\.model\); convert once with: python"),
+        ({"tokenizer.model": "x"}, r"found tokenizer\.model\); .*hf download ORG/NAME tok"),
         ({"tokenizer.json": '{"version": '}, r"tokenizer\.json: not a supported tokenizer"),
         ({"tokenizer.json": "", "tokenizer_config.json": "{"}, r"_config\.json: not valid JSON"),
         ({"tokenizer_config.json": "[]"}, r"_config\.json: expected a JSON object, got list"),

@@ -40,7 +40,10 @@ def add_parser(
 def add_model_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--model``; by default the bundled model."""
     parser.add_argument(
-        "--model", metavar="DIR", help="Hugging Face model directory (default: the bundled model)"
+        "--model",
+        metavar="DIR",
+        help="Hugging Face model directory, or ORG/NAME of a model in the local Hugging Face cache "
+        "(default: the bundled model)",
     )
 
 

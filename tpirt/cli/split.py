@@ -40,13 +40,13 @@ def _run(arguments: argparse.Namespace) -> None:
     from tpirt.cluster.provision import split_model
     from tpirt.cluster.roster import this_peer
     from tpirt.cluster.slice_maker import SliceMaker
-    from tpirt.engine.engine import BUNDLED_MODEL, open_model
+    from tpirt.engine.engine import open_model
     from tpirt.planning import PlanOptions, plan_model
     from tpirt.units import format_bytes
     from tpirt.weights.store import SliceStore, default_store
 
     options = PlanOptions(ratio=arguments.ratio, dtype=arguments.dtype, quantize=arguments.quantize)
-    model = open_model(Path(arguments.model) if arguments.model else BUNDLED_MODEL)
+    model = open_model(arguments.model)
     with model.checkpoint:
         plan = plan_model(model.config, arguments.world_size, this_peer(threads=1), options)
         print(f"dtype {plan.dtype.name} ({plan.dtype.reason})")

@@ -16,6 +16,7 @@ from tpirt.sharding.blocks import Block, Split, StoredTensor
 from tpirt.sharding.format import WeightFormat
 from tpirt.sharding.partition import Shard, Span
 from tpirt.sharding.units import Unit
+from tpirt.weights.hub import model_name
 from tpirt.weights.layout import file_bytes
 from tpirt.weights.manifest import NO_DIGEST, Manifest, SliceSpec
 from tpirt.weights.source import ModelSource
@@ -37,7 +38,7 @@ class SliceMaker:
         """Return the cached spec of a rank's slice; hashes the model if necessary."""
         if shard not in self._specs:
             source = self.checkpoint
-            name = source.path.resolve().name
+            name = model_name(source.path)
             self._specs[shard] = SliceSpec(
                 source.fingerprint, name, self.config, self.form, shard, own=not source.divisible
             )

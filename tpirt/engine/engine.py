@@ -36,6 +36,7 @@ from tpirt.cluster.roster import profile_peers
 from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.cluster.tracing import TRACE_SPANS
 from tpirt.config import ModelConfig
+from tpirt.dtypes import dtype_name
 from tpirt.engine.defaults import GenerationDefaults
 from tpirt.engine.options import EngineOptions
 from tpirt.engine.sampler import Sampler, check_finite, check_params
@@ -59,6 +60,7 @@ from tpirt.types import (
     ignore_progress,
 )
 from tpirt.weights.checkpoint import Checkpoint, check_tensors, resolve_tied
+from tpirt.weights.hub import find_model, model_name
 from tpirt.weights.names import EMBEDDING
 from tpirt.weights.source import ModelSource
 from tpirt.weights.store import SliceStore, default_store
@@ -128,7 +130,8 @@ class Engine:
         On leaving, local workers end and remote ones wait for another master.
 
         Args:
-            model: Hugging Face model directory; the bundled model when absent.
+            model: Hugging Face model directory, or ``ORG/NAME`` of one in the Hub's local cache;
+                the bundled model when absent.
             options: how to run it; defaults when absent.
             local: number of ranks on this machine; ``local - 1`` worker processes are started.
             peers: running workers instead, as addresses ``host:port`` or clients of another
@@ -175,8 +178,8 @@ class Engine:
 
     @property
     def name(self) -> str:
-        """The model directory's name."""
-        return self._checkpoint.path.resolve().name
+        """The model's name: that of its directory, or on the Hub."""
+        return model_name(self._checkpoint.path)
 
     @property
     def peers(self) -> Sequence[PeerProfile]:
@@ -559,12 +562,16 @@ class _Writer:
         return text if stopped else text + self._stops.flush()
 
 
-def open_model(path: Path) -> Model:
+def open_model(model: str | Path | None = None) -> Model:
     """Open a model directory and check that it is whole; reads no weights.
+
+    Args:
+        model: as for :meth:`Engine.connect`.
 
     Raises:
         ConfigError, CheckpointError, TokenizerError: something is missing, damaged, unsupported.
     """
+    path = BUNDLED_MODEL if model is None else find_model(model)
     config = ModelConfig.from_dir(path)
     tokenizer = Tokenizer.from_dir(path)
     defaults = GenerationDefaults.from_dir(path, tokenizer.end_ids())
@@ -575,6 +582,8 @@ def open_model(path: Path) -> Model:
     try:
         check_tensors(checkpoint, config)
         embedding, _ = resolve_tied(checkpoint, config)
+        dtype = dtype_name(checkpoint.tensors[embedding].dtype)
+        config = ModelConfig.from_dir(path, default_dtype=dtype)
     except BaseException:
         checkpoint.close()
         raise
@@ -608,7 +617,7 @@ async def _prepared(
     path: str | Path | None, options: EngineOptions, local: int, progress: ProgressCallback
 ) -> AsyncIterator[_Host]:
     """Open the model and its store, and set this process's compute threads meanwhile."""
-    model = await asyncio.to_thread(open_model, BUNDLED_MODEL if path is None else Path(path))
+    model = await asyncio.to_thread(open_model, path)
     threads = options.threads or default_threads(local)
     with model.checkpoint, _compute_threads(threads):
         root = Path(options.store or model.store or default_store())

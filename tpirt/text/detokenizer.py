@@ -17,6 +17,19 @@ _MAX_HELD_TOKENS = 64
 _CHARACTER_BYTES = 4  # the longest UTF-8 character
 
 
+def decode(tokenizer: FastTokenizer, ids: Sequence[int]) -> str:
+    """The text of ids; that of an added token is exactly its content.
+
+    ``tokenizers`` takes the letters of an added token for bytes if all of them can be, as in
+    ``naïve``.
+    """
+    if _decoder_kinds(tokenizer) == ["ByteLevel"]:
+        stream = _ByteStream(tokenizer, ())
+        return "".join([*map(stream.push, ids), stream.flush()])
+    text: str = tokenizer.decode(list(ids), skip_special_tokens=False)
+    return text
+
+
 class _Stream(Protocol):
     def push(self, token_id: int) -> str: ...
 
@@ -75,6 +88,7 @@ class _ByteStream:
 
     def __init__(self, tokenizer: FastTokenizer, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
+        self._added = tokenizer.get_added_tokens_decoder()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         tail = b""
         for token_id in reversed(prompt_ids):
@@ -90,12 +104,14 @@ class _ByteStream:
         return self._decoder.decode(b"", True)
 
     def _bytes(self, token_id: int) -> bytes:
+        if token_id in self._added:  # its own text, even if that looks like letters of bytes
+            return self._added[token_id].content.encode()
         token: str | None = self._tokenizer.id_to_token(token_id)
         if token is None:  # an id beyond the vocabulary (padded embeddings) has no text
             return b""
         try:
             return bytes(_BYTE_OF[character] for character in token)
-        except KeyError:  # an added token outside the byte alphabet is plain text
+        except KeyError:  # a token outside the byte alphabet is plain text
             return token.encode()
 
 

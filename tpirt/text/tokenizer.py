@@ -17,6 +17,7 @@ import contextlib
 import json
 import re
 import secrets
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as FastTokenizer
 
 from tpirt.errors import TokenizerError
-from tpirt.text.detokenizer import Detokenizer
+from tpirt.text.detokenizer import Detokenizer, decode
 from tpirt.text.template import ChatTemplate, find_chat_template, read_json, read_text
 from tpirt.types import Message
 
@@ -112,9 +113,10 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Return the text of a sequence of ids; invalid UTF-8 becomes U+FFFD."""
-        known = [i for i in ids if i not in self._stands_for]
-        text: str = self._fast.decode(known, skip_special_tokens=skip_special_tokens)
-        return text
+        hidden = self._stands_for.keys()
+        if skip_special_tokens:
+            hidden = hidden | self.special_ids
+        return decode(self._fast, [i for i in ids if i not in hidden])
 
     @property
     def has_chat_template(self) -> bool:
@@ -343,9 +345,9 @@ def _read_fast(path: Path) -> str:
         if not found:
             raise TokenizerError(f"{file}: no such file; is {path} a complete model directory?")
         raise TokenizerError(
-            f"{file}: no such file (found {', '.join(found)}); convert once with: python -c "
-            f'"from transformers import AutoTokenizer as A; '
-            f"A.from_pretrained('{path}').save_pretrained('{path}')\""
+            f"{file}: no such file (found {', '.join(found)}); most models have one: hf download "
+            f"ORG/NAME tokenizer.json tokenizer_config.json --local-dir {shlex.quote(str(path))}; "
+            "docs/models.md says how to convert other formats"
         )
     return read_text(file)
 

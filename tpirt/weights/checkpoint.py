@@ -17,7 +17,7 @@ from typing import Self
 
 import torch
 
-from tpirt.config import ModelConfig
+from tpirt.config import QUANTIZED, ModelConfig
 from tpirt.dtypes import CHECKPOINT_DTYPES, dtype_name
 from tpirt.errors import CheckpointError
 from tpirt.ops.buffers import tensor_bytes
@@ -61,6 +61,11 @@ _ROWS_BYTES = 1 << 20  # whole rows in memory at once while columns are cut out
 # Gaps smaller than this are read, not skipped: a separate cold read takes as long as about 170 KiB
 # in sequence (NVMe, 60 us and 2.8 GB/s), and warm ones are no faster.
 _SKIP_BYTES = 128 << 10
+# What GPTQ, AWQ, compressed-tensors, bitsandbytes and FP8 store beside or instead of a weight.
+_QUANTIZED_TENSORS = (
+    *(".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv"),
+    *(".absmax", ".SCB"),
+)
 _READ_BYTES = 1 << 28  # of one system call (kernels read at most just below 2 GiB)
 
 
@@ -331,6 +336,7 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
             message has the first tensor and their number.
     """
     _check_prefix(checkpoint)
+    _check_not_quantized(checkpoint)
     embedding, head = resolve_tied(checkpoint, config)
     expected = {unprefixed_name(name): shape for name, shape in expected_tensors(config).items()}
     expected = {checkpoint.prefix + name: s for name, s in expected.items() if name != LM_HEAD}
@@ -423,6 +429,8 @@ def _why_no_weights(files: list[str], names: Iterable[str]) -> str:
 def _what_to_do(names: Iterable[str]) -> str:
     if any(name.endswith(".safetensors") for name in names):
         return f"download {INDEX_FILE} as well"
+    if any(name.endswith(".gguf") for name in names):
+        return "take the repository that the GGUF file was made from, and --quantize int4"
     if any(name.endswith((".bin", ".pth", ".pt")) for name in names):
         return "convert it with transformers' save_pretrained, or download the safetensors files"
     return f"a model directory has config.json, tokenizer and {SINGLE_FILE} (or shards)"
@@ -491,6 +499,12 @@ def _check_prefix(checkpoint: Checkpoint) -> None:
         )
 
 
+def _check_not_quantized(checkpoint: Checkpoint) -> None:
+    for name in checkpoint.tensors:
+        if name.endswith(_QUANTIZED_TENSORS):
+            raise CheckpointError(f"{checkpoint.path}: {name}: {QUANTIZED}")
+
+
 def _check_tensor(info: TensorInfo, shape: tuple[int, ...]) -> None:
     if info.shape != shape:
         raise checkpoint_error(
@@ -506,7 +520,7 @@ def _check_tensor(info: TensorInfo, shape: tuple[int, ...]) -> None:
             info.name,
             expected="float32, float16 or bfloat16",
             got=dtype_name(info.dtype),
-            advice="use the original, not a quantized checkpoint",
+            advice=QUANTIZED,
         )
 
 

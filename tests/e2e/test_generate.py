@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,36 @@ def test_answer_ends_with_the_context(generate: Generate) -> None:
     answer = generate("--prompt", "x" * 505, "--max-tokens", "100")
     assert len(answer["token_ids"]) == 7
     assert answer["finish_reason"] == "length"
+
+
+def test_context_bounds_prompt_and_answer(
+    generate: Generate, model: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--context", "10", "--prompt")
+    answer = generate(*options, "1234567", "--max-tokens", "100")
+    assert (len(answer["token_ids"]), answer["finish_reason"]) == (3, "length")
+    command = ("generate", "--model", str(model), "--store", str(store), "--quiet")
+    assert main([*command, *options, "x" * 10]) == 2
+    error = capsys.readouterr().err
+    assert "the prompt has 10 tokens, but --context is 10" in error
+    assert "raise --context: the model's is 512" in error
+
+
+def test_info_needs_the_configuration_only(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "tiny" / "config.json"
+    file.parent.mkdir()
+    shutil.copy(model / "config.json", file)
+    plan = ("--world-size", "2", "--quantize", "int4", "--context", "100")
+    shown = []
+    for path in (model, file.parent, file):
+        assert main(["info", "--model", str(path), *plan]) == 0
+        shown.append(capsys.readouterr().out.splitlines())
+    whole, alone, named = shown
+    assert alone == named
+    assert [line for line in alone if "config.json alone" not in line] == whole
+    assert len(alone) == len(whole) + 1
 
 
 @pytest.mark.parametrize(

@@ -265,6 +265,30 @@ async def test_a_prompt_is_refused_before_its_first_step_or_runs(long_model: Pat
         await engine.complete(prompt[:100], SamplingParams(max_tokens=1))
 
 
+def test_a_context_that_was_asked_for(long_model: Path) -> None:
+    config = ModelConfig.from_dir(long_model)
+    whole = plan(config, [profile()], PlanOptions())
+    assert whole.context_length == config.context_length
+    short = plan(config, [profile()], PlanOptions(context=8))
+    assert (short.context_length, short.chunk_tokens) == (8, 8)
+    assert any("conversations of up to 8 tokens" in line for line in short.explain())
+    with pytest.raises(ConfigError, match=f"has at most {config.context_length} tokens"):
+        plan(config, [profile()], PlanOptions(context=config.context_length + 1))
+    with pytest.raises(ConfigError, match="context: expected a number from 1"):
+        PlanOptions(context=0)
+
+
+@pytest.mark.parametrize("limit", [1, 350 * MIB])
+def test_memory_for_the_whole_context_is_asked_for_at_once(long_model: Path, limit: int) -> None:
+    config = ModelConfig.from_dir(long_model)
+    text = refused(config, [profile()], PlanOptions(memory_bytes=limit, context=12_000))
+    advised = re.search(r"--memory to at least (\w+)", text)
+    assert advised is not None
+    assert limit == 1 or "give a lower --context" in text
+    enough = PlanOptions(memory_bytes=parse_bytes(advised[1]), context=12_000)
+    plan(config, [profile()], enough).check_context(12_000)
+
+
 def test_every_limit_above_the_advised_one_works(long_model: Path) -> None:
     """A higher limit brings longer steps, which must not take what the conversation needs."""
     config = ModelConfig.from_dir(long_model)

@@ -67,9 +67,9 @@ async def _work_off(session: Session) -> None:
     closed = sys.stdin is None or sys.stdin.closed
     reader = PlainReader(None if closed else sys.stdin.fileno())
     if not session.options.each_line:
-        text = await reader.read_all()
-        if text.strip():
-            await session.answer(text, Interrupts())
+        message = await reader.read_all()
+        if message.strip():
+            await session.answer(message, Interrupts())
         return
     while not session.leaving and (text := await reader.read()) is not None:
         await _handle(session, text, Interrupts(), nullcontext)

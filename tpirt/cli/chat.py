@@ -6,6 +6,7 @@ import argparse
 
 from tpirt.cli.options import (
     Commands,
+    add_context_option,
     add_engine_options,
     add_parser,
     add_sampling_options,
@@ -26,6 +27,7 @@ def add_command(commands: Commands) -> None:
         "  tpirt chat --system 'Correct the spelling.' < letter.txt",
     )
     add_engine_options(parser)
+    add_context_option(parser)
     add_sampling_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this prompt once and exit")
@@ -44,7 +46,7 @@ async def _run(arguments: argparse.Namespace) -> None:
     from tpirt.chat.repl import ChatOptions, run_chat
 
     with ConsoleProgress(quiet=arguments.quiet) as progress:
-        async with connected(arguments, progress) as engine:
+        async with connected(arguments, progress, arguments.context) as engine:
             defaults = engine.defaults
             answers = engine.tokenizer.has_chat_template  # a base model would not end by itself
             chat = ChatOptions(

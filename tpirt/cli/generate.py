@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from tpirt.cli.options import (
     Commands,
+    add_context_option,
     add_engine_options,
     add_parser,
     add_sampling_options,
@@ -38,6 +39,7 @@ def add_command(commands: Commands) -> None:
         "tpirt generate --local 2 --chat --prompt 'What is 3 + 4?' --json",
     )
     add_engine_options(parser)
+    add_context_option(parser)
     add_sampling_options(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt; - reads standard input")
@@ -85,26 +87,27 @@ async def _generate(arguments: argparse.Namespace, prompt: Prompt) -> None:
     from tpirt.chat.progress import ConsoleProgress
 
     with ConsoleProgress(quiet=arguments.quiet) as progress:
-        async with connected(arguments, progress) as engine:
+        async with connected(arguments, progress, arguments.context) as engine:
             params = sampling_params(arguments, engine.defaults.sampling)
             prompt = engine.encode(prompt, parse_special=arguments.special_tokens)
             if arguments.json:
                 completion = await engine.complete(prompt, params, progress)
                 print(json.dumps(asdict(completion)))
-                ids, reason = completion.token_ids, completion.finish_reason
+                ids, cut = completion.token_ids, completion.finish_reason == "length"
             else:
-                ids, reason = await _print_answer(engine, prompt, params, progress)
+                ids, cut = await _print_answer(engine, prompt, params, progress)
             if not arguments.quiet:
-                for note in _notes(engine, ids, reason):
+                for note in _notes(engine, ids, cut):
                     print(f"tpirt: {note}", file=sys.stderr)
 
 
 async def _print_answer(
     engine: Engine, prompt: Prompt, params: SamplingParams, progress: ConsoleProgress
-) -> tuple[list[int], str | None]:
+) -> tuple[list[int], bool]:
+    """Print the answer as it comes; its ids, and whether a length ended it."""
     from tpirt.chat.console import Console
 
-    ids, reason = [], None
+    ids, cut = [], False
     console = Console(sys.stdout, sys.stderr)
     progress.before = console.end_line_on_terminal
     async with aclosing(engine.generate(prompt, params, progress)) as tokens:
@@ -112,14 +115,14 @@ async def _print_answer(
             progress.close()
             console.stream(token.text)
             ids.append(token.id)
-            reason = token.finish_reason
+            cut = token.finish_reason == "length"
     print()
-    return ids, reason
+    return ids, cut
 
 
-def _notes(engine: Engine, ids: Sequence[int], finish_reason: str | None) -> Iterator[str]:
+def _notes(engine: Engine, ids: Sequence[int], cut: bool) -> Iterator[str]:
     """What a reader of the answer should know."""
-    if finish_reason == "length":
+    if cut:
         if engine.cached_tokens + 1 >= engine.context_length:
             yield f"stopped at the end of the context of {engine.context_length} tokens"
         else:

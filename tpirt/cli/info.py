@@ -15,7 +15,6 @@ from tpirt.cli.options import (
     add_ratio_option,
     count,
 )
-from tpirt.errors import MemoryLimitError
 from tpirt.units import format_bytes
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def add_command(commands: Commands) -> None:
     parser = add_parser(
         commands,
         "info",
-        "describe a model and the memory that each rank needs",
+        "describe a model and the memory that each rank needs (config.json is enough)",
         "tpirt info --model ~/llama --world-size 4 --window 4 --context 4096",
     )
     add_model_option(parser)
@@ -53,28 +52,26 @@ def _run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from tpirt.cluster.roster import this_peer
-    from tpirt.engine.engine import BUNDLED_MODEL, open_model
+    from tpirt.engine.engine import BUNDLED_MODEL
     from tpirt.planning import PlanOptions, plan_model
+    from tpirt.weights.hub import find_model, model_name
 
     options = PlanOptions(
         ratio=arguments.ratio,
         window=arguments.window,
         dtype=arguments.dtype,
         quantize=arguments.quantize,
+        context=arguments.context,
     )
-    path = Path(arguments.model) if arguments.model else BUNDLED_MODEL
-    model = open_model(path)
-    model.checkpoint.close()
-    config = model.config
+    path = find_model(arguments.model) if arguments.model else BUNDLED_MODEL
+    config, checked = _config(path)
     context = arguments.context or min(config.context_length, 4096)
-    if context > config.context_length:
-        raise MemoryLimitError(
-            f"context {context}: the model has at most {config.context_length} tokens"
-        )
     plan = plan_model(config, arguments.world_size, this_peer(threads=1), options)
     console = Console(highlight=False)
     console.begin_capture()  # printed below: rich ends the process on a broken pipe
-    console.print(_description(path.resolve().name, config))
+    console.print(_description(model_name(path), config))
+    if not checked:
+        console.print("from config.json alone: there is no whole model to check")
     console.print(
         f"checkpoint in {config.dtype}; runs in {plan.dtype.name} ({plan.dtype.reason}), "
         f"quantized: {plan.ranks[0].form.quant}"
@@ -85,6 +82,20 @@ def _run(arguments: argparse.Namespace) -> None:
     process = format_bytes(plan.ranks[0].budget.base_bytes)
     console.print(f"needs = held + KV + work + about {process} for Python and torch")
     print(console.end_capture(), end="")
+
+
+def _config(path: Path) -> tuple[ModelConfig, bool]:
+    """The configuration, and whether the rest of the model is there; if so, it is checked."""
+    from tpirt.config import ModelConfig
+    from tpirt.engine.engine import open_model
+    from tpirt.weights.synthetic import is_synthetic
+
+    has_weights = is_synthetic(path) or any(path.glob("*.safetensors"))
+    if has_weights and (path / "tokenizer.json").exists():
+        model = open_model(path)
+        model.checkpoint.close()
+        return model.config, True
+    return ModelConfig.from_dir(path), False
 
 
 def _description(name: str, config: ModelConfig) -> str:

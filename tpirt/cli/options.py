@@ -120,6 +120,17 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no plan and no progress on stderr")
 
 
+def add_context_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--context``."""
+    parser.add_argument(
+        "--context",
+        type=count,
+        metavar="N",
+        help="most tokens of a conversation; all ranks must have the memory for them (default: the "
+        "model's maximum, as far as the memory lasts)",
+    )
+
+
 def add_format_options(parser: argparse.ArgumentParser) -> None:
     """Add ``--dtype`` and ``--quantize``."""
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
@@ -206,7 +217,7 @@ def sampling_params(arguments: argparse.Namespace, defaults: SamplingParams) -> 
     return params
 
 
-def engine_options(arguments: argparse.Namespace) -> EngineOptions:
+def engine_options(arguments: argparse.Namespace, context: int | None = None) -> EngineOptions:
     """Create the engine's options from arguments.
 
     Raises:
@@ -227,14 +238,17 @@ def engine_options(arguments: argparse.Namespace) -> EngineOptions:
         store_limit_bytes=arguments.store_limit,
         timeout_s=arguments.timeout,
         trace=arguments.trace,
+        context=context,
     )
 
 
 @asynccontextmanager
 async def connected(
-    arguments: argparse.Namespace, progress: ConsoleProgress
+    arguments: argparse.Namespace, progress: ConsoleProgress, context: int | None = None
 ) -> AsyncIterator[Engine]:
     """Connect the engine; print the plan before loading, and notes about the group after.
+
+    ``context`` is the longest conversation, by default the model's.
 
     Raises:
         TpirtError: see :meth:`tpirt.Engine.connect`.
@@ -248,7 +262,7 @@ async def connected(
     with noted(progress):
         async with Engine.connect(
             arguments.model,
-            engine_options(arguments),
+            engine_options(arguments, context),
             local=arguments.local,
             peers=arguments.peers,
             progress=progress,

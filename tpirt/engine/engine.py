@@ -194,7 +194,7 @@ class Engine:
     @property
     def context_length(self) -> int:
         """Most tokens of prompt and answer together."""
-        return self.config.context_length
+        return self.deployment.context_length
 
     @property
     def cached_tokens(self) -> int:
@@ -448,10 +448,14 @@ class Engine:
         if not ids:
             raise RequestError("the prompt is empty: give at least one token of text")
         if len(ids) + room > self.context_length:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens, but the model's context is "
-                f"{self.context_length} for prompt and answer together; shorten the prompt"
+            most, models = self.context_length, self.config.context_length
+            limit = (
+                f"the model's context is {most} for prompt and answer together; shorten the prompt"
+                if most == models
+                else f"--context is {most} for prompt and answer together; shorten the prompt, or "
+                f"raise --context: the model's is {models}"
             )
+            raise RequestError(f"the prompt has {len(ids)} tokens, but {limit}")
         for token_id in ids:
             if not 0 <= token_id < self.config.vocab_size:
                 raise RequestError(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tpirt.config import ModelConfig
-from tpirt.errors import MemoryLimitError
+from tpirt.errors import ConfigError, MemoryLimitError
 from tpirt.ops.quant import QuantSpec
 from tpirt.planning.dtype import ChosenDtype, choose_dtype
 from tpirt.planning.memory import (
@@ -76,6 +76,7 @@ class Deployment:
         dtype: of weights and products, and the reason.
         ranks: the plans of all ranks, by rank.
         chunk_tokens: maximum tokens of a step.
+        context_length: maximum tokens of a conversation.
         collectives: options for partial sums.
     """
 
@@ -84,6 +85,7 @@ class Deployment:
     dtype: ChosenDtype
     ranks: tuple[RankPlan, ...]
     chunk_tokens: int
+    context_length: int
     collectives: CollectiveOptions
 
     @property
@@ -107,8 +109,15 @@ class Deployment:
         shard = self.partition.shards[0]
         return logits_tokens(self.config, shard, self.world_size, self.chunk_tokens)
 
-    def check_context(self, tokens: int, cached: int = 0) -> None:
+    def check_context(
+        self, tokens: int, cached: int = 0, *, otherwise: str = "shorten the conversation"
+    ) -> None:
         """Check that a prompt of ``tokens`` tokens fits on every rank, ``cached`` of them cached.
+
+        Args:
+            tokens: number of tokens.
+            cached: leading ones that need not be computed.
+            otherwise: advice besides more memory.
 
         Raises:
             MemoryLimitError: they do not; the message has sufficient limits.
@@ -131,12 +140,17 @@ class Deployment:
             f"{tokens} tokens of context need {format_bytes(budget.kv_bytes(tokens))} of KV cache "
             f"on rank {peer.rank} ({peer.peer_id}), whose memory limit is "
             f"{format_bytes(budget.limits.memory_bytes or 0)}; {', '.join(advice)}, "
-            "or shorten the conversation"
+            f"or {otherwise}"
         )
 
     def explain(self) -> list[str]:
         """Describe the plan and its reasons, one line per fact."""
         lines = [f"prompts in chunks of {self.chunk_tokens} tokens"]
+        kv = max(rank.budget.kv_bytes(self.context_length) for rank in self.ranks)
+        lines.append(
+            f"conversations of up to {self.context_length} tokens: at most {format_bytes(kv)} of "
+            "KV cache per rank"
+        )
         for rank in self.ranks:
             budget = rank.budget
             parts = (
@@ -171,12 +185,14 @@ def plan(
 
     Raises:
         PlanError: the ratio or the number of peers does not fit the model.
+        ConfigError: the context is longer than the model's.
         MemoryLimitError: a limit is too low; the message has a sufficient one.
     """
+    context = _context_length(config, options)
     partition = make_plan(config, len(peers), options.ratio)
     dtype = choose_dtype(config, options.dtype, peers)
     quant = QuantSpec.parse(options.quantize)
-    longest = options.chunk_tokens or config.context_length
+    longest = options.chunk_tokens or context
     budgets = [
         MemoryBudget.of(
             config,
@@ -191,7 +207,7 @@ def plan(
         )
     ]
     chunk = options.chunk_tokens or min(budget.chunk_tokens() for budget in budgets)
-    chunk = min(chunk, config.context_length)
+    chunk = min(chunk, context)
     budgets = [replace(b, limits=replace(b.limits, chunk_tokens=chunk)) for b in budgets]
     try:
         ranks = tuple(
@@ -199,9 +215,12 @@ def plan(
             for peer, budget in zip(peers, budgets, strict=True)
         )
     except MemoryLimitError as exc:
-        raise _shortage(peers, budgets, options.memory_bytes) from exc
+        raise _shortage(peers, budgets, options) from exc
     collectives = CollectiveOptions.parse(options.collective, options.comm_dtype)
-    return Deployment(config, partition, dtype, ranks, chunk, collectives)
+    deployment = Deployment(config, partition, dtype, ranks, chunk, context, collectives)
+    if options.context is not None:
+        deployment.check_context(context, otherwise="give a lower --context")
+    return deployment
 
 
 def plan_model(
@@ -234,15 +253,26 @@ def memory_limits(peers: Sequence[PeerProfile], asked: int | None) -> list[int |
     return limits
 
 
+def _context_length(config: ModelConfig, options: PlanOptions) -> int:
+    context = options.context or config.context_length
+    if context > config.context_length:
+        raise ConfigError(
+            f"context {context}: the model has at most {config.context_length} tokens"
+        )
+    return context
+
+
 def _shortage(
-    peers: Sequence[PeerProfile], budgets: Sequence[MemoryBudget], asked: int | None
+    peers: Sequence[PeerProfile], budgets: Sequence[MemoryBudget], options: PlanOptions
 ) -> MemoryLimitError:
     """The error for a limit that is too low, with limits that suffice for a conversation."""
+    asked = options.memory_bytes
+    advised = [budget.advised_bytes(options.context or 0) for budget in budgets]
     unlimited = [replace(peer, memory_bytes=None) for peer in peers]
     advice = []
     by_master = _below(budgets, memory_limits(unlimited, asked))
     if by_master:
-        enough = format_limit(max(budgets[rank].advised_bytes() for rank in by_master))
+        enough = format_limit(max(advised[rank] for rank in by_master))
         advice.append(
             f"raise --memory to at least {enough}"
             if asked is not None
@@ -250,8 +280,7 @@ def _shortage(
         )
     by_peers = _below(budgets, [peer.memory_bytes for peer in peers])
     advice += [
-        f"raise --memory of {peers[rank].peer_id} to at least "
-        f"{format_limit(budgets[rank].advised_bytes())}"
+        f"raise --memory of {peers[rank].peer_id} to at least {format_limit(advised[rank])}"
         for rank in by_peers
     ]
     rank = min(by_master + by_peers)

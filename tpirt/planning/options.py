@@ -65,6 +65,8 @@ class PlanOptions:
         comm_dtype: dtype of partial sums between ranks: ``float32``, ``bfloat16``, ``int8``, or
             ``auto``: float32 for a float32 run, else bfloat16.
         chunk_tokens: maximum tokens of a prefill step; by default it follows from memory limits.
+        context: maximum tokens of a conversation, for which every rank must have the memory; by
+            default the model's maximum, as far as the memory lasts.
 
     Raises:
         ConfigError: an option has an invalid value.
@@ -79,6 +81,7 @@ class PlanOptions:
     collective: str = AUTO
     comm_dtype: str = AUTO
     chunk_tokens: int | None = None
+    context: int | None = None
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < MIN_SLOTS:
@@ -89,6 +92,7 @@ class PlanOptions:
         check_range("window", self.window, 2**31 - 1)
         check_range("memory_bytes", self.memory_bytes, 2**63 - 1)
         check_range("chunk_tokens", self.chunk_tokens, 2**31 - 1)
+        check_range("context", self.context, 2**31 - 1)
         if self.dtype not in (AUTO, *RUN_DTYPES):
             raise ConfigError(f"dtype {self.dtype!r}: expected auto, float32 or bfloat16")
         QuantSpec.parse(self.quantize)

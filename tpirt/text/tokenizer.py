@@ -113,9 +113,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Return the text of a sequence of ids; invalid UTF-8 becomes U+FFFD."""
-        hidden = self._stands_for.keys()
-        if skip_special_tokens:
-            hidden = hidden | self.special_ids
+        hidden = self._stands_for.keys() | (self.special_ids if skip_special_tokens else ())
         return decode(self._fast, [i for i in ids if i not in hidden])
 
     @property
@@ -201,10 +199,9 @@ class Tokenizer:
         """
         special = [t for t in self._fast.get_added_tokens_decoder().values() if t.special]
         stand_ins = {t.content: _random_text(len(t.content)) for t in special}
-        for token in special:
-            text = stand_ins[token.content]
-            self._fast.add_tokens([_like(token, text)])
-            self._stands_for[self._fast.token_to_id(text)] = self._fast.token_to_id(token.content)
+        self._fast.add_tokens([_like(t, stand_ins[t.content]) for t in special])
+        ids = {t.content: i for i, t in self._fast.get_added_tokens_decoder().items()}
+        self._stands_for |= {ids[text]: ids[token] for token, text in stand_ins.items()}
         return stand_ins
 
     def end_ids(self) -> frozenset[int]:
@@ -215,13 +212,13 @@ class Tokenizer:
                 ends |= self._ids_after_an_answer()
         return frozenset(ends)
 
-    def _ids_after_an_answer(self) -> set[int]:
+    def _ids_after_an_answer(self) -> frozenset[int]:
         answer = "An answer"
         talk = [Message("user", "A question"), Message("assistant", answer)]
         rendered = self.render_chat(talk, add_generation_prompt=False)
         _, _, after = rendered.rpartition(answer)
         first = self.encode(after.strip(), add_special_tokens=False)[:1]
-        return self.added_ids & set(first)
+        return self.added_ids.intersection(first)
 
     def added_ids_of(self, texts: Iterable[str]) -> frozenset[int]:
         """The ids of those texts that are added tokens, white space around them aside."""

@@ -432,7 +432,7 @@ def _what_to_do(names: Iterable[str]) -> str:
     if any(name.endswith(".gguf") for name in names):
         return "take the repository that the GGUF file was made from, and --quantize int4"
     if any(name.endswith((".bin", ".pth", ".pt")) for name in names):
-        return "convert it with transformers' save_pretrained, or download the safetensors files"
+        return "download the safetensors files, or convert it as docs/models.md says"
     return f"a model directory has config.json, tokenizer and {SINGLE_FILE} (or shards)"
 
 

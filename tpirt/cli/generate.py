@@ -83,7 +83,6 @@ def _prompt(arguments: argparse.Namespace) -> str:
 
 
 async def _generate(arguments: argparse.Namespace, prompt: Prompt) -> None:
-    from tpirt.chat.console import Console
     from tpirt.chat.progress import ConsoleProgress
 
     with ConsoleProgress(quiet=arguments.quiet) as progress:

@@ -367,7 +367,7 @@ def test_no_directory(tmp_path: Path) -> None:
     [
         ([], "no safetensors files; a model directory has"),
         (["config.json"], "no safetensors files;"),
-        (["pytorch_model.bin"], "found only pytorch_model.bin; convert"),
+        (["pytorch_model.bin"], "found only pytorch_model.bin; download .* docs/models.md"),
         (["model.gguf"], "found only model.gguf"),
         (["a.safetensors", "b.safetensors"], "2 safetensors files but neither"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import threading
 
 import pytest
@@ -180,3 +181,48 @@ def test_notes_are_lines_of_their_own_and_quiet_shows_none() -> None:
     with ConsoleProgress(quiet=True, stream=out) as progress, noted(progress):
         progress.note("unseen")
     assert "unseen" not in out.getvalue()
+
+
+@pytest.mark.parametrize(("columns", "extras"), [(40, 0), (60, 2), (120, 3)])
+def test_figures_are_whole_at_any_width(
+    monkeypatch: pytest.MonkeyPatch, columns: int, extras: int
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out = Terminal()
+    with ConsoleProgress(stream=out) as progress:
+        for done in (64, 65):
+            progress(Progress("loading weights", done << 20, 1 << 30, detail="rank\x1b[2J 10"))
+        assert out.written.wait(30)
+    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", drawn)]
+    assert max(map(len, lines)) <= columns
+    assert any("65 MiB of 1 GiB" in line for line in lines)
+    assert {"loading", "weights,", "rank?[2J", "10"} <= set(drawn.split())
+    assert ("iB/s" in drawn, "left" in drawn) == (extras > 1, extras > 1)
+    assert ("\u2501" in drawn) == (extras > 2)
+    assert "\u2026" not in drawn
+
+
+def test_lines_of_a_narrow_dumb_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr("tpirt.chat.progress.width", lambda _: 40)
+    out, clock = Terminal(), Clock()
+    progress = ConsoleProgress(stream=out, clock=clock)
+    work(progress, clock, 12, "sending slice")
+    assert out.getvalue().splitlines()[:2] == [
+        "sending slice, rank 0: 3 MiB of 12 MiB,",
+        "  1 MiB/s, 9 s left",
+    ]
+
+
+def test_bars_of_a_terminal_without_utf_8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    out = Terminal()
+    monkeypatch.setattr(Terminal, "encoding", "latin-1")
+    with ConsoleProgress(stream=out) as progress:
+        progress(Progress("slicing", 1, 4))
+        assert out.written.wait(30)
+    assert out.getvalue().isascii()
+    assert "-----" in out.getvalue()

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tpirt.chat import saved, settings
-from tpirt.chat.console import columns
 from tpirt.chat.session import Session
 from tpirt.chat.status import peers_table, stats_table, times_tables
 from tpirt.errors import RequestError
+from tpirt.terminal import definitions
 
 _ASSIGNMENT = re.compile(r"([\w-]+)(?:\s*=\s*|\s+)?(.*)", re.DOTALL)
 
@@ -47,7 +47,7 @@ async def _help(session: Session, _: str) -> None:
     rows.append(("//TEXT", "send a message that begins with /"))
     rows.append(("Ctrl-C", "stop the answer, or clear the line"))
     rows.append(("Alt-Enter", "a new line within the message"))
-    session.console.say(*columns(rows, left=2))
+    session.console.say(*definitions(rows, session.console.width))
 
 
 async def _reset(session: Session, _: str) -> None:
@@ -73,18 +73,21 @@ async def _set(session: Session, text: str) -> None:
     elif text and match is None:
         raise RequestError("usage: /set NAME VALUE")
     names = (settings.canonical(match[1]),) if match else settings.NAMES
-    session.console.say(*columns([(n, settings.shown(session.params, n)) for n in names], left=2))
+    values = [(name, settings.shown(session.params, name)) for name in names]
+    session.console.say(*definitions(values, session.console.width))
 
 
 async def _stats(session: Session, _: str) -> None:
     ranks = await session.engine.stats()
-    session.console.say(*stats_table(ranks), *times_tables(ranks))
+    width = session.console.width
+    session.console.say(*stats_table(ranks, width), *times_tables(ranks, width))
     if session.timing is not None:
         session.console.say(f"last answer: {session.timing.tokens} tokens, {session.timing}")
 
 
 async def _peers(session: Session, _: str) -> None:
-    session.console.say(*peers_table(session.engine.deployment, session.lost_rank))
+    plan, width = session.engine.deployment, session.console.width
+    session.console.say(*peers_table(plan, session.lost_rank, width))
 
 
 async def _save(session: Session, name: str) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TextIO
 
-from tpirt.chat.console import columns, printable
 from tpirt.planning import Deployment, RankPlan
+from tpirt.printable import printable
+from tpirt.terminal import table, width, wrap
 from tpirt.units import format_bytes
 
 _MOST_LINES = 8
@@ -14,14 +15,15 @@ _HEAD = ("rank", "peer", "heads", "KV heads", "MLP columns", "weights", "limit",
 
 def show_plan(plan: Deployment, out: TextIO) -> None:
     """Write one line per rank, at most 8, and one with the dtype and its reason."""
+    columns = width(out)
     rows = [_HEAD, *(_row(rank) for rank in plan.ranks[:_MOST_LINES])]
-    lines = [printable(line) for line in columns(rows, left=2)]
+    lines = table(rows, left=2, columns=columns)
     if plan.world_size > _MOST_LINES:
         lines.append(f"... and {plan.world_size - _MOST_LINES} more")
     quant = plan.ranks[0].form.quant
     how = "" if quant.kind == "none" else f", weights in {quant}"
-    lines.append(printable(f"dtype {plan.dtype.name} ({plan.dtype.reason}){how}"))
-    out.write("".join(line + "\n" for line in lines))
+    lines.append(wrap(f"dtype {plan.dtype.name} ({plan.dtype.reason}){how}", columns))
+    out.write(printable("\n".join(lines)) + "\n")
     out.flush()
 
 

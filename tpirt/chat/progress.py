@@ -5,22 +5,25 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TextIO
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column, Table
 from rich.text import Text
 
-from tpirt.chat.console import is_capable
+from tpirt.printable import printable_line
+from tpirt.terminal import is_capable, unfiltered, wants_color, width, wrap
 from tpirt.types import RECONNECTED, Progress
 from tpirt.units import format_bytes
 
 _PATIENCE_S = 1.0  # shorter stages are not shown
 _FIRST_LINE_S, _NEXT_LINE_S = 3.0, 5.0
 _MOST_BARS = 8
+_RATE_COLUMNS, _BAR_COLUMNS = 60, 92  # from this width on, rates and bars are shown
 
 _Clock = Callable[[], float]
 _Key = tuple[str, str]
@@ -52,7 +55,7 @@ class ConsoleProgress:
         self._show: _Bars | _Lines | None = None
         if not quiet:
             kind = _Bars if is_capable(stream) else _Lines
-            self._show = kind(stream, clock, lambda: self.before())
+            self._show = kind(unfiltered(stream), clock, lambda: self.before())
 
     def __call__(self, progress: Progress) -> None:
         """Show a report."""
@@ -118,8 +121,7 @@ class _Lines:
 
     def _write(self, line: str) -> None:
         self._before()
-        self._stream.write(f"{line}\n")
-        self._stream.flush()
+        _write_line(self._stream, line)
 
 
 class _Bars:
@@ -127,7 +129,7 @@ class _Bars:
 
     def __init__(self, stream: TextIO, clock: _Clock, before: Callable[[], None]):
         self._stream = stream
-        self._console = _QuietConsole(file=stream)
+        self._console = _QuietConsole(file=stream, no_color=not wants_color())
         self._clock = clock
         self._before = before
         self._lock = threading.Lock()
@@ -154,8 +156,7 @@ class _Bars:
         with self._lock:
             self._end()
             self._before()
-            self._stream.write(f"{line}\n")
-            self._stream.flush()
+            _write_line(self._stream, line)
 
     def close(self) -> None:
         with self._lock:
@@ -163,17 +164,7 @@ class _Bars:
             self._shown_until_s = -_PATIENCE_S
 
     def _begin(self) -> RichProgress:
-        self._bars = RichProgress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(24),
-            _Amount(),
-            _Rate(),
-            _Remaining(),
-            console=self._console,
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
+        self._bars = _FittingProgress(self._console)
         if self._clock() - self._shown_until_s < _PATIENCE_S:
             self._start(self._bars)  # a next stage right after one that is on the screen
         else:
@@ -225,7 +216,35 @@ class _QuietConsole(RichConsole):
         return False
 
 
-class _Amount(ProgressColumn):
+class _FittingProgress(RichProgress):
+    """Leaves out columns that the terminal has no room for; long titles take several lines."""
+
+    def __init__(self, console: RichConsole):
+        self._output = console  # the base class asks for columns before it has a console
+        super().__init__(
+            console=console, transient=True, redirect_stdout=False, redirect_stderr=False
+        )
+
+    def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
+        columns = self._output.width
+        title = TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold"))
+        extras = [
+            *([BarColumn(24)] if columns >= _BAR_COLUMNS else []),
+            _Amount(),
+            *([_Rate(), _Remaining()] if columns >= _RATE_COLUMNS else []),
+        ]
+        self.columns = (title, *extras)
+        return super().make_tasks_table(tasks)
+
+
+class _Figure(ProgressColumn):
+    """A figure with its unit, in one line."""
+
+    def get_table_column(self) -> Column:
+        return Column(no_wrap=True)
+
+
+class _Amount(_Figure):
     def render(self, task: Task) -> Text:
         if task.total is None:
             return Text(f"{task.elapsed or 0:.0f} s")
@@ -233,12 +252,12 @@ class _Amount(ProgressColumn):
         return Text(_amount(Progress("", int(task.completed), int(task.total), unit)))
 
 
-class _Rate(ProgressColumn):
+class _Rate(_Figure):
     def render(self, task: Task) -> Text:
         return Text(_rate(task.speed, task.fields["unit"]) if task.speed else "")
 
 
-class _Remaining(ProgressColumn):
+class _Remaining(_Figure):
     def render(self, task: Task) -> Text:
         left = task.time_remaining
         return Text("" if left is None or task.finished else _left(left))
@@ -248,13 +267,19 @@ def _do_nothing() -> None:
     pass
 
 
+def _write_line(stream: TextIO, line: str) -> None:
+    stream.write(wrap(printable_line(line), width(stream), "  ") + "\n")
+    stream.flush()
+
+
 def _reconnected(progress: Progress) -> str:
     peers = f"{progress.total} peer" + "s" * (progress.total != 1)
     return f"reconnected to {peers}" + (f"; {progress.detail}" if progress.detail else "")
 
 
 def _title(progress: Progress) -> str:
-    return f"{progress.stage}, {progress.detail}" if progress.detail else progress.stage
+    title = f"{progress.stage}, {progress.detail}" if progress.detail else progress.stage
+    return printable_line(title)
 
 
 def _amount(progress: Progress) -> str:

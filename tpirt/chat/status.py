@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 
-from tpirt.chat.console import columns
 from tpirt.engine.token_times import token_times
 from tpirt.planning import Deployment
+from tpirt.terminal import table
 from tpirt.types import RankStats, StepTimes, TokenTimes
 from tpirt.units import format_bytes
 
@@ -55,7 +55,7 @@ class Timing:
         return first if rate is None else f"{first}, {rate:.3g} tokens/s"
 
 
-def stats_table(ranks: Iterable[RankStats]) -> list[str]:
+def stats_table(ranks: Iterable[RankStats], columns: int | None = None) -> list[str]:
     """One line per rank: memory, disk and traffic of the last request."""
     head = ("rank", "peer", "peak RSS", "weights", "read", "per second", "sent", "received")
     rows = [
@@ -66,10 +66,10 @@ def stats_table(ranks: Iterable[RankStats]) -> list[str]:
         )
         for r in ranks
     ]
-    return columns([head, *rows], left=2)
+    return table([head, *rows], left=2, columns=columns)
 
 
-def times_tables(ranks: Sequence[RankStats]) -> list[str]:
+def times_tables(ranks: Sequence[RankStats], columns: int | None = None) -> list[str]:
     """Times of the last request by rank and cause: prefill, then a decoded token.
 
     The last line of the second table is for the group; see :class:`tpirt.types.TokenTimes`.
@@ -80,7 +80,7 @@ def times_tables(ranks: Sequence[RankStats]) -> list[str]:
     if tokens:
         lines += ["", f"prefill of {tokens} tokens, ms:"]
         rows = [_times(steps, sum) for steps in prefills]
-        lines += columns([_TIMES, *map(_labelled, ranks, rows)], left=2)
+        lines += table([_TIMES, *map(_labelled, ranks, rows)], left=2, columns=columns)
     decoded = token_times(ranks)
     if decoded:
         lines += ["", f"a decoded token, ms (medians of {len(decoded)}):"]
@@ -88,8 +88,8 @@ def times_tables(ranks: Sequence[RankStats]) -> list[str]:
         group = _row(
             [median(getattr(token, f"{cause}_ms") for token in decoded) for cause in _CAUSES]
         )
-        table = [_TIMES, *map(_labelled, ranks, rows), ("all", "", *group)]
-        lines += [*columns(table, left=2), _what_gated(decoded)]
+        rows = [*map(_labelled, ranks, rows), ("all", "", *group)]
+        lines += [*table([_TIMES, *rows], left=2, columns=columns), _what_gated(decoded)]
     return lines
 
 
@@ -126,11 +126,11 @@ def _what_gated(decoded: Sequence[TokenTimes]) -> str:
     return f"longest wait: {what}, in {times} of {len(decoded)} tokens"
 
 
-def peers_table(plan: Deployment, lost_rank: int | None) -> list[str]:
+def peers_table(plan: Deployment, lost_rank: int | None, columns: int | None = None) -> list[str]:
     """One line per rank: peer, heads, threads, and whether it is lost."""
     rows = [("rank", "peer", "heads", "KV heads", "threads", "state")]
     for rank, (peer, shard) in enumerate(zip(plan.peers, plan.partition.shards, strict=True)):
         heads = (str(shard.q_heads.size), str(shard.kv_heads.size))
         state = "lost" if rank == lost_rank else "ok"
         rows.append((str(rank), peer.peer_id, *heads, str(peer.threads), state))
-    return columns(rows, left=2)
+    return table(rows, left=2, columns=columns)

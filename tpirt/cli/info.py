@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +16,14 @@ from tpirt.cli.options import (
     add_ratio_option,
     count,
 )
+from tpirt.terminal import table, width
 from tpirt.units import format_bytes
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from tpirt.config import ModelConfig
-    from tpirt.planning import Deployment
+    from tpirt.planning import RankPlan
+
+_HEAD = ("rank", "heads", "MLP", "weights", "block", "held", "KV", "work", "needs")
 
 
 def add_command(commands: Commands) -> None:
@@ -49,8 +51,6 @@ def add_command(commands: Commands) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from tpirt.cluster.roster import this_peer
     from tpirt.engine.engine import BUNDLED_MODEL
     from tpirt.planning import PlanOptions, plan_model
@@ -67,21 +67,19 @@ def _run(arguments: argparse.Namespace) -> None:
     config, checked = _config(path)
     context = arguments.context or min(config.context_length, 4096)
     plan = plan_model(config, arguments.world_size, this_peer(threads=1), options)
-    console = Console(highlight=False)
-    console.begin_capture()  # printed below: rich ends the process on a broken pipe
-    console.print(_description(model_name(path), config))
+    print(_description(model_name(path), config))
     if not checked:
-        console.print("from config.json alone: there is no whole model to check")
-    console.print(
+        print("from config.json alone: there is no whole model to check")
+    print(
         f"checkpoint in {config.dtype}; runs in {plan.dtype.name} ({plan.dtype.reason}), "
         f"quantized: {plan.ranks[0].form.quant}"
     )
     window = f"window {arguments.window} blocks" if arguments.window else "all resident"
-    console.print(f"memory per rank: {window}, context {context} tokens")
-    console.print(_table(plan, context))
+    print(f"memory per rank: {window}, context {context} tokens\n")
+    rows = [_HEAD, *(_row(rank, context) for rank in plan.ranks)]
+    print("\n".join(table(rows, left=0, columns=width(sys.stdout))))
     process = format_bytes(plan.ranks[0].budget.base_bytes)
-    console.print(f"needs = held + KV + work + about {process} for Python and torch")
-    print(console.end_capture(), end="")
+    print(f"\nneeds = held + KV + work + about {process} for Python and torch")
 
 
 def _config(path: Path) -> tuple[ModelConfig, bool]:
@@ -111,24 +109,14 @@ def _description(name: str, config: ModelConfig) -> str:
     )
 
 
-def _table(plan: Deployment, context: int) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, padding=0, collapse_padding=False)
-    for column in ("rank", "heads", "MLP", "weights", "block", "held", "KV", "work", "needs"):
-        table.add_column(column, justify="right", no_wrap=True, min_width=6)
-    for rank in plan.ranks:
-        budget = rank.budget
-        held = rank.streaming.held_bytes(budget.block_bytes)
-        kv = budget.kv_bytes(context)
-        work = budget.step_bytes() + budget.process_bytes - budget.base_bytes
-        sizes = (
-            *(budget.weights_bytes, max(budget.block_bytes), held),
-            *(kv, work, held + kv + work + budget.base_bytes),
-        )
-        table.add_row(
-            *(str(rank.peer.rank), str(rank.shard.q_heads.size), str(rank.shard.columns.size)),
-            *map(format_bytes, sizes),
-        )
-    return table
+def _row(rank: RankPlan, context: int) -> tuple[str, ...]:
+    budget = rank.budget
+    held = rank.streaming.held_bytes(budget.block_bytes)
+    kv = budget.kv_bytes(context)
+    work = budget.step_bytes() + budget.process_bytes - budget.base_bytes
+    sizes = (
+        *(budget.weights_bytes, max(budget.block_bytes), held),
+        *(kv, work, held + kv + work + budget.base_bytes),
+    )
+    counts = (rank.peer.rank, rank.shard.q_heads.size, rank.shard.columns.size)
+    return (*map(str, counts), *map(format_bytes, sizes))

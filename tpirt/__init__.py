@@ -9,12 +9,12 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from tpirt.errors import TpirtError
-from tpirt.types import Completion, Message, Progress, RankStats, SamplingParams, Token
 from tpirt.version import __version__
 
 if TYPE_CHECKING:
     from tpirt.engine import Conversation, Engine, EngineOptions
+    from tpirt.errors import TpirtError
+    from tpirt.types import Completion, Message, Progress, RankStats, SamplingParams, Token
 
 # torch's threads spin while they wait for each other. Beside anything else that runs (another rank,
 # the disk's reader, another program) that made small operations up to 40 times slower; sleeping
@@ -35,9 +35,15 @@ __all__ = [
     "__version__",
 ]
 
+_MODULES = {
+    **dict.fromkeys(("Conversation", "Engine", "EngineOptions"), "tpirt.engine"),
+    "TpirtError": "tpirt.errors",
+}
+
 
 def __getattr__(name: str) -> Any:
     # The engine brings torch, which takes a second to import: `tpirt --help` must not wait for it.
-    if name in ("Conversation", "Engine", "EngineOptions"):
-        return getattr(import_module("tpirt.engine"), name)
+    # Everything else is lazy because the command imports this before it can handle Ctrl-C.
+    if name in __all__:
+        return getattr(import_module(_MODULES.get(name, "tpirt.types")), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -152,6 +152,27 @@ class CleanStream:
         return getattr(self.unfiltered, name)
 
 
+class BestEffortStream:
+    """A text stream that may be gone (closed pipe, full disk): what cannot be written is lost."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write the text, if that is possible."""
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream, if that is possible."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def unfiltered(stream: TextIO) -> TextIO:
     """The stream below a :class:`CleanStream`, for those who draw on a terminal."""
     return stream.unfiltered if isinstance(stream, CleanStream) else stream
@@ -161,13 +182,15 @@ def unfiltered(stream: TextIO) -> TextIO:
 def clean_output() -> Iterator[None]:
     """Make standard output and error clean within the block.
 
-    Characters that their encoding lacks become question marks.
+    Characters that their encoding lacks become question marks. Commands go on without standard
+    error, but not without standard output.
     """
     before = sys.stdout, sys.stderr
     for stream in before:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
-    sys.stdout, sys.stderr = (cast(TextIO, CleanStream(stream)) for stream in before)
+    out, err = before[0], cast(TextIO, BestEffortStream(before[1]))
+    sys.stdout, sys.stderr = (cast(TextIO, CleanStream(stream)) for stream in (out, err))
     try:
         yield
     finally:

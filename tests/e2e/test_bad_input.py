@@ -465,7 +465,6 @@ def test_prompts_that_cannot_be_served(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((), "required"),
         (("sing",), "sing"),
         (("info", "--world-size", "0"), "--world-size"),
         (("info", "--world-size", "9"), "world size 9"),

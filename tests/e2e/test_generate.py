@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from tpirt.cli.main import main
 from tpirt.engine import Engine, EngineOptions
+from tpirt.printable import printable
 from tpirt.testing.models import make_model
 from tpirt.testing.processes import PeerProcess, descendants, run_cli, run_python, survivors
 from tpirt.text import Tokenizer
@@ -112,6 +114,24 @@ def test_stop_text_ends_the_answer_and_is_not_in_it(generate: Generate) -> None:
     answer = generate("--prompt", "Hello", "--max-tokens", "40", "--stop", stop)
     assert answer["finish_reason"] == "stop"
     assert answer["text"] == whole[: whole.index(stop)]
+
+
+def test_a_terminal_gets_no_control_characters_and_a_pipe_gets_all(
+    generate: Generate,
+    model: Path,
+    store: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn = ("--prompt", "Hello", "--max-tokens", "200", "--temperature", "2", "--seed", "1")
+    text = generate(*drawn)["text"]
+    assert text != printable(text)
+    options = ("--model", str(model), "--store", str(store), "--threads", "1", "--quiet")
+    assert main(["generate", *options, "--dtype", "float32", *drawn]) == 0
+    assert capsys.readouterr().out == text + "\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["generate", *options, "--dtype", "float32", *drawn]) == 0
+    assert capsys.readouterr().out == printable(text) + "\n"
 
 
 def test_seed_repeats_a_drawn_answer(generate: Generate) -> None:

@@ -38,10 +38,16 @@ def add_command(commands: Commands) -> None:
         "message)",
     )
     add_special_tokens_option(parser)
-    parser.set_defaults(run=lambda arguments: run_async(_run(arguments)))
+    parser.set_defaults(run=_run)
 
 
-async def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> None:
+    import tpirt.chat  # noqa: F401  # before the event loop: see run_async
+
+    run_async(_chat(arguments))
+
+
+async def _chat(arguments: argparse.Namespace) -> None:
     from tpirt.chat.progress import ConsoleProgress
     from tpirt.chat.repl import ChatOptions, run_chat
 

@@ -38,10 +38,16 @@ def add_command(commands: Commands) -> None:
     )
     parser.add_argument("--max-pieces", type=count, metavar="N", help="stop after N pieces")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(run=lambda arguments: run_async(_run(arguments)))
+    parser.set_defaults(run=_run)
 
 
-async def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> None:
+    import tpirt.chat  # noqa: F401  # before the event loop: see run_async
+
+    run_async(_evaluate(arguments))
+
+
+async def _evaluate(arguments: argparse.Namespace) -> None:
     from tpirt.chat.progress import ConsoleProgress
 
     text = _read(Path(arguments.text))

@@ -35,7 +35,7 @@ def add_command(commands: Commands) -> None:
     parser = add_parser(
         commands,
         "generate",
-        "continue one prompt and exit",
+        "continue one prompt and exit; to a pipe or file, the text is written unchanged",
         "tpirt generate --local 2 --chat --prompt 'What is 3 + 4?' --json",
     )
     add_engine_options(parser)
@@ -52,6 +52,8 @@ def add_command(commands: Commands) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    import tpirt.chat  # noqa: F401  # before the event loop: see run_async
+
     text = _prompt(arguments)
     sampling_params(arguments, SamplingParams())  # fail before loading
     run_async(_generate(arguments, _conversation(arguments, text)))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn, TextIO, cast
+from typing import NoReturn
 
+from tpirt.cli.parser import build_parser
+from tpirt.cli.sigint import INTERRUPTED
 from tpirt.errors import TpirtError
+from tpirt.printable import printable_line
 from tpirt.refusals import refusal
-from tpirt.version import __version__
-
-INTERRUPTED = 130
+from tpirt.terminal import clean_output
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,8 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 2 for bad input; 3 for a lost or unreachable peer; 130 after Ctrl-C.
     """
+    _open_standard_streams()
     try:
-        code = _run(argv)
+        with clean_output():
+            code = _run(argv)
     finally:
         if argv is None:  # the process ends; Ctrl-C must not interrupt it
             signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -46,16 +48,15 @@ def _leave(code: int) -> NoReturn:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    _open_standard_streams()
-    arguments = build_parser().parse_args(argv)
     try:
+        arguments = build_parser().parse_args(argv)
         arguments.run(arguments)
         sys.stdout.flush()  # here, where errors are caught
     except TpirtError as exc:
-        print(f"tpirt: error: {exc}", file=sys.stderr)
+        _complain(f"error: {exc}")
         return exc.exit_code
     except KeyboardInterrupt:
-        print("tpirt: interrupted", file=sys.stderr)
+        _complain("interrupted")
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has closed it
         _drop_output()
@@ -66,9 +67,15 @@ def _run(argv: Sequence[str] | None) -> int:
             # Any OSError of another kind is already a TpirtError.
             words = f"cannot write the output: {exc.strerror}"
         _drop_output()
-        print(f"tpirt: error: {words}", file=sys.stderr)
+        _complain(f"error: {words}")
         return TpirtError.exit_code
     return 0
+
+
+def _complain(text: str) -> None:
+    """Print one line on stderr, if there still is one."""
+    with contextlib.suppress(OSError):
+        print(printable_line(f"tpirt: {text}"), file=sys.stderr, flush=True)
 
 
 def _open_standard_streams() -> None:
@@ -81,45 +88,8 @@ def _open_standard_streams() -> None:
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    if not isinstance(sys.stderr, _BestEffort):
-        sys.stderr = cast(TextIO, _BestEffort(sys.stderr))
-
-
-class _BestEffort:
-    """Standard error that may be gone (closed pipe, full disk): commands go on without it."""
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 def _drop_output() -> None:
     """Discard buffered output, so that flushing it does not fail when the interpreter ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Create the parser with all commands."""
-    from tpirt.cli import chat, evaluate, generate, info, peer, split, store, synth
-
-    parser = argparse.ArgumentParser(
-        prog="tpirt",
-        description="Run a large language model over several small machines.",
-        epilog="example: tpirt chat --local 4",
-    )
-    parser.add_argument("--version", action="version", version=f"tpirt {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (chat, generate, peer, split, synth, info, evaluate, store):
-        module.add_command(commands)
-    return parser

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from tpirt.cli.sigint import interruptible
 from tpirt.errors import ConfigError
 from tpirt.types import DEFAULT_TIMEOUT_S, SamplingParams
 from tpirt.units import parse_bytes
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _LEAST_OPEN_FILES = 32
 Commands = Any  # argparse's subparsers object, which has no public type
+Group = argparse._ActionsContainer  # a parser, or a group of its options
 
 
 def add_parser(
@@ -32,14 +34,13 @@ def add_parser(
         help=help_text,
         description=help_text[0].upper() + help_text[1:] + ".",
         epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     return parser
 
 
-def add_model_option(parser: argparse.ArgumentParser) -> None:
+def add_model_option(group: Group) -> None:
     """Add ``--model``; by default the bundled model."""
-    parser.add_argument(
+    group.add_argument(
         "--model",
         metavar="DIR",
         help="Hugging Face model directory, or ORG/NAME of a model in the local Hugging Face cache "
@@ -47,9 +48,9 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_ratio_option(parser: argparse.ArgumentParser) -> None:
+def add_ratio_option(group: Group) -> None:
     """Add ``--ratio``: a comma-separated share per rank."""
-    parser.add_argument(
+    group.add_argument(
         "--ratio",
         type=_ratio,
         metavar="A,B,...",
@@ -59,52 +60,52 @@ def add_ratio_option(parser: argparse.ArgumentParser) -> None:
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of :class:`tpirt.EngineOptions`, and the location of ranks."""
-    add_model_option(parser)
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument(
+    where = parser.add_argument_group("model and ranks")
+    add_model_option(where)
+    ranks = where.add_mutually_exclusive_group()
+    ranks.add_argument(
         "--local",
         type=count,
         default=1,
         metavar="N",
         help="run N ranks on this machine (default 1)",
     )
-    where.add_argument(
+    ranks.add_argument(
         "--peers",
         type=_addresses,
         default=(),
         metavar="HOST:PORT,...",
         help="worker peers to use; this process is rank 0 and computes too",
     )
-    add_ratio_option(parser)
-    parser.add_argument(
-        "--window", type=int, metavar="N", help="most weight blocks in memory per rank, at least 2"
-    )
-    parser.add_argument(
+    add_ratio_option(where)
+    memory = parser.add_argument_group("memory and cores")
+    memory.add_argument(
         "--memory",
         type=size,
         metavar="SIZE",
         help="most memory of each rank's process, such as 900M",
     )
-    add_format_options(parser)
-    parser.add_argument(
+    memory.add_argument(
+        "--window", type=int, metavar="N", help="most weight blocks in memory per rank, at least 2"
+    )
+    add_process_options(memory)
+    add_format_options(parser.add_argument_group("format of weights"))
+    network = parser.add_argument_group("network")
+    network.add_argument(
         "--collective",
         default="auto",
         metavar="HOW",
         help="all-reduce algorithm: star, one-shot, two-shot or auto (default), which depends on "
         "measured links",
     )
-    parser.add_argument(
+    network.add_argument(
         "--comm-dtype",
         default="auto",
         metavar="DTYPE",
         help="dtype of partial sums between ranks: float32, bfloat16, int8 or auto (default): "
         "bfloat16 unless weights are float32",
     )
-    parser.add_argument(
-        "--explain", action="store_true", help="explain the plan, links and collectives on stderr"
-    )
-    add_process_options(parser)
-    parser.add_argument(
+    network.add_argument(
         "--timeout",
         type=_seconds,
         default=DEFAULT_TIMEOUT_S,
@@ -112,17 +113,21 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="longest silence of a peer before it counts as lost, in seconds "
         f"(default {DEFAULT_TIMEOUT_S:g})",
     )
-    parser.add_argument(
+    reports = parser.add_argument_group("reports")
+    reports.add_argument("--quiet", action="store_true", help="no plan and no progress on stderr")
+    reports.add_argument(
+        "--explain", action="store_true", help="explain the plan, links and collectives on stderr"
+    )
+    reports.add_argument(
         "--trace",
         metavar="FILE",
-        help="write a trace of disk, compute and network of all ranks, for https://ui.perfetto.dev",
+        help="write a trace of disk, compute and network of all ranks, for ui.perfetto.dev",
     )
-    parser.add_argument("--quiet", action="store_true", help="no plan and no progress on stderr")
 
 
-def add_context_option(parser: argparse.ArgumentParser) -> None:
+def add_context_option(group: Group) -> None:
     """Add ``--context``."""
-    parser.add_argument(
+    group.add_argument(
         "--context",
         type=count,
         metavar="N",
@@ -131,10 +136,10 @@ def add_context_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_format_options(parser: argparse.ArgumentParser) -> None:
+def add_format_options(group: Group) -> None:
     """Add ``--dtype`` and ``--quantize``."""
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument(
+    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    group.add_argument(
         "--quantize",
         default="none",
         metavar="HOW",
@@ -142,25 +147,25 @@ def add_format_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_process_options(parser: argparse.ArgumentParser) -> None:
+def add_process_options(group: Group) -> None:
     """Add ``--threads``, ``--store`` and ``--store-limit``."""
-    parser.add_argument(
+    group.add_argument(
         "--threads",
         type=count,
         metavar="N",
         help="compute threads per process (default: cores, divided among --local)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--store", metavar="DIR", help="folder of slices (default ~/.cache/tpirt/slices)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--store-limit", type=size, metavar="SIZE", help="maximum size of slices on disk"
     )
 
 
-def add_special_tokens_option(parser: argparse.ArgumentParser) -> None:
+def add_special_tokens_option(group: Group) -> None:
     """Add ``--special-tokens``."""
-    parser.add_argument(
+    group.add_argument(
         "--special-tokens",
         action="store_true",
         help="in messages of a chat, read control tokens such as <|im_end|> as control tokens "
@@ -170,7 +175,9 @@ def add_special_tokens_option(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add sampling options; by default those of the model."""
-    group = parser.add_argument_group("sampling (default: the model's generation_config.json)")
+    group = parser.add_argument_group(
+        "sampling", "by default what the model's generation_config.json says"
+    )
     group.add_argument(
         "--max-tokens",
         type=int,
@@ -296,10 +303,12 @@ def noted(progress: ConsoleProgress) -> Iterator[None]:
 
 
 def run_async(main: Coroutine[Any, Any, None]) -> None:
-    """Run a coroutine, on uvloop if installed.
+    """Run a coroutine, on uvloop if installed; SIGINT cancels it.
 
     Raises:
         ConfigError: too few files may be open for an event loop.
+
+    Import what it needs before: a SIGINT within an import is only noticed after the import.
     """
     from tpirt.refusals import allow_open_files
 
@@ -309,23 +318,20 @@ def run_async(main: Coroutine[Any, Any, None]) -> None:
         main.close()
         raise
     try:
-        import uvloop
+        import uvloop as runner
     except ImportError:
-        import asyncio
-
-        asyncio.run(main)
-    else:
-        uvloop.run(main)
+        import asyncio as runner  # type: ignore[no-redef]
+    with interruptible():
+        runner.run(main)
 
 
 def _show_plan(arguments: argparse.Namespace, plan: Deployment) -> None:
-    from tpirt.chat.console import printable
     from tpirt.chat.plan_view import show_plan
 
     if not arguments.quiet:
         show_plan(plan, sys.stderr)
     if arguments.explain:
-        print("\n".join(map(printable, plan.explain())), file=sys.stderr)
+        print("\n".join(plan.explain()), file=sys.stderr)
 
 
 def _tell(arguments: argparse.Namespace, engine: Engine) -> None:

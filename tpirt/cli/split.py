@@ -13,6 +13,7 @@ from tpirt.cli.options import (
     add_ratio_option,
     count,
 )
+from tpirt.cli.sigint import interruptible
 
 
 def add_command(commands: Commands) -> None:
@@ -22,7 +23,7 @@ def add_command(commands: Commands) -> None:
         "split",
         "write every rank's slice ahead of time, to be copied to the peers by hand",
         "tpirt split --model ~/llama --out slices --world-size 4\n"
-        "  then on rank 1's device: tpirt peer --listen ... --store slices/rank1",
+        "  then on rank 1's device:\n  tpirt peer --listen ... --store slices/rank1",
     )
     add_model_option(parser)
     parser.add_argument(
@@ -53,7 +54,7 @@ def _run(arguments: argparse.Namespace) -> None:
         maker = SliceMaker(model.checkpoint, model.config, plan.ranks[0].form)
         out = Path(arguments.out)
         stores = [SliceStore(out / f"rank{rank}") for rank in range(plan.world_size)]
-        with ConsoleProgress(quiet=arguments.quiet) as progress:
+        with ConsoleProgress(quiet=arguments.quiet) as progress, interruptible():
             model.checkpoint.hash_content(progress)
             store = SliceStore(model.store or default_store())
             slices = split_model(maker, plan.partition, stores, store, progress)

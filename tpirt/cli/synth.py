@@ -13,6 +13,7 @@ from tpirt.cli.options import (
     count,
     whole_number,
 )
+from tpirt.cli.sigint import interruptible
 
 
 def add_command(commands: Commands) -> None:
@@ -24,7 +25,7 @@ def add_command(commands: Commands) -> None:
         "synth",
         "create a model of any shape with random weights, as slices without a checkpoint",
         "tpirt synth --shape llama-3.1-8b --quantize int4 --world-size 2 --out llama-8b\n"
-        "  then: tpirt generate --model llama-8b --quantize int4 --local 2 --prompt Hello",
+        "  tpirt generate --model llama-8b --quantize int4 --local 2 --prompt Hello",
     )
     parser.add_argument(
         "--shape",
@@ -59,7 +60,7 @@ def _run(arguments: argparse.Namespace) -> None:
     form = plan.ranks[0].form
     out = Path(arguments.out)
     print(f"dtype {plan.dtype.name} ({plan.dtype.reason})")
-    with ConsoleProgress(quiet=arguments.quiet) as progress:
+    with ConsoleProgress(quiet=arguments.quiet) as progress, interruptible():
         slices = make_synthetic(out, shape, arguments.seed, plan.partition, form, progress)
     for rank, stored in enumerate(slices):
         print(f"rank {rank}: {stored.path} ({format_bytes(stored.manifest.nbytes)})")

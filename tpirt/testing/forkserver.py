@@ -200,8 +200,10 @@ def _become(request: dict[str, Any], streams: list[int], ready: int) -> NoReturn
         os.dup2(stream, number)
     if request["terminal"]:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    encoding = request["env"].get("PYTHONIOENCODING")
     sys.stdin, sys.stdout, sys.stderr = (
-        _text_stream(number, old) for number, old in enumerate((sys.stdin, sys.stdout, sys.stderr))
+        _text_stream(number, old, encoding or old.encoding)
+        for number, old in enumerate((sys.stdin, sys.stdout, sys.stderr))
     )
     os.environ.clear()
     os.environ.update(request["env"])
@@ -220,11 +222,11 @@ def _become(request: dict[str, Any], streams: list[int], ready: int) -> NoReturn
     os._exit(code)
 
 
-def _text_stream(number: int, old: TextIO) -> TextIO:
+def _text_stream(number: int, old: TextIO, encoding: str) -> TextIO:
     """Reopen a standard stream, which can be a terminal or not."""
     raw = open(number, "wb" if number else "rb", closefd=False)  # noqa: SIM115
     buffered = number == 2 or raw.isatty()
-    return TextIOWrapper(raw, old.encoding, old.errors, line_buffering=buffered)
+    return TextIOWrapper(raw, encoding, old.errors, line_buffering=buffered)
 
 
 def _exit_code(arguments: list[str]) -> int:

@@ -1,0 +1,82 @@
+"""The parser of the command line, and its help."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+from typing import Any, NoReturn
+
+from tpirt.terminal import fill, wrap
+from tpirt.version import __version__
+
+_UNKNOWN = re.compile(r"argument (COMMAND|ACTION): invalid choice: '(.*?)'.*from (.*)\)")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser with our help; unknown commands are answered with the nearest one."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"formatter_class": HelpFormatter, **options})
+        self.color = False  # Python 3.14 would send colours, which our streams drop
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and message, and exit with 2."""
+        unknown = re.match(
+            r"argument (COMMAND|ACTION): invalid choice: '(.*?)'.*from (.*)\)", message
+        )
+        if unknown is not None:
+            what, name, choices = unknown.groups()
+            known = re.findall(r"\w+", choices)
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
+            message = f"no {what.lower()} '{name}': {hint}"
+        super().error(message)
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Shows a short usage and whole words; where it is narrow, examples continue after a \\."""
+
+    def _format_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any) -> str:
+        groups = [group for group in groups if group.required]
+        grouped = [action for group in groups for action in group._group_actions]
+        needed = [each for each in actions if each.required or each in grouped]
+        commands = [each for each in actions if each.nargs == argparse.PARSER]
+        text = super()._format_usage(usage, needed or commands, groups, prefix)
+        if actions and not commands:
+            text += "[options]"
+        return wrap(" ".join(text.split()), self._width, "    ") + "\n\n"
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return wrap(text, width).splitlines()
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(
+            fill(re.split(" (?=-)", line), " ", width - 2, "      ").replace("\n", " \\\n")
+            if line.startswith("  tpirt ")
+            else wrap(line, width)
+            for line in text.splitlines()
+        )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Create the parser with all commands."""
+    from tpirt.cli import chat, evaluate, generate, info, peer, split, store, synth
+
+    parser = Parser(
+        prog="tpirt",
+        description="Run a large language model over several small machines.",
+        epilog="example:\n  tpirt chat --local 4\n\ntpirt COMMAND --help shows a command's options",
+    )
+    parser.add_argument("--version", action="version", version=f"tpirt {__version__}")
+    parser.set_defaults(run=lambda _: _no_command(parser))
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for module in (chat, generate, peer, split, synth, info, evaluate, store):
+        module.add_command(commands)
+    return parser
+
+
+def _no_command(parser: argparse.ArgumentParser) -> NoReturn:
+    parser.print_help(sys.stderr)
+    sys.exit(2)

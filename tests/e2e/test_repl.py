@@ -19,10 +19,9 @@ from typing import Any
 import pexpect
 import psutil
 import pytest
-from safetensors.torch import load_file, save_file
 
+from tests.support.models import make_exclaimer
 from tests.support.terminal import Terminal
-from tpirt.testing.models import make_model
 from tpirt.testing.processes import descendants, killed_at_exit, run_python, start_python
 
 pytestmark = pytest.mark.timeout(120)
@@ -31,16 +30,6 @@ ENDLESS = ("--max-tokens", "1000000")
 ANSWER = "!!!!!!!!!!"
 UP, CTRL_C, CTRL_D = "\x1b[A", "\x03", "\x04"
 READY = r"\x1b\[\?2004h"  # the line editor asks for bracketed paste: it is reading
-
-
-def make_exclaimer(path: Path, **options: object) -> Path:
-    """Write a model whose logits are all alike: the first id wins, which is ``!``."""
-    make_model(path, max_position_embeddings=1 << 20, **options)  # type: ignore[arg-type]
-    file = path / "model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
-    tensors["lm_head.weight"].zero_()
-    save_file(tensors, file)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import pty
 import stat
+import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.history import InMemoryHistory
 
 from tpirt.chat.console import Console, is_capable, is_terminal, printable
+from tpirt.chat.modes import TerminalModes
 from tpirt.chat.plan_view import show_plan
 from tpirt.chat.prompt import CommandCompleter, clean, history_file, open_history
 from tpirt.chat.reader import PlainReader
@@ -49,12 +54,17 @@ def test_an_answer_is_interrupted_by_a_remark_on_a_terminal_only() -> None:
         assert stream.getvalue() == shown
 
 
-def test_a_terminal_gets_no_commands_and_a_file_gets_all() -> None:
-    terminal, file = Terminal(), io.StringIO()
-    for stream in (terminal, file):
-        Console(stream, stream).stream("a\x1b[2Jb\x00")
-    assert terminal.getvalue() == "a[2Jb"
-    assert file.getvalue() == "a\x1b[2Jb\x00"
+def test_a_file_gets_answers_unchanged_and_nothing_else() -> None:
+    terminal, file, log = Terminal(), io.StringIO(), io.StringIO()
+    for out, err in ((terminal, Terminal()), (file, log)):
+        console = Console(out, err)
+        console.stream("a\x1b[2Jb\x00\n")
+        console.say("c\x1b[2J")
+        console.note("d\x1b[2J")
+        console.complain("e\x1b[2J")
+    assert terminal.getvalue() == "a[2Jb\nc[2J\n"
+    assert file.getvalue() == "a\x1b[2Jb\x00\nc[2J\n"
+    assert log.getvalue() == "d[2J\nerror: e[2J\n"
 
 
 def test_remarks_begin_on_a_line_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,17 +78,19 @@ def test_remarks_begin_on_a_line_of_their_own(monkeypatch: pytest.MonkeyPatch) -
     assert both.getvalue() == "half a line\nerror: oh no\nwhole\nfine\n"
 
 
-@pytest.mark.parametrize(("term", "no_color"), [("xterm", None), ("xterm", "1"), ("dumb", None)])
+@pytest.mark.parametrize(
+    ("term", "no_color"), [("xterm", None), ("xterm", ""), ("xterm", "1"), ("dumb", None)]
+)
 def test_dim_only_where_it_shows(
     monkeypatch: pytest.MonkeyPatch, term: str, no_color: str | None
 ) -> None:
     monkeypatch.setenv("TERM", term)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    if no_color:
+    if no_color is not None:
         monkeypatch.setenv("NO_COLOR", no_color)
     err = Terminal()
     Console(io.StringIO(), err).note("quiet")
-    assert ("\x1b" in err.getvalue()) == (term == "xterm" and no_color is None)
+    assert ("\x1b" in err.getvalue()) == (term == "xterm" and not no_color)
 
 
 def test_what_the_encoding_lacks_becomes_a_question_mark() -> None:
@@ -97,6 +109,31 @@ def test_kinds_of_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_capable(Terminal())
     monkeypatch.setenv("TERM", "xterm")
     assert is_capable(Terminal())
+
+
+def test_a_crash_in_an_answer_leaves_the_echo_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = pty.openpty()
+
+    def echo() -> bool:
+        return bool(termios.tcgetattr(ours)[3] & termios.ECHO)
+
+    with open(ours, "rb"), open(theirs, encoding="utf-8") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        modes = TerminalModes()
+        with contextlib.suppress(ZeroDivisionError), modes.echo_off():
+            assert not echo()
+            raise ZeroDivisionError
+        assert echo()
+
+
+def test_a_terminal_that_is_gone_has_no_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = pty.openpty()
+    with open(theirs, encoding="utf-8") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with TerminalModes().echo_off():
+            os.close(ours)
+        with TerminalModes().echo_off():
+            pass
 
 
 # -- plan ------------------------------------------------------------------------------------

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TextIO
 
 from prompt_toolkit import PromptSession
+from prompt_toolkit.application import run_in_terminal
+from prompt_toolkit.application.current import set_app
 from prompt_toolkit.completion import (
     CompleteEvent,
     Completer,
@@ -29,6 +32,7 @@ from prompt_toolkit.shortcuts import CompleteStyle
 from tpirt.chat import settings
 from tpirt.chat.commands import COMMANDS
 from tpirt.chat.reader import PROMPT
+from tpirt.terminal import unfiltered
 
 
 class PromptReader:
@@ -47,7 +51,7 @@ class PromptReader:
             complete_while_typing=False,
             key_bindings=_bindings(),
             prompt_continuation="  ",
-            output=_output(out),
+            output=_output(unfiltered(out)),
         )
 
     async def read(self) -> str | None:
@@ -62,6 +66,20 @@ class PromptReader:
         """See :class:`Reader`; for signals from outside, since Ctrl-C is read as a key."""
         if self._session.app.is_running:
             self._session.app.exit(exception=KeyboardInterrupt())
+
+    def suspend(self, stop: Callable[[], None]) -> None:
+        """See :class:`Reader`."""
+        if self._session.app.is_running:
+            with set_app(self._session.app):
+                run_in_terminal(stop)
+        else:
+            stop()
+
+    def release(self) -> None:
+        """See :class:`Reader`."""
+        if self._session.app.is_running:
+            with contextlib.suppress(OSError):
+                self._session.app.renderer.erase()
 
 
 class CommandCompleter(Completer):
@@ -123,31 +141,18 @@ def open_history(path: Path | None) -> History:
     return _SafeHistory(path)
 
 
-@contextlib.contextmanager
-def echo_off() -> Iterator[None]:
-    """Hide text typed within the block; the next prompt shows it."""
-    try:
-        import termios
-
-        handle = sys.stdin.fileno()
-        before = termios.tcgetattr(handle)
-    except (ImportError, OSError, ValueError, AttributeError):
-        yield
-        return
-    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
-    termios.tcsetattr(handle, termios.TCSADRAIN, silent)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(handle, termios.TCSADRAIN, before)
-
-
 def _bindings() -> KeyBindings:
     bindings = KeyBindings()
 
     @bindings.add("escape", "enter")
     def newline(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
+
+    if hasattr(signal, "SIGTSTP"):  # a POSIX system
+
+        @bindings.add("c-z")
+        def suspend(event: KeyPressEvent) -> None:
+            os.kill(0, signal.SIGTSTP)  # the process group, as the terminal does
 
     return bindings
 

@@ -8,6 +8,7 @@ import os
 import select
 import threading
 from codecs import BOM_UTF8
+from collections.abc import Callable
 from typing import Protocol, TextIO
 
 PROMPT = "> "
@@ -29,6 +30,14 @@ class Reader(Protocol):
         """Handle a SIGINT during :meth:`read`."""
         ...
 
+    def suspend(self, stop: Callable[[], None]) -> None:
+        """Handle a SIGTSTP: call ``stop``, and show the prompt again if it is waited for."""
+        ...
+
+    def release(self) -> None:
+        """Undo what the prompt has changed on the terminal, before a signal ends the process."""
+        ...
+
 
 class PlainReader:
     """Lines from a pipe, a file or a plain terminal.
@@ -48,6 +57,7 @@ class PlainReader:
         self._searched = 0  # bytes of the buffer that hold no newline
         self._ended = handle is None
         self._beginning = True  # a byte order mark may come
+        self._reading = False
 
     async def read(self) -> str | None:
         """See :class:`Reader`."""
@@ -73,6 +83,15 @@ class PlainReader:
         """See :class:`Reader`; the terminal has dropped the typed text itself."""
         self._prompt(f"\n({LEAVE_HINT})\n{PROMPT}")
 
+    def suspend(self, stop: Callable[[], None]) -> None:
+        """See :class:`Reader`."""
+        stop()
+        if self._reading:
+            self._prompt(PROMPT)
+
+    def release(self) -> None:
+        """See :class:`Reader`; a plain terminal is unchanged."""
+
     def _prompt(self, text: str) -> None:
         if self._prompt_to is not None:
             self._prompt_to.write(text)
@@ -89,7 +108,9 @@ class PlainReader:
         return line
 
     async def _more(self) -> None:
+        self._reading = True
         chunk = await self._chunk()
+        self._reading = False
         self._ended = not chunk
         self._buffer += chunk
         if self._beginning and len(self._buffer) >= len(BOM_UTF8):

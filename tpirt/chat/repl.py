@@ -6,12 +6,14 @@ import sys
 from contextlib import nullcontext
 
 from tpirt.chat.commands import run_command
-from tpirt.chat.console import Console, is_capable, is_terminal
+from tpirt.chat.console import Console
 from tpirt.chat.interrupts import Interrupts
+from tpirt.chat.modes import TerminalModes
 from tpirt.chat.reader import LEAVE_HINT, PlainReader, Reader
 from tpirt.chat.session import Around, ChatOptions, Session
 from tpirt.engine import Engine
 from tpirt.errors import TpirtError
+from tpirt.terminal import is_capable, is_terminal
 
 __all__ = ["ChatOptions", "run_chat"]
 
@@ -45,8 +47,10 @@ async def _talk(session: Session) -> None:
     """Chat on a terminal."""
     _greet(session)
     interrupts = Interrupts()
-    reader, around = _terminal_reader()
-    with interrupts.installed():
+    modes = TerminalModes()
+    reader = _terminal_reader()
+    around = nullcontext if isinstance(reader, PlainReader) else modes.echo_off
+    with interrupts.installed(), modes.guarded(reader):
         while not session.leaving:
             try:
                 with interrupts.to(reader.interrupt):
@@ -84,17 +88,14 @@ async def _handle(session: Session, text: str, interrupts: Interrupts, around: A
         await session.answer(text.removeprefix("/"), interrupts, around)
 
 
-def _terminal_reader() -> tuple[Reader, Around]:
-    """Choose the reader for the terminal, and a context for the time of an answer."""
+def _terminal_reader() -> Reader:
     streams = (sys.stdout, sys.stderr)
     out = next(filter(is_capable, streams), None)
     if out is None:
-        return PlainReader(
-            sys.stdin.fileno(), next(filter(is_terminal, streams), None)
-        ), nullcontext
-    from tpirt.chat.prompt import PromptReader, echo_off, history_file
+        return PlainReader(sys.stdin.fileno(), next(filter(is_terminal, streams), None))
+    from tpirt.chat.prompt import PromptReader, history_file
 
-    return PromptReader(out, history_file()), echo_off
+    return PromptReader(out, history_file())
 
 
 def _greet(session: Session) -> None:

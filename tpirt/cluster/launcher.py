@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
+import psutil
+
 from tpirt.errors import PeerUnreachableError
 from tpirt.refusals import refusal
 from tpirt.weights.store import SliceStore
 
-_START_TIMEOUT_S = 60.0
+_STANDSTILL_S = 60.0  # of a starting worker that takes no processor time
 _STOP_TIMEOUT_S = 5.0
 READY_PREFIX = "listening on "
 
@@ -38,14 +40,7 @@ class LocalPeers:
         try:
             for _ in range(self._count):
                 self._processes.append(await self._start())
-            async with asyncio.timeout(_START_TIMEOUT_S):
-                for process in self._processes:
-                    self.addresses.append(await _address(process))
-        except TimeoutError as exc:
-            await self.aclose()
-            raise PeerUnreachableError(
-                f"a local worker did not start within {_START_TIMEOUT_S:g} s"
-            ) from exc
+            self.addresses += await asyncio.gather(*map(_address, self._processes))
         except BaseException:
             await self.aclose()
             raise
@@ -110,9 +105,39 @@ async def _ended(process: asyncio.subprocess.Process) -> None:
 
 
 async def _address(process: asyncio.subprocess.Process) -> str:
+    """Wait for a worker's address for as long as its start makes progress, however slowly.
+
+    Raises:
+        PeerUnreachableError: it ended, or stands still.
+    """
+    reading = asyncio.ensure_future(_ready_line(process))
+    used_s = -1.0
+    try:
+        while not reading.done():
+            await asyncio.wait({reading}, timeout=_STANDSTILL_S)
+            if not reading.done() and used_s == (used_s := _processor_s(process.pid)):
+                raise PeerUnreachableError(
+                    f"a local worker (process {process.pid}) has done nothing for "
+                    f"{_STANDSTILL_S:g} s and has not started; is it stopped, or its disk stuck?"
+                )
+        return reading.result()
+    finally:
+        reading.cancel()
+
+
+async def _ready_line(process: asyncio.subprocess.Process) -> str:
     assert process.stdout is not None
     while line := (await process.stdout.readline()).decode(errors="replace"):
         if line.startswith(READY_PREFIX):
             return line.removeprefix(READY_PREFIX).split()[0]
     code = await process.wait()
     raise PeerUnreachableError(f"a local worker ended at its start with exit code {code}")
+
+
+def _processor_s(pid: int) -> float:
+    """The processor time that a process has taken, in seconds; 0 if it has ended."""
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.Error:
+        return 0.0
+    return float(times.user + times.system)

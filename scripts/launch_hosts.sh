@@ -8,12 +8,14 @@
 #
 # A line of HOSTS_FILE is one peer; "#" starts a comment:
 #
-#   [USER@]HOST[:SSH_PORT]  LISTEN_HOST:PORT  [REMOTE_DIR]  [PEER_OPTION...]
+#   [USER@]HOST[:SSH_PORT]  [LISTEN_HOST[:PORT]  [REMOTE_DIR]]  [PEER_OPTION...]
 #
-#   pi@kitchen        192.168.1.20:50051
+#   pi@kitchen
+#   pi@attic          192.168.1.20
 #   10.0.0.7:2222     10.0.0.7:50051      /opt/tpirt   --memory 2GB --threads 2
 #
 #   LISTEN_HOST:PORT  where the peer listens: the address by which the master reaches that host
+#                     (default: all its addresses, and port 50051)
 #   REMOTE_DIR        the copy of this repository there (default: tpirt, in the home directory);
 #                     a space in it is written as "\ "
 #   PEER_OPTION       goes to "tpirt peer": --memory SIZE, --threads N, --store DIR
@@ -84,11 +86,15 @@ read_host() { # LINE_NUMBER LINE
     refuse "$where: expected [USER@]HOST[:SSH_PORT], got '${fields[0]}'"
   user=${BASH_REMATCH[1]} host=${BASH_REMATCH[2]} port=${BASH_REMATCH[4]}
   [[ -z $port ]] || is_port "$port" || refuse "$where: '$port' is no port"
-  ((${#fields[@]} > 1)) || refuse "$where: LISTEN_HOST:PORT is missing"
-  { [[ ${fields[1]} =~ ^$name:([0-9]+)$ ]] && is_port "${BASH_REMATCH[2]}"; } ||
-    refuse "$where: expected LISTEN_HOST:PORT, got '${fields[1]}'"
-  listens+=("${fields[1]}")
-  fields=("${fields[@]:2}")
+  fields=("${fields[@]:1}")
+  if ((${#fields[@]})) && [[ ${fields[0]} != -* ]]; then
+    { [[ ${fields[0]} =~ ^$name(:([0-9]+))?$ ]] && is_port "${BASH_REMATCH[3]:-0}"; } ||
+      refuse "$where: expected LISTEN_HOST[:PORT], got '${fields[0]}'"
+    listens+=("${fields[0]}")
+    fields=("${fields[@]:1}")
+  else
+    listens+=(0.0.0.0)
+  fi
   if ((${#fields[@]})) && [[ ${fields[0]} != -* ]]; then
     dir=${fields[0]#\~/}
     fields=("${fields[@]:1}")
@@ -213,7 +219,7 @@ reason() { # I: why this connection ended
 peers_option() {
   local i host list=''
   for i in "${!listens[@]}"; do
-    host=${listens[i]%:*}
+    host=${addresses[i]%:*}
     case $host in
       0.0.0.0 | '[::]')
         host=${names[i]}

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Usage: launch_peer.sh [HOST:PORT] [PEER_OPTION...]
+# Usage: launch_peer.sh [HOST[:PORT]] [PEER_OPTION...]
 #
 # Makes this device a peer: it waits at HOST:PORT for a master that gives it its part of a model.
 # The first start makes .venv and installs what is needed. Ctrl-C ends it.
 #
-#   HOST:PORT   where to listen (default: 127.0.0.1:50051, which only this device reaches). Give this
-#               device's own address, as 192.168.1.20:50051, on a network whose devices you trust:
-#               whoever reaches the port can use the peer. PORT + 1000 is used as well.
+#   HOST:PORT   where to listen (default: port 50051 of all addresses of this device). Anyone who can
+#               connect can use the peer: give an address of a network that you trust, such as
+#               192.168.1.20, or 127.0.0.1 for this device only. PORT + 1000 is used as well.
 #   ...         everything after it goes to "tpirt peer": --memory SIZE, --threads N, --store DIR
 set -euo pipefail
 # shellcheck source=scripts/_env.sh
@@ -18,16 +18,13 @@ case ${1-} in
     exit
     ;;
   --listen | --listen=*) refuse "$1: give HOST:PORT as the first argument instead" ;;
-  '' | -*)
-    listen=127.0.0.1:50051
-    note "listening for this device only; for others: ${0##*/} ADDRESS_OF_THIS_DEVICE:50051"
-    ;;
+  '') set -- "${@:2}" ;;
+  -*) ;;
   *)
-    [[ $1 =~ ^[^[:space:]]+:[0-9]{1,5}$ ]] || refuse "expected HOST:PORT, got '$1'"
-    listen=$1
-    shift
+    [[ ! $1 =~ ^[0-9]*$ ]] || refuse "expected HOST[:PORT], got '$1'"
+    set -- --listen "$@"
     ;;
 esac
 
 need_tpirt run
-exec "$tpirt_venv/bin/tpirt" peer --listen "$listen" "$@"
+exec "$tpirt_venv/bin/tpirt" peer "$@"

@@ -27,7 +27,7 @@ import torch
 import torch.distributed
 
 from tpirt.batch import Algorithm, Batch, Collective, CommDtype, Segment
-from tpirt.cli.options import run_async, split_address
+from tpirt.cli.options import run_async
 from tpirt.cluster.worker_links import Switchboard, WorkerLinks
 from tpirt.collectives.algorithms import GroupCommunicator
 from tpirt.collectives.context import StepContext
@@ -35,6 +35,7 @@ from tpirt.collectives.links import LinkSet
 from tpirt.errors import PeerUnreachableError, TpirtError, TransportError
 from tpirt.ops.buffers import tensor_bytes
 from tpirt.protocol.link import Incoming, Link
+from tpirt.transport.address import Address
 from tpirt.transport.base import Channel
 from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
 
@@ -173,7 +174,7 @@ async def tpirt_ranks(rank: int, listen: str, addresses: list[str]) -> AsyncIter
 @asynccontextmanager
 async def gloo_ranks(rank: int, listen: str, addresses: list[str]) -> AsyncIterator[Summing]:
     """Meet through torch.distributed; it needs GLOO_SOCKET_IFNAME in the environment."""
-    host, _ = split_address(addresses[0])
+    host = Address.parse(addresses[0]).host
     torch.distributed.init_process_group(
         "gloo",
         init_method=f"tcp://{host}:{GLOO_PORT}",
@@ -218,7 +219,7 @@ async def _await_session(
     """Take the master's link, and form links to the other workers."""
     service = _Service()
     server = GrpcPeerServer(service)
-    await server.start(*split_address(listen))
+    await server.start(*Address.parse(listen))
     stack.push_async_callback(server.aclose)
     stack.callback(service.done.set)
     links.add(_started(await service.master, 0))

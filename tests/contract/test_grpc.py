@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -18,7 +19,11 @@ from tpirt.errors import (
     PeerUnreachableError,
     StoreError,
     TpirtError,
+    TransportError,
 )
+from tpirt.transport import address, tickets
+from tpirt.transport import grpc as transport
+from tpirt.transport.address import Address, Endpoint
 from tpirt.transport.base import Channel
 from tpirt.transport.frame import Frame, Kind
 from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
@@ -105,6 +110,72 @@ async def test_nobody_there() -> None:
     with pytest.raises(PeerUnreachableError, match="nothing listens there"):
         await client.call("Hello", b"", 0.3)
     await client.aclose()
+
+
+async def test_a_name_that_nobody_knows() -> None:
+    client = GrpcPeerClient("no-such-host.invalid")
+    with pytest.raises(PeerUnreachableError, match=r"peer no-such-host\.invalid:50051: the host"):
+        await client.call("Hello", b"", 0.3)
+    await client.aclose()
+
+
+async def test_a_port_that_accepts_and_says_nothing() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client = GrpcPeerClient(f"127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(PeerUnreachableError, match="something listens there"):
+            await client.call("Hello", b"", 0.3)
+        await client.aclose()
+
+
+# -- where a peer listens ----------------------------------------------------------------------
+
+
+def name(monkeypatch: pytest.MonkeyPatch, *hosts: str) -> None:
+    """Have the host name ``kitchen`` stand for addresses."""
+    original = address.resolve
+
+    async def resolve(asked: Address, *, listening: bool = False) -> list[Endpoint]:
+        named = hosts if asked.host == "kitchen" else (asked.host,)
+        found = [await original(Address(host, asked.port), listening=listening) for host in named]
+        return [endpoint for endpoints in found for endpoint in endpoints]
+
+    for module in (transport, tickets):
+        monkeypatch.setattr(module, "resolve", resolve)
+
+
+async def test_a_peer_listens_on_every_address_of_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = ["::1", "127.0.0.1", "127.0.1.1"]
+    name(monkeypatch, "192.0.2.1", *hosts)  # the first one is not this machine's
+    service = Service()
+    server = GrpcPeerServer(service)
+    port = await server.start("kitchen", 0)
+    assert server.hosts == hosts
+    for host in hosts:
+        client = GrpcPeerClient(str(Address(host, port)))
+        assert await client.call("Hello", b"", TIMEOUT_S) == b"Hello:"
+        assert (await client.open_session()).carrier.kind == "tcp"
+        await service.sessions.get()
+        await client.aclose()
+    await server.aclose()
+
+
+async def test_a_port_that_is_taken_on_one_address_is_not_listened_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name(monkeypatch, "::1", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(TransportError, match=f"cannot listen on kitchen:{port}: the port is"):
+            await GrpcPeerServer(Service()).start("kitchen", port)
+
+
+@pytest.mark.parametrize(
+    ("host", "why"),
+    [("192.0.2.1", "the address is not this machine's"), ("no-such-host.invalid", "")],
+)
+async def test_an_address_of_nobody_here_is_not_listened_on(host: str, why: str) -> None:
+    with pytest.raises(TransportError, match=f"cannot listen on {host}:1: {why}"):
+        await GrpcPeerServer(Service()).start(host, 1)
 
 
 # -- uploads -----------------------------------------------------------------------------------

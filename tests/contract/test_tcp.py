@@ -9,13 +9,13 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
-from typing import Any
 
 import pytest
 import uvloop
 
 from tpirt.errors import PeerLostError, StoreError, TpirtError, TransportError
 from tpirt.transport import tickets
+from tpirt.transport.address import Address, Endpoint, resolve
 from tpirt.transport.base import Channel
 from tpirt.transport.frame import Frame, Kind
 from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
@@ -24,7 +24,8 @@ from tpirt.transport.tcp import TcpChannel
 from tpirt.transport.tickets import PORT_OFFSET, TcpListener
 
 TIMEOUT_S = 15.0
-FALLBACK_S = 2.0  # the patience of 1 s, on a busy machine
+FALLBACK_S = 3.0  # the patience of 2 s, on a busy machine
+PEER = Address("127.0.0.1", 20_000)
 LARGE = 32 << 20
 LOOPS = {"asyncio": asyncio.SelectorEventLoop, "uvloop": uvloop.new_event_loop}
 Serve = Callable[[Channel], Awaitable[None]]
@@ -88,6 +89,12 @@ async def session_with(serve: Serve, host: str = "127.0.0.1") -> AsyncIterator[C
             yield channel
         finally:
             await client.aclose()
+
+
+async def listener_on_loopback() -> TcpListener:
+    listener = TcpListener.beside(await resolve(PEER, listening=True), PEER.port)
+    assert listener is not None
+    return listener
 
 
 def numbered(number: int, payload: bytes = b"") -> Frame:
@@ -190,19 +197,31 @@ async def test_a_port_that_accepts_and_says_nothing_is_given_up_soon(
     with socket.create_server(("127.0.0.1", 0)) as silent:
         offer_port(monkeypatch, silent.getsockname()[1])
         async with session_with(echo) as channel:
-            assert "no answer within 1 s" in channel.carrier.reason
+            assert "no answer within 2 s" in channel.carrier.reason
             await check_echo(channel)
 
 
-async def test_another_service_at_the_port_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "another service answers there"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "another service answers there"),
+        (b"", "it does not know the ticket"),
+    ],
+)
+async def test_another_service_at_the_port_is_given_up(
+    said: bytes, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"SSH-2.0-OpenSSH_9.6\r\n")
+        writer.write(said)
+        if not said:
+            writer.close()
 
     async with await asyncio.start_server(greet, "127.0.0.1", 0) as foreign:
         offer_port(monkeypatch, foreign.sockets[0].getsockname()[1])
         async with session_with(echo) as channel:
             assert channel.carrier.kind == "grpc"
-            assert "another service answers there" in channel.carrier.reason
+            assert why in channel.carrier.reason
             await check_echo(channel)
 
 
@@ -219,24 +238,18 @@ async def test_an_offer_that_is_none_is_left_alone(
 
 async def test_every_address_of_a_host_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first one swallows everything, the second refuses; the third is the peer."""
-    listener = TcpListener.beside("127.0.0.1", 20_000)
-    assert listener is not None
+    listener = await listener_on_loopback()
     offer, expected = listener.offer()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         with socket.create_server(("127.0.0.1", 0)) as shut:
             refused = shut.getsockname()
         found = [silent.getsockname(), refused, ("127.0.0.1", listener.port)]
 
-        loop = asyncio.get_running_loop()
-        resolve = loop.getaddrinfo
+        async def addresses(_: Address) -> list[Endpoint]:
+            return [Endpoint(socket.AF_INET, where) for where in found]
 
-        async def getaddrinfo(host: str, *rest: Any, **options: Any) -> list[Any]:
-            if host != "peer":  # uvloop's sock_connect asks for addresses, too
-                return await resolve(host, *rest, **options)
-            return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", where) for where in found]
-
-        monkeypatch.setattr(loop, "getaddrinfo", getaddrinfo)
-        connection = await tickets.connect("peer:20000", offer)
+        monkeypatch.setattr(tickets, "resolve", addresses)
+        connection = await tickets.connect(PEER, offer)
         assert connection.getpeername()[1] == listener.port
         (await expected).close()
         connection.close()
@@ -256,15 +269,14 @@ async def answer_to(port: int, said: bytes) -> bytes:
 
 
 async def test_strangers_are_turned_away_and_a_ticket_lets_in_one() -> None:
-    listener = TcpListener.beside("127.0.0.1", 20_000)
-    assert listener is not None
+    listener = await listener_on_loopback()
     offer, expected = listener.offer()
     ticket = bytes.fromhex(offer.partition(":")[2])
     assert await answer_to(listener.port, bytes(16)) == b""
     assert await answer_to(listener.port, b"GET / HTTP/1.1\r\n\r\n") == b""
     assert await answer_to(listener.port, b"") == b""  # after some patience
     assert not expected.done()
-    connection = await tickets.connect("127.0.0.1:20000", offer)
+    connection = await tickets.connect(PEER, offer)
     (await asyncio.wait_for(expected, TIMEOUT_S)).close()
     connection.close()
     assert await answer_to(listener.port, ticket) == b""
@@ -272,8 +284,7 @@ async def test_strangers_are_turned_away_and_a_ticket_lets_in_one() -> None:
 
 
 async def test_a_caller_that_gives_up_during_the_welcome_has_not_connected() -> None:
-    listener = TcpListener.beside("127.0.0.1", 20_000)
-    assert listener is not None
+    listener = await listener_on_loopback()
     offer, expected = listener.offer()
     ticket = bytes.fromhex(offer.partition(":")[2])
     assert await answer_to(listener.port, ticket) == b"\x06"
@@ -288,8 +299,7 @@ async def test_silent_connections_take_a_bounded_number_of_descriptors() -> None
         await answer_to(listener.port, b"x" * 16) if not strangers else await asyncio.sleep(0.2)
         return len(os.listdir("/proc/self/fd")) - len(strangers)
 
-    listener = TcpListener.beside("127.0.0.1", 20_000)
-    assert listener is not None
+    listener = await listener_on_loopback()
     strangers: list[socket.socket] = []
     before = await descriptors_of_server()
     with ExitStack() as stack:
@@ -299,7 +309,7 @@ async def test_silent_connections_take_a_bounded_number_of_descriptors() -> None
         during = await descriptors_of_server()
         assert 32 < during - before <= 66
     offer, expected = listener.offer()  # they have gone; the next caller gets in
-    connection = await tickets.connect("127.0.0.1:20000", offer)
+    connection = await tickets.connect(PEER, offer)
     (await expected).close()
     connection.close()
     await listener.aclose()
@@ -307,14 +317,13 @@ async def test_silent_connections_take_a_bounded_number_of_descriptors() -> None
 
 async def test_an_offer_can_be_withdrawn_before_and_after_it_was_taken() -> None:
     loop = asyncio.get_running_loop()
-    listener = TcpListener.beside("127.0.0.1", 20_000)
-    assert listener is not None
+    listener = await listener_on_loopback()
     offer, expected = listener.offer()
     listener.withdraw(expected)
     with pytest.raises(OSError, match="port"):
-        await tickets.connect("127.0.0.1:20000", offer)
+        await tickets.connect(PEER, offer)
     offer, expected = listener.offer()
-    taken = await tickets.connect("127.0.0.1:20000", offer)
+    taken = await tickets.connect(PEER, offer)
     await asyncio.wait_for(asyncio.shield(expected), TIMEOUT_S)
     listener.withdraw(expected)
     assert await asyncio.wait_for(loop.sock_recv(taken, 1), TIMEOUT_S) == b""

@@ -358,15 +358,16 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "--local 99999999999999999999": ("--local",),
     "--local 2 --peers a:1": ("--peers", "not allowed with"),
     "--peers ,": ("--peers", "HOST:PORT"),
-    "--peers a": ("--peers", "'a'", "HOST:PORT"),
+    "--peers 50051": ("--peers", "'50051'", "HOST:PORT"),
     "--peers a:": ("--peers", "HOST:PORT"),
     "--peers :1": ("--peers", "HOST:PORT"),
     "--peers a:0": ("--peers", "1 to 65535"),
     "--peers a:65536": ("--peers", "1 to 65535"),
     "--peers a:b": ("--peers", "HOST:PORT"),
     "--peers ::1:50051": ("--peers", "HOST:PORT"),
-    "--peers a:1,b": ("--peers", "'b'"),
+    "--peers a:1,b:": ("--peers", "'b:'"),
     "--peers a:1,a:1": ("--peers", "twice"),
+    "--peers a,a:50051": ("--peers", "twice"),
     "--ratio 1,2": ("ratio 1,2", "expected 1"),
     "--local 2 --ratio 1": ("ratio 1", "expected 2"),
     "--local 2 --ratio 1,0": ("ratio", "rank 1", "above 0"),
@@ -476,11 +477,11 @@ def test_prompts_that_cannot_be_served(
         (("split", "--world-size", "9", "--out", "x"), "world size 9"),
         (("split", "--world-size", "2"), "--out"),
         (("split", "--world-size", "2", "--out", "/dev/null/x", "--quiet"), "/dev/null/x"),
-        (("peer", "--listen", "nonsense"), "--listen"),
+        (("peer", "--listen", "50051"), "--listen"),
         (("peer", "--listen", "127.0.0.1:99999"), "65535"),
         (("peer", "--listen", "192.0.2.1:5000"), "192.0.2.1:5000"),
         (("peer", "--listen", "127.0.0.1:0", "--memory", "-1"), "--memory"),
-        (("peer",), "--listen"),
+        (("peer", "--listen", "no-such-host.invalid"), "no-such-host.invalid:50051"),
         (("generate", "--store", "/dev/null", "--prompt", "a", "--quiet"), "/dev/null"),
     ],
 )
@@ -509,7 +510,7 @@ def test_peer_that_is_not_there(cli: Cli, whole: Path) -> None:
     result = generate_with(cli, whole, address)
     assert result.code == 3
     assert result.line.startswith(f"tpirt: error: peer {address}: nothing listens there")
-    assert "tpirt peer --listen" in result.line
+    assert "is `tpirt peer` running there" in result.line
 
 
 def test_peer_whose_name_is_unknown(cli: Cli, whole: Path) -> None:
@@ -543,6 +544,7 @@ OTHER_VERSION = """
 import sys
 import tpirt.cluster.worker as worker
 from tpirt.cli.main import main
+from tpirt.protocol.messages import PROTOCOL_VERSION
 worker.PROTOCOL_VERSION, worker.__version__ = 99, "9.9"
 sys.exit(main(["peer", "--listen", "127.0.0.1:0", "--quiet", "--store", sys.argv[1]]))
 """
@@ -597,6 +599,7 @@ class Interrupting(module.ConsoleProgress):
 
 module.ConsoleProgress = Interrupting
 from tpirt.cli.main import main
+from tpirt.protocol.messages import PROTOCOL_VERSION
 sys.exit(main(sys.argv[2:]))
 """
 

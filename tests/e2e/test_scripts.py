@@ -75,7 +75,7 @@ def test_help(name: str, option: str, environment: dict[str, str]) -> None:
         ("launch_local.sh", ["2", "/nowhere"], "there is no config.json in '/nowhere'"),
         ("launch_local.sh", ["2", ".", "more"], "more: expected no more than N and MODEL_DIR"),
         ("launch_local.sh", ["--prompt"], "--prompt: a text is missing"),
-        ("launch_peer.sh", ["50051"], "expected HOST:PORT, got '50051'"),
+        ("launch_peer.sh", ["50051"], "expected HOST[:PORT], got '50051'"),
         ("launch_peer.sh", ["--listen", "a:1"], "--listen: give HOST:PORT as the first argument"),
         ("launch_peer.sh", ["127.0.0.1:0", "--nonsense"], "--nonsense"),
         ("launch_hosts.sh", [], "HOSTS_FILE is missing"),

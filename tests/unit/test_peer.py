@@ -13,7 +13,8 @@ import pytest
 from tpirt.cli.main import main
 from tpirt.peer import logs
 from tpirt.peer.logs import logged
-from tpirt.peer.process import is_loopback
+from tpirt.peer.process import _warning, is_loopback
+from tpirt.transport.address import Address
 
 LOG = logging.getLogger("tpirt.peer")
 
@@ -86,3 +87,20 @@ def test_command_keeps_its_exit_code_when_standard_error_is_gone(
 ) -> None:
     monkeypatch.setattr(sys, "stderr", Gone())
     assert main(["info", "--model", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("host", "hosts", "expected"),
+    [
+        ("127.0.0.1", ["127.0.0.1"], ""),
+        ("localhost", ["::1", "127.0.0.1"], ""),
+        ("raspberry", ["127.0.1.1"], "raspberry is 127.0.1.1 on this device"),
+        ("raspberry", ["127.0.1.1", "192.168.1.7"], "anyone who can connect to raspberry:1"),
+        ("0.0.0.0", ["::"], "anyone who can connect to 0.0.0.0:1"),
+        ("fe80::1%eth0", ["fe80::1%eth0"], "anyone who can connect to [fe80::1%eth0]:1"),
+    ],
+)
+def test_who_can_connect_is_said(host: str, hosts: list[str], expected: str) -> None:
+    warning = _warning(Address(host, 1), hosts)
+    assert warning.startswith(expected)
+    assert bool(warning) == bool(expected)

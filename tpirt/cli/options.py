@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tpirt.cli.sigint import interruptible
 from tpirt.errors import ConfigError
+from tpirt.transport.address import DEFAULT_PORT, Address
 from tpirt.types import DEFAULT_TIMEOUT_S, SamplingParams
 from tpirt.units import parse_bytes
 
@@ -74,8 +75,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--peers",
         type=_addresses,
         default=(),
-        metavar="HOST:PORT,...",
-        help="worker peers to use; this process is rank 0 and computes too",
+        metavar="HOST[:PORT],...",
+        help="worker peers to use; this process is rank 0 and computes too "
+        f"(default port {DEFAULT_PORT})",
     )
     add_ratio_option(where)
     memory = parser.add_argument_group("memory and cores")
@@ -352,28 +354,19 @@ def _ratio(text: str) -> tuple[float, ...]:
 
 
 def _addresses(text: str) -> tuple[str, ...]:
-    addresses = tuple(part.strip() for part in text.split(","))
-    for address in addresses:
-        split_address(address)
-        if addresses.count(address) > 1:
-            raise argparse.ArgumentTypeError(f"{address!r}: listed twice")
+    addresses = tuple(str(address(part.strip())) for part in text.split(","))
+    for each in addresses:
+        if addresses.count(each) > 1:
+            raise argparse.ArgumentTypeError(f"{each!r}: listed twice")
     return addresses
 
 
-def split_address(text: str, lowest_port: int = 1) -> tuple[str, int]:
-    """Split ``host:port``; an IPv6 host is written in brackets.
-
-    Raises:
-        argparse.ArgumentTypeError: invalid text.
-    """
-    host, _, port = text.rpartition(":")
-    bare = host.removeprefix("[").removesuffix("]")
-    well_formed = bare and (":" not in bare or host.startswith("["))
-    if not (well_formed and port.isdecimal() and lowest_port <= int(port) <= 65535):
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected HOST:PORT with a port from {lowest_port} to 65535"
-        )
-    return bare, int(port)
+def address(text: str, lowest_port: int = 1) -> Address:
+    """Argument type of ``HOST[:PORT]``."""
+    try:
+        return Address.parse(text, lowest_port)
+    except ConfigError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc
 
 
 def _seconds(text: str) -> float:

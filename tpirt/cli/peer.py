@@ -8,10 +8,11 @@ from tpirt.cli.options import (
     Commands,
     add_parser,
     add_process_options,
+    address,
     run_async,
     size,
-    split_address,
 )
+from tpirt.transport.address import DEFAULT_PORT, Address
 
 
 def add_command(commands: Commands) -> None:
@@ -20,14 +21,15 @@ def add_command(commands: Commands) -> None:
         commands,
         "peer",
         "run a worker peer, which serves one master at a time",
-        "tpirt peer --listen 192.168.1.7:50051 --memory 2G",
+        "tpirt peer --memory 2G\n  tpirt peer --listen 192.168.1.7:50051",
     )
     parser.add_argument(
         "--listen",
-        type=lambda text: split_address(text, lowest_port=0),
-        required=True,
-        metavar="HOST:PORT",
-        help="address to listen on; port 0 selects a free port",
+        type=lambda text: address(text, lowest_port=0),
+        default=Address("0.0.0.0", DEFAULT_PORT),
+        metavar="HOST[:PORT]",
+        help="address to listen on; port 0 selects a free port (default: all addresses of this "
+        f"device, port {DEFAULT_PORT})",
     )
     parser.add_argument(
         "--memory", type=size, metavar="SIZE", help="maximum memory of this process, such as 900M"

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from tpirt.cluster.launcher import READY_PREFIX
 from tpirt.cluster.machine import host_name
 from tpirt.cluster.worker import Worker
 from tpirt.peer.logs import logged
+from tpirt.transport.address import Address
 from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
 from tpirt.weights.store import SliceStore
 
@@ -63,25 +65,46 @@ async def _run(options: PeerOptions) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     worker = Worker(
-        "", options.store, options.memory_bytes, options.threads, _log.info, GrpcPeerClient
+        host_name(),
+        options.store,
+        options.memory_bytes,
+        options.threads,
+        _log.info,
+        GrpcPeerClient,
     )
     server = GrpcPeerServer(worker, _most_connections())
     port = await server.start(options.host, options.port)
-    worker.peer_id = f"{host_name()}:{port}"
-    host = f"[{options.host}]" if ":" in options.host else options.host
+    address = Address(options.host, port)
     with contextlib.suppress(OSError):  # nobody reads it
-        print(f"{READY_PREFIX}{host}:{port} (store {options.store.root})", flush=True)
-    if not is_loopback(options.host):
-        _log.warning(
-            f"warning: anyone who can connect to {host}:{port} can use this peer and see what "
-            "it computes: there is no authentication yet; listen only on networks that you trust"
-        )
+        print(f"{READY_PREFIX}{address} (store {options.store.root})", flush=True)
+    if warning := _warning(address, server.hosts):
+        _log.warning(f"warning: {warning}")
     try:
         if options.until_stdin_closes:
             _watch_stdin(stop)
         await stop.wait()
     finally:
         await server.aclose()
+
+
+def _warning(address: Address, hosts: Sequence[str]) -> str:
+    """What to say of who can connect; empty if ``address`` says it.
+
+    Args:
+        address: as given by the user.
+        hosts: the addresses that this stands for.
+    """
+    if not all(map(is_loopback, hosts)):
+        return (
+            f"anyone who can connect to {address} can use this peer and see what it computes: "
+            "there is no authentication yet; listen only on networks that you trust"
+        )
+    if is_loopback(address.host):
+        return ""
+    return (
+        f"{address.host} is {' and '.join(hosts)} on this device, where no other device can "
+        f"connect; for others, use --listen 0.0.0.0:{address.port} or an address of the network"
+    )
 
 
 def _most_connections() -> int:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+import errno
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 # Its environment variables have to be set before gRPC is loaded.
@@ -29,6 +31,7 @@ import grpc
 import grpc.aio
 
 from tpirt.errors import PeerError, PeerLostError, StoreError, TpirtError, TransportError
+from tpirt.transport.address import Address, Endpoint, resolve
 from tpirt.transport.backlog import Backlog
 from tpirt.transport.base import Carrier, Channel, PeerService
 from tpirt.transport.tcp import TcpChannel
@@ -50,8 +53,13 @@ class GrpcPeerClient:
     """See :class:`tpirt.transport.base.PeerClient`."""
 
     def __init__(self, address: str):
-        self.address = address
-        self.peer_id = address
+        """Connect to ``HOST[:PORT]`` at the first call.
+
+        Raises:
+            ConfigError: not an address.
+        """
+        self._address = Address.parse(address)
+        self.address = self.peer_id = str(self._address)
         self._connection: grpc.aio.Channel | None = None
         self._calls: list[Channel] = []
 
@@ -59,7 +67,7 @@ class GrpcPeerClient:
     def _channel(self) -> grpc.aio.Channel:
         """The connection, made at the first call."""
         if self._connection is None:
-            self._connection = grpc.aio.insecure_channel(self.address, options=OPTIONS)
+            self._connection = grpc.aio.insecure_channel(self._address.uri, options=OPTIONS)
         return self._connection
 
     async def call(self, method: str, request: bytes, timeout_s: float) -> bytes:
@@ -76,7 +84,7 @@ class GrpcPeerClient:
                     raise PeerError(f"peer {self.peer_id}: {details_of(exc)}") from exc
                 refused = exc.code() is grpc.StatusCode.UNAVAILABLE and not is_foreign(exc)
                 if not refused or loop.time() - started > min(_PATIENCE_S, timeout_s):
-                    raise unreachable(self.address, exc, timeout_s) from exc
+                    raise unreachable(self._address, exc, timeout_s) from exc
                 await asyncio.sleep(RETRY_S)
             else:
                 return reply
@@ -147,7 +155,7 @@ class GrpcPeerClient:
             return channel  # its reader will learn why
         try:
             if offer:
-                connected = TcpChannel(await connect(self.address, str(offer)), channel)
+                connected = TcpChannel(await connect(self._address, str(offer)), channel)
                 self._calls.append(connected)
                 return connected
             channel.carrier = Carrier("grpc", "the peer offers no TCP port")
@@ -158,10 +166,15 @@ class GrpcPeerClient:
 
 
 class GrpcPeerServer:
-    """Serves a :class:`~tpirt.transport.base.PeerService` on one address."""
+    """Serves a :class:`~tpirt.transport.base.PeerService` on every address of a host.
+
+    Attributes:
+        hosts: these addresses, in digits; empty before :meth:`start`.
+    """
 
     def __init__(self, service: PeerService, most_connections: int = 1024):
         """Serve ``service``; ``most_connections`` of gRPC's are open at a time."""
+        self.hosts: list[str] = []
         self._service = service
         self._running: set[asyncio.Task[Any]] = set()  # handlers, and what ends their connections
         self._listener: TcpListener | None = None
@@ -175,18 +188,43 @@ class GrpcPeerServer:
         """Listen; port 0 takes a free one. Returns the port.
 
         Raises:
-            TransportError: the address is in use or not this machine's.
+            TransportError: the host is unknown or not this machine, or the port is in use on one
+                of its addresses.
         """
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        address = Address(host, port)
         try:
-            bound: int = self._server.add_insecure_port(address)
-        except RuntimeError as exc:
+            endpoints = self._bind(await resolve(address, listening=True))
+        except OSError as exc:
             raise TransportError(
-                f"cannot listen on {address}: the port is in use, or the address is not this "
-                "machine's; choose another with --listen"
+                f"cannot listen on {address}: {_why_not(exc)}; choose another address or port "
+                "with --listen"
             ) from exc
         await self._server.start()
-        self._listener = TcpListener.beside(host, bound)
+        self.hosts = [endpoint.host for endpoint in endpoints]
+        bound: int = endpoints[0].where[1]
+        self._listener = TcpListener.beside(endpoints, bound)
+        return bound
+
+    def _bind(self, endpoints: Sequence[Endpoint]) -> list[Endpoint]:
+        """Listen on one port of all addresses that this machine has; returns them with the port.
+
+        Raises:
+            OSError: it has none of them, or the port is in use on one.
+        """
+        bound: list[Endpoint] = []
+        foreign: OSError | None = None  # a name may have an address that this machine has not now
+        for endpoint in endpoints:
+            wanted = endpoint.at(bound[0].where[1]) if bound else endpoint
+            address = Address(wanted.host, wanted.where[1])
+            try:
+                bound.append(wanted.at(self._server.add_insecure_port(str(address))))
+            except RuntimeError:
+                exc = _bind_error(wanted)
+                if exc.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise exc from None
+                foreign = exc
+        if foreign is not None and not bound:
+            raise foreign
         return bound
 
     async def aclose(self) -> None:
@@ -299,6 +337,24 @@ class GrpcPeerServer:
         except TpirtError as exc:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(exc))
             return None
+
+
+def _bind_error(endpoint: Endpoint) -> OSError:
+    """Find out why gRPC cannot listen there, which it does not say."""
+    try:
+        endpoint.listen().close()
+    except OSError as exc:
+        return exc
+    return OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))  # and free again
+
+
+def _why_not(exc: OSError) -> str:
+    """Say why an address cannot be listened on."""
+    if exc.errno == errno.EADDRINUSE:
+        return "the port is in use"
+    if exc.errno == errno.EADDRNOTAVAIL:
+        return "the address is not this machine's"
+    return (os.strerror(exc.errno) if exc.errno and exc.errno > 0 else str(exc.strerror)).lower()
 
 
 async def _refuse(chunks: AsyncIterator[bytes], context: Any, exc: TpirtError) -> None:

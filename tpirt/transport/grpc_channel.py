@@ -12,9 +12,11 @@ from collections.abc import Awaitable
 from importlib.metadata import version
 from typing import Any, TypeVar
 
-# gRPC's core reads this once, when it is loaded. Its own log lines (a peer's goodbye, say) mean
+# gRPC's core reads these once, when it is loaded. Its own log lines (a peer's goodbye, say) mean
 # nothing to a user; what matters arrives as our errors.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+# Names that only the system's resolver knows, such as pi.local: gRPC's own asks DNS alone.
+os.environ.setdefault("GRPC_DNS_RESOLVER", "native")
 # Our children exec at once: gRPC need not stop its threads around a fork, which can abort.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 # A task that waits for a completion polls the sockets itself, instead of being woken by a pool of
@@ -28,12 +30,14 @@ import grpc.aio
 
 from tpirt.errors import HandshakeError, PeerLostError, PeerUnreachableError, TpirtError
 from tpirt.printable import printable_line
+from tpirt.transport.address import Address
 from tpirt.transport.base import Carrier
 from tpirt.transport.stream import StreamChannel, closed
 
 _T = TypeVar("_T")
 
 RETRY_S = 0.25
+CONNECT_S = 5.0  # for a connection to stand, and the other side to speak HTTP/2
 _LAST_WORDS_S = 0.5  # for what a call still brings after a write has failed
 MESSAGE_BYTES = 1 << 20  # of a stream's bytes, or of an upload, in one gRPC message
 _MESSAGE_LIMIT = 4 << 20  # of requests and uploads: the digests of a large model's units
@@ -61,6 +65,7 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.enable_http_proxy", 0),  # peers are on the local network
     # A client that connects again must not get the dead connection of the one before.
     ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.min_reconnect_backoff_ms", int(CONNECT_S * 1e3)),  # and the limit of an attempt
     ("grpc.initial_reconnect_backoff_ms", int(RETRY_S * 1e3)),
     ("grpc.max_reconnect_backoff_ms", int(RETRY_S * 1e3)),
 )
@@ -218,22 +223,46 @@ def is_foreign(exc: grpc.aio.AioRpcError) -> bool:
     )
 
 
-def unreachable(address: str, exc: grpc.aio.AioRpcError, timeout_s: float) -> TpirtError:
-    """Word a request that got no answer."""
+def unreachable(address: Address, exc: grpc.aio.AioRpcError, timeout_s: float) -> TpirtError:
+    """Word a request that got no answer: the peer as the user gave it, why, and what to do."""
     details = printable_line(exc.details() or "")
+    cause = details.rpartition("last error: ")[2]
     if is_foreign(exc):
         return HandshakeError(
-            f"peer {address}: something else than a tpirt peer answers there "
-            f"({details.rpartition('last error: ')[2]}); check the port"
+            f"peer {address}: something else than a tpirt peer answers there ({cause}); check the "
+            "port"
         )
-    if exc.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-        why = f"no answer within {timeout_s:g} s"
-    elif "Connection refused" in details:
-        why = "nothing listens there (connection refused)"
-    elif "lookup" in details or "resolving" in details:
-        why = "the host name is unknown"
-    else:
-        why = details.rpartition("last error: ")[2]
-    return PeerUnreachableError(
-        f"peer {address}: {why}; is `tpirt peer --listen ...` running there, and the port open?"
-    )
+    if exc.code() is grpc.StatusCode.DEADLINE_EXCEEDED or "SETTINGS" in details:
+        wait_s = CONNECT_S if "SETTINGS" in details else timeout_s
+        return PeerUnreachableError(
+            f"peer {address}: something listens there, but does not answer within {wait_s:g} s; is "
+            "it a tpirt peer, and not stopped or busy?"
+        )
+    for signs, why in _CAUSES.items():
+        if any(sign in details for sign in signs):
+            words = why.format(port=address.port, patience=f"{CONNECT_S:g} s")
+            return PeerUnreachableError(f"peer {address}: {words}")
+    return PeerUnreachableError(f"peer {address}: {cause}; is `tpirt peer` running there?")
+
+
+_CAUSES = {  # gRPC's and the system's words for it, ours, and what to do
+    ("Name or service not known", "No address associated", "nodename nor servname"): (
+        "the host name is unknown; check its spelling, or give its IP address"
+    ),
+    ("lookup", "resolving"): (
+        "the host name cannot be looked up now; is this machine online? Or give its IP address"
+    ),
+    ("Connection refused",): (
+        "nothing listens there (connection refused); is `tpirt peer` running there, on port {port} "
+        "and on an address that others reach?"
+    ),
+    ("No route to host", "Network is unreachable", "Host is down"): (
+        "there is no route to it; is it switched on and in this network?"
+    ),
+    ("Socket closed", "reset by peer"): (
+        "something listens there, but hangs up; is it a tpirt peer, and not full?"
+    ),
+    ("imed out", "imeout"): (
+        "no answer within {patience}; is it switched on, and does its firewall allow port {port}?"
+    ),
+}

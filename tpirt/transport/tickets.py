@@ -10,50 +10,48 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import secrets
 import socket
-from typing import Any
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from tpirt.transport.address import Address, Endpoint, resolve
 
 PORT_OFFSET = 1000  # from gRPC's port to ours where that one is free, so that firewalls can be told
 
 _TICKET_BYTES = 16
 _WELCOME = b"\x06"
-_PATIENCE_S = 1.0  # with a port that may be shut: firewalls drop packets silently
+_PATIENCE_S = 2.0  # with a port that may be shut: firewalls drop packets silently
 _NEXT_ADDRESS_S = 0.25  # before a host's next address is tried too
 _UNADMITTED = 64  # connections at a time that have not shown a ticket: each takes a descriptor
 
 
 class TcpListener:
-    """The listening socket, and the offers that nobody has taken yet."""
+    """The listening sockets, and the offers that nobody has taken yet."""
 
-    def __init__(self, listener: socket.socket, port: int):
-        """Accept connections on a socket; ``port`` is gRPC's."""
-        self._listener = listener
-        self._offset = listener.getsockname()[1] - port
+    def __init__(self, listeners: Sequence[socket.socket], port: int):
+        """Accept connections on sockets of one port; ``port`` is gRPC's."""
+        self._listeners = listeners
+        self._offset = self.port - port
         self._expected: dict[bytes, asyncio.Future[socket.socket]] = {}
         self._loop = asyncio.get_running_loop()
         self._admitting: dict[asyncio.Task[None], None] = {}  # the oldest first
-        self._accepting = asyncio.create_task(self._accept())
+        self._accepting = [asyncio.create_task(self._accept(each)) for each in listeners]
 
     @classmethod
-    def beside(cls, host: str, port: int) -> TcpListener | None:
-        """Listen near gRPC's port; None if this machine has no port to give."""
+    def beside(cls, endpoints: Sequence[Endpoint], port: int) -> TcpListener | None:
+        """Listen near gRPC's port, where gRPC does; None if this machine has no port to give."""
         for wanted in (port + PORT_OFFSET, port - PORT_OFFSET, 0):
             with contextlib.suppress(OSError, OverflowError):
-                family = socket.AF_INET6 if ":" in host else socket.AF_INET
-                dual = host == "::" and socket.has_dualstack_ipv6()
-                listener = socket.create_server(
-                    (host, wanted), family=family, dualstack_ipv6=dual, backlog=128
-                )
-                listener.setblocking(False)
-                return cls(listener, port)
+                return cls(_listen(endpoints, wanted), port)
         return None
 
     @property
     def port(self) -> int:
         """The port that connections come to."""
-        port: int = self._listener.getsockname()[1]
+        port: int = self._listeners[0].getsockname()[1]
         return port
 
     def offer(self) -> tuple[str, asyncio.Future[socket.socket]]:
@@ -71,16 +69,17 @@ class TcpListener:
 
     async def aclose(self) -> None:
         """Stop listening."""
-        tasks = [self._accepting, *self._admitting]
+        tasks = [*self._accepting, *self._admitting]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._listener.close()
+        for listener in self._listeners:
+            listener.close()
 
-    async def _accept(self) -> None:
+    async def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
-                connection, _ = await self._loop.sock_accept(self._listener)
+                connection, _ = await self._loop.sock_accept(listener)
             except OSError:  # no descriptor left, or the caller has gone already
                 await asyncio.sleep(_PATIENCE_S)
                 continue
@@ -110,38 +109,48 @@ class TcpListener:
             connection.close()
 
 
-async def connect(address: str, offer: str) -> socket.socket:
+def _listen(endpoints: Sequence[Endpoint], port: int) -> list[socket.socket]:
+    """Listen on one port of every address; port 0 takes one that is free on the first."""
+    with ExitStack() as opened:
+        listeners: list[socket.socket] = []
+        for endpoint in endpoints:
+            listeners.append(opened.enter_context(endpoint.at(port).listen()))
+            port = listeners[-1].getsockname()[1]
+        opened.pop_all()
+    return listeners
+
+
+async def connect(address: Address, offer: str) -> socket.socket:
     """Connect to the port in an :meth:`TcpListener.offer` of the peer at ``address``.
 
     Raises:
         OSError: no connection, or the ticket is not known there; the message says which.
         ValueError: not an offer.
     """
-    host, _, grpc_port = address.rpartition(":")
     offset, _, ticket = offer.partition(":")
-    port = int(grpc_port) + int(offset)
+    port = address.port + int(offset)
     try:
         async with asyncio.timeout(_PATIENCE_S):
-            return await _connect(host.strip("[]"), port, bytes.fromhex(ticket))
+            return await _connect(await resolve(Address(address.host, port)), bytes.fromhex(ticket))
     except TimeoutError:
         raise OSError(f"port {port}: no answer within {_PATIENCE_S:g} s") from None
     except (OSError, OverflowError) as exc:
-        errno = getattr(exc, "errno", None)
-        why = os.strerror(errno).lower() if errno and errno > 0 else str(exc)
+        number = getattr(exc, "errno", None)
+        why = os.strerror(number).lower() if number and number > 0 else str(exc)
         raise OSError(f"port {port}: {why}") from exc
 
 
-async def _connect(host: str, port: int, ticket: bytes) -> socket.socket:
-    """Try a host's addresses in order, each a little after the one before; the first to succeed."""
-    loop = asyncio.get_running_loop()
-    left = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+async def _connect(left: list[Endpoint], ticket: bytes) -> socket.socket:
+    """Try a host's addresses in order, each a little after the one before; the first to succeed.
+
+    Only the peer that gRPC has reached knows the ticket.
+    """
     trying: set[asyncio.Task[socket.socket]] = set()
     failure: BaseException | None = None
     try:
         while left or trying:
             if left:
-                family, _, _, _, where = left.pop(0)
-                trying.add(asyncio.create_task(_try(family, where, ticket)))
+                trying.add(asyncio.create_task(_try(left.pop(0), ticket)))
             done, trying = await asyncio.wait(
                 trying,
                 timeout=_NEXT_ADDRESS_S if left else None,
@@ -158,12 +167,12 @@ async def _connect(host: str, port: int, ticket: bytes) -> socket.socket:
     raise failure or OSError("the host has no address")
 
 
-async def _try(family: int, where: Any, ticket: bytes) -> socket.socket:
+async def _try(endpoint: Endpoint, ticket: bytes) -> socket.socket:
     loop = asyncio.get_running_loop()
-    connection = socket.socket(family, socket.SOCK_STREAM)
+    connection = socket.socket(endpoint.family, socket.SOCK_STREAM)
     try:
         _set_up(connection)
-        await loop.sock_connect(connection, where)
+        await _reach(connection, endpoint)
         await loop.sock_sendall(connection, ticket)
         await _expect_welcome(connection)
         await loop.sock_sendall(connection, _WELCOME)
@@ -171,6 +180,21 @@ async def _try(family: int, where: Any, ticket: bytes) -> socket.socket:
         connection.close()
         raise
     return connection
+
+
+async def _reach(connection: socket.socket, endpoint: Endpoint) -> None:
+    """Connect a socket, as ``loop.sock_connect``, which loses an IPv6 zone in uvloop."""
+    code = connection.connect_ex(endpoint.where)
+    if code == errno.EINPROGRESS:
+        loop, connected = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_writer(connection.fileno(), connected.set)
+        try:
+            await connected.wait()
+        finally:
+            loop.remove_writer(connection.fileno())
+        code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code:
+        raise OSError(code, os.strerror(code))
 
 
 def _set_up(connection: socket.socket) -> None:

@@ -1,0 +1,105 @@
+"""Addresses of peers: ``HOST[:PORT]`` as people write them, and what the system makes of a host.
+
+Names are looked up by the system's own resolver, which knows /etc/hosts, mDNS (``pi.local``) and
+whatever else this machine is configured for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from tpirt.errors import ConfigError
+
+DEFAULT_PORT = 50051
+
+_BRACKETED = re.compile(r"\[([^][\s/]+)\](?::([0-9]{1,5}))?")
+_PLAIN = re.compile(r"([^][\s/:]*[^][\s/:0-9][^][\s/:]*)(?::([0-9]{1,5}))?")  # 50051 is no host
+
+
+class Address(NamedTuple):
+    """A host, by name or number, and a port.
+
+    ``host`` has no brackets; an IPv6 address may have a zone (``fe80::1%eth0``).
+    """
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str, lowest_port: int = 1) -> Address:
+        """Read ``HOST``, ``HOST:PORT``, ``[IPv6]`` or ``[IPv6]:PORT``.
+
+        Raises:
+            ConfigError: it is none of these.
+        """
+        found = _BRACKETED.fullmatch(text) or _PLAIN.fullmatch(text)
+        port = int(found[2] or DEFAULT_PORT) if found else -1
+        if found is None or not lowest_port <= port <= 65535:
+            raise ConfigError(
+                f"{text!r}: expected HOST or HOST:PORT with a port from {lowest_port} to 65535, "
+                "an IPv6 address in brackets"
+            )
+        return cls(found[1], port)
+
+    def __str__(self) -> str:
+        """Write it as ``HOST:PORT``."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def uri(self) -> str:
+        """Write it for gRPC, which takes ``unix:50051`` for a file."""
+        return f"dns:///{quote(str(self), safe='[]:')}"
+
+
+class Endpoint(NamedTuple):
+    """One address of a host: what a socket connects to, or listens on."""
+
+    family: socket.AddressFamily
+    where: tuple[Any, ...]  # of the family's kind; an IPv6 one has the zone
+
+    @property
+    def host(self) -> str:
+        """The address in digits, with its zone."""
+        return socket.getnameinfo(self.where, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
+
+    def at(self, port: int) -> Endpoint:
+        """The same host's other port."""
+        host, _, *rest = self.where
+        return self._replace(where=(host, port, *rest))
+
+    def listen(self) -> socket.socket:
+        """Listen there, on ``::`` for both protocols.
+
+        Raises:
+            OSError: the port is in use, or the address is not this machine's.
+        """
+        listener = socket.create_server(
+            self.where,
+            family=self.family,
+            dualstack_ipv6=self.where[0] == "::" and socket.has_dualstack_ipv6(),
+            backlog=128,
+        )
+        listener.setblocking(False)
+        return listener
+
+
+async def resolve(address: Address, *, listening: bool = False) -> list[Endpoint]:
+    """Look up all addresses of a host, the system's preferred one first.
+
+    Args:
+        address: of a peer, or to listen on.
+        listening: take ``0.0.0.0`` for ``::`` where that stands for both protocols, as gRPC does.
+
+    Raises:
+        OSError: there is none; says why.
+    """
+    host, port = address
+    if listening and host == "0.0.0.0" and socket.has_dualstack_ipv6():
+        host = "::"
+    # Not the loop's: that of uvloop loses the zone.
+    found = await asyncio.to_thread(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(Endpoint(family, where) for family, _, _, _, where in found))

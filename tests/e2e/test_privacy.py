@@ -359,7 +359,7 @@ ALLOWED = {
     "HelloReply": {
         "protocol_version",
         "tpirt_version",
-        "peer_id",
+        "host_name",
         "host_id",
         "memory_bytes",
         "available_bytes",
@@ -369,6 +369,7 @@ ALLOWED = {
         "bfloat16",
         "int4_layout",
         "busy",
+        "process",
     },
     "InventoryRequest": {"slice_id", "order"},
     "InventoryReply": {"whole", "held"},

@@ -379,7 +379,7 @@ async def test_trace_of_a_request_that_lost_a_peer(model: Path, store: Path, fil
             await engine.complete(PROMPT, PARAMS)
     trace = Trace(file)
     assert [bool(rank["missing"]) for rank in trace.ranks] == [False, False, True]
-    assert "rank2" in trace.ranks[2]["missing"]
+    assert "memory:2" in trace.ranks[2]["missing"]
     assert trace.processes[2].endswith("(missing)")
     assert len(trace.steps(0)) == len(trace.steps(1)) == 4  # the last one failed
 
@@ -414,7 +414,7 @@ async def test_invalid_trace_is_refused(
         await engine.complete(PROMPT, PARAMS)
     trace = Trace(file)
     assert "expected the trace of lane" in trace.ranks[1]["missing"]
-    assert "rank1" in trace.ranks[1]["missing"]
+    assert "memory:1" in trace.ranks[1]["missing"]
     assert trace.lanes[0, "compute"]
     assert not any(rank == 1 for rank, _ in trace.lanes)
 

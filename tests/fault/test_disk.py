@@ -84,7 +84,7 @@ async def test_block_lost_while_streaming_is_named_and_the_group_lives_on(
 
         with pytest.raises(StoreError) as caught:
             await until_it_fails()
-        assert "peer rank1" in str(caught.value)
+        assert "peer memory:1" in str(caught.value)
         assert str(block) in str(caught.value)  # which has the block's name
         assert engine.broken is None
         with pytest.raises(StoreError):  # and again, as long as it is so
@@ -441,5 +441,5 @@ async def test_workers_own_memory_limit_that_is_too_low_is_named(
         ):
             pytest.fail("loaded")
     text = str(caught.value)
-    assert text.startswith("rank 1 (rank1): its memory limit of 50 MiB is too low")
-    assert "raise --memory of rank1 to at least" in text
+    assert text.startswith("rank 1 (memory:1): its memory limit of 50 MiB is too low")
+    assert "raise --memory of memory:1 to at least" in text

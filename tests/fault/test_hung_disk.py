@@ -99,7 +99,7 @@ async def test_a_workers_disk_fails_amid_a_step_of_large_frames(
         disk.folder = folder_of(tmp_path, [4, 6])  # rank 2's
         for _ in range(2):
             disk.failing = True
-            with pytest.raises(StoreError, match=r"peer rank2.*disk on fire"):
+            with pytest.raises(StoreError, match=r"peer memory:2.*disk on fire"):
                 await repeat(engine)  # some blocks have been read ahead
             disk.failing = False
             assert engine.broken is None

@@ -78,5 +78,5 @@ async def test_a_worker_that_is_slow_to_prepare_has_links(
     monkeypatch.setattr(rank, "choose_kernels", slow_for_one)
     async with memory_engine(model, 3, store=tmp_path, collective="one-shot") as engine:
         assert next(calls) == 3
-        assert engine.notice == ""
+        assert engine.notices == []
         await engine.complete(PROMPT, ONE)

@@ -26,7 +26,7 @@ PARAMS = SamplingParams(max_tokens=5)
 async def answer(model: Path, store: Path, **options: str) -> tuple[list[int], str, list[str]]:
     async with memory_engine(model, 3, store=store, **options) as engine:  # type: ignore[arg-type]
         completion = await engine.complete(PROMPT, PARAMS)
-        return completion.token_ids, engine.notice, engine.explain()
+        return completion.token_ids, " ".join(engine.notices), engine.explain()
 
 
 @pytest.mark.parametrize("collective", ["auto", "one-shot", "two-shot"])
@@ -110,7 +110,7 @@ async def test_a_failure_in_one_worker_frees_the_others_in_direct_exchange(
             asyncio.timeout(20),
             memory_engine(model, 4, store=tmp_path, collective=algorithm) as engine,
         ):
-            with pytest.raises(StoreError, match="rank2: disk on fire"):
+            with pytest.raises(StoreError, match="memory:2: disk on fire"):
                 await engine.complete(PROMPT, PARAMS)
             again = await engine.complete(PROMPT, PARAMS)
             assert len(again.token_ids) == PARAMS.max_tokens

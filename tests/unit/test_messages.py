@@ -62,7 +62,7 @@ def test_a_message_is_read_as_it_was_written(message: object) -> None:
 
 
 def test_a_call_is_read_as_it_was_written() -> None:
-    reply = HelloReply(3, "1.0", "p", "h", None, 1, 2, 3, 4, True, "avx2", False)
+    reply = HelloReply(3, "1.0", "p", "h", None, 1, 2, 3, 4, True, "avx2", False, 7)
     assert decode_call(HelloReply, encode_call(reply), "peer") == reply
 
 

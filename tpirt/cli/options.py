@@ -338,8 +338,9 @@ def _show_plan(arguments: argparse.Namespace, plan: Deployment) -> None:
 
 def _tell(arguments: argparse.Namespace, engine: Engine) -> None:
     """Print the group's plan and its notices on stderr."""
-    if engine.notice and not arguments.quiet:
-        print(f"tpirt: {engine.notice}", file=sys.stderr)
+    if not arguments.quiet:
+        for notice in engine.notices:
+            print(f"tpirt: {notice}", file=sys.stderr)
     if arguments.explain:
         print("\n".join(engine.explain()), file=sys.stderr)
 

@@ -121,11 +121,7 @@ def _failures(states: Mapping[int, Sequence[LinkState]]) -> list[str]:
 
 
 class CollectivePolicy:
-    """The master's choice of collectives, step by step.
-
-    Attributes:
-        notice: why the requested algorithm is not available; empty if it is.
-    """
+    """The master's choice of collectives, step by step."""
 
     def __init__(
         self,
@@ -147,14 +143,22 @@ class CollectivePolicy:
         topology = Topology(
             links.world_size, links.latency_s, links.bytes_per_s, links.complete, tuple(machines)
         )
-        self.notice = ""
+        self._shortfall = ""  # why the requested algorithm is not available
         if links.failures and options.algorithm is not Algorithm.STAR:
-            self.notice = f"sums go through the master (star): {links.failures[0]}"
+            self._shortfall = f"sums go through the master (star): {links.failures[0]}"
         self._links = links
         self._chooser = Chooser(topology)
         self._comm_dtype = comm_dtype
         self._hidden_size = hidden_size
         self._fixed = options.algorithm if topology.complete else Algorithm.STAR
+
+    @property
+    def notices(self) -> list[str]:
+        """What makes the links slower than they could be, a line each."""
+        detours = self._links.detours()
+        more = f", and {len(detours) - 1} more" if len(detours) > 1 else ""
+        slower = [f"{detours[0]}{more}; slower than a TCP connection"] if detours else []
+        return [*filter(None, [self._shortfall]), *slower]
 
     def for_step(self, tokens: int) -> Collective:
         """Choose for a step of ``tokens`` tokens."""
@@ -181,7 +185,7 @@ class CollectivePolicy:
         sizes = {"one token": self._nbytes(1), f"{chunk_tokens} tokens": self._nbytes(chunk_tokens)}
         lines = [*self._links.detours(), *self._chooser.explain(sizes)]
         if self._fixed is not None:
-            lines.append(f"used: {self._fixed.value} ({self.notice or 'as requested'})")
+            lines.append(f"used: {self._fixed.value} ({self._shortfall or 'as requested'})")
         return [*lines, f"on the wire: {self._comm_dtype.value}"]
 
     def _is_slow(self, nbytes: int) -> bool:

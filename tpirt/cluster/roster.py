@@ -10,6 +10,7 @@ from tpirt.cluster.machine import (
     base_bytes,
     has_bfloat16,
     host_id,
+    host_name,
     int4_layout,
     machine_cores,
     resident_bytes,
@@ -28,7 +29,7 @@ from tpirt.protocol.messages import (
 from tpirt.transport.base import PeerClient
 from tpirt.version import __version__
 
-_HELLO_TIMEOUT_S = 10.0
+_HELLO_TIMEOUT_S = 20.0  # of a busy machine; one that is not there is noticed sooner
 _RETRY_S = 0.25
 
 
@@ -45,6 +46,7 @@ def this_peer(threads: int) -> PeerProfile:
         bfloat16=has_bfloat16(),
         int4_layout=int4_layout(),
         base_bytes=base_bytes(),
+        host_name=host_name(),
     )
 
 
@@ -55,9 +57,11 @@ async def profile_peers(
 
     Raises:
         PeerUnreachableError: no answer at an address.
-        HandshakeError: a peer has another protocol version or serves another master.
+        HandshakeError: a peer has another protocol version, serves another master, or is given
+            under two addresses.
     """
     replies = await asyncio.gather(*(hello(client, master) for client in clients))
+    _check_distinct(clients, replies)
     others = [
         PeerProfile(
             rank,
@@ -70,6 +74,8 @@ async def profile_peers(
             bfloat16=reply.bfloat16,
             int4_layout=Layout.named(reply.int4_layout) or PORTABLE_LAYOUT,
             base_bytes=reply.base_bytes,
+            host_name=reply.host_name,
+            version=reply.tpirt_version,
         )
         for rank, (client, reply) in enumerate(zip(clients, replies, strict=True), start=1)
     ]
@@ -124,14 +130,37 @@ async def hello(client: PeerClient, master: int, timeout_s: float = _HELLO_TIMEO
     """
     request = encode_call(HelloRequest(PROTOCOL_VERSION, __version__, master))
     answer = await client.call("Hello", request, timeout_s)
-    reply = decode_call(HelloReply, answer, client.address)
-    client.peer_id = reply.peer_id or client.address
+    reply = decode_call(HelloReply, answer, client.peer_id)
     if reply.protocol_version != PROTOCOL_VERSION:
+        older = "the peer" if reply.protocol_version < PROTOCOL_VERSION else "this machine"
         raise HandshakeError(
-            f"peer {client.peer_id}: speaks protocol {reply.protocol_version} (tpirt "
-            f"{reply.tpirt_version}), this is {PROTOCOL_VERSION} (tpirt {__version__}); "
-            "install the same tpirt on both"
+            f"peer {client.peer_id}: runs tpirt {reply.tpirt_version} (protocol "
+            f"{reply.protocol_version}), this is tpirt {__version__} (protocol "
+            f"{PROTOCOL_VERSION}); update tpirt on {older}"
         )
     if reply.busy:
         raise PeerBusyError(f"peer {client.peer_id}: serves another master now; try later")
     return reply
+
+
+def other_versions(peers: Sequence[PeerProfile]) -> list[str]:
+    """Say which peers run another tpirt than this process, one line for each version."""
+    found: dict[str, list[str]] = {}
+    for peer in peers:
+        if peer.version != __version__:
+            found.setdefault(peer.version, []).append(peer.peer_id)
+    return [
+        f"{', '.join(names)}: tpirt {version} there, {__version__} here; results may differ, so "
+        "update the older one"
+        for version, names in found.items()
+    ]
+
+
+def _check_distinct(clients: Sequence[PeerClient], replies: Sequence[HelloReply]) -> None:
+    seen: dict[int, str] = {}
+    for client, reply in zip(clients, replies, strict=True):
+        other = seen.setdefault(reply.process, client.peer_id)
+        if reply.process and other != client.peer_id:
+            raise HandshakeError(
+                f"peer {client.peer_id}: is the same process as {other}; give one of the addresses"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Callable
 
 from tpirt.cancellation import finish, in_thread
@@ -71,14 +72,15 @@ class Worker:
 
     def __init__(
         self,
-        peer_id: str,
+        host_name: str,
         store: SliceStore,
         memory_bytes: int | None,
         threads: int,
         log: Log,
         connect: Connect | None = None,
     ):
-        self.peer_id = peer_id
+        self._host_name = host_name
+        self._process = secrets.randbits(64)
         self._store = store
         self._memory_bytes = memory_bytes
         self._threads = threads
@@ -174,7 +176,7 @@ class Worker:
         return HelloReply(
             protocol_version=PROTOCOL_VERSION,
             tpirt_version=__version__,
-            peer_id=self.peer_id,
+            host_name=self._host_name,
             host_id=host_id(),
             memory_bytes=self._memory_bytes,
             available_bytes=available_bytes() + resident_bytes(),
@@ -184,6 +186,7 @@ class Worker:
             bfloat16=has_bfloat16(),
             int4_layout=int4_layout().name,
             busy=busy,
+            process=self._process,
         )
 
     async def _serve(self, session: WorkerSession) -> None:
@@ -254,9 +257,10 @@ class Worker:
 
 def _check_setup(setup: Setup) -> None:
     if setup.protocol_version != PROTOCOL_VERSION:
+        older = "peer" if setup.protocol_version > PROTOCOL_VERSION else "master"
         raise HandshakeError(
-            f"it speaks protocol {PROTOCOL_VERSION}, the master {setup.protocol_version}; "
-            "install the same tpirt on both"
+            f"it runs tpirt {__version__} (protocol {PROTOCOL_VERSION}), the master speaks "
+            f"protocol {setup.protocol_version}; update tpirt on the {older}"
         )
     if not (
         1 <= setup.rank < setup.world_size

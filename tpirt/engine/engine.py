@@ -32,7 +32,7 @@ from tpirt.cluster.connection import Connection
 from tpirt.cluster.group import Group
 from tpirt.cluster.launcher import LocalPeers
 from tpirt.cluster.machine import default_threads
-from tpirt.cluster.roster import profile_peers
+from tpirt.cluster.roster import other_versions, profile_peers
 from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.cluster.tracing import TRACE_SPANS
 from tpirt.config import ModelConfig
@@ -214,9 +214,10 @@ class Engine:
         return self._connection.group
 
     @property
-    def notice(self) -> str:
-        """A warning about how ranks are connected; empty if there is nothing to warn of."""
-        return self._group.policy.notice if self._group.policy else ""
+    def notices(self) -> list[str]:
+        """Warnings about peers and how ranks are connected, a line each."""
+        policy = self._group.policy
+        return other_versions(self.peers) + (policy.notices if policy else [])
 
     def explain(self) -> list[str]:
         """Say which links were measured and how sums go over them, a line each."""

@@ -161,8 +161,9 @@ class Deployment:
             if limit is not None:
                 left = format_bytes(budget.left_for_weights() or 0)
                 parts = f"limit {format_bytes(limit)}: {parts}, {left} weights and conversation"
+            who = ", ".join(filter(None, (rank.peer.peer_id, rank.peer.host_name)))
             lines.append(
-                f"rank {rank.peer.rank} ({rank.peer.peer_id}): "
+                f"rank {rank.peer.rank} ({who}): "
                 f"{format_bytes(budget.weights_bytes)} of weights {rank.held}; {parts}"
             )
         return lines

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tpirt.ops.quant_layout import Layout
 from tpirt.planning.memory import PROCESS_BYTES
+from tpirt.version import __version__
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class PeerProfile:
 
     Attributes:
         rank: its rank; 0 is the master.
-        peer_id: its name in messages.
+        peer_id: its name in messages: its address, as the user gave it.
         host_id: equal for processes that share the memory of one machine, or of one container.
         memory_bytes: its own memory limit; None for no limit.
         available_bytes: total memory that its process can use; None if unknown.
@@ -23,6 +24,8 @@ class PeerProfile:
         bfloat16: whether its CPU has native bfloat16 products.
         int4_layout: the order of codes for its 4-bit kernel.
         base_bytes: resident memory of its process without a model.
+        host_name: what it calls its machine; not unique.
+        version: of its tpirt.
     """
 
     rank: int
@@ -35,6 +38,8 @@ class PeerProfile:
     bfloat16: bool
     int4_layout: Layout
     base_bytes: int = PROCESS_BYTES
+    host_name: str = ""
+    version: str = __version__
 
     @property
     def machine_id(self) -> str:

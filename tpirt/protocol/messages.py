@@ -42,7 +42,7 @@ class HelloRequest:
 class HelloReply:
     protocol_version: int
     tpirt_version: str
-    peer_id: str
+    host_name: str
     host_id: str
     memory_bytes: int | None
     available_bytes: int
@@ -52,6 +52,7 @@ class HelloReply:
     bfloat16: bool
     int4_layout: str
     busy: bool
+    process: int
 
 
 @dataclass(frozen=True)

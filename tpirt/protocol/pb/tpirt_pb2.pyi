@@ -44,10 +44,10 @@ class HelloRequest(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., tpirt_version: _Optional[str] = ..., master: _Optional[int] = ...) -> None: ...
 
 class HelloReply(_message.Message):
-    __slots__ = ("protocol_version", "tpirt_version", "peer_id", "host_id", "memory_bytes", "available_bytes", "base_bytes", "threads", "cores", "bfloat16", "int4_layout", "busy")
+    __slots__ = ("protocol_version", "tpirt_version", "host_name", "host_id", "memory_bytes", "available_bytes", "base_bytes", "threads", "cores", "bfloat16", "int4_layout", "busy", "process")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     TPIRT_VERSION_FIELD_NUMBER: _ClassVar[int]
-    PEER_ID_FIELD_NUMBER: _ClassVar[int]
+    HOST_NAME_FIELD_NUMBER: _ClassVar[int]
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     AVAILABLE_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -57,9 +57,10 @@ class HelloReply(_message.Message):
     BFLOAT16_FIELD_NUMBER: _ClassVar[int]
     INT4_LAYOUT_FIELD_NUMBER: _ClassVar[int]
     BUSY_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     tpirt_version: str
-    peer_id: str
+    host_name: str
     host_id: str
     memory_bytes: int
     available_bytes: int
@@ -69,7 +70,8 @@ class HelloReply(_message.Message):
     bfloat16: bool
     int4_layout: str
     busy: bool
-    def __init__(self, protocol_version: _Optional[int] = ..., tpirt_version: _Optional[str] = ..., peer_id: _Optional[str] = ..., host_id: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., available_bytes: _Optional[int] = ..., base_bytes: _Optional[int] = ..., threads: _Optional[int] = ..., cores: _Optional[int] = ..., bfloat16: _Optional[bool] = ..., int4_layout: _Optional[str] = ..., busy: _Optional[bool] = ...) -> None: ...
+    process: int
+    def __init__(self, protocol_version: _Optional[int] = ..., tpirt_version: _Optional[str] = ..., host_name: _Optional[str] = ..., host_id: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., available_bytes: _Optional[int] = ..., base_bytes: _Optional[int] = ..., threads: _Optional[int] = ..., cores: _Optional[int] = ..., bfloat16: _Optional[bool] = ..., int4_layout: _Optional[str] = ..., busy: _Optional[bool] = ..., process: _Optional[int] = ...) -> None: ...
 
 class InventoryRequest(_message.Message):
     __slots__ = ("slice_id", "order")

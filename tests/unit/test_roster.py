@@ -1,0 +1,90 @@
+"""What the master makes of its peers' greetings."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tpirt.cluster.roster import other_versions, profile_peers
+from tpirt.cluster.worker import Worker
+from tpirt.errors import HandshakeError
+from tpirt.protocol.messages import PROTOCOL_VERSION, HelloReply, decode_call, encode_call
+from tpirt.transport.base import Channel
+from tpirt.version import __version__
+from tpirt.weights.store import SliceStore
+
+
+class Client:
+    """A client that passes on a worker's greeting, with changes."""
+
+    def __init__(self, address: str, worker: Worker, **changes: Any):
+        self.peer_id = self.address = address
+        self._worker = worker
+        self._changes = changes
+
+    async def call(self, method: str, request: bytes, timeout_s: float) -> bytes:
+        reply = decode_call(HelloReply, await self._worker.answer(method, request), "worker")
+        return encode_call(replace(reply, **self._changes))
+
+    async def upload(self, method: str, chunks: AsyncIterator[bytes], timeout_s: float) -> bytes:
+        raise AssertionError
+
+    async def open_session(self) -> Channel:
+        raise AssertionError
+
+    async def open_link(self) -> Channel:
+        raise AssertionError
+
+    async def aclose(self) -> None:
+        raise AssertionError
+
+
+def worker(store: Path) -> Worker:
+    return Worker("raspberrypi", SliceStore(store), None, 1, lambda _: None)
+
+
+async def test_peers_have_the_names_that_the_user_gave_them(tmp_path: Path) -> None:
+    """Cloned devices have one host name."""
+    clients = [Client(address, worker(tmp_path)) for address in ("10.0.0.2:1", "10.0.0.3:1")]
+    peers = await profile_peers(clients, threads=1)
+    assert [peer.peer_id for peer in peers] == ["master", "10.0.0.2:1", "10.0.0.3:1"]
+    assert [peer.host_name for peer in peers[1:]] == ["raspberrypi"] * 2
+    assert other_versions(peers) == []
+
+
+async def test_a_peer_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    one = worker(tmp_path)
+    clients = [Client("kitchen:1", one), Client("attic:1", worker(tmp_path)), Client("pi:1", one)]
+    with pytest.raises(HandshakeError, match="peer pi:1: is the same process as kitchen:1"):
+        await profile_peers(clients, threads=1)
+
+
+async def test_peers_of_versions_that_know_no_process_number_are_taken(tmp_path: Path) -> None:
+    clients = [Client(name, worker(tmp_path), process=0) for name in ("a:1", "b:1")]
+    assert len(await profile_peers(clients, threads=1)) == 3
+
+
+async def test_another_version_is_named(tmp_path: Path) -> None:
+    names = ("a:1", "b:1", "c:1")
+    clients = [Client(name, worker(tmp_path), tpirt_version="9.9") for name in names[:2]]
+    peers = await profile_peers([*clients, Client("c:1", worker(tmp_path))], threads=1)
+    (line,) = other_versions(peers)
+    assert line.startswith(f"a:1, b:1: tpirt 9.9 there, {__version__} here")
+
+
+@pytest.mark.parametrize(("step", "older"), [(-1, "the peer"), (1, "this machine")])
+async def test_another_protocol_is_refused_and_who_is_older_is_said(
+    tmp_path: Path, step: int, older: str
+) -> None:
+    theirs = PROTOCOL_VERSION + step
+    client = Client("a:1", worker(tmp_path), protocol_version=theirs, tpirt_version="9.9")
+    with pytest.raises(HandshakeError) as caught:
+        await profile_peers([client], threads=1)
+    assert str(caught.value) == (
+        f"peer a:1: runs tpirt 9.9 (protocol {theirs}), this is tpirt {__version__} "
+        f"(protocol {PROTOCOL_VERSION}); update tpirt on {older}"
+    )

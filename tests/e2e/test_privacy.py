@@ -472,7 +472,7 @@ FRAME_FIELDS = {
 TEXTS = {
     "HelloRequest.tpirt_version",
     "HelloReply.tpirt_version",
-    "HelloReply.peer_id",  # host name and port of the worker
+    "HelloReply.host_name",  # of the worker
     "HelloReply.host_id",
     "HelloReply.int4_layout",  # what the worker's CPU prefers
     "InventoryRequest.slice_id",  # hash of model, dtype and shard
@@ -618,6 +618,6 @@ def test_only_the_transport_opens_connections(model: Path, tmp_path: Path) -> No
         for name, file in seen.items()
     }
     assert ["socket.connect", "tpirt.transport.tickets"] in uses["master"]
-    assert ["socket.bind", "tpirt.transport.tickets"] in uses["worker"]
+    assert ["socket.bind", "tpirt.transport.address"] in uses["worker"]
     for _, module in [*uses["master"], *uses["worker"]]:
         assert module.startswith("tpirt.transport.")

@@ -45,8 +45,9 @@ from tpirt.weights.writer import SliceWriter
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
-# Bytes of a unit per message: a link of 1 Mbit/s takes two seconds for one.
-CHUNK_BYTES = 256 << 10
+# Bytes of a unit per message: a link of 100 kbit/s takes five seconds for one, far less than the
+# silence after which the other side counts as lost.
+CHUNK_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -283,7 +284,7 @@ class _Chunks:
 
 
 def unit_chunks(units: Iterator[tuple[int, memoryview]]) -> Generator[UnitChunk]:
-    """Cut units into messages of at most 256 KiB, each with its checksum."""
+    """Cut units into messages of at most 64 KiB, each with its checksum."""
     for number, content in units:
         for offset in range(0, len(content), CHUNK_BYTES):
             raw = bytes(content[offset : offset + CHUNK_BYTES])

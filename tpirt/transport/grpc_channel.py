@@ -39,7 +39,7 @@ _T = TypeVar("_T")
 RETRY_S = 0.25
 CONNECT_S = 5.0  # for a connection to stand, and the other side to speak HTTP/2
 _LAST_WORDS_S = 0.5  # for what a call still brings after a write has failed
-MESSAGE_BYTES = 1 << 20  # of a stream's bytes, or of an upload, in one gRPC message
+MESSAGE_BYTES = 64 << 10  # of a stream in one gRPC message: progress is seen by whole ones
 _MESSAGE_LIMIT = 4 << 20  # of requests and uploads: the digests of a large model's units
 _KEEPALIVE_MS = 2_000
 # Far above what a slow link may take: heartbeats tell whether a peer is alive, not these pings.
@@ -48,6 +48,10 @@ _KEEPALIVE_TIMEOUT_MS = 120_000
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", _MESSAGE_LIMIT),
     ("grpc.max_receive_message_length", _MESSAGE_LIMIT),
+    # A fixed window. One that grows with the link's delay fills the buffers of a slow link, and is
+    # opened again by halves: at 100 kbit/s a sender waits for most of a minute, as for a dead peer.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 128 << 10),
     # Accept no compression: a message of 1 MB could become 1 GB.
     ("grpc.compression_enabled_algorithms_bitset", 1),
     ("grpc.keepalive_time_ms", _KEEPALIVE_MS),

@@ -2,12 +2,15 @@
 # Sourced by the scripts beside it: where the repository is, and a Python environment in .venv.
 #
 #   TPIRT_PYTHON=COMMAND  the Python (3.11 or newer) to make .venv with
+#   TPIRT_TORCH=cuda      on Linux, when .venv is made: torch with CUDA, a download of 2.8 GB; the default
+#                         is its CPU build
 #   TPIRT_VENV=DIR        an environment that has tpirt already: used as it is, nothing is installed
 
 tpirt_root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd -P)
 tpirt_venv=${TPIRT_VENV:-$tpirt_root/.venv}
 [[ $tpirt_venv == /* ]] || tpirt_venv=$PWD/$tpirt_venv
 tpirt_stamp=$tpirt_venv/tpirt-installed # what this .venv was installed from; written last
+cpu_index=https://download.pytorch.org/whl/cpu # PyTorch's; PyPI has no CPU build for Linux
 
 note() {
   printf '%s\n' "${0##*/}: $*" >&2
@@ -58,23 +61,20 @@ _is_installed() { # run|dev
 }
 
 _install() { # run|dev
-  local target=$tpirt_root size=250 before=none code=0 options=(--prefer-binary)
-  if [[ $1 == dev ]]; then
-    target+='[dev]' size=300
-    # Compiling all modules takes longer than importing those that the tests use.
-    options+=(--no-compile)
-  fi
+  local before=none code=0
   [[ ! -f $tpirt_stamp ]] || before=$(<"$tpirt_stamp")
   # What an interrupted pip leaves can pass for an installed package, so begin anew.
   if [[ $before == unfinished ]] || ! "$tpirt_venv/bin/python" -m pip --version &>/dev/null; then
     _make_venv
     before=none
   fi
-  note "installing into $tpirt_venv (downloads about $size MB, once)"
+  _choose_packages "$1"
+  # Compiling all modules takes longer than importing those that the tests use.
+  [[ $1 == run ]] || packages=(--no-compile "${packages[@]}")
+  note "installing into $tpirt_venv (downloads about $size, once)"
   printf 'unfinished\n' >"$tpirt_stamp"
-  [[ -t 2 ]] || options+=(--quiet --progress-bar off)
-  "$tpirt_venv/bin/python" -m pip install --no-input --disable-pip-version-check \
-    "${options[@]}" -c "$tpirt_root/constraints.txt" -e "$target" \
+  [[ -t 2 ]] || packages=(--quiet --progress-bar off "${packages[@]}")
+  "$tpirt_venv/bin/python" -m pip install --no-input --disable-pip-version-check "${packages[@]}" \
     </dev/null >&2 || code=$?
   if ((code)); then
     # A pip that failed (no network, say) put back what it found; one that was killed did not.
@@ -82,11 +82,67 @@ _install() { # run|dev
       if [[ $before == none ]]; then rm -f "$tpirt_stamp"; else printf '%s\n' "$before" >"$tpirt_stamp"; fi
     fi
     note "the installation failed (pip's exit code $code; its messages are above)"
+    [[ $cpu_torch != missing ]] ||
+      note "torch's CPU build was not found: set PIP_EXTRA_INDEX_URL to a mirror of $cpu_index, or TPIRT_TORCH=cuda (2.8 GB)"
     exit 1
   fi
   { printf '%s\n' "$1"; _installed_from; } >"$tpirt_stamp.new"
   mv "$tpirt_stamp.new" "$tpirt_stamp"
   note "installed"
+  command -v tpirt >/dev/null ||
+    note "to type tpirt in this shell: . $(printf '%q' "$tpirt_venv/bin/activate")"
+}
+
+# Set "packages" to pip's arguments, and "size" to about what it downloads (download_size.sh tells).
+_choose_packages() { # run|dev
+  packages=(--prefer-binary) size='250 MB' cpu_torch=''
+  _choose_torch
+  packages+=(-c "$tpirt_root/constraints.txt" -e)
+  if [[ $1 == run ]]; then
+    packages+=("$tpirt_root")
+  else
+    packages+=("$tpirt_root[dev]")
+    [[ $size != '250 MB' ]] || size='320 MB'
+  fi
+}
+
+# Ask for torch's CPU build on Linux, where PyPI's build brings gigabytes of CUDA libraries;
+# elsewhere PyPI's is the CPU build. The user's own indexes come first: PyTorch's is added only if
+# they lack the build.
+_choose_torch() {
+  local cpu
+  cpu=$(sed -n 's/^torch==//p' "$tpirt_root/constraints.txt")+cpu
+  case $(uname -sm),${TPIRT_TORCH:-cpu} in
+    *,cuda)
+      packages+=("torch!=$cpu") size='2.8 GB'
+      return
+      ;;
+    'Linux x86_64,cpu' | 'Linux aarch64,cpu') ;;
+    *,cpu) return ;;
+    *)
+      note "TPIRT_TORCH: expected cpu or cuda, got '$TPIRT_TORCH'"
+      exit 2
+      ;;
+  esac
+  # An environment that was made with CUDA keeps it.
+  ! compgen -G "$tpirt_venv/lib/python*/site-packages/nvidia" >/dev/null || return 0
+  packages+=("torch==$cpu")
+  if _pip_finds "$cpu"; then
+    return
+  elif _pip_finds "$cpu" --extra-index-url "$cpu_index"; then
+    packages+=(--extra-index-url "$cpu_index")
+  else
+    cpu_torch=missing
+    note "cannot reach $cpu_index, which has torch's CPU build; trying pip's own index alone"
+  fi
+}
+
+# Whether pip finds this version of torch. Fails soon: pip itself would try each package for long.
+_pip_finds() { # VERSION PIP_OPTION...
+  local found
+  found=$("$tpirt_venv/bin/python" -m pip index versions torch \
+    --no-input --disable-pip-version-check --retries 0 --timeout 5 "${@:2}" 2>/dev/null) || return
+  [[ $found == *" $1"* ]]
 }
 
 _make_venv() {

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -56,7 +57,11 @@ def run(
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
 @pytest.mark.parametrize(
-    "name", ["launch_local.sh", "launch_peer.sh", "launch_hosts.sh", "test.sh", "nightly.sh"]
+    "name",
+    [
+        *("launch_local.sh", "launch_peer.sh", "launch_hosts.sh"),
+        *("test.sh", "nightly.sh", "download_size.sh"),
+    ],
 )
 def test_help(name: str, option: str, environment: dict[str, str]) -> None:
     done = run(SCRIPTS / name, option, env=environment)
@@ -213,15 +218,22 @@ def test_a_peer_alone(environment: dict[str, str]) -> None:
 # -- installation, without pip and without a network -----------------------------------------
 
 PYTHON = """#!/usr/bin/env bash
-# Makes an environment of itself; installing takes as long as the file "slow" is there.
+# Makes an environment of itself; installing takes as long as the file "slow" is there. Its indexes
+# have the builds of torch in the files "own-index" and "cpu-index".
 case "$*" in
   '-m venv --clear '*)
     echo "venv" >>"$PRETENDED/log"
     rm -rf "${!#}" && mkdir -p "${!#}/bin" && cp "$0" "${!#}/bin/python"
     ;;
   '-m pip --version') [[ $0 == */bin/python ]] ;;
+  '-m pip index versions torch '*)
+    cat "$PRETENDED/own-index"
+    [[ $* != *'--extra-index-url https://download.pytorch.org/whl/cpu'* ]] ||
+      cat "$PRETENDED/cpu-index" 2>/dev/null
+    ;;
   '-m pip install '*)
     echo "pip ${!#}" >>"$PRETENDED/log"
+    printf '%s\\n' "$*" >"$PRETENDED/arguments"
     while [[ -e $PRETENDED/slow ]]; do sleep 0.05; done
     [[ ! -e $PRETENDED/broken ]] || { echo "no network" >&2; exit 1; }
     printf '#!/bin/sh\\necho "tpirt $*"\\n' >"${0%/*}/tpirt" && chmod +x "${0%/*}/tpirt"
@@ -230,6 +242,10 @@ case "$*" in
   *) exec "$REAL_PYTHON" "$@" ;;
 esac
 """
+
+
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+TORCH = (ROOT / "constraints.txt").read_text().partition("\ntorch==")[2].split()[0]
 
 
 class Clone:
@@ -245,6 +261,7 @@ class Clone:
         python = self.pretended / "python"
         python.write_text(PYTHON)
         python.chmod(0o755)
+        self.offer("own-index", "2.6.0", f"{TORCH}", f"{TORCH}+cpu")
         self.environment = {
             **environment,
             "TPIRT_PYTHON": str(python),
@@ -252,6 +269,27 @@ class Clone:
             "REAL_PYTHON": sys.executable,
         }
         del self.environment["TPIRT_VENV"]
+
+    def offer(self, index: str, *versions: str) -> None:
+        """Say which versions of torch an index has."""
+        line = f"Available versions: {', '.join(versions)}\n"
+        (self.pretended / index).write_text(line)
+
+    def machine(self, name: str) -> None:
+        """Pretend another kind of machine."""
+        folder = self.pretended / "tools"
+        folder.mkdir()
+        uname = folder / "uname"
+        uname.write_text(f"#!/bin/sh\necho {name}\n")
+        uname.chmod(0o755)
+        self.environment["PATH"] = f"{folder}:{self.environment['PATH']}"
+
+    @property
+    def torch_arguments(self) -> list[str]:
+        """What the latest installation asked of pip about torch."""
+        arguments = (self.pretended / "arguments").read_text().split()
+        wanted = ("torch", "--extra-index-url", "https:")
+        return [each for each in arguments if each.startswith(wanted)]
 
     def start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -338,6 +376,92 @@ def test_an_interrupted_installation_begins_anew(clone: Clone) -> None:
     assert clone.log == ["venv", clone.installs]
     assert clone.run()[:2] == (0, STARTED)
     assert clone.log == ["venv", clone.installs]
+
+
+def test_the_users_own_index_is_enough_for_torchs_cpu_build(clone: Clone) -> None:
+    clone.machine("Linux x86_64")
+    clone.offer("cpu-index", f"{TORCH}+cpu")
+    code, _, err = clone.run()
+    assert (code, clone.torch_arguments) == (0, [f"torch=={TORCH}+cpu"]), err
+    assert CPU_INDEX not in err
+
+
+@pytest.mark.parametrize("machine", ["Linux x86_64", "Linux aarch64"])
+def test_pytorchs_index_is_added_where_pip_would_install_cuda(clone: Clone, machine: str) -> None:
+    clone.machine(machine)
+    clone.offer("own-index", "2.6.0", TORCH)
+    clone.offer("cpu-index", f"{TORCH}+cpu")
+    code, _, err = clone.run()
+    added = ["--extra-index-url", CPU_INDEX]
+    assert (code, clone.torch_arguments) == (0, [f"torch=={TORCH}+cpu", *added]), err
+    assert "downloads about 250 MB" in err
+
+
+def test_cuda_is_not_installed_unasked(clone: Clone) -> None:
+    clone.machine("Linux x86_64")
+    clone.offer("own-index", "2.6.0", TORCH)
+    broken = clone.pretended / "broken"
+    broken.touch()
+    code, _, err = clone.run()
+    assert (code, clone.torch_arguments) == (1, [f"torch=={TORCH}+cpu"])
+    assert f"cannot reach {CPU_INDEX}" in err
+    assert "TPIRT_TORCH=cuda (2.8 GB)" in err
+    broken.unlink()
+    clone.environment["TPIRT_TORCH"] = "cuda"
+    code, _, err = clone.run()
+    assert (code, clone.torch_arguments) == (0, [f"torch!={TORCH}+cpu"]), err
+    assert "downloads about 2.8 GB" in err
+
+
+def test_elsewhere_pips_own_torch_is_the_cpu_build(clone: Clone) -> None:
+    clone.machine("Darwin arm64")
+    clone.offer("own-index", TORCH)
+    code, _, err = clone.run()
+    assert (code, clone.torch_arguments) == (0, []), err
+
+
+def test_an_unknown_build_of_torch(clone: Clone) -> None:
+    clone.machine("Linux x86_64")
+    clone.environment["TPIRT_TORCH"] = "rocm"
+    code, _, err = clone.run()
+    assert code == 2
+    assert "TPIRT_TORCH: expected cpu or cuda, got 'rocm'" in err
+
+
+def test_the_command_is_shown_unless_the_shell_finds_one(clone: Clone) -> None:
+    tools = clone.pretended / "bin"
+    tools.mkdir()
+    clone.environment["PATH"] = f"{tools}:/usr/bin:/bin"
+    _, _, err = clone.run()
+    shown = re.search(r"to type tpirt in this shell: (.*)\n", err)
+    assert shown is not None, err
+    script = f"{shown[1]} && command -v tpirt"
+    (clone.root / ".venv" / "bin" / "activate").write_text('PATH="${BASH_SOURCE%/*}:$PATH"\n')
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.stdout == f"{clone.root}/.venv/bin/tpirt\n"
+    (tools / "tpirt").write_text("#!/bin/sh\n")
+    (tools / "tpirt").chmod(0o755)
+    (clone.root / ".venv" / "tpirt-installed").unlink()
+    assert "to type tpirt" not in clone.run()[2]
+
+
+def test_a_script_beside_a_clone_named_tpirt_finds_the_package(tmp_path: Path) -> None:
+    """An editable installation, as pip makes one; nothing else is on the path."""
+    clone, site = tmp_path / "tpirt", tmp_path / "site"
+    (clone / "tpirt").mkdir(parents=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "tpirt/version.py"):
+        shutil.copy(ROOT / name, clone / name)
+    (clone / "tpirt" / "__init__.py").write_text("Engine = 'the package'\n")
+    build = f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=clone, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    shutil.unpack_archive(wheel, site, "zip")
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import site; site.addsitedir({str(site)!r}); import tpirt; print(tpirt.Engine)"
+    )
+    done = run(sys.executable, "-S", str(script), env={"PATH": os.environ["PATH"]}, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "the package\n"), done.stderr
 
 
 @pytest.mark.skipif(shutil.which("flock") is None, reason="there is no flock")

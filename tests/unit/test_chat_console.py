@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import pty
+import re
 import stat
 import sys
 import termios
@@ -18,7 +19,7 @@ from prompt_toolkit.history import InMemoryHistory
 
 from tpirt.chat.console import Console, is_capable, is_terminal, printable
 from tpirt.chat.modes import TerminalModes
-from tpirt.chat.plan_view import show_plan
+from tpirt.chat.plan_view import show_advice, show_plan
 from tpirt.chat.prompt import CommandCompleter, clean, history_file, open_history
 from tpirt.chat.reader import PlainReader
 from tpirt.chat.status import peers_table
@@ -26,6 +27,7 @@ from tpirt.config import ModelConfig
 from tpirt.ops.quant_layout import PORTABLE_LAYOUT
 from tpirt.planning import Deployment, PeerProfile, PlanOptions, plan
 from tpirt.testing.models import make_model
+from tpirt.weights.shapes import find_shape
 
 
 class Terminal(io.StringIO):
@@ -168,10 +170,43 @@ def test_plan_of_one(tmp_path: Path) -> None:
     assert dtype == "dtype float32 (as asked)"
 
 
+@pytest.mark.parametrize(
+    ("quantize", "end"),
+    [
+        ("int4", "(as asked), weights in int4:64"),
+        ("auto", "weights in float32 (all weights fit in memory)"),
+    ],
+)
+def test_quantization_is_shown_with_its_reason(tmp_path: Path, quantize: str, end: str) -> None:
+    config = ModelConfig.from_dir(make_model(tmp_path))
+    peer = PeerProfile(0, "pi", "host", None, None, 1, 1, False, PORTABLE_LAYOUT)
+    options = PlanOptions(quantize=quantize, dtype="float32")
+    assert plan_lines(plan(config, [peer], options))[-1].endswith(end)
+
+
 def test_plan_of_many_is_cut(tmp_path: Path) -> None:
     lines = plan_lines(load_plan(tmp_path, 11))
     assert len(lines) == 1 + 8 + 1 + 1
     assert lines[-2] == "... and 3 more"
+
+
+def test_advice_tells_the_disk_space_of_this_machines_slices(tmp_path: Path) -> None:
+    config = ModelConfig.from_hf(find_shape("llama-3.1-8b"))
+    peers = [
+        PeerProfile(r, f"pi{r}", f"host{r}", 4 << 30, None, 1, 1, True, PORTABLE_LAYOUT)
+        for r in range(2)
+    ]
+    short, enough = (plan(config, peers, PlanOptions(quantize=q)) for q in ("none", "int4"))
+    store = tmp_path / "not" / "there" / "yet"
+    out = io.StringIO()
+    show_advice(enough, store, out)
+    assert out.getvalue() == ""
+    show_advice(short, None, out)
+    assert len(out.getvalue().splitlines()) == 2
+    out = io.StringIO()
+    show_advice(short, store, out)
+    _, disk, _ = out.getvalue().splitlines()
+    assert re.fullmatch(r"slices take 7\.\d+ GiB of disk in .*/yet, where .* are free", disk)
 
 
 @pytest.mark.parametrize(

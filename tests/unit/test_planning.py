@@ -19,7 +19,7 @@ from tpirt.config import ModelConfig
 from tpirt.engine import Engine, EngineOptions
 from tpirt.errors import ConfigError, MemoryLimitError
 from tpirt.ops.quant_layout import PORTABLE_LAYOUT
-from tpirt.planning import PeerProfile, PlanOptions, plan, plan_model
+from tpirt.planning import PeerProfile, PlanOptions, advise, plan, plan_model
 from tpirt.planning.memory import PROCESS_BYTES, SLACK_BYTES
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.models import make_model
@@ -27,6 +27,7 @@ from tpirt.types import ProgressCallback, SamplingParams
 from tpirt.units import parse_bytes
 from tpirt.weights import streamer
 from tpirt.weights.reader import read_file
+from tpirt.weights.shapes import find_shape
 from tpirt.weights.stream_plan import StreamPlan, plan_streaming
 from tpirt.weights.streamer import WeightStreamer
 
@@ -304,6 +305,113 @@ def test_every_limit_above_the_advised_one_works(long_model: Path) -> None:
             assert left is not None
             plan_streaming(budget.block_bytes, None, left)
     assert len(chunks) > 1
+
+
+# -- quantization that fits --------------------------------------------------------------------
+
+
+def llama(name: str) -> ModelConfig:
+    return ModelConfig.from_hf(find_shape(name))
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "chosen", "reason"),
+    [
+        (None, "none", "all weights fit in memory"),
+        (16, "none", "all weights fit in memory"),
+        (9, "int8", "14 GiB in bfloat16 do not fit rank 0"),
+        (6, "int4:64", "7 GiB in int8 do not fit rank 0"),
+        (3, "int4:64", "the smallest, yet 4.15 GiB in int4:64 do not fit rank 0"),
+    ],
+)
+def test_auto_takes_the_first_quantization_that_fits(
+    gigabytes: int | None, chosen: str, reason: str
+) -> None:
+    limit = None if gigabytes is None else gigabytes << 30
+    options = PlanOptions(quantize="auto", memory_bytes=limit)
+    deployment = plan(llama("llama-3.1-8b"), [profile(bfloat16=True)], options)
+    assert (str(deployment.quant.spec), deployment.quant.reason) == (chosen, reason)
+    (rank,) = deployment.ranks
+    assert rank.form.quant == deployment.quant.spec
+    assert (rank.held == "resident") is (gigabytes != 3)
+
+
+def test_auto_depends_on_the_rank_with_the_least_memory() -> None:
+    peers = [profile(bfloat16=True), profile(1, bfloat16=True, memory_bytes=5 << 30)]
+    deployment = plan(llama("llama-3.1-8b"), peers, PlanOptions(quantize="auto"))
+    assert deployment.quant.reason == "6.5 GiB in bfloat16 do not fit rank 1"
+    assert {str(rank.form.quant) for rank in deployment.ranks} == {"int8"}
+
+
+def test_ahead_of_time_auto_has_nothing_to_choose_by(config: ModelConfig) -> None:
+    with pytest.raises(ConfigError, match="quantize 'auto' depends on the memory of the peers"):
+        plan_model(config, 1, profile(), PlanOptions(quantize="auto"))
+
+
+async def test_what_auto_chose_is_what_runs(model: Path) -> None:
+    needed = plan_model(ModelConfig.from_dir(model), 1, profile(), PlanOptions(chunk_tokens=16))
+    memory = needed.ranks[0].budget.resident_bytes - MIB
+    options = {"memory_bytes": memory, "chunk_tokens": 16, "quantize": "auto"}
+    async with memory_engine(model, **options) as engine:
+        assert str(engine.deployment.quant.spec) == "int8"
+        await engine.complete([7] * 8, SamplingParams(max_tokens=2))
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "changes", "lines"),
+    [
+        (16, {"bfloat16": True}, []),
+        (
+            6,
+            {"bfloat16": True},
+            [
+                r"memory is short: rank 0 \(pi0\) needs 14\.\d GiB .* may use 6 GiB; .*",
+                r"try --quantize int4: 4.15 GiB of weights instead of 14 GiB on rank 0, all .*",
+            ],
+        ),
+        (
+            64,
+            {},
+            [
+                "weights in bfloat16 take twice their size, as float32: no native .* on pi0",
+                "try --quantize int8: 7 GiB of weights instead of 28 GiB on rank 0, all .*",
+            ],
+        ),
+        (
+            3,
+            {},
+            [
+                "memory is short: .*",
+                "weights in bfloat16 take twice .*",
+                r"try --quantize int4: 4.15 GiB of weights instead of .*, so that less is read",
+            ],
+        ),
+    ],
+)
+def test_what_a_large_model_takes_is_said_with_an_option(
+    gigabytes: int, changes: dict[str, Any], lines: list[str]
+) -> None:
+    options = PlanOptions(memory_bytes=gigabytes << 30)
+    advice = advise(plan(llama("llama-3.1-8b"), [profile(**changes)], options))
+    assert len(advice) == len(lines)
+    for line, pattern in zip(advice, lines, strict=True):
+        assert re.fullmatch(pattern, line), line
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float32"}, {"quantize": "auto"}])
+def test_who_chose_float32_is_not_advised(options: dict[str, str]) -> None:
+    assert advise(plan(llama("llama-3.2-1b"), [profile()], PlanOptions(**options))) == []
+
+
+def test_float32_of_a_small_model_is_not_worth_a_line(config: ModelConfig) -> None:
+    config = replace(config, dtype="bfloat16")
+    assert advise(plan(config, [profile()], PlanOptions())) == []
+
+
+def test_with_the_smallest_weights_other_peers_are_advised() -> None:
+    options = PlanOptions(memory_bytes=3 << 30, quantize="int4")
+    advice = advise(plan(llama("llama-3.1-8b"), [profile()], options))
+    assert advice[-1] == "more peers would share the weights; a smaller model would fit"
 
 
 # -- the plan shown is the plan made -----------------------------------------------------------

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import TextIO
 
-from tpirt.planning import Deployment, RankPlan
+from tpirt.planning import Deployment, RankPlan, advise
+from tpirt.planning.dtype import AS_ASKED
 from tpirt.printable import printable
 from tpirt.terminal import table, width, wrap
 from tpirt.units import format_bytes
@@ -20,11 +23,41 @@ def show_plan(plan: Deployment, out: TextIO) -> None:
     lines = table(rows, left=2, columns=columns)
     if plan.world_size > _MOST_LINES:
         lines.append(f"... and {plan.world_size - _MOST_LINES} more")
-    quant = plan.ranks[0].form.quant
-    how = "" if quant.kind == "none" else f", weights in {quant}"
+    how = _quantized(plan)
     lines.append(wrap(f"dtype {plan.dtype.name} ({plan.dtype.reason}){how}", columns))
     out.write(printable("\n".join(lines)) + "\n")
     out.flush()
+
+
+def show_advice(plan: Deployment, store: Path | None, out: TextIO) -> None:
+    """Write what a model takes where memory is short, and what to do; else nothing.
+
+    Args:
+        plan: of the group.
+        store: folder of this machine's slices; None if it need not hold any.
+        out: the stream.
+    """
+    lines = advise(plan)
+    if lines and store is not None:
+        lines.insert(-1, _disk(plan, store))
+    out.write("".join(printable(line) + "\n" for line in lines))
+    out.flush()
+
+
+def _disk(plan: Deployment, store: Path) -> str:
+    here = plan.peers[0].host_id
+    slices = sum(r.budget.weights_bytes for r in plan.ranks if r.peer.host_id == here)
+    folders = (store.absolute(), *store.absolute().parents)
+    disk = next(folder for folder in folders if folder.exists())
+    free = format_bytes(shutil.disk_usage(disk).free)
+    return f"slices take {format_bytes(slices)} of disk in {store}, where {free} are free"
+
+
+def _quantized(plan: Deployment) -> str:
+    spec, reason = plan.quant.spec, plan.quant.reason
+    if reason == AS_ASKED:
+        return "" if spec.kind == "none" else f", weights in {spec}"
+    return f", weights in {plan.ranks[0].form.numbers} ({reason})"
 
 
 def _row(rank: RankPlan) -> tuple[str, ...]:

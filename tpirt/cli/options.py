@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpirt.cli.sigint import interruptible
@@ -145,7 +146,9 @@ def add_format_options(group: Group) -> None:
         "--quantize",
         default="none",
         metavar="HOW",
-        help="quantize weights: int8, int4 or int4:GROUP with 32, 64 or 128 (default none)",
+        help="quantize weights: int8, int4 or int4:GROUP with 32, 64 or 128; auto (where the "
+        "peers are known) takes the first of none, int8 and int4 that fits their memory "
+        "(default none)",
     )
 
 
@@ -328,12 +331,23 @@ def run_async(main: Coroutine[Any, Any, None]) -> None:
 
 
 def _show_plan(arguments: argparse.Namespace, plan: Deployment) -> None:
-    from tpirt.chat.plan_view import show_plan
+    from tpirt.chat.plan_view import show_advice, show_plan
 
     if not arguments.quiet:
         show_plan(plan, sys.stderr)
+        show_advice(plan, _store(arguments), sys.stderr)
     if arguments.explain:
         print("\n".join(plan.explain()), file=sys.stderr)
+
+
+def _store(arguments: argparse.Namespace) -> Path | None:
+    """Where this machine writes slices; None for a synthetic model, which has them already."""
+    from tpirt.weights.store import default_store
+    from tpirt.weights.synthetic import is_synthetic
+
+    if arguments.model is not None and is_synthetic(Path(arguments.model)):
+        return None
+    return Path(arguments.store) if arguments.store else default_store()
 
 
 def _tell(arguments: argparse.Namespace, engine: Engine) -> None:

@@ -3,6 +3,7 @@
 Pure computation, without I/O.
 """
 
+from tpirt.planning.advice import advise
 from tpirt.planning.deployment import Deployment, RankPlan, plan, plan_model
 from tpirt.planning.memory import Limits, MemoryBudget, format_limit
 from tpirt.planning.options import CollectiveOptions, PlanOptions
@@ -16,6 +17,7 @@ __all__ = [
     "PeerProfile",
     "PlanOptions",
     "RankPlan",
+    "advise",
     "format_limit",
     "plan",
     "plan_model",

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from tpirt.config import ModelConfig
 from tpirt.errors import ConfigError, MemoryLimitError
-from tpirt.ops.quant import QuantSpec
 from tpirt.planning.dtype import ChosenDtype, choose_dtype
 from tpirt.planning.memory import (
     PROCESS_BYTES,
@@ -17,8 +16,9 @@ from tpirt.planning.memory import (
     format_limit,
     logits_tokens,
 )
-from tpirt.planning.options import CollectiveOptions, PlanOptions
+from tpirt.planning.options import AUTO, CollectiveOptions, PlanOptions
 from tpirt.planning.profile import PeerProfile
+from tpirt.planning.quantize import ChosenQuant, choose_quant
 from tpirt.sharding.format import WeightFormat
 from tpirt.sharding.partition import Plan, Shard, make_plan
 from tpirt.units import format_bytes
@@ -74,6 +74,7 @@ class Deployment:
         config: the model.
         partition: the shard of every rank.
         dtype: of weights and products, and the reason.
+        quant: of the projections, and the reason.
         ranks: the plans of all ranks, by rank.
         chunk_tokens: maximum tokens of a step.
         context_length: maximum tokens of a conversation.
@@ -83,6 +84,7 @@ class Deployment:
     config: ModelConfig
     partition: Plan
     dtype: ChosenDtype
+    quant: ChosenQuant
     ranks: tuple[RankPlan, ...]
     chunk_tokens: int
     context_length: int
@@ -192,14 +194,13 @@ def plan(
     context = _context_length(config, options)
     partition = make_plan(config, len(peers), options.ratio)
     dtype = choose_dtype(config, options.dtype, peers)
-    quant = QuantSpec.parse(options.quantize)
     longest = options.chunk_tokens or context
     budgets = [
         MemoryBudget.of(
             config,
             shard,
             len(peers),
-            WeightFormat(dtype.dtype, quant, peer.int4_layout),
+            WeightFormat(dtype.dtype, layout=peer.int4_layout),
             peer.base_bytes,
             Limits(options.window, limit, longest, trace_spans),
         )
@@ -207,6 +208,8 @@ def plan(
             peers, partition.shards, memory_limits(peers, options.memory_bytes), strict=True
         )
     ]
+    quant = choose_quant(options.quantize, budgets)
+    budgets = [budget.quantized(quant.spec) for budget in budgets]
     chunk = options.chunk_tokens or min(budget.chunk_tokens() for budget in budgets)
     chunk = min(chunk, context)
     budgets = [replace(b, limits=replace(b.limits, chunk_tokens=chunk)) for b in budgets]
@@ -218,7 +221,7 @@ def plan(
     except MemoryLimitError as exc:
         raise _shortage(peers, budgets, options) from exc
     collectives = CollectiveOptions.parse(options.collective, options.comm_dtype)
-    deployment = Deployment(config, partition, dtype, ranks, chunk, context, collectives)
+    deployment = Deployment(config, partition, dtype, quant, ranks, chunk, context, collectives)
     if options.context is not None:
         deployment.check_context(context, otherwise="give a lower --context")
     return deployment
@@ -231,7 +234,13 @@ def plan_model(
 
     Raises:
         PlanError: the ratio or the world size does not fit the model.
+        ConfigError: the quantization depends on memory limits.
     """
+    if options.quantize == AUTO:
+        raise ConfigError(
+            "quantize 'auto' depends on the memory of the peers, which is not known here: "
+            "expected none, int8, int4 or int4:GROUP"
+        )
     unbounded = replace(peer, memory_bytes=None, available_bytes=None, base_bytes=PROCESS_BYTES)
     peers = [replace(unbounded, rank=rank) for rank in range(world_size)]
     return plan(config, peers, options)

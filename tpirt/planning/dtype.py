@@ -12,6 +12,8 @@ from tpirt.dtypes import RUN_DTYPES
 from tpirt.planning.options import AUTO
 from tpirt.planning.profile import PeerProfile
 
+AS_ASKED = "as asked"
+
 
 @dataclass(frozen=True)
 class ChosenDtype:
@@ -29,7 +31,7 @@ class ChosenDtype:
 def choose_dtype(config: ModelConfig, asked: str, peers: Sequence[PeerProfile]) -> ChosenDtype:
     """Return the requested dtype; for ``auto``, one that suits the checkpoint and all CPUs."""
     if asked != AUTO:
-        return ChosenDtype(asked, "as asked")
+        return ChosenDtype(asked, AS_ASKED)
     if config.dtype == "float32":
         return ChosenDtype("float32", "the checkpoint's own")
     lacking = [peer.peer_id for peer in peers if not peer.bfloat16]

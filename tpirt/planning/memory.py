@@ -6,7 +6,7 @@ rank, the chunk size and the advice in error messages.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,6 +14,7 @@ from tpirt.config import ModelConfig
 from tpirt.model.kv_store import grown_capacity
 from tpirt.ops.buffers import round_up
 from tpirt.ops.nn import MASK_ELEMENTS
+from tpirt.ops.quant import QuantSpec
 from tpirt.sharding.blocks import rank_blocks
 from tpirt.sharding.format import WeightFormat
 from tpirt.sharding.partition import Shard
@@ -120,6 +121,13 @@ class MemoryBudget:
         sizes = tuple(buffer_bytes(file_bytes(block)) for block in blocks)
         return cls(config, shard, world_size, form, sizes, base_bytes, limits)
 
+    def quantized(self, quant: QuantSpec) -> MemoryBudget:
+        """The budget of the same rank with other weights."""
+        if quant == self.form.quant:
+            return self
+        form = replace(self.form, quant=quant)
+        return self.of(self.config, self.shard, self.world_size, form, self.base_bytes, self.limits)
+
     @property
     def weights_bytes(self) -> int:
         """Bytes of all weight blocks."""
@@ -157,6 +165,19 @@ class MemoryBudget:
         if limit is None:
             return None
         return limit - self.process_bytes - self.step_bytes(tokens) - kv_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory of the process with all weights and a conversation of ``ADVISED_CONTEXT``."""
+        step = self.step_bytes(self.chunk_tokens())
+        kv = self.kv_bytes(self._advised_context)
+        return self.process_bytes + step + kv + self.weights_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether the limit allows :attr:`resident_bytes`."""
+        limit = self.limits.memory_bytes
+        return limit is None or self.resident_bytes <= limit
 
     def streaming(self) -> StreamPlan:
         """The initial plan of a rank: an empty KV cache, and room for the longest step.

@@ -59,7 +59,8 @@ class PlanOptions:
             free memory.
         dtype: ``auto``, ``float32`` or ``bfloat16``.
         quantize: quantization of the projections: ``none``, ``int8``, ``int4`` or ``int4:GROUP``
-            with 32, 64 or 128. The LM head has at least 8 bits.
+            with 32, 64 or 128. The LM head has at least 8 bits. ``auto`` is the first of none,
+            int8 and int4 with which every rank keeps all weights in memory; int4 if none does.
         collective: all-reduce algorithm: ``star``, ``one-shot``, ``two-shot``, or ``auto``, which
             depends on measured links.
         comm_dtype: dtype of partial sums between ranks: ``float32``, ``bfloat16``, ``int8``, or
@@ -95,7 +96,8 @@ class PlanOptions:
         check_range("context", self.context, 2**31 - 1)
         if self.dtype not in (AUTO, *RUN_DTYPES):
             raise ConfigError(f"dtype {self.dtype!r}: expected auto, float32 or bfloat16")
-        QuantSpec.parse(self.quantize)
+        if self.quantize != AUTO:
+            QuantSpec.parse(self.quantize)
         CollectiveOptions.parse(self.collective, self.comm_dtype)
 
 

@@ -32,6 +32,11 @@ class WeightFormat:
         return AS_THEY_ARE if self.quant == AS_THEY_ARE else Int8()
 
     @property
+    def numbers(self) -> str:
+        """How the numbers of a projection are stored: ``int4:64``, ``bfloat16``."""
+        return dtype_name(self.dtype) if self.quant == AS_THEY_ARE else str(self.quant)
+
+    @property
     def names(self) -> tuple[str, str, str]:
         """dtype, quantization and layout as in manifests; no layout without 4-bit codes."""
         layout = self.layout.name if self.quant.uses_layout else ""

@@ -1,0 +1,69 @@
+"""What to tell a user before a model is loaded that needs much memory."""
+
+from __future__ import annotations
+
+from tpirt.ops.quant import QuantSpec
+from tpirt.planning.deployment import Deployment, RankPlan
+from tpirt.planning.dtype import AS_ASKED
+from tpirt.planning.memory import PROCESS_BYTES
+from tpirt.planning.quantize import CANDIDATES
+from tpirt.units import format_bytes
+
+
+def advise(plan: Deployment) -> list[str]:
+    """Say that memory is short, or that weights take twice their size, and what to do about it.
+
+    Returns:
+        One line per fact, the last one with an option to try; empty if there is nothing to say.
+    """
+    rank = max(plan.ranks, key=_shortfall)
+    lines = []
+    if not rank.budget.fits:
+        lines.append(
+            f"memory is short: rank {rank.peer.rank} ({rank.peer.peer_id}) needs "
+            f"{format_bytes(rank.budget.resident_bytes)} to keep its weights in memory and may "
+            f"use {format_bytes(rank.limits.memory_bytes or 0)}; it reads the rest from disk "
+            "for every token"
+        )
+    if _doubled(plan) and rank.budget.weights_bytes > PROCESS_BYTES:
+        lines.append(
+            f"weights in {plan.config.dtype} take twice their size, as float32: {plan.dtype.reason}"
+        )
+    return [*lines, _suggestion(plan, rank)] if lines else []
+
+
+def _shortfall(rank: RankPlan) -> int:
+    limit = rank.limits.memory_bytes
+    return rank.budget.resident_bytes - (rank.budget.resident_bytes if limit is None else limit)
+
+
+def _doubled(plan: Deployment) -> bool:
+    """Whether 16-bit weights are kept in float32, which nobody asked for."""
+    return (
+        plan.quant.spec.kind == "none"
+        and plan.quant.reason == AS_ASKED
+        and plan.dtype.name == "float32" != plan.config.dtype
+        and plan.dtype.reason != AS_ASKED
+    )
+
+
+def _suggestion(plan: Deployment, rank: RankPlan) -> str:
+    """The first quantization below the present one that fits all ranks, else the smallest."""
+    budget = rank.budget
+    others = {name: QuantSpec.parse(name) for name in CANDIDATES}
+    smaller = [
+        name
+        for name, spec in others.items()
+        if budget.quantized(spec).weights_bytes < budget.weights_bytes
+    ]
+    if not smaller:
+        return "more peers would share the weights; a smaller model would fit"
+    budgets = [each.budget for each in plan.ranks]
+    fitting = (name for name in smaller if all(b.quantized(others[name]).fits for b in budgets))
+    name = next(fitting, smaller[-1])
+    tried = budget.quantized(others[name])
+    there = "all of them in memory" if tried.fits else "so that less is read"
+    return (
+        f"try --quantize {name}: {format_bytes(tried.weights_bytes)} of weights instead of "
+        f"{format_bytes(budget.weights_bytes)} on rank {rank.peer.rank}, {there}"
+    )

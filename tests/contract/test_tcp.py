@@ -212,10 +212,11 @@ async def test_a_port_that_accepts_and_says_nothing_is_given_up_soon(
 async def test_another_service_at_the_port_is_given_up(
     said: bytes, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(said)
-        if not said:
-            writer.close()
+        if said:
+            await reader.read()
+        writer.close()
 
     async with await asyncio.start_server(greet, "127.0.0.1", 0) as foreign:
         offer_port(monkeypatch, foreign.sockets[0].getsockname()[1])

@@ -41,6 +41,16 @@ _LLAMA3: Shape = {
     "torch_dtype": "bfloat16",
 }
 
+_QWEN2: Shape = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "rope_theta": 1_000_000.0,
+    "rms_norm_eps": 1e-6,
+    "use_sliding_window": False,
+    "torch_dtype": "bfloat16",
+}
+
 
 def _sizes(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int) -> Shape:
     return {
@@ -98,20 +108,23 @@ SHAPES: Mapping[str, Shape] = {
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     },
+    "qwen2.5-1.5b": {
+        **_QWEN2,
+        **_sizes(1536, 8960, 28, 12, 2),
+        "vocab_size": 151_936,
+        "max_position_embeddings": 32_768,
+        "sliding_window": 32_768,
+        "max_window_layers": 21,
+        "tie_word_embeddings": True,
+    },
     "qwen2.5-7b": {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_act": "silu",
+        **_QWEN2,
         **_sizes(3584, 18_944, 28, 28, 4),
         "vocab_size": 152_064,
         "max_position_embeddings": 131_072,
-        "rope_theta": 1_000_000.0,
-        "rms_norm_eps": 1e-6,
         "sliding_window": 131_072,
-        "use_sliding_window": False,
         "max_window_layers": 28,
         "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
     },
     # Not a published model: 1.10 B weights, for benchmarks of tpirt and llama.cpp.
     "bench-1.1b": {

@@ -113,12 +113,12 @@ _choose_torch() {
   local cpu
   cpu=$(sed -n 's/^torch==//p' "$tpirt_root/constraints.txt")+cpu
   case $(uname -sm),${TPIRT_TORCH:-cpu} in
-    *,cuda)
+    'Linux x86_64,cuda' | 'Linux aarch64,cuda')
       packages+=("torch!=$cpu") size='2.8 GB'
       return
       ;;
     'Linux x86_64,cpu' | 'Linux aarch64,cpu') ;;
-    *,cpu) return ;;
+    *,cpu | *,cuda) return ;;
     *)
       note "TPIRT_TORCH: expected cpu or cuda, got '$TPIRT_TORCH'"
       exit 2

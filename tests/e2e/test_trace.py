@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from tpirt.cli.main import main
+from tpirt.cluster import connection
 from tpirt.engine import Engine, EngineOptions
-from tpirt.errors import CheckpointError, PeerLostError, RequestError
+from tpirt.errors import CheckpointError, PeerLostError, PeerUnreachableError, RequestError
 from tpirt.protocol.messages import Clock, Setup, decode, encode
 from tpirt.protocol.messages import Trace as TraceReply
 from tpirt.stopwatch import LANES, Lane
@@ -366,7 +367,14 @@ async def test_figures_of_steps_add_up(model: Path, store: Path) -> None:
 # -- when something goes wrong ---------------------------------------------------------------
 
 
-async def test_trace_of_a_request_that_lost_a_peer(model: Path, store: Path, file: Path) -> None:
+async def test_trace_of_a_request_that_lost_a_peer(
+    model: Path, store: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def not_back(*_: object) -> None:
+        raise PeerUnreachableError("peer memory:2: nothing listens there")
+
+    monkeypatch.setattr(connection, "return_to", not_back)
+
     def faulty(rank: int, channel: Channel) -> Channel:
         if rank != 2:
             return channel

@@ -228,7 +228,7 @@ async def test_a_session_that_the_peer_still_holds_is_no_other_master(
         await engine.complete(PROMPT, PARAMS)
         for peer in peers:
             peer.opened[-1][0].forget()
-        engine._group._links[1].give_up(PeerLostError("said nothing", rank=1, peer_id="rank1"))
+        engine._group._links[1].give_up(PeerLostError("said nothing", rank=1, peer_id="memory:1"))
         async with asyncio.timeout(SOON_S):
             await check(engine, expected)
         assert [str(exc) for peer in peers for exc in peer.session_errors] == []
@@ -257,7 +257,9 @@ async def test_a_peer_that_does_not_come_back_fails_each_request_until_it_does(
         peers[1].lose()
         peers[1].reachable.clear()
         for _ in range(2):
-            with pytest.raises(PeerLostError, match=r"rank2: left; reconnecting failed: .*rank2:"):
+            with pytest.raises(
+                PeerLostError, match=r"memory:2: left; reconnecting failed: .*memory:2:"
+            ):
                 await check(engine, expected)
             assert isinstance(engine.broken, PeerLostError)
             assert (engine.broken.rank, engine.broken.exit_code) == (2, 3)
@@ -277,7 +279,7 @@ async def test_a_loss_while_computing_again_is_an_error(
         peers[0].lose()
         reports = Reports()
         reports.on_reconnected = peers[1].lose
-        with pytest.raises(PeerLostError, match=r"rank2: left$"):
+        with pytest.raises(PeerLostError, match=r"memory:2: left$"):
             await check(engine, expected, reports)
         assert len(reports.reconnected) == 1
         await check(engine, expected)
@@ -371,7 +373,7 @@ def test_a_master_that_was_stopped_longer_than_the_timeout(
     (peer,) = peers(1)
     arguments = ["chat", "--model", str(model), "--max-tokens", "5", "--temperature", "0"]
     arguments += ["--threads", "1", "--store", str(tmp_path / "store"), "--timeout", "1"]
-    arguments += ["--peers", peer.address]
+    arguments += ["--peers", peer.address, "--each-line"]
 
     def chat(stop: bool) -> tuple[str, str]:
         with killed_at_exit(start_cli(*arguments, stdin=-1)) as master:

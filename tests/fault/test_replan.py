@@ -208,7 +208,7 @@ async def test_new_slices_are_announced_with_the_stores_size_and_what_it_has_ins
         "new slice of tiny (float32, heads 0-3, columns 0-79, LM head): "
         f"adds {used} to {stores[0]}, {used} then"
     )
-    assert sent.startswith("sending rank 1 (rank1) a new slice of tiny (float32, heads 4-7")
+    assert sent.startswith("sending rank 1 (memory:1) a new slice of tiny (float32, heads 4-7")
     caplog.clear()
     async with connected(model, stores):  # nothing is new
         pass

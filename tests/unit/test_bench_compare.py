@@ -24,6 +24,7 @@ print(json.dumps({{"bench": "x", "settings": {{"old_ms": 1}}, "rows": [row], {mo
 
 def checkout(folder: Path, tpot_ms: float, more: str = "") -> Path:
     (folder / "bench").mkdir(parents=True)
+    (folder / "bench" / "__init__.py").touch()
     (folder / "bench" / "fake.py").write_text(BENCH.format(tpot_ms=tpot_ms, more=more))
     return folder
 
@@ -74,6 +75,7 @@ def test_figures_are_chosen_by_name() -> None:
 )
 def test_bad_commands_are_refused(tmp_path: Path, command: list[str], complaint: str) -> None:
     (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "__init__.py").touch()
     (tmp_path / "bench" / "fails.py").write_text("raise ValueError('why')")
     (tmp_path / "bench" / "silent.py").write_text("")
     with pytest.raises(ConfigError, match=complaint):

@@ -24,7 +24,7 @@ def add_command(commands: Commands) -> None:
         "chat",
         "talk to a model; /help lists the commands of a chat",
         "tpirt chat --local 4\n  tpirt chat --model ~/llama --peers 192.168.1.7:50051\n"
-        "  tpirt chat --system 'Correct the spelling.' < letter.txt",
+        "  cat letter.txt | tpirt chat",
     )
     add_engine_options(parser)
     add_context_option(parser)

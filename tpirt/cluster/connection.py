@@ -118,6 +118,7 @@ class Connection:
         loss = self.group.broken
         assert isinstance(loss, PeerLostError)
         progress(Progress("reconnecting", 0, len(self._clients), "peers"))
+        await self.group.released()
         await finish(self.group.aclose())
         try:
             await return_to(self._clients, self._master, self._timeout_s)

@@ -243,11 +243,15 @@ class Group:
         """Yield the trace of each rank, or the reason why it is missing."""
         if self._tracer is None:
             return
-        if self._closing is not None:
-            await asyncio.wait({self._closing})
+        await self.released()
         self.runtime.step_log.flush()
         async for trace in self._tracer.collect(self.runtime.recorder):
             yield trace
+
+    async def released(self) -> None:
+        """Wait until a broken group has fetched its traces and released the workers."""
+        if self._closing is not None:
+            await asyncio.wait({self._closing})
 
     async def aclose(self) -> None:
         """Release the workers for another master, and stop this rank.

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tpirt.config import ModelConfig
+from tpirt.engine import Engine, EngineOptions
 from tpirt.ops.quant_layout import PORTABLE_LAYOUT
 from tpirt.planning import PeerProfile, PlanOptions, format_limit, plan_model
 from tpirt.testing.models import make_model
 from tpirt.testing.processes import PeerProcess, run_cli
+from tpirt.types import SamplingParams
 from tpirt.units import parse_bytes
 
 # Weights larger than what a process may happen to take less than planning assumes.
@@ -33,6 +37,27 @@ def test_two_sessions_in_a_row_stay_within_a_tight_limit(tmp_path: Path) -> None
                 if session == 0 and rank["rank"] == 0:
                     continue  # it cut the slices, which leaves some 20 MiB with the process
                 assert rank["peak_rss_bytes"] <= parse_bytes(limit), (session, limit)
+
+
+@pytest.mark.nightly
+async def test_a_peer_keeps_to_its_limit_over_sessions_that_differ(tmp_path: Path) -> None:
+    """What the allocator kept of all earlier sessions together fits the slack."""
+    long = {"max_position_embeddings": 1024, "num_key_value_heads": 8, "num_attention_heads": 8}
+    big = make_model(
+        tmp_path / "big", hidden_size=1024, intermediate_size=4096, num_hidden_layers=10, **long
+    )
+    wide = make_model(
+        tmp_path / "wide", hidden_size=2048, intermediate_size=512, num_hidden_layers=2, **long
+    )
+    limit = 420 << 20
+    kinds = [(big, "none"), (wide, "int8"), (big, "int8"), (wide, "none"), (big, "int4")]
+    with PeerProcess(tmp_path / "peer", "--memory", "420M") as peer:
+        for model, quantize in 2 * kinds:
+            options = EngineOptions(quantize=quantize, threads=1, store=tmp_path / "store")
+            async with Engine.connect(model, options, peers=[peer.address]) as engine:
+                done = await engine.complete([7] * 900, SamplingParams(max_tokens=4))
+            peak = done.ranks[1].peak_rss_bytes
+            assert peak <= limit, (model.name, quantize, peak >> 20)
 
 
 def tight_limit(model: Path) -> int:

@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import uuid
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 
 from tpirt.cluster.cgroup import cpu_quota, memory_group
 from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout, local_layout
+
+_M_ARENA_MAX = -8  # glibc's malloc.h
 
 
 def host_id() -> str:
@@ -105,10 +108,25 @@ def base_bytes() -> int:
 
 def release_free_memory() -> None:
     """Return the allocator's free memory to the system, if supported (glibc)."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    trim = _glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def share_one_arena() -> None:
+    """Have all threads allocate from one arena, if supported (glibc); call it before they start.
+
+    By default each thread has an arena of its own, whose end :func:`release_free_memory` cannot
+    return. A peer kept 86 MiB more after seven different sessions, and exceeded its memory limit;
+    with one arena 29 MiB.
+    """
+    mallopt = _glibc("mallopt")
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 1)
+
+
+def _glibc(name: str) -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def peak_resident_bytes() -> int:

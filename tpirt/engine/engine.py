@@ -31,7 +31,7 @@ from tpirt.cancellation import finish
 from tpirt.cluster.connection import Connection
 from tpirt.cluster.group import Group
 from tpirt.cluster.launcher import LocalPeers
-from tpirt.cluster.machine import default_threads
+from tpirt.cluster.machine import default_threads, share_one_arena
 from tpirt.cluster.roster import other_versions, profile_peers
 from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.cluster.tracing import TRACE_SPANS
@@ -622,6 +622,7 @@ async def _prepared(
     path: str | Path | None, options: EngineOptions, local: int, progress: ProgressCallback
 ) -> AsyncIterator[_Host]:
     """Open the model and its store, and set this process's compute threads meanwhile."""
+    share_one_arena()
     model = await asyncio.to_thread(open_model, path)
     threads = options.threads or default_threads(local)
     with model.checkpoint, _compute_threads(threads):

@@ -21,7 +21,7 @@ except ImportError:  # not a POSIX system
     resource = None  # type: ignore[assignment]
 
 from tpirt.cluster.launcher import READY_PREFIX
-from tpirt.cluster.machine import host_name
+from tpirt.cluster.machine import host_name, share_one_arena
 from tpirt.cluster.worker import Worker
 from tpirt.peer.logs import logged
 from tpirt.transport.address import Address
@@ -54,6 +54,7 @@ async def run_peer(options: PeerOptions) -> None:
     Raises:
         TransportError: the address cannot be listened on.
     """
+    share_one_arena()
     with logged(logging.WARNING if options.quiet else logging.INFO):
         await _run(options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import os
@@ -251,6 +252,25 @@ async def test_plain_lines_in_pieces() -> None:
     os.close(theirs)
     assert await read_all(reader) == ["two", "", "\u00e9\ufffd\ufffd", "last"]
     assert await reader.read() is None
+    os.close(ours)
+
+
+async def test_all_input_is_one_text_unless_its_writer_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tpirt.chat.reader._SILENCE_S", 0.05)
+    ours, theirs = os.pipe()
+    reader = PlainReader(ours)
+    os.write(theirs, b"Dear")  # within a line: the writer has not finished
+    letter = asyncio.ensure_future(reader.read_all())
+    await asyncio.wait({letter}, timeout=0.2)
+    assert not letter.done()
+    os.write(theirs, b" all,\n")
+    assert await letter is None
+    assert await reader.read() == "Dear all,"
+    os.write(theirs, b"Bye\nand\n")
+    os.close(theirs)
+    assert await reader.read_all() == "Bye\nand"
     os.close(ours)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Protocol, TextIO
 
 PROMPT = "> "
+_SILENCE_S = 2.0  # after a line, before its writer is taken to wait for an answer
 LEAVE_HINT = "/exit or Ctrl-D leaves"
 
 
@@ -58,6 +59,7 @@ class PlainReader:
         self._ended = handle is None
         self._beginning = True  # a byte order mark may come
         self._reading = False
+        self._coming: asyncio.Future[bytes] | None = None
 
     async def read(self) -> str | None:
         """See :class:`Reader`."""
@@ -71,10 +73,16 @@ class PlainReader:
             return None
         return line.decode("utf-8", "replace").removesuffix("\r")
 
-    async def read_all(self) -> str:
-        """Wait for the end of the input; all of it that is left, without the last newline."""
+    async def read_all(self) -> str | None:
+        """Wait for the end of the input; all of it that is left, without the last newline.
+
+        None if the writer waits for an answer: it has ended a line, and then was silent for a
+        while. :meth:`read` returns that line.
+        """
         while not self._ended:
-            await self._more()
+            waits = self._buffer.endswith(b"\n")
+            if not await self._more(_SILENCE_S if waits else None):
+                return None
         text = self._buffer.decode("utf-8", "replace")
         self._buffer.clear()
         return text.removesuffix("\n").removesuffix("\r")
@@ -107,16 +115,23 @@ class PlainReader:
         self._searched = 0
         return line
 
-    async def _more(self) -> None:
+    async def _more(self, patience_s: float | None = None) -> bool:
+        """Wait for more input; False if there is none within ``patience_s``."""
+        if self._coming is None:  # else a call before was cancelled, or had no patience
+            self._coming = asyncio.ensure_future(self._chunk())
         self._reading = True
-        chunk = await self._chunk()
+        await asyncio.wait({self._coming}, timeout=patience_s)
         self._reading = False
+        if not self._coming.done():
+            return False
+        chunk, self._coming = self._coming.result(), None
         self._ended = not chunk
         self._buffer += chunk
         if self._beginning and len(self._buffer) >= len(BOM_UTF8):
             self._beginning = False
             if self._buffer.startswith(BOM_UTF8):
                 del self._buffer[: len(BOM_UTF8)]
+        return True
 
     async def _chunk(self) -> bytes:
         """Read in a daemon thread: a read from a terminal cannot be cancelled."""

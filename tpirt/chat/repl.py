@@ -67,14 +67,20 @@ async def _talk(session: Session) -> None:
 
 
 async def _work_off(session: Session) -> None:
-    """Answer piped input: one message, or one message or command per line."""
+    """Answer piped input: one message, or one message or command per line.
+
+    A program that writes a line and waits for the answer writes messages line by line.
+    """
     closed = sys.stdin is None or sys.stdin.closed
     reader = PlainReader(None if closed else sys.stdin.fileno())
     if not session.options.each_line:
         message = await reader.read_all()
-        if message.strip():
-            await session.answer(message, Interrupts())
-        return
+        if message is not None:
+            if message.strip():
+                await session.answer(message, Interrupts())
+            return
+        if not session.progress.quiet:
+            session.console.note("standard input stays open: each line is a message from here on")
     while not session.leaving and (text := await reader.read()) is not None:
         await _handle(session, text, Interrupts(), nullcontext)
 

@@ -35,7 +35,7 @@ def add_command(commands: Commands) -> None:
         "--each-line",
         action="store_true",
         help="take each line of piped input as a message or command (default: all of it is one "
-        "message)",
+        "message, unless its writer pauses for an answer)",
     )
     add_special_tokens_option(parser)
     parser.set_defaults(run=_run)

@@ -272,6 +272,7 @@ async def test_a_broken_engine_releases_healthy_workers_and_names_the_lost_one(
     """Whichever of three dies in one-shot, where the others' links show it too, maybe sooner."""
     with ExitStack() as stack:
         others = [stack.enter_context(PeerProcess(tmp_path / f"other{i}")) for i in range(2)]
+        stack.enter_context(patch.object(transport, "_PATIENCE_S", 0.2))  # with the victim
         for turn in range(3):
             with PeerProcess(tmp_path / "victim") as victim:
                 ranks = [*others]

@@ -25,7 +25,7 @@ from tpirt.engine import Engine, EngineOptions
 from tpirt.errors import MemoryLimitError, StoreError, TpirtError
 from tpirt.protocol.messages import UnitChunk, encode_call
 from tpirt.sharding.format import WeightFormat
-from tpirt.sharding.partition import make_plan
+from tpirt.sharding.partition import make_partition
 from tpirt.testing.cluster import MemoryPeerClient, memory_engine
 from tpirt.types import SamplingParams
 from tpirt.weights.checkpoint import Checkpoint
@@ -196,7 +196,7 @@ async def upload(
     maker: SliceMaker, store: Path, change: object = None, service: Worker | None = None
 ) -> None:
     """Send rank 1's slice as a master does, with one thing changed on its way."""
-    plan = make_plan(maker.config, 2)
+    plan = make_partition(maker.config, 2)
     spec = maker.spec(plan.shards[1])
     nothing = [NO_DIGEST] * len(spec.places)
     text = SliceOrder(spec, nothing).to_json()

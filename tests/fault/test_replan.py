@@ -20,7 +20,7 @@ from tpirt.errors import StoreError
 from tpirt.ops.quant import QuantSpec
 from tpirt.protocol.messages import UnitChunk, decode_call
 from tpirt.sharding.format import WeightFormat
-from tpirt.sharding.partition import make_plan
+from tpirt.sharding.partition import make_partition
 from tpirt.testing.cluster import MemoryPeerClient
 from tpirt.testing.models import make_model
 from tpirt.types import SamplingParams
@@ -30,7 +30,6 @@ from tpirt.weights.store import SliceStore
 
 PROMPT = list(range(10, 30))
 PARAMS = SamplingParams(max_tokens=6)
-FORMS = ("none", "int8", "int4:32")
 
 
 class CountingClient(MemoryPeerClient):
@@ -90,12 +89,14 @@ def unit_sizes(
     form = WeightFormat(torch.float32, QuantSpec.parse(quantize), int4_layout())
     with Checkpoint.open(model) as checkpoint:
         spec = SliceMaker(checkpoint, config, form).spec(
-            make_plan(config, world, ratio).shards[rank]
+            make_partition(config, world, ratio).shards[rank]
         )
     return {unit.key: spec.unit_bytes(number) for number, (_, unit) in enumerate(spec.places)}
 
 
-@pytest.mark.parametrize("quantize", FORMS)
+@pytest.mark.parametrize(
+    "quantize", ["none", pytest.param("int8", marks=pytest.mark.nightly), "int4:32"]
+)
 async def test_bytes_sent_are_those_of_the_units_lacked(
     wide: Path, tmp_path: Path, quantize: str
 ) -> None:

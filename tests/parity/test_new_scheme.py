@@ -21,7 +21,7 @@ from tpirt.ops.quant_linear import QuantMatrix
 from tpirt.ops.quant_rounding import Workspace
 from tpirt.ops.quant_units import RowCodes, UnitCodes
 from tpirt.sharding.format import WeightFormat
-from tpirt.sharding.partition import make_plan
+from tpirt.sharding.partition import make_partition
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.models import make_model
 from tpirt.types import ignore_progress
@@ -137,7 +137,7 @@ async def test_its_weights_can_be_drawn(tmp_path: Path) -> None:
     config = make_model(tmp_path / "model", "llama") / "config.json"
     shape = json.loads(config.read_text())
     out, form = tmp_path / "drawn", WeightFormat(torch.float32, Grouped())
-    plan = make_plan(ModelConfig.from_hf(shape), 2)
+    plan = make_partition(ModelConfig.from_hf(shape), 2)
     make_synthetic(out, shape, 0, plan, form, ignore_progress)
     got = await logits(out, out / "slices", 2, quantize="grouped")
     assert got.isfinite().all()

@@ -39,7 +39,7 @@ from tpirt.ops.quant_linear import QuantMatrix, dequantize
 from tpirt.ops.quant_rounding import Workspace
 from tpirt.planning import Limits
 from tpirt.sharding.format import WeightFormat
-from tpirt.sharding.partition import make_plan
+from tpirt.sharding.partition import make_partition
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.models import make_model
 from tpirt.types import SamplingParams, ignore_progress
@@ -179,7 +179,7 @@ def test_slice_for_another_cpu_is_refused(model: Path, tmp_path: Path) -> None:
     mine = int4_layout()
     other = next(layout for layout in LAYOUTS if layout != mine)
     form = WeightFormat(torch.float32, QuantSpec.parse("int4"), other)
-    plan = make_plan(config, 1)
+    plan = make_partition(config, 1)
     with Checkpoint.open(model) as checkpoint:
         maker = SliceMaker(checkpoint, config, form)
         stored = write_slice(maker, plan, 0, SliceStore(tmp_path), ignore_progress)

@@ -18,7 +18,7 @@ from tpirt.ops.quant import QuantSpec
 from tpirt.sharding import blocks as sharding
 from tpirt.sharding.blocks import mlp_pieces, rank_blocks
 from tpirt.sharding.format import WeightFormat
-from tpirt.sharding.partition import Plan, Shard, Span, apportion, make_plan
+from tpirt.sharding.partition import Partition, Shard, Span, apportion, make_partition
 from tpirt.testing.models import make_model
 from tpirt.weights.checkpoint import Checkpoint, resolve_tied
 from tpirt.weights.layout import block_header, file_bytes, view_weights
@@ -99,7 +99,7 @@ def test_plans_cover_exactly_once(sizes: dict[str, Any], data: st.DataObject) ->
     most = min(config.num_attention_heads, config.intermediate_size)
     world = data.draw(st.integers(1, most), "world_size")
     shares = st.none() | st.lists(SHARES, min_size=world, max_size=world)
-    plan = make_plan(config, world, data.draw(shares, "ratio"))
+    plan = make_partition(config, world, data.draw(shares, "ratio"))
     assert plan.world_size == world
     assert covers([shard.q_heads for shard in plan.shards], config.num_attention_heads)
     assert covers([shard.columns for shard in plan.shards], config.intermediate_size)
@@ -146,7 +146,7 @@ def test_slices_put_together_are_the_checkpoint(
     most = min(config.num_attention_heads, config.intermediate_size)
     world = data.draw(st.integers(1, most), "world_size")
     shares = st.none() | st.lists(SHARES, min_size=world, max_size=world)
-    plan = make_plan(config, world, data.draw(shares, "ratio"))
+    plan = make_partition(config, world, data.draw(shares, "ratio"))
     piece_bytes = data.draw(st.sampled_from([1, 20_000, 16 << 20]), "piece_bytes")
     with Checkpoint.open(path) as checkpoint, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "_MLP_PIECE_BYTES", piece_bytes)
@@ -157,7 +157,7 @@ def test_slices_put_together_are_the_checkpoint(
 
 
 def put_together(
-    checkpoint: Checkpoint, config: ModelConfig, plan: Plan, dtype: torch.dtype
+    checkpoint: Checkpoint, config: ModelConfig, plan: Partition, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Lay the pieces of all ranks' block files where they came from; all overlaps must agree."""
     _, head = resolve_tied(checkpoint, config)
@@ -207,7 +207,7 @@ def test_row_parallel_biases_are_held_once() -> None:
         attention_bias=True,
         mlp_bias=True,
     )
-    for rank, shard in enumerate(make_plan(config, 3).shards):
+    for rank, shard in enumerate(make_partition(config, 3).shards):
         held = {
             t.name
             for b in rank_blocks(config, shard, WeightFormat(torch.float32))
@@ -222,7 +222,7 @@ def test_head_blocks_are_no_larger_than_layer_blocks(
     sizes: dict[str, Any], data: st.DataObject
 ) -> None:
     config = read({**sizes, "vocab_size": data.draw(st.integers(1, 5000))})
-    blocks = rank_blocks(config, make_plan(config, 1).shards[0], WeightFormat(torch.float32))
+    blocks = rank_blocks(config, make_partition(config, 1).shards[0], WeightFormat(torch.float32))
     layers = blocks[: 2 * config.num_hidden_layers]
     head = blocks[len(layers) :]
     row_bytes = 4 * config.hidden_size
@@ -258,7 +258,7 @@ def test_block_files_are_safetensors_files(tmp_path: Path) -> None:
     with Checkpoint.open(path) as checkpoint:
         _, head = resolve_tied(checkpoint, config)
         for block in rank_blocks(
-            config, make_plan(config, 3).shards[0], WeightFormat(torch.bfloat16)
+            config, make_partition(config, 3).shards[0], WeightFormat(torch.bfloat16)
         ):
             header = block_header(block)
             assert len(header) % 4096 == 0

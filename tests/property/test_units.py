@@ -18,7 +18,7 @@ from tpirt.ops.quant import QuantSpec
 from tpirt.ops.quant_layout import Layout
 from tpirt.sharding import blocks as sharding
 from tpirt.sharding.format import WeightFormat
-from tpirt.sharding.partition import Plan, make_plan
+from tpirt.sharding.partition import Partition, make_partition
 from tpirt.sharding.units import block_units, most_units
 from tpirt.testing.models import make_model
 from tpirt.types import ignore_progress
@@ -69,10 +69,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Opened]]:
         each.checkpoint.close()
 
 
-def some_plan(data: st.DataObject, config: ModelConfig, name: str) -> Plan:
+def some_plan(data: st.DataObject, config: ModelConfig, name: str) -> Partition:
     world = data.draw(st.integers(1, min(5, config.num_attention_heads)), f"{name} world")
     shares = st.lists(st.sampled_from([1.0, 2.0, 3.5]), min_size=world, max_size=world)
-    return make_plan(config, world, data.draw(st.none() | shares, f"{name} ratio"))
+    return make_partition(config, world, data.draw(st.none() | shares, f"{name} ratio"))
 
 
 def cut_directly(opened: Opened, spec: SliceSpec) -> list[bytes]:
@@ -175,9 +175,9 @@ def test_second_world_size_lacks_only_what_nobody_had(quantize: str) -> None:
         }
     )
     form = WeightFormat(torch.bfloat16, QuantSpec.parse(quantize))
-    old, new = make_plan(config, 2), make_plan(config, 3)
+    old, new = make_partition(config, 2), make_partition(config, 3)
 
-    def keys(plan: Plan, rank: int) -> dict[str, int]:
+    def keys(plan: Partition, rank: int) -> dict[str, int]:
         spec = SliceSpec("f" * 32, "m", config, form, plan.shards[rank])
         return {unit.key: spec.unit_bytes(n) for n, (_, unit) in enumerate(spec.places)}
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tpirt.config import ModelConfig
 from tpirt.model.decoder import Decoder
 from tpirt.planning.memory import activation_bytes
-from tpirt.sharding.partition import make_plan
+from tpirt.sharding.partition import make_partition
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.models import make_model
 
@@ -40,6 +40,6 @@ async def test_logits_take_no_more_than_a_step(
     )
     assert sum(seen) == len(IDS)
     config = ModelConfig.from_dir(model)
-    shard = make_plan(config, world_size).shards[0]
+    shard = make_partition(config, world_size).shards[0]
     assert max(seen) * 8 * VOCAB <= activation_bytes(config, shard, world_size, CHUNK)
     assert 1 < max(seen) < CHUNK

@@ -89,14 +89,14 @@ from tpirt.cluster.provision import write_slice
 from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.config import ModelConfig
 from tpirt.sharding.format import WeightFormat
-from tpirt.sharding.partition import make_plan
+from tpirt.sharding.partition import make_partition
 from tpirt.types import ignore_progress
 from tpirt.weights.checkpoint import Checkpoint
 from tpirt.weights.store import SliceStore
 
 path = Path({path!r})
 config = ModelConfig.from_dir(path)
-plan = make_plan(config, {world}, {ratio!r})
+plan = make_partition(config, {world}, {ratio!r})
 with Checkpoint.open(path) as checkpoint:
     maker = SliceMaker(checkpoint, config, WeightFormat(torch.bfloat16))
 

@@ -9,7 +9,7 @@ import pytest
 
 from tpirt.config import ModelConfig
 from tpirt.errors import PlanError
-from tpirt.sharding.partition import Span, apportion, make_plan
+from tpirt.sharding.partition import Span, apportion, make_partition
 
 
 def config(**changes: Any) -> ModelConfig:
@@ -61,7 +61,7 @@ def test_apportion(total: int, weights: Sequence[float], expected: list[int]) ->
 def test_heads(
     world: int, ratio: list[float] | None, q: list[int], kv: list[tuple[int, int]]
 ) -> None:
-    shards = make_plan(config(), world, ratio).shards
+    shards = make_partition(config(), world, ratio).shards
     assert [shard.q_heads.size for shard in shards] == q
     assert [tuple(shard.kv_heads) for shard in shards] == kv
     assert [shard.first for shard in shards] == [True] + [False] * (world - 1)
@@ -72,7 +72,7 @@ def test_heads(
     [(1024, 1, 128), (1024, 2, 64), (1024, 8, 16), (11008, 3, 128), (50, 3, 1), (8960, 2, 128)],
 )
 def test_columns_are_aligned_where_balance_allows(intermediate: int, world: int, unit: int) -> None:
-    shards = make_plan(config(intermediate_size=intermediate), world).shards
+    shards = make_partition(config(intermediate_size=intermediate), world).shards
     sizes = [shard.columns.size for shard in shards]
     assert sum(sizes) == intermediate
     assert all(size % unit == 0 for size in sizes)
@@ -95,7 +95,7 @@ def test_columns_are_aligned_where_balance_allows(intermediate: int, world: int,
 )
 def test_refusals(world: int, ratio: list[float] | None, message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        make_plan(config(), world, ratio)
+        make_partition(config(), world, ratio)
 
 
 def test_spans() -> None:

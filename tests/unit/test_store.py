@@ -26,7 +26,7 @@ from tpirt.config import ModelConfig
 from tpirt.errors import StoreError
 from tpirt.ops.quant import Int8
 from tpirt.sharding.format import WeightFormat
-from tpirt.sharding.partition import make_plan
+from tpirt.sharding.partition import make_partition
 from tpirt.weights import writer as module
 from tpirt.weights.files import write_atomically
 from tpirt.weights.manifest import (
@@ -62,7 +62,7 @@ def spec(
     form: WeightFormat = FORM,
     own: bool = False,
 ) -> SliceSpec:
-    shard = make_plan(CONFIG, world).shards[rank]
+    shard = make_partition(CONFIG, world).shards[rank]
     return SliceSpec(fingerprint, model, CONFIG, form, shard, own)
 
 

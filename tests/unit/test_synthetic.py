@@ -21,7 +21,7 @@ from tpirt.ops.quant import QuantSpec
 from tpirt.ops.quant_linear import QuantMatrix, dequantize
 from tpirt.sharding.blocks import rank_blocks
 from tpirt.sharding.format import WeightFormat
-from tpirt.sharding.partition import make_plan
+from tpirt.sharding.partition import make_partition
 from tpirt.testing.cluster import memory_engine
 from tpirt.text import Tokenizer
 from tpirt.types import Progress, ignore_progress
@@ -57,7 +57,7 @@ def make(
     shape: Mapping[str, Any] = SHAPE,
     dtype: torch.dtype = torch.float32,
 ) -> list[StoredSlice]:
-    plan = make_plan(ModelConfig.from_hf(shape), world_size, ratio)
+    plan = make_partition(ModelConfig.from_hf(shape), world_size, ratio)
     form = WeightFormat(dtype, QuantSpec.parse(quantize), int4_layout())
     return make_synthetic(out, shape, seed, plan, form, ignore_progress)
 
@@ -177,7 +177,7 @@ def test_too_small_a_disk_is_refused_before_anything_is_written(
 
 
 def test_stopped_by_an_error_it_leaves_whole_slices_only_and_goes_on(tmp_path: Path) -> None:
-    plan = make_plan(ModelConfig.from_hf(SHAPE), 4)
+    plan = make_partition(ModelConfig.from_hf(SHAPE), 4)
     form = WeightFormat(torch.float32)
 
     def fail(progress: Progress) -> None:

@@ -26,7 +26,7 @@ from tpirt.protocol.messages import (
     decode_call,
     encode_call,
 )
-from tpirt.sharding.partition import Plan, Shard
+from tpirt.sharding.partition import Partition, Shard
 from tpirt.sharding.units import Unit
 from tpirt.transport.base import PeerClient
 from tpirt.types import Progress, ProgressCallback
@@ -143,7 +143,11 @@ def lacking_units(
 
 
 def write_slice(
-    maker: SliceMaker, plan: Plan, rank: int, store: SliceStore, progress: ProgressCallback
+    maker: SliceMaker,
+    partition: Partition,
+    rank: int,
+    store: SliceStore,
+    progress: ProgressCallback,
 ) -> StoredSlice:
     """Return a rank's slice from the store, written first if it is missing or damaged.
 
@@ -151,7 +155,7 @@ def write_slice(
         StoreError: the store cannot be written or its disk is full.
         CheckpointError: a read of the model failed.
     """
-    shard = plan.shards[rank]
+    shard = partition.shards[rank]
     found = maker.stored(shard, store)
     if found is not None:
         return found
@@ -192,7 +196,7 @@ def _write_blocks(maker: SliceMaker, writer: SliceWriter, report: Callable[[int]
 
 async def send_slice(
     maker: SliceMaker,
-    plan: Plan,
+    partition: Partition,
     rank: int,
     store: SliceStore,
     client: PeerClient,
@@ -206,7 +210,7 @@ async def send_slice(
         StoreError: the worker could not keep it, or the store cannot be read.
         CheckpointError: a read of the model failed.
     """
-    shard = plan.shards[rank]
+    shard = partition.shards[rank]
     spec = await in_thread(maker.spec, shard)
     known = await in_thread(store.known, spec)
     held = await _ask(client, spec, known, timeout_s)
@@ -293,7 +297,7 @@ def unit_chunks(units: Iterator[tuple[int, memoryview]]) -> Generator[UnitChunk]
 
 def split_model(
     maker: SliceMaker,
-    plan: Plan,
+    partition: Partition,
     stores: list[SliceStore],
     known: SliceStore,
     progress: ProgressCallback,
@@ -305,7 +309,7 @@ def split_model(
     """
     slices = []
     for rank, store in enumerate(stores):
-        slices.append(write_slice(maker, plan, rank, store, progress))
+        slices.append(write_slice(maker, partition, rank, store, progress))
         for master in (known, stores[0]):
             master.remember(slices[-1].manifest)
     return slices
@@ -313,7 +317,7 @@ def split_model(
 
 async def distribute(
     makers: Sequence[SliceMaker],
-    plan: Plan,
+    partition: Partition,
     store: SliceStore,
     clients: Sequence[PeerClient],
     timeout_s: float,
@@ -331,10 +335,10 @@ async def distribute(
         CheckpointError, StoreError, PeerLostError: the slice could not be made or kept.
     """
     await _stoppable(makers[0].checkpoint.hash_content, progress=progress)
-    await _stoppable(write_slice, makers[0], plan, 0, store, progress=progress)
+    await _stoppable(write_slice, makers[0], partition, 0, store, progress=progress)
     # In turn, because parallel writes would compete for the disk.
     for rank, client in enumerate(clients, start=1):
-        maker, shard = makers[rank], plan.shards[rank]
+        maker, shard = makers[rank], partition.shards[rank]
         manifest = await in_thread(_known_manifest, maker, shard, store)
         if manifest is not None:
             asked = InventoryRequest(slice_id=manifest.slice_id)
@@ -342,11 +346,11 @@ async def distribute(
                 await in_thread(maker.made, manifest, store)
                 continue
         try:
-            await send_slice(maker, plan, rank, store, client, progress, timeout_s)
+            await send_slice(maker, partition, rank, store, client, progress, timeout_s)
         except PeerLostError as exc:
             exc.rank, exc.peer_id = rank, client.peer_id
             raise
-    return [maker.manifest(shard) for maker, shard in zip(makers, plan.shards, strict=True)]
+    return [maker.manifest(shard) for maker, shard in zip(makers, partition.shards, strict=True)]
 
 
 def _known_manifest(maker: SliceMaker, shard: Shard, store: SliceStore) -> Manifest | None:

@@ -14,7 +14,7 @@ from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.config import ModelConfig
 from tpirt.errors import CheckpointError, ConfigError, StoreError
 from tpirt.sharding.format import WeightFormat
-from tpirt.sharding.partition import Plan
+from tpirt.sharding.partition import Partition
 from tpirt.text.byte_level import MIN_VOCAB_SIZE, write_byte_level_tokenizer
 from tpirt.types import Progress, ProgressCallback
 from tpirt.weights.shapes import Shape
@@ -33,17 +33,22 @@ class _StoppedError(Exception):
 
 
 def make_synthetic(
-    out: Path, shape: Shape, seed: int, plan: Plan, form: WeightFormat, progress: ProgressCallback
+    out: Path,
+    shape: Shape,
+    seed: int,
+    partition: Partition,
+    form: WeightFormat,
+    progress: ProgressCallback,
 ) -> list[StoredSlice]:
     """Make a synthetic model, or add slices to one; existing whole slices stay.
 
-    The bytes follow from shape, seed, plan and format. Memory: three blocks.
+    The bytes follow from shape, seed, partition and format. Memory: three blocks.
 
     Args:
         out: the model directory, created if missing.
         shape: content of its config.json.
         seed: of the weights.
-        plan: the plan whose slices are made.
+        partition: whose slices are made.
         form: of the weights.
         progress: called with the bytes written, also from other threads.
 
@@ -65,8 +70,8 @@ def make_synthetic(
     _check_folder(source)
     maker = SliceMaker(source, config, form)
     store = SliceStore(source.slices)
-    missing = [r for r, s in enumerate(plan.shards) if maker.stored(s, store) is None]
-    total = sum(maker.spec(plan.shards[rank]).nbytes for rank in missing)
+    missing = [r for r, s in enumerate(partition.shards) if maker.stored(s, store) is None]
+    total = sum(maker.spec(partition.shards[rank]).nbytes for rank in missing)
     _check_room(store, total)
     _write_files(out, shape, config, seed)
     stop, lock, done = threading.Event(), threading.Lock(), 0
@@ -83,7 +88,7 @@ def make_synthetic(
                 before = step.done
                 progress(Progress("making slices", done, total))
 
-        write_slice(maker, plan, rank, store, report)
+        write_slice(maker, partition, rank, store, report)
 
     with ThreadPoolExecutor(_WRITERS) as pool:
         futures = [pool.submit(make, rank) for rank in missing]
@@ -95,7 +100,7 @@ def make_synthetic(
     for future in futures:
         with contextlib.suppress(_StoppedError):
             future.result()
-    found = [maker.stored(shard, store) for shard in plan.shards]
+    found = [maker.stored(shard, store) for shard in partition.shards]
     return [stored for stored in found if stored is not None]
 
 

@@ -45,6 +45,7 @@ from tpirt.engine.trace_file import TraceFile
 from tpirt.errors import ConfigError, LogitsError, PeerLostError, RequestError, TpirtError
 from tpirt.planning import Deployment, PeerProfile, plan
 from tpirt.refusals import allow_open_files, refused_memory
+from tpirt.sharding.partition import make_partition
 from tpirt.text import StopMatcher, Tokenizer
 from tpirt.transport.base import PeerClient
 from tpirt.transport.grpc import GrpcPeerClient
@@ -166,6 +167,8 @@ class Engine:
             allow_open_files(_OPEN_FILES + _OPEN_FILES_PER_RANK * max(local, len(peers)))
             trace = stack.enter_context(_trace_file(options))
             host = await stack.enter_async_context(_prepared(model, options, local, progress))
+            # Before processes are started that could not be used.
+            make_partition(host.model.config, len(peers) + 1 if peers else local, options.ratio)
             clients = await stack.enter_async_context(_connected(host, local, peers))
             formed = _formed(host, clients, on_plan)
             connection, deployment = await stack.enter_async_context(formed)

@@ -20,7 +20,7 @@ from tpirt.planning.options import AUTO, CollectiveOptions, PlanOptions
 from tpirt.planning.profile import PeerProfile
 from tpirt.planning.quantize import ChosenQuant, choose_quant
 from tpirt.sharding.format import WeightFormat
-from tpirt.sharding.partition import Plan, Shard, make_plan
+from tpirt.sharding.partition import Partition, Shard, make_partition
 from tpirt.units import format_bytes
 from tpirt.weights.stream_plan import StreamPlan
 
@@ -82,7 +82,7 @@ class Deployment:
     """
 
     config: ModelConfig
-    partition: Plan
+    partition: Partition
     dtype: ChosenDtype
     quant: ChosenQuant
     ranks: tuple[RankPlan, ...]
@@ -192,7 +192,7 @@ def plan(
         MemoryLimitError: a limit is too low; the message has a sufficient one.
     """
     context = _context_length(config, options)
-    partition = make_plan(config, len(peers), options.ratio)
+    partition = make_partition(config, len(peers), options.ratio)
     dtype = choose_dtype(config, options.dtype, peers)
     longest = options.chunk_tokens or context
     budgets = [

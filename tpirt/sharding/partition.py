@@ -39,7 +39,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Partition:
     """The shards of all ranks, by rank; together they cover the model exactly once.
 
     ``ratio`` is the requested ratio, None for an even split.
@@ -71,7 +71,9 @@ def apportion(total: int, weights: Sequence[float], minimum: int = 1) -> list[in
     return counts
 
 
-def make_plan(config: ModelConfig, world_size: int, ratio: Sequence[float] | None = None) -> Plan:
+def make_partition(
+    config: ModelConfig, world_size: int, ratio: Sequence[float] | None = None
+) -> Partition:
     """Decide each rank's heads and MLP columns.
 
     If there are at least as many KV heads as ranks, a KV head and its query heads stay on one
@@ -91,7 +93,7 @@ def make_plan(config: ModelConfig, world_size: int, ratio: Sequence[float] | Non
     unit = _column_unit(config.intermediate_size, world_size)
     columns = _spans(apportion(config.intermediate_size // unit, weights), unit)
     group = config.num_attention_heads // config.num_key_value_heads
-    return Plan(
+    return Partition(
         tuple(
             Shard(q, Span(q.start // group, (q.stop - 1) // group + 1), c, first=rank == 0)
             for rank, (q, c) in enumerate(zip(q_spans, columns, strict=True))

@@ -22,7 +22,7 @@ from tpirt.config import ModelConfig
 from tpirt.model.decoder import Decoder
 from tpirt.sharding.blocks import rank_blocks
 from tpirt.sharding.format import WeightFormat
-from tpirt.sharding.partition import make_plan
+from tpirt.sharding.partition import make_partition
 from tpirt.sharding.program import Program
 from tpirt.stopwatch import Recorder
 from tpirt.types import ignore_progress
@@ -176,7 +176,7 @@ async def decoder_group(
 ) -> AsyncIterator[DecoderGroup]:
     """Split a model directory into slices and load a decoder for every rank."""
     config = ModelConfig.from_dir(path)
-    plan = make_plan(config, world_size, ratio)
+    plan = make_partition(config, world_size, ratio)
     exchange = Exchange(world_size)
     ranks: list[DecoderRank] = []
     with ExitStack() as stack:

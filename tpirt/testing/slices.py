@@ -12,7 +12,7 @@ from tpirt.config import ModelConfig
 from tpirt.ops.buffers import tensor_bytes
 from tpirt.sharding.blocks import Block, StoredTensor
 from tpirt.sharding.format import WeightFormat
-from tpirt.sharding.partition import make_plan
+from tpirt.sharding.partition import make_partition
 from tpirt.weights.layout import block_header
 from tpirt.weights.manifest import BlockFile, Manifest, SliceSpec
 from tpirt.weights.store import StoredSlice
@@ -36,7 +36,7 @@ def counting_slice(folder: Path, counts: Sequence[int]) -> tuple[StoredSlice, li
         for i, count in enumerate(counts)
     ]
     spec = SliceSpec(
-        "f" * 32, "test", TINY, WeightFormat(torch.float32), make_plan(TINY, 1).shards[0]
+        "f" * 32, "test", TINY, WeightFormat(torch.float32), make_partition(TINY, 1).shards[0]
     )
     folder.mkdir(parents=True, exist_ok=True)
     files = []

@@ -14,7 +14,7 @@ import torch
 from tpirt.config import ModelConfig
 from tpirt.sharding.blocks import layer_blocks
 from tpirt.sharding.format import WeightFormat
-from tpirt.sharding.partition import make_plan
+from tpirt.sharding.partition import make_partition
 
 PREFIX = "model."
 EMBEDDING = "embed_tokens.weight"
@@ -38,7 +38,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
     if not config.tie_word_embeddings:
         expected[LM_HEAD] = head_shape(config)
-    (whole,) = make_plan(config, 1).shards
+    (whole,) = make_partition(config, 1).shards
     for block in layer_blocks(config, whole, WeightFormat(torch.float32)):
         for tensor in block.tensors:
             for piece in tensor.pieces:

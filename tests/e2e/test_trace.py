@@ -292,7 +292,7 @@ async def test_no_trace_and_no_message_of_one_unless_asked_for(
 async def test_full_lanes_stop_and_the_trace_says_so(
     model: Path, store: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tpirt.engine.engine.TRACE_SPANS", 30)
+    monkeypatch.setattr("tpirt.engine.connect.TRACE_SPANS", 30)
     async with memory_engine(model, 2, store=store, trace=file) as engine:
         answer = await engine.complete(PROMPT, PARAMS)
     assert len(answer.token_ids) == 6

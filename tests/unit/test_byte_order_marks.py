@@ -12,7 +12,7 @@ import pytest
 
 from tpirt.chat.saved import SavedConversation, load, save
 from tpirt.cli.main import main
-from tpirt.engine.engine import open_model
+from tpirt.engine.model import open_model
 from tpirt.testing.models import CHATML, make_model
 from tpirt.types import Message
 

@@ -17,7 +17,7 @@ from tpirt.chat.interrupts import Interrupts
 from tpirt.chat.session import ChatOptions, Session
 from tpirt.cli.main import main
 from tpirt.engine.defaults import GenerationDefaults
-from tpirt.engine.engine import open_model
+from tpirt.engine.model import open_model
 from tpirt.errors import CheckpointError
 from tpirt.model.decoder import Decoder
 from tpirt.testing.cluster import memory_engine

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tpirt.engine.engine import open_model
+from tpirt.engine.model import open_model
 from tpirt.errors import CheckpointError
 from tpirt.testing.models import make_model
 from tpirt.weights.hub import find_model, model_name

@@ -52,7 +52,7 @@ def add_command(commands: Commands) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     from tpirt.cluster.roster import this_peer
-    from tpirt.engine.engine import BUNDLED_MODEL
+    from tpirt.engine.model import BUNDLED_MODEL
     from tpirt.planning import PlanOptions, plan_model
     from tpirt.weights.hub import find_model, model_name
 
@@ -85,7 +85,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _config(path: Path) -> tuple[ModelConfig, bool]:
     """The configuration, and whether the rest of the model is there; if so, it is checked."""
     from tpirt.config import ModelConfig
-    from tpirt.engine.engine import open_model
+    from tpirt.engine.model import open_model
     from tpirt.weights.synthetic import is_synthetic
 
     has_weights = is_synthetic(path) or any(path.glob("*.safetensors"))

@@ -41,7 +41,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from tpirt.cluster.provision import split_model
     from tpirt.cluster.roster import this_peer
     from tpirt.cluster.slice_maker import SliceMaker
-    from tpirt.engine.engine import open_model
+    from tpirt.engine.model import open_model
     from tpirt.planning import PlanOptions, plan_model
     from tpirt.units import format_bytes
     from tpirt.weights.store import SliceStore, default_store

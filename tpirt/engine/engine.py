@@ -9,46 +9,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import operator
-import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import (
-    AbstractContextManager,
     AsyncExitStack,
     aclosing,
     asynccontextmanager,
-    contextmanager,
-    nullcontext,
 )
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from tpirt.batch import Collective, Segment
-from tpirt.cancellation import finish
 from tpirt.cluster.connection import Connection
 from tpirt.cluster.group import Group
-from tpirt.cluster.launcher import LocalPeers
-from tpirt.cluster.machine import default_threads, share_one_arena
-from tpirt.cluster.roster import other_versions, profile_peers
-from tpirt.cluster.slice_maker import SliceMaker
-from tpirt.cluster.tracing import TRACE_SPANS
-from tpirt.config import ModelConfig
-from tpirt.dtypes import dtype_name
-from tpirt.engine.defaults import GenerationDefaults
+from tpirt.cluster.roster import other_versions
+from tpirt.engine.connect import PlanCallback, connected, trace_file
+from tpirt.engine.model import Model
 from tpirt.engine.options import EngineOptions
 from tpirt.engine.sampler import Sampler, check_finite, check_params
 from tpirt.engine.token_times import token_times
-from tpirt.engine.trace_file import TraceFile
-from tpirt.errors import ConfigError, LogitsError, PeerLostError, RequestError, TpirtError
-from tpirt.planning import Deployment, PeerProfile, plan
-from tpirt.refusals import allow_open_files, refused_memory
-from tpirt.sharding.partition import make_partition
-from tpirt.text import StopMatcher, Tokenizer
+from tpirt.engine.writer import Writer
+from tpirt.errors import LogitsError, PeerLostError, RequestError, TpirtError
+from tpirt.planning import Deployment, PeerProfile
+from tpirt.refusals import refused_memory
 from tpirt.transport.base import PeerClient
-from tpirt.transport.grpc import GrpcPeerClient
 from tpirt.types import (
     RECONNECTED,
     Completion,
@@ -60,37 +46,11 @@ from tpirt.types import (
     Token,
     ignore_progress,
 )
-from tpirt.weights.checkpoint import Checkpoint, check_tensors, resolve_tied
-from tpirt.weights.hub import find_model, model_name
-from tpirt.weights.names import EMBEDDING
-from tpirt.weights.source import ModelSource
-from tpirt.weights.store import SliceStore, default_store
-from tpirt.weights.synthetic import SyntheticCheckpoint, is_synthetic
+from tpirt.weights.hub import model_name
 
 Prompt = str | Sequence[int] | Sequence[Message]
 
-BUNDLED_MODEL = Path(__file__).parent.parent / "demo"
-_OPEN_FILES, _OPEN_FILES_PER_RANK = 32, 5  # connections, pipes, weights; measured: 20 and 4
 _SLOT = 0  # the one sequence of the KV store
-
-
-@dataclass(frozen=True)
-class Model:
-    """An open model directory: configuration, weights, tokenizer.
-
-    ``embedding`` is the checkpoint's name of that matrix; ``store`` is where this machine keeps
-    the model's slices unless told otherwise; None for the default store.
-    """
-
-    config: ModelConfig
-    checkpoint: ModelSource
-    embedding: str
-    store: Path | None
-    tokenizer: Tokenizer
-    defaults: GenerationDefaults
-
-
-PlanCallback = Callable[[Deployment], None]
 
 
 class Engine:
@@ -163,16 +123,10 @@ class Engine:
             for peer in peers:
                 if not isinstance(peer, str):
                     stack.push_async_callback(peer.aclose)
-            _check_ranks(local, peers)
-            allow_open_files(_OPEN_FILES + _OPEN_FILES_PER_RANK * max(local, len(peers)))
-            trace = stack.enter_context(_trace_file(options))
-            host = await stack.enter_async_context(_prepared(model, options, local, progress))
-            # Before processes are started that could not be used.
-            make_partition(host.model.config, len(peers) + 1 if peers else local, options.ratio)
-            clients = await stack.enter_async_context(_connected(host, local, peers))
-            formed = _formed(host, clients, on_plan)
-            connection, deployment = await stack.enter_async_context(formed)
-            engine = cls(host.model, connection, deployment)
+            trace = stack.enter_context(trace_file(options))
+            connecting = connected(model, options, local, peers, progress, on_plan)
+            opened, connection, deployment = await stack.enter_async_context(connecting)
+            engine = cls(opened, connection, deployment)
             stack.push_async_callback(engine._end)
             if trace is not None:
                 saved = trace.saved(lambda: connection.group.trace(), engine.name)
@@ -287,7 +241,7 @@ class Engine:
         check_params(params)
         ids = self._checked(self.encode(prompt))
         limit = self._most_tokens(params, len(ids))
-        writer = _Writer(self.tokenizer, ids, params, self.defaults.eos_ids, limit)
+        writer = Writer(self.tokenizer, ids, params, self.defaults.eos_ids, limit)
         sampler = Sampler(params)
         history = list(ids)
         async with self._request(progress):
@@ -535,154 +489,3 @@ class Engine:
         # all ranks still agree.
         self._cached.extend(ids)
         return out
-
-
-class _Writer:
-    """Turns generated ids into tokens with printable text, and decides when to stop."""
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        eos_ids: frozenset[int],
-        limit: int,
-    ):
-        self._detokenizer = tokenizer.detokenizer(prompt_ids)
-        self._stops = StopMatcher(params.stop)
-        self._end_ids = eos_ids | tokenizer.added_ids_of(params.stop)
-        self._left = limit
-
-    def push(self, token_id: int) -> Token:
-        """Account for one more token."""
-        self._left -= 1
-        if token_id in self._end_ids:
-            return Token(token_id, self._rest(), "stop")
-        text, stopped = self._stops.push(self._detokenizer.push(token_id))
-        if stopped:
-            return Token(token_id, text, "stop")
-        if self._left == 0:
-            return Token(token_id, text + self._rest(), "length")
-        return Token(token_id, text)
-
-    def _rest(self) -> str:
-        text, stopped = self._stops.push(self._detokenizer.flush())
-        return text if stopped else text + self._stops.flush()
-
-
-def open_model(model: str | Path | None = None) -> Model:
-    """Open a model directory and check that it is whole; reads no weights.
-
-    Args:
-        model: as for :meth:`Engine.connect`.
-
-    Raises:
-        ConfigError, CheckpointError, TokenizerError: something is missing, damaged, unsupported.
-    """
-    path = BUNDLED_MODEL if model is None else find_model(model)
-    config = ModelConfig.from_dir(path)
-    tokenizer = Tokenizer.from_dir(path)
-    defaults = GenerationDefaults.from_dir(path, tokenizer.end_ids())
-    if is_synthetic(path):
-        drawn = SyntheticCheckpoint.open(path)
-        return Model(config, drawn, EMBEDDING, drawn.slices, tokenizer, defaults)
-    checkpoint = Checkpoint.open(path)
-    try:
-        check_tensors(checkpoint, config)
-        embedding, _ = resolve_tied(checkpoint, config)
-        dtype = dtype_name(checkpoint.tensors[embedding].dtype)
-        config = ModelConfig.from_dir(path, default_dtype=dtype)
-    except BaseException:
-        checkpoint.close()
-        raise
-    return Model(config, checkpoint, embedding, None, tokenizer, defaults)
-
-
-def _check_ranks(local: int, peers: Sequence[str | PeerClient]) -> None:
-    if local < 1:
-        raise ConfigError(f"local {local}: expected at least 1 rank")
-    if peers and local != 1:
-        raise ConfigError("local and peers exclude each other: give one of them")
-
-
-def _trace_file(options: EngineOptions) -> AbstractContextManager[TraceFile | None]:
-    return nullcontext() if options.trace is None else TraceFile(Path(options.trace))
-
-
-@dataclass(frozen=True)
-class _Host:
-    """What the phases of connecting share: the opened model and how this process runs it."""
-
-    model: Model
-    options: EngineOptions
-    store: SliceStore
-    threads: int
-    progress: ProgressCallback
-
-
-@asynccontextmanager
-async def _prepared(
-    path: str | Path | None, options: EngineOptions, local: int, progress: ProgressCallback
-) -> AsyncIterator[_Host]:
-    """Open the model and its store, and set this process's compute threads meanwhile."""
-    share_one_arena()
-    model = await asyncio.to_thread(open_model, path)
-    threads = options.threads or default_threads(local)
-    with model.checkpoint, _compute_threads(threads):
-        root = Path(options.store or model.store or default_store())
-        store = SliceStore(root, options.store_limit_bytes)
-        yield _Host(model, options, store, threads, progress)
-
-
-@asynccontextmanager
-async def _connected(
-    host: _Host, local: int, peers: Sequence[str | PeerClient]
-) -> AsyncIterator[list[PeerClient]]:
-    """Clients of the peers, or of ``local - 1`` worker processes that live as long as this.
-
-    Those made here are closed here.
-    """
-    async with AsyncExitStack() as stack:
-        if local > 1:
-            host.progress(Progress("starting peers", 0, local - 1, "peers"))
-            started = LocalPeers(local - 1, host.threads, host.store)
-            peers = (await stack.enter_async_context(started)).addresses
-            host.progress(Progress("starting peers", local - 1, local - 1, "peers"))
-        clients: list[PeerClient] = []
-        for peer in peers:
-            if isinstance(peer, str):
-                peer = GrpcPeerClient(peer)
-                stack.push_async_callback(peer.aclose)
-            clients.append(peer)
-        yield clients
-
-
-@asynccontextmanager
-async def _formed(
-    host: _Host, clients: Sequence[PeerClient], on_plan: PlanCallback | None
-) -> AsyncIterator[tuple[Connection, Deployment]]:
-    """Plan, provide every rank with its slice, and form the group, which is closed on leaving."""
-    model, options = host.model, host.options
-    master = secrets.randbits(63)
-    profiles = await profile_peers(clients, host.threads, master)
-    spans = 0 if options.trace is None else TRACE_SPANS
-    deployment = plan(model.config, profiles, options, trace_spans=spans)
-    if on_plan is not None:
-        on_plan(deployment)
-    makers = [SliceMaker(model.checkpoint, model.config, r.form) for r in deployment.ranks]
-    connection = Connection(clients, deployment, makers, host.store, master, options.timeout_s)
-    await connection.form(host.progress)
-    try:
-        yield connection, deployment
-    finally:
-        await finish(connection.aclose())
-
-
-@contextmanager
-def _compute_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -11,7 +11,7 @@ from typing import Any
 
 from tpirt.cluster.worker import Worker
 from tpirt.engine import Engine, EngineOptions
-from tpirt.engine.engine import PlanCallback
+from tpirt.engine.connect import PlanCallback
 from tpirt.errors import PeerUnreachableError, TpirtError
 from tpirt.transport.base import Channel, PeerService
 from tpirt.transport.memory import memory_pair

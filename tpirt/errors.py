@@ -54,6 +54,8 @@ class HandshakeError(TransportError):
 class PeerBusyError(HandshakeError):
     """A peer that serves another master."""
 
+    exit_code = 3
+
 
 class PeerError(TpirtError):
     """A peer reported a failure of its own (disk, memory); it is still connected."""

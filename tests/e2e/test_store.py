@@ -51,6 +51,13 @@ def test_list_verify_remove(store: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert code == 2
     assert "no slice '0000'" in err
 
+    (store / second / "manifest.json").write_text("{")
+    assert run(capsys, "store", "rm", "--store", str(store))[0] == 2
+    assert (store / second).exists()
+    code, out, _ = run(capsys, "store", "rm", "--unusable", "--store", str(store))
+    assert (code, out.count("removed")) == (0, 1)
+    assert not (store / second).exists()
+
 
 def test_flipped_bit_is_found_and_named(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     victim = sorted(store.glob("*/layers.1.mlp.safetensors"))[0]

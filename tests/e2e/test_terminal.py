@@ -129,7 +129,9 @@ def test_ctrl_z_gives_the_terminal_to_the_shell_and_fg_takes_it_back(
     )
     opened.append(shell)
     shell.expect_exact("shell]")
-    shell.sendline(subprocess.list2cmdline([sys.executable, *command, "--quiet"]))
+    # Below a script, which the signal stops at once: the shell then has the terminal.
+    wrapped = subprocess.list2cmdline([sys.executable, *command, "--quiet"])
+    shell.sendline(f"sh -c '\"$@\"; :' sh {wrapped}")
     shell.expect(READY)
     for typed, shown in (("go\r", ANSWER), (CTRL_C, READY), ("half a line", "half a line")):
         shell.send(typed)

@@ -181,7 +181,7 @@ def test_every_limit_that_is_too_low_is_named(config: ModelConfig) -> None:
 
 def test_too_little_free_memory_is_named(config: ModelConfig) -> None:
     text = refused(config, [profile(available_bytes=100 * MIB)], PlanOptions())
-    assert "free memory on its machine, or set --memory to at least" in text
+    assert "free memory on its machine, raise its container's limit, or set --memory to" in text
     advised = parse_bytes(text.rpartition(" ")[2])
     plan(config, [profile(available_bytes=100 * MIB)], PlanOptions(memory_bytes=advised))
 

@@ -23,6 +23,7 @@ class TerminalModes:
 
     def __init__(self) -> None:
         self._before = _get()
+        self._silent: list[Any] | None = None  # the modes of echo_off
 
     @contextlib.contextmanager
     def echo_off(self) -> Iterator[None]:
@@ -30,7 +31,8 @@ class TerminalModes:
         if self._before is None:
             yield
             return
-        _set([*self._before[:3], self._before[3] & ~termios.ECHO, *self._before[4:]])
+        self._silent = [*self._before[:3], self._before[3] & ~termios.ECHO, *self._before[4:]]
+        _set(self._silent)
         try:
             yield
         finally:
@@ -54,12 +56,20 @@ class TerminalModes:
             loop.remove_signal_handler(number)
             signal.raise_signal(number)
 
+        def suspend() -> None:
+            # A shell takes the terminal back as soon as another process of the group, such as a
+            # wrapper script, has stopped. Stopped by changing modes in the background now, this
+            # process would stop once more, below, after it was continued.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
+            reader.suspend(stop)
+
         def stop() -> None:
             during = _get()
             self._restore()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTTOU})
             loop.remove_signal_handler(signal.SIGTSTP)
-            signal.raise_signal(signal.SIGTSTP)  # returns when the process continues
-            loop.add_signal_handler(signal.SIGTSTP, reader.suspend, stop)
+            os.killpg(0, signal.SIGTSTP)  # as a terminal does; returns when the process continues
+            loop.add_signal_handler(signal.SIGTSTP, suspend)
             _set(during)  # in the background, this stops the process until it is in front again
 
         caught = [
@@ -69,7 +79,7 @@ class TerminalModes:
         ]
         for number in caught:
             if number == signal.SIGTSTP:
-                loop.add_signal_handler(number, reader.suspend, stop)
+                loop.add_signal_handler(number, suspend)
             else:
                 loop.add_signal_handler(number, end, number)
         try:
@@ -80,7 +90,8 @@ class TerminalModes:
 
     def _restore(self) -> None:
         with contextlib.suppress(OSError):
-            if os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp():  # it is ours to change
+            in_front = os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+            if in_front or _get() == self._silent:  # nobody else has changed it yet
                 _set(self._before)
 
 

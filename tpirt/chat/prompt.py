@@ -152,7 +152,7 @@ def _bindings() -> KeyBindings:
 
         @bindings.add("c-z")
         def suspend(event: KeyPressEvent) -> None:
-            os.kill(0, signal.SIGTSTP)  # the process group, as the terminal does
+            os.kill(os.getpid(), signal.SIGTSTP)  # TerminalModes stops the rest of the group
 
     return bindings
 

@@ -154,7 +154,9 @@ class Session:
         if self.talk.used_tokens >= self.engine.context_length:
             return "[the context is full: /reset begins a new conversation]"
         assert self.timing is not None
-        return f"[cut at {self.timing.tokens} tokens: /set max_tokens allows more]"
+        once = self.options.prompt is not None
+        more = "--max-tokens N for more" if once else "/set max_tokens allows more"
+        return f"[cut at {self.timing.tokens} tokens: {more}]"
 
 
 class _Stop:

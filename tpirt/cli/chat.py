@@ -15,6 +15,7 @@ from tpirt.cli.options import (
     run_async,
     sampling_params,
 )
+from tpirt.errors import RequestError
 
 
 def add_command(commands: Commands) -> None:
@@ -44,6 +45,8 @@ def add_command(commands: Commands) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     import tpirt.chat  # noqa: F401  # before the event loop: see run_async
 
+    if arguments.prompt == "":
+        raise RequestError("the prompt is empty: give at least one character of text")
     run_async(_chat(arguments))
 
 

@@ -158,7 +158,7 @@ def add_process_options(group: Group) -> None:
         "--threads",
         type=count,
         metavar="N",
-        help="compute threads per process (default: cores, divided among --local)",
+        help="compute threads per process (default: cores, divided among local ranks)",
     )
     group.add_argument(
         "--store", metavar="DIR", help="folder of slices (default ~/.cache/tpirt/slices)"

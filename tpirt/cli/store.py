@@ -10,7 +10,7 @@ from tpirt.cli.options import Commands, add_parser
 from tpirt.errors import StoreError
 
 if TYPE_CHECKING:
-    from tpirt.weights.store import SliceStore
+    from tpirt.weights.store import SliceStore, StoredSlice, UnusableSlice
 
 
 def add_command(commands: Commands) -> None:
@@ -19,7 +19,8 @@ def add_command(commands: Commands) -> None:
         commands,
         "store",
         "list, verify or remove the slices kept on this machine",
-        "tpirt store ls\n  tpirt store verify\n  tpirt store rm 3f2a91",
+        "tpirt store ls\n  tpirt store verify\n  tpirt store rm 3f2a91\n"
+        "  tpirt store rm --unusable",
     )
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
     for name, run, text, ids in (
@@ -30,13 +31,17 @@ def add_command(commands: Commands) -> None:
             None,
         ),
         ("verify", _verify, "read slices and compare checksums", "*"),
-        ("rm", _remove, "remove slices", "+"),
+        ("rm", _remove, "remove slices", "*"),
     ):
         action = actions.add_parser(name, help=text, description=text)
         action.add_argument("--store", metavar="DIR", help="default ~/.cache/tpirt/slices")
         if ids is not None:
             action.add_argument(
                 "ids", nargs=ids, metavar="ID", help="id of a slice, or a prefix of it"
+            )
+        if run is _remove:
+            action.add_argument(
+                "--unusable", action="store_true", help="those that this tpirt cannot use"
             )
         action.set_defaults(run=run)
 
@@ -87,6 +92,13 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 def _remove(arguments: argparse.Namespace) -> None:
     store = _open(arguments)
-    for stored in store.matching(arguments.ids):
+    chosen: list[StoredSlice | UnusableSlice] = []
+    if arguments.unusable:
+        chosen += store.unusable()
+    elif not arguments.ids:
+        raise StoreError("give the ids of slices to remove, or --unusable")
+    if arguments.ids:
+        chosen += store.matching(arguments.ids)
+    for stored in chosen:
         store.remove(stored)
         print(f"removed {stored.path}")

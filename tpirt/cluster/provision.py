@@ -160,9 +160,12 @@ def write_slice(
     if found is not None:
         return found
     spec = maker.spec(shard)
-    for old in store.unusable():
-        if old.outdated and old.model == spec.model:
-            _log.warning("%s: %s", old.path, old.reason)
+    if old := [each for each in store.unusable() if each.outdated and each.model == spec.model]:
+        _log.warning(
+            "%s: %d of its slices of %s were written by an older tpirt and are made anew; "
+            "`tpirt store rm --unusable` removes them",
+            *(store.root, len(old), spec.model),
+        )
     known = store.known(spec)
     order = plan_order(maker, shard, store.inventory(spec, known), known, progress)
     done = 0

@@ -286,7 +286,8 @@ def _shortage(
         advice.append(
             f"raise --memory to at least {enough}"
             if asked is not None
-            else f"free memory on its machine, or set --memory to at least {enough}"
+            else "free memory on its machine, raise its container's limit, or set --memory to at "
+            f"least {enough}"
         )
     by_peers = _below(budgets, [peer.memory_bytes for peer in peers])
     advice += [

@@ -196,8 +196,7 @@ class GrpcPeerServer:
             endpoints = self._bind(await resolve(address, listening=True))
         except OSError as exc:
             raise TransportError(
-                f"cannot listen on {address}: {_why_not(exc)}; choose another address or port "
-                "with --listen"
+                f"cannot listen on {address}: {_why_not(exc)}; choose another address or port"
             ) from exc
         await self._server.start()
         self.hosts = [endpoint.host for endpoint in endpoints]

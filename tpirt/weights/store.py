@@ -523,7 +523,7 @@ def _unusable(folder: Path, reason: str) -> UnusableSlice | None:
     version = fields.get("format_version")
     outdated = isinstance(version, int) and version < FORMAT_VERSION
     if outdated:
-        reason = "written by an older tpirt; it is remade, remove it with `tpirt store rm`"
+        reason = "written by an older tpirt"
     slice_id = str(fields.get("slice_id", folder.name))
     return UnusableSlice(folder, slice_id, str(fields.get("model", "")), reason, outdated)
 

@@ -217,7 +217,7 @@ class ModelConfig:
 
         Raises:
             CheckpointError: no such directory or file, unreadable, or not a JSON object.
-            ConfigError: as :meth:`from_hf`, or a file beside it says that the weights are
+            ConfigError: as :meth:`from_hf`, or a file next to it says that the weights are
                 quantized; the message names the file.
         """
         file = Path(path) / "config.json"

@@ -70,15 +70,28 @@ def allow_open_files(needed: int) -> None:
     Raises:
         ConfigError: its hard limit is lower.
     """
-    if resource is None:
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < 0 or soft >= needed:  # a negative one is no limit
-        return
-    if 0 <= hard < needed:
+    allowed = raise_open_files(needed)
+    if allowed < needed:
         raise ConfigError(
-            f"this process may open {hard} files at once, about {needed} are needed; raise the "
+            f"this process may open {allowed} files at once, about {needed} are needed; raise the "
             f"limit with `ulimit -n {needed}`"
         )
+
+
+def raise_open_files(wanted: int) -> int:
+    """Raise this process's soft limit on open files to ``wanted``, as far as its hard limit allows.
+
+    Returns:
+        How many files it may open; ``wanted`` without a limit.
+    """
+    if resource is None:
+        return wanted
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 0:  # a negative one is no limit
+        return wanted
+    if soft >= wanted:
+        return soft
+    allowed = wanted if hard < 0 else min(wanted, hard)
     with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    return allowed

@@ -73,9 +73,8 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _complain(text: str) -> None:
-    """Print one line on stderr, if there still is one."""
-    with contextlib.suppress(OSError):
-        print(printable_line(f"tpirt: {text}"), file=sys.stderr, flush=True)
+    """Print one line on stderr."""
+    print(printable_line(f"tpirt: {text}"), file=sys.stderr, flush=True)
 
 
 def _open_standard_streams() -> None:

@@ -6,7 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -287,24 +287,14 @@ async def connected(
 @contextmanager
 def noted(progress: ConsoleProgress) -> Iterator[None]:
     """Show what is logged within the block, such as new slices; with ``--quiet`` only warnings."""
-    from tpirt.printable import printable_line
+    from tpirt.peer.logs import handled
 
     class Notes(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            progress.note(f"tpirt: {printable_line(record.getMessage())}")
+            progress.note(f"tpirt: {record.getMessage()}")
 
-    if progress.quiet:
+    with nullcontext() if progress.quiet else handled(Notes(), logging.INFO):
         yield
-        return
-    logger, notes = logging.getLogger("tpirt"), Notes()
-    before = logger.level
-    logger.addHandler(notes)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(notes)
-        logger.setLevel(before)
 
 
 def run_async(main: Coroutine[Any, Any, None]) -> None:
@@ -342,12 +332,12 @@ def _show_plan(arguments: argparse.Namespace, plan: Deployment) -> None:
 
 def _store(arguments: argparse.Namespace) -> Path | None:
     """Where this machine writes slices; None for a synthetic model, which has them already."""
-    from tpirt.weights.store import default_store
+    from tpirt.weights.store import store_folder
     from tpirt.weights.synthetic import is_synthetic
 
     if arguments.model is not None and is_synthetic(Path(arguments.model)):
         return None
-    return Path(arguments.store) if arguments.store else default_store()
+    return Path(arguments.store) if arguments.store else store_folder()
 
 
 def _tell(arguments: argparse.Namespace, engine: Engine) -> None:

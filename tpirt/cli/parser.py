@@ -23,9 +23,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print usage and message, and exit with 2."""
-        unknown = re.match(
-            r"argument (COMMAND|ACTION): invalid choice: '(.*?)'.*from (.*)\)", message
-        )
+        unknown = _UNKNOWN.match(message)
         if unknown is not None:
             what, name, choices = unknown.groups()
             known = re.findall(r"\w+", choices)

@@ -162,7 +162,7 @@ def write_slice(
     spec = maker.spec(shard)
     if old := [each for each in store.unusable() if each.outdated and each.model == spec.model]:
         _log.warning(
-            "%s: %d of its slices of %s were written by an older tpirt and are made anew; "
+            "%s: %d of its slices of %s were written by an older tpirt and are remade; "
             "`tpirt store rm --unusable` removes them",
             *(store.root, len(old), spec.model),
         )

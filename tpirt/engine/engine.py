@@ -11,11 +11,7 @@ import contextlib
 import operator
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import (
-    AsyncExitStack,
-    aclosing,
-    asynccontextmanager,
-)
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
 
 import torch

@@ -26,9 +26,20 @@ def logged(level: int, stream: TextIO | None = None) -> Iterator[None]:
     lines: queue.Queue[logging.LogRecord] = queue.Queue(_MOST_WAITING)
     writer = _Writer(stream or sys.stderr)
     writer.setFormatter(_OneLine())
-    logger, handler = logging.getLogger("tpirt"), _Enqueue(lines)
-    before = logger.level
     QueueListener(lines, writer).start()
+    try:
+        with handled(_Enqueue(lines), level):
+            yield
+    finally:
+        with lines.all_tasks_done:
+            lines.all_tasks_done.wait_for(lambda: not lines.unfinished_tasks, _FLUSH_S)
+
+
+@contextlib.contextmanager
+def handled(handler: logging.Handler, level: int) -> Iterator[None]:
+    """Have ``handler`` get the records of the logger ``tpirt`` from ``level`` on."""
+    logger = logging.getLogger("tpirt")
+    before = logger.level
     logger.addHandler(handler)
     logger.setLevel(level)
     try:
@@ -36,8 +47,6 @@ def logged(level: int, stream: TextIO | None = None) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
-        with lines.all_tasks_done:
-            lines.all_tasks_done.wait_for(lambda: not lines.unfinished_tasks, _FLUSH_S)
 
 
 class _OneLine(logging.Formatter):

@@ -15,15 +15,11 @@ from dataclasses import dataclass
 
 import torch
 
-try:
-    import resource
-except ImportError:  # not a POSIX system
-    resource = None  # type: ignore[assignment]
-
 from tpirt.cluster.launcher import READY_PREFIX
 from tpirt.cluster.machine import host_name, share_one_arena
 from tpirt.cluster.worker import Worker
 from tpirt.peer.logs import logged
+from tpirt.refusals import raise_open_files
 from tpirt.transport.address import Address
 from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
 from tpirt.weights.store import SliceStore
@@ -110,14 +106,7 @@ def _warning(address: Address, hosts: Sequence[str]) -> str:
 
 def _most_connections() -> int:
     """Open files for gRPC's connections: half of what the system allows, the rest is for work."""
-    if resource is None:
-        return _MOST_CONNECTIONS
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = min(4 * _MOST_CONNECTIONS, hard if hard >= 0 else 4 * _MOST_CONNECTIONS)
-    if 0 <= soft < wanted:  # a negative one is no limit
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        soft = wanted
-    return min(_MOST_CONNECTIONS, soft // 2) if soft >= 0 else _MOST_CONNECTIONS
+    return min(_MOST_CONNECTIONS, raise_open_files(4 * _MOST_CONNECTIONS) // 2)
 
 
 def is_loopback(host: str) -> bool:

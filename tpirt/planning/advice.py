@@ -34,7 +34,7 @@ def advise(plan: Deployment) -> list[str]:
 
 def _shortfall(rank: RankPlan) -> int:
     limit = rank.limits.memory_bytes
-    return rank.budget.resident_bytes - (rank.budget.resident_bytes if limit is None else limit)
+    return 0 if limit is None else rank.budget.resident_bytes - limit
 
 
 def _doubled(plan: Deployment) -> bool:

@@ -176,16 +176,16 @@ async def decoder_group(
 ) -> AsyncIterator[DecoderGroup]:
     """Split a model directory into slices and load a decoder for every rank."""
     config = ModelConfig.from_dir(path)
-    plan = make_partition(config, world_size, ratio)
+    partition = make_partition(config, world_size, ratio)
     exchange = Exchange(world_size)
     ranks: list[DecoderRank] = []
     with ExitStack() as stack:
         store = SliceStore(Path(stack.enter_context(tempfile.TemporaryDirectory())))
         checkpoint = stack.enter_context(Checkpoint.open(path))
         form = WeightFormat(dtype)
-        for number, shard in enumerate(plan.shards):
+        for number, shard in enumerate(partition.shards):
             maker = SliceMaker(checkpoint, config, form)
-            stored = write_slice(maker, plan, number, store, ignore_progress)
+            stored = write_slice(maker, partition, number, store, ignore_progress)
             blocks = rank_blocks(config, shard, form)
             streamer = WeightStreamer(stored, blocks, max_blocks=window)
             comm = ExchangeCommunicator(number, exchange)

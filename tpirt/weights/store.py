@@ -212,13 +212,18 @@ class UnitIndex:
                     self._places.setdefault(unit.key, []).append(place)
 
 
-def default_store() -> Path:
-    """The folder ``slices`` of :func:`cache_folder`; warns of a temporary one.
+def store_folder() -> Path:
+    """The folder ``slices`` of :func:`cache_folder`.
 
     Raises:
         StoreError: there is no folder for it.
     """
-    folder = cache_folder() / "slices"
+    return cache_folder() / "slices"
+
+
+def default_store() -> Path:
+    """:func:`store_folder`, to be used; warns of a temporary one."""
+    folder = store_folder()
     if not os.environ.get("XDG_CACHE_HOME") and home_cache() is None:
         _log.warning(
             "no home directory that can be written to: slices are kept in %s; give --store DIR to "
@@ -452,7 +457,7 @@ class SliceStore:
 
 @dataclass(frozen=True)
 class Partial:
-    """A slice that is being written: a folder, and a locked file beside it until it ends.
+    """A slice that is being written: a folder, and a locked file next to it until it ends.
 
     A file, because network file systems do not lock folders across hosts.
     """

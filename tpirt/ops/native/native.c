@@ -1,0 +1,176 @@
+#include "native.h"
+#include "pool.h"
+
+#include <math.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+/* Sets the scale of a group of inputs; returns its inverse. NaN tells that one is not finite. */
+static inline float group_scale(float most, int finite, float *scale)
+{
+    if (!finite) {
+        *scale = NAN;
+        return 0.0f;
+    }
+    if (most < 1e-30f) { /* its inverse would overflow */
+        *scale = 0.0f;
+        return 0.0f;
+    }
+    *scale = most / 127.0f;
+    return 127.0f / most;
+}
+
+static inline float from_bf16(uint16_t half)
+{
+    const uint32_t bits = (uint32_t)half << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+static inline float from_f16(uint16_t half)
+{
+    const uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = half & 0x7fff;
+    uint32_t bits = sign;
+    float x;
+    if (magnitude >= 0x7c00) bits |= 0x7f800000 | (magnitude & 0x3ff) << 13; /* inf, NaN */
+    else if (magnitude >= 0x400) bits |= (magnitude << 13) + (112u << 23);
+    else { /* subnormal: an integer times 2^-24 */
+        x = (float)magnitude * 0x1p-24f;
+        return sign ? -x : x;
+    }
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+static inline float add_lanes(float *lanes)
+{
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+#include "scalar.inc"
+#if defined(__x86_64__)
+#include "avx2.inc"
+#include "avx512.inc"
+#elif defined(__aarch64__)
+#include "neon.inc"
+#endif
+
+static const kernel_set *const SETS[] = {
+    &scalar_set,
+#if defined(__x86_64__)
+    &avx2_set,
+    &avx512_set,
+#endif
+};
+
+int tp_sets(void) { return sizeof SETS / sizeof *SETS; }
+const char *tp_set_name(int set) { return SETS[set]->name; }
+
+int tp_set_runs(int set)
+{
+    const kernel_set *s = SETS[set];
+    if (s == &scalar_set) return 1;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (s == &avx2_set)
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+               __builtin_cpu_supports("f16c");
+    if (s == &avx512_set)
+        return tp_set_runs(1) && __builtin_cpu_supports("avx512f") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+#endif
+    return 0;
+}
+
+/* One product, shared out by rows. */
+typedef struct {
+    const kernel_set *set;
+    const void *w, *scales;
+    rounded x;
+    const float *dense;
+    long tokens, inputs;
+    float *out;
+    long ldo;
+    int kind;
+} product;
+
+enum { Q4, Q8, BF16, F16 };
+
+static void rows(void *arg, long first, long last)
+{
+    const product *p = arg;
+    switch (p->kind) {
+    case Q4: p->set->q4(p->w, p->scales, &p->x, p->tokens, first, last, p->out, p->ldo); break;
+    case Q8: p->set->q8(p->w, p->scales, &p->x, p->tokens, first, last, p->out, p->ldo); break;
+    case BF16: p->set->bf16(p->w, p->dense, p->tokens, p->inputs, first, last, p->out, p->ldo); break;
+    case F16: p->set->f16(p->w, p->dense, p->tokens, p->inputs, first, last, p->out, p->ldo); break;
+    }
+}
+
+pool *tp_pool_new(int threads) { return pool_new(threads); }
+void tp_pool_free(pool *p) { pool_free(p); }
+int tp_pool_threads(const pool *p) { return pool_threads(p); }
+
+void tp_round(int set, const float *x, long tokens, long inputs, int8_t *q, float *scale, float *sum)
+{
+    SETS[set]->round(x, tokens, inputs, q, scale, sum);
+}
+
+/* Rows per piece of work: about 64 KB of weights, at least ``unit``. */
+static long piece(long row_bytes, long most)
+{
+    long n = (64 << 10) / (row_bytes ? row_bytes : 1);
+    return n < 1 ? 1 : n > most ? most : n;
+}
+
+void tp_q4(int set, pool *p, const uint8_t *codes, const uint16_t *scales, long n, long groups,
+           const int8_t *q, const float *xs, const float *sum, long tokens, float *out, long ldo)
+{
+    product a = {SETS[set], codes, scales, {q, xs, sum, groups}, 0, tokens, 0, out, ldo, Q4};
+    pool_run(p, rows, &a, n / TILE_ROWS, piece(groups * Q4_TILE, 64));
+}
+
+void tp_q8(int set, pool *p, const int8_t *codes, const float *scales, long n, long groups,
+           const int8_t *q, const float *xs, const float *sum, long tokens, float *out, long ldo)
+{
+    product a = {SETS[set], codes, scales, {q, xs, sum, groups}, 0, tokens, 0, out, ldo, Q8};
+    pool_run(p, rows, &a, n / TILE_ROWS, piece(groups * Q8_TILE, 64));
+}
+
+void tp_bf16(int set, pool *p, const uint16_t *w, long n, long inputs, const float *x, long tokens,
+             float *out, long ldo)
+{
+    product a = {SETS[set], w, 0, {0}, x, tokens, inputs, out, ldo, BF16};
+    pool_run(p, rows, &a, n, piece(inputs * 2, 256) / 4 * 4 + 4);
+}
+
+void tp_f16(int set, pool *p, const uint16_t *w, long n, long inputs, const float *x, long tokens,
+            float *out, long ldo)
+{
+    product a = {SETS[set], w, 0, {0}, x, tokens, inputs, out, ldo, F16};
+    pool_run(p, rows, &a, n, piece(inputs * 2, 256) / 4 * 4 + 4);
+}
+
+/* The read bandwidth to compare with: sums of memory. */
+#if defined(__x86_64__)
+__attribute__((target("avx2")))
+#endif
+static void read_lines(void *arg, long first, long last)
+{
+    const uint64_t *m = (const uint64_t *)arg + first * 8, *end = (const uint64_t *)arg + last * 8;
+    uint64_t s[16] = {0};
+    for (; m + 16 <= end; m += 16)
+        for (int i = 0; i < 16; i++) s[i] += m[i];
+    volatile uint64_t sink = 0;
+    for (int i = 0; i < 16; i++) sink += s[i];
+}
+void tp_read(pool *p, const void *m, long lines) { pool_run(p, read_lines, (void *)m, lines, 1024); }

@@ -1,0 +1,50 @@
+/* Products of matrices in tpirt's tiles with vectors, for one set of instructions.
+ *
+ * Axes: N output rows, K inputs (a multiple of 32), G = K / 32 groups, T tokens (rows of input).
+ * A tile is 16 rows x 32 inputs; a block is the G tiles of 16 rows.
+ *
+ * 4 bits.  codes uint8 (N / 16, G, 4, 16, 4): byte (j, r, i) of a tile holds the code of row r and
+ *   input 8 j + i in its low and of input 8 j + 4 + i in its high half, so that a line of 64 bytes
+ *   is one vector of 16 rows whose four neighbouring inputs are summed by one instruction.
+ *   scales uint16 (N / 16, G, 16): exponent (5 bits), mantissa (4), offset (7), from the top.
+ *     scale  s = 2^(exponent - 27) * (1 + mantissa / 16)
+ *     weight   = s * (code - 8 + (offset - 64) / 12)
+ * 8 bits.  codes int8 (N / 16, G, 8, 16, 4): byte (j, r, i) is the code of input 4 j + i.
+ *   scales float (N).   weight = scale * code
+ * 16 bits. bfloat16 or float16 (N, K), as in a checkpoint; any K.
+ *
+ * Inputs of the first two are rounded to 8 bits per group: x ~ d * q, d = max |x| / 127.
+ * Sums within a group are exact integers; over groups they are float32, in ascending order, with
+ * the same operations in every set. So a result's bits depend only on its row of weights and its
+ * row of input.
+ */
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+enum { TILE_ROWS = 16, GROUP = 32, Q4_TILE = 256, Q8_TILE = 512 };
+
+/* Rounded inputs of T tokens. */
+typedef struct {
+    const int8_t *q;    /* (T, K) */
+    const float *scale; /* (T, G): d */
+    const float *sum;   /* (T, G): the sum of q of a group */
+    long groups;
+} rounded;
+
+/* What one set of instructions provides; every function works on the rows [first, last). */
+typedef struct {
+    const char *name;
+    /* Round x (T, K) float32 per 32 inputs; K need not be a multiple, the rest is 0. */
+    void (*round)(const float *x, long tokens, long inputs, int8_t *q, float *scale, float *sum);
+    /* out (T, ldo) float32 of blocks of 16 rows. */
+    void (*q4)(const uint8_t *codes, const uint16_t *scales, const rounded *x, long tokens,
+               long first, long last, float *out, long ldo);
+    void (*q8)(const int8_t *codes, const float *scales, const rounded *x, long tokens,
+               long first, long last, float *out, long ldo);
+    /* Single rows of (N, K) bfloat16 or float16 with x (T, K) float32. */
+    void (*bf16)(const uint16_t *w, const float *x, long tokens, long inputs, long first,
+                 long last, float *out, long ldo);
+    void (*f16)(const uint16_t *w, const float *x, long tokens, long inputs, long first,
+                long last, float *out, long ldo);
+} kernel_set;

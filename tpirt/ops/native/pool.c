@@ -1,0 +1,137 @@
+#include "pool.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <time.h>
+
+/* As long as waking a thread takes. Between two products of a token it is less than that. */
+#define SPIN_NS 30000
+
+struct pool {
+    int threads;
+    pthread_t *workers;
+    pthread_mutex_t callers; /* held by the one whose work is shared out */
+    pthread_mutex_t mutex;
+    pthread_cond_t started;
+    atomic_uint turn;     /* counts pieces of work; odd bits have no meaning */
+    atomic_int sleeping;
+    atomic_int busy;      /* workers that have not finished this turn */
+    atomic_long next;
+    atomic_int ended;
+    pool_work *work;
+    void *arg;
+    long count, step;
+};
+
+static inline void relax(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static long now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000L + t.tv_nsec;
+}
+
+static void take_pieces(pool *p)
+{
+    for (;;) {
+        const long first = atomic_fetch_add(&p->next, p->step);
+        if (first >= p->count) return;
+        const long last = first + p->step;
+        p->work(p->arg, first, last < p->count ? last : p->count);
+    }
+}
+
+/* Wait until there is another turn than ``seen``. */
+static unsigned await_turn(pool *p, unsigned seen)
+{
+    unsigned turn;
+    const long until = now_ns() + SPIN_NS;
+    do {
+        for (int i = 0; i < 64; i++) {
+            turn = atomic_load_explicit(&p->turn, memory_order_acquire);
+            if (turn != seen) return turn;
+            relax();
+        }
+    } while (now_ns() < until);
+    pthread_mutex_lock(&p->mutex);
+    atomic_fetch_add(&p->sleeping, 1);
+    while ((turn = atomic_load(&p->turn)) == seen) pthread_cond_wait(&p->started, &p->mutex);
+    atomic_fetch_sub(&p->sleeping, 1);
+    pthread_mutex_unlock(&p->mutex);
+    return turn;
+}
+
+static void begin_turn(pool *p)
+{
+    atomic_fetch_add(&p->turn, 1);
+    if (atomic_load(&p->sleeping)) {
+        pthread_mutex_lock(&p->mutex);
+        pthread_cond_broadcast(&p->started);
+        pthread_mutex_unlock(&p->mutex);
+    }
+}
+
+static void *serve(void *arg)
+{
+    pool *p = arg;
+    for (unsigned turn = 0;;) {
+        turn = await_turn(p, turn);
+        if (atomic_load(&p->ended)) return NULL;
+        take_pieces(p);
+        atomic_fetch_sub_explicit(&p->busy, 1, memory_order_release);
+    }
+}
+
+void pool_free(pool *p)
+{
+    atomic_store(&p->ended, 1);
+    begin_turn(p);
+    for (int i = 0; i < p->threads - 1; i++) pthread_join(p->workers[i], NULL);
+    pthread_cond_destroy(&p->started);
+    pthread_mutex_destroy(&p->mutex);
+    pthread_mutex_destroy(&p->callers);
+    free(p->workers);
+    free(p);
+}
+
+pool *pool_new(int threads)
+{
+    pool *p = calloc(1, sizeof *p);
+    if (!p) return NULL;
+    pthread_mutex_init(&p->callers, NULL);
+    pthread_mutex_init(&p->mutex, NULL);
+    pthread_cond_init(&p->started, NULL);
+    p->threads = 1;
+    p->workers = calloc(threads > 1 ? threads - 1 : 1, sizeof *p->workers);
+    while (p->workers && p->threads < threads) {
+        if (pthread_create(&p->workers[p->threads - 1], NULL, serve, p)) break;
+        p->threads++;
+    }
+    return p;
+}
+
+int pool_threads(const pool *p) { return p->threads; }
+
+void pool_run(pool *p, pool_work *work, void *arg, long count, long step)
+{
+    if (p->threads == 1 || count <= step || pthread_mutex_trylock(&p->callers)) {
+        work(arg, 0, count);
+        return;
+    }
+    p->work = work, p->arg = arg, p->count = count, p->step = step;
+    atomic_store(&p->next, 0);
+    atomic_store(&p->busy, p->threads - 1);
+    begin_turn(p);
+    take_pieces(p);
+    while (atomic_load_explicit(&p->busy, memory_order_acquire)) relax();
+    pthread_mutex_unlock(&p->callers);
+}

@@ -14,15 +14,20 @@ struct pool {
     pthread_mutex_t callers; /* held by the one whose work is shared out */
     pthread_mutex_t mutex;
     pthread_cond_t started;
-    atomic_uint turn;     /* counts pieces of work; odd bits have no meaning */
     atomic_int sleeping;
-    atomic_int busy;      /* workers that have not finished this turn */
-    atomic_long next;
     atomic_int ended;
+    /* The turn (16 bits), its pieces (24) and the next one (24), in one word: a worker that comes
+     * late to a turn that is over learns that from the word which it counted up. */
+    atomic_ullong turn;
+    atomic_long done; /* pieces of this turn */
+    /* Of this turn; they change only when all of its pieces are done. */
     pool_work *work;
     void *arg;
     long count, step;
 };
+
+#define PIECES_BITS 24
+#define NUMBER ((1ull << PIECES_BITS) - 1)
 
 static inline void relax(void)
 {
@@ -43,11 +48,20 @@ static long now_ns(void)
 static void take_pieces(pool *p)
 {
     for (;;) {
-        const long first = atomic_fetch_add(&p->next, p->step);
-        if (first >= p->count) return;
-        const long last = first + p->step;
+        const unsigned long long turn = atomic_fetch_add(&p->turn, 1);
+        const long piece = turn & NUMBER;
+        if (piece >= (long)(turn >> PIECES_BITS & NUMBER)) return;
+        const long first = piece * p->step, last = first + p->step;
         p->work(p->arg, first, last < p->count ? last : p->count);
+        atomic_fetch_add_explicit(&p->done, 1, memory_order_release);
     }
+}
+
+static unsigned number_of(unsigned long long turn) { return turn >> (2 * PIECES_BITS); }
+
+static unsigned current(pool *p)
+{
+    return number_of(atomic_load_explicit(&p->turn, memory_order_acquire));
 }
 
 /* Wait until there is another turn than ``seen``. */
@@ -57,22 +71,23 @@ static unsigned await_turn(pool *p, unsigned seen)
     const long until = now_ns() + SPIN_NS;
     do {
         for (int i = 0; i < 64; i++) {
-            turn = atomic_load_explicit(&p->turn, memory_order_acquire);
-            if (turn != seen) return turn;
+            if ((turn = current(p)) != seen) return turn;
             relax();
         }
     } while (now_ns() < until);
     pthread_mutex_lock(&p->mutex);
     atomic_fetch_add(&p->sleeping, 1);
-    while ((turn = atomic_load(&p->turn)) == seen) pthread_cond_wait(&p->started, &p->mutex);
+    while ((turn = number_of(atomic_load(&p->turn))) == seen)
+        pthread_cond_wait(&p->started, &p->mutex);
     atomic_fetch_sub(&p->sleeping, 1);
     pthread_mutex_unlock(&p->mutex);
     return turn;
 }
 
-static void begin_turn(pool *p)
+static void begin_turn(pool *p, unsigned long long pieces)
 {
-    atomic_fetch_add(&p->turn, 1);
+    const unsigned long long next = (number_of(atomic_load(&p->turn)) + 1) & 0xffff;
+    atomic_store(&p->turn, next << (2 * PIECES_BITS) | pieces << PIECES_BITS);
     if (atomic_load(&p->sleeping)) {
         pthread_mutex_lock(&p->mutex);
         pthread_cond_broadcast(&p->started);
@@ -87,14 +102,13 @@ static void *serve(void *arg)
         turn = await_turn(p, turn);
         if (atomic_load(&p->ended)) return NULL;
         take_pieces(p);
-        atomic_fetch_sub_explicit(&p->busy, 1, memory_order_release);
     }
 }
 
 void pool_free(pool *p)
 {
     atomic_store(&p->ended, 1);
-    begin_turn(p);
+    begin_turn(p, 0);
     for (int i = 0; i < p->threads - 1; i++) pthread_join(p->workers[i], NULL);
     pthread_cond_destroy(&p->started);
     pthread_mutex_destroy(&p->mutex);
@@ -127,11 +141,11 @@ void pool_run(pool *p, pool_work *work, void *arg, long count, long step)
         work(arg, 0, count);
         return;
     }
+    const long pieces = (count + step - 1) / step;
     p->work = work, p->arg = arg, p->count = count, p->step = step;
-    atomic_store(&p->next, 0);
-    atomic_store(&p->busy, p->threads - 1);
-    begin_turn(p);
+    atomic_store(&p->done, 0);
+    begin_turn(p, pieces);
     take_pieces(p);
-    while (atomic_load_explicit(&p->busy, memory_order_acquire)) relax();
+    while (atomic_load_explicit(&p->done, memory_order_acquire) < pieces) relax();
     pthread_mutex_unlock(&p->callers);
 }

@@ -24,7 +24,8 @@ import torch
 
 from tpirt.errors import ConfigError
 from tpirt.ops.buffers import Region, round_up
-from tpirt.ops.quant_rounding import Workspace, int4_tiles, round_int8
+from tpirt.ops.native import native_kernels
+from tpirt.ops.quant_rounding import Workspace, check_weights, int4_tiles, round_int8
 from tpirt.ops.quant_units import Int4Units, Int8Units, MatrixUnits
 from tpirt.ops.quant_words import split_words, to_words
 from tpirt.ops.tiles import (
@@ -196,6 +197,9 @@ class Int8(Scheme):
 
     def rows(self, matrix: QuantMatrix, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """The codes, exact in bfloat16 too; scales are applied to the product."""
+        native = native_kernels(torch.get_num_threads())
+        if native is not None:
+            return native.dense(8, *_blocks(matrix, start, stop), dtype)
         return unpack_bytes(matrix.codes[start // TILE_ROWS : stop // TILE_ROWS]).to(dtype)
 
     def output_scales(self, scales: torch.Tensor) -> torch.Tensor | None:
@@ -246,6 +250,12 @@ class Int4(Scheme):
         space: Workspace,
     ) -> None:
         rows, first = len(codes) * TILE_ROWS, start // TILE_ROWS
+        native = native_kernels(1)
+        if native is not None:
+            x = space.take("x", torch.float32, *w.shape).copy_(w)
+            check_weights(x)
+            native.fit4(x, codes, scales[first : first + len(codes)])
+            return
         for columns, levels, words in int4_tiles(w, rows, space):
             groups = slice(columns.start // TILE_INPUTS, columns.stop // TILE_INPUTS)
             pack_nibbles(levels.t(), codes[:, groups])
@@ -257,6 +267,9 @@ class Int4(Scheme):
         return matrix.codes[first:last], matrix.scales[first:last]
 
     def rows(self, matrix: QuantMatrix, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        native = native_kernels(torch.get_num_threads())
+        if native is not None:
+            return native.dense(4, *_blocks(matrix, start, stop), dtype)
         blocks = slice(start // TILE_ROWS, stop // TILE_ROWS)
         scale, offset = split_words(unpack_groups(matrix.scales[blocks]))
         codes = unpack_nibbles(matrix.codes[blocks])
@@ -290,6 +303,13 @@ class Int4(Scheme):
 def _tiles(out_features: int, in_features: int) -> tuple[int, int]:
     """Rows with padding, and groups."""
     return round_up(out_features, TILE_ROWS), -(-in_features // TILE_INPUTS)
+
+
+def _blocks(matrix: QuantMatrix, start: int, stop: int) -> tuple[tuple[int, int], int, int]:
+    """Addresses of rows ``start`` to ``stop``, blocks of 16 rows, groups."""
+    first, count = start // TILE_ROWS, (stop - start) // TILE_ROWS
+    addresses = matrix.codes[first].data_ptr(), matrix.scales[first].data_ptr()
+    return addresses, count, matrix.codes.shape[1]
 
 
 def _even_deviation(levels: int) -> float:

@@ -119,7 +119,7 @@ def int4_tiles(
         overwritten by the next ones; their words, int16 (groups, padded).
 
     Raises:
-        CheckpointError: a weight is not finite, or larger than 230.
+        CheckpointError: a weight is not finite, or larger than 217.
     """
     rows, in_features = padded, w.shape[1]
     # Transposed, so that groups broadcast and sum along whole vectors.
@@ -135,6 +135,7 @@ def int4_tiles(
         if len(part) < width:
             # The mean stays inside the group's range and hardly moves the fit.
             x[len(part) :] = x[width - TILE_INPUTS : len(part)].mean(0)
+        check_weights(x)
         codes, words = _round_groups(x.view(-1, TILE_INPUTS, rows), space, refine)
         codes[..., len(w) :] = 0
         words[..., len(w) :] = 0
@@ -173,7 +174,6 @@ def _baseline(x: torch.Tensor) -> torch.Tensor:
     torch.sub(high, low, out=out[0]).mul_(1 / 15)
     # A zero point is at most 5.25 scales from 0, so the levels end 13.25 below and 12.25 above it.
     torch.maximum(out[0], torch.maximum(low.mul(-1 / 13.25), high.mul_(1 / 12.25)), out=out[0])
-    _check_scales(out[0])
     torch.add(low, out[0], alpha=8, out=out[1])
     return on_grid(out)
 
@@ -219,9 +219,18 @@ def _check_finite(scales: torch.Tensor) -> None:
         raise CheckpointError("expected finite weights, got inf or nan")
 
 
-def _check_scales(scales: torch.Tensor) -> None:
-    _check_finite(scales)
-    if scales.numel() and scales.amax() > LARGEST_SCALE:
+def check_weights(w: torch.Tensor) -> None:
+    """Check that 4 bits can store float32 weights.
+
+    Raises:
+        CheckpointError: a weight is not finite, or too large.
+    """
+    if not w.numel():
+        return
+    largest = max(-w.amin().item(), w.amax().item())
+    if not math.isfinite(largest):
+        raise CheckpointError("expected finite weights, got inf or nan")
+    if largest > 7 * LARGEST_SCALE:
         raise CheckpointError(
-            f"expected weights below {7 * LARGEST_SCALE:g} for 4 bits, got larger ones; use int8"
+            f"expected weights up to {7 * LARGEST_SCALE:g} for 4 bits, got {largest:g}; use int8"
         )

@@ -15,6 +15,8 @@ _SIGNATURES = {
     "tp_round": [c_int, c_void_p, c_long, c_long, c_void_p, c_void_p, c_void_p],
     "tp_q4": [c_int, *[c_void_p] * 3, c_long, c_long, *[c_void_p] * 3, c_long, c_void_p, c_long],
     "tp_q8": [c_int, *[c_void_p] * 3, c_long, c_long, *[c_void_p] * 3, c_long, c_void_p, c_long],
+    "tp_fit4": [c_int, c_void_p, c_long, c_long, c_void_p, c_void_p],
+    "tp_dense": [c_int, c_void_p, c_int, c_void_p, c_void_p, c_long, c_long, c_void_p, c_int],
     "tp_pool_free": [c_void_p],
 }
 
@@ -92,6 +94,37 @@ class NativeKernels:
             len(x),
             out.data_ptr(),
             out.shape[1],
+        )
+        return out
+
+    def fit4(self, w: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
+        """Round weights to 4 bits, in the calling thread only.
+
+        Args:
+            w: (n, K) float32, contiguous and finite.
+            codes, scales: contiguous, of n rows; overwritten.
+        """
+        self._library.tp_fit4(
+            self._set, w.data_ptr(), *w.shape, codes.data_ptr(), scales.data_ptr()
+        )
+
+    def dense(
+        self, bits: int, matrix: tuple[int, int], blocks: int, groups: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Dequantize blocks of 16 rows.
+
+        Args:
+            bits: 4 or 8; 8 without scales.
+            matrix: addresses of the first block's codes and scales.
+            dtype: float32 or bfloat16.
+
+        Returns:
+            (16 blocks, Kp).
+        """
+        out = torch.empty(16 * blocks, 32 * groups, dtype=dtype)
+        half = dtype is torch.bfloat16
+        self._library.tp_dense(
+            self._set, self._pool, bits, *matrix, blocks, groups, out.data_ptr(), half
         )
         return out
 

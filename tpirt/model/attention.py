@@ -65,9 +65,8 @@ class Heads:
         """
         native = self._native(qkv)
         if native is not None:
-            return self._wanted(
-                self._attend_native(native, w, qkv, batch, turn, layer), batch, layer
-            )
+            out = self._attend_native(native, w, qkv, batch, turn, layer)
+            return wanted_rows(out, batch) if self._last(layer) else out
         heads = qkv.to(self._dtype).view(len(qkv), -1, self._config.head_dim).transpose(0, 1)
         out = self._attend(batch, layer, *self._turned(w, heads, turn))  # (Q, T, D)
         return out.transpose(0, 1).reshape(out.shape[1], self._queries * self._config.head_dim)
@@ -119,9 +118,6 @@ class Heads:
             arguments.capacity = keys.shape[1]
             native.attend(arguments)
         return out
-
-    def _wanted(self, out: torch.Tensor, batch: Batch, layer: int) -> torch.Tensor:
-        return wanted_rows(out, batch) if self._last(layer) else out
 
     # -- with torch ----------------------------------------------------------------------------
 

@@ -1,3 +1,4 @@
+#include "cpu.h"
 #include "native.h"
 #include "pool.h"
 
@@ -71,6 +72,7 @@ static const kernel_set *const SETS[] = {
 #endif
 };
 
+const kernel_set *native_set(int set) { return SETS[set]; }
 int tp_sets(void) { return sizeof SETS / sizeof *SETS; }
 const char *tp_set_name(int set) { return SETS[set]->name; }
 
@@ -79,14 +81,8 @@ int tp_set_runs(int set)
     const kernel_set *s = SETS[set];
     if (s == &scalar_set) return 1;
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (s == &avx2_set)
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-               __builtin_cpu_supports("f16c");
-    if (s == &avx512_set)
-        return tp_set_runs(1) && __builtin_cpu_supports("avx512f") &&
-               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+    if (s == &avx2_set) return cpu_runs_avx2();
+    if (s == &avx512_set) return cpu_runs_avx512_vnni();
 #endif
     return 0;
 }

@@ -48,3 +48,5 @@ typedef struct {
     void (*f16)(const uint16_t *w, const float *x, long tokens, long inputs, long first,
                 long last, float *out, long ldo);
 } kernel_set;
+
+const kernel_set *native_set(int set); /* 0: plain C; better ones follow */

@@ -1,0 +1,1 @@
+"""Kernels in C: :mod:`library` finds or compiles them."""

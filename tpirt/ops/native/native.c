@@ -8,6 +8,19 @@
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
+/* Compilers that take instructions beyond the target's base for single functions. */
+#if defined(__apple_build_version__)
+#define NEON_DOT (__clang_major__ >= 15)
+#elif defined(__clang__)
+#define NEON_DOT (__clang_major__ >= 16)
+#else
+#define NEON_DOT (__GNUC__ >= 10)
+#endif
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(__linux__)
+#include <sys/auxv.h>
+#endif
 #endif
 
 /* Sets the scale of a group of inputs; returns its inverse. NaN tells that one is not finite. */
@@ -59,6 +72,10 @@ static inline float add_lanes(float *lanes)
 #if defined(__x86_64__)
 #include "avx2.inc"
 #include "avx512.inc"
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#define AVX_VNNI
+#include "avxvnni.inc"
+#endif
 #elif defined(__aarch64__)
 #include "neon.inc"
 #endif
@@ -67,9 +84,37 @@ static const kernel_set *const SETS[] = {
     &scalar_set,
 #if defined(__x86_64__)
     &avx2_set,
+#ifdef AVX_VNNI
+    &avxvnni_set,
+#endif
     &avx512_set,
+#elif defined(__aarch64__)
+    &neon_set,
+#if NEON_DOT
+    &dotprod_set,
+    &i8mm_set,
+#endif
 #endif
 };
+
+#if defined(__aarch64__) && NEON_DOT
+/* Whether the CPU has a feature: by its name at Apple, by its bit of AT_HWCAP or AT_HWCAP2. */
+static int arm_has(const char *name, unsigned long type, unsigned long bit)
+{
+    (void)name, (void)type, (void)bit;
+#if defined(__APPLE__)
+    int value = 0;
+    size_t size = sizeof value;
+    return !sysctlbyname(name, &value, &size, NULL, 0) && value;
+#elif defined(__linux__)
+    return (getauxval(type) & bit) != 0;
+#else
+    return 0;
+#endif
+}
+static int has_dotprod(void) { return arm_has("hw.optional.arm.FEAT_DotProd", 16, 1ul << 20); }
+static int has_i8mm(void) { return arm_has("hw.optional.arm.FEAT_I8MM", 26, 1ul << 13); }
+#endif
 
 int tp_sets(void) { return sizeof SETS / sizeof *SETS; }
 const char *tp_set_name(int set) { return SETS[set]->name; }
@@ -83,10 +128,19 @@ int tp_set_runs(int set)
     if (s == &avx2_set)
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                __builtin_cpu_supports("f16c");
+#ifdef AVX_VNNI
+    if (s == &avxvnni_set) return tp_set_runs(1) && __builtin_cpu_supports("avxvnni");
+#endif
     if (s == &avx512_set)
         return tp_set_runs(1) && __builtin_cpu_supports("avx512f") &&
                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+#elif defined(__aarch64__)
+    if (s == &neon_set) return 1;
+#if NEON_DOT
+    if (s == &dotprod_set) return has_dotprod();
+    if (s == &i8mm_set) return has_dotprod() && has_i8mm();
+#endif
 #endif
     return 0;
 }

@@ -146,9 +146,8 @@ def add_format_options(group: Group) -> None:
         "--quantize",
         default="none",
         metavar="HOW",
-        help="quantize weights: int8, int4 or int4:GROUP with 32, 64 or 128; auto (where the "
-        "peers are known) takes the first of none, int8 and int4 that fits their memory "
-        "(default none)",
+        help="quantize weights: int8 or int4; auto (where the peers are known) takes the first of "
+        "none, int8 and int4 that fits their memory (default none)",
     )
 
 

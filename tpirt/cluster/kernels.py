@@ -17,7 +17,6 @@ import torch
 from tpirt.errors import ConfigError
 from tpirt.ops.quant import QuantSpec, Scheme
 from tpirt.ops.quant_kernels import KERNELS
-from tpirt.ops.quant_layout import Layout, local_layout
 from tpirt.ops.quant_linear import KernelChoice, MatrixShape
 from tpirt.ops.quant_probe import probe_kernels
 from tpirt.sharding.blocks import Block
@@ -26,7 +25,9 @@ from tpirt.weights.files import write_atomically
 _FILE = "kernels.json"
 
 
-def choose_kernels(folder: Path, blocks: Iterable[Block]) -> Mapping[MatrixShape, KernelChoice]:
+def choose_kernels(
+    folder: Path, blocks: Iterable[Block], dtype: torch.dtype
+) -> Mapping[MatrixShape, KernelChoice]:
     """Choose kernels for each shape of quantized matrix: recorded in ``folder``, or measured.
 
     Measuring takes up to 0.2 s per shape, seconds on a small device: call it from a worker thread.
@@ -42,12 +43,12 @@ def choose_kernels(folder: Path, blocks: Iterable[Block]) -> Mapping[MatrixShape
     }
     if not shapes:
         return {}
-    machine, layout = _machine(), local_layout()
-    chosen = _read(folder / _FILE, machine, layout)
+    machine = _machine()
+    chosen = _read(folder / _FILE, machine)
     if shapes <= chosen.keys():
         return chosen
     for shape in sorted(shapes - chosen.keys(), key=str):
-        chosen[shape] = probe_kernels(shape.spec, shape.out_features, shape.in_features, layout)
+        chosen[shape] = probe_kernels(*shape, exact=dtype is torch.float32)
     _write(folder / _FILE, machine, chosen)
     return chosen
 
@@ -56,15 +57,15 @@ def _machine() -> str:
     return f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
 
 
-def _read(path: Path, machine: str, layout: Layout | None) -> dict[MatrixShape, KernelChoice]:
+def _read(path: Path, machine: str) -> dict[MatrixShape, KernelChoice]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))[machine]
-        return dict(_parse(entry, layout) for entry in entries)
+        return dict(map(_parse, entries))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError):
         return {}
 
 
-def _parse(entry: dict[str, Any], layout: Layout | None) -> tuple[MatrixShape, KernelChoice]:
+def _parse(entry: dict[str, Any]) -> tuple[MatrixShape, KernelChoice]:
     """Parse one entry of the file; raises if this machine cannot use it."""
     spec = QuantSpec.parse(entry["quantize"])
     steps = tuple((int(rows), str(name)) for rows, name in entry["steps"])
@@ -73,7 +74,7 @@ def _parse(entry: dict[str, Any], layout: Layout | None) -> tuple[MatrixShape, K
         for name, times in entry["timings_ms"].items()
     }
     names = [*(name for _, name in steps), entry["rest"]]
-    if not isinstance(spec, Scheme) or not all(KERNELS[n].accepts(spec, layout) for n in names):
+    if not isinstance(spec, Scheme) or not all(KERNELS[n].works for n in names):
         raise ValueError(f"{spec}: not all of {names} are kernels of this machine")
     shape = MatrixShape(spec, entry["out_features"], entry["in_features"])
     return shape, KernelChoice(steps, entry["rest"], timings)

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 
 from tpirt.cluster.cgroup import cpu_quota, memory_group
-from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout, local_layout
 
 _M_ARENA_MAX = -8  # glibc's malloc.h
 
@@ -58,11 +57,6 @@ def has_bfloat16() -> bool:
         for flag in line.partition(":")[2].split()
     }
     return not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
-
-
-def int4_layout() -> Layout:
-    """Return the order of codes for this CPU's 4-bit kernel."""
-    return local_layout() or PORTABLE_LAYOUT
 
 
 def available_bytes() -> int:

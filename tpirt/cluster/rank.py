@@ -12,7 +12,6 @@ from tpirt.cancellation import finish, in_thread
 from tpirt.cluster.kernels import choose_kernels
 from tpirt.cluster.machine import (
     base_bytes,
-    int4_layout,
     peak_resident_bytes,
     release_free_memory,
 )
@@ -22,7 +21,7 @@ from tpirt.collectives.base import Communicator, SingleRankCommunicator, TimedCo
 from tpirt.collectives.context import StepContext
 from tpirt.collectives.links import LinkSet
 from tpirt.config import ModelConfig
-from tpirt.errors import MemoryLimitError, StoreError, TransportError
+from tpirt.errors import MemoryLimitError, TransportError
 from tpirt.model.decoder import Decoder
 from tpirt.planning import Limits, MemoryBudget, format_limit
 from tpirt.refusals import refused_memory
@@ -64,7 +63,6 @@ class RankRuntime:
 
         Raises:
             MemoryLimitError: the limit is below what two blocks and a step need.
-            StoreError: the shard's 4-bit codes are in another CPU's order.
         """
         self.config = config
         self.recorder = Recorder(limits.trace_spans)
@@ -76,13 +74,12 @@ class RankRuntime:
         self._limits = limits
         manifest = stored.manifest
         form = manifest.form
-        _check_layout(stored)
         self._budget = MemoryBudget.of(
             config, manifest.shard, comm.world_size, form, base_bytes(), limits
         )
         self._reserved = (limits.chunk_tokens, 0)  # tokens of a step, bytes of keys and values
         blocks = rank_blocks(config, manifest.shard, form)
-        kernels = choose_kernels(stored.path, blocks)
+        kernels = choose_kernels(stored.path, blocks, form.dtype)
         release_free_memory()  # of trying kernels
         try:
             self.streamer = WeightStreamer(
@@ -305,13 +302,3 @@ class RankRuntime:
                 f"{format_limit(self._budget.advised_bytes(context))}, or shorten the conversation"
             ) from exc
         self._reserved = reserved
-
-
-def _check_layout(stored: StoredSlice) -> None:
-    """Check the order of codes: with another one, the kernel's results would be wrong."""
-    form, mine = stored.manifest.form, int4_layout()
-    if form.quant.uses_layout and form.layout != mine:
-        raise StoreError(
-            f"{stored.path}: its weights are laid out for a CPU of layout {form.layout.name}, "
-            f"this one needs {mine.name}; delete it; it will be recreated for this machine"
-        )

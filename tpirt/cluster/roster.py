@@ -11,13 +11,11 @@ from tpirt.cluster.machine import (
     has_bfloat16,
     host_id,
     host_name,
-    int4_layout,
     machine_cores,
     resident_bytes,
 )
 from tpirt.collectives.cost_model import Machine
 from tpirt.errors import HandshakeError, PeerBusyError
-from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout
 from tpirt.planning import PeerProfile
 from tpirt.protocol.messages import (
     PROTOCOL_VERSION,
@@ -44,7 +42,6 @@ def this_peer(threads: int) -> PeerProfile:
         threads=threads,
         cores=machine_cores(),
         bfloat16=has_bfloat16(),
-        int4_layout=int4_layout(),
         base_bytes=base_bytes(),
         host_name=host_name(),
     )
@@ -72,7 +69,6 @@ async def profile_peers(
             threads=reply.threads,
             cores=reply.cores,
             bfloat16=reply.bfloat16,
-            int4_layout=Layout.named(reply.int4_layout) or PORTABLE_LAYOUT,
             base_bytes=reply.base_bytes,
             host_name=reply.host_name,
             version=reply.tpirt_version,

@@ -12,7 +12,6 @@ from tpirt.cluster.machine import (
     base_bytes,
     has_bfloat16,
     host_id,
-    int4_layout,
     machine_cores,
     release_free_memory,
     resident_bytes,
@@ -184,7 +183,6 @@ class Worker:
             threads=self._threads,
             cores=machine_cores(),
             bfloat16=has_bfloat16(),
-            int4_layout=int4_layout().name,
             busy=busy,
             process=self._process,
         )

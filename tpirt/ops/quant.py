@@ -1,43 +1,45 @@
 """Quantization schemes: how matrices are stored, and the meaning of the codes.
 
-Axes: N out_features, K in_features, Kp padded K, g group size, G = Kp / g groups, B rows of a
-kernel block, Np = N rounded up to B. Symbols: q code, s scale, z zero point (the value of code 8).
+Axes: N out_features, Np N rounded up to 16; K in_features, Kp K rounded up to 32; G = Kp / 32
+groups. Codes are in the order of :mod:`tpirt.ops.tiles`, the same on every CPU.
 
-- int8, one scale per output channel: ``w ~ q * s``, q in -127..127.
-  ``codes`` int8 (N, Kp), ``scales`` bfloat16 (N,).
-- int4, one scale and zero point per group of one channel: ``w ~ (q - 8) * s + z``, q in 0..15,
-  as in torch's CPU kernel (``ATen/native/cpu/int4mm_kernel.cpp``).
-  ``codes`` uint8 (Np / B, Kp, B / 2) in the order of a :class:`~tpirt.ops.quant_layout.Layout`,
-  ``scale_zero`` bfloat16 (G, Np, 2). Padding rows have scale and zero point 0.
+- int8, a scale per output channel: ``w ~ q * s``, q in -127..127.
+  ``codes`` int8 (Np / 16, G, 512), ``scales`` float32 (Np,).
+- int4, a scale and a zero point per 32 inputs of an output channel: ``w ~ s * (q - 8 + t / 12)``, q
+  in 0..15. ``codes`` uint8 (Np / 16, G, 256), ``scales`` int16 (Np / 16, G, 16): words of
+  :mod:`tpirt.ops.quant_words`. 4.5 bits a weight.
 
-Scales and zero points are bfloat16 because torch's kernels require it.
+A tile needs nothing from outside of it, so any rectangle of groups can be cut out of a matrix in
+4 bits without a change of its numbers.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-import torch.nn.functional as F
 
 from tpirt.errors import ConfigError
 from tpirt.ops.buffers import Region, round_up
-from tpirt.ops.quant_rounding import Workspace, int4_tiles, round_int8
-from tpirt.ops.quant_units import NibbleCodes, RowCodes, UnitCodes
+from tpirt.ops.native import native_kernels
+from tpirt.ops.quant_rounding import Workspace, check_weights, int4_tiles, round_int8
+from tpirt.ops.quant_units import Int4Units, Int8Units, MatrixUnits
+from tpirt.ops.quant_words import split_words, to_words
+from tpirt.ops.tiles import (
+    TILE_INPUTS,
+    TILE_ROWS,
+    pack_bytes,
+    pack_nibbles,
+    unpack_bytes,
+    unpack_groups,
+    unpack_nibbles,
+)
 
 if TYPE_CHECKING:
-    from tpirt.ops.quant_layout import Layout
     from tpirt.ops.quant_matrix import QuantMatrix
-
-GROUP_SIZES = (32, 64, 128)
-DEFAULT_GROUP_SIZE = 64
-
-# The 8-bit kernel reads 16 inputs at a time without a bounds check, so rows are padded to that.
-INT8_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -45,16 +47,14 @@ class QuantSpec:
     """How matrices are stored: plain floats; subclasses of :class:`Scheme` store codes.
 
     Attributes:
-        kind: name of the scheme without its parameters.
-        uses_layout: whether the order of the codes depends on the CPU.
+        kind: name of the scheme.
     """
 
     kind: ClassVar[str] = "none"
-    uses_layout: ClassVar[bool] = False
 
     @staticmethod
     def parse(text: str) -> QuantSpec:
-        """Parse ``none``, ``int8``, ``int4`` or ``int4:GROUP``.
+        """Parse ``none``, ``int8`` or ``int4``.
 
         Raises:
             ConfigError: anything else.
@@ -89,36 +89,54 @@ class QuantSpec:
 
 
 class Scheme(QuantSpec, ABC):
-    """Stores a matrix as codes and scales. Layouts matter only if ``uses_layout``."""
+    """Stores a matrix as codes and scales."""
+
+    def padded_in_features(self, in_features: int) -> int:
+        return round_up(in_features, TILE_INPUTS)
 
     @abstractmethod
-    def regions(self, out_features: int, in_features: int, layout: Layout) -> tuple[Region, Region]:
+    def regions(self, out_features: int, in_features: int) -> tuple[Region, Region]:
         """Dtype and shape of codes and scales; offsets are not set."""
 
     @abstractmethod
     def round_rows(
         self,
-        layout: Layout,
         w: torch.Tensor,
         start: int,
         codes: torch.Tensor,
         scales: torch.Tensor,
         space: Workspace,
     ) -> None:
-        """Quantize some rows; see :func:`tpirt.ops.quant_layout.quantize_rows`."""
+        """Quantize some rows of a matrix.
+
+        Rows are independent: any split at multiples of 16, in any order and thread, gives the same
+        bytes. Memory in ``space`` grows with the rows.
+
+        Args:
+            w: (n, K), any float dtype; rows of the matrix from ``start`` on.
+            start: index of the first row, a multiple of 16.
+            codes: the codes region of n rows; overwritten.
+            scales: the scales region of the whole matrix, initially zero; entries of these rows
+                are overwritten.
+            space: scratch memory.
+
+        Raises:
+            CheckpointError: a weight is not finite, or too large for the scheme.
+        """
 
     @abstractmethod
     def part(self, matrix: QuantMatrix, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes (a view) and scales of rows ``start`` to ``stop``; see ``QuantMatrix.part``."""
+        """Codes and scales, views, of rows ``start`` to ``stop``; see ``QuantMatrix.part``."""
 
     @abstractmethod
-    def pieces(
-        self, matrix: QuantMatrix, dtype: torch.dtype, elements: int
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Dequantize a matrix piece by piece; see ``QuantMatrix.pieces``."""
+    def rows(self, matrix: QuantMatrix, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        """Dequantize rows ``start`` to ``stop``, multiples of 16: (stop - start, Kp).
+
+        Multiply a product with them by :meth:`output_scales`.
+        """
 
     def output_scales(self, scales: torch.Tensor) -> torch.Tensor | None:
-        """Factors (N,) float32 to apply to a product with the pieces; None for no factors."""
+        """Factors (Np,) float32 to apply to a product with the rows; None for no factors."""
         return None
 
     # -- units: rectangles that another plan can use; see tpirt.sharding.units -----------------
@@ -129,30 +147,13 @@ class Scheme(QuantSpec, ABC):
 
     @abstractmethod
     def unit_regions(self, rows: int, columns: int) -> tuple[Region, Region]:
-        """Dtype and shape of a unit's codes and scales: the same in every layout."""
+        """Dtype and shape of a unit's codes and scales."""
 
     @abstractmethod
-    def unit_codes(self, codes: torch.Tensor, layout: Layout) -> UnitCodes:
-        """Give access to a matrix's codes by unit."""
-
-    @abstractmethod
-    def unit_scales(self, scales: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
-        """A unit's scales: a view."""
+    def units(self, codes: torch.Tensor, scales: torch.Tensor) -> MatrixUnits:
+        """Give access to a matrix by unit."""
 
     # -- synthetic weights; see tpirt.weights.synthetic -----------------------------------------
-
-    @abstractmethod
-    def random_codes(
-        self, draw: Callable[[int], torch.Tensor], in_features: int, nbytes: int, at_once: int
-    ) -> Iterator[torch.Tensor]:
-        """Yield the bytes of a codes region, drawn evenly; inputs that pad weigh nothing.
-
-        Args:
-            draw: gives the next random bytes, uint8 (n,).
-            in_features: K.
-            nbytes: size of the region.
-            at_once: about how many bytes to yield at once.
-        """
 
     @abstractmethod
     def even_scales(self, region: Region, rows: int, std: float) -> torch.Tensor:
@@ -165,45 +166,44 @@ class Int8(Scheme):
 
     kind = "int8"
 
-    def padded_in_features(self, in_features: int) -> int:
-        return round_up(in_features, INT8_MULTIPLE)
-
     @property
     def bits(self) -> float:
         return 8.0
 
-    def regions(self, out_features: int, in_features: int, layout: Layout) -> tuple[Region, Region]:
+    def regions(self, out_features: int, in_features: int) -> tuple[Region, Region]:
+        rows, groups = _tiles(out_features, in_features)
         return (
-            Region("codes", torch.int8, (out_features, self.padded_in_features(in_features))),
-            Region("scales", torch.bfloat16, (out_features,)),
+            Region("codes", torch.int8, (rows // TILE_ROWS, groups, TILE_ROWS * TILE_INPUTS)),
+            Region("scales", torch.float32, (rows,)),
         )
 
     def round_rows(
         self,
-        layout: Layout,
         w: torch.Tensor,
         start: int,
         codes: torch.Tensor,
         scales: torch.Tensor,
         space: Workspace,
     ) -> None:
-        round_int8(w, codes, scales[start : start + len(w)], space)
+        rows = len(codes) * TILE_ROWS
+        levels = space.take("levels", torch.int8, rows, codes.shape[1] * TILE_INPUTS)
+        levels[len(w) :] = 0
+        round_int8(w, levels[: len(w)], scales[start : start + len(w)], space)
+        pack_bytes(levels, codes)
 
     def part(self, matrix: QuantMatrix, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return matrix.codes[start:stop], matrix.scales[start:stop]
+        first, last = start // TILE_ROWS, -(-stop // TILE_ROWS)
+        return matrix.codes[first:last], matrix.scales[first * TILE_ROWS : last * TILE_ROWS]
 
-    def pieces(
-        self, matrix: QuantMatrix, dtype: torch.dtype, elements: int
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield the codes, exact in bfloat16 too; scales are applied to the product."""
-        step = max(1, elements // matrix.width)
-        scratch = torch.empty(min(step, matrix.out_features), matrix.width, dtype=dtype)
-        for start in range(0, matrix.out_features, step):
-            codes = matrix.codes[start : start + step]
-            yield start, scratch[: codes.shape[0]].copy_(codes)
+    def rows(self, matrix: QuantMatrix, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        """The codes, exact in bfloat16 too; scales are applied to the product."""
+        native = native_kernels(torch.get_num_threads())
+        if native is not None:
+            return native.dense(8, *_blocks(matrix, start, stop), dtype)
+        return unpack_bytes(matrix.codes[start // TILE_ROWS : stop // TILE_ROWS]).to(dtype)
 
     def output_scales(self, scales: torch.Tensor) -> torch.Tensor | None:
-        return scales.float()
+        return scales
 
     def column_step(self, start: int, step: int) -> int:
         return 0  # all columns share their row's scale
@@ -211,129 +211,105 @@ class Int8(Scheme):
     def unit_regions(self, rows: int, columns: int) -> tuple[Region, Region]:
         return (
             Region("codes", torch.int8, (rows, columns)),
-            Region("scales", torch.bfloat16, (rows,)),
+            Region("scales", torch.float32, (rows,)),
         )
 
-    def unit_codes(self, codes: torch.Tensor, layout: Layout) -> UnitCodes:
-        return RowCodes(codes)
-
-    def unit_scales(self, scales: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
-        return scales[rows]
-
-    def random_codes(
-        self, draw: Callable[[int], torch.Tensor], in_features: int, nbytes: int, at_once: int
-    ) -> Iterator[torch.Tensor]:
-        width = self.padded_in_features(in_features)
-        if width > in_features:
-            at_once = max(1, at_once // width) * width  # whole rows
-        for start in range(0, nbytes, at_once):
-            codes = draw(min(at_once, nbytes - start))
-            if width > in_features:
-                codes.view(-1, width)[:, in_features:] = 0
-            yield codes
+    def units(self, codes: torch.Tensor, scales: torch.Tensor) -> MatrixUnits:
+        return Int8Units(codes, scales)
 
     def even_scales(self, region: Region, rows: int, std: float) -> torch.Tensor:
-        return torch.full(region.shape, std / _even_deviation(256), dtype=region.dtype)
+        scales = torch.zeros(region.shape, dtype=region.dtype)
+        scales[:rows] = std / _even_deviation(256)
+        return scales
 
 
 @dataclass(frozen=True)
 class Int4(Scheme):
-    """4 bits, a scale and a zero point per ``group_size`` inputs of an output channel."""
+    """4 bits, a scale and a zero point per 32 inputs of an output channel."""
 
     kind = "int4"
-    uses_layout = True
-
-    group_size: int = DEFAULT_GROUP_SIZE
-
-    def __post_init__(self) -> None:
-        assert self.group_size in GROUP_SIZES
-
-    def __str__(self) -> str:
-        return f"int4:{self.group_size}"
-
-    def padded_in_features(self, in_features: int) -> int:
-        return round_up(in_features, self.group_size)
 
     @property
     def bits(self) -> float:
-        return 4 + 32 / self.group_size
+        return 4 + 16 / TILE_INPUTS
 
-    def regions(self, out_features: int, in_features: int, layout: Layout) -> tuple[Region, Region]:
-        width = self.padded_in_features(in_features)
-        padded = round_up(out_features, layout.block)
+    def regions(self, out_features: int, in_features: int) -> tuple[Region, Region]:
+        rows, groups = _tiles(out_features, in_features)
+        blocks = rows // TILE_ROWS
         return (
-            Region("codes", torch.uint8, (padded // layout.block, width, layout.block // 2)),
-            Region("scale_zero", torch.bfloat16, (width // self.group_size, padded, 2)),
+            Region("codes", torch.uint8, (blocks, groups, TILE_ROWS * TILE_INPUTS // 2)),
+            Region("scales", torch.int16, (blocks, groups, TILE_ROWS)),
         )
 
     def round_rows(
         self,
-        layout: Layout,
         w: torch.Tensor,
         start: int,
         codes: torch.Tensor,
         scales: torch.Tensor,
         space: Workspace,
     ) -> None:
-        padding = len(codes) * layout.block - len(w)
-        for columns, levels, scale_zero in int4_tiles(w, self.group_size, space):
-            layout.pack(F.pad(levels, (0, padding)) if padding else levels, codes[:, columns])
-            groups = slice(columns.start // self.group_size, columns.stop // self.group_size)
-            scales[groups, start : start + len(w)] = scale_zero.permute(1, 2, 0)
+        rows, first = len(codes) * TILE_ROWS, start // TILE_ROWS
+        native = native_kernels(1)
+        if native is not None:
+            x = space.take("x", torch.float32, *w.shape).copy_(w)
+            check_weights(x)
+            native.fit4(x, codes, scales[first : first + len(codes)])
+            return
+        for columns, levels, words in int4_tiles(w, rows, space):
+            groups = slice(columns.start // TILE_INPUTS, columns.stop // TILE_INPUTS)
+            pack_nibbles(levels.t(), codes[:, groups])
+            packed = words.view(len(words), -1, TILE_ROWS).transpose(0, 1)
+            scales[first : first + len(codes), groups] = packed
 
     def part(self, matrix: QuantMatrix, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        block = matrix.layout.block
-        codes = matrix.codes[start // block : -(-stop // block)]
-        return codes, matrix.scales[:, start : start + block * len(codes)].contiguous()
+        first, last = start // TILE_ROWS, -(-stop // TILE_ROWS)
+        return matrix.codes[first:last], matrix.scales[first:last]
 
-    def pieces(
-        self, matrix: QuantMatrix, dtype: torch.dtype, elements: int
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield weights; the last piece may extend past the last row, with zeros."""
-        layout, width, blocks = matrix.layout, matrix.width, matrix.codes.shape[0]
-        step = max(1, min(elements // width // layout.block, blocks))
-        scratch = torch.empty(step * layout.block * width, dtype=dtype)
-        for first in range(0, blocks, step):
-            codes = matrix.codes[first : first + step]
-            rows = codes.shape[0] * layout.block
-            start = first * layout.block
-            turned = scratch[: rows * width].view(width, rows)
-            layout.unpack(codes, turned)
-            levels = turned.view(-1, self.group_size, rows)
-            pairs = matrix.scales[:, start : start + rows]
-            scale, zero = (pairs[..., i].to(dtype).unsqueeze(1).contiguous() for i in (0, 1))
-            # Rounded once: torch computes bfloat16 addcmul in float32.
-            torch.addcmul(zero, levels, scale, out=levels)
-            yield start, turned.t()
+    def rows(self, matrix: QuantMatrix, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        native = native_kernels(torch.get_num_threads())
+        if native is not None:
+            return native.dense(4, *_blocks(matrix, start, stop), dtype)
+        blocks = slice(start // TILE_ROWS, stop // TILE_ROWS)
+        scale, offset = split_words(unpack_groups(matrix.scales[blocks]))
+        codes = unpack_nibbles(matrix.codes[blocks])
+        levels = codes.view(len(codes), -1, TILE_INPUTS).float()
+        return levels.add_(offset.unsqueeze(2)).mul_(scale.unsqueeze(2)).flatten(1).to(dtype)
 
     def column_step(self, start: int, step: int) -> int:
         """Whole groups; a shard that begins within a group has groups of its own."""
-        return 0 if start % self.group_size else math.lcm(step, self.group_size)
+        return 0 if start % TILE_INPUTS else math.lcm(step, TILE_INPUTS)
 
     def unit_regions(self, rows: int, columns: int) -> tuple[Region, Region]:
         return (
-            Region("codes", torch.uint8, (columns // 2, rows)),
-            Region("scale_zero", torch.bfloat16, (columns // self.group_size, rows, 2)),
+            Region("codes", torch.uint8, (rows, columns // 2)),
+            Region("scales", torch.int16, (rows, columns // TILE_INPUTS)),
         )
 
-    def unit_codes(self, codes: torch.Tensor, layout: Layout) -> UnitCodes:
-        return NibbleCodes(codes, layout)
-
-    def unit_scales(self, scales: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
-        return scales[columns.start // self.group_size : columns.stop // self.group_size, rows]
-
-    def random_codes(
-        self, draw: Callable[[int], torch.Tensor], in_features: int, nbytes: int, at_once: int
-    ) -> Iterator[torch.Tensor]:
-        for start in range(0, nbytes, at_once):  # any byte is two codes
-            yield draw(min(at_once, nbytes - start))
+    def units(self, codes: torch.Tensor, scales: torch.Tensor) -> MatrixUnits:
+        return Int4Units(codes, scales)
 
     def even_scales(self, region: Region, rows: int, std: float) -> torch.Tensor:
-        scale = std / _even_deviation(16)
-        scale_zero = torch.zeros(region.shape, dtype=region.dtype)
-        scale_zero[:, :rows, 0] = scale
-        scale_zero[:, :rows, 1] = scale / 2  # codes 0..15 stand for -7.5..7.5 scales
-        return scale_zero
+        scale = torch.full((1,), std / _even_deviation(16))
+        # Codes 0..15 stand for -7.5..7.5 scales.
+        word = to_words(scale, scale / 2)
+        scales = torch.zeros(region.shape, dtype=region.dtype)
+        by_row = scales.transpose(1, 2)  # (blocks, 16, groups)
+        by_row[: rows // TILE_ROWS] = word
+        by_row[rows // TILE_ROWS :, : rows % TILE_ROWS] = word
+        return scales
+
+
+def _tiles(out_features: int, in_features: int) -> tuple[int, int]:
+    """Rows with padding, and groups."""
+    return round_up(out_features, TILE_ROWS), -(-in_features // TILE_INPUTS)
+
+
+def _blocks(matrix: QuantMatrix, start: int, stop: int) -> tuple[tuple[int, int], int, int]:
+    """Addresses of rows ``start`` to ``stop``, blocks of 16 rows, groups."""
+    first, count = start // TILE_ROWS, (stop - start) // TILE_ROWS
+    addresses = matrix.codes[first].data_ptr(), matrix.scales[first].data_ptr()
+    return addresses, count, matrix.codes.shape[1]
 
 
 def _even_deviation(levels: int) -> float:
@@ -344,6 +320,4 @@ def _even_deviation(levels: int) -> float:
 AS_THEY_ARE = QuantSpec()
 
 # By the value of ``--quantize``.
-SCHEMES: dict[str, QuantSpec] = {"none": AS_THEY_ARE, "int8": Int8(), "int4": Int4()} | {
-    str(scheme): scheme for scheme in map(Int4, GROUP_SIZES)
-}
+SCHEMES: dict[str, QuantSpec] = {"none": AS_THEY_ARE, "int8": Int8(), "int4": Int4()}

@@ -2,10 +2,9 @@
 
 Axes: T tokens, N out_features, K in_features, Kp padded K.
 
-**Packed**: torch's ``_weight_int4pack_mm_for_cpu`` and ``_weight_int8pack_mm`` read the weights
-once for four rows, so their time grows with T. They take and return bfloat16 and sum in float32.
-An output's bits depend only on its row of x and its weights. (Both also accept float32, in a
-scalar loop about 70 times slower.)
+**Native**: :mod:`tpirt.ops.native` reads the weights once for up to eight rows, so its time grows
+with T beyond that. Inputs are rounded to 8 bits per 32, sums are exact within those and float32
+beyond. An output's bits depend only on its row of x and its weights.
 
 **Dense**: pieces of the matrix are dequantized into a scratch of a few MiB and multiplied by
 torch's matrix product. MKL (float32), and oneDNN on CPUs with AMX (bfloat16), may split the sum
@@ -23,13 +22,8 @@ import torch
 import torch.nn.functional as F
 
 from tpirt.dtypes import dtype_name
-from tpirt.ops.buffers import ALIGN
-from tpirt.ops.quant import Int4, Int8, Scheme
-from tpirt.ops.quant_layout import Layout, find_kernel
+from tpirt.ops.native import native_kernels
 from tpirt.ops.quant_matrix import QuantMatrix
-
-INT4_KERNEL = "_weight_int4pack_mm_for_cpu"
-INT8_KERNEL = "_weight_int8pack_mm"
 
 
 class Kernel(Protocol):
@@ -38,12 +32,9 @@ class Kernel(Protocol):
     @property
     def name(self) -> str: ...
 
-    def accepts(self, spec: Scheme, layout: Layout | None) -> bool:
-        """Whether this machine has the kernel for matrices in this form.
-
-        ``layout`` is the result of :func:`~tpirt.ops.quant_layout.local_layout`: None if torch has
-        no 4-bit kernel.
-        """
+    @property
+    def works(self) -> bool:
+        """Whether this machine has the kernel."""
         ...
 
     def __call__(self, x: torch.Tensor, matrix: QuantMatrix) -> torch.Tensor:
@@ -55,41 +46,24 @@ class Kernel(Protocol):
 
 
 @dataclass(frozen=True)
-class PackedInt4:
-    """torch's 4-bit kernel. It takes N from the first axis of the codes."""
+class Native:
+    """The kernels in C, with as many threads as torch uses."""
 
-    name: ClassVar[str] = "torch-int4"
+    name: ClassVar[str] = "native"
 
-    def accepts(self, spec: Scheme, layout: Layout | None) -> bool:
-        return (
-            isinstance(spec, Int4) and layout is not None and find_kernel(INT4_KERNEL) is not None
-        )
+    @property
+    def works(self) -> bool:
+        return native_kernels(torch.get_num_threads()) is not None
 
     def __call__(self, x: torch.Tensor, matrix: QuantMatrix) -> torch.Tensor:
-        kernel, spec = find_kernel(INT4_KERNEL), matrix.spec
-        assert kernel is not None
-        assert isinstance(spec, Int4)
-        x16 = _fitted(x, matrix.width, torch.bfloat16)
-        out = kernel(x16, matrix.rows, spec.group_size, matrix.scales)
-        if out.shape[1] != matrix.out_features:  # slicing costs microseconds
+        native = native_kernels(torch.get_num_threads())
+        assert native is not None
+        blocks, groups, _ = matrix.codes.shape
+        bits = 4 if matrix.codes.dtype is torch.uint8 else 8
+        out = native.product(bits, matrix.pointers, blocks, groups, x.float().contiguous())
+        if out.shape[1] != matrix.out_features:
             out = out[:, : matrix.out_features]
         return out.to(x.dtype)
-
-
-@dataclass(frozen=True)
-class PackedInt8:
-    """torch's 8-bit kernel."""
-
-    name: ClassVar[str] = "torch-int8"
-
-    def accepts(self, spec: Scheme, layout: Layout | None) -> bool:
-        return isinstance(spec, Int8) and find_kernel(INT8_KERNEL) is not None
-
-    def __call__(self, x: torch.Tensor, matrix: QuantMatrix) -> torch.Tensor:
-        kernel = find_kernel(INT8_KERNEL)
-        assert kernel is not None
-        x16 = _fitted(x, matrix.width, torch.bfloat16)
-        return kernel(x16, matrix.codes, matrix.scales).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -105,7 +79,8 @@ class Dense:
     def name(self) -> str:
         return f"dense-{dtype_name(self.dtype)}"
 
-    def accepts(self, spec: Scheme, layout: Layout | None) -> bool:
+    @property
+    def works(self) -> bool:
         return True
 
     def __call__(self, x: torch.Tensor, matrix: QuantMatrix) -> torch.Tensor:
@@ -121,18 +96,12 @@ class Dense:
         return out
 
 
-DENSE = (Dense(torch.bfloat16), Dense(torch.float32))
-KERNELS: dict[str, Kernel] = {
-    kernel.name: kernel for kernel in (PackedInt4(), PackedInt8(), *DENSE)
-}
+EXACT = Dense(torch.float32)
+DENSE = (Dense(torch.bfloat16), EXACT)
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (Native(), *DENSE)}
 
 
 def _fitted(x: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Convert ``x`` (T, K) to ``dtype``: zero-padded to ``width``, contiguous, aligned."""
-    if x.dtype is not dtype:
-        x = x.to(dtype)
-    if x.shape[1] != width:
-        return F.pad(x, (0, width - x.shape[1]))
-    x = x.contiguous()
-    # The 8-bit kernel loads activations with aligned vector instructions.
-    return x if x.data_ptr() % ALIGN == 0 else x.clone()
+    """Convert ``x`` (T, K) to ``dtype``, zero-padded to ``width``, contiguous."""
+    x = x.to(dtype)
+    return F.pad(x, (0, width - x.shape[1])) if x.shape[1] != width else x.contiguous()

@@ -38,15 +38,15 @@ def linear(x: torch.Tensor, matrix: QuantMatrix, choice: KernelChoice) -> torch.
     """Return ``x w^T`` for the dequantized weights ``w`` of ``matrix``.
 
     Bits do not depend on the matrix's address. They are equal for the same number of threads; with
-    packed kernels for any number, and a row's bits do not depend on the other rows.
+    the native kernel for any number, and a row's bits do not depend on the other rows.
 
     Args:
         x: (T, K), any float dtype.
         choice: of kernels that this machine has.
 
     Returns:
-        (T, N) in x's dtype, with the precision of the kernel: bfloat16 (packed, or dense in
-        bfloat16) or float32.
+        (T, N) in x's dtype, with the precision of the kernel: 8 bits of inputs
+        (native), bfloat16 or float32 (dense).
     """
     if not (x.shape[0] and matrix.in_features and matrix.out_features):
         return x.new_zeros(x.shape[0], matrix.out_features)

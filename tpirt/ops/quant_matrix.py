@@ -14,12 +14,13 @@ import torch
 
 from tpirt.ops.buffers import ALIGN
 from tpirt.ops.quant import Scheme
-from tpirt.ops.quant_layout import Layout, local_regions, view_regions
+from tpirt.ops.quant_regions import matrix_regions, view_regions
+from tpirt.ops.tiles import TILE_ROWS
 
 # Elements dequantized at once: 2 MiB in bfloat16; a single block of rows may be more.
 PIECE_ELEMENTS = 1 << 20
 
-# A multiple of every layout's block. A matrix can be split at multiples of it.
+# A matrix can be split at multiples of it.
 ROWS_UNIT = 64
 
 
@@ -38,24 +39,18 @@ class QuantMatrix:
     spec: Scheme
     out_features: int
     in_features: int
-    layout: Layout
     codes: torch.Tensor
     scales: torch.Tensor
 
     @classmethod
     def of_buffer(
-        cls,
-        spec: Scheme,
-        out_features: int,
-        in_features: int,
-        layout: Layout,
-        buffer: torch.Tensor,
+        cls, spec: Scheme, out_features: int, in_features: int, buffer: torch.Tensor
     ) -> QuantMatrix:
         """View a matrix in flat uint8 memory that starts at a multiple of 64 bytes: no copy."""
         assert buffer.data_ptr() % ALIGN == 0
-        regions = local_regions(spec, out_features, in_features, layout)
+        regions = matrix_regions(spec, out_features, in_features)
         codes, scales = view_regions(regions, buffer)
-        return cls(spec, out_features, in_features, layout, codes, scales)
+        return cls(spec, out_features, in_features, codes, scales)
 
     # Cached: a decoded token asks for these at every product.
     @cached_property
@@ -64,33 +59,39 @@ class QuantMatrix:
         return self.spec.padded_in_features(self.in_features)
 
     @cached_property
+    def height(self) -> int:
+        """N, rounded up to whole tiles."""
+        return len(self.codes) * TILE_ROWS
+
+    @cached_property
     def shape(self) -> MatrixShape:
         """The key of this matrix's kernel choice."""
         return MatrixShape(self.spec, self.out_features, self.in_features)
 
     @cached_property
-    def rows(self) -> torch.Tensor:
-        """The codes, viewed with one row per (padded) output: (N, bytes)."""
-        return self.codes.view(self.scales.shape[1], -1)
+    def pointers(self) -> tuple[int, int]:
+        """Addresses of codes and scales."""
+        return self.codes.data_ptr(), self.scales.data_ptr()
 
     def part(self, start: int, stop: int) -> QuantMatrix:
-        """Rows ``start``, a multiple of ``ROWS_UNIT``, to ``stop``; codes are a view."""
+        """Rows ``start``, a multiple of ``ROWS_UNIT``, to ``stop``: views."""
         codes, scales = self.spec.part(self, start, stop)
-        return QuantMatrix(self.spec, stop - start, self.in_features, self.layout, codes, scales)
+        return QuantMatrix(self.spec, stop - start, self.in_features, codes, scales)
 
     def pieces(
         self, dtype: torch.dtype, elements: int = PIECE_ELEMENTS
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Dequantize piece by piece into one scratch.
+        """Dequantize piece by piece.
 
         Multiply a product with a piece by the scheme's ``output_scales``.
 
         Yields:
-            The first row and a view (n, Kp) that the next piece overwrites, of at most
-            ``elements`` weights or one block of rows. The last one may extend past row N, with
-            zeros.
+            The first row and a tensor (n, Kp) of at most ``elements`` weights or 16 rows. The last
+            one may extend past row N.
         """
-        return self.spec.pieces(self, dtype, elements)
+        step = max(TILE_ROWS, elements // self.width // TILE_ROWS * TILE_ROWS)
+        for start in range(0, self.height, step):
+            yield start, self.spec.rows(self, start, min(start + step, self.height), dtype)
 
 
 def dequantize(matrix: QuantMatrix) -> torch.Tensor:
@@ -100,4 +101,4 @@ def dequantize(matrix: QuantMatrix) -> torch.Tensor:
         part = out[start : start + piece.shape[0]]
         part.copy_(piece[: part.shape[0], : matrix.in_features])
     factors = matrix.spec.output_scales(matrix.scales)
-    return out if factors is None else out.mul_(factors.unsqueeze(1))
+    return out if factors is None else out.mul_(factors[: len(out)].unsqueeze(1))

@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from tpirt.ops.quant import Scheme
-from tpirt.ops.quant_kernels import DENSE, KERNELS
-from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout, local_regions, regions_nbytes
+from tpirt.ops.quant_kernels import DENSE, EXACT, KERNELS
 from tpirt.ops.quant_linear import KernelChoice, linear
 from tpirt.ops.quant_matrix import QuantMatrix
+from tpirt.ops.quant_regions import matrix_regions, regions_nbytes
+from tpirt.ops.tiles import TILE_ROWS
 
 # Rows of input that the probe measures, and possible thresholds.
 _PROBED_ROWS = (1, 4, 8, 32, 128)
@@ -26,7 +27,7 @@ _setting_threads = threading.Lock()
 
 
 def probe_kernels(
-    spec: Scheme, out_features: int, in_features: int, layout: Layout | None
+    spec: Scheme, out_features: int, in_features: int, *, exact: bool = False
 ) -> KernelChoice:
     """Choose the kernels of a matrix by measuring them on this machine.
 
@@ -38,16 +39,16 @@ def probe_kernels(
     May be called from any thread; other threads keep their number of torch threads.
 
     Args:
-        layout: the result of ``local_layout``; None if torch has no 4-bit kernel.
+        exact: whether inputs must not be rounded: products are in float32.
     """
+    if exact:
+        return KernelChoice((), EXACT.name)
     with ThreadPoolExecutor(1, "tpirt-probe", initializer=_use_one_thread) as pool:
-        return pool.submit(_probe, spec, out_features, in_features, layout).result()
+        return pool.submit(_probe, spec, out_features, in_features).result()
 
 
-def _probe(
-    spec: Scheme, out_features: int, in_features: int, layout: Layout | None
-) -> KernelChoice:
-    matrix = _probe_matrix(spec, out_features, in_features, layout or PORTABLE_LAYOUT)
+def _probe(spec: Scheme, out_features: int, in_features: int) -> KernelChoice:
+    matrix = _probe_matrix(spec, out_features, in_features)
     scale = out_features / max(1, matrix.out_features)
 
     def measure(name: str, count: int) -> float:
@@ -55,11 +56,7 @@ def _probe(
         return scale * _time_ms(lambda: linear(x, matrix, KernelChoice((), name)))
 
     dense = min((kernel.name for kernel in DENSE), key=lambda name: measure(name, 32))
-    others = [
-        name
-        for name, kernel in KERNELS.items()
-        if kernel not in DENSE and kernel.accepts(spec, layout)
-    ]
+    others = [name for name, kernel in KERNELS.items() if kernel not in DENSE and kernel.works]
     return choose_by_time(
         {name: {n: measure(name, n) for n in _PROBED_ROWS} for name in (*others, dense)}, dense
     )
@@ -105,14 +102,14 @@ def _use_one_thread() -> None:
         restore.join()
 
 
-def _probe_matrix(spec: Scheme, out_features: int, in_features: int, layout: Layout) -> QuantMatrix:
+def _probe_matrix(spec: Scheme, out_features: int, in_features: int) -> QuantMatrix:
     width = spec.padded_in_features(in_features)
-    blocks = max(1, _PROBED_WEIGHTS // width // layout.block)
-    rows = min(out_features, blocks * layout.block)
-    regions = local_regions(spec, rows, in_features, layout)
+    blocks = max(1, _PROBED_WEIGHTS // width // TILE_ROWS)
+    rows = min(out_features, blocks * TILE_ROWS)
+    regions = matrix_regions(spec, rows, in_features)
     buffer = torch.arange(regions_nbytes(regions), dtype=torch.int32).remainder_(251)
-    matrix = QuantMatrix.of_buffer(spec, rows, in_features, layout, buffer.to(torch.uint8))
-    matrix.scales.fill_(0.01)
+    matrix = QuantMatrix.of_buffer(spec, rows, in_features, buffer.to(torch.uint8))
+    matrix.scales.copy_(spec.even_scales(regions[1], rows, 0.02))
     return matrix
 
 

@@ -17,6 +17,8 @@ import torch
 
 from tpirt.errors import CheckpointError
 from tpirt.ops.buffers import round_up
+from tpirt.ops.quant_words import LARGEST_SCALE, on_grid, to_words
+from tpirt.ops.tiles import TILE_INPUTS
 
 # Elements rounded at once, 2 MiB in float32: the fastest of 2^16..2^20 with one thread and with
 # two, which also contend for the GIL.
@@ -24,7 +26,7 @@ _TILE = 1 << 19
 
 # Initial range of the refinement relative to max - min, and its step towards each of two fits.
 # Measured on gaussian, Student-t(4) and trained weights: docs/quantization.md.
-_START = {32: 0.97, 64: 0.95, 128: 0.92}
+_START = 0.97
 _STRIDES = (2.5, 1.5)
 
 # The smallest scale; its inverse does not overflow.
@@ -60,7 +62,7 @@ def round_int8(
     Args:
         w: (n, K), any float dtype.
         codes: int8 (n, K or more), overwritten; columns beyond K become 0.
-        scales: bfloat16 (n,), overwritten.
+        scales: float32 (n,), overwritten.
 
     Raises:
         CheckpointError: a weight is not finite.
@@ -76,20 +78,20 @@ def round_int8(
         x = space.take("x", torch.float32, min(step, rows - start), in_features)
         x.copy_(w[part])
         scales[part] = torch.maximum(x.amax(1), x.amin(1).neg_()).mul_(1 / 127).clamp_min_(_TINY)
-        x.mul_(scales[part].float().reciprocal_().unsqueeze(1))
+        x.mul_(scales[part].reciprocal().unsqueeze(1))
         codes[part, :in_features] = x.round_().clamp_(-127, 127)
     _check_finite(scales)
 
 
 def rows_at_once(in_features: int) -> int:
-    """Number of output channels to round at once: a tile, a multiple of the layouts' 64 rows."""
+    """Number of output channels to round at once, a multiple of 64."""
     return max(64, min(256, _TILE // max(1, in_features) // 64 * 64))
 
 
 def int4_tiles(
-    w: torch.Tensor, group_size: int, space: Workspace, *, refine: bool = True
+    w: torch.Tensor, padded: int, space: Workspace, *, refine: bool = True
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Round output channels to 16 levels per group, ``w ~ (q - 8) s + z``, tile by tile.
+    """Round output channels to 16 levels per 32 inputs, ``w ~ (q - 8) s + z``, some at a time.
 
     The baseline takes ``s = (max - min) / 15`` and ``z = min + 8 s``. The refinement works on
     ``x = (w - z) / s``, the weights in units of the baseline's scale. It starts with levels over a
@@ -102,81 +104,83 @@ def int4_tiles(
     Neither step raises the group's squared error (Lloyd 1982, restricted to equidistant levels).
     HQQ (Badri and Shaji 2023) alternates too, for the zero point only and in an l_p norm; it was
     worse here. With over-relaxation two rounds suffice instead of four. Scales and zero points
-    are rounded to bfloat16 *before* the codes are chosen, so the codes compensate for it. A group
-    keeps the baseline if it is better.
+    are rounded to what is stored *before* the codes are chosen, so the codes compensate for it. A
+    group keeps the baseline if it is better.
 
     Args:
         w: (n, K), any float dtype; best :func:`rows_at_once` rows.
-        group_size: g; a short last group is padded with its mean.
+        padded: rows with padding, whose codes and words are 0. A short last group is padded with
+            its mean.
         space: scratch memory.
         refine: False for the baseline.
 
     Yields:
-        The tile's columns of w, whole groups of 0..G g; their codes, int8 0..15 (columns, n),
-        overwritten by the next tile; scales and zero points, bfloat16 (2, groups, n).
+        Columns of w, whole groups of 0..G g; their codes, uint8 0..15 (columns, padded),
+        overwritten by the next ones; their words, int16 (groups, padded).
 
     Raises:
-        CheckpointError: a weight is not finite.
+        CheckpointError: a weight is not finite, or larger than 217.
     """
-    rows, in_features = w.shape
+    rows, in_features = padded, w.shape[1]
     # Transposed, so that groups broadcast and sum along whole vectors.
     turned = space.take("turned", w.dtype, in_features, rows)
-    turned.copy_(w.t())
-    step = max(1, _TILE // max(1, rows * group_size)) * group_size
+    turned[:, : len(w)] = w.t()
+    turned[:, len(w) :] = 0
+    step = max(1, _TILE // max(1, rows * TILE_INPUTS)) * TILE_INPUTS
     for start in range(0, in_features, step):
         part = turned[start : start + step]
-        width = round_up(len(part), group_size)
+        width = round_up(len(part), TILE_INPUTS)
         x = space.take("x", torch.float32, width, rows)
         x[: len(part)] = part
         if len(part) < width:
             # The mean stays inside the group's range and hardly moves the fit.
-            x[len(part) :] = x[width - group_size : len(part)].mean(0)
-        codes, scale_zero = _round_groups(
-            x.view(width // group_size, group_size, rows), space, refine
-        )
-        _check_finite(scale_zero)
-        yield slice(start, start + width), codes.view(width, rows), scale_zero
+            x[len(part) :] = x[width - TILE_INPUTS : len(part)].mean(0)
+        check_weights(x)
+        codes, words = _round_groups(x.view(-1, TILE_INPUTS, rows), space, refine)
+        codes[..., len(w) :] = 0
+        words[..., len(w) :] = 0
+        yield slice(start, start + width), codes.view(width, rows), words
 
 
 def _round_groups(
     x: torch.Tensor, space: Workspace, refine: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return codes (G, g, n), scales and zero points (2, G, n); x (G, g, n) is overwritten."""
+    """Return codes (G, g, n) and words (G, n); x (G, g, n) is overwritten."""
     t = space.take("t", torch.float32, *x.shape)
     stored = _baseline(x)
-    scale, zero = stored.float()
+    scale, zero = stored
     x.sub_(zero).mul_(scale.reciprocal())
     if refine:
         u = space.take("u", torch.float32, *x.shape)
-        # Back to weights, w ~ (s a) t + (z - s c), rounded to bfloat16.
+        # Back to weights, w ~ (s a) t + (z - s c).
         fit = _refined(x, t, u).mul_(scale)
         torch.sub(zero, fit[1], out=fit[1])
-        refined = fit.bfloat16()
-        fit.copy_(refined)
+        fit = on_grid(fit)
         inverse = scale / fit[0]
         offset = (zero - fit[1]).div_(fit[0])
         torch.addcmul(offset, x, inverse, out=u)
         # The fit to a group of one level is nan; comparisons with nan are false.
         better = _squared_error(u, t) < _squared_error(x, t).mul_(inverse).mul_(inverse)
-        stored = torch.where(better, refined, stored)
+        stored = torch.where(better, fit, stored)
         torch.addcmul(torch.where(better, offset, 0), x, torch.where(better, inverse, 1), out=x)
-    codes = space.take("codes", torch.int8, *x.shape)
-    return codes.copy_(x.round_().clamp_(-8, 7).add_(8)), stored.squeeze(2)
+    codes = space.take("codes", torch.uint8, *x.shape)
+    return codes.copy_(x.round_().clamp_(-8, 7).add_(8)), to_words(*stored).squeeze(1)
 
 
 def _baseline(x: torch.Tensor) -> torch.Tensor:
-    """Return scales and zero points (2, G, 1, n) of levels from min to max, bfloat16."""
-    low = x.amin(1, keepdim=True)
+    """Return scales and zero points (2, G, 1, n), as stored, of levels from min to max."""
+    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     out = x.new_empty(2, *low.shape)
-    # A group with a single value has the smallest scale, and the value as zero point.
-    torch.sub(x.amax(1, keepdim=True), low, out=out[0]).mul_(1 / 15).clamp_min_(_TINY)
+    torch.sub(high, low, out=out[0]).mul_(1 / 15)
+    # A zero point is at most 5.25 scales from 0, so the levels end 13.25 below and 12.25 above it.
+    torch.maximum(out[0], torch.maximum(low.mul(-1 / 13.25), high.mul_(1 / 12.25)), out=out[0])
     torch.add(low, out[0], alpha=8, out=out[1])
-    return out.bfloat16()
+    return on_grid(out)
 
 
 def _refined(x: torch.Tensor, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """Return a and c of the fit (2, G, 1, n); t and u are overwritten."""
-    part = _START[x.shape[1]]
+    part = _START
     minus_mean = x.sum(1, keepdim=True).mul_(-1 / x.shape[1])
     fit = torch.tensor([part, 0.5 - part / 2]).view(2, 1, 1, 1)
     torch.mul(x, 1 / part, out=t).add_(0.5 / part - 0.5)
@@ -213,3 +217,20 @@ def _check_finite(scales: torch.Tensor) -> None:
     """Inf and nan weights make the scale of their group inf or nan; amax propagates nan."""
     if scales.numel() and not math.isfinite(scales.amax()):
         raise CheckpointError("expected finite weights, got inf or nan")
+
+
+def check_weights(w: torch.Tensor) -> None:
+    """Check that 4 bits can store float32 weights.
+
+    Raises:
+        CheckpointError: a weight is not finite, or too large.
+    """
+    if not w.numel():
+        return
+    largest = max(-w.amin().item(), w.amax().item())
+    if not math.isfinite(largest):
+        raise CheckpointError("expected finite weights, got inf or nan")
+    if largest > 7 * LARGEST_SCALE:
+        raise CheckpointError(
+            f"expected weights up to {7 * LARGEST_SCALE:g} for 4 bits, got {largest:g}; use int8"
+        )

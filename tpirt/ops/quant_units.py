@@ -1,95 +1,119 @@
-"""A matrix's codes while units, rectangles of it, are copied out of it or into it.
+"""A quantized matrix while units, rectangles of it, are copied out of it or into it.
 
-The codes of a unit have one form, in which a layout does not show. Axes: K inputs, N rows, B rows
-of a layout's block.
+The bytes of a unit are its codes and scales row by row: tiles do not show. Axes: N rows, K inputs,
+G groups.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from abc import ABC, abstractmethod
+from functools import cached_property
 
 import torch
 
-if TYPE_CHECKING:
-    from tpirt.ops.quant_layout import Layout
+from tpirt.ops.tiles import (
+    TILE_INPUTS,
+    pack_bytes,
+    pack_groups,
+    pack_nibbles,
+    unpack_bytes,
+    unpack_groups,
+    unpack_nibbles,
+)
 
 
-class UnitCodes(Protocol):
-    """The codes of one matrix; used by one thread at a time."""
+class MatrixUnits(ABC):
+    """One matrix, its codes row by row from the first use on; used by one thread at a time."""
 
-    def get(self, rows: slice, columns: slice, out: torch.Tensor) -> None:
-        """Copy a unit's codes to ``out``, of the shape of ``Scheme.unit_regions``."""
-
-    def put(self, rows: slice, columns: slice, content: torch.Tensor) -> None:
-        """Copy a unit's codes in; they are stored after :meth:`flush`."""
-
-    def clear_rows(self, start: int) -> None:
-        """Make the codes of the rows from ``start`` on, which pad, 0 after :meth:`flush`."""
-
-    def flush(self) -> None:
-        """Store what was put."""
-
-
-class RowCodes:
-    """Codes (N, K) that are stored row by row, an element each."""
-
-    def __init__(self, codes: torch.Tensor):
-        self._codes = codes
-
-    def get(self, rows: slice, columns: slice, out: torch.Tensor) -> None:
-        """See :class:`UnitCodes`."""
-        out.copy_(self._codes[rows, columns])
-
-    def put(self, rows: slice, columns: slice, content: torch.Tensor) -> None:
-        """See :class:`UnitCodes`."""
-        self._codes[rows, columns] = content
-
-    def clear_rows(self, start: int) -> None:
-        """See :class:`UnitCodes`."""
-        self._codes[start:] = 0
-
-    def flush(self) -> None:
-        """See :class:`UnitCodes`."""
-
-
-class NibbleCodes:
-    """4-bit codes (m, K, B / 2) in a layout; in a unit two neighbouring inputs share a byte.
-
-    They are unpacked to one byte each when they are first used.
-    """
-
-    def __init__(self, codes: torch.Tensor, layout: Layout):
-        self._codes = codes
-        self._layout = layout
-        self._unpacked: torch.Tensor | None = None
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor):
+        self._packed = codes
+        self._scales = scales
         self._changed = False
 
-    def get(self, rows: slice, columns: slice, out: torch.Tensor) -> None:
-        """See :class:`UnitCodes`."""
-        codes = self._levels()[columns, rows]
-        torch.add(codes[0::2], codes[1::2], alpha=16, out=out)
+    def get(self, rows: slice, columns: slice, codes: torch.Tensor, scales: torch.Tensor) -> None:
+        """Copy a unit to ``codes`` and ``scales``, of the shapes of ``Scheme.unit_regions``."""
+        self._get_codes(self._rows[rows, columns], codes)
+        scales.copy_(self._unit_scales(rows, columns))
 
-    def put(self, rows: slice, columns: slice, content: torch.Tensor) -> None:
-        """See :class:`UnitCodes`."""
-        codes = self._levels()[columns, rows]
-        torch.bitwise_and(content, 15, out=codes[0::2])
-        torch.bitwise_right_shift(content, 4, out=codes[1::2])
+    def put(self, rows: slice, columns: slice, codes: torch.Tensor, scales: torch.Tensor) -> None:
+        """Copy a unit in; it is stored after :meth:`flush`."""
+        self._put_codes(self._rows[rows, columns], codes)
+        self._unit_scales(rows, columns).copy_(scales)
         self._changed = True
 
     def clear_rows(self, start: int) -> None:
-        """See :class:`UnitCodes`."""
-        if start < self._codes.shape[0] * self._layout.block:
-            self._levels()[:, start:] = 0
+        """Make the codes of the rows from ``start`` on, which pad, 0 after :meth:`flush`."""
+        if start < len(self._rows):
+            self._rows[start:] = 0
             self._changed = True
 
     def flush(self) -> None:
-        """See :class:`UnitCodes`."""
+        """Store what was put."""
         if self._changed:
-            self._layout.pack(self._levels(), self._codes)
+            self._store()
             self._changed = False
 
-    def _levels(self) -> torch.Tensor:
-        """Codes 0..15, one byte each, uint8 (K, m B)."""
-        if self._unpacked is None:
-            self._unpacked = self._layout.levels(self._codes)
-        return self._unpacked
+    @property
+    @abstractmethod
+    def _rows(self) -> torch.Tensor:
+        """Codes, one byte each (N, K)."""
+
+    @abstractmethod
+    def _unit_scales(self, rows: slice, columns: slice) -> torch.Tensor:
+        """A view of a unit's scales."""
+
+    @abstractmethod
+    def _get_codes(self, codes: torch.Tensor, out: torch.Tensor) -> None: ...
+
+    @abstractmethod
+    def _put_codes(self, codes: torch.Tensor, content: torch.Tensor) -> None: ...
+
+    @abstractmethod
+    def _store(self) -> None: ...
+
+
+class Int8Units(MatrixUnits):
+    """A matrix in 8 bits: a byte per code, a scale per row."""
+
+    @cached_property
+    def _rows(self) -> torch.Tensor:
+        return unpack_bytes(self._packed)
+
+    def _unit_scales(self, rows: slice, columns: slice) -> torch.Tensor:
+        return self._scales[rows]
+
+    def _get_codes(self, codes: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(codes)
+
+    def _put_codes(self, codes: torch.Tensor, content: torch.Tensor) -> None:
+        codes.copy_(content)
+
+    def _store(self) -> None:
+        pack_bytes(self._rows, self._packed)
+
+
+class Int4Units(MatrixUnits):
+    """A matrix in 4 bits: two neighbouring inputs in a byte, a word per row and group."""
+
+    @cached_property
+    def _rows(self) -> torch.Tensor:
+        return unpack_nibbles(self._packed)
+
+    @cached_property
+    def _words(self) -> torch.Tensor:
+        """(N, G)."""
+        return unpack_groups(self._scales)
+
+    def _unit_scales(self, rows: slice, columns: slice) -> torch.Tensor:
+        return self._words[rows, columns.start // TILE_INPUTS : columns.stop // TILE_INPUTS]
+
+    def _get_codes(self, codes: torch.Tensor, out: torch.Tensor) -> None:
+        torch.add(codes[:, 0::2], codes[:, 1::2], alpha=16, out=out)
+
+    def _put_codes(self, codes: torch.Tensor, content: torch.Tensor) -> None:
+        torch.bitwise_and(content, 15, out=codes[:, 0::2])
+        torch.bitwise_right_shift(content, 4, out=codes[:, 1::2])
+
+    def _store(self) -> None:
+        pack_nibbles(self._rows, self._packed)
+        pack_groups(self._words, self._scales)

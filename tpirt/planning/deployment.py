@@ -200,7 +200,7 @@ def plan(
             config,
             shard,
             len(peers),
-            WeightFormat(dtype.dtype, layout=peer.int4_layout),
+            WeightFormat(dtype.dtype),
             peer.base_bytes,
             Limits(options.window, limit, longest, trace_spans),
         )
@@ -239,7 +239,7 @@ def plan_model(
     if options.quantize == AUTO:
         raise ConfigError(
             "quantize 'auto' depends on the memory of the peers, which is not known here: "
-            "expected none, int8, int4 or int4:GROUP"
+            "expected none, int8 or int4"
         )
     unbounded = replace(peer, memory_bytes=None, available_bytes=None, base_bytes=PROCESS_BYTES)
     peers = [replace(unbounded, rank=rank) for rank in range(world_size)]

@@ -58,8 +58,8 @@ class PlanOptions:
         memory_bytes: maximum resident memory of each rank's process; by default a share of the
             free memory.
         dtype: ``auto``, ``float32`` or ``bfloat16``.
-        quantize: quantization of the projections: ``none``, ``int8``, ``int4`` or ``int4:GROUP``
-            with 32, 64 or 128. The LM head has at least 8 bits. ``auto`` is the first of none,
+        quantize: quantization of the projections: ``none``, ``int8`` or ``int4``. The LM head
+            has at least 8 bits. ``auto`` is the first of none,
             int8 and int4 with which every rank keeps all weights in memory; int4 if none does.
         collective: all-reduce algorithm: ``star``, ``one-shot``, ``two-shot``, or ``auto``, which
             depends on measured links.

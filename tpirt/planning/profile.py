@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tpirt.ops.quant_layout import Layout
 from tpirt.planning.memory import PROCESS_BYTES
 from tpirt.version import __version__
 
@@ -22,7 +21,6 @@ class PeerProfile:
         threads: compute threads.
         cores: cores of the machine.
         bfloat16: whether its CPU has native bfloat16 products.
-        int4_layout: the order of codes for its 4-bit kernel.
         base_bytes: resident memory of its process without a model.
         host_name: what it calls its machine; not unique.
         version: of its tpirt.
@@ -36,7 +34,6 @@ class PeerProfile:
     threads: int
     cores: int
     bfloat16: bool
-    int4_layout: Layout
     base_bytes: int = PROCESS_BYTES
     host_name: str = ""
     version: str = __version__

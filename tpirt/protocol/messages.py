@@ -26,7 +26,7 @@ from tpirt.printable import printable_line
 from tpirt.protocol.pb import tpirt_pb2 as pb
 from tpirt.types import RankStats, StepTimes
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 _T = TypeVar("_T")
 
@@ -50,7 +50,6 @@ class HelloReply:
     threads: int
     cores: int
     bfloat16: bool
-    int4_layout: str
     busy: bool
     process: int
 

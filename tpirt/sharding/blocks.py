@@ -23,7 +23,7 @@ import torch
 from tpirt.config import ModelConfig
 from tpirt.ops.buffers import ALIGN, Region, round_up
 from tpirt.ops.quant import AS_THEY_ARE, QuantSpec, Scheme
-from tpirt.ops.quant_layout import PORTABLE_LAYOUT, Layout, local_regions
+from tpirt.ops.quant_regions import matrix_regions
 from tpirt.sharding.format import WeightFormat
 from tpirt.sharding.partition import Shard, Span
 
@@ -134,7 +134,6 @@ class StoredTensor:
     dtype: torch.dtype
     pieces: tuple[Piece, ...]
     quant: QuantSpec = AS_THEY_ARE
-    layout: Layout = PORTABLE_LAYOUT
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -142,7 +141,7 @@ class StoredTensor:
         if not isinstance(self.quant, Scheme):
             return (Region(self.name, self.dtype, self.shape),)
         out_features, in_features = self.shape
-        parts = local_regions(self.quant, out_features, in_features, self.layout)
+        parts = matrix_regions(self.quant, out_features, in_features)
         return tuple(replace(part, name=f"{self.name}.{part.name}") for part in parts)
 
     @property
@@ -226,7 +225,7 @@ def _stored(
         shape = (rows,) if columns is None else (rows, columns.size)
         kept = torch.float32 if "norm" in rule.name else form.dtype
         quant = form.quant if len(shape) == 2 else AS_THEY_ARE
-        tensors.append(StoredTensor(rule.name, shape, kept, pieces, quant, form.layout))
+        tensors.append(StoredTensor(rule.name, shape, kept, pieces, quant))
     return tuple(tensors)
 
 

@@ -196,7 +196,7 @@ async def decoder_group(
                 dtype,
                 streamer,
                 comm,
-                choose_kernels(stored.path, blocks),
+                choose_kernels(stored.path, blocks, dtype),
                 Recorder(),
             )
             ranks.append(DecoderRank(decoder, streamer, comm))

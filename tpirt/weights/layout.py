@@ -57,7 +57,7 @@ def _view(tensor: StoredTensor, buffer: torch.Tensor) -> Weight:
     if not isinstance(tensor.quant, Scheme):
         return tensor.regions[0].view(buffer)
     out_features, in_features = tensor.shape
-    return QuantMatrix.of_buffer(tensor.quant, out_features, in_features, tensor.layout, buffer)
+    return QuantMatrix.of_buffer(tensor.quant, out_features, in_features, buffer)
 
 
 def _regions(block: Block) -> list[Region]:

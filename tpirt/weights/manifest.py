@@ -23,7 +23,7 @@ from tpirt.sharding.units import Unit, block_units, most_units
 from tpirt.weights.layout import block_header, file_bytes
 from tpirt.weights.unit_bytes import unit_nbytes
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
 
 # An order of 100,000 units (405 B parameters on two ranks) has 3.2 MiB.
@@ -95,10 +95,9 @@ class SliceSpec:
 
     @property
     def form_label(self) -> str:
-        """Describe the format, such as ``int8`` or ``int4:64 in layout avx512``."""
-        dtype, quantize, layout = self.form.names
-        form = dtype if quantize == "none" else quantize
-        return f"{form} in layout {layout}" if self.form.quant.uses_layout else form
+        """Describe the format, such as ``int8``."""
+        dtype, quantize = self.form.names
+        return dtype if quantize == "none" else quantize
 
     @property
     def shard_label(self) -> str:
@@ -117,7 +116,7 @@ class SliceSpec:
     @cached_property
     def space(self) -> str:
         """Equal for two specs if units of equal keys have equal bytes in both."""
-        dtype, quantize, _ = self.form.names
+        dtype, quantize = self.form.names
         shard = asdict(self.shard) if self.own else None
         return _hash([FORMAT_VERSION, self.fingerprint, dtype, quantize, shard])
 
@@ -134,14 +133,13 @@ class SliceSpec:
 
     def fields(self) -> dict[str, Any]:
         """Return JSON-ready fields; :meth:`from_fields` gives an equal spec back."""
-        dtype, quantize, layout = self.form.names
+        dtype, quantize = self.form.names
         return {
             "format_version": FORMAT_VERSION,
             "fingerprint": self.fingerprint,
             "model": self.model,
             "dtype": dtype,
             "quantize": quantize,
-            "layout": layout,
             "shard": asdict(self.shard),
             "own": self.own,
             "config": json.loads(self.config.to_json()),
@@ -163,7 +161,7 @@ class SliceSpec:
                     f"slice manifest of format {named}, this tpirt reads {FORMAT_VERSION}"
                 )
             config = ModelConfig.from_json(json.dumps(fields.pop("config")))
-            form = WeightFormat.named(*(fields.pop(n) for n in ("dtype", "quantize", "layout")))
+            form = WeightFormat.named(*(fields.pop(n) for n in ("dtype", "quantize")))
             shard = _shard(config, dict(fields.pop("shard")))
             texts = {name: _text(fields.pop(name)) for name in ("fingerprint", "model")}
             own = fields.pop("own")
@@ -197,10 +195,8 @@ class BlockFile:
 
     @classmethod
     def of(cls, block: Block, digests: bytes, xxh3_128: str = "") -> BlockFile:
-        """Describe a block's file; its bytes follow from header, layout and units."""
-        packed = (tensor for tensor in block.tensors if tensor.quant.uses_layout)
-        layouts = ",".join(tensor.layout.name for tensor in packed)
-        content = hashlib.sha256(block_header(block) + layouts.encode() + digests).hexdigest()[:24]
+        """Describe a block's file; its bytes follow from header and units."""
+        content = hashlib.sha256(block_header(block) + digests).hexdigest()[:24]
         return cls(block.name, file_bytes(block), content, digests, xxh3_128)
 
     @property

@@ -22,7 +22,7 @@ import torch
 from tpirt.errors import CheckpointError
 from tpirt.ops.buffers import page_buffer, tensor_bytes
 from tpirt.ops.quant import Scheme
-from tpirt.ops.quant_layout import local_regions, quantize_rows
+from tpirt.ops.quant_regions import matrix_regions
 from tpirt.ops.quant_rounding import Workspace, rows_at_once
 from tpirt.sharding.blocks import Block, Piece, StoredTensor
 from tpirt.weights.layout import block_header
@@ -129,17 +129,17 @@ class _Cutter:
     def _quantize(
         self, tensor: StoredTensor, start: int, stop: int, scales: torch.Tensor
     ) -> memoryview:
-        spec, layout = tensor.quant, tensor.layout
+        spec = tensor.quant
         assert isinstance(spec, Scheme)
         sources = {name for name, _, _, _ in self._sources(tensor, start, stop)}
         dtypes = {self._checkpoint.tensors[name].dtype for name in sources}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         w = self._own.space.take("weights", dtype, stop - start, tensor.shape[1])
         self._fill(w, tensor, start, stop)
-        region = local_regions(spec, stop - start, tensor.shape[1], layout)[0]
+        region = matrix_regions(spec, stop - start, tensor.shape[1])[0]
         codes = _fresh(region.dtype, region.shape)
         try:
-            quantize_rows(spec, layout, w, start, codes, scales, self._own.space)
+            spec.round_rows(w, start, codes, scales, self._own.space)
         except CheckpointError as exc:
             raise CheckpointError(
                 f"{self._checkpoint.path}: {', '.join(sorted(sources))}: {exc}; copy or download "

@@ -37,7 +37,7 @@ MARKER = "synthetic.json"
 SLICES = "slices"
 
 # Version of the generator: incremented when the same seed would give other bytes.
-_GENERATION = 1
+_GENERATION = 2
 
 _STD = 0.02
 _UNIFORM_16_BITS = 65536 / math.sqrt(12)  # standard deviation of numbers drawn evenly
@@ -164,9 +164,9 @@ def _region_bytes(key: str, tensor: StoredTensor, region: Region) -> Iterator[me
     if not isinstance(quant, Scheme):
         yield from _plain(key, tensor)
     elif region == tensor.regions[0]:
-        draw = _Stream(key).take
-        for codes in quant.random_codes(draw, tensor.shape[1], region.nbytes, _DRAWN_BYTES):
-            yield tensor_bytes(codes)
+        stream = _Stream(key)  # any byte is a code or two, and inputs that pad a row are 0
+        for nbytes in _parts(region.nbytes, _DRAWN_BYTES):
+            yield tensor_bytes(stream.take(nbytes))
     else:
         yield tensor_bytes(quant.even_scales(region, tensor.shape[0], _STD))
 

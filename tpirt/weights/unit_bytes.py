@@ -1,4 +1,4 @@
-"""Copy units into and out of blocks, in a form that depends on neither plan nor CPU layout.
+"""Copy units into and out of blocks, in a form that does not depend on the plan.
 
 The canonical bytes of a unit are its values in the stored dtype, row by row; of a quantized matrix
 its codes and then its scales, as :meth:`tpirt.ops.quant.Scheme.unit_regions` has them.
@@ -10,7 +10,7 @@ import torch
 
 from tpirt.ops.buffers import Region, tensor_bytes
 from tpirt.ops.quant import Scheme
-from tpirt.ops.quant_units import UnitCodes
+from tpirt.ops.quant_units import MatrixUnits
 from tpirt.sharding.blocks import Block, StoredTensor
 from tpirt.sharding.partition import Span
 from tpirt.sharding.units import Unit
@@ -24,7 +24,7 @@ def unit_nbytes(block: Block, unit: Unit) -> int:
 class BlockUnits:
     """The units of one block in a buffer; used by one thread at a time.
 
-    Codes may be kept unpacked until :meth:`flush`; see :class:`tpirt.ops.quant_units.UnitCodes`.
+    Matrices may be kept unpacked until :meth:`flush`: :class:`tpirt.ops.quant_units.MatrixUnits`.
 
     Args:
         block: the block.
@@ -34,7 +34,7 @@ class BlockUnits:
     def __init__(self, block: Block, data: torch.Tensor):
         self._block = block
         self._data = data
-        self._codes: dict[int, UnitCodes] = {}  # of the tensors that were used, by index
+        self._matrices: dict[int, MatrixUnits] = {}  # those that were used, by index
 
     def get(self, unit: Unit) -> memoryview:
         """Return a copy of a unit's canonical bytes."""
@@ -42,8 +42,7 @@ class BlockUnits:
         out = torch.empty(sum(region.nbytes for region in regions), dtype=torch.uint8)
         first, *scales = _views(regions, out)
         if scales:
-            self._opened(unit.tensor).get(*self._rectangle(unit), first)
-            scales[0].copy_(self._scales(unit))
+            self._opened(unit.tensor).get(*self._rectangle(unit), first, scales[0])
         else:
             first.copy_(self._values(unit))
         return tensor_bytes(out)
@@ -54,8 +53,7 @@ class BlockUnits:
         raw = torch.frombuffer(bytearray(content), dtype=torch.uint8)  # aligned, and writable
         first, *scales = _views(regions, raw)
         if scales:
-            self._opened(unit.tensor).put(*self._rectangle(unit), first)
-            self._scales(unit).copy_(scales[0])
+            self._opened(unit.tensor).put(*self._rectangle(unit), first, scales[0])
         else:
             self._values(unit).copy_(first)
 
@@ -63,14 +61,14 @@ class BlockUnits:
         """Zero all bytes outside of units, as in a block assembled from units."""
         for index, tensor in enumerate(self._block.tensors):
             if isinstance(tensor.quant, Scheme):
-                codes = tensor.quant.unit_codes(self._views(index)[0], tensor.layout)
-                codes.clear_rows(tensor.shape[0])
-                codes.flush()
+                matrix = tensor.quant.units(*self._views(index))
+                matrix.clear_rows(tensor.shape[0])
+                matrix.flush()
 
     def flush(self) -> None:
-        """Store the codes that were put."""
-        for codes in self._codes.values():
-            codes.flush()
+        """Store what was put into quantized matrices."""
+        for matrix in self._matrices.values():
+            matrix.flush()
 
     def _views(self, index: int) -> list[torch.Tensor]:
         """A tensor's regions: values, or codes and scales."""
@@ -82,19 +80,13 @@ class BlockUnits:
         values = self._views(unit.tensor)[0][slice(*unit.rows)]
         return values if unit.columns is None else values[:, slice(*unit.columns)]
 
-    def _opened(self, index: int) -> UnitCodes:
-        codes = self._codes.get(index)
-        if codes is None:
-            tensor = self._block.tensors[index]
-            assert isinstance(tensor.quant, Scheme)
-            codes = tensor.quant.unit_codes(self._views(index)[0], tensor.layout)
-            self._codes[index] = codes
-        return codes
-
-    def _scales(self, unit: Unit) -> torch.Tensor:
-        quant = self._block.tensors[unit.tensor].quant
-        assert isinstance(quant, Scheme)
-        return quant.unit_scales(self._views(unit.tensor)[1], *self._rectangle(unit))
+    def _opened(self, index: int) -> MatrixUnits:
+        matrix = self._matrices.get(index)
+        if matrix is None:
+            quant = self._block.tensors[index].quant
+            assert isinstance(quant, Scheme)
+            matrix = self._matrices[index] = quant.units(*self._views(index))
+        return matrix
 
     def _rectangle(self, unit: Unit) -> tuple[slice, slice]:
         """A matrix unit's rows and stored columns."""

@@ -214,6 +214,40 @@ void tp_f16(int set, pool *p, const uint16_t *w, long n, long inputs, const floa
     pool_run(p, rows, &a, n, piece(inputs * 2, 256) / 4 * 4 + 4);
 }
 
+void tp_fit4(int set, const float *w, long rows, long inputs, uint8_t *codes, uint16_t *scales)
+{
+    const long groups = (inputs + GROUP - 1) / GROUP;
+    for (long r = 0; r < rows; r += TILE_ROWS) {
+        const long held = rows - r < TILE_ROWS ? rows - r : TILE_ROWS, block = r / TILE_ROWS;
+        SETS[set]->fit4(w + r * inputs, held, inputs, codes + block * groups * Q4_TILE,
+                        scales + block * groups * TILE_ROWS);
+    }
+}
+
+typedef struct {
+    const kernel_set *set;
+    const void *codes;
+    const uint16_t *scales;
+    long groups;
+    uint8_t *out;
+    int bits, half;
+} densing;
+
+static void dense_blocks(void *arg, long first, long last)
+{
+    const densing *d = arg;
+    uint8_t *out = d->out + first * TILE_ROWS * d->groups * GROUP * (d->half ? 2 : 4);
+    if (d->bits == 4) d->set->dense4(d->codes, d->scales, d->groups, first, last, out, d->half);
+    else d->set->dense8(d->codes, d->groups, first, last, out, d->half);
+}
+
+void tp_dense(int set, pool *p, int bits, const void *codes, const uint16_t *scales, long blocks,
+              long groups, void *out, int half)
+{
+    densing d = {SETS[set], codes, scales, groups, out, bits, half};
+    pool_run(p, dense_blocks, &d, blocks, 1);
+}
+
 /* The read bandwidth to compare with: sums of memory. */
 #if defined(__x86_64__)
 __attribute__((target("avx2")))

@@ -47,4 +47,10 @@ typedef struct {
                  long last, float *out, long ldo);
     void (*f16)(const uint16_t *w, const float *x, long tokens, long inputs, long first,
                 long last, float *out, long ldo);
+    /* Round w (rows <= 16, inputs) to a block of 4-bit tiles; padding rows are 0. */
+    void (*fit4)(const float *w, long rows, long inputs, uint8_t *codes, uint16_t *scales);
+    /* Blocks of tiles to (rows, K), float32 or (half) bfloat16; 8 bits without scales. */
+    void (*dense4)(const uint8_t *codes, const uint16_t *scales, long groups, long first, long last,
+                   void *out, int half);
+    void (*dense8)(const int8_t *codes, long groups, long first, long last, void *out, int half);
 } kernel_set;

@@ -44,7 +44,7 @@ class HelloRequest(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., tpirt_version: _Optional[str] = ..., master: _Optional[int] = ...) -> None: ...
 
 class HelloReply(_message.Message):
-    __slots__ = ("protocol_version", "tpirt_version", "host_name", "host_id", "memory_bytes", "available_bytes", "base_bytes", "threads", "cores", "bfloat16", "int4_layout", "busy", "process")
+    __slots__ = ("protocol_version", "tpirt_version", "host_name", "host_id", "memory_bytes", "available_bytes", "base_bytes", "threads", "cores", "bfloat16", "busy", "process")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     TPIRT_VERSION_FIELD_NUMBER: _ClassVar[int]
     HOST_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -55,7 +55,6 @@ class HelloReply(_message.Message):
     THREADS_FIELD_NUMBER: _ClassVar[int]
     CORES_FIELD_NUMBER: _ClassVar[int]
     BFLOAT16_FIELD_NUMBER: _ClassVar[int]
-    INT4_LAYOUT_FIELD_NUMBER: _ClassVar[int]
     BUSY_FIELD_NUMBER: _ClassVar[int]
     PROCESS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
@@ -68,10 +67,9 @@ class HelloReply(_message.Message):
     threads: int
     cores: int
     bfloat16: bool
-    int4_layout: str
     busy: bool
     process: int
-    def __init__(self, protocol_version: _Optional[int] = ..., tpirt_version: _Optional[str] = ..., host_name: _Optional[str] = ..., host_id: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., available_bytes: _Optional[int] = ..., base_bytes: _Optional[int] = ..., threads: _Optional[int] = ..., cores: _Optional[int] = ..., bfloat16: _Optional[bool] = ..., int4_layout: _Optional[str] = ..., busy: _Optional[bool] = ..., process: _Optional[int] = ...) -> None: ...
+    def __init__(self, protocol_version: _Optional[int] = ..., tpirt_version: _Optional[str] = ..., host_name: _Optional[str] = ..., host_id: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., available_bytes: _Optional[int] = ..., base_bytes: _Optional[int] = ..., threads: _Optional[int] = ..., cores: _Optional[int] = ..., bfloat16: _Optional[bool] = ..., busy: _Optional[bool] = ..., process: _Optional[int] = ...) -> None: ...
 
 class InventoryRequest(_message.Message):
     __slots__ = ("slice_id", "order")

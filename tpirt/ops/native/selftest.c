@@ -60,7 +60,6 @@ static int same(const float *a, const float *b, long n)
     return 1;
 }
 
-/* Codes and sums of a group whose scale is NaN mean nothing either. */
 static int check_round(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
 {
     for (long inputs = 1; inputs <= INPUTS; inputs += 13) {
@@ -69,12 +68,8 @@ static int check_round(const kernel_set *ours, const kernel_set *plain, uint64_t
         int8_t q[2][4 * INPUTS];
         draw_inputs(x, 4 * inputs, &seed);
         for (int i = 0; i < 2; i++) (i ? plain : ours)->round(x, 4, inputs, q[i], scale[i], sum[i]);
-        if (!same(scale[0], scale[1], 4 * groups)) return 0;
-        for (long g = 0; g < 4 * groups; g++) {
-            if (isnan(scale[0][g])) continue;
-            if (!same(&sum[0][g], &sum[1][g], 1)) return 0;
-            if (memcmp(q[0] + g * GROUP, q[1] + g * GROUP, GROUP)) return 0;
-        }
+        if (!same(scale[0], scale[1], 4 * groups) || !same(sum[0], sum[1], 4 * groups)) return 0;
+        if (memcmp(q[0], q[1], 4 * groups * GROUP)) return 0;
     }
     return 1;
 }
@@ -114,27 +109,43 @@ static int same_outputs(const outputs *out)
     return same(out->of[0], out->of[1], TOKENS * LDO);
 }
 
-/* The block ``full`` of a product has codes and inputs of the greatest magnitude. */
-static int check_q4(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
-{
-    static const uint8_t extremes[] = {0xff, 0x00, 0xf0, 0x0f};
+/* A matrix in 4 bits. The codes of the first block are the least and the greatest. */
+typedef struct {
     uint8_t codes[BLOCKS * GROUPS * Q4_TILE];
     uint16_t scales[BLOCKS * GROUPS * TILE_ROWS];
+} weights_4bit;
+
+static void draw_4bit(weights_4bit *w, uint64_t *seed)
+{
+    static const uint8_t extremes[] = {0xff, 0x00, 0xf0, 0x0f};
+    draw_bytes(w->codes, sizeof w->codes, seed);
+    draw_bytes(w->scales, sizeof w->scales, seed);
+    for (long i = 0; i < GROUPS * Q4_TILE; i++) w->codes[i] = extremes[i / 4 % 4];
+    for (int i = 0; i < 8; i++) w->scales[i] = (uint16_t)(i % 2 ? 0xffff - i : i);
+}
+
+static int check_q4(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
+{
+    weights_4bit w;
     inputs_8bit x;
     outputs out;
-    draw_bytes(codes, sizeof codes, &seed);
-    draw_bytes(scales, sizeof scales, &seed);
-    for (long i = 0; i < GROUPS * Q4_TILE; i++) codes[i] = extremes[i / 4 % 4];
-    for (int i = 0; i < 8; i++) scales[i] = (uint16_t)(i % 2 ? 0xffff - i : i);
+    draw_4bit(&w, &seed);
     draw_rounded(&x, &seed);
     const rounded r = {x.q, x.scale, x.sum, GROUPS};
     for (long tokens = 1; tokens <= TOKENS; tokens++) {
         clear(&out);
         for (int i = 0; i < 2; i++)
-            (i ? plain : ours)->q4(codes, scales, &r, tokens, tokens % 2, BLOCKS, out.of[i], LDO);
+            (i ? plain : ours)->q4(w.codes, w.scales, &r, tokens, tokens % 2, BLOCKS, out.of[i],
+                                        LDO);
         if (!same_outputs(&out)) return 0;
     }
     return 1;
+}
+
+static void draw_8bit(int8_t *codes, uint64_t *seed)
+{
+    for (long i = 0; i < BLOCKS * GROUPS * Q8_TILE; i++)
+        codes[i] = i >= GROUPS * Q8_TILE ? (int8_t)(draw(seed) % 255 - 127) : i / 4 % 2 ? 127 : -127;
 }
 
 static int check_q8(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
@@ -143,8 +154,7 @@ static int check_q8(const kernel_set *ours, const kernel_set *plain, uint64_t se
     float scales[ROWS];
     inputs_8bit x;
     outputs out;
-    for (size_t i = 0; i < sizeof codes; i++) codes[i] = (int8_t)(draw(&seed) % 255 - 127);
-    for (long i = 0; i < GROUPS * Q8_TILE; i++) codes[i] = i / 4 % 2 ? 127 : -127;
+    draw_8bit(codes, &seed);
     for (int i = 0; i < ROWS; i++) scales[i] = draw_float(i % 5 * 25 - 100, &seed);
     scales[ROWS - 1] = 0;
     draw_rounded(&x, &seed);
@@ -158,11 +168,12 @@ static int check_q8(const kernel_set *ours, const kernel_set *plain, uint64_t se
     return 1;
 }
 
-typedef void dense(const uint16_t *w, const float *x, long tokens, long inputs, long first,
-                   long last, float *out, long ldo);
+typedef void product_16bit(const uint16_t *w, const float *x, long tokens, long inputs, long first,
+                           long last, float *out, long ldo);
 
 /* ``w`` is (ROWS, INPUTS) 16-bit floats. Every number of inputs modulo 16, of tokens and of rows. */
-static int check_dense(dense *ours, dense *plain, const uint16_t *w, uint64_t seed)
+static int check_16bit(product_16bit *ours, product_16bit *plain, const uint16_t *w,
+                       uint64_t seed)
 {
     float x[TOKENS * INPUTS];
     outputs out;
@@ -185,7 +196,7 @@ static int check_bf16(const kernel_set *ours, const kernel_set *plain, uint64_t 
     draw_bytes(w, sizeof w, &seed);
     for (long i = 0; i < ROWS * INPUTS; i++)
         if (i % 61) w[i] = (w[i] & 0x83ff) | 0x3c00;
-    return check_dense(ours->bf16, plain->bf16, w, seed);
+    return check_16bit(ours->bf16, plain->bf16, w, seed);
 }
 
 static int check_f16(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
@@ -194,15 +205,77 @@ static int check_f16(const kernel_set *ours, const kernel_set *plain, uint64_t s
     draw_bytes(w, sizeof w, &seed);
     for (long i = 0; i < ROWS * INPUTS; i++)
         if (i % 61) w[i] &= 0xbbff; /* subnormal to 2 */
-    return check_dense(ours->f16, plain->f16, w, seed);
+    return check_16bit(ours->f16, plain->f16, w, seed);
+}
+
+/* Weights of all magnitudes, rows of zeros, and single ones that stand out. */
+static int check_fit4(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
+{
+    float w[TILE_ROWS * INPUTS];
+    for (long inputs = 31; inputs <= 2 * GROUP; inputs += 33) {
+        const long rows = inputs % 2 ? 7 : TILE_ROWS;
+        weights_4bit out[2];
+        memset(out, 0x5a, sizeof out);
+        for (long i = 0; i < rows * inputs; i++) {
+            w[i] = draw_float((int)(i / inputs % 7) * 9 - 30, &seed);
+            if (i % 47 == 0) w[i] *= 20;
+            if (i / inputs == 3) w[i] = i % 2 ? 0 : -0.0f;
+        }
+        for (int i = 0; i < 2; i++)
+            (i ? plain : ours)->fit4(w, rows, inputs, out[i].codes, out[i].scales);
+        if (memcmp(&out[0], &out[1], sizeof out[0])) return 0;
+    }
+    return 1;
+}
+
+typedef struct { float of[2][ROWS * INPUTS]; } matrices;
+
+static int same_matrices(const matrices *out, int half)
+{
+    if (half) return !memcmp(out->of[0], out->of[1], sizeof out->of[0]);
+    return same(out->of[0], out->of[1], ROWS * INPUTS);
+}
+
+static int check_dense4(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
+{
+    weights_4bit w;
+    matrices out;
+    draw_4bit(&w, &seed);
+    for (int half = 0; half < 2; half++) {
+        memset(&out, 0, sizeof out);
+        for (int i = 0; i < 2; i++)
+            (i ? plain : ours)->dense4(w.codes, w.scales, GROUPS, half, BLOCKS, out.of[i], half);
+        if (!same_matrices(&out, half)) return 0;
+    }
+    return 1;
+}
+
+static int check_dense8(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
+{
+    int8_t codes[BLOCKS * GROUPS * Q8_TILE];
+    matrices out;
+    draw_8bit(codes, &seed);
+    for (int half = 0; half < 2; half++) {
+        memset(&out, 0, sizeof out);
+        for (int i = 0; i < 2; i++)
+            (i ? plain : ours)->dense8(codes, GROUPS, half, BLOCKS, out.of[i], half);
+        if (!same_matrices(&out, half)) return 0;
+    }
+    return 1;
 }
 
 static const struct {
     const char *name;
     check *agrees;
 } CHECKS[] = {
-    {"round", check_round}, {"q4", check_q4},   {"q8", check_q8},
-    {"bf16", check_bf16},   {"f16", check_f16},
+    {"round", check_round},
+    {"q4", check_q4},
+    {"q8", check_q8},
+    {"bf16", check_bf16},
+    {"f16", check_f16},
+    {"fit4", check_fit4},
+    {"dense4", check_dense4},
+    {"dense8", check_dense8},
 };
 
 /* The name of the first function of a set that differs from plain C; NULL if none does. */

@@ -13,8 +13,7 @@ from tpirt.batch import Batch, Segment
 from tpirt.config import ModelConfig
 from tpirt.model.kv_store import KVStore
 from tpirt.model.products import plain
-from tpirt.ops.native import native_kernels
-from tpirt.ops.native.bindings import Attention, NativeKernels
+from tpirt.ops.native.bindings import Attention, NativeKernels, native_kernels
 from tpirt.ops.nn import attention, rms_norm
 from tpirt.ops.rope import rotate
 from tpirt.sharding.partition import Shard

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from tpirt.config import ModelConfig
-from tpirt.ops.native import native_kernels
-from tpirt.ops.native.bindings import Rounded
+from tpirt.ops.native.bindings import Rounded, native_kernels
 from tpirt.ops.nn import ACTIVATIONS, gated_mlp, rms_norm
 from tpirt.ops.quant_kernels import NATIVE
 from tpirt.ops.quant_linear import KernelChoice, MatrixShape, QuantMatrix, linear

@@ -22,8 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from tpirt.dtypes import dtype_name
-from tpirt.ops.native import native_kernels
-from tpirt.ops.native.bindings import Rounded
+from tpirt.ops.native.bindings import Rounded, native_kernels
 from tpirt.ops.quant_matrix import QuantMatrix
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_float, c_int, c_long, c_void_p
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
+
+from tpirt.ops.native.library import load
 
 _SIGNATURES = {
     "tp_round": [c_int, c_void_p, c_long, c_long, c_void_p, c_void_p, c_void_p],
@@ -191,3 +194,13 @@ class NativeKernels:
     def __del__(self) -> None:
         if getattr(self, "_pool", None):
             self._library.tp_pool_free(self._pool)
+
+
+@cache
+def native_kernels(threads: int) -> NativeKernels | None:
+    """The kernels of this machine with a pool of ``threads``; None if there are none.
+
+    The first call in a process finds the library, see :func:`~tpirt.ops.native.library.load`.
+    """
+    native = load()
+    return None if native.path is None else NativeKernels(native.path, native.index, threads)

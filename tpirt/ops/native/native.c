@@ -1,3 +1,4 @@
+#include "cpu.h"
 #include "native.h"
 #include "pool.h"
 
@@ -8,6 +9,14 @@
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
+/* Compilers that take instructions beyond the target's base for single functions. */
+#if defined(__apple_build_version__)
+#define NEON_DOT (__clang_major__ >= 15)
+#elif defined(__clang__)
+#define NEON_DOT (__clang_major__ >= 16)
+#else
+#define NEON_DOT (__GNUC__ >= 10)
+#endif
 #endif
 
 /* Sets the scale of a group of inputs; returns its inverse. NaN tells that one is not finite. */
@@ -59,6 +68,10 @@ static inline float add_lanes(float *lanes)
 #if defined(__x86_64__)
 #include "avx2.inc"
 #include "avx512.inc"
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#define AVX_VNNI
+#include "avxvnni.inc"
+#endif
 #elif defined(__aarch64__)
 #include "neon.inc"
 #endif
@@ -67,10 +80,20 @@ static const kernel_set *const SETS[] = {
     &scalar_set,
 #if defined(__x86_64__)
     &avx2_set,
+#ifdef AVX_VNNI
+    &avxvnni_set,
+#endif
     &avx512_set,
+#elif defined(__aarch64__)
+    &neon_set,
+#if NEON_DOT
+    &dotprod_set,
+    &i8mm_set,
+#endif
 #endif
 };
 
+const kernel_set *native_set(int set) { return SETS[set]; }
 int tp_sets(void) { return sizeof SETS / sizeof *SETS; }
 const char *tp_set_name(int set) { return SETS[set]->name; }
 
@@ -79,14 +102,17 @@ int tp_set_runs(int set)
     const kernel_set *s = SETS[set];
     if (s == &scalar_set) return 1;
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (s == &avx2_set)
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-               __builtin_cpu_supports("f16c");
-    if (s == &avx512_set)
-        return tp_set_runs(1) && __builtin_cpu_supports("avx512f") &&
-               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+    if (s == &avx2_set) return cpu_runs_avx2();
+#ifdef AVX_VNNI
+    if (s == &avxvnni_set) return cpu_runs_avx_vnni();
+#endif
+    if (s == &avx512_set) return cpu_runs_avx512_vnni();
+#elif defined(__aarch64__)
+    if (s == &neon_set) return 1;
+#if NEON_DOT
+    if (s == &dotprod_set) return cpu_runs_dotprod();
+    if (s == &i8mm_set) return cpu_runs_dotprod() && cpu_runs_i8mm();
+#endif
 #endif
     return 0;
 }

@@ -73,3 +73,5 @@ typedef struct {
     void (*append)(const attention *a);
     void (*attend)(const attention *a, long first, long last); /* of the KV heads */
 } kernel_set;
+
+const kernel_set *native_set(int set); /* 0: plain C; better ones follow */

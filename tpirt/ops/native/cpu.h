@@ -1,0 +1,71 @@
+/* What this CPU and its system run.
+ *
+ * Not __builtin_cpu_supports: with zig's runtime library it says no to everything.
+ */
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+
+/* A bit of a register (0 to 3: eax to edx) of a leaf of cpuid. */
+static inline int cpu_bit(unsigned leaf, unsigned subleaf, int reg, int bit)
+{
+    unsigned r[4] = {0};
+    return __get_cpuid_count(leaf, subleaf, &r[0], &r[1], &r[2], &r[3]) && r[reg] >> bit & 1;
+}
+
+/* Whether the system keeps these parts of the registers: XCR0, read only where cpuid allows. */
+static inline int cpu_keeps(uint32_t parts)
+{
+    uint32_t low, high;
+    if (!cpu_bit(1, 0, 2, 27)) return 0; /* OSXSAVE */
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low & parts) == parts;
+}
+
+static inline int cpu_runs_avx2(void)
+{
+    return cpu_keeps(0x06) && cpu_bit(1, 0, 2, 12) /* FMA */ && cpu_bit(1, 0, 2, 29) /* F16C */ &&
+           cpu_bit(7, 0, 1, 5);
+}
+
+static inline int cpu_runs_avx_vnni(void) { return cpu_runs_avx2() && cpu_bit(7, 1, 0, 4); }
+
+/* AVX-512 F, DQ, BW, VL and VNNI. */
+static inline int cpu_runs_avx512_vnni(void)
+{
+    return cpu_runs_avx2() && cpu_keeps(0xe6) && cpu_bit(7, 0, 1, 16) && cpu_bit(7, 0, 1, 17) &&
+           cpu_bit(7, 0, 1, 30) && cpu_bit(7, 0, 1, 31) && cpu_bit(7, 0, 2, 11);
+}
+
+#elif defined(__aarch64__)
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+/* Whether the CPU has a feature: by its name at Apple, by its bit of AT_HWCAP or AT_HWCAP2. */
+static inline int cpu_has(const char *name, unsigned long type, unsigned long bit)
+{
+    (void)name, (void)type, (void)bit;
+#if defined(__APPLE__)
+    int value = 0;
+    size_t size = sizeof value;
+    return !sysctlbyname(name, &value, &size, NULL, 0) && value;
+#elif defined(__linux__)
+    return (getauxval(type) & bit) != 0;
+#else
+    return 0;
+#endif
+}
+
+static inline int cpu_runs_dotprod(void)
+{
+    return cpu_has("hw.optional.arm.FEAT_DotProd", 16, 1ul << 20);
+}
+
+static inline int cpu_runs_i8mm(void) { return cpu_has("hw.optional.arm.FEAT_I8MM", 26, 1ul << 13); }
+#endif

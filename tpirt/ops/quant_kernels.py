@@ -33,6 +33,11 @@ class Kernel(Protocol):
     def name(self) -> str: ...
 
     @property
+    def inputs(self) -> torch.dtype:
+        """The dtype that it works with; x in another one is converted."""
+        ...
+
+    @property
     def works(self) -> bool:
         """Whether this machine has the kernel."""
         ...
@@ -50,6 +55,7 @@ class Native:
     """The kernels in C, with as many threads as torch uses."""
 
     name: ClassVar[str] = "native"
+    inputs: ClassVar[torch.dtype] = torch.float32
 
     @property
     def works(self) -> bool:
@@ -84,6 +90,10 @@ class Dense:
     @property
     def name(self) -> str:
         return f"dense-{dtype_name(self.dtype)}"
+
+    @property
+    def inputs(self) -> torch.dtype:
+        return self.dtype
 
     @property
     def works(self) -> bool:

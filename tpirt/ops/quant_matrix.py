@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from tpirt.ops.buffers import ALIGN
-from tpirt.ops.quant import Scheme
+from tpirt.ops.quant import QuantSpec, Scheme
 from tpirt.ops.quant_regions import matrix_regions, view_regions
 from tpirt.ops.tiles import TILE_ROWS
 
@@ -27,7 +27,7 @@ ROWS_UNIT = 64
 class MatrixShape(NamedTuple):
     """How a matrix is stored, and its shape: the key of a kernel choice."""
 
-    spec: Scheme
+    spec: QuantSpec
     out_features: int
     in_features: int
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tpirt.ops.quant_kernels import KERNELS
+from tpirt.ops.native.bindings import Rounded
+from tpirt.ops.quant_kernels import KERNELS, NATIVE
 from tpirt.ops.quant_matrix import ROWS_UNIT, MatrixShape, QuantMatrix, dequantize
 
 __all__ = ["ROWS_UNIT", "KernelChoice", "MatrixShape", "QuantMatrix", "dequantize", "linear"]
@@ -34,20 +35,22 @@ class KernelChoice:
         return self.rest
 
 
-def linear(x: torch.Tensor, matrix: QuantMatrix, choice: KernelChoice) -> torch.Tensor:
+def linear(x: torch.Tensor | Rounded, matrix: QuantMatrix, choice: KernelChoice) -> torch.Tensor:
     """Return ``x w^T`` for the dequantized weights ``w`` of ``matrix``.
 
     Bits do not depend on the matrix's address. They are equal for the same number of threads; with
     the native kernel for any number, and a row's bits do not depend on the other rows.
 
     Args:
-        x: (T, K), any float dtype.
+        x: (T, K), any float dtype; rounded rows are for the native kernel.
         choice: of kernels that this machine has.
 
     Returns:
-        (T, N) in x's dtype, with the precision of the kernel: 8 bits of inputs
-        (native), bfloat16 or float32 (dense).
+        (T, N) in x's dtype, float32 for rounded rows; with the precision of the kernel: inputs of
+        8 bits (native), bfloat16 or float32 (dense).
     """
+    if isinstance(x, Rounded):
+        return NATIVE.rounded(x, matrix)
     if not (x.shape[0] and matrix.in_features and matrix.out_features):
         return x.new_zeros(x.shape[0], matrix.out_features)
     return KERNELS[choice.kernel(x.shape[0])](x, matrix)

@@ -1,6 +1,7 @@
 #include "pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <time.h>
@@ -146,6 +147,9 @@ void pool_run(pool *p, pool_work *work, void *arg, long count, long step)
     atomic_store(&p->done, 0);
     begin_turn(p, pieces);
     take_pieces(p);
-    while (atomic_load_explicit(&p->done, memory_order_acquire) < pieces) relax();
+    for (int i = 0; atomic_load_explicit(&p->done, memory_order_acquire) < pieces; i++) {
+        if (i < 4096) relax();
+        else sched_yield(); /* a worker's core is busy with something else */
+    }
     pthread_mutex_unlock(&p->callers);
 }

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import xxhash
 
+from tpirt.cache_folder import cache_folder
 from tpirt.errors import StoreError
 from tpirt.ops.buffers import page_buffer, tensor_bytes
 from tpirt.types import Progress, ProgressCallback
-from tpirt.weights.cache_folder import cache_folder
 from tpirt.weights.header import TensorInfo
 
 _READ_BYTES = 4 << 20

@@ -24,15 +24,15 @@ from pathlib import Path
 import torch
 import xxhash
 
+from tpirt.cache_folder import cache_folder, home_cache
 from tpirt.errors import StoreError
+from tpirt.locks import Lock, lock, try_lock
 from tpirt.ops.buffers import page_buffer, tensor_bytes
 from tpirt.sharding.units import Unit
 from tpirt.types import Progress, ProgressCallback, ignore_progress
 from tpirt.units import format_bytes
-from tpirt.weights.cache_folder import cache_folder, home_cache
 from tpirt.weights.files import write_atomically
 from tpirt.weights.layout import file_bytes
-from tpirt.weights.locks import Lock, lock, try_lock
 from tpirt.weights.manifest import (
     FORMAT_VERSION,
     MANIFEST,

@@ -17,11 +17,11 @@ import torch
 import xxhash
 
 from tpirt.errors import StoreError
+from tpirt.locks import lock
 from tpirt.ops.buffers import page_buffer, tensor_bytes
 from tpirt.sharding.units import Unit
 from tpirt.weights.files import sync_file, sync_folder
 from tpirt.weights.layout import block_header, file_bytes
-from tpirt.weights.locks import lock
 from tpirt.weights.manifest import (
     MANIFEST,
     NO_DIGEST,

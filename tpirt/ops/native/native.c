@@ -1,3 +1,4 @@
+#include "cpu.h"
 #include "native.h"
 #include "pool.h"
 
@@ -15,11 +16,6 @@
 #define NEON_DOT (__clang_major__ >= 16)
 #else
 #define NEON_DOT (__GNUC__ >= 10)
-#endif
-#if defined(__APPLE__)
-#include <sys/sysctl.h>
-#elif defined(__linux__)
-#include <sys/auxv.h>
 #endif
 #endif
 
@@ -97,25 +93,7 @@ static const kernel_set *const SETS[] = {
 #endif
 };
 
-#if defined(__aarch64__) && NEON_DOT
-/* Whether the CPU has a feature: by its name at Apple, by its bit of AT_HWCAP or AT_HWCAP2. */
-static int arm_has(const char *name, unsigned long type, unsigned long bit)
-{
-    (void)name, (void)type, (void)bit;
-#if defined(__APPLE__)
-    int value = 0;
-    size_t size = sizeof value;
-    return !sysctlbyname(name, &value, &size, NULL, 0) && value;
-#elif defined(__linux__)
-    return (getauxval(type) & bit) != 0;
-#else
-    return 0;
-#endif
-}
-static int has_dotprod(void) { return arm_has("hw.optional.arm.FEAT_DotProd", 16, 1ul << 20); }
-static int has_i8mm(void) { return arm_has("hw.optional.arm.FEAT_I8MM", 26, 1ul << 13); }
-#endif
-
+const kernel_set *native_set(int set) { return SETS[set]; }
 int tp_sets(void) { return sizeof SETS / sizeof *SETS; }
 const char *tp_set_name(int set) { return SETS[set]->name; }
 
@@ -124,22 +102,16 @@ int tp_set_runs(int set)
     const kernel_set *s = SETS[set];
     if (s == &scalar_set) return 1;
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (s == &avx2_set)
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-               __builtin_cpu_supports("f16c");
+    if (s == &avx2_set) return cpu_runs_avx2();
 #ifdef AVX_VNNI
-    if (s == &avxvnni_set) return tp_set_runs(1) && __builtin_cpu_supports("avxvnni");
+    if (s == &avxvnni_set) return cpu_runs_avx_vnni();
 #endif
-    if (s == &avx512_set)
-        return tp_set_runs(1) && __builtin_cpu_supports("avx512f") &&
-               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+    if (s == &avx512_set) return cpu_runs_avx512_vnni();
 #elif defined(__aarch64__)
     if (s == &neon_set) return 1;
 #if NEON_DOT
-    if (s == &dotprod_set) return has_dotprod();
-    if (s == &i8mm_set) return has_dotprod() && has_i8mm();
+    if (s == &dotprod_set) return cpu_runs_dotprod();
+    if (s == &i8mm_set) return cpu_runs_i8mm();
 #endif
 #endif
     return 0;

@@ -54,3 +54,5 @@ typedef struct {
                    void *out, int half);
     void (*dense8)(const int8_t *codes, long groups, long first, long last, void *out, int half);
 } kernel_set;
+
+const kernel_set *native_set(int set); /* 0: plain C; better ones follow */

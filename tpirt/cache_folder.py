@@ -23,7 +23,7 @@ def cache_folder() -> Path:
     """
     if given := os.environ.get("XDG_CACHE_HOME"):
         return Path(given) / "tpirt"
-    return home_cache() or _temporary_folder()
+    return home_cache() or temporary_folder()
 
 
 def home_cache() -> Path | None:
@@ -36,7 +36,7 @@ def home_cache() -> Path | None:
     return folder if nearest == folder or os.access(nearest, os.W_OK | os.X_OK) else None
 
 
-def _temporary_folder() -> Path:
+def temporary_folder() -> Path:
     """Create a folder that no other user can write to; slices of strangers are not trusted."""
     user = os.getuid() if hasattr(os, "getuid") else "user"
     try:

@@ -257,8 +257,8 @@ static int check_f16(const kernel_set *ours, const kernel_set *plain, uint64_t s
 static int check_fit4(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
 {
     float w[TILE_ROWS * INPUTS];
-    for (long inputs = 31; inputs <= 2 * GROUP; inputs += 33) {
-        const long rows = inputs % 2 ? 7 : TILE_ROWS;
+    for (long rows = 1; rows <= TILE_ROWS; rows += 5) {
+        const long inputs = INPUTS - rows;
         weights_4bit out[2];
         memset(out, 0x5a, sizeof out);
         for (long i = 0; i < rows * inputs; i++) {

@@ -74,7 +74,7 @@ def _parse(entry: dict[str, Any]) -> tuple[MatrixShape, KernelChoice]:
         for name, times in entry["timings_ms"].items()
     }
     names = [*(name for _, name in steps), entry["rest"]]
-    if not isinstance(spec, Scheme) or not all(KERNELS[n].works for n in names):
+    if not isinstance(spec, Scheme) or not all(KERNELS[n].accepts(spec) for n in names):
         raise ValueError(f"{spec}: not all of {names} are kernels of this machine")
     shape = MatrixShape(spec, entry["out_features"], entry["in_features"])
     return shape, KernelChoice(steps, entry["rest"], timings)

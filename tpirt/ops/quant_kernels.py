@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from tpirt.dtypes import dtype_name
 from tpirt.ops.native import native_kernels
+from tpirt.ops.quant import Int4, Int8, Scheme
 from tpirt.ops.quant_matrix import QuantMatrix
 
 
@@ -32,9 +33,8 @@ class Kernel(Protocol):
     @property
     def name(self) -> str: ...
 
-    @property
-    def works(self) -> bool:
-        """Whether this machine has the kernel."""
+    def accepts(self, spec: Scheme) -> bool:
+        """Whether this machine has the kernel, and it reads the scheme's codes."""
         ...
 
     def __call__(self, x: torch.Tensor, matrix: QuantMatrix) -> torch.Tensor:
@@ -51,15 +51,15 @@ class Native:
 
     name: ClassVar[str] = "native"
 
-    @property
-    def works(self) -> bool:
-        return native_kernels(torch.get_num_threads()) is not None
+    def accepts(self, spec: Scheme) -> bool:
+        known = isinstance(spec, Int8 | Int4)
+        return known and native_kernels(torch.get_num_threads()) is not None
 
     def __call__(self, x: torch.Tensor, matrix: QuantMatrix) -> torch.Tensor:
         native = native_kernels(torch.get_num_threads())
         assert native is not None
         blocks, groups, _ = matrix.codes.shape
-        bits = 4 if matrix.codes.dtype is torch.uint8 else 8
+        bits = 4 if isinstance(matrix.spec, Int4) else 8
         out = native.product(bits, matrix.pointers, blocks, groups, x.float().contiguous())
         if out.shape[1] != matrix.out_features:
             out = out[:, : matrix.out_features]
@@ -79,8 +79,7 @@ class Dense:
     def name(self) -> str:
         return f"dense-{dtype_name(self.dtype)}"
 
-    @property
-    def works(self) -> bool:
+    def accepts(self, spec: Scheme) -> bool:
         return True
 
     def __call__(self, x: torch.Tensor, matrix: QuantMatrix) -> torch.Tensor:

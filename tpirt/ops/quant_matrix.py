@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from tpirt.ops.buffers import ALIGN
+from tpirt.ops.buffers import ALIGN, round_up
 from tpirt.ops.quant import Scheme
 from tpirt.ops.quant_regions import matrix_regions, view_regions
 from tpirt.ops.tiles import TILE_ROWS
@@ -61,7 +61,7 @@ class QuantMatrix:
     @cached_property
     def height(self) -> int:
         """N, rounded up to whole tiles."""
-        return len(self.codes) * TILE_ROWS
+        return round_up(self.out_features, TILE_ROWS)
 
     @cached_property
     def shape(self) -> MatrixShape:

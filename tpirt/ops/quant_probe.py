@@ -56,7 +56,9 @@ def _probe(spec: Scheme, out_features: int, in_features: int) -> KernelChoice:
         return scale * _time_ms(lambda: linear(x, matrix, KernelChoice((), name)))
 
     dense = min((kernel.name for kernel in DENSE), key=lambda name: measure(name, 32))
-    others = [name for name, kernel in KERNELS.items() if kernel not in DENSE and kernel.works]
+    others = [
+        name for name, kernel in KERNELS.items() if kernel not in DENSE and kernel.accepts(spec)
+    ]
     return choose_by_time(
         {name: {n: measure(name, n) for n in _PROBED_ROWS} for name in (*others, dense)}, dense
     )

@@ -79,7 +79,7 @@ def _parse(entry: dict[str, Any]) -> tuple[MatrixShape, KernelChoice]:
     }
     names = [*(name for _, name in steps), entry["rest"]]
     known = KERNELS if isinstance(spec, Scheme) else PLAIN_KERNELS
-    if not all(known[n].works for n in names):
+    if not all(known[n].accepts(spec) for n in names):
         raise ValueError(f"{spec}: not all of {names} are kernels of this machine")
     shape = MatrixShape(spec, entry["out_features"], entry["in_features"])
     return shape, KernelChoice(steps, entry["rest"], timings)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from tpirt.ops.native.bindings import native_kernels
+from tpirt.ops.quant import QuantSpec
 from tpirt.ops.quant_matrix import PIECE_ELEMENTS
 
 
@@ -27,8 +28,7 @@ class NativeHalf:
     name: ClassVar[str] = "native-bfloat16"
     inputs: ClassVar[torch.dtype] = torch.float32
 
-    @property
-    def works(self) -> bool:
+    def accepts(self, spec: QuantSpec) -> bool:
         """See :class:`tpirt.ops.quant_kernels.Kernel`."""
         return native_kernels(torch.get_num_threads()) is not None
 
@@ -45,7 +45,10 @@ class TorchHalf:
 
     name: ClassVar[str] = "torch-bfloat16"
     inputs: ClassVar[torch.dtype] = torch.bfloat16
-    works: ClassVar[bool] = True
+
+    def accepts(self, spec: QuantSpec) -> bool:
+        """See :class:`tpirt.ops.quant_kernels.Kernel`."""
+        return True
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return (T, N) bfloat16."""
@@ -58,7 +61,10 @@ class Widened:
 
     name: ClassVar[str] = "widened-float32"
     inputs: ClassVar[torch.dtype] = torch.float32
-    works: ClassVar[bool] = True
+
+    def accepts(self, spec: QuantSpec) -> bool:
+        """See :class:`tpirt.ops.quant_kernels.Kernel`."""
+        return True
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return (T, N) float32."""

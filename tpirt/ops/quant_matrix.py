@@ -61,7 +61,7 @@ class QuantMatrix:
     @cached_property
     def height(self) -> int:
         """N, rounded up to whole tiles."""
-        return len(self.codes) * TILE_ROWS
+        return round_up(self.out_features, TILE_ROWS)
 
     @cached_property
     def shape(self) -> MatrixShape:

@@ -60,7 +60,7 @@ def _probe(spec: QuantSpec, out_features: int, in_features: int) -> KernelChoice
         return scale * _time_ms(lambda: linear(x, weight, KernelChoice((), name)))
 
     dense = min((kernel.name for kernel in many), key=lambda name: measure(name, 32))
-    names = [kernel.name for kernel in few if kernel.works] + [dense]
+    names = [kernel.name for kernel in few if kernel.accepts(spec)] + [dense]
     return choose_by_time(
         {name: {n: measure(name, n) for n in _PROBED_ROWS} for name in names}, dense
     )

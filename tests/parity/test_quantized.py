@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tpirt.batch import DEFAULT_COLLECTIVE
 from tpirt.cluster.collective_policy import CollectivePolicy
 from tpirt.ops.buffers import page_buffer
-from tpirt.ops.native import native_kernels
+from tpirt.ops.native.bindings import native_kernels
 from tpirt.ops.quant import Int8, QuantSpec, Scheme
 from tpirt.ops.quant_linear import QuantMatrix, dequantize
 from tpirt.ops.quant_regions import matrix_regions, regions_nbytes, view_regions

@@ -1,6 +1,7 @@
 #include "pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <time.h>
@@ -77,7 +78,7 @@ static unsigned await_turn(pool *p, unsigned seen)
     } while (now_ns() < until);
     pthread_mutex_lock(&p->mutex);
     atomic_fetch_add(&p->sleeping, 1);
-    while ((turn = number_of(atomic_load(&p->turn))) == seen)
+    while ((turn = number_of(atomic_load(&p->turn))) == seen && !atomic_load(&p->ended))
         pthread_cond_wait(&p->started, &p->mutex);
     atomic_fetch_sub(&p->sleeping, 1);
     pthread_mutex_unlock(&p->mutex);
@@ -138,7 +139,8 @@ int pool_threads(const pool *p) { return p->threads; }
 void pool_run(pool *p, pool_work *work, void *arg, long count, long step)
 {
     if (p->threads == 1 || count <= step || pthread_mutex_trylock(&p->callers)) {
-        work(arg, 0, count);
+        for (long first = 0; first < count; first += step)
+            work(arg, first, count - first < step ? count : first + step);
         return;
     }
     const long pieces = (count + step - 1) / step;
@@ -146,6 +148,9 @@ void pool_run(pool *p, pool_work *work, void *arg, long count, long step)
     atomic_store(&p->done, 0);
     begin_turn(p, pieces);
     take_pieces(p);
-    while (atomic_load_explicit(&p->done, memory_order_acquire) < pieces) relax();
+    /* A worker that has a piece may have lost its core, and be waiting for this one. */
+    for (int spins = 1; atomic_load_explicit(&p->done, memory_order_acquire) < pieces; spins++)
+        if (spins % 4096) relax();
+        else sched_yield();
     pthread_mutex_unlock(&p->callers);
 }

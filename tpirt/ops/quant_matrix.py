@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from tpirt.ops.buffers import ALIGN
+from tpirt.ops.buffers import ALIGN, round_up
 from tpirt.ops.quant import QuantSpec, Scheme
 from tpirt.ops.quant_regions import matrix_regions, view_regions
 from tpirt.ops.tiles import TILE_ROWS

@@ -1,8 +1,8 @@
 """Quantized weights on the main path: streamed equals resident, and both equal what they stand for.
 
 The oracle is the same model with its projections replaced by what the codes and scales stand for,
-run in float32: quantization itself loses much, but running it must lose nothing more in float32, and
-no more than rounding of inputs in bfloat16.
+run in float32: quantization itself loses much, but running it must lose nothing more in float32,
+and no more than rounding of inputs in bfloat16.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tpirt.batch import DEFAULT_COLLECTIVE
 from tpirt.cluster.collective_policy import CollectivePolicy
 from tpirt.ops.buffers import page_buffer
-from tpirt.ops.native import native_kernels
+from tpirt.ops.native.bindings import native_kernels
 from tpirt.ops.quant import Int8, QuantSpec, Scheme
 from tpirt.ops.quant_linear import QuantMatrix, dequantize
 from tpirt.ops.quant_regions import matrix_regions, regions_nbytes, view_regions

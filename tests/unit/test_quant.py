@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tpirt.errors import CheckpointError, ConfigError
 from tpirt.ops import quant, quant_kernels, quant_probe, quant_rounding
 from tpirt.ops.buffers import ALIGN, page_buffer
-from tpirt.ops.native import native_kernels
+from tpirt.ops.native.bindings import native_kernels
 from tpirt.ops.quant import AS_THEY_ARE, Int4, Int8, QuantSpec, Scheme
 from tpirt.ops.quant_kernels import DENSE, KERNELS
 from tpirt.ops.quant_linear import ROWS_UNIT, KernelChoice, QuantMatrix, dequantize, linear
@@ -828,7 +828,7 @@ def test_without_native_kernels_everything_still_works(
 
 
 def test_native_kernels_can_be_switched_off() -> None:
-    code = "from tpirt.ops.native import native_kernels; print(native_kernels(1))"
+    code = "from tpirt.ops.native.bindings import native_kernels; print(native_kernels(1))"
     env = os.environ | {"TPIRT_NATIVE": "off"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "None", done.stderr

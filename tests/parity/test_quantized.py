@@ -1,8 +1,8 @@
 """Quantized weights on the main path: streamed equals resident, and both equal what they stand for.
 
 The oracle is the same model with its projections replaced by what the codes and scales stand for,
-run in float32: quantization itself loses much, but running it must lose nothing more in float32, and
-no more than rounding of inputs in bfloat16.
+run in float32: quantization itself loses much, but running it must lose nothing more in float32,
+and no more than rounding of inputs in bfloat16.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.nightly import nightly
 from tpirt.errors import CheckpointError, ConfigError
 from tpirt.ops import quant_kernels, quant_layout, quant_probe, quant_rounding
 from tpirt.ops.buffers import ALIGN, page_buffer
@@ -632,7 +633,7 @@ print(layout.name)
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names x86 vectors")
 @pytest.mark.parametrize(
-    ("capability", "name"), [("avx2", "int4-32-halves"), ("default", "int4-32-pairs")]
+    ("capability", "name"), [("avx2", "int4-32-halves"), nightly("default", "int4-32-pairs")]
 )
 def test_lesser_cpus_have_layouts_of_their_own(capability: str, name: str) -> None:
     env = os.environ | {"ATEN_CPU_CAPABILITY": capability}

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.nightly import nightly
 from tpirt.cluster import machine
 from tpirt.cluster.rank import RankRuntime
 from tpirt.cluster.roster import machines
@@ -189,8 +190,8 @@ def test_too_little_free_memory_is_named(config: ModelConfig) -> None:
     ("world_size", "options"),
     [
         (1, {}),
-        (1, {"dtype": "bfloat16", "chunk_tokens": 40}),
-        (2, {"window": 3, "chunk_tokens": 64}),
+        nightly(1, {"dtype": "bfloat16", "chunk_tokens": 40}),
+        nightly(2, {"window": 3, "chunk_tokens": 64}),
         (3, {"ratio": [4.0, 1.0, 2.0]}),
         (4, {"quantize": "int8", "chunk_tokens": 256}),
     ],

@@ -83,10 +83,8 @@ async def connected(
 def unit_sizes(
     model: Path, world: int, rank: int, quantize: str, ratio: Sequence[float] | None = None
 ) -> dict[str, int]:
-    from tpirt.cluster.machine import int4_layout
-
     config = ModelConfig.from_dir(model)
-    form = WeightFormat(torch.float32, QuantSpec.parse(quantize), int4_layout())
+    form = WeightFormat(torch.float32, QuantSpec.parse(quantize))
     with Checkpoint.open(model) as checkpoint:
         spec = SliceMaker(checkpoint, config, form).spec(
             make_partition(config, world, ratio).shards[rank]
@@ -95,7 +93,7 @@ def unit_sizes(
 
 
 @pytest.mark.parametrize(
-    "quantize", ["none", pytest.param("int8", marks=pytest.mark.nightly), "int4:32"]
+    "quantize", ["none", pytest.param("int8", marks=pytest.mark.nightly), "int4"]
 )
 async def test_bytes_sent_are_those_of_the_units_lacked(
     wide: Path, tmp_path: Path, quantize: str

@@ -25,7 +25,6 @@ from tpirt.chat.prompt import CommandCompleter, clean, history_file, open_histor
 from tpirt.chat.reader import PlainReader
 from tpirt.chat.status import peers_table
 from tpirt.config import ModelConfig
-from tpirt.ops.quant_layout import PORTABLE_LAYOUT
 from tpirt.planning import Deployment, PeerProfile, PlanOptions, plan
 from tpirt.testing.models import make_model
 from tpirt.weights.shapes import find_shape
@@ -147,8 +146,7 @@ def load_plan(
 ) -> Deployment:
     config = ModelConfig.from_dir(make_model(path, num_attention_heads=16, num_key_value_heads=4))
     peers = [
-        PeerProfile(r, f"pi\x1b{r}", f"host{r}", None, None, 1, 1, False, PORTABLE_LAYOUT)
-        for r in range(ranks)
+        PeerProfile(r, f"pi\x1b{r}", f"host{r}", None, None, 1, 1, False) for r in range(ranks)
     ]
     options = PlanOptions(
         window=window, memory_bytes=memory_bytes, dtype="float32", chunk_tokens=16
@@ -174,13 +172,13 @@ def test_plan_of_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("quantize", "end"),
     [
-        ("int4", "(as asked), weights in int4:64"),
+        ("int4", "(as asked), weights in int4"),
         ("auto", "weights in float32 (all weights fit in memory)"),
     ],
 )
 def test_quantization_is_shown_with_its_reason(tmp_path: Path, quantize: str, end: str) -> None:
     config = ModelConfig.from_dir(make_model(tmp_path))
-    peer = PeerProfile(0, "pi", "host", None, None, 1, 1, False, PORTABLE_LAYOUT)
+    peer = PeerProfile(0, "pi", "host", None, None, 1, 1, False)
     options = PlanOptions(quantize=quantize, dtype="float32")
     assert plan_lines(plan(config, [peer], options))[-1].endswith(end)
 
@@ -193,10 +191,7 @@ def test_plan_of_many_is_cut(tmp_path: Path) -> None:
 
 def test_advice_tells_the_disk_space_of_this_machines_slices(tmp_path: Path) -> None:
     config = ModelConfig.from_hf(find_shape("llama-3.1-8b"))
-    peers = [
-        PeerProfile(r, f"pi{r}", f"host{r}", 4 << 30, None, 1, 1, True, PORTABLE_LAYOUT)
-        for r in range(2)
-    ]
+    peers = [PeerProfile(r, f"pi{r}", f"host{r}", 4 << 30, None, 1, 1, True) for r in range(2)]
     short, enough = (plan(config, peers, PlanOptions(quantize=q)) for q in ("none", "int4"))
     store = tmp_path / "not" / "there" / "yet"
     out = io.StringIO()

@@ -18,7 +18,6 @@ from tpirt.collectives.cost_model import Machine
 from tpirt.config import ModelConfig
 from tpirt.engine import Engine, EngineOptions
 from tpirt.errors import ConfigError, MemoryLimitError
-from tpirt.ops.quant_layout import PORTABLE_LAYOUT
 from tpirt.planning import PeerProfile, PlanOptions, advise, plan, plan_model
 from tpirt.planning.memory import PROCESS_BYTES, SLACK_BYTES
 from tpirt.testing.cluster import memory_engine
@@ -38,7 +37,7 @@ SIZES = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
 
 
 def profile(rank: int = 0, **changes: Any) -> PeerProfile:
-    peer = PeerProfile(rank, f"pi{rank}", f"host{rank}", None, None, 1, 1, False, PORTABLE_LAYOUT)
+    peer = PeerProfile(rank, f"pi{rank}", f"host{rank}", None, None, 1, 1, False)
     return replace(peer, **changes)
 
 
@@ -320,8 +319,8 @@ def llama(name: str) -> ModelConfig:
         (None, "none", "all weights fit in memory"),
         (16, "none", "all weights fit in memory"),
         (9, "int8", "14 GiB in bfloat16 do not fit rank 0"),
-        (6, "int4:64", "7 GiB in int8 do not fit rank 0"),
-        (3, "int4:64", "the smallest, yet 4.15 GiB in int4:64 do not fit rank 0"),
+        (6, "int4", "7 GiB in int8 do not fit rank 0"),
+        (3, "int4", "the smallest, yet 4.15 GiB in int4 do not fit rank 0"),
     ],
 )
 def test_auto_takes_the_first_quantization_that_fits(

@@ -15,6 +15,7 @@ from tpirt.cli.options import (
     add_parser,
     add_ratio_option,
     count,
+    noted,
 )
 from tpirt.terminal import table, width
 from tpirt.units import format_bytes
@@ -51,8 +52,10 @@ def add_command(commands: Commands) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from tpirt.chat.progress import ConsoleProgress
     from tpirt.cluster.roster import this_peer
     from tpirt.engine.model import BUNDLED_MODEL
+    from tpirt.ops.native.library import load
     from tpirt.planning import PlanOptions, plan_model
     from tpirt.weights.hub import find_model, model_name
 
@@ -75,6 +78,9 @@ def _run(arguments: argparse.Namespace) -> None:
         f"quantized: {plan.ranks[0].form.quant}"
     )
     window = f"window {arguments.window} blocks" if arguments.window else "all resident"
+    with ConsoleProgress() as progress, noted(progress):
+        native = load()
+    print(native.summary)
     print(f"memory per rank: {window}, context {context} tokens\n")
     rows = [_HEAD, *(_row(rank, context) for rank in plan.ranks)]
     print("\n".join(table(rows, left=0, columns=width(sys.stdout))))

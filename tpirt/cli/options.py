@@ -321,12 +321,13 @@ def run_async(main: Coroutine[Any, Any, None]) -> None:
 
 def _show_plan(arguments: argparse.Namespace, plan: Deployment) -> None:
     from tpirt.chat.plan_view import show_advice, show_plan
+    from tpirt.ops.native.library import load
 
     if not arguments.quiet:
         show_plan(plan, sys.stderr)
         show_advice(plan, _store(arguments), sys.stderr)
     if arguments.explain:
-        print("\n".join(plan.explain()), file=sys.stderr)
+        print("\n".join([*plan.explain(), load().summary]), file=sys.stderr)
 
 
 def _store(arguments: argparse.Namespace) -> Path | None:

@@ -20,24 +20,25 @@ What a micro-batch does, on every rank::
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 
 from tpirt.batch import Batch
 from tpirt.cancellation import finish
 from tpirt.collectives.base import Communicator
 from tpirt.collectives.context import StepContext
 from tpirt.config import ModelConfig
+from tpirt.model.attention import Heads, Turn, wanted_rows
 from tpirt.model.kv_store import KVStore
 from tpirt.model.pipeline import Pipeline, WeightSource
-from tpirt.ops.nn import ACTIVATIONS, attention, gated_mlp, rms_norm
-from tpirt.ops.quant_linear import ROWS_UNIT, KernelChoice, MatrixShape, QuantMatrix, linear
-from tpirt.ops.rope import RotaryEmbedding, rotate
+from tpirt.model.products import Products
+from tpirt.ops.native.bindings import Rounded
+from tpirt.ops.quant_linear import ROWS_UNIT, KernelChoice, MatrixShape
+from tpirt.ops.rope import RotaryEmbedding
 from tpirt.sharding.partition import Shard, Span
 from tpirt.sharding.program import Program
 from tpirt.stopwatch import COMPUTE, Recorder
@@ -57,7 +58,7 @@ class _Part:
     Attributes:
         index: 0 or 1.
         hidden: (T, H) float32, the residual stream; after the last attention only wanted rows.
-        cos, sin: rotation of the rows' positions.
+        turn: rotation by the rows' positions.
         pipeline: shared with the other micro-batch.
         alone: whether there is no other micro-batch.
     """
@@ -66,8 +67,7 @@ class _Part:
     step: StepContext
     batch: Batch
     hidden: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
+    turn: Turn
     pipeline: Pipeline
     alone: bool
 
@@ -93,13 +93,11 @@ class Decoder:
         self._dtype = dtype
         self._weights = weights
         self._comm = comm
-        self._kernels = kernels
-        self._rotary = RotaryEmbedding(config, dtype)
-        self._queries, self._keys = shard.q_heads.size, shard.kv_heads.size
-        self._groups = _group_sizes(config, shard)
+        self._rotary = RotaryEmbedding(config)
+        self._heads = Heads(config, shard, self.kv, dtype)
+        self._products = Products(config, kernels)
         self._mlp_rows = 2 * shard.columns.size  # of gate and up together
         self._mlp_cut = self._mlp_rows * 3 // 4 // ROWS_UNIT * ROWS_UNIT
-        self._activation = ACTIVATIONS[config.hidden_act]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tpirt-compute")
 
     async def forward(self, hidden: torch.Tensor, step: StepContext) -> torch.Tensor | None:
@@ -145,7 +143,8 @@ class Decoder:
         Returns:
             (T, V) float32.
         """
-        x, pieces = hidden, []
+        x: torch.Tensor | Rounded = hidden
+        pieces = []
         for block in self._program.head:
             weights = await self._weights.acquire(block)
             try:
@@ -171,12 +170,16 @@ class Decoder:
                 step,
                 batch,
                 rows[index],
-                *self._rotary.tables(batch.segments),
+                self._turn(batch),
                 pipeline,
                 len(batches) == 1,
             )
             for index, batch in enumerate(batches)
         ]
+
+    def _turn(self, batch: Batch) -> Turn:
+        cos, sin = self._rotary.tables(batch.segments)
+        return Turn(cos, sin, (cos.to(self._dtype), sin.to(self._dtype)))
 
     async def _run(self, part: _Part) -> torch.Tensor:
         """Run a micro-batch through all layers; returns its last partial sum."""
@@ -206,7 +209,8 @@ class Decoder:
     async def _mlp(self, part: _Part, blocks: tuple[int, ...]) -> torch.Tensor:
         """At least two stages if there are two micro-batches: see :class:`Pipeline`."""
         if len(blocks) > 1:
-            x, total = part.hidden, None
+            x: torch.Tensor | Rounded = part.hidden
+            total: torch.Tensor | None = None
             for block in blocks:
                 x, total = await self._stage(part, block, self._mlp_piece, x, total)
             assert total is not None
@@ -238,103 +242,62 @@ class Decoder:
     # -- computation -----------------------------------------------------------------------
 
     def _attention(self, w: Weights, part: _Part, layer: int) -> torch.Tensor:
-        config = self.config
-        x = self._normed(w, part.hidden)
-        qkv = self._project(x, w, "qkv_proj")  # (T, (Q + 2 K) D)
-        heads = qkv.view(len(x), -1, config.head_dim).transpose(0, 1)  # (Q + 2 K, T, D)
-        queries, keys = self._queries, self._keys
-        turning, v = torch.split(heads, [queries + keys, keys])  # queries and keys, then values
-        if config.qk_norm:
-            q, k = torch.split(turning, [queries, keys])
-            q = _norm(w, q, "q_norm", config.rms_norm_eps)
-            k = _norm(w, k, "k_norm", config.rms_norm_eps)
-            turning = torch.cat((q, k)).to(self._dtype)
-        q, k = torch.split(rotate(turning, part.cos, part.sin), [queries, keys])
-        if layer == config.num_hidden_layers - 1:
+        products = self._products
+        x = products.normed(w, part.hidden, "qkv_proj")
+        qkv = products.project(x, w, "qkv_proj")  # (T, (Q + 2 K) D)
+        if layer == self.config.num_hidden_layers - 1:
             # All tokens' keys and values are cached. From here on, only the wanted rows matter:
             # their queries, the residual stream that their sums are added to, the last MLP.
-            part.hidden = _rows(part.hidden, part.batch.wanted_rows)
-        out = self._attend(part.batch, layer, q, k, v)  # (Q, T, D)
-        if not out.shape[1]:
+            part.hidden = wanted_rows(part.hidden, part.batch)
+        out = self._heads.attend(w, qkv, part.batch, part.turn, layer)  # (T, Q D)
+        if not len(out):
             return part.hidden  # no rows: nothing to sum
-        flat = out.transpose(0, 1).reshape(len(part.hidden), -1)  # (T, Q D)
-        return self._project(flat, w, "o_proj")
-
-    def _attend(
-        self, batch: Batch, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
-        """Attend within each sequence; in the last layer for the wanted rows only."""
-        last = layer == self.config.num_hidden_layers - 1
-        window = self.config.sliding_windows[layer]
-        if len(batch.segments) == 1 and batch.num_logits == batch.tokens:  # a decoded token
-            keys, values = self.kv.append(layer, batch.segments[0], k, v)
-            return attention(q, keys, values, self._groups, window)
-        outs = []
-        for segment, rows in zip(batch.segments, batch.rows, strict=True):
-            own = slice(rows.start, rows.stop)
-            keys, values = self.kv.append(layer, segment, k[:, own], v[:, own])
-            first = rows.stop - segment.num_logits if last else rows.start
-            if first < rows.stop:
-                queries = q[:, first : rows.stop]
-                outs.append(attention(queries, keys, values, self._groups, window))
-        if len(outs) == 1:
-            return outs[0]
-        return torch.cat(outs, dim=1) if outs else q[:, :0]
+        return products.project(out, w, "o_proj")
 
     def _mlp_whole(self, w: Weights, hidden: torch.Tensor) -> torch.Tensor:
-        gate_up = self._project(self._normed(w, hidden), w, "gate_up_proj")  # (T, 2 I)
-        return self._project(gated_mlp(gate_up, self._activation), w, "down_proj")
+        products = self._products
+        x = products.normed(w, hidden, "gate_up_proj")
+        gate_up = products.project(x, w, "gate_up_proj")  # (T, 2 I)
+        return self._down(w, gate_up)
 
     def _mlp_piece(
-        self, w: Weights, x: torch.Tensor, total: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, w: Weights, x: torch.Tensor | Rounded, total: torch.Tensor | None
+    ) -> tuple[torch.Tensor | Rounded, torch.Tensor]:
         """Add the result of some columns to ``total``, float32; the first one normalises ``x``."""
         if total is None:
-            x = self._normed(w, x)
-        gate_up = self._project(x, w, "gate_up_proj")
-        out = self._project(gated_mlp(gate_up, self._activation), w, "down_proj")
+            assert isinstance(x, torch.Tensor)
+            x = self._products.normed(w, x, "gate_up_proj")
+        out = self._down(w, self._products.project(x, w, "gate_up_proj"))
         return x, out.float() if total is None else total.add_(out)
 
-    def _mlp_begin(self, w: Weights, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _mlp_begin(
+        self, w: Weights, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor | Rounded, torch.Tensor]:
         """About half of an MLP's work: three quarters of the first of two products.
 
         An MLP of one block is two stages where there are two micro-batches: while one of them sums
         its attention, the other computes half an MLP; see :class:`Pipeline`. The first product has
         two thirds of the MLP's weights, so three quarters of it are half of the whole.
         """
-        x = self._normed(w, hidden)
-        return x, self._project(x, w, "gate_up_proj", Span(0, self._mlp_cut))
+        x = self._products.normed(w, hidden, "gate_up_proj")
+        return x, self._products.project(x, w, "gate_up_proj", Span(0, self._mlp_cut))
 
-    def _mlp_end(self, w: Weights, x: torch.Tensor, begun: torch.Tensor) -> torch.Tensor:
+    def _mlp_end(self, w: Weights, x: torch.Tensor | Rounded, begun: torch.Tensor) -> torch.Tensor:
         """The other half: the remaining columns of gate and up, the activation, down."""
-        rest = self._project(x, w, "gate_up_proj", Span(self._mlp_cut, self._mlp_rows))
-        gate_up = torch.cat((begun, rest), dim=1)
-        return self._project(gated_mlp(gate_up, self._activation), w, "down_proj")
+        rest = self._products.project(x, w, "gate_up_proj", Span(self._mlp_cut, self._mlp_rows))
+        return self._down(w, torch.cat((begun, rest), dim=1))
 
-    def _head(self, w: Weights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _down(self, w: Weights, gate_up: torch.Tensor) -> torch.Tensor:
+        return self._products.project(self._products.gated(w, gate_up, "down_proj"), w, "down_proj")
+
+    def _head(
+        self, w: Weights, x: torch.Tensor | Rounded
+    ) -> tuple[torch.Tensor | Rounded, torch.Tensor]:
         """Logits of a part of the vocabulary; the first piece normalises ``x``."""
         if "norm.weight" in w:
-            x = self._normed(w, x)
-        return x, self._project(x, w, "lm_head").float()
-
-    def _normed(self, w: Weights, x: torch.Tensor) -> torch.Tensor:
-        return _norm(w, x, "norm", self.config.rms_norm_eps).to(self._dtype)
-
-    def _project(
-        self, x: torch.Tensor, w: Weights, name: str, rows: Span | None = None
-    ) -> torch.Tensor:
-        """``x W^T + b`` for plain or quantized weights, in x's dtype.
-
-        ``rows``, which begin at a multiple of ``ROWS_UNIT``, selects outputs.
-        """
-        weight, bias = w[f"{name}.weight"], _plain(w, f"{name}.bias")
-        if rows is not None and bias is not None:
-            bias = bias[slice(*rows)]
-        if isinstance(weight, torch.Tensor):
-            return F.linear(x, weight if rows is None else weight[slice(*rows)], bias)
-        kernel = self._kernels[weight.shape]
-        out = linear(x, weight if rows is None else weight.part(*rows), kernel)
-        return out if bias is None else out.add_(bias)
+            assert isinstance(x, torch.Tensor)
+            x = self._products.normed(w, x, "lm_head")
+        return x, self._products.project(x, w, "lm_head").float()
 
 
 async def _all(step: StepContext, runs: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
@@ -350,36 +313,6 @@ async def _all(step: StepContext, runs: Iterable[Coroutine[Any, Any, _T]]) -> li
     return cast("list[_T]", results)
 
 
-def _rows(x: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
-    """Select rows of ``x``, ascending; a view if they are contiguous."""
-    if not wanted:
-        return x[:0]
-    first, stop = wanted[0], wanted[-1] + 1
-    return x[first:stop] if stop - first == len(wanted) else x[list(wanted)]
-
-
 def _joined(rows: list[torch.Tensor]) -> torch.Tensor:
     filled = [part for part in rows if len(part)] or rows[:1]
     return filled[0] if len(filled) == 1 else torch.cat(filled)
-
-
-def _plain(w: Weights, name: str) -> torch.Tensor | None:
-    """A tensor that is never quantized (norm or bias); None if the block lacks it."""
-    tensor = w.get(name)
-    assert not isinstance(tensor, QuantMatrix)
-    return tensor
-
-
-def _norm(w: Weights, x: torch.Tensor, name: str, eps: float) -> torch.Tensor:
-    weight = _plain(w, f"{name}.weight")
-    assert weight is not None
-    return rms_norm(x, weight, eps)
-
-
-def _group_sizes(config: ModelConfig, shard: Shard) -> list[int]:
-    """Number of local query heads per local KV head."""
-    group = config.num_attention_heads // config.num_key_value_heads
-    sizes = [0] * shard.kv_heads.size
-    for head in range(*shard.q_heads):
-        sizes[head // group - shard.kv_heads.start] += 1
-    return sizes

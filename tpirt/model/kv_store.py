@@ -85,6 +85,10 @@ class KVStore:
         all_values[:, start:end] = values
         return all_keys[:, :end], all_values[:, :end]
 
+    def layer(self, layer: int, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
+        """The buffers of a segment's sequence, (K, capacity, D), to append to in place."""
+        return self._slots[segment.slot].layers[layer]
+
     def commit(self, segments: Iterable[Segment]) -> None:
         """Commit the segments' positions after all layers have appended them."""
         for segment in segments:

@@ -24,7 +24,7 @@ import torch
 
 from tpirt.errors import ConfigError
 from tpirt.ops.buffers import Region, round_up
-from tpirt.ops.native import native_kernels
+from tpirt.ops.native.bindings import native_kernels
 from tpirt.ops.quant_rounding import Workspace, check_weights, int4_tiles, round_int8
 from tpirt.ops.quant_units import Int4Units, Int8Units, MatrixUnits
 from tpirt.ops.quant_words import split_words, to_words

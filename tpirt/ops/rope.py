@@ -58,14 +58,13 @@ def _llama3(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
 class RotaryEmbedding:
     """Rotation angles for the rows of a batch."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig):
         self._config = config
-        self._dtype = dtype
         self._dynamic = config.rope.kind == "dynamic"
         self._frequencies = inverse_frequencies(config, 0)
 
     def tables(self, segments: Iterable[Segment]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cos and signed sin for the segments' rows in order, each (T, D).
+        """Return cos and signed sin for the segments' rows in order, each (T, D) float32.
 
         The first half of sin is negated, so that :func:`rotate` need not negate.
         """
@@ -73,8 +72,8 @@ class RotaryEmbedding:
         turn = angles[0] if len(angles) == 1 else torch.cat(angles)
         cos, sin = turn.cos(), turn.sin()
         return (
-            torch.cat((cos, cos), dim=-1).to(self._dtype),
-            torch.cat((-sin, sin), dim=-1).to(self._dtype),
+            torch.cat((cos, cos), dim=-1),
+            torch.cat((-sin, sin), dim=-1),
         )
 
     def _angles(self, segment: Segment) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch
 from tpirt.cluster.launcher import READY_PREFIX
 from tpirt.cluster.machine import host_name, share_one_arena
 from tpirt.cluster.worker import Worker
+from tpirt.ops.native.library import load
 from tpirt.peer.logs import logged
 from tpirt.refusals import raise_open_files
 from tpirt.transport.address import Address
@@ -52,6 +53,7 @@ async def run_peer(options: PeerOptions) -> None:
     """
     share_one_arena()
     with logged(logging.WARNING if options.quiet else logging.INFO):
+        await asyncio.to_thread(load)  # may compile it: not while a master waits
         await _run(options)
 
 

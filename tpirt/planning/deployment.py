@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from tpirt.config import ModelConfig
 from tpirt.errors import ConfigError, MemoryLimitError
+from tpirt.ops.quant import AS_THEY_ARE
 from tpirt.planning.dtype import ChosenDtype, choose_dtype
 from tpirt.planning.memory import (
     PROCESS_BYTES,
@@ -209,7 +210,8 @@ def plan(
         )
     ]
     quant = choose_quant(options.quantize, budgets)
-    budgets = [budget.quantized(quant.spec) for budget in budgets]
+    dtype = choose_dtype(config, options.dtype, peers, quantized=quant.spec != AS_THEY_ARE)
+    budgets = [budget.stored(WeightFormat(dtype.dtype, quant.spec)) for budget in budgets]
     chunk = options.chunk_tokens or min(budget.chunk_tokens() for budget in budgets)
     chunk = min(chunk, context)
     budgets = [replace(b, limits=replace(b.limits, chunk_tokens=chunk)) for b in budgets]

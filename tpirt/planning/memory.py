@@ -123,9 +123,12 @@ class MemoryBudget:
 
     def quantized(self, quant: QuantSpec) -> MemoryBudget:
         """The budget of the same rank with other weights."""
-        if quant == self.form.quant:
+        return self.stored(replace(self.form, quant=quant))
+
+    def stored(self, form: WeightFormat) -> MemoryBudget:
+        """The budget of the same rank with weights in another format."""
+        if form == self.form:
             return self
-        form = replace(self.form, quant=quant)
         return self.of(self.config, self.shard, self.world_size, form, self.base_bytes, self.limits)
 
     @property

@@ -6,19 +6,85 @@ Axes: T tokens, N rows, Np N rounded up to 16, K inputs, Kp K rounded up to 32, 
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_int, c_long, c_void_p
+from ctypes import c_float, c_int, c_long, c_void_p
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 
+from tpirt.ops.native.library import load
+
 _SIGNATURES = {
     "tp_round": [c_int, c_void_p, c_long, c_long, c_void_p, c_void_p, c_void_p],
+    "tp_norm": [c_int, c_void_p, c_void_p, c_float, c_long, c_long, *[c_void_p] * 3],
+    "tp_gate": [c_int, c_void_p, c_long, c_long, *[c_void_p] * 3],
+    "tp_attend": [c_int, c_void_p, c_void_p],
     "tp_q4": [c_int, *[c_void_p] * 3, c_long, c_long, *[c_void_p] * 3, c_long, c_void_p, c_long],
     "tp_q8": [c_int, *[c_void_p] * 3, c_long, c_long, *[c_void_p] * 3, c_long, c_void_p, c_long],
+    "tp_bf16": [c_int, c_void_p, c_void_p, c_long, c_long, c_void_p, c_long, c_void_p, c_long],
     "tp_fit4": [c_int, c_void_p, c_long, c_long, c_void_p, c_void_p],
     "tp_dense": [c_int, c_void_p, c_int, c_void_p, c_void_p, c_long, c_long, c_void_p, c_int],
     "tp_pool_free": [c_void_p],
 }
+
+
+class Attention(ctypes.Structure):
+    """The arguments of :meth:`NativeKernels.attend`; ``native.h`` has their meaning."""
+
+    _fields_ = (
+        *(
+            (name, c_void_p)
+            for name in (
+                "qkv",
+                "cos",
+                "sin",
+                "q_norm",
+                "k_norm",
+                "all_keys",
+                "all_values",
+                "groups",
+                "out",
+            )
+        ),
+        *(
+            (name, c_long)
+            for name in ("tokens", "past", "capacity", "queries", "keys", "dim", "window")
+        ),
+        ("eps", c_float),
+    )
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Rows of input, 8 bits per 32.
+
+    Attributes:
+        codes: int8 (T, Kp).
+        scales, sums: float32 (T, G); sums are of the codes.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    sums: torch.Tensor
+
+    @classmethod
+    def empty(cls, tokens: int, inputs: int) -> Rounded:
+        """Allocate (T, K)."""
+        groups = -(-inputs // 32)
+        return cls(
+            torch.empty(tokens, 32 * groups, dtype=torch.int8),
+            torch.empty(tokens, groups),
+            torch.empty(tokens, groups),
+        )
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @property
+    def pointers(self) -> tuple[int, int, int]:
+        """Addresses of codes, scales and sums."""
+        return self.codes.data_ptr(), self.scales.data_ptr(), self.sums.data_ptr()
 
 
 class NativeKernels:
@@ -41,45 +107,41 @@ class NativeKernels:
         if self._pool is None:
             raise MemoryError(f"{threads} compute threads")
 
-    def round(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Round inputs to 8 bits per 32.
+    def round(self, x: torch.Tensor) -> Rounded:
+        """Round x (T, K), float32 and contiguous."""
+        rounded = Rounded.empty(*x.shape)
+        self._library.tp_round(self._set, x.data_ptr(), *x.shape, *rounded.pointers)
+        return rounded
 
-        Args:
-            x: (T, K) float32, contiguous.
-
-        Returns:
-            Codes int8 (T, Kp), scales and sums of codes float32 (T, G).
-        """
-        tokens, inputs = x.shape
-        groups = -(-inputs // 32)
-        codes = torch.empty(tokens, 32 * groups, dtype=torch.int8)
-        scales, sums = torch.empty(2, tokens, groups).unbind()
-        self._library.tp_round(
-            self._set,
-            x.data_ptr(),
-            tokens,
-            inputs,
-            codes.data_ptr(),
-            scales.data_ptr(),
-            sums.data_ptr(),
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Rounded:
+        """Round ``x / rms(x) * weight`` of x (T, K); all float32 and contiguous."""
+        rounded = Rounded.empty(*x.shape)
+        self._library.tp_norm(
+            self._set, x.data_ptr(), weight.data_ptr(), eps, *x.shape, *rounded.pointers
         )
-        return codes, scales, sums
+        return rounded
+
+    def gate(self, gate_up: torch.Tensor) -> Rounded:
+        """Round ``silu(gate) * up`` of gate_up (T, 2 K), float32 and contiguous."""
+        tokens, width = gate_up.shape
+        rounded = Rounded.empty(tokens, width // 2)
+        self._library.tp_gate(self._set, gate_up.data_ptr(), tokens, width // 2, *rounded.pointers)
+        return rounded
 
     def product(
-        self, bits: int, matrix: tuple[int, int], blocks: int, groups: int, x: torch.Tensor
+        self, bits: int, matrix: tuple[int, int], blocks: int, groups: int, x: Rounded
     ) -> torch.Tensor:
-        """Multiply a matrix in tiles with the rounded rows of ``x``.
+        """Multiply a matrix in tiles with rounded rows.
 
         Args:
             bits: 4 or 8.
             matrix: addresses of codes and scales.
             blocks, groups: Np / 16 and G.
-            x: (T, K) float32, contiguous.
+            x: (T, K).
 
         Returns:
             (T, Np) float32.
         """
-        codes, scales, sums = self.round(x)
         out = torch.empty(len(x), 16 * blocks)
         multiply = self._library.tp_q4 if bits == 4 else self._library.tp_q8
         multiply(
@@ -88,14 +150,41 @@ class NativeKernels:
             *matrix,
             16 * blocks,
             groups,
-            codes.data_ptr(),
-            scales.data_ptr(),
-            sums.data_ptr(),
+            *x.pointers,
             len(x),
             out.data_ptr(),
-            out.shape[1],
+            16 * blocks,
         )
         return out
+
+    def half(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Multiply bfloat16 weights with rows; both contiguous.
+
+        Args:
+            weight: (N, K).
+            x: (T, K) float32.
+
+        Returns:
+            (T, N) float32.
+        """
+        rows, inputs = weight.shape
+        out = torch.empty(len(x), rows)
+        self._library.tp_bf16(
+            self._set,
+            self._pool,
+            weight.data_ptr(),
+            rows,
+            inputs,
+            x.data_ptr(),
+            len(x),
+            out.data_ptr(),
+            rows,
+        )
+        return out
+
+    def attend(self, attention: Attention) -> None:
+        """Turn queries and keys, append keys and values, and attend."""
+        self._library.tp_attend(self._set, self._pool, ctypes.byref(attention))
 
     def fit4(self, w: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
         """Round weights to 4 bits, in the calling thread only.
@@ -131,3 +220,13 @@ class NativeKernels:
     def __del__(self) -> None:
         if getattr(self, "_pool", None):
             self._library.tp_pool_free(self._pool)
+
+
+@cache
+def native_kernels(threads: int) -> NativeKernels | None:
+    """The kernels of this machine with a pool of ``threads``; None if there are none.
+
+    The first call in a process finds the library, see :func:`~tpirt.ops.native.library.load`.
+    """
+    native = load()
+    return None if native.path is None else NativeKernels(native.path, native.index, threads)

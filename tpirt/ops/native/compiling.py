@@ -61,17 +61,16 @@ def source_key(folder: Path = SOURCES) -> str:
 def compilers() -> Iterator[Compiler]:
     """The C compilers of this machine that find their headers, the preferred one first."""
     found = [(name, path) for name in ("cc", "gcc", "clang") if (path := shutil.which(name))]
-    options = ()
+    options: tuple[str, ...] = ()
     if sys.platform == "darwin":
         options = ("-mmacosx-version-min=11.0",)
         if not _succeeds(("xcode-select", "-p")):
             found = []  # they are stubs, which open a window that offers Xcode
-    candidates = [Compiler(name, (path, *options)) for name, path in found]
+    for name, path in found:
+        if _succeeds((path, "-fsyntax-only", "-x", "c", "-"), _PROBE):
+            yield Compiler(name, (path, *options))
     if importlib.util.find_spec("ziglang") is not None:
-        candidates.append(zig("-mcpu=baseline"))
-    for compiler in candidates:
-        if _succeeds((*compiler.command, "-fsyntax-only", "-x", "c", "-"), _PROBE):
-            yield compiler
+        yield zig("-mcpu=baseline")
 
 
 def zig(*options: str) -> Compiler:

@@ -220,6 +220,41 @@ void tp_dense(int set, pool *p, int bits, const void *codes, const uint16_t *sca
     pool_run(p, dense_blocks, &d, blocks, 1);
 }
 
+void tp_norm(int set, const float *x, const float *weight, float eps, long tokens, long n, int8_t *q,
+             float *scale, float *sum)
+{
+    SETS[set]->norm(x, weight, eps, tokens, n, q, scale, sum);
+}
+
+void tp_gate(int set, const float *x, long tokens, long n, int8_t *q, float *scale, float *sum)
+{
+    SETS[set]->gate(x, tokens, n, q, scale, sum);
+}
+
+typedef struct {
+    const kernel_set *set;
+    const attention *attention;
+} attending;
+
+static void attend_heads(void *arg, long first, long last)
+{
+    const attending *a = arg;
+    a->set->attend(a->attention, first, last);
+}
+
+/* Sharing it out costs a few microseconds. */
+#define ALONE (32 << 10)
+
+void tp_attend(int set, pool *p, const attention *a)
+{
+    attending arg = {SETS[set], a};
+    SETS[set]->append(a);
+    if (a->tokens * (a->past + a->tokens) * a->queries * a->dim < ALONE)
+        attend_heads(&arg, 0, a->keys);
+    else
+        pool_run(p, attend_heads, &arg, a->keys, 1);
+}
+
 /* The read bandwidth to compare with: sums of memory. */
 #if defined(__x86_64__)
 __attribute__((target("avx2")))

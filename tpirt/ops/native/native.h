@@ -32,6 +32,19 @@ typedef struct {
     long groups;
 } rounded;
 
+/* Attention of one sequence's new tokens. D, the size of a head, is a multiple of 16. */
+typedef struct {
+    float *qkv; /* (T, queries + 2 keys, D): queries, keys, values; turned in place */
+    const float *cos, *sin;        /* (T, D); the first half of sin is negated */
+    const float *q_norm, *k_norm;  /* (D,) or NULL */
+    uint16_t *all_keys, *all_values; /* (keys, capacity, D) bfloat16 */
+    const int32_t *groups;         /* (keys,): query heads of each KV head */
+    float *out;                    /* (T, queries, D) */
+    long tokens, past, capacity, queries, keys, dim;
+    long window; /* a token sees itself and window - 1 before it; 0: all */
+    float eps;
+} attention;
+
 /* What one set of instructions provides; every function works on the rows [first, last). */
 typedef struct {
     const char *name;
@@ -53,6 +66,12 @@ typedef struct {
     void (*dense4)(const uint8_t *codes, const uint16_t *scales, long groups, long first, long last,
                    void *out, int half);
     void (*dense8)(const int8_t *codes, long groups, long first, long last, void *out, int half);
+    /* Rounded x / rms(x) * weight of rows (T, n), and silu(gate) * up of rows (T, 2 n). */
+    void (*norm)(const float *x, const float *weight, float eps, long tokens, long n, int8_t *q,
+                 float *scale, float *sum);
+    void (*gate)(const float *x, long tokens, long n, int8_t *q, float *scale, float *sum);
+    void (*append)(const attention *a);
+    void (*attend)(const attention *a, long first, long last); /* of the KV heads */
 } kernel_set;
 
 const kernel_set *native_set(int set); /* 0: plain C; better ones follow */

@@ -148,9 +148,9 @@ void pool_run(pool *p, pool_work *work, void *arg, long count, long step)
     atomic_store(&p->done, 0);
     begin_turn(p, pieces);
     take_pieces(p);
-    /* A worker that has a piece may have lost its core, and be waiting for this one. */
-    for (int spins = 1; atomic_load_explicit(&p->done, memory_order_acquire) < pieces; spins++)
-        if (spins % 4096) relax();
-        else sched_yield();
+    for (int i = 0; atomic_load_explicit(&p->done, memory_order_acquire) < pieces; i++) {
+        if (i < 4096) relax();
+        else sched_yield(); /* a worker's core is busy with something else */
+    }
     pthread_mutex_unlock(&p->callers);
 }

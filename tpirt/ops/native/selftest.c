@@ -15,7 +15,8 @@
 /* What this library was compiled from: the hash that its loader expects. */
 const char *tp_build(void) { return TP_BUILD; }
 
-enum { BLOCKS = 3, ROWS = BLOCKS * TILE_ROWS, GROUPS = 3, INPUTS = GROUPS * GROUP, TOKENS = 9 };
+enum { BLOCKS = 3, ROWS = BLOCKS * TILE_ROWS, GROUPS = 3, INPUTS = GROUPS * GROUP };
+enum { TOKENS = 9, SOME = 4 };
 enum { LDO = ROWS + 5 }; /* what lies between rows of output must stay as it is */
 
 /* Whether the two sets agree. ``seed`` is of random numbers. */
@@ -60,16 +61,60 @@ static int same(const float *a, const float *b, long n)
     return 1;
 }
 
+/* Rows rounded by the two sets. */
+typedef struct {
+    int8_t q[2][SOME * INPUTS];
+    float scale[2][SOME * GROUPS], sum[2][SOME * GROUPS];
+} codes_8bit;
+
+static int same_codes(const codes_8bit *c, long groups)
+{
+    return same(c->scale[0], c->scale[1], SOME * groups) &&
+           same(c->sum[0], c->sum[1], SOME * groups) &&
+           !memcmp(c->q[0], c->q[1], SOME * groups * GROUP);
+}
+
+static long groups_of(long inputs) { return (inputs + GROUP - 1) / GROUP; }
+
 static int check_round(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
 {
+    float x[SOME * INPUTS];
+    codes_8bit c;
     for (long inputs = 1; inputs <= INPUTS; inputs += 13) {
-        const long groups = (inputs + GROUP - 1) / GROUP;
-        float x[4 * INPUTS], scale[2][4 * GROUPS], sum[2][4 * GROUPS];
-        int8_t q[2][4 * INPUTS];
-        draw_inputs(x, 4 * inputs, &seed);
-        for (int i = 0; i < 2; i++) (i ? plain : ours)->round(x, 4, inputs, q[i], scale[i], sum[i]);
-        if (!same(scale[0], scale[1], 4 * groups) || !same(sum[0], sum[1], 4 * groups)) return 0;
-        if (memcmp(q[0], q[1], 4 * groups * GROUP)) return 0;
+        draw_inputs(x, SOME * inputs, &seed);
+        for (int i = 0; i < 2; i++)
+            (i ? plain : ours)->round(x, SOME, inputs, c.q[i], c.scale[i], c.sum[i]);
+        if (!same_codes(&c, groups_of(inputs))) return 0;
+    }
+    return 1;
+}
+
+/* Half of the rows are as they are in a model. */
+static int check_norm(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
+{
+    float x[SOME * INPUTS], weight[INPUTS];
+    codes_8bit c;
+    for (long inputs = 1; inputs <= INPUTS; inputs += 13) {
+        draw_inputs(x, SOME / 2 * inputs, &seed);
+        for (long i = SOME / 2 * inputs; i < SOME * inputs; i++) x[i] = draw_float(3, &seed);
+        for (long i = 0; i < inputs; i++) weight[i] = draw_float(1, &seed);
+        for (int i = 0; i < 2; i++)
+            (i ? plain : ours)->norm(x, weight, 1e-5f, SOME, inputs, c.q[i], c.scale[i], c.sum[i]);
+        if (!same_codes(&c, groups_of(inputs))) return 0;
+    }
+    return 1;
+}
+
+static int check_gate(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
+{
+    float x[SOME * 2 * INPUTS];
+    codes_8bit c;
+    for (long inputs = 1; inputs <= INPUTS; inputs += 13) {
+        draw_inputs(x, SOME * inputs, &seed);
+        for (long i = SOME * inputs; i < 2 * SOME * inputs; i++) x[i] = draw_float(7, &seed);
+        for (int i = 0; i < 2; i++)
+            (i ? plain : ours)->gate(x, SOME, inputs, c.q[i], c.scale[i], c.sum[i]);
+        if (!same_codes(&c, groups_of(inputs))) return 0;
     }
     return 1;
 }
@@ -109,27 +154,43 @@ static int same_outputs(const outputs *out)
     return same(out->of[0], out->of[1], TOKENS * LDO);
 }
 
-/* The block ``full`` of a product has codes and inputs of the greatest magnitude. */
-static int check_q4(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
-{
-    static const uint8_t extremes[] = {0xff, 0x00, 0xf0, 0x0f};
+/* A matrix in 4 bits. The codes of the first block are the least and the greatest. */
+typedef struct {
     uint8_t codes[BLOCKS * GROUPS * Q4_TILE];
     uint16_t scales[BLOCKS * GROUPS * TILE_ROWS];
+} weights_4bit;
+
+static void draw_4bit(weights_4bit *w, uint64_t *seed)
+{
+    static const uint8_t extremes[] = {0xff, 0x00, 0xf0, 0x0f};
+    draw_bytes(w->codes, sizeof w->codes, seed);
+    draw_bytes(w->scales, sizeof w->scales, seed);
+    for (long i = 0; i < GROUPS * Q4_TILE; i++) w->codes[i] = extremes[i / 4 % 4];
+    for (int i = 0; i < 8; i++) w->scales[i] = (uint16_t)(i % 2 ? 0xffff - i : i);
+}
+
+static int check_q4(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
+{
+    weights_4bit w;
     inputs_8bit x;
     outputs out;
-    draw_bytes(codes, sizeof codes, &seed);
-    draw_bytes(scales, sizeof scales, &seed);
-    for (long i = 0; i < GROUPS * Q4_TILE; i++) codes[i] = extremes[i / 4 % 4];
-    for (int i = 0; i < 8; i++) scales[i] = (uint16_t)(i % 2 ? 0xffff - i : i);
+    draw_4bit(&w, &seed);
     draw_rounded(&x, &seed);
     const rounded r = {x.q, x.scale, x.sum, GROUPS};
     for (long tokens = 1; tokens <= TOKENS; tokens++) {
         clear(&out);
         for (int i = 0; i < 2; i++)
-            (i ? plain : ours)->q4(codes, scales, &r, tokens, tokens % 2, BLOCKS, out.of[i], LDO);
+            (i ? plain : ours)->q4(w.codes, w.scales, &r, tokens, tokens % 2, BLOCKS, out.of[i],
+                                        LDO);
         if (!same_outputs(&out)) return 0;
     }
     return 1;
+}
+
+static void draw_8bit(int8_t *codes, uint64_t *seed)
+{
+    for (long i = 0; i < BLOCKS * GROUPS * Q8_TILE; i++)
+        codes[i] = i >= GROUPS * Q8_TILE ? (int8_t)(draw(seed) % 255 - 127) : i / 4 % 2 ? 127 : -127;
 }
 
 static int check_q8(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
@@ -138,8 +199,7 @@ static int check_q8(const kernel_set *ours, const kernel_set *plain, uint64_t se
     float scales[ROWS];
     inputs_8bit x;
     outputs out;
-    for (size_t i = 0; i < sizeof codes; i++) codes[i] = (int8_t)(draw(&seed) % 255 - 127);
-    for (long i = 0; i < GROUPS * Q8_TILE; i++) codes[i] = i / 4 % 2 ? 127 : -127;
+    draw_8bit(codes, &seed);
     for (int i = 0; i < ROWS; i++) scales[i] = draw_float(i % 5 * 25 - 100, &seed);
     scales[ROWS - 1] = 0;
     draw_rounded(&x, &seed);
@@ -153,11 +213,12 @@ static int check_q8(const kernel_set *ours, const kernel_set *plain, uint64_t se
     return 1;
 }
 
-typedef void dense(const uint16_t *w, const float *x, long tokens, long inputs, long first,
-                   long last, float *out, long ldo);
+typedef void product_16bit(const uint16_t *w, const float *x, long tokens, long inputs, long first,
+                           long last, float *out, long ldo);
 
 /* ``w`` is (ROWS, INPUTS) 16-bit floats. Every number of inputs modulo 16, of tokens and of rows. */
-static int check_dense(dense *ours, dense *plain, const uint16_t *w, uint64_t seed)
+static int check_16bit(product_16bit *ours, product_16bit *plain, const uint16_t *w,
+                       uint64_t seed)
 {
     float x[TOKENS * INPUTS];
     outputs out;
@@ -180,7 +241,7 @@ static int check_bf16(const kernel_set *ours, const kernel_set *plain, uint64_t 
     draw_bytes(w, sizeof w, &seed);
     for (long i = 0; i < ROWS * INPUTS; i++)
         if (i % 61) w[i] = (w[i] & 0x83ff) | 0x3c00;
-    return check_dense(ours->bf16, plain->bf16, w, seed);
+    return check_16bit(ours->bf16, plain->bf16, w, seed);
 }
 
 static int check_f16(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
@@ -189,51 +250,152 @@ static int check_f16(const kernel_set *ours, const kernel_set *plain, uint64_t s
     draw_bytes(w, sizeof w, &seed);
     for (long i = 0; i < ROWS * INPUTS; i++)
         if (i % 61) w[i] &= 0xbbff; /* subnormal to 2 */
-    return check_dense(ours->f16, plain->f16, w, seed);
+    return check_16bit(ours->f16, plain->f16, w, seed);
 }
 
-/* Every number of rows that a block can hold, and padding of inputs. */
+/* Weights of all magnitudes, rows of zeros, and single ones that stand out. */
 static int check_fit4(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
 {
     float w[TILE_ROWS * INPUTS];
-    uint8_t codes[2][GROUPS * Q4_TILE];
-    uint16_t scales[2][GROUPS * TILE_ROWS];
-    for (long i = 0; i < TILE_ROWS * INPUTS; i++) w[i] = draw_float(i % 97 ? -5 : -2, &seed);
     for (long rows = 1; rows <= TILE_ROWS; rows += 5) {
+        const long inputs = INPUTS - rows;
+        weights_4bit out[2];
+        memset(out, 0x5a, sizeof out);
+        for (long i = 0; i < rows * inputs; i++) {
+            w[i] = draw_float((int)(i / inputs % 7) * 9 - 30, &seed);
+            if (i % 47 == 0) w[i] *= 20;
+            if (i / inputs == 3) w[i] = i % 2 ? 0 : -0.0f;
+        }
         for (int i = 0; i < 2; i++)
-            (i ? plain : ours)->fit4(w, rows, INPUTS - rows, codes[i], scales[i]);
-        if (memcmp(codes[0], codes[1], sizeof codes[0])) return 0;
-        if (memcmp(scales[0], scales[1], sizeof scales[0])) return 0;
+            (i ? plain : ours)->fit4(w, rows, inputs, out[i].codes, out[i].scales);
+        if (memcmp(&out[0], &out[1], sizeof out[0])) return 0;
     }
     return 1;
 }
 
-static int check_tiles(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
+typedef struct { float of[2][ROWS * INPUTS]; } matrices;
+
+static int same_matrices(const matrices *out, int half)
 {
-    uint8_t codes[BLOCKS * GROUPS * Q8_TILE];
-    uint16_t scales[BLOCKS * GROUPS * TILE_ROWS];
-    float out[2][ROWS * INPUTS];
-    draw_bytes(codes, sizeof codes, &seed);
-    draw_bytes(scales, sizeof scales, &seed);
-    for (int kind = 0; kind < 4; kind++) {
-        memset(out, 0, sizeof out);
-        for (int i = 0; i < 2; i++) {
-            const kernel_set *set = i ? plain : ours;
-            if (kind < 2) set->dense4(codes, scales, GROUPS, kind, BLOCKS, out[i], kind % 2);
-            else set->dense8((const int8_t *)codes, GROUPS, kind % 2, BLOCKS, out[i], kind % 2);
-        }
-        if (memcmp(out[0], out[1], sizeof out[0])) return 0;
+    if (half) return !memcmp(out->of[0], out->of[1], sizeof out->of[0]);
+    return same(out->of[0], out->of[1], ROWS * INPUTS);
+}
+
+static int check_dense4(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
+{
+    weights_4bit w;
+    matrices out;
+    draw_4bit(&w, &seed);
+    for (int half = 0; half < 2; half++) {
+        memset(&out, 0, sizeof out);
+        for (int i = 0; i < 2; i++)
+            (i ? plain : ours)->dense4(w.codes, w.scales, GROUPS, half, BLOCKS, out.of[i], half);
+        if (!same_matrices(&out, half)) return 0;
     }
     return 1;
+}
+
+static int check_dense8(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
+{
+    int8_t codes[BLOCKS * GROUPS * Q8_TILE];
+    matrices out;
+    draw_8bit(codes, &seed);
+    for (int half = 0; half < 2; half++) {
+        memset(&out, 0, sizeof out);
+        for (int i = 0; i < 2; i++)
+            (i ? plain : ours)->dense8(codes, GROUPS, half, BLOCKS, out.of[i], half);
+        if (!same_matrices(&out, half)) return 0;
+    }
+    return 1;
+}
+
+enum { DIM = 32, QUERIES = 5, KEYS = 2, PAST = 70, NEW = 3, CAPACITY = PAST + NEW + 2 };
+enum { HEADS = QUERIES + 2 * KEYS, CACHE = KEYS * CAPACITY * DIM };
+
+/* What attention reads and writes, for one set. */
+typedef struct {
+    float qkv[NEW * HEADS * DIM], out[NEW * QUERIES * DIM];
+    uint16_t keys[CACHE], values[CACHE];
+} attention_data;
+
+/* The same for both sets. Cached values are below 2, as bfloat16. */
+static void draw_attention(attention_data data[2], uint64_t *seed)
+{
+    memset(data, 0, 2 * sizeof *data);
+    for (long i = 0; i < NEW * HEADS * DIM; i++) data->qkv[i] = draw_float((int)(i % 5), seed);
+    draw_bytes(data->keys, sizeof data->keys, seed);
+    draw_bytes(data->values, sizeof data->values, seed);
+    for (long i = 0; i < CACHE; i++) {
+        data->keys[i] = (data->keys[i] & 0x83ff) | 0x3c00;
+        data->values[i] = (data->values[i] & 0x83ff) | 0x3c00;
+    }
+    data[1] = data[0];
+}
+
+/* Without a norm of queries and a window, and with both. */
+static attention attention_of(attention_data *data, const float *tables, int variant)
+{
+    static const int32_t groups[KEYS] = {2, 3};
+    attention a = {0};
+    a.qkv = data->qkv, a.out = data->out, a.all_keys = data->keys, a.all_values = data->values;
+    a.cos = tables, a.sin = tables + NEW * DIM, a.groups = groups;
+    a.q_norm = variant ? tables : NULL, a.k_norm = variant ? tables + DIM : NULL;
+    a.tokens = NEW, a.past = PAST, a.capacity = CAPACITY, a.dim = DIM;
+    a.queries = QUERIES, a.keys = KEYS, a.window = variant ? 40 : 0, a.eps = 1e-6f;
+    return a;
+}
+
+typedef void use(const kernel_set *set, const attention *a);
+
+static int check_attention(use *call, const kernel_set *ours, const kernel_set *plain, uint64_t seed)
+{
+    float tables[2 * NEW * DIM];
+    attention_data data[2];
+    for (long i = 0; i < 2 * NEW * DIM; i++) tables[i] = draw_float(0, &seed);
+    for (int variant = 0; variant < 2; variant++) {
+        draw_attention(data, &seed);
+        for (int i = 0; i < 2; i++) {
+            const attention a = attention_of(&data[i], tables, variant);
+            call(i ? plain : ours, &a);
+        }
+        if (memcmp(&data[0], &data[1], sizeof *data)) return 0;
+    }
+    return 1;
+}
+
+static void append(const kernel_set *set, const attention *a) { set->append(a); }
+static void attend(const kernel_set *set, const attention *a)
+{
+    set->attend(a, 0, 1);
+    set->attend(a, 1, KEYS);
+}
+
+static int check_append(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
+{
+    return check_attention(append, ours, plain, seed);
+}
+
+static int check_attend(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
+{
+    return check_attention(attend, ours, plain, seed);
 }
 
 static const struct {
     const char *name;
     check *agrees;
 } CHECKS[] = {
-    {"round", check_round}, {"q4", check_q4},   {"q8", check_q8},
-    {"bf16", check_bf16},   {"f16", check_f16},
-    {"fit4", check_fit4},   {"tiles", check_tiles},
+    {"round", check_round},
+    {"q4", check_q4},
+    {"q8", check_q8},
+    {"bf16", check_bf16},
+    {"f16", check_f16},
+    {"fit4", check_fit4},
+    {"dense4", check_dense4},
+    {"dense8", check_dense8},
+    {"norm", check_norm},
+    {"gate", check_gate},
+    {"append", check_append},
+    {"attend", check_attend},
 };
 
 /* The name of the first function of a set that differs from plain C; NULL if none does. */

@@ -1,0 +1,181 @@
+"""The attention of a rank's heads over the keys and values of each sequence.
+
+Axes: T tokens, Q local query heads, K local KV heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from tpirt.batch import Batch, Segment
+from tpirt.config import ModelConfig
+from tpirt.model.kv_store import KVStore
+from tpirt.model.products import plain
+from tpirt.ops.cpu import bfloat16_units
+from tpirt.ops.native.bindings import Attention, NativeKernels, native_kernels
+from tpirt.ops.nn import attention, rms_norm
+from tpirt.ops.rope import rotate
+from tpirt.sharding.partition import Shard
+from tpirt.weights.layout import Weights
+
+# Rows that the kernel in C takes. For more, torch's is faster, if the CPU has bfloat16 units.
+_NATIVE_ROWS = 8
+
+
+class Turn(NamedTuple):
+    """The rotation of rows by their positions, each (T, D).
+
+    Attributes:
+        cos, sin: float32; see :class:`tpirt.ops.rope.RotaryEmbedding`.
+        cast: both in the dtype of the heads.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    cast: tuple[torch.Tensor, torch.Tensor]
+
+
+class Heads:
+    """Attends with a rank's heads; keys and values are in ``kv``, in ``dtype``."""
+
+    def __init__(self, config: ModelConfig, shard: Shard, kv: KVStore, dtype: torch.dtype):
+        self._config = config
+        self._kv = kv
+        self._dtype = dtype
+        self._queries, self._keys = shard.q_heads.size, shard.kv_heads.size
+        self._groups = _group_sizes(config, shard)
+        self._groups_array = torch.tensor(self._groups, dtype=torch.int32)
+
+    def attend(
+        self, w: Weights, qkv: torch.Tensor, batch: Batch, turn: Turn, layer: int
+    ) -> torch.Tensor:
+        """Append keys and values and attend within each sequence.
+
+        Args:
+            w: the block, for the norms of queries and keys.
+            qkv: (T, (Q + 2 K) D); overwritten.
+            batch: the rows' sequences.
+            turn: the rows' rotation.
+            layer: its number.
+
+        Returns:
+            (T, Q D); in the last layer of the wanted rows only.
+        """
+        native = self._native(qkv)
+        if native is not None:
+            out = self._attend_native(native, w, qkv, batch, turn, layer)
+            return wanted_rows(out, batch) if self._last(layer) else out
+        heads = qkv.to(self._dtype).view(len(qkv), -1, self._config.head_dim).transpose(0, 1)
+        out = self._attend(batch, layer, *self._turned(w, heads, turn))  # (Q, T, D)
+        return out.transpose(0, 1).reshape(out.shape[1], self._queries * self._config.head_dim)
+
+    def _last(self, layer: int) -> bool:
+        return layer == self._config.num_hidden_layers - 1
+
+    # -- in C: a few rows of bfloat16 heads ----------------------------------------------------
+
+    def _native(self, qkv: torch.Tensor) -> NativeKernels | None:
+        if (
+            (len(qkv) > _NATIVE_ROWS and bfloat16_units())
+            or qkv.dtype is not torch.float32
+            or self._dtype is not torch.bfloat16
+            or self._config.head_dim % 16
+        ):
+            return None
+        return native_kernels(torch.get_num_threads())
+
+    def _attend_native(
+        self,
+        native: NativeKernels,
+        w: Weights,
+        qkv: torch.Tensor,
+        batch: Batch,
+        turn: Turn,
+        layer: int,
+    ) -> torch.Tensor:
+        qkv = qkv.contiguous()
+        out = torch.empty(len(qkv), self._queries * self._config.head_dim)
+        arguments = Attention(
+            q_norm=_address(w, "q_norm.weight"),
+            k_norm=_address(w, "k_norm.weight"),
+            groups=self._groups_array.data_ptr(),
+            queries=self._queries,
+            keys=self._keys,
+            dim=self._config.head_dim,
+            window=self._config.sliding_windows[layer] or 0,
+            eps=self._config.rms_norm_eps,
+        )
+        for segment, rows in zip(batch.segments, batch.rows, strict=True):
+            keys, values = self._kv.layer(layer, segment)
+            arguments.qkv = qkv[rows.start].data_ptr()
+            arguments.cos = turn.cos[rows.start].data_ptr()
+            arguments.sin = turn.sin[rows.start].data_ptr()
+            arguments.all_keys, arguments.all_values = keys.data_ptr(), values.data_ptr()
+            arguments.out = out[rows.start].data_ptr()
+            arguments.tokens, arguments.past = segment.tokens, segment.position
+            arguments.capacity = keys.shape[1]
+            native.attend(arguments)
+        return out
+
+    # -- with torch ----------------------------------------------------------------------------
+
+    def _turned(
+        self, w: Weights, heads: torch.Tensor, turn: Turn
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries and keys, normalised and turned, and values, of heads (Q + 2 K, T, D)."""
+        queries, keys = self._queries, self._keys
+        turning, v = torch.split(heads, [queries + keys, keys])
+        q_norm, k_norm = plain(w, "q_norm.weight"), plain(w, "k_norm.weight")
+        if q_norm is not None and k_norm is not None:
+            q, k = torch.split(turning, [queries, keys])
+            eps = self._config.rms_norm_eps
+            turning = torch.cat((rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)))
+        q, k = torch.split(rotate(turning.to(self._dtype), *turn.cast), [queries, keys])
+        return q, k, v
+
+    def _attend(
+        self, batch: Batch, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        window = self._config.sliding_windows[layer]
+        if len(batch.segments) == 1 and batch.num_logits == batch.tokens:  # a decoded token
+            keys, values = self._kv.append(layer, batch.segments[0], k, v)
+            return attention(q, keys, values, self._groups, window)
+        outs = []
+        for segment, rows in zip(batch.segments, batch.rows, strict=True):
+            own = slice(rows.start, rows.stop)
+            keys, values = self._kv.append(layer, segment, k[:, own], v[:, own])
+            first = self._first_wanted(segment, rows, layer)
+            if first < rows.stop:
+                queries = q[:, first : rows.stop]
+                outs.append(attention(queries, keys, values, self._groups, window))
+        if len(outs) == 1:
+            return outs[0]
+        return torch.cat(outs, dim=1) if outs else q[:, :0]
+
+    def _first_wanted(self, segment: Segment, rows: range, layer: int) -> int:
+        return rows.stop - segment.num_logits if self._last(layer) else rows.start
+
+
+def wanted_rows(x: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Select the wanted rows of ``x`` (T, ...); a view if they are contiguous."""
+    wanted = batch.wanted_rows
+    if not wanted:
+        return x[:0]
+    first, stop = wanted[0], wanted[-1] + 1
+    return x[first:stop] if stop - first == len(wanted) else x[list(wanted)]
+
+
+def _address(w: Weights, name: str) -> int | None:
+    tensor = plain(w, name)
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _group_sizes(config: ModelConfig, shard: Shard) -> list[int]:
+    """Number of local query heads per local KV head."""
+    group = config.num_attention_heads // config.num_key_value_heads
+    sizes = [0] * shard.kv_heads.size
+    for head in range(*shard.q_heads):
+        sizes[head // group - shard.kv_heads.start] += 1
+    return sizes

@@ -50,7 +50,7 @@ def pytest_configure() -> None:
         return
     with contextlib.suppress(OSError):
         keep_library(SOURCES, path.read_bytes())
-        for old in SOURCES.glob("kernels-*.so"):
+        for old in SOURCES.glob("kernels-*.native"):
             if source_key() not in old.name:
                 old.unlink(missing_ok=True)
 

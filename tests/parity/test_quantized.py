@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.support.nightly import nightly
 from tpirt.batch import DEFAULT_COLLECTIVE
 from tpirt.cluster.collective_policy import CollectivePolicy
 from tpirt.ops.buffers import page_buffer
@@ -87,8 +88,17 @@ async def test_logits_are_those_of_the_rounded_weights(
     assert (got - expected).norm() < lost * expected.norm()
 
 
-@pytest.mark.parametrize("how", ["int8", "int4"])
-@pytest.mark.parametrize(("dtype", "halves"), [("float32", 0), ("bfloat16", 0), ("bfloat16", 1)])
+@pytest.mark.parametrize(
+    ("how", "dtype", "halves"),
+    [
+        ("int8", "float32", 0),
+        nightly("int8", "bfloat16", 0),
+        ("int8", "bfloat16", 1),
+        nightly("int4", "float32", 0),
+        ("int4", "bfloat16", 0),
+        nightly("int4", "bfloat16", 1),
+    ],
+)
 async def test_streamed_equals_resident_bit_for_bit(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, dtype: str, halves: int
 ) -> None:
@@ -106,7 +116,7 @@ async def test_streamed_equals_resident_bit_for_bit(
         assert tokens == got[0][1]
 
 
-@pytest.mark.parametrize("how", ["int8", "int4"])
+@pytest.mark.parametrize("how", [nightly("int8"), "int4"])
 async def test_more_ranks_stay_close(model: Path, tmp_path: Path, how: str) -> None:
     """Rowwise slices have groups of their own, so ranks change the rounding, but not by much."""
     async with memory_engine(model) as engine:
@@ -146,7 +156,7 @@ async def test_a_float32_run_rounds_no_inputs(model: Path, tmp_path: Path) -> No
     assert all((each["steps"], each["rest"]) == ([], "dense-float32") for each in entries)
 
 
-@pytest.mark.parametrize("bad", ["not JSON", "unknown kernel", "other keys"])
+@pytest.mark.parametrize("bad", ["not JSON", nightly("unknown kernel"), "other keys"])
 async def test_an_unusable_record_of_kernels_is_replaced(
     model: Path, tmp_path: Path, bad: str
 ) -> None:

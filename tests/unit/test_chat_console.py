@@ -14,14 +14,16 @@ import termios
 from pathlib import Path
 
 import pytest
+from prompt_toolkit.application import create_app_session
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import InMemoryHistory
+from prompt_toolkit.input import create_pipe_input
 
 from tpirt.chat.console import Console, is_capable, is_terminal, printable
 from tpirt.chat.modes import TerminalModes
 from tpirt.chat.plan_view import show_advice, show_plan
-from tpirt.chat.prompt import CommandCompleter, clean, history_file, open_history
+from tpirt.chat.prompt import CommandCompleter, PromptReader, clean, history_file, open_history
 from tpirt.chat.reader import PlainReader
 from tpirt.chat.status import peers_table
 from tpirt.config import ModelConfig
@@ -93,6 +95,30 @@ def test_dim_only_where_it_shows(
     err = Terminal()
     Console(io.StringIO(), err).note("quiet")
     assert ("\x1b" in err.getvalue()) == (term == "xterm" and not no_color)
+
+
+@pytest.mark.parametrize("no_color", [None, "1"])
+def test_a_prompt_that_is_left_is_grey_only_where_colour_is_wanted(
+    monkeypatch: pytest.MonkeyPatch, no_color: str | None
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color is not None:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    ours, theirs = pty.openpty()
+    with (
+        create_pipe_input() as keys,
+        open(theirs, "w", encoding="utf-8") as out,
+        create_app_session(input=keys),
+    ):
+        keys.send_text("\x04")
+        assert asyncio.run(PromptReader(out, None).read()) is None
+    drawn = b""
+    with contextlib.suppress(OSError):  # after all that was written to the other end
+        while part := os.read(ours, 1 << 16):
+            drawn += part
+    os.close(ours)
+    assert (re.search(rb"\x1b\[[0-9;]*38;", drawn) is None) == (no_color == "1")
 
 
 def test_what_the_encoding_lacks_becomes_a_question_mark() -> None:
@@ -224,7 +250,7 @@ def test_how_weights_are_held(
 )
 def test_the_limit_decides(tmp_path: Path, spare: int, held: str) -> None:
     budget = load_plan(tmp_path, 1).ranks[0].budget
-    need = budget.process_bytes + budget.step_bytes() + budget.weights_bytes
+    need = budget.process_bytes + budget.step_bytes(1) + budget.weights_bytes
     assert held in plan_lines(load_plan(tmp_path, 1, None, need + spare))[1]
 
 

@@ -25,7 +25,7 @@ NATIVE = "tpirt/ops/native"
 def checkout(tmp_path: Path) -> Path:
     """A copy of what is packaged, without the bundled model."""
     root = tmp_path / "checkout"
-    ignored = shutil.ignore_patterns("demo", "*.so", "__pycache__")
+    ignored = shutil.ignore_patterns("demo", "*.native", "__pycache__")
     shutil.copytree(ROOT / "tpirt", root / "tpirt", ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, root)
@@ -63,7 +63,7 @@ def build(checkout: Path, kind: str, *, compiler: bool = True, settings: str = "
 
 def libraries(wheel: Path) -> list[str]:
     with zipfile.ZipFile(wheel) as archive:
-        return [name for name in archive.namelist() if name.endswith(".so")]
+        return [name for name in archive.namelist() if name.endswith(".native")]
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def needs_library() -> None:
 def test_a_wheel_has_the_library_of_its_platform_and_no_older_one(checkout: Path) -> None:
     for folder in (checkout / NATIVE, checkout / "build/lib" / NATIVE):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "kernels-0-0.so").touch()
+        (folder / "kernels-0-0.native").touch()
     wheel = build(checkout, "wheel")
     assert wheel.name.endswith(f"-py3-none-{local_platform()}.whl")
     (name,) = libraries(wheel)
@@ -98,11 +98,11 @@ def test_without_a_compiler_a_wheel_has_the_sources_only(checkout: Path) -> None
 @pytest.mark.usefixtures("needs_library")
 def test_an_editable_installation_has_its_library_beside_the_sources(checkout: Path) -> None:
     build(checkout, "editable")
-    (path,) = (checkout / NATIVE).glob("*.so")
+    (path,) = (checkout / NATIVE).glob("*.native")
     with tarfile.open(build(checkout, "sdist")) as archive:
         names = archive.getnames()
     assert path.exists()
-    assert not any(name.endswith(".so") for name in names)
+    assert not any(name.endswith(".native") for name in names)
     assert any(name.endswith("native.c") for name in names)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.nightly import nightly_but
 from tpirt.cluster import synth
 from tpirt.cluster.synth import make_synthetic
 from tpirt.config import ModelConfig
@@ -108,7 +109,7 @@ def test_weights_are_spread_around_zero_and_padding_is_nothing(
                 assert weight.float().std() == pytest.approx(0.02, rel=1 / 32 + error / 2)
 
 
-@pytest.mark.parametrize("quantize", FORMS)
+@pytest.mark.parametrize("quantize", nightly_but({"int4:32"}, FORMS))
 async def test_eighty_layers_keep_their_numbers(tmp_path: Path, quantize: str) -> None:
     shape = {**SHAPE, "num_hidden_layers": 80, "hidden_size": 256, "head_dim": 64}
     make(tmp_path, quantize=quantize, shape=shape, dtype=torch.bfloat16)

@@ -38,6 +38,8 @@ static inline int cpu_runs_avx512_vnni(void)
 
 #elif defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
+#undef MIN /* of sys/param.h; weights.inc has its own */
+#undef MAX
 
 static inline int cpu_has(const char *feature)
 {

@@ -410,7 +410,7 @@ async def test_what_auto_chose_is_what_runs(model: Path) -> None:
             64,
             {},
             [
-                "weights in bfloat16 take twice their size, as float32: no native .* on pi0",
+                "weights in bfloat16 take twice their size, as float32: no fast bfloat16 on pi0",
                 "try --quantize int8: 7 GiB of weights instead of 28 GiB on rank 0, all .*",
             ],
         ),

@@ -53,9 +53,7 @@ SETTINGS = (
     REFERENCE,
     ("none", "bfloat16"),
     ("int8", "auto"),
-    ("int4:128", "auto"),
-    ("int4:64", "auto"),
-    ("int4:32", "auto"),
+    ("int4", "auto"),
 )
 
 _END = "<|endoftext|>"

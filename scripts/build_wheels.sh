@@ -54,7 +54,7 @@ if wheels.keys() != HEADERS.keys():
     sys.exit(f"built for {', '.join(wheels)}; expected {', '.join(HEADERS)}")
 for platform, path in wheels.items():
     with zipfile.ZipFile(path) as wheel:
-        libraries = [wheel.read(name) for name in wheel.namelist() if name.endswith(".so")]
+        libraries = [wheel.read(name) for name in wheel.namelist() if name.endswith(".native")]
     wanted = [HEADERS[platform]] if HEADERS[platform] else []
     if len(libraries) != len(wanted):
         sys.exit(f"{path.name}: {len(libraries)} libraries, expected {len(wanted)}")

@@ -163,12 +163,13 @@ connect() { # I
     set +e
     trap '' INT HUP # a signal from the terminal is for the script, which then ends the connections
     exec 9>&- 6<&-
-    beat | {
+    # beat is no part of the pipe line: it may notice only 5 s later that nobody listens.
+    {
       printf 'pid %s %s\n' "$1" "$BASHPID" >&7
       exec 7>&- 8<&-
       exec "${command[@]}" 2>&1
-    } | show "$1"
-    printf 'down %s %s\n' "$1" "${PIPESTATUS[1]}" >&7
+    } < <(beat) | show "$1"
+    printf 'down %s %s\n' "$1" "${PIPESTATUS[0]}" >&7
   } &
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 from collections.abc import Callable, Mapping
 
@@ -13,6 +14,8 @@ from hypothesis import settings
 
 from tpirt.cluster import collective_policy
 from tpirt.collectives.cost_model import Topology
+from tpirt.ops.native.compiling import SOURCES, keep_library, source_key
+from tpirt.ops.native.library import load
 
 # Two pools of threads that spin on the same cores only slow each other down.
 torch.set_num_threads(1)
@@ -38,6 +41,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="event loop of async tests (default: uvloop; both for contract and both_loops)",
     )
     parser.addoption("--nightly", action="store_true", help="run the tests marked nightly, too")
+
+
+def pytest_configure() -> None:
+    """Keep the native kernels beside their sources: tests with caches of their own find them."""
+    path = load().path
+    if path is None or path.parent == SOURCES:
+        return
+    with contextlib.suppress(OSError):
+        keep_library(SOURCES, path.read_bytes())
+        for old in SOURCES.glob("kernels-*.native"):
+            if source_key() not in old.name:
+                old.unlink(missing_ok=True)
 
 
 def pytest_asyncio_loop_factories(

@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 
+from tests.support.nightly import nightly, nightly_but
 from tpirt.batch import Algorithm, Batch, Collective, CommDtype, Segment
 from tpirt.collectives.base import SingleRankCommunicator
 from tpirt.collectives.context import StepAborted, StepContext
@@ -178,8 +179,18 @@ async def test_two_parts_of_a_step_may_be_under_way(pair: Pair, algorithm: Algor
             assert all(bool(total.eq(total[0, 0]).all()) for total in sums)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(2, 7), (3, 130), (700, 1000)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((2, 7), torch.float32),
+        nightly((2, 7), torch.bfloat16),
+        nightly((3, 130), torch.float32),
+        ((3, 130), torch.bfloat16),
+        ((700, 1000), torch.float32),
+        nightly((700, 1000), torch.bfloat16),
+    ],
+    ids=str,
+)
 @ALGORITHMS
 async def test_broadcasts_of_both_parts(
     pair: Pair, algorithm: Algorithm, shape: tuple[int, int], dtype: torch.dtype
@@ -319,7 +330,20 @@ async def test_an_abort_ends_a_send_that_nobody_takes(algorithm: Algorithm) -> N
         assert all(bool(total.eq(3).all()) for total in await asyncio.gather(*sums))
 
 
-@ALGORITHMS
+@pytest.mark.parametrize(
+    ("pair", "algorithm"),
+    nightly_but(
+        {
+            ("memory", Algorithm.STAR),
+            ("narrow", Algorithm.TWO_SHOT),
+            ("tcp", Algorithm.ONE_SHOT),
+            ("grpc", Algorithm.STAR),
+        },
+        itertools.product(PAIRS, Algorithm),
+        lambda case: f"{case[0]}-{case[1].value}",
+    ),
+    indirect=["pair"],
+)
 async def test_a_lost_rank_is_named(pair: Pair, algorithm: Algorithm) -> None:
     async with linked_ranks(pair, 3, timeout_s=1.0) as ranks:  # over gRPC its silence shows
         steps = [rank.begin(1, Collective(algorithm)) for rank in ranks]

@@ -273,10 +273,18 @@ MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "template a number": (
         lambda m: edit_json(m / "tokenizer_config.json", chat_template=7),
-        ("chat_template",),
+        ("chat_template: expected the text of a template, got 7", "chat_template.jinja"),
+    ),
+    "template a list of lists": (
+        lambda m: edit_json(m / "tokenizer_config.json", chat_template=[{"name": ["a"]}]),
+        ("chat_template", "got ['a']"),
     ),
     "eos a text": (set_defaults(eos_token_id="</s>"), ("eos_token_id", "</s>")),
-    "defaults cut": (truncate("generation_config.json", 5), ("generation_config.json",)),
+    "eos true": (set_defaults(eos_token_id=True), ("eos_token_id", "True")),
+    "defaults cut": (
+        truncate("generation_config.json", 5),
+        ("generation_config.json: not valid JSON", "copy the file again"),
+    ),
     "defaults negative": (
         set_defaults(do_sample=True, temperature=-1),
         ("generation_config.json", "temperature"),
@@ -315,6 +323,7 @@ def test_damaged_model_directory(cli: Cli, model: Path, tmp_path: Path, damage: 
     [
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages[99].content }}", "failed"),
+        (" \n", "no chat template"),
         ("None", ""),
     ],
 )
@@ -480,8 +489,17 @@ def test_prompts_that_cannot_be_served(
         (("peer", "--listen", "127.0.0.1:99999"), "65535"),
         (("peer", "--listen", "192.0.2.1:5000"), "192.0.2.1:5000"),
         (("peer", "--listen", "127.0.0.1:0", "--memory", "-1"), "--memory"),
+        (("peer", "--listen", "127.0.0.1:0", "--memory", "10M"), "raise --memory to at least"),
+        (
+            ("peer", "--listen", "127.0.0.1:0", "--store", "/dev/null/x"),
+            "folder, but /dev/null is a file",
+        ),
+        (("store", "ls", "--store", "/dev/null"), "folder, but /dev/null is a file"),
         (("peer", "--listen", "no-such-host.invalid"), "no-such-host.invalid:50051"),
-        (("generate", "--store", "/dev/null", "--prompt", "a", "--quiet"), "/dev/null"),
+        (
+            ("generate", "--store", "/dev/null", "--prompt", "a", "--quiet"),
+            "/dev/null: expected a folder, but /dev/null is a file",
+        ),
     ],
 )
 def test_other_commands(cli: Cli, arguments: tuple[str, ...], expected: str) -> None:
@@ -683,10 +701,24 @@ def test_output_that_nobody_takes(long_answer: list[str]) -> None:
         assert output_to(full, *long_answer) == (2, error)
 
 
-def test_closed_standard_streams(long_answer: list[str]) -> None:
+@pytest.mark.parametrize(("closed", "code"), [("2>&- <&-", 0), (">&- 2>&- <&-", 2)])
+def test_closed_standard_streams(long_answer: list[str], closed: str, code: int) -> None:
     command = shlex.join([sys.executable, "-m", "tpirt", *long_answer])
-    script = f"{command} >&- 2>&- <&-"
-    assert subprocess.run(["bash", "-c", script], timeout=DEADLINE_S).returncode == 0
+    script = ["bash", "-c", f"{command} {closed}"]
+    done = subprocess.run(script, timeout=DEADLINE_S, stdout=subprocess.DEVNULL)
+    assert done.returncode == code
+
+
+@pytest.mark.parametrize("arguments", ["info", "--help", "peer --help", "--version"])
+@pytest.mark.parametrize(
+    ("output", "reason"), [(">&-", "Bad file descriptor"), ("> /dev/full", "No space left on")]
+)
+def test_output_that_is_lost_is_an_error(arguments: str, output: str, reason: str) -> None:
+    script = ["bash", "-c", f"{sys.executable} -m tpirt {arguments} {output}"]
+    done = subprocess.run(script, timeout=DEADLINE_S, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"tpirt: error: cannot write the output: {reason}")
+    assert done.stderr.count("\n") == 1
 
 
 def test_whole_command_is_what_was_tested_here(whole: Path) -> None:

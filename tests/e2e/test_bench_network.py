@@ -13,6 +13,7 @@ import pytest
 from bench.latency import chosen_points
 from bench.net.namespace import Namespace
 from bench.net.spec import LinkError
+from tests.support.nightly import nightly
 from tpirt.batch import Algorithm
 from tpirt.testing.models import make_model
 from tpirt.testing.processes import descendants, run_python
@@ -94,7 +95,7 @@ def test_latency(model: Path, tmp_path: Path, backend: str) -> None:
     ("arguments", "complaint"),
     [
         (("--model", "no-such-model"), "no-such-model"),
-        (("--model", "MODEL", "--collective", "telepathy"), "telepathy"),
+        nightly(("--model", "MODEL", "--collective", "telepathy"), "telepathy"),
         (("--model", "MODEL", "--latency", "-3"), "is no latency"),
         (("--model", "MODEL", "--profile", "home-wifi", "--latency", "1"), "not one value for all"),
         (

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from tpirt.testing.processes import (
 )
 
 ROOT = Path(__file__).parents[2]
+BEAT_S = 5.0
 SCRIPT = ROOT / "scripts" / "launch_hosts.sh"
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
 
@@ -222,8 +224,10 @@ def test_a_peer_that_ends_ends_all(launch: Launch, host: Host) -> None:
     ids=["place", "port", "user"],
 )
 def test_why_one_fails(launch: Launch, line: str, message: str) -> None:
+    began = time.monotonic()
     process = launch(line)
     _, err = process.communicate(timeout=DEADLINE_S)
+    assert time.monotonic() - began < BEAT_S  # it is told at once, not at the next beat
     assert process.returncode == 3
     assert re.search(rf"launch_hosts\.sh: 127\.0\.0\.1: {message}", err), err
 

@@ -9,7 +9,6 @@ import pytest
 
 from tpirt.config import ModelConfig
 from tpirt.engine import Engine, EngineOptions
-from tpirt.ops.quant_layout import PORTABLE_LAYOUT
 from tpirt.planning import PeerProfile, PlanOptions, format_limit, plan_model
 from tpirt.testing.models import make_model
 from tpirt.testing.processes import PeerProcess, run_cli
@@ -62,7 +61,7 @@ async def test_a_peer_keeps_to_its_limit_over_sessions_that_differ(tmp_path: Pat
 
 def tight_limit(model: Path) -> int:
     """The least limit that is ever advised for two ranks of the model."""
-    peer = PeerProfile(0, "", "", None, None, 1, 1, False, PORTABLE_LAYOUT)
+    peer = PeerProfile(0, "", "", None, None, 1, 1, False)
     options = PlanOptions(dtype="float32", chunk_tokens=16)
     deployment = plan_model(ModelConfig.from_dir(model), 2, peer, options)
     return max(rank.budget.advised_bytes() for rank in deployment.ranks)

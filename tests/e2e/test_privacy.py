@@ -367,7 +367,6 @@ ALLOWED = {
         "threads",
         "cores",
         "bfloat16",
-        "int4_layout",
         "busy",
         "process",
     },
@@ -474,7 +473,6 @@ TEXTS = {
     "HelloReply.tpirt_version",
     "HelloReply.host_name",  # of the worker
     "HelloReply.host_id",
-    "HelloReply.int4_layout",  # what the worker's CPU prefers
     "InventoryRequest.slice_id",  # hash of model, dtype and shard
     "InventoryRequest.order",  # shapes, name of the model's folder, hashes of weights
     "InventoryReply.held",  # hashes of weights

@@ -184,6 +184,7 @@ def test_a_peer_dies_during_an_answer(start: Start, tmp_path: Path) -> None:
     chat.expect(ANSWER)
     (worker,) = workers(chat.pid)
     worker.kill()
+    chat.expect("the answer so far is kept")
     chat.expect(r"error: peer ([^\s:]+:\d+): connection lost")
     peer = chat.match[1]
     chat.expect("No answers without this peer")

@@ -19,6 +19,7 @@ import pexpect
 import psutil
 import pytest
 
+from tests.support.nightly import nightly
 from tpirt.testing.processes import DEADLINE_S, descendants, survivors, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -178,11 +179,11 @@ def test_ctrl_c_twice_during_the_start(chat: pexpect.spawn) -> None:
 @pytest.mark.parametrize(
     ("when", "how"),
     [
-        ("starting", "SIGTERM"),
-        pytest.param("starting", "SIGKILL", marks=pytest.mark.nightly),
-        pytest.param("ready", "SIGTERM", marks=pytest.mark.nightly),
+        nightly("starting", "SIGTERM"),
+        nightly("starting", "SIGKILL"),
+        nightly("ready", "SIGTERM"),
         ("ready", "SIGKILL"),
-        pytest.param("ready", "SIGHUP", marks=pytest.mark.nightly),
+        nightly("ready", "SIGHUP"),
         ("ready", "terminal closed"),
     ],
 )

@@ -8,12 +8,14 @@ import random
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
+from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
 import psutil
 import pytest
 
+from tests.support.nightly import nightly_but
 from tpirt.batch import Algorithm
 from tpirt.engine import Engine, EngineOptions
 from tpirt.errors import PeerLostError, RequestError
@@ -175,8 +177,14 @@ async def test_callers_at_once_for_a_night(
     await run_schedules(wide, peers, store, alone, range(1000, 1000 + NIGHTLY))
 
 
-@pytest.mark.parametrize("carrier", ["tcp", "grpc"])
-@pytest.mark.parametrize("algorithm", Algorithm, ids=lambda algorithm: algorithm.value)
+@pytest.mark.parametrize(
+    ("algorithm", "carrier"),
+    nightly_but(
+        {(Algorithm.STAR, "grpc"), (Algorithm.ONE_SHOT, "tcp"), (Algorithm.TWO_SHOT, "tcp")},
+        product(Algorithm, ("tcp", "grpc")),
+        lambda case: f"{case[0].value}-{case[1]}",
+    ),
+)
 async def test_after_a_cancelled_long_prompt_the_user_may_think(
     wide: Path,
     peers: list[PeerProcess],

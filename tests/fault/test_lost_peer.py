@@ -303,3 +303,13 @@ async def test_worker_serves_the_next_master_after_one_was_killed(
         assert peer.log.count("received slice") == 1
         wait_for(lambda: peer.log.rstrip().endswith("waiting for a master"), stage, DEAD_S)
     assert "Traceback" not in peer.log
+
+
+async def test_a_peer_that_is_stopped_waits_for_nobody(model: Path, tmp_path: Path) -> None:
+    options = EngineOptions(threads=1, store=tmp_path / "store")
+    with PeerProcess(tmp_path / "peer") as peer:
+        async with Engine.connect(model, options, peers=[peer.address]):
+            peer.signal(signal.SIGINT)
+            wait_for(lambda: not peer.alive, "end of the peer")
+        assert "serving" in peer.log
+        assert "waiting for a master" not in peer.log

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from tpirt.batch import Batch, Segment
+from tpirt.batch import SCALE_BLOCK, Batch, Segment
 from tpirt.cluster.worker import Worker
 from tpirt.errors import TpirtError, TransportError
 from tpirt.protocol.link import Link, message_frame
 from tpirt.protocol.messages import PROTOCOL_VERSION, Abort, Ready, Setup
 from tpirt.testing.cluster import memory_engine, same_channel
 from tpirt.testing.faults import Fault, FaultyChannel
+from tpirt.testing.models import make_model
 from tpirt.testing.ranks import Inbox
 from tpirt.transport.base import Channel
 from tpirt.transport.frame import Kind
@@ -25,13 +26,16 @@ from tpirt.transport.memory import memory_pair
 from tpirt.types import RECONNECTED, Progress, SamplingParams
 from tpirt.weights.store import SliceStore
 
+HIDDEN = 3 * SCALE_BLOCK
 PROMPT = list(range(40, 64))
 PARAMS = SamplingParams(max_tokens=6)
 SHORT_S = 0.8  # what a silent peer is given here
 
 # Late is not wrong; twice is harmless where nobody waits for the second one any more.
 MAY_SUCCEED = {Fault.DUPLICATE, Fault.REORDER}
-AFTER = (0, 3, 30)  # of 3 steps of prefill and 5 of decode
+AFTER = (0, 3, 30)  # tensors of 3 steps of prefill and 5 of decode
+STEPS_AFTER = (0, 1, 7)  # the first, one of the prefill, the last
+QUICK_AFTER = {1, 3}
 TENSOR_FAULTS = [fault for fault in Fault if fault is not Fault.DELAY]
 STEP_FAULTS = [
     fault
@@ -59,13 +63,20 @@ def cases() -> Iterator[Any]:
     """Every fault of every frame at three times; but for a selection, at night."""
     for algorithm, side, kind in WAYS:
         for fault in STEP_FAULTS if kind == "step" else TENSOR_FAULTS:
-            for after in AFTER:
-                quick = after == 3 and (algorithm == "star" or fault in QUICK)
+            for after in STEPS_AFTER if kind == "step" else AFTER:
+                quick = after in QUICK_AFTER and (algorithm == "star" or fault in QUICK)
                 yield pytest.param(
-                    *(algorithm, side, kind, fault, after // 3 if kind == "step" else after),
+                    *(algorithm, side, kind, fault, after),
                     marks=() if quick else pytest.mark.nightly,
                     id=f"{algorithm}-{side}-{kind}-{fault.name}-{after}",
                 )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of which two-shot gives each of three ranks a share even of a single token."""
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    return make_model(path, hidden_size=HIDDEN, intermediate_size=48, head_dim=8)
 
 
 @pytest.fixture(scope="module")
@@ -239,8 +250,8 @@ async def test_worker_refuses_an_invalid_step(
         return channel
 
     async with memory_engine(model, 2, store=store, chunk_tokens=8, master_side=keep) as engine:
-        payload = bytes(4 * 64 * max(1, segment.tokens))
-        shape = (segment.tokens, 64)
+        payload = bytes(4 * HIDDEN * max(1, segment.tokens))
+        shape = (segment.tokens, HIDDEN)
         step = message_frame(
             Kind.MESSAGE, Batch((segment,)), payload, step=1, dtype=dtype, shape=shape
         )

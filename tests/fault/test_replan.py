@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.support.nightly import nightly
 from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.cluster.worker import Worker
 from tpirt.config import ModelConfig
@@ -83,10 +84,8 @@ async def connected(
 def unit_sizes(
     model: Path, world: int, rank: int, quantize: str, ratio: Sequence[float] | None = None
 ) -> dict[str, int]:
-    from tpirt.cluster.machine import int4_layout
-
     config = ModelConfig.from_dir(model)
-    form = WeightFormat(torch.float32, QuantSpec.parse(quantize), int4_layout())
+    form = WeightFormat(torch.float32, QuantSpec.parse(quantize))
     with Checkpoint.open(model) as checkpoint:
         spec = SliceMaker(checkpoint, config, form).spec(
             make_partition(config, world, ratio).shards[rank]
@@ -94,9 +93,7 @@ def unit_sizes(
     return {unit.key: spec.unit_bytes(number) for number, (_, unit) in enumerate(spec.places)}
 
 
-@pytest.mark.parametrize(
-    "quantize", ["none", pytest.param("int8", marks=pytest.mark.nightly), "int4:32"]
-)
+@pytest.mark.parametrize("quantize", ["none", nightly("int8"), nightly("int4")])
 async def test_bytes_sent_are_those_of_the_units_lacked(
     wide: Path, tmp_path: Path, quantize: str
 ) -> None:

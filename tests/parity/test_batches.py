@@ -59,11 +59,16 @@ def ids_of(slot: int, count: int) -> list[int]:
 
 def theirs(path: Path, ids: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Logits after each id, (T, V) float32, of a model that has seen nothing else."""
+    return computed(path, tuple(ids), dtype)
+
+
+@cache  # many steps and tests look at parts of the same few sequences
+def computed(path: Path, ids: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, attn_implementation="eager"
     ).eval()
     with torch.no_grad():
-        logits: torch.Tensor = model(torch.tensor([list(ids)])).logits[0].float()
+        logits: torch.Tensor = model(torch.tensor([ids])).logits[0].float()
     return logits
 
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from tests.support.nightly import nightly, nightly_but
 from tpirt.batch import Algorithm, Segment
 from tpirt.collectives.algorithms import GroupCommunicator
 from tpirt.engine import Engine, EngineOptions
@@ -49,6 +51,7 @@ BASE: dict[str, Any] = {
 NO_RATIO: tuple[tuple[float, ...] | None, ...] = (None,)
 
 Change = Callable[[Path], None]
+World = int | tuple[float, ...]  # a tuple is a ratio
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Case:
 
     family: str = "Llama"
     options: dict[str, Any] = field(default_factory=dict)
-    worlds: Sequence[int | tuple[float, ...]] = (1, 3)  # a tuple is a ratio
+    worlds: Sequence[World] = (1, 3)
     change: Change | None = None
     prompt: int = 37
     dtype: torch.dtype = torch.float32
@@ -174,12 +177,38 @@ CASES = {
     ),
     "qwen3-bias": Case("Qwen3", options={"attention_bias": True, "head_dim": 8}),
 }
-RUNS = [
-    pytest.param(name, world, id=f"{name}-{_}")
-    for name, case in CASES.items()
-    for world in case.worlds
-    for _ in [world if isinstance(world, int) else "x".join(f"{w:g}" for w in world)]
-]
+# In CI every case runs over its second world, llama-gqa over all, and these:
+QUICK_RUNS = {
+    *((name, case.worlds[1]) for name, case in CASES.items()),
+    *(("llama-gqa", world) for world in CASES["llama-gqa"].worlds),
+    ("llama-mqa", 8),
+    ("llama-biases", UNEVEN_HEADS),
+    ("dynamic-prompt-crosses", 5),
+    ("odd", (1.0, 3.0)),
+    ("odd-qwen3", 1),
+    ("mistral-window", 8),
+    ("qwen3", UNEVEN_MANY),
+}
+# One of each kind: bias, uneven heads, rope that changes, windows of some layers, dtype.
+QUICK_MICRO_BATCHED = {
+    "llama-biases",
+    "llama-mqa",
+    "dynamic-decode-crosses",
+    "odd-qwen3",
+    "bfloat16",
+    "mistral-window-1",
+    "qwen2-windowed-layers",
+}
+
+
+def run_name(run: tuple[str, World]) -> str:
+    name, world = run
+    return f"{name}-{world if isinstance(world, int) else 'x'.join(f'{w:g}' for w in world)}"
+
+
+RUNS = nightly_but(
+    QUICK_RUNS, ((name, world) for name, case in CASES.items() for world in case.worlds), run_name
+)
 
 
 @dataclass(frozen=True)
@@ -267,7 +296,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Refer
     return make
 
 
-def split(world: int | tuple[float, ...]) -> dict[str, Any]:
+def split(world: World) -> dict[str, Any]:
     if isinstance(world, int):
         return {"world_size": world}
     return {"world_size": len(world), "ratio": world}
@@ -279,7 +308,7 @@ async def run(engine: Engine, prompt: Sequence[int], count: int = NEW_TOKENS) ->
 
 @pytest.mark.parametrize(("name", "world"), RUNS)
 async def test_equals_transformers(
-    reference: Callable[[str], Reference], name: str, world: int | tuple[float, ...]
+    reference: Callable[[str], Reference], name: str, world: World
 ) -> None:
     expected = reference(name)
     store = expected.path / "slices"
@@ -299,7 +328,9 @@ def test_greedy_choices_are_never_close(reference: Callable[[str], Reference]) -
         assert (best[:, 0] - best[:, 1]).min() > 3e-5, name
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "llama-mqa", "mistral-window", "dynamic-old"])
+@pytest.mark.parametrize(
+    "name", ["llama-gqa", nightly("llama-mqa"), "mistral-window", nightly("dynamic-old")]
+)
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 9, 64])
 async def test_chunks_of_any_size(
     reference: Callable[[str], Reference], name: str, chunk_tokens: int
@@ -311,8 +342,19 @@ async def test_chunks_of_any_size(
 
 
 @pytest.mark.usefixtures("micro_batched")
-@pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "dynamic-old", "odd-qwen3"])
-@pytest.mark.parametrize("algorithm", Algorithm, ids=lambda algorithm: algorithm.value)
+@pytest.mark.parametrize(
+    ("name", "algorithm"),
+    nightly_but(
+        {
+            ("llama-gqa", Algorithm.STAR),
+            ("mistral-window", Algorithm.ONE_SHOT),
+            ("dynamic-old", Algorithm.STAR),
+            ("odd-qwen3", Algorithm.TWO_SHOT),
+        },
+        product(("llama-gqa", "mistral-window", "dynamic-old", "odd-qwen3"), Algorithm),
+        lambda case: f"{case[0]}-{case[1].value}",
+    ),
+)
 async def test_micro_batches_of_a_chunk_interleaved(
     reference: Callable[[str], Reference], name: str, algorithm: Algorithm
 ) -> None:
@@ -351,7 +393,7 @@ async def test_micro_batches_if_ranks_cut_their_mlps_differently(
 
 
 @pytest.mark.usefixtures("micro_batched")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", nightly_but(QUICK_MICRO_BATCHED, CASES))
 async def test_micro_batches_give_the_same_tokens(
     reference: Callable[[str], Reference], name: str
 ) -> None:
@@ -416,8 +458,13 @@ async def test_mlp_in_pieces(
 # -- exact -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "llama-biases", "odd-qwen3"])
-@pytest.mark.parametrize("world", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("name", "world"),
+    nightly_but(
+        {("llama-gqa", 2), ("llama-biases", 5), ("odd-qwen3", 1)},
+        product(("llama-gqa", "llama-biases", "odd-qwen3"), (1, 2, 5)),
+    ),
+)
 async def test_streamed_equals_resident_and_rerun(
     reference: Callable[[str], Reference], name: str, world: int
 ) -> None:
@@ -466,11 +513,11 @@ def fixed_budget(total: int) -> Callable[..., int]:
 
 
 @pytest.mark.parametrize("algorithm", Algorithm, ids=lambda algorithm: algorithm.value)
-@pytest.mark.parametrize("world", [2, 4, 5, UNEVEN_MANY])
+@pytest.mark.parametrize("world", [nightly(2), 4, nightly(5), UNEVEN_MANY])
 async def test_all_ranks_hold_identical_bits(
     reference: Callable[[str], Reference],
     monkeypatch: pytest.MonkeyPatch,
-    world: int | tuple[float, ...],
+    world: World,
     algorithm: Algorithm,
 ) -> None:
     expected = reference("llama-gqa")
@@ -516,10 +563,10 @@ def followers(prompt: list[int], tokens: list[int]) -> Iterator[list[int]]:
     [
         "llama-gqa",
         "mistral-window",
-        "llama3",
-        "linear",
-        "qwen3",
-        "dynamic-short",
+        nightly("llama3"),
+        nightly("linear"),
+        nightly("qwen3"),
+        nightly("dynamic-short"),
         "dynamic-decode-crosses",
         "dynamic-prompt-crosses",
     ],
@@ -588,7 +635,6 @@ async def test_left_prefill_is_not_reused_wrongly(
         ("qwen3", 2, {"ratio": (3.0, 1.0)}),
     ],
 )
-@pytest.mark.both_loops
 async def test_processes_equal_transformers(
     reference: Callable[[str], Reference],
     tmp_path: Path,

@@ -1,8 +1,8 @@
 """Quantized weights on the main path: streamed equals resident, and both equal what they stand for.
 
 The oracle is the same model with its projections replaced by what the codes and scales stand for,
-run in float32: quantization itself loses much, but running it must lose nothing more than bfloat16
-rounding inside the kernels.
+run in float32: quantization itself loses much, but running it must lose nothing more in float32,
+and no more than rounding of inputs in bfloat16.
 """
 
 from __future__ import annotations
@@ -16,39 +16,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.support.nightly import nightly
 from tpirt.batch import DEFAULT_COLLECTIVE
 from tpirt.cluster.collective_policy import CollectivePolicy
-from tpirt.cluster.machine import int4_layout
-from tpirt.cluster.provision import write_slice
-from tpirt.cluster.rank import RankRuntime
-from tpirt.cluster.slice_maker import SliceMaker
-from tpirt.collectives.links import LinkSet
-from tpirt.config import ModelConfig
-from tpirt.errors import StoreError
 from tpirt.ops.buffers import page_buffer
+from tpirt.ops.native.bindings import native_kernels
 from tpirt.ops.quant import Int8, QuantSpec, Scheme
-from tpirt.ops.quant_layout import (
-    PORTABLE_LAYOUT,
-    Layout,
-    local_regions,
-    quantize_rows,
-    regions_nbytes,
-    view_regions,
-)
 from tpirt.ops.quant_linear import QuantMatrix, dequantize
+from tpirt.ops.quant_regions import matrix_regions, regions_nbytes, view_regions
 from tpirt.ops.quant_rounding import Workspace
-from tpirt.planning import Limits
-from tpirt.sharding.format import WeightFormat
-from tpirt.sharding.partition import make_partition
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.models import make_model
-from tpirt.types import SamplingParams, ignore_progress
-from tpirt.weights.checkpoint import Checkpoint
-from tpirt.weights.store import SliceStore
+from tpirt.types import SamplingParams
 
 PROMPT = [(37 * i + 11) % 256 for i in range(70)]
-LAYOUTS = [Layout(block, "halves") for block in (32, 64)]
-HOW = ["int8", "int4", "int4:32", "int4:128"]
+HOW = ["int8", "int4"]
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +45,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rounded(spec: Scheme, weight: torch.Tensor) -> torch.Tensor:
-    regions = local_regions(spec, *weight.shape, PORTABLE_LAYOUT)
+    regions = matrix_regions(spec, *weight.shape)
     buffer = page_buffer(regions_nbytes(regions))
     codes, scales = view_regions(regions, buffer)
-    quantize_rows(spec, PORTABLE_LAYOUT, weight, 0, codes, scales, Workspace())
-    return dequantize(QuantMatrix.of_buffer(spec, *weight.shape, PORTABLE_LAYOUT, buffer))
+    spec.round_rows(weight, 0, codes, scales, Workspace())
+    return dequantize(QuantMatrix.of_buffer(spec, *weight.shape, buffer))
 
 
 def as_the_codes_say(model: Path, out: Path, how: str) -> Path:
@@ -92,21 +74,31 @@ def as_the_codes_say(model: Path, out: Path, how: str) -> Path:
     return out
 
 
+@pytest.mark.parametrize(("dtype", "lost"), [("float32", 2e-5), ("bfloat16", 0.04)])
 @pytest.mark.parametrize("how", HOW)
 async def test_logits_are_those_of_the_rounded_weights(
-    model: Path, tmp_path: Path, how: str
+    model: Path, tmp_path: Path, how: str, dtype: str, lost: float
 ) -> None:
+    """In bfloat16, inputs in 8 bits cost 0.6 % in each of 13 products, the rest 1.5 %: 3.2 %."""
     reference = as_the_codes_say(model, tmp_path / "reference", how)
     async with memory_engine(reference) as engine:
         expected = await engine.logits(PROMPT)
-    async with memory_engine(model, quantize=how) as engine:
+    async with memory_engine(model, quantize=how, dtype=dtype) as engine:
         got = await engine.logits(PROMPT)
-    # The kernels take activations in bfloat16: 2^-9 each, over four products a layer.
-    assert (got - expected).norm() < 0.02 * expected.norm()
+    assert (got - expected).norm() < lost * expected.norm()
 
 
-@pytest.mark.parametrize("how", ["int8", "int4"])
-@pytest.mark.parametrize(("dtype", "halves"), [("float32", 0), ("bfloat16", 0), ("bfloat16", 1)])
+@pytest.mark.parametrize(
+    ("how", "dtype", "halves"),
+    [
+        ("int8", "float32", 0),
+        nightly("int8", "bfloat16", 0),
+        ("int8", "bfloat16", 1),
+        nightly("int4", "float32", 0),
+        ("int4", "bfloat16", 0),
+        nightly("int4", "bfloat16", 1),
+    ],
+)
 async def test_streamed_equals_resident_bit_for_bit(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, dtype: str, halves: int
 ) -> None:
@@ -124,7 +116,7 @@ async def test_streamed_equals_resident_bit_for_bit(
         assert tokens == got[0][1]
 
 
-@pytest.mark.parametrize("how", ["int8", "int4"])
+@pytest.mark.parametrize("how", [nightly("int8"), "int4"])
 async def test_more_ranks_stay_close(model: Path, tmp_path: Path, how: str) -> None:
     """Rowwise slices have groups of their own, so ranks change the rounding, but not by much."""
     async with memory_engine(model) as engine:
@@ -141,19 +133,30 @@ async def test_more_ranks_stay_close(model: Path, tmp_path: Path, how: str) -> N
 
 
 async def test_kernels_are_chosen_once(model: Path, tmp_path: Path) -> None:
-    for _ in range(2):
-        async with memory_engine(model, quantize="int4", store=tmp_path):
-            pass
+    options = {"quantize": "int4", "dtype": "bfloat16", "store": tmp_path}
+    async with memory_engine(model, **options):
+        pass
     (noted,) = tmp_path.glob("*/kernels.json")
     before = noted.stat().st_mtime_ns
-    async with memory_engine(model, quantize="int4", store=tmp_path):
+    async with memory_engine(model, **options):
         pass
     assert noted.stat().st_mtime_ns == before
     (entries,) = json.loads(noted.read_text(encoding="utf-8")).values()
     assert all(entry["timings_ms"][entry["rest"]]["1"] > 0 for entry in entries)
+    if native_kernels(1) is not None:
+        assert all(entry["timings_ms"]["native"]["1"] > 0 for entry in entries)
 
 
-@pytest.mark.parametrize("bad", ["not JSON", "unknown kernel", "other keys"])
+async def test_a_float32_run_rounds_no_inputs(model: Path, tmp_path: Path) -> None:
+    async with memory_engine(model, quantize="int4", dtype="float32", store=tmp_path):
+        pass
+    (noted,) = tmp_path.glob("*/kernels.json")
+    (entries,) = json.loads(noted.read_text(encoding="utf-8")).values()
+    assert entries
+    assert all((each["steps"], each["rest"]) == ([], "dense-float32") for each in entries)
+
+
+@pytest.mark.parametrize("bad", ["not JSON", nightly("unknown kernel"), "other keys"])
 async def test_an_unusable_record_of_kernels_is_replaced(
     model: Path, tmp_path: Path, bad: str
 ) -> None:
@@ -172,16 +175,3 @@ async def test_an_unusable_record_of_kernels_is_replaced(
     replaced = noted.read_text(encoding="utf-8")
     assert '"rest": "dense-' in replaced
     assert '"out_features"' in replaced
-
-
-def test_slice_for_another_cpu_is_refused(model: Path, tmp_path: Path) -> None:
-    config = ModelConfig.from_dir(model)
-    mine = int4_layout()
-    other = next(layout for layout in LAYOUTS if layout != mine)
-    form = WeightFormat(torch.float32, QuantSpec.parse("int4"), other)
-    plan = make_partition(config, 1)
-    with Checkpoint.open(model) as checkpoint:
-        maker = SliceMaker(checkpoint, config, form)
-        stored = write_slice(maker, plan, 0, SliceStore(tmp_path), ignore_progress)
-    with pytest.raises(StoreError, match=f"layout {other.name}, this one needs {mine.name}"):
-        RankRuntime(config, stored, 1, LinkSet(0), Limits(None, None, 16))

@@ -14,18 +14,19 @@ import termios
 from pathlib import Path
 
 import pytest
+from prompt_toolkit.application import create_app_session
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import InMemoryHistory
+from prompt_toolkit.input import create_pipe_input
 
 from tpirt.chat.console import Console, is_capable, is_terminal, printable
 from tpirt.chat.modes import TerminalModes
 from tpirt.chat.plan_view import show_advice, show_plan
-from tpirt.chat.prompt import CommandCompleter, clean, history_file, open_history
+from tpirt.chat.prompt import CommandCompleter, PromptReader, clean, history_file, open_history
 from tpirt.chat.reader import PlainReader
 from tpirt.chat.status import peers_table
 from tpirt.config import ModelConfig
-from tpirt.ops.quant_layout import PORTABLE_LAYOUT
 from tpirt.planning import Deployment, PeerProfile, PlanOptions, plan
 from tpirt.testing.models import make_model
 from tpirt.weights.shapes import find_shape
@@ -96,6 +97,30 @@ def test_dim_only_where_it_shows(
     assert ("\x1b" in err.getvalue()) == (term == "xterm" and not no_color)
 
 
+@pytest.mark.parametrize("no_color", [None, "1"])
+def test_a_prompt_that_is_left_is_grey_only_where_colour_is_wanted(
+    monkeypatch: pytest.MonkeyPatch, no_color: str | None
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color is not None:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    ours, theirs = pty.openpty()
+    with (
+        create_pipe_input() as keys,
+        open(theirs, "w", encoding="utf-8") as out,
+        create_app_session(input=keys),
+    ):
+        keys.send_text("\x04")
+        assert asyncio.run(PromptReader(out, None).read()) is None
+    drawn = b""
+    with contextlib.suppress(OSError):  # after all that was written to the other end
+        while part := os.read(ours, 1 << 16):
+            drawn += part
+    os.close(ours)
+    assert (re.search(rb"\x1b\[[0-9;]*38;", drawn) is None) == (no_color == "1")
+
+
 def test_what_the_encoding_lacks_becomes_a_question_mark() -> None:
     raw = io.BytesIO()
     out = io.TextIOWrapper(raw, encoding="ascii")
@@ -147,8 +172,7 @@ def load_plan(
 ) -> Deployment:
     config = ModelConfig.from_dir(make_model(path, num_attention_heads=16, num_key_value_heads=4))
     peers = [
-        PeerProfile(r, f"pi\x1b{r}", f"host{r}", None, None, 1, 1, False, PORTABLE_LAYOUT)
-        for r in range(ranks)
+        PeerProfile(r, f"pi\x1b{r}", f"host{r}", None, None, 1, 1, False) for r in range(ranks)
     ]
     options = PlanOptions(
         window=window, memory_bytes=memory_bytes, dtype="float32", chunk_tokens=16
@@ -174,13 +198,13 @@ def test_plan_of_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("quantize", "end"),
     [
-        ("int4", "(as asked), weights in int4:64"),
+        ("int4", "(as asked), weights in int4"),
         ("auto", "weights in float32 (all weights fit in memory)"),
     ],
 )
 def test_quantization_is_shown_with_its_reason(tmp_path: Path, quantize: str, end: str) -> None:
     config = ModelConfig.from_dir(make_model(tmp_path))
-    peer = PeerProfile(0, "pi", "host", None, None, 1, 1, False, PORTABLE_LAYOUT)
+    peer = PeerProfile(0, "pi", "host", None, None, 1, 1, False)
     options = PlanOptions(quantize=quantize, dtype="float32")
     assert plan_lines(plan(config, [peer], options))[-1].endswith(end)
 
@@ -193,10 +217,7 @@ def test_plan_of_many_is_cut(tmp_path: Path) -> None:
 
 def test_advice_tells_the_disk_space_of_this_machines_slices(tmp_path: Path) -> None:
     config = ModelConfig.from_hf(find_shape("llama-3.1-8b"))
-    peers = [
-        PeerProfile(r, f"pi{r}", f"host{r}", 4 << 30, None, 1, 1, True, PORTABLE_LAYOUT)
-        for r in range(2)
-    ]
+    peers = [PeerProfile(r, f"pi{r}", f"host{r}", 4 << 30, None, 1, 1, True) for r in range(2)]
     short, enough = (plan(config, peers, PlanOptions(quantize=q)) for q in ("none", "int4"))
     store = tmp_path / "not" / "there" / "yet"
     out = io.StringIO()
@@ -229,7 +250,7 @@ def test_how_weights_are_held(
 )
 def test_the_limit_decides(tmp_path: Path, spare: int, held: str) -> None:
     budget = load_plan(tmp_path, 1).ranks[0].budget
-    need = budget.process_bytes + budget.step_bytes() + budget.weights_bytes
+    need = budget.process_bytes + budget.step_bytes(1) + budget.weights_bytes
     assert held in plan_lines(load_plan(tmp_path, 1, None, need + spare))[1]
 
 

@@ -53,9 +53,16 @@ def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> 
         (("generat",), "no command 'generat': did you mean generate?"),
         (("xyzzy",), "no command 'xyzzy': expected one of chat, generate, "),
         (("store", "rmm"), "no action 'rmm': did you mean rm?"),
+        (("--verson",), "unrecognized arguments: --verson: did you mean --version?"),
+        (("info", "--quantise=int8"), "--quantise=int8: did you mean --quantize?"),
+        (("info", "--quantise", "int8"), "--quantise int8: did you mean --quantize?"),
+        (("store", "rm", "--sture", "x"), "did you mean --store?"),
+        (("info", "--xyzzy"), "unrecognized arguments: --xyzzy\n"),
+        (("info", "--dtype", "bflot16"), "did you mean bfloat16?"),
+        (("info", "--dtype", "xyzzy"), "bfloat16')\n"),
     ],
 )
-def test_an_unknown_command(
+def test_what_is_unknown_is_answered_with_the_nearest(
     arguments: tuple[str, ...], hint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(*arguments) == 2

@@ -1,7 +1,9 @@
-"""What becomes of the clients that a caller hands to ``Engine.connect``."""
+"""What `Engine.connect` does with the clients of its caller, and what it loads without any."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -55,3 +57,22 @@ async def test_clients_are_closed_once_whatever_fails(tmp_path: Path, wrong: Any
         async with Engine.connect(options=options, peers=[client], **wrong):
             raise AssertionError
     assert client.closed == 1
+
+
+ALONE = """
+import asyncio, sys
+import tpirt.chat, tpirt.cli.generate
+from tpirt import Engine, EngineOptions, SamplingParams
+
+async def main():
+    async with Engine.connect(options=EngineOptions(store=sys.argv[1], threads=1)) as engine:
+        await engine.complete("Hello", SamplingParams(max_tokens=2))
+
+asyncio.run(main())
+assert "grpc" not in sys.modules
+"""
+
+
+def test_a_single_rank_does_not_load_grpc(tmp_path: Path) -> None:
+    """It would take 8 MiB of the limit that is meant for weights."""
+    subprocess.run([sys.executable, "-W", "error", "-c", ALONE, tmp_path], check=True, timeout=60)

@@ -12,6 +12,7 @@ from tpirt import errors
 from tpirt.batch import Algorithm, Batch, Collective, CommDtype, Segment
 from tpirt.errors import PeerError, PeerLostError, StoreError, TpirtError, TransportError
 from tpirt.protocol.messages import (
+    PROTOCOL_VERSION,
     Failure,
     HelloReply,
     LinkState,
@@ -40,14 +41,16 @@ def test_a_batch_is_read_as_it_was_written(
     assert decode(encode(batch), "peer") == batch
 
 
-SETUP = Setup(3, "f", "{}", "s", 1, 2, None, 0, 16, 1000, 0, 2**63 - 1, ("", "host:1"))
+SETUP = Setup(
+    PROTOCOL_VERSION, "f", "{}", "s", 1, 2, None, 0, 16, 1000, 0, 2**63 - 1, ("", "host:1")
+)
 
 
 @pytest.mark.parametrize(
     "message",
     [
         SETUP,
-        Setup(3, "f", "{}", "s", 1, 2, 4, None, 16, 1000, 0, 0, ()),
+        Setup(PROTOCOL_VERSION, "f", "{}", "s", 1, 2, 4, None, 16, 1000, 0, 0, ()),
         Ready(1, 2, (LinkState(2, "tcp"), LinkState(3, "", "no link"))),
         Failure(7, "StoreError", "no disk"),
         Failure(7, "PeerLostError", "gone", 0),
@@ -62,7 +65,7 @@ def test_a_message_is_read_as_it_was_written(message: object) -> None:
 
 
 def test_a_call_is_read_as_it_was_written() -> None:
-    reply = HelloReply(3, "1.0", "p", "h", None, 1, 2, 3, 4, True, "avx2", False, 7)
+    reply = HelloReply(PROTOCOL_VERSION, "1.0", "p", "h", None, 1, 2, 3, 4, True, False, 7)
     assert decode_call(HelloReply, encode_call(reply), "peer") == reply
 
 

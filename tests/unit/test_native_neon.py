@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NATIVE = ROOT / "tpirt/ops/native"
-SOURCES = [NATIVE / "native.c", NATIVE / "pool.c", ROOT / "tests/support/compare_sets.c"]
+SOURCES = [*NATIVE.glob("*.c"), ROOT / "tests/support/check_sets.c"]
 ZIG = [sys.executable, "-m", "ziglang", "cc"] if importlib.util.find_spec("ziglang") else None
 GCC = shutil.which("aarch64-linux-gnu-gcc")
 QEMU = shutil.which("qemu-aarch64")
@@ -26,7 +26,7 @@ def compilers() -> dict[str, list[str]]:
 
 
 def compile_to(path: Path, compiler: list[str], *options: str) -> None:
-    flags = ["-O3", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{NATIVE}"]
+    flags = ["-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{NATIVE}"]
     subprocess.run([*compiler, *flags, *SOURCES, *options, "-lm", "-o", path], check=True)
 
 
@@ -34,7 +34,7 @@ def compile_to(path: Path, compiler: list[str], *options: str) -> None:
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not QEMU or request.param not in compilers():
         pytest.skip(f"needs qemu-aarch64 (qemu-user) and {request.param} for aarch64")
-    path = tmp_path_factory.mktemp("neon") / "compare_sets"
+    path = tmp_path_factory.mktemp("neon") / "check_sets"
     compile_to(path, compilers()[request.param], "-static")
     return path
 
@@ -55,11 +55,4 @@ def test_sets_equal_plain_c_bit_for_bit(program: Path, cpu: str, sets: list[str]
 
 @pytest.mark.skipif(not ZIG, reason="needs ziglang")
 def test_compiles_for_macos(tmp_path: Path) -> None:
-    compile_to(tmp_path / "compare_sets", [*(ZIG or []), "-target", "aarch64-macos"])
-
-
-@pytest.mark.skipif(not shutil.which("cc"), reason="needs a compiler")
-def test_sets_of_this_machine_equal_plain_c(tmp_path: Path) -> None:
-    compile_to(tmp_path / "compare_sets", ["cc"])
-    run = subprocess.run([tmp_path / "compare_sets"], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
+    compile_to(tmp_path / "check_sets", [*(ZIG or []), "-target", "aarch64-macos"])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.nightly import nightly
 from tpirt.cluster import machine
 from tpirt.cluster.rank import RankRuntime
 from tpirt.cluster.roster import machines
@@ -18,7 +19,6 @@ from tpirt.collectives.cost_model import Machine
 from tpirt.config import ModelConfig
 from tpirt.engine import Engine, EngineOptions
 from tpirt.errors import ConfigError, MemoryLimitError
-from tpirt.ops.quant_layout import PORTABLE_LAYOUT
 from tpirt.planning import PeerProfile, PlanOptions, advise, plan, plan_model
 from tpirt.planning.memory import PROCESS_BYTES, SLACK_BYTES
 from tpirt.testing.cluster import memory_engine
@@ -38,7 +38,7 @@ SIZES = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
 
 
 def profile(rank: int = 0, **changes: Any) -> PeerProfile:
-    peer = PeerProfile(rank, f"pi{rank}", f"host{rank}", None, None, 1, 1, False, PORTABLE_LAYOUT)
+    peer = PeerProfile(rank, f"pi{rank}", f"host{rank}", None, None, 1, 1, False)
     return replace(peer, **changes)
 
 
@@ -180,18 +180,55 @@ def test_every_limit_that_is_too_low_is_named(config: ModelConfig) -> None:
 
 
 def test_too_little_free_memory_is_named(config: ModelConfig) -> None:
-    text = refused(config, [profile(available_bytes=100 * MIB)], PlanOptions())
+    peers = [profile(available_bytes=340 * MIB)]  # of which 289 are taken unasked
+    text = refused(config, peers, PlanOptions())
     assert "free memory on its machine, raise its container's limit, or set --memory to" in text
     advised = parse_bytes(text.rpartition(" ")[2])
-    plan(config, [profile(available_bytes=100 * MIB)], PlanOptions(memory_bytes=advised))
+    plan(config, peers, PlanOptions(memory_bytes=advised))
+
+
+@pytest.mark.parametrize("asked", [None, 50 * MIB])
+def test_no_limit_is_advised_that_a_machine_does_not_have(
+    config: ModelConfig, asked: int | None
+) -> None:
+    small = {"host_id": "small", "available_bytes": 400 * MIB}  # for both
+    peers = [profile(), profile(1, **small), profile(2, memory_bytes=60 * MIB, **small)]
+    text = refused(config, peers, PlanOptions(memory_bytes=asked))
+    assert "its machine or container has 200 MiB free: end other programs" in text
+    assert "to at least" not in text
+
+
+def test_no_limit_is_advised_for_a_context_that_a_machine_does_not_have(
+    long_model: Path,
+) -> None:
+    peers = [profile(), profile(1, available_bytes=395 * MIB, memory_bytes=336 * MIB)]
+    deployment = plan(ModelConfig.from_dir(long_model), peers, PlanOptions())
+    deployment.check_context(500)
+    with pytest.raises(MemoryLimitError, match=r"has 395 MiB free: end .* or shorten") as caught:
+        deployment.check_context(16_000)
+    assert "to at least" not in str(caught.value)
+
+
+def test_a_higher_limit_never_holds_less(config: ModelConfig) -> None:
+    """Longer steps, which a higher limit selects, do not count while tokens are generated."""
+    ranks = [
+        plan(config, [profile()], PlanOptions(memory_bytes=limit * MIB)).ranks[0]
+        for limit in range(325, 400)
+    ]
+    assert len({rank.limits.chunk_tokens for rank in ranks}) > 2
+    held = [
+        (rank.budget.fits, rank.held == "resident", len(rank.decoding.resident)) for rank in ranks
+    ]
+    assert held == sorted(held)
+    assert {fits for fits, *_ in held} == {False, True}
 
 
 @pytest.mark.parametrize(
     ("world_size", "options"),
     [
         (1, {}),
-        (1, {"dtype": "bfloat16", "chunk_tokens": 40}),
-        (2, {"window": 3, "chunk_tokens": 64}),
+        nightly(1, {"dtype": "bfloat16", "chunk_tokens": 40}),
+        nightly(2, {"window": 3, "chunk_tokens": 64}),
         (3, {"ratio": [4.0, 1.0, 2.0]}),
         (4, {"quantize": "int8", "chunk_tokens": 256}),
     ],
@@ -320,8 +357,8 @@ def llama(name: str) -> ModelConfig:
         (None, "none", "all weights fit in memory"),
         (16, "none", "all weights fit in memory"),
         (9, "int8", "14 GiB in bfloat16 do not fit rank 0"),
-        (6, "int4:64", "7 GiB in int8 do not fit rank 0"),
-        (3, "int4:64", "the smallest, yet 4.15 GiB in int4:64 do not fit rank 0"),
+        (6, "int4", "7 GiB in int8 do not fit rank 0"),
+        (3, "int4", "the smallest, yet 4.15 GiB in int4 do not fit rank 0"),
     ],
 )
 def test_auto_takes_the_first_quantization_that_fits(

@@ -14,7 +14,6 @@ import pytest
 
 from tpirt.cli.main import build_parser
 from tpirt.config import ModelConfig
-from tpirt.ops.quant_layout import PORTABLE_LAYOUT
 from tpirt.planning import PeerProfile, PlanOptions, plan_model
 from tpirt.testing.processes import run_python
 from tpirt.weights.names import expected_tensors
@@ -81,7 +80,7 @@ ROWS = dict(re.findall(r"^\| (\S+B) \| ((?:\S+ GB \| ){4})", README, re.MULTILIN
 )
 def test_memory_of_models(name: str) -> None:
     config = ModelConfig.from_hf(find_shape(name.lower()))
-    peer = PeerProfile(0, "one", "one", None, None, 1, 1, True, PORTABLE_LAYOUT)
+    peer = PeerProfile(0, "one", "one", None, None, 1, 1, True)
     numbers = [sum(map(math.prod, expected_tensors(config).values())) * 2]
     for quantize in ("none", "int8", "int4"):
         deployment = plan_model(config, 1, peer, PlanOptions(quantize=quantize))

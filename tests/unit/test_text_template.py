@@ -90,7 +90,8 @@ def test_precedence(tmp_path: Path) -> None:
         assert tokenizer.has_chat_template
         return tokenizer.render_chat(HI)
 
-    write_dir(tmp_path, byte_level(), {})
+    write_dir(tmp_path, byte_level(), {"chat_template": ""})  # an empty one is none
+    (tmp_path / "chat_template.jinja").write_text("\n")
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "legacy"}))
     assert text() == "legacy"
     named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "listed"}]

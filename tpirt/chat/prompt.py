@@ -25,14 +25,14 @@ from prompt_toolkit.data_structures import Size
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from prompt_toolkit.output import Output, create_output
+from prompt_toolkit.output import ColorDepth, Output, create_output
 from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.shortcuts import CompleteStyle
 
 from tpirt.chat import settings
 from tpirt.chat.commands import COMMANDS
 from tpirt.chat.reader import PROMPT
-from tpirt.terminal import unfiltered
+from tpirt.terminal import unfiltered, wants_color
 
 
 class PromptReader:
@@ -168,4 +168,5 @@ def _output(out: TextIO) -> Output:
         return Size(rows=lines or 24, columns=columns or 80)
 
     # Cursor position requests are only needed for menus, and some terminals never answer.
-    return Vt100_Output(out, size, term=os.environ.get("TERM"), enable_cpr=False)
+    term, depth = os.environ.get("TERM"), None if wants_color() else ColorDepth.DEPTH_1_BIT
+    return Vt100_Output(out, size, term=term, default_color_depth=depth, enable_cpr=False)

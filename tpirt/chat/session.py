@@ -13,7 +13,7 @@ from tpirt.chat.interrupts import Interrupts
 from tpirt.chat.progress import ConsoleProgress
 from tpirt.chat.status import Timing
 from tpirt.engine import Conversation, Engine
-from tpirt.errors import MemoryLimitError, PeerLostError, RequestError, TpirtError
+from tpirt.errors import LogitsError, MemoryLimitError, PeerLostError, RequestError, TpirtError
 from tpirt.types import Progress, SamplingParams
 
 _MAKE_ROOM = "/reset begins a new conversation; /save FILE keeps this one."
@@ -64,6 +64,7 @@ class Session:
         self.timing: Timing | None = None  # of the last answer
         self.leaving = False
         self._told_broken = False
+        self._kept = False  # of an answer that failed, the text so far
 
     async def answer(
         self,
@@ -91,7 +92,10 @@ class Session:
             self._show_status(stop.pressed > 0)
 
     def complain(self, error: TpirtError) -> None:
-        """Show an error of an answer with advice."""
+        """Show an error of an answer with advice, and what of the answer is kept."""
+        if self._kept:
+            self._kept = False
+            self.console.note("[the answer so far is kept: your next message follows it]")
         if error is not self.engine.broken:
             self.console.complain(error)
         elif self._told_broken:
@@ -133,6 +137,9 @@ class Session:
             if not self.talk.turns:
                 raise
             raise type(exc)(f"{exc}. {_MAKE_ROOM}") from exc
+        except TpirtError as exc:
+            self._kept = bool(ids) and not self.is_base and not isinstance(exc, LogitsError)
+            raise
         finally:
             self.progress.close()
             self.console.end_line()

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from tpirt.cli.parser import build_parser
@@ -49,9 +49,9 @@ def _leave(code: int) -> NoReturn:
 
 def _run(argv: Sequence[str] | None) -> int:
     try:
-        arguments = build_parser().parse_args(argv)
-        arguments.run(arguments)
-        sys.stdout.flush()  # here, where errors are caught
+        with _flushed():
+            arguments = build_parser().parse_args(argv)
+            arguments.run(arguments)
     except TpirtError as exc:
         _complain(f"error: {exc}")
         return exc.exit_code
@@ -72,20 +72,34 @@ def _run(argv: Sequence[str] | None) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _flushed() -> Iterator[None]:
+    """Flush standard output here, where errors are caught; also where ``--help`` exits."""
+    try:
+        yield
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+
+
 def _complain(text: str) -> None:
     """Print one line on stderr."""
     print(printable_line(f"tpirt: {text}"), file=sys.stderr, flush=True)
 
 
 def _open_standard_streams() -> None:
-    """Open the null device for closed standard streams, whose numbers other files would get."""
+    """Open the null device for closed standard streams, whose numbers other files would get.
+
+    Only for reading: a command whose output is lost must fail.
+    """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            os.open(os.devnull, os.O_RDONLY)  # takes the lowest free number
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 

@@ -6,31 +6,52 @@ import argparse
 import difflib
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from tpirt.terminal import fill, wrap
 from tpirt.version import __version__
 
-_UNKNOWN = re.compile(r"argument (COMMAND|ACTION): invalid choice: '(.*?)'.*from (.*)\)")
+_NO_COMMAND = re.compile(r"argument (COMMAND|ACTION): invalid choice: '(.*?)'.*from (.*)\)")
+_NO_CHOICE = re.compile(r"argument .*: invalid choice: '(.*?)'.*from (.*)\)")
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser with our help; unknown commands are answered with the nearest one."""
+    """An ArgumentParser with our help; what it does not know is answered with the nearest."""
 
     def __init__(self, **options: Any):
         super().__init__(**{"formatter_class": HelpFormatter, **options})
         self.color = False  # Python 3.14 would send colours, which our streams drop
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse what is unknown here, where the command's options are known."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            name = next((each for each in unknown if each.startswith("-")), "").partition("=")[0]
+            near = _nearest(name, list(self._option_string_actions))
+            text = f"unrecognized arguments: {' '.join(unknown)}"
+            self.error(f"{text}: {near}" if near else text)
+        return parsed, unknown
+
     def error(self, message: str) -> NoReturn:
         """Print usage and message, and exit with 2."""
-        unknown = _UNKNOWN.match(message)
-        if unknown is not None:
-            what, name, choices = unknown.groups()
+        if found := _NO_COMMAND.match(message):
+            what, name, choices = found.groups()
             known = re.findall(r"\w+", choices)
-            near = difflib.get_close_matches(name, known, 1, 0.5)
-            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
+            hint = _nearest(name, known) or f"expected one of {', '.join(known)}"
             message = f"no {what.lower()} '{name}': {hint}"
+        elif found := _NO_CHOICE.match(message):
+            near = _nearest(found[1], re.findall(r"[\w-]+", found[2]))
+            message += f": {near}" if near else ""
         super().error(message)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        (file or sys.stderr).write(message)  # argparse would hide that it cannot be written
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1, 0.5)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 class HelpFormatter(argparse.HelpFormatter):

@@ -1,4 +1,4 @@
-"""Choose the kernels for a slice's quantized matrices. Measured once and kept with the slice.
+"""Choose the kernels for a slice's matrices. Measured once and kept with the slice.
 
 The bits of a product depend on the choice, and measurements are noisy: they are not repeated at
 every start, so that reruns are bit-identical.
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tpirt.errors import ConfigError
+from tpirt.ops.plain_kernels import PLAIN_KERNELS
 from tpirt.ops.quant import QuantSpec, Scheme
 from tpirt.ops.quant_kernels import KERNELS
 from tpirt.ops.quant_linear import KernelChoice, MatrixShape
@@ -28,7 +29,9 @@ _FILE = "kernels.json"
 def choose_kernels(
     folder: Path, blocks: Iterable[Block], dtype: torch.dtype
 ) -> Mapping[MatrixShape, KernelChoice]:
-    """Choose kernels for each shape of quantized matrix: recorded in ``folder``, or measured.
+    """Choose kernels for each shape of matrix: recorded in ``folder``, or measured.
+
+    Plain float32 weights have torch's alone.
 
     Measuring takes up to 0.2 s per shape, seconds on a small device: call it from a worker thread.
     Choices and timings are recorded for the next start; failure to write them is not an error.
@@ -40,6 +43,7 @@ def choose_kernels(
         for block in blocks
         for tensor in block.tensors
         if isinstance(tensor.quant, Scheme)
+        or (len(tensor.shape) == 2 and tensor.dtype is torch.bfloat16)
     }
     if not shapes:
         return {}
@@ -74,7 +78,8 @@ def _parse(entry: dict[str, Any]) -> tuple[MatrixShape, KernelChoice]:
         for name, times in entry["timings_ms"].items()
     }
     names = [*(name for _, name in steps), entry["rest"]]
-    if not isinstance(spec, Scheme) or not all(KERNELS[n].works for n in names):
+    known = KERNELS if isinstance(spec, Scheme) else PLAIN_KERNELS
+    if not all(known[n].accepts(spec) for n in names):
         raise ValueError(f"{spec}: not all of {names} are kernels of this machine")
     shape = MatrixShape(spec, entry["out_features"], entry["in_features"])
     return shape, KernelChoice(steps, entry["rest"], timings)

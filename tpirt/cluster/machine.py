@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from tpirt.cluster.cgroup import cpu_quota, memory_group
+from tpirt.ops.cpu import bfloat16_units
+from tpirt.ops.native.bindings import native_kernels
 
 _M_ARENA_MAX = -8  # glibc's malloc.h
 
@@ -42,21 +44,8 @@ def host_name() -> str:
 
 
 def has_bfloat16() -> bool:
-    """Whether the CPU has native bfloat16 products (AVX-512 BF16, AMX, Arm BF16).
-
-    False if unknown, because emulated bfloat16 is slower than float32.
-    """
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    flags = {
-        flag
-        for line in text.splitlines()
-        if line.lower().startswith(("flags", "features"))
-        for flag in line.partition(":")[2].split()
-    }
-    return not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+    """Whether bfloat16 weights are as fast here as the memory: by units of the CPU, or in C."""
+    return bfloat16_units() or native_kernels(1) is not None
 
 
 def available_bytes() -> int:

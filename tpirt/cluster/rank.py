@@ -11,9 +11,11 @@ from tpirt.batch import Batch
 from tpirt.cancellation import finish, in_thread
 from tpirt.cluster.kernels import choose_kernels
 from tpirt.cluster.machine import (
+    available_bytes,
     base_bytes,
     peak_resident_bytes,
     release_free_memory,
+    resident_bytes,
 )
 from tpirt.cluster.stats import Counters, StepLog
 from tpirt.collectives.algorithms import GroupCommunicator
@@ -23,7 +25,7 @@ from tpirt.collectives.links import LinkSet
 from tpirt.config import ModelConfig
 from tpirt.errors import MemoryLimitError, TransportError
 from tpirt.model.decoder import Decoder
-from tpirt.planning import Limits, MemoryBudget, format_limit
+from tpirt.planning import Limits, MemoryBudget, more_memory
 from tpirt.refusals import refused_memory
 from tpirt.sharding.blocks import rank_blocks
 from tpirt.sharding.program import Program
@@ -259,10 +261,12 @@ class RankRuntime:
         budget, rank = self._budget, self.comm.rank
         if budget.limits.memory_bytes is None:
             return MemoryLimitError(f"rank {rank}: {exc}")
-        enough = format_limit(budget.advised_bytes())
-        return MemoryLimitError(
-            f"rank {rank}: {budget.shortage}; raise --memory to at least {enough}"
-        )
+        return MemoryLimitError(f"rank {rank}: {budget.shortage}; {self._advice()}")
+
+    def _advice(self, context: int = 0) -> str:
+        """What to do for ``context`` tokens."""
+        free = available_bytes() + resident_bytes()
+        return more_memory(self._budget.advised_bytes(context), free)
 
     async def _make_room(self, batch: Batch) -> None:
         """Give the step and the KV store what they need, and the weights the rest.
@@ -298,7 +302,7 @@ class RankRuntime:
         except MemoryLimitError as exc:
             raise MemoryLimitError(
                 f"rank {self.comm.rank}: {context} tokens of context need "
-                f"{format_bytes(kv_bytes)} of KV cache, and then {exc}; raise --memory to at least "
-                f"{format_limit(self._budget.advised_bytes(context))}, or shorten the conversation"
+                f"{format_bytes(kv_bytes)} of KV cache, and then {exc}; {self._advice(context)}, "
+                "or shorten the conversation"
             ) from exc
         self._reserved = reserved

@@ -33,7 +33,6 @@ from tpirt.planning import Deployment, plan
 from tpirt.refusals import allow_open_files
 from tpirt.sharding.partition import make_partition
 from tpirt.transport.base import PeerClient
-from tpirt.transport.grpc import GrpcPeerClient
 from tpirt.types import Progress, ProgressCallback
 from tpirt.weights.store import SliceStore, default_store
 
@@ -119,6 +118,8 @@ async def _clients(
         clients: list[PeerClient] = []
         for peer in peers:
             if isinstance(peer, str):
+                from tpirt.transport.grpc import GrpcPeerClient  # 8 MiB, not needed by one rank
+
                 peer = GrpcPeerClient(peer)
                 stack.push_async_callback(peer.aclose)
             clients.append(peer)

@@ -62,7 +62,7 @@ class GenerationDefaults:
 def _eos_ids(file: Path, content: dict[str, Any]) -> set[int]:
     eos = content.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(isinstance(i, int) for i in ids):
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise CheckpointError(f"{file}: eos_token_id: expected numbers, got {eos!r}")
     return set(ids)
 
@@ -111,8 +111,12 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as exc:
-        raise CheckpointError(f"{path}: {exc}; copy the file again") from exc
+    except OSError as exc:
+        raise CheckpointError(f"{path}: cannot be read: {exc.strerror}") from exc
+    except (ValueError, RecursionError) as exc:
+        raise CheckpointError(
+            f"{path}: not valid JSON ({exc}); it may be truncated, copy the file again"
+        ) from exc
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content

@@ -13,13 +13,14 @@ from tpirt.batch import Batch, Segment
 from tpirt.config import ModelConfig
 from tpirt.model.kv_store import KVStore
 from tpirt.model.products import plain
+from tpirt.ops.cpu import bfloat16_units
 from tpirt.ops.native.bindings import Attention, NativeKernels, native_kernels
 from tpirt.ops.nn import attention, rms_norm
 from tpirt.ops.rope import rotate
 from tpirt.sharding.partition import Shard
 from tpirt.weights.layout import Weights
 
-# Rows that the kernel in C takes; for more, torch's is faster.
+# Rows that the kernel in C takes. For more, torch's is faster, if the CPU has bfloat16 units.
 _NATIVE_ROWS = 8
 
 
@@ -77,7 +78,7 @@ class Heads:
 
     def _native(self, qkv: torch.Tensor) -> NativeKernels | None:
         if (
-            len(qkv) > _NATIVE_ROWS
+            (len(qkv) > _NATIVE_ROWS and bfloat16_units())
             or qkv.dtype is not torch.float32
             or self._dtype is not torch.bfloat16
             or self._config.head_dim % 16

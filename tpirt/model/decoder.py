@@ -95,7 +95,7 @@ class Decoder:
         self._comm = comm
         self._rotary = RotaryEmbedding(config)
         self._heads = Heads(config, shard, self.kv, dtype)
-        self._products = Products(config, dtype, kernels)
+        self._products = Products(config, kernels)
         self._mlp_rows = 2 * shard.columns.size  # of gate and up together
         self._mlp_cut = self._mlp_rows * 3 // 4 // ROWS_UNIT * ROWS_UNIT
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tpirt-compute")

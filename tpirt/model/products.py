@@ -13,8 +13,15 @@ import torch.nn.functional as F
 from tpirt.config import ModelConfig
 from tpirt.ops.native.bindings import Rounded, native_kernels
 from tpirt.ops.nn import ACTIVATIONS, gated_mlp, rms_norm
+from tpirt.ops.quant import AS_THEY_ARE
 from tpirt.ops.quant_kernels import NATIVE
-from tpirt.ops.quant_linear import KernelChoice, MatrixShape, QuantMatrix, linear
+from tpirt.ops.quant_linear import (
+    KernelChoice,
+    MatrixShape,
+    QuantMatrix,
+    kernel_inputs,
+    linear,
+)
 from tpirt.sharding.partition import Span
 from tpirt.weights.layout import Weights
 
@@ -22,20 +29,14 @@ from tpirt.weights.layout import Weights
 class Products:
     """Products with the weights of a block.
 
-    Inputs of the kernels in C are rounded where they are made, so that nothing lies between; those
-    of other kernels are in ``dtype``.
+    Inputs of the kernel in C for quantized weights are rounded where they are made, so that nothing
+    lies between.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        dtype: torch.dtype,
-        kernels: Mapping[MatrixShape, KernelChoice],
-    ):
+    def __init__(self, config: ModelConfig, kernels: Mapping[MatrixShape, KernelChoice]):
         self._eps = config.rms_norm_eps
         self._silu = config.hidden_act == "silu"
         self._activation = ACTIVATIONS[config.hidden_act]
-        self._dtype = dtype
         self._kernels = kernels
 
     def normed(self, w: Weights, x: torch.Tensor, into: str) -> torch.Tensor | Rounded:
@@ -46,7 +47,7 @@ class Products:
             native = native_kernels(torch.get_num_threads())
             assert native is not None
             return native.norm(x.contiguous(), weight, self._eps)
-        return rms_norm(x, weight, self._eps).to(self._dtype)
+        return rms_norm(x, weight, self._eps).to(self._inputs(w, into, len(x)))
 
     def gated(self, w: Weights, gate_up: torch.Tensor, into: str) -> torch.Tensor | Rounded:
         """``activation(gate) * up`` of (T, 2 I) as input of the product ``into``."""
@@ -54,31 +55,34 @@ class Products:
             native = native_kernels(torch.get_num_threads())
             assert native is not None
             return native.gate(gate_up.contiguous())
-        return gated_mlp(gate_up.to(self._dtype), self._activation)
+        return gated_mlp(gate_up.to(self._inputs(w, into, len(gate_up))), self._activation)
 
     def project(
         self, x: torch.Tensor | Rounded, w: Weights, name: str, rows: Span | None = None
     ) -> torch.Tensor:
-        """``x W^T + b``, (T, N) in x's dtype, or float32 if x is rounded.
+        """``x W^T + b``, (T, N), in a dtype that depends on the kernel.
 
         ``rows``, which begin at a multiple of ``ROWS_UNIT``, selects outputs.
         """
         weight, bias = w[f"{name}.weight"], plain(w, f"{name}.bias")
-        if rows is not None and bias is not None:
-            bias = bias[slice(*rows)]
-        if isinstance(weight, torch.Tensor):
+        kernel = self._kernels.get(_shape(weight))
+        if rows is not None:
+            weight = weight.part(*rows) if isinstance(weight, QuantMatrix) else weight[slice(*rows)]
+            bias = None if bias is None else bias[slice(*rows)]
+        if kernel is None:  # float32
             assert isinstance(x, torch.Tensor)
-            return F.linear(x, weight if rows is None else weight[slice(*rows)], bias)
-        kernel = self._kernels[weight.shape]
-        out = linear(x, weight if rows is None else weight.part(*rows), kernel)
+            assert isinstance(weight, torch.Tensor)
+            return F.linear(x, weight, bias)
+        out = linear(x, weight, kernel)
         return out if bias is None else out.add_(bias)
 
     def _rounds(self, w: Weights, name: str, rows: int) -> bool:
-        weight = w[f"{name}.weight"]
-        return (
-            isinstance(weight, QuantMatrix)
-            and self._kernels[weight.shape].kernel(rows) == NATIVE.name
-        )
+        choice = self._kernels.get(_shape(w[f"{name}.weight"]))
+        return choice is not None and choice.kernel(rows) == NATIVE.name
+
+    def _inputs(self, w: Weights, name: str, rows: int) -> torch.dtype:
+        choice = self._kernels.get(_shape(w[f"{name}.weight"]))
+        return torch.float32 if choice is None else kernel_inputs(choice, rows)
 
 
 def plain(w: Weights, name: str) -> torch.Tensor | None:
@@ -86,3 +90,9 @@ def plain(w: Weights, name: str) -> torch.Tensor | None:
     tensor = w.get(name)
     assert not isinstance(tensor, QuantMatrix)
     return tensor
+
+
+def _shape(weight: torch.Tensor | QuantMatrix) -> MatrixShape:
+    if isinstance(weight, QuantMatrix):
+        return weight.shape
+    return MatrixShape(AS_THEY_ARE, *weight.shape)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from tpirt.dtypes import dtype_name
 from tpirt.ops.native.bindings import Rounded, native_kernels
+from tpirt.ops.quant import Int4, Int8, QuantSpec
 from tpirt.ops.quant_matrix import QuantMatrix
 
 
@@ -33,8 +34,12 @@ class Kernel(Protocol):
     def name(self) -> str: ...
 
     @property
-    def works(self) -> bool:
-        """Whether this machine has the kernel."""
+    def inputs(self) -> torch.dtype:
+        """The dtype that it works with; x in another one is converted."""
+        ...
+
+    def accepts(self, spec: QuantSpec) -> bool:
+        """Whether this machine has the kernel, and it reads weights in this form."""
         ...
 
     def __call__(self, x: torch.Tensor, matrix: QuantMatrix) -> torch.Tensor:
@@ -50,10 +55,11 @@ class Native:
     """The kernels in C, with as many threads as torch uses."""
 
     name: ClassVar[str] = "native"
+    inputs: ClassVar[torch.dtype] = torch.float32
 
-    @property
-    def works(self) -> bool:
-        return native_kernels(torch.get_num_threads()) is not None
+    def accepts(self, spec: QuantSpec) -> bool:
+        known = isinstance(spec, Int8 | Int4)
+        return known and native_kernels(torch.get_num_threads()) is not None
 
     def __call__(self, x: torch.Tensor, matrix: QuantMatrix) -> torch.Tensor:
         native = native_kernels(torch.get_num_threads())
@@ -66,7 +72,7 @@ class Native:
         native = native_kernels(torch.get_num_threads())
         assert native is not None
         blocks, groups, _ = matrix.codes.shape
-        bits = 4 if matrix.codes.dtype is torch.uint8 else 8
+        bits = 4 if isinstance(matrix.spec, Int4) else 8
         out = native.product(bits, matrix.pointers, blocks, groups, x)
         # Slicing costs microseconds.
         return out if out.shape[1] == matrix.out_features else out[:, : matrix.out_features]
@@ -86,7 +92,10 @@ class Dense:
         return f"dense-{dtype_name(self.dtype)}"
 
     @property
-    def works(self) -> bool:
+    def inputs(self) -> torch.dtype:
+        return self.dtype
+
+    def accepts(self, spec: QuantSpec) -> bool:
         return True
 
     def __call__(self, x: torch.Tensor, matrix: QuantMatrix) -> torch.Tensor:

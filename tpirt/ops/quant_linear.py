@@ -1,4 +1,4 @@
-"""Products with quantized matrices, by the kernel chosen for their shape and number of rows."""
+"""Products with matrices, by the kernel chosen for their shape and number of rows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tpirt.ops.native.bindings import Rounded
+from tpirt.ops.plain_kernels import PLAIN_KERNELS
 from tpirt.ops.quant_kernels import KERNELS, NATIVE
 from tpirt.ops.quant_matrix import ROWS_UNIT, MatrixShape, QuantMatrix, dequantize
 
@@ -35,22 +36,35 @@ class KernelChoice:
         return self.rest
 
 
-def linear(x: torch.Tensor | Rounded, matrix: QuantMatrix, choice: KernelChoice) -> torch.Tensor:
-    """Return ``x w^T`` for the dequantized weights ``w`` of ``matrix``.
+def kernel_inputs(choice: KernelChoice, rows: int) -> torch.dtype:
+    """The dtype of input that the kernel for so many rows works with."""
+    name = choice.kernel(rows)
+    kernel = KERNELS[name] if name in KERNELS else PLAIN_KERNELS[name]
+    return kernel.inputs
 
-    Bits do not depend on the matrix's address. They are equal for the same number of threads; with
-    the native kernel for any number, and a row's bits do not depend on the other rows.
+
+def linear(
+    x: torch.Tensor | Rounded, weight: torch.Tensor | QuantMatrix, choice: KernelChoice
+) -> torch.Tensor:
+    """Return ``x w^T`` for the (dequantized) weights ``w``.
+
+    Bits do not depend on the address of the weights. They are equal for the same number of
+    threads; with native kernels for any number, and a row's bits do not depend on the other rows.
 
     Args:
         x: (T, K), any float dtype; rounded rows are for the native kernel.
+        weight: (N, K), quantized or bfloat16.
         choice: of kernels that this machine has.
 
     Returns:
-        (T, N) in x's dtype, float32 for rounded rows; with the precision of the kernel: inputs of
-        8 bits (native), bfloat16 or float32 (dense).
+        (T, N), float32 from native kernels or for rounded rows; else in the dtype of x
+        (quantized weights) or of the kernel. The precision is the kernel's.
     """
+    if isinstance(weight, torch.Tensor):
+        assert isinstance(x, torch.Tensor)
+        return PLAIN_KERNELS[choice.kernel(len(x))](x, weight)
     if isinstance(x, Rounded):
-        return NATIVE.rounded(x, matrix)
-    if not (x.shape[0] and matrix.in_features and matrix.out_features):
-        return x.new_zeros(x.shape[0], matrix.out_features)
-    return KERNELS[choice.kernel(x.shape[0])](x, matrix)
+        return NATIVE.rounded(x, weight)
+    if not (x.shape[0] and weight.in_features and weight.out_features):
+        return x.new_zeros(x.shape[0], weight.out_features)
+    return KERNELS[choice.kernel(x.shape[0])](x, weight)

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from tpirt.ops.buffers import ALIGN
-from tpirt.ops.quant import Scheme
+from tpirt.ops.buffers import ALIGN, round_up
+from tpirt.ops.quant import QuantSpec, Scheme
 from tpirt.ops.quant_regions import matrix_regions, view_regions
 from tpirt.ops.tiles import TILE_ROWS
 
@@ -27,7 +27,7 @@ ROWS_UNIT = 64
 class MatrixShape(NamedTuple):
     """How a matrix is stored, and its shape: the key of a kernel choice."""
 
-    spec: Scheme
+    spec: QuantSpec
     out_features: int
     in_features: int
 
@@ -61,7 +61,7 @@ class QuantMatrix:
     @cached_property
     def height(self) -> int:
         """N, rounded up to whole tiles."""
-        return len(self.codes) * TILE_ROWS
+        return round_up(self.out_features, TILE_ROWS)
 
     @cached_property
     def shape(self) -> MatrixShape:

@@ -9,8 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from tpirt.ops.quant import Scheme
-from tpirt.ops.quant_kernels import DENSE, EXACT, KERNELS
+from tpirt.ops.plain_kernels import FEW as PLAIN_FEW
+from tpirt.ops.plain_kernels import MANY as PLAIN_MANY
+from tpirt.ops.quant import QuantSpec, Scheme
+from tpirt.ops.quant_kernels import DENSE, EXACT, NATIVE
 from tpirt.ops.quant_linear import KernelChoice, linear
 from tpirt.ops.quant_matrix import QuantMatrix
 from tpirt.ops.quant_regions import matrix_regions, regions_nbytes
@@ -27,7 +29,7 @@ _setting_threads = threading.Lock()
 
 
 def probe_kernels(
-    spec: Scheme, out_features: int, in_features: int, *, exact: bool = False
+    spec: QuantSpec, out_features: int, in_features: int, *, exact: bool = False
 ) -> KernelChoice:
     """Choose the kernels of a matrix by measuring them on this machine.
 
@@ -39,7 +41,8 @@ def probe_kernels(
     May be called from any thread; other threads keep their number of torch threads.
 
     Args:
-        exact: whether inputs must not be rounded: products are in float32.
+        spec: how the weights are stored; those without a scheme are bfloat16.
+        exact: whether inputs of quantized weights must not be rounded: products are in float32.
     """
     if exact:
         return KernelChoice((), EXACT.name)
@@ -47,18 +50,19 @@ def probe_kernels(
         return pool.submit(_probe, spec, out_features, in_features).result()
 
 
-def _probe(spec: Scheme, out_features: int, in_features: int) -> KernelChoice:
-    matrix = _probe_matrix(spec, out_features, in_features)
-    scale = out_features / max(1, matrix.out_features)
+def _probe(spec: QuantSpec, out_features: int, in_features: int) -> KernelChoice:
+    weight, rows = _probe_weight(spec, out_features, in_features)
+    scale = out_features / max(1, rows)
+    few, many = (PLAIN_FEW, PLAIN_MANY) if isinstance(weight, torch.Tensor) else ((NATIVE,), DENSE)
 
     def measure(name: str, count: int) -> float:
         x = torch.full((count, in_features), 0.5)
-        return scale * _time_ms(lambda: linear(x, matrix, KernelChoice((), name)))
+        return scale * _time_ms(lambda: linear(x, weight, KernelChoice((), name)))
 
-    dense = min((kernel.name for kernel in DENSE), key=lambda name: measure(name, 32))
-    others = [name for name, kernel in KERNELS.items() if kernel not in DENSE and kernel.works]
+    dense = min((kernel.name for kernel in many), key=lambda name: measure(name, 32))
+    names = [kernel.name for kernel in few if kernel.accepts(spec)] + [dense]
     return choose_by_time(
-        {name: {n: measure(name, n) for n in _PROBED_ROWS} for name in (*others, dense)}, dense
+        {name: {n: measure(name, n) for n in _PROBED_ROWS} for name in names}, dense
     )
 
 
@@ -102,15 +106,20 @@ def _use_one_thread() -> None:
         restore.join()
 
 
-def _probe_matrix(spec: Scheme, out_features: int, in_features: int) -> QuantMatrix:
-    width = spec.padded_in_features(in_features)
+def _probe_weight(
+    spec: QuantSpec, out_features: int, in_features: int
+) -> tuple[torch.Tensor | QuantMatrix, int]:
+    """Weights of that form, some rows of them, and their number."""
+    width = max(1, spec.padded_in_features(in_features))
     blocks = max(1, _PROBED_WEIGHTS // width // TILE_ROWS)
     rows = min(out_features, blocks * TILE_ROWS)
+    if not isinstance(spec, Scheme):
+        return torch.full((rows, in_features), 0.02, dtype=torch.bfloat16), rows
     regions = matrix_regions(spec, rows, in_features)
     buffer = torch.arange(regions_nbytes(regions), dtype=torch.int32).remainder_(251)
     matrix = QuantMatrix.of_buffer(spec, rows, in_features, buffer.to(torch.uint8))
     matrix.scales.copy_(spec.even_scales(regions[1], rows, 0.02))
-    return matrix
+    return matrix, rows
 
 
 def _time_ms(work: Callable[[], object]) -> float:

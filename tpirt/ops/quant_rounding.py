@@ -136,7 +136,7 @@ def int4_tiles(
             # The mean stays inside the group's range and hardly moves the fit.
             x[len(part) :] = x[width - TILE_INPUTS : len(part)].mean(0)
         check_weights(x)
-        codes, words = _round_groups(x.view(-1, TILE_INPUTS, rows), space, refine)
+        codes, words = _round_groups(x.view(width // TILE_INPUTS, TILE_INPUTS, rows), space, refine)
         codes[..., len(w) :] = 0
         words[..., len(w) :] = 0
         yield slice(start, start + width), codes.view(width, rows), words

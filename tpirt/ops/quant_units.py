@@ -101,8 +101,8 @@ class Int4Units(MatrixUnits):
 
     @cached_property
     def _words(self) -> torch.Tensor:
-        """(N, G)."""
-        return unpack_groups(self._scales)
+        """A copy (N, G); of 16 rows, ``unpack_groups`` gives a view."""
+        return unpack_groups(self._scales).clone()
 
     def _unit_scales(self, rows: slice, columns: slice) -> torch.Tensor:
         return self._words[rows, columns.start // TILE_INPUTS : columns.stop // TILE_INPUTS]

@@ -16,13 +16,23 @@ from dataclasses import dataclass
 import torch
 
 from tpirt.cluster.launcher import READY_PREFIX
-from tpirt.cluster.machine import host_name, share_one_arena
+from tpirt.cluster.machine import (
+    available_bytes,
+    base_bytes,
+    host_name,
+    resident_bytes,
+    share_one_arena,
+)
 from tpirt.cluster.worker import Worker
+from tpirt.errors import MemoryLimitError
 from tpirt.ops.native.library import load
 from tpirt.peer.logs import logged
+from tpirt.planning import more_memory
+from tpirt.planning.memory import SLACK_BYTES
 from tpirt.refusals import raise_open_files
 from tpirt.transport.address import Address
 from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
+from tpirt.units import format_bytes
 from tpirt.weights.store import SliceStore
 
 _MOST_CONNECTIONS = 1024
@@ -50,6 +60,7 @@ async def run_peer(options: PeerOptions) -> None:
 
     Raises:
         TransportError: the address cannot be listened on.
+        MemoryLimitError: the process itself needs more than its limit.
     """
     share_one_arena()
     with logged(logging.WARNING if options.quiet else logging.INFO):
@@ -60,6 +71,11 @@ async def run_peer(options: PeerOptions) -> None:
 async def _run(options: PeerOptions) -> None:
     torch.set_num_threads(options.threads)
     stop = asyncio.Event()
+
+    def log(event: str) -> None:
+        if not stop.is_set():  # then sessions end because the process does
+            _log.info(event)
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
@@ -68,22 +84,33 @@ async def _run(options: PeerOptions) -> None:
         options.store,
         options.memory_bytes,
         options.threads,
-        _log.info,
+        log,
         GrpcPeerClient,
     )
     server = GrpcPeerServer(worker, _most_connections())
     port = await server.start(options.host, options.port)
-    address = Address(options.host, port)
-    with contextlib.suppress(OSError):  # nobody reads it
-        print(f"{READY_PREFIX}{address} (store {options.store.root})", flush=True)
-    if warning := _warning(address, server.hosts):
-        _log.warning(f"warning: {warning}")
     try:
+        _check_memory(options.memory_bytes)
+        address = Address(options.host, port)
+        with contextlib.suppress(OSError):  # nobody reads it
+            print(f"{READY_PREFIX}{address} (store {options.store.root})", flush=True)
+        if warning := _warning(address, server.hosts):
+            _log.warning(f"warning: {warning}")
         if options.until_stdin_closes:
             _watch_stdin(stop)
         await stop.wait()
     finally:
         await server.aclose()
+
+
+def _check_memory(limit: int | None) -> None:
+    """Raise MemoryLimitError if the process needs more than its limit without any model."""
+    if limit is None or (needed := base_bytes() + SLACK_BYTES) <= limit:
+        return
+    raise MemoryLimitError(
+        f"--memory {format_bytes(limit)}: the process needs {format_bytes(needed)} without any "
+        f"weights; {more_memory(needed, available_bytes() + resident_bytes())}"
+    )
 
 
 def _warning(address: Address, hosts: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ Pure computation, without I/O.
 
 from tpirt.planning.advice import advise
 from tpirt.planning.deployment import Deployment, RankPlan, plan, plan_model
-from tpirt.planning.memory import Limits, MemoryBudget, format_limit
+from tpirt.planning.memory import Limits, MemoryBudget, format_limit, more_memory
 from tpirt.planning.options import CollectiveOptions, PlanOptions
 from tpirt.planning.profile import PeerProfile
 
@@ -19,6 +19,7 @@ __all__ = [
     "RankPlan",
     "advise",
     "format_limit",
+    "more_memory",
     "plan",
     "plan_model",
 ]

@@ -18,7 +18,7 @@ def advise(plan: Deployment) -> list[str]:
     """
     rank = max(plan.ranks, key=_shortfall)
     lines = []
-    if not rank.budget.fits and rank.streaming.slots:
+    if not rank.budget.fits and rank.decoding.slots:
         lines.append(
             f"memory is short: rank {rank.peer.rank} ({rank.peer.peer_id}) needs "
             f"{format_bytes(rank.budget.resident_bytes)} to keep its weights in memory and may "

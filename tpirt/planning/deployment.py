@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from tpirt.config import ModelConfig
 from tpirt.errors import ConfigError, MemoryLimitError
+from tpirt.ops.quant import AS_THEY_ARE
 from tpirt.planning.dtype import ChosenDtype, choose_dtype
 from tpirt.planning.memory import (
     PROCESS_BYTES,
@@ -15,6 +16,7 @@ from tpirt.planning.memory import (
     MemoryBudget,
     format_limit,
     logits_tokens,
+    more_memory,
 )
 from tpirt.planning.options import AUTO, CollectiveOptions, PlanOptions
 from tpirt.planning.profile import PeerProfile
@@ -57,9 +59,14 @@ class RankPlan:
         return self.budget.limits
 
     @property
+    def decoding(self) -> StreamPlan:
+        """Its resident blocks and slots while tokens are generated; a prompt leaves less memory."""
+        return self.budget.streaming(1)
+
+    @property
     def held(self) -> str:
-        """Describe how its weights are held."""
-        plan, blocks = self.streaming, len(self.budget.block_bytes)
+        """Describe how its weights are held while tokens are generated."""
+        plan, blocks = self.decoding, len(self.budget.block_bytes)
         if not plan.slots:
             return "resident"
         resident = f", {len(plan.resident)} resident" if plan.resident else ""
@@ -127,16 +134,15 @@ class Deployment:
         short = [rank for rank in self.ranks if not rank.budget.holds(tokens, cached)]
         if not short:
             return
-        enough = {rank.peer.rank: rank.budget.advised_bytes(tokens) for rank in self.ranks}
-        own = [
-            rank.peer
-            for rank in self.ranks
-            if (rank.peer.memory_bytes or enough[rank.peer.rank]) < enough[rank.peer.rank]
-        ]
-        advice = [f"raise --memory to at least {format_limit(max(enough.values()))}"]
-        advice += [
-            f"that of {peer.peer_id} to at least {format_limit(enough[peer.rank])}" for peer in own
-        ]
+        enough = [rank.budget.advised_bytes(tokens) for rank in self.ranks]
+        free = _least_free(self.peers, enough)
+        advice = [more_memory(max(enough), free)]
+        if free is None:
+            advice += [
+                f"that of {peer.peer_id} to at least {format_limit(needed)}"
+                for peer, needed in zip(self.peers, enough, strict=True)
+                if (peer.memory_bytes or needed) < needed
+            ]
         budget, peer = short[0].budget, short[0].peer
         raise MemoryLimitError(
             f"{tokens} tokens of context need {format_bytes(budget.kv_bytes(tokens))} of KV cache "
@@ -209,7 +215,8 @@ def plan(
         )
     ]
     quant = choose_quant(options.quantize, budgets)
-    budgets = [budget.quantized(quant.spec) for budget in budgets]
+    dtype = choose_dtype(config, options.dtype, peers, quantized=quant.spec != AS_THEY_ARE)
+    budgets = [budget.stored(WeightFormat(dtype.dtype, quant.spec)) for budget in budgets]
     chunk = options.chunk_tokens or min(budget.chunk_tokens() for budget in budgets)
     chunk = min(chunk, context)
     budgets = [replace(b, limits=replace(b.limits, chunk_tokens=chunk)) for b in budgets]
@@ -252,15 +259,29 @@ def memory_limits(peers: Sequence[PeerProfile], asked: int | None) -> list[int |
     It is the limit asked for, or else a fair share of the machine's free memory; and never more
     than the peer's own limit. Ranks on one machine share its free memory.
     """
-    sharing = Counter(peer.host_id for peer in peers)
     limits = []
-    for peer in peers:
+    for peer, free in zip(peers, _free_memory(peers), strict=True):
         limit = asked
-        if limit is None and peer.available_bytes is not None:
-            limit = int(peer.available_bytes * _SHARE_OF_FREE_MEMORY / sharing[peer.host_id])
+        if limit is None and free is not None:
+            limit = int(free * _SHARE_OF_FREE_MEMORY)
         bounds = [bound for bound in (limit, peer.memory_bytes) if bound is not None]
         limits.append(min(bounds, default=None))
     return limits
+
+
+def _free_memory(peers: Sequence[PeerProfile]) -> list[int | None]:
+    """Each rank's share of its machine's free memory; None if unknown."""
+    sharing = Counter(peer.host_id for peer in peers)
+    return [
+        None if peer.available_bytes is None else peer.available_bytes // sharing[peer.host_id]
+        for peer in peers
+    ]
+
+
+def _least_free(peers: Sequence[PeerProfile], needed: Sequence[int]) -> int | None:
+    """The least free memory of the ranks that have less than needed; None if all have enough."""
+    pairs = zip(_free_memory(peers), needed, strict=True)
+    return min((free for free, need in pairs if free is not None and free < need), default=None)
 
 
 def _context_length(config: ModelConfig, options: PlanOptions) -> int:
@@ -282,16 +303,17 @@ def _shortage(
     advice = []
     by_master = _below(budgets, memory_limits(unlimited, asked))
     if by_master:
-        enough = format_limit(max(advised[rank] for rank in by_master))
+        needed = [advised[rank] if rank in by_master else 0 for rank in range(len(peers))]
+        enough, free = max(needed), _least_free(peers, needed)
         advice.append(
-            f"raise --memory to at least {enough}"
-            if asked is not None
+            more_memory(enough, free)
+            if asked is not None or free is not None
             else "free memory on its machine, raise its container's limit, or set --memory to at "
-            f"least {enough}"
+            f"least {format_limit(enough)}"
         )
     by_peers = _below(budgets, [peer.memory_bytes for peer in peers])
     advice += [
-        f"raise --memory of {peers[rank].peer_id} to at least {format_limit(advised[rank])}"
+        more_memory(advised[rank], _free_memory(peers)[rank], f" of {peers[rank].peer_id}")
         for rank in by_peers
     ]
     rank = min(by_master + by_peers)

@@ -28,13 +28,21 @@ class ChosenDtype:
         return RUN_DTYPES[self.name]
 
 
-def choose_dtype(config: ModelConfig, asked: str, peers: Sequence[PeerProfile]) -> ChosenDtype:
-    """Return the requested dtype; for ``auto``, one that suits the checkpoint and all CPUs."""
+def choose_dtype(
+    config: ModelConfig, asked: str, peers: Sequence[PeerProfile], *, quantized: bool = False
+) -> ChosenDtype:
+    """Return the requested dtype; for ``auto``, one that suits the checkpoint and all CPUs.
+
+    Quantized products round their inputs to 8 bits, unless float32 is asked for; float32 beside
+    them would gain nothing.
+    """
     if asked != AUTO:
         return ChosenDtype(asked, AS_ASKED)
-    if config.dtype == "float32":
+    if config.dtype == "float32" and not quantized:
         return ChosenDtype("float32", "the checkpoint's own")
     lacking = [peer.peer_id for peer in peers if not peer.bfloat16]
     if lacking:
-        return ChosenDtype("float32", f"no native bfloat16 on {', '.join(lacking)}")
-    return ChosenDtype("bfloat16", f"checkpoint in {config.dtype}, all CPUs have bfloat16")
+        return ChosenDtype("float32", f"no fast bfloat16 on {', '.join(lacking)}")
+    if quantized:
+        return ChosenDtype("bfloat16", "beside quantized weights")
+    return ChosenDtype("bfloat16", f"checkpoint in {config.dtype}")

@@ -67,6 +67,17 @@ def format_limit(nbytes: int) -> str:
     return f"{-(-nbytes >> 20)}M"
 
 
+def more_memory(enough: int, free: int | None, whose: str = "") -> str:
+    """Advise a limit of ``enough`` bytes, or what else helps where only ``free`` can be had."""
+    limit = format_limit(enough)
+    if free is None or enough <= free:
+        return f"raise --memory{whose} to at least {limit}"
+    return (
+        f"it needs {limit}, and its machine or container has {format_bytes(free)} free: end other "
+        "programs, raise the container's limit, add peers, or use fewer bits (--quantize)"
+    )
+
+
 @dataclass(frozen=True)
 class Limits:
     """Limits of one rank; None means unlimited.
@@ -123,9 +134,12 @@ class MemoryBudget:
 
     def quantized(self, quant: QuantSpec) -> MemoryBudget:
         """The budget of the same rank with other weights."""
-        if quant == self.form.quant:
+        return self.stored(replace(self.form, quant=quant))
+
+    def stored(self, form: WeightFormat) -> MemoryBudget:
+        """The budget of the same rank with weights in another format."""
+        if form == self.form:
             return self
-        form = replace(self.form, quant=quant)
         return self.of(self.config, self.shard, self.world_size, form, self.base_bytes, self.limits)
 
     @property
@@ -168,24 +182,31 @@ class MemoryBudget:
 
     @property
     def resident_bytes(self) -> int:
-        """Memory of the process with all weights and a conversation of ``ADVISED_CONTEXT``."""
+        """Enough memory for all weights, the longest step and ``ADVISED_CONTEXT`` tokens."""
         step = self.step_bytes(self.chunk_tokens())
         kv = self.kv_bytes(self._advised_context)
         return self.process_bytes + step + kv + self.weights_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether the limit allows :attr:`resident_bytes`."""
-        limit = self.limits.memory_bytes
-        return limit is None or self.resident_bytes <= limit
+        """Whether all weights are in memory while tokens of a usual conversation are generated.
 
-    def streaming(self) -> StreamPlan:
-        """The initial plan of a rank: an empty KV cache, and room for the longest step.
+        Not while its prompts are computed: a higher limit can select longer steps, for which
+        blocks are given up, and would fit less.
+        """
+        left = self.left_for_weights(1, self.kv_bytes(self._advised_context))
+        return left is None or self.weights_bytes <= left
+
+    def streaming(self, tokens: int | None = None) -> StreamPlan:
+        """The plan for a step of ``tokens`` tokens with an empty KV cache.
+
+        By default for the longest step, which is a rank's initial plan.
 
         Raises:
             MemoryLimitError: two blocks do not fit.
         """
-        return plan_streaming(self.block_bytes, self.limits.window_blocks, self.left_for_weights())
+        left = self.left_for_weights(tokens)
+        return plan_streaming(self.block_bytes, self.limits.window_blocks, left)
 
     @property
     def least_bytes(self) -> int:

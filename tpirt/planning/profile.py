@@ -20,7 +20,7 @@ class PeerProfile:
         available_bytes: total memory that its process can use; None if unknown.
         threads: compute threads.
         cores: cores of the machine.
-        bfloat16: whether its CPU has native bfloat16 products.
+        bfloat16: whether products with bfloat16 weights are fast there.
         base_bytes: resident memory of its process without a model.
         host_name: what it calls its machine; not unique.
         version: of its tpirt.

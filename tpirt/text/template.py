@@ -83,21 +83,21 @@ def find_chat_template(path: Path, config: Mapping[str, Any]) -> ChatTemplate | 
     In order: ``chat_template.jinja``, ``additional_chat_templates/default.jinja``,
     ``chat_template`` in ``tokenizer_config.json``, ``chat_template.json`` (older processors).
     If there are additional templates without a "default", transformers 5 fails; this function
-    continues with the configuration.
+    continues with the configuration. An empty template is none.
 
     Raises:
         TokenizerError: a file cannot be read or does not contain a template.
     """
     for name in ("chat_template.jinja", "additional_chat_templates/default.jinja"):
-        if (path / name).is_file():
-            return ChatTemplate(read_text(path / name), str(path / name))
+        if (path / name).is_file() and (source := read_text(path / name)).strip():
+            return ChatTemplate(source, str(path / name))
     legacy = path / "chat_template.json"
     for file, value in (
         (path / "tokenizer_config.json", config.get("chat_template")),
         (legacy, read_json(legacy).get("chat_template") if legacy.is_file() else None),
     ):
-        if value is not None and value != []:
-            return ChatTemplate(_default_of(value, file), str(file))
+        if value is not None and value != [] and (source := _default_of(value, file)).strip():
+            return ChatTemplate(source, str(file))
     return None
 
 
@@ -124,12 +124,17 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _default_of(value: object, file: Path) -> str:
     """The template in a ``chat_template`` entry: a string, or the "default" of a named list."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, list):
-        named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
+        named = {str(t.get("name")): t.get("template") for t in value if isinstance(t, dict)}
     elif isinstance(value, dict):
         named = value
     else:
-        named = {"default": value}
+        raise TokenizerError(
+            f"{file}: chat_template: expected the text of a template, got {json.dumps(value)}; "
+            "write one into chat_template.jinja, or remove the entry"
+        )
     template = named.get("default")
     if not isinstance(template, str):
         names = ", ".join(sorted(map(str, named))) or "none"

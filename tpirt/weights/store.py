@@ -239,9 +239,15 @@ class SliceStore:
     Args:
         root: the folder; may be missing.
         limit_bytes: maximum size; None for no limit except the disk.
+
+    Raises:
+        StoreError: a file is where a folder is expected.
     """
 
     def __init__(self, root: Path, limit_bytes: int | None = None):
+        there = next(each for each in (root, *root.absolute().parents) if os.path.exists(each))
+        if not there.is_dir():
+            raise StoreError(f"{root}: expected a folder, but {there} is a file; give another one")
         self.root = root
         self.limit_bytes = limit_bytes
         self._room = Room(root, limit_bytes, self.bytes_used)

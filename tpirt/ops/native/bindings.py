@@ -22,6 +22,7 @@ _SIGNATURES = {
     "tp_attend": [c_int, c_void_p, c_void_p],
     "tp_q4": [c_int, *[c_void_p] * 3, c_long, c_long, *[c_void_p] * 3, c_long, c_void_p, c_long],
     "tp_q8": [c_int, *[c_void_p] * 3, c_long, c_long, *[c_void_p] * 3, c_long, c_void_p, c_long],
+    "tp_bf16": [c_int, c_void_p, c_void_p, c_long, c_long, c_void_p, c_long, c_void_p, c_long],
     "tp_fit4": [c_int, c_void_p, c_long, c_long, c_void_p, c_void_p],
     "tp_dense": [c_int, c_void_p, c_int, c_void_p, c_void_p, c_long, c_long, c_void_p, c_int],
     "tp_pool_free": [c_void_p],
@@ -153,6 +154,31 @@ class NativeKernels:
             len(x),
             out.data_ptr(),
             16 * blocks,
+        )
+        return out
+
+    def half(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Multiply bfloat16 weights with rows; both contiguous.
+
+        Args:
+            weight: (N, K).
+            x: (T, K) float32.
+
+        Returns:
+            (T, N) float32.
+        """
+        rows, inputs = weight.shape
+        out = torch.empty(len(x), rows)
+        self._library.tp_bf16(
+            self._set,
+            self._pool,
+            weight.data_ptr(),
+            rows,
+            inputs,
+            x.data_ptr(),
+            len(x),
+            out.data_ptr(),
+            rows,
         )
         return out
 

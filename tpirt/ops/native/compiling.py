@@ -1,8 +1,8 @@
 """Compile the C sources, and keep libraries in folders under names that say what they are.
 
-A library is called ``kernels-KEY-DIGEST.so`` (also on macOS): KEY is a hash of the sources and
-flags, DIGEST one of the file itself. So a library of other sources is not looked at, a damaged one
-is not loaded, and processes that write at once do not disturb each other.
+A library is called ``kernels-KEY-DIGEST.native``; Python would take ``.so`` for a module. KEY is a
+hash of the sources and flags, DIGEST one of the file itself. So a library of other sources is not
+looked at, a damaged one is not loaded, and processes that write at once do not disturb each other.
 
 Only Python's standard library is used: the build backend runs this where nothing is installed.
 """
@@ -105,7 +105,7 @@ def keep_library(folder: Path, content: bytes) -> Path:
         OSError: the folder cannot be made or written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"kernels-{source_key()}-{_digest(content)}.so"
+    target = folder / f"kernels-{source_key()}-{_digest(content)}.native"
     descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".kernels-")
     try:
         with open(descriptor, "wb") as file:
@@ -126,16 +126,16 @@ def kept_libraries(folder: Path) -> Iterator[Path]:
     except OSError:
         return
     for name in names:
-        if name.startswith(f"kernels-{source_key()}-") and name.endswith(".so"):
+        if name.startswith(f"kernels-{source_key()}-") and name.endswith(".native"):
             with contextlib.suppress(OSError):
-                digest = name.removesuffix(".so").rpartition("-")[2]
+                digest = name.removesuffix(".native").rpartition("-")[2]
                 if _digest((folder / name).read_bytes()) == digest:
                     yield folder / name
 
 
 def drop_libraries(folder: Path) -> None:
     """Remove all libraries in ``folder``, for another to take their place."""
-    for path in folder.glob("kernels-*.so"):
+    for path in folder.glob("kernels-*.native"):
         path.unlink(missing_ok=True)
 
 

@@ -1,13 +1,9 @@
-/* What this CPU and its system run.
- *
- * Not __builtin_cpu_supports: with zig's runtime library it says no to everything.
- */
+/* What this CPU and its system run. The compilers' own __builtin_cpu_supports needs a runtime
+ * library that zig lacks: it then says no to everything. */
 #pragma once
-#include <stddef.h>
-#include <stdint.h>
-
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <stdint.h>
 
 /* A bit of a register (0 to 3: eax to edx) of a leaf of cpuid. */
 static inline int cpu_bit(unsigned leaf, unsigned subleaf, int reg, int bit)
@@ -40,32 +36,30 @@ static inline int cpu_runs_avx512_vnni(void)
            cpu_bit(7, 0, 1, 30) && cpu_bit(7, 0, 1, 31) && cpu_bit(7, 0, 2, 11);
 }
 
-#elif defined(__aarch64__)
-#if defined(__APPLE__)
+#elif defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
-#elif defined(__linux__)
-#include <sys/auxv.h>
-#endif
+#undef MIN /* of sys/param.h; weights.inc has its own */
+#undef MAX
 
-/* Whether the CPU has a feature: by its name at Apple, by its bit of AT_HWCAP or AT_HWCAP2. */
-static inline int cpu_has(const char *name, unsigned long type, unsigned long bit)
+static inline int cpu_has(const char *feature)
 {
-    (void)name, (void)type, (void)bit;
-#if defined(__APPLE__)
     int value = 0;
     size_t size = sizeof value;
-    return !sysctlbyname(name, &value, &size, NULL, 0) && value;
-#elif defined(__linux__)
-    return (getauxval(type) & bit) != 0;
-#else
-    return 0;
-#endif
+    return !sysctlbyname(feature, &value, &size, NULL, 0) && value;
 }
 
-static inline int cpu_runs_dotprod(void)
+static inline int cpu_runs_dotprod(void) { return cpu_has("hw.optional.arm.FEAT_DotProd"); }
+static inline int cpu_runs_i8mm(void)
 {
-    return cpu_has("hw.optional.arm.FEAT_DotProd", 16, 1ul << 20);
+    return cpu_runs_dotprod() && cpu_has("hw.optional.arm.FEAT_I8MM");
 }
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 
-static inline int cpu_runs_i8mm(void) { return cpu_has("hw.optional.arm.FEAT_I8MM", 26, 1ul << 13); }
+/* Bits of AT_HWCAP and AT_HWCAP2, which old headers do not name. */
+static inline int cpu_runs_dotprod(void) { return getauxval(16) >> 20 & 1; }
+static inline int cpu_runs_i8mm(void) { return cpu_runs_dotprod() && getauxval(26) >> 13 & 1; }
+#else
+static inline int cpu_runs_dotprod(void) { return 0; }
+static inline int cpu_runs_i8mm(void) { return 0; }
 #endif

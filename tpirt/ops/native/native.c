@@ -111,7 +111,7 @@ int tp_set_runs(int set)
     if (s == &neon_set) return 1;
 #if NEON_DOT
     if (s == &dotprod_set) return cpu_runs_dotprod();
-    if (s == &i8mm_set) return cpu_runs_dotprod() && cpu_runs_i8mm();
+    if (s == &i8mm_set) return cpu_runs_i8mm();
 #endif
 #endif
     return 0;

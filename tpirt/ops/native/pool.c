@@ -78,7 +78,7 @@ static unsigned await_turn(pool *p, unsigned seen)
     } while (now_ns() < until);
     pthread_mutex_lock(&p->mutex);
     atomic_fetch_add(&p->sleeping, 1);
-    while ((turn = number_of(atomic_load(&p->turn))) == seen)
+    while ((turn = number_of(atomic_load(&p->turn))) == seen && !atomic_load(&p->ended))
         pthread_cond_wait(&p->started, &p->mutex);
     atomic_fetch_sub(&p->sleeping, 1);
     pthread_mutex_unlock(&p->mutex);
@@ -139,7 +139,8 @@ int pool_threads(const pool *p) { return p->threads; }
 void pool_run(pool *p, pool_work *work, void *arg, long count, long step)
 {
     if (p->threads == 1 || count <= step || pthread_mutex_trylock(&p->callers)) {
-        work(arg, 0, count);
+        for (long first = 0; first < count; first += step)
+            work(arg, first, count - first < step ? count : first + step);
         return;
     }
     const long pieces = (count + step - 1) / step;

@@ -15,7 +15,8 @@
 /* What this library was compiled from: the hash that its loader expects. */
 const char *tp_build(void) { return TP_BUILD; }
 
-enum { BLOCKS = 3, ROWS = BLOCKS * TILE_ROWS, GROUPS = 3, INPUTS = GROUPS * GROUP, TOKENS = 9 };
+enum { BLOCKS = 3, ROWS = BLOCKS * TILE_ROWS, GROUPS = 3, INPUTS = GROUPS * GROUP };
+enum { TOKENS = 9, SOME = 4 };
 enum { LDO = ROWS + 5 }; /* what lies between rows of output must stay as it is */
 
 /* Whether the two sets agree. ``seed`` is of random numbers. */
@@ -60,16 +61,60 @@ static int same(const float *a, const float *b, long n)
     return 1;
 }
 
+/* Rows rounded by the two sets. */
+typedef struct {
+    int8_t q[2][SOME * INPUTS];
+    float scale[2][SOME * GROUPS], sum[2][SOME * GROUPS];
+} codes_8bit;
+
+static int same_codes(const codes_8bit *c, long groups)
+{
+    return same(c->scale[0], c->scale[1], SOME * groups) &&
+           same(c->sum[0], c->sum[1], SOME * groups) &&
+           !memcmp(c->q[0], c->q[1], SOME * groups * GROUP);
+}
+
+static long groups_of(long inputs) { return (inputs + GROUP - 1) / GROUP; }
+
 static int check_round(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
 {
+    float x[SOME * INPUTS];
+    codes_8bit c;
     for (long inputs = 1; inputs <= INPUTS; inputs += 13) {
-        const long groups = (inputs + GROUP - 1) / GROUP;
-        float x[4 * INPUTS], scale[2][4 * GROUPS], sum[2][4 * GROUPS];
-        int8_t q[2][4 * INPUTS];
-        draw_inputs(x, 4 * inputs, &seed);
-        for (int i = 0; i < 2; i++) (i ? plain : ours)->round(x, 4, inputs, q[i], scale[i], sum[i]);
-        if (!same(scale[0], scale[1], 4 * groups) || !same(sum[0], sum[1], 4 * groups)) return 0;
-        if (memcmp(q[0], q[1], 4 * groups * GROUP)) return 0;
+        draw_inputs(x, SOME * inputs, &seed);
+        for (int i = 0; i < 2; i++)
+            (i ? plain : ours)->round(x, SOME, inputs, c.q[i], c.scale[i], c.sum[i]);
+        if (!same_codes(&c, groups_of(inputs))) return 0;
+    }
+    return 1;
+}
+
+/* Half of the rows are as they are in a model. */
+static int check_norm(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
+{
+    float x[SOME * INPUTS], weight[INPUTS];
+    codes_8bit c;
+    for (long inputs = 1; inputs <= INPUTS; inputs += 13) {
+        draw_inputs(x, SOME / 2 * inputs, &seed);
+        for (long i = SOME / 2 * inputs; i < SOME * inputs; i++) x[i] = draw_float(3, &seed);
+        for (long i = 0; i < inputs; i++) weight[i] = draw_float(1, &seed);
+        for (int i = 0; i < 2; i++)
+            (i ? plain : ours)->norm(x, weight, 1e-5f, SOME, inputs, c.q[i], c.scale[i], c.sum[i]);
+        if (!same_codes(&c, groups_of(inputs))) return 0;
+    }
+    return 1;
+}
+
+static int check_gate(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
+{
+    float x[SOME * 2 * INPUTS];
+    codes_8bit c;
+    for (long inputs = 1; inputs <= INPUTS; inputs += 13) {
+        draw_inputs(x, SOME * inputs, &seed);
+        for (long i = SOME * inputs; i < 2 * SOME * inputs; i++) x[i] = draw_float(7, &seed);
+        for (int i = 0; i < 2; i++)
+            (i ? plain : ours)->gate(x, SOME, inputs, c.q[i], c.scale[i], c.sum[i]);
+        if (!same_codes(&c, groups_of(inputs))) return 0;
     }
     return 1;
 }
@@ -212,8 +257,8 @@ static int check_f16(const kernel_set *ours, const kernel_set *plain, uint64_t s
 static int check_fit4(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
 {
     float w[TILE_ROWS * INPUTS];
-    for (long inputs = 31; inputs <= 2 * GROUP; inputs += 33) {
-        const long rows = inputs % 2 ? 7 : TILE_ROWS;
+    for (long rows = 1; rows <= TILE_ROWS; rows += 5) {
+        const long inputs = INPUTS - rows;
         weights_4bit out[2];
         memset(out, 0x5a, sizeof out);
         for (long i = 0; i < rows * inputs; i++) {
@@ -264,6 +309,77 @@ static int check_dense8(const kernel_set *ours, const kernel_set *plain, uint64_
     return 1;
 }
 
+enum { DIM = 32, QUERIES = 5, KEYS = 2, PAST = 70, NEW = 3, CAPACITY = PAST + NEW + 2 };
+enum { HEADS = QUERIES + 2 * KEYS, CACHE = KEYS * CAPACITY * DIM };
+
+/* What attention reads and writes, for one set. */
+typedef struct {
+    float qkv[NEW * HEADS * DIM], out[NEW * QUERIES * DIM];
+    uint16_t keys[CACHE], values[CACHE];
+} attention_data;
+
+/* The same for both sets. Cached values are below 2, as bfloat16. */
+static void draw_attention(attention_data data[2], uint64_t *seed)
+{
+    memset(data, 0, 2 * sizeof *data);
+    for (long i = 0; i < NEW * HEADS * DIM; i++) data->qkv[i] = draw_float((int)(i % 5), seed);
+    draw_bytes(data->keys, sizeof data->keys, seed);
+    draw_bytes(data->values, sizeof data->values, seed);
+    for (long i = 0; i < CACHE; i++) {
+        data->keys[i] = (data->keys[i] & 0x83ff) | 0x3c00;
+        data->values[i] = (data->values[i] & 0x83ff) | 0x3c00;
+    }
+    data[1] = data[0];
+}
+
+/* Without a norm of queries and a window, and with both. */
+static attention attention_of(attention_data *data, const float *tables, int variant)
+{
+    static const int32_t groups[KEYS] = {2, 3};
+    attention a = {0};
+    a.qkv = data->qkv, a.out = data->out, a.all_keys = data->keys, a.all_values = data->values;
+    a.cos = tables, a.sin = tables + NEW * DIM, a.groups = groups;
+    a.q_norm = variant ? tables : NULL, a.k_norm = variant ? tables + DIM : NULL;
+    a.tokens = NEW, a.past = PAST, a.capacity = CAPACITY, a.dim = DIM;
+    a.queries = QUERIES, a.keys = KEYS, a.window = variant ? 40 : 0, a.eps = 1e-6f;
+    return a;
+}
+
+typedef void use(const kernel_set *set, const attention *a);
+
+static int check_attention(use *call, const kernel_set *ours, const kernel_set *plain, uint64_t seed)
+{
+    float tables[2 * NEW * DIM];
+    attention_data data[2];
+    for (long i = 0; i < 2 * NEW * DIM; i++) tables[i] = draw_float(0, &seed);
+    for (int variant = 0; variant < 2; variant++) {
+        draw_attention(data, &seed);
+        for (int i = 0; i < 2; i++) {
+            const attention a = attention_of(&data[i], tables, variant);
+            call(i ? plain : ours, &a);
+        }
+        if (memcmp(&data[0], &data[1], sizeof *data)) return 0;
+    }
+    return 1;
+}
+
+static void append(const kernel_set *set, const attention *a) { set->append(a); }
+static void attend(const kernel_set *set, const attention *a)
+{
+    set->attend(a, 0, 1);
+    set->attend(a, 1, KEYS);
+}
+
+static int check_append(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
+{
+    return check_attention(append, ours, plain, seed);
+}
+
+static int check_attend(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
+{
+    return check_attention(attend, ours, plain, seed);
+}
+
 static const struct {
     const char *name;
     check *agrees;
@@ -276,6 +392,10 @@ static const struct {
     {"fit4", check_fit4},
     {"dense4", check_dense4},
     {"dense8", check_dense8},
+    {"norm", check_norm},
+    {"gate", check_gate},
+    {"append", check_append},
+    {"attend", check_attend},
 };
 
 /* The name of the first function of a set that differs from plain C; NULL if none does. */

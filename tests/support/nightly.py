@@ -1,0 +1,33 @@
+"""Which cases of a test CI runs, and which are left to ``scripts/nightly.sh``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable
+from typing import Any
+
+import pytest
+
+
+def nightly(*values: Any) -> Any:
+    """A case that repeats what others of the test prove."""
+    return pytest.param(*values, marks=pytest.mark.nightly)
+
+
+def nightly_but(
+    quick: Container[Any], cases: Iterable[Any], name: Callable[[Any], str] | None = None
+) -> list[Any]:
+    """Mark all cases nightly but those in ``quick``.
+
+    Args:
+        quick: the cases that CI runs, too.
+        cases: values, or tuples of one value per argument.
+        name: gives a case its id.
+    """
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else (case,)),
+            marks=() if case in quick else pytest.mark.nightly,
+            id=name(case) if name else None,
+        )
+        for case in cases
+    ]

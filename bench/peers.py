@@ -39,6 +39,7 @@ from bench.lib.record import Record, add_json_option
 from bench.lib.rivals import DECODE, Dllama, LlamaBench, prompt_name, write_dllama_tokenizer
 from tpirt.cli.options import count
 from tpirt.errors import ConfigError
+from tpirt.ops.native.library import load
 
 _FORMATS: Mapping[int, Mapping[str, str]] = {
     4: {"quantize": "int4"},
@@ -212,10 +213,10 @@ def _row(case: Case, program: str, figure: str, ours: list[Rates], others: list[
     )
 
 
-def show(rows: Sequence[Row], environment: Environment) -> None:
+def show(rows: Sequence[Row], environment: Environment, kernels: str) -> None:
     """Print the table for people."""
     commit = (environment.commit or "unknown")[:10] + ("-dirty" if environment.dirty else "")
-    print(f"{environment.cpu}: {' '.join(environment.cpu_flags)}; tpirt {commit}")
+    print(f"{environment.cpu}: {' '.join(environment.cpu_flags)}; tpirt {commit}, {kernels}")
     print("tokens per second: median, lowest to highest; ratio: tpirt's to the other's")
     print(
         f"bits  procs  figure       {'tpirt':>23}  {'program':17}  {'its':>23}"
@@ -319,9 +320,11 @@ def main(argv: Sequence[str]) -> int:
         for case, result in zip(measured, results, strict=True)
         for row in summarize(case, result)
     ]
-    show(rows, record.environment)
+    kernels = load().summary
+    show(rows, record.environment, kernels)
     programs = {"llama.cpp": arguments.llama_bench, "distributed-llama": arguments.dllama}
-    record.finish({"programs": versions(programs), "rows": [asdict(row) for row in rows]})
+    about = {"kernels": kernels, "programs": versions(programs)}
+    record.finish({**about, "rows": [asdict(row) for row in rows]})
     return 0
 
 

@@ -204,6 +204,7 @@ def test_one_command_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert [row["other"] for row in result["rows"]] == [58.5, 30.3, 284.25, 69.57, 30.3, 69.57]
     assert all(row["ratio"] == row["tpirt"] / row["other"] for row in result["rows"])
     assert table[0].startswith(result["environment"]["cpu"])
+    assert table[0].endswith(result["kernels"])
     assert "58.5 (58.5 to 58.5)" in table[3]
     assert str(tmp_path) not in last
 

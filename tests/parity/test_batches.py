@@ -17,7 +17,7 @@ import transformers
 from tpirt.batch import Segment
 from tpirt.collectives.context import StepContext
 from tpirt.engine import Engine
-from tpirt.model import decoder
+from tpirt.model import attention as heads
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.decoders import DecoderGroup, decoder_group
 from tpirt.testing.models import make_model
@@ -310,7 +310,7 @@ async def test_a_second_cancellation_still_waits_for_the_thread_that_computes(
         (rank,) = group.ranks
         entered, leave, computing = threading.Event(), threading.Event(), threading.Event()
         released_early: list[int] = []
-        attention, release = decoder.attention, rank.streamer.release
+        attention, release = heads.attention, rank.streamer.release
 
         def slow(*args: Any) -> torch.Tensor:
             computing.set()
@@ -324,7 +324,7 @@ async def test_a_second_cancellation_still_waits_for_the_thread_that_computes(
                 released_early.append(index)
             release(index)
 
-        monkeypatch.setattr(decoder, "attention", slow)
+        monkeypatch.setattr(heads, "attention", slow)
         monkeypatch.setattr(rank.streamer, "release", noted)
         (step,) = group.contexts([Segment(0, 0, 20, 1, 20)])
         running = asyncio.create_task(rank.decoder.forward(group.embed(ids_of(0, 20)), step))

@@ -27,7 +27,14 @@ from tpirt.ops.native.compiling import (
     source_key,
 )
 from tpirt.ops.native.library import NativeLibrary, find_library, load
-from tpirt.testing.processes import DEADLINE_S, killed_at_exit, run_cli, run_python, start_python
+from tpirt.testing.processes import (
+    DEADLINE_S,
+    killed_at_exit,
+    run_cli,
+    run_python,
+    start_python,
+    wait_for,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,24 +125,22 @@ def test_is_compiled_once_into_the_cache(
 def test_processes_that_start_at_once_compile_once(
     tmp_path: Path, tools: Tools, content: bytes
 ) -> None:
-    go, cache = tmp_path / "go", tmp_path / "cache"
+    go, waits, cache = (tmp_path / name for name in ("go", "waits", "cache"))
     os.mkfifo(go)
-    tools.add_compiler(content, meanwhile=f"read line < '{go}'")  # a line for one compiler only
+    tools.add_compiler(content, meanwhile=f"read line < '{go}'")  # compiles until told to end
     code = (
-        "import sys; sys.modules['ziglang'] = None; from pathlib import Path\n"
-        "from tpirt.ops.native.library import find_library\n"
-        f"print('started', flush=True); cache = Path({str(cache)!r})\n"
-        "print(find_library('', [cache], cache.parent).path)"
+        "import sys; sys.modules['ziglang'] = None\n"
+        "from pathlib import Path; from tpirt.ops.native import library\n"
+        f"library.time.sleep = lambda s: Path({str(waits)!r}).touch()\n"
+        f"cache = Path({str(cache)!r}); print(library.find_library('', [cache], cache.parent).path)"
     )
 
     def start() -> subprocess.Popen[str]:
-        process = start_python("-c", code, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "started\n"
-        return process
+        return start_python("-c", code, stdout=subprocess.PIPE, text=True)
 
     with killed_at_exit(start()) as one, killed_at_exit(start()) as two:
-        with open(go, "w") as file:  # waits until a compiler reads
+        wait_for(lambda: tools.runs + waits.exists() == 2)
+        with open(go, "w") as file:
             file.write("go\n")
         found = {process.communicate(timeout=DEADLINE_S)[0].strip() for process in (one, two)}
     assert found == {str(path) for path in kept_libraries(cache)}

@@ -236,7 +236,7 @@ def test_one_that_fails_stops_all(launch: Launch, host: Host) -> None:
     process = launch(TWO[1], "{host} 127.0.0.1:0 {place} --nonsense")
     _, err = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 3
-    assert "127.0.0.1#2: the peer did not start, exit code 2: tpirt: error: " in err
+    assert "127.0.0.1#2: the peer did not start, exit code 2: tpirt peer: error: " in err
     wait_for(lambda: not remote_side(host), "the end of the other")
 
 

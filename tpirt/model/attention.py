@@ -76,15 +76,41 @@ class Heads:
 
     # -- in C: a few rows of bfloat16 heads ----------------------------------------------------
 
+    def suits_native(self, rows: int) -> bool:
+        """Whether the kernel in C can attend with so many rows, and is the faster one."""
+        return (
+            (rows <= _NATIVE_ROWS or not bfloat16_units())
+            and self._dtype is torch.bfloat16
+            and self._config.head_dim % 16 == 0
+        )
+
     def _native(self, qkv: torch.Tensor) -> NativeKernels | None:
-        if (
-            (len(qkv) > _NATIVE_ROWS and bfloat16_units())
-            or qkv.dtype is not torch.float32
-            or self._dtype is not torch.bfloat16
-            or self._config.head_dim % 16
-        ):
-            return None
-        return native_kernels(torch.get_num_threads())
+        if qkv.dtype is torch.float32 and self.suits_native(len(qkv)):
+            return native_kernels(torch.get_num_threads())
+        return None
+
+    def arguments(self, w: Weights, layer: int) -> Attention:
+        """What is the same for all rows of a layer."""
+        return Attention(
+            q_norm=_address(w, "q_norm.weight"),
+            k_norm=_address(w, "k_norm.weight"),
+            groups=self._groups_array.data_ptr(),
+            queries=self._queries,
+            keys=self._keys,
+            dim=self._config.head_dim,
+            window=self._config.sliding_windows[layer] or 0,
+            eps=self._config.rms_norm_eps,
+        )
+
+    def place(
+        self, arguments: Attention, segment: Segment, turn: Turn, row: int, layer: int
+    ) -> None:
+        """Set what belongs to a sequence, whose rows of ``turn`` begin at ``row``."""
+        keys, values = self._kv.layer(layer, segment)
+        arguments.cos, arguments.sin = turn.cos[row].data_ptr(), turn.sin[row].data_ptr()
+        arguments.all_keys, arguments.all_values = keys.data_ptr(), values.data_ptr()
+        arguments.tokens, arguments.past = segment.tokens, segment.position
+        arguments.capacity = keys.shape[1]
 
     def _attend_native(
         self,
@@ -97,25 +123,11 @@ class Heads:
     ) -> torch.Tensor:
         qkv = qkv.contiguous()
         out = torch.empty(len(qkv), self._queries * self._config.head_dim)
-        arguments = Attention(
-            q_norm=_address(w, "q_norm.weight"),
-            k_norm=_address(w, "k_norm.weight"),
-            groups=self._groups_array.data_ptr(),
-            queries=self._queries,
-            keys=self._keys,
-            dim=self._config.head_dim,
-            window=self._config.sliding_windows[layer] or 0,
-            eps=self._config.rms_norm_eps,
-        )
+        arguments = self.arguments(w, layer)
         for segment, rows in zip(batch.segments, batch.rows, strict=True):
-            keys, values = self._kv.layer(layer, segment)
+            self.place(arguments, segment, turn, rows.start, layer)
             arguments.qkv = qkv[rows.start].data_ptr()
-            arguments.cos = turn.cos[rows.start].data_ptr()
-            arguments.sin = turn.sin[rows.start].data_ptr()
-            arguments.all_keys, arguments.all_values = keys.data_ptr(), values.data_ptr()
             arguments.out = out[rows.start].data_ptr()
-            arguments.tokens, arguments.past = segment.tokens, segment.position
-            arguments.capacity = keys.shape[1]
             native.attend(arguments)
         return out
 

@@ -34,6 +34,7 @@ from tpirt.collectives.context import StepContext
 from tpirt.config import ModelConfig
 from tpirt.model.attention import Heads, Turn, wanted_rows
 from tpirt.model.kv_store import KVStore
+from tpirt.model.native_blocks import NativeBlocks
 from tpirt.model.pipeline import Pipeline, WeightSource
 from tpirt.model.products import Products
 from tpirt.ops.native.bindings import Rounded
@@ -96,6 +97,9 @@ class Decoder:
         self._rotary = RotaryEmbedding(config)
         self._heads = Heads(config, shard, self.kv, dtype)
         self._products = Products(config, kernels)
+        self._native = NativeBlocks(
+            config, self._products, self._heads, config.num_hidden_layers - 1
+        )
         self._mlp_rows = 2 * shard.columns.size  # of gate and up together
         self._mlp_cut = self._mlp_rows * 3 // 4 // ROWS_UNIT * ROWS_UNIT
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tpirt-compute")
@@ -242,6 +246,9 @@ class Decoder:
     # -- computation -----------------------------------------------------------------------
 
     def _attention(self, w: Weights, part: _Part, layer: int) -> torch.Tensor:
+        partial = self._native.attention(w, part.hidden, part.batch, part.turn, layer)
+        if partial is not None:
+            return partial
         products = self._products
         x = products.normed(w, part.hidden, "qkv_proj")
         qkv = products.project(x, w, "qkv_proj")  # (T, (Q + 2 K) D)
@@ -255,15 +262,19 @@ class Decoder:
         return products.project(out, w, "o_proj")
 
     def _mlp_whole(self, w: Weights, hidden: torch.Tensor) -> torch.Tensor:
-        products = self._products
-        x = products.normed(w, hidden, "gate_up_proj")
-        gate_up = products.project(x, w, "gate_up_proj")  # (T, 2 I)
-        return self._down(w, gate_up)
+        done = self._native.mlp(w, hidden, None)
+        if done is not None:
+            return done[1]
+        x = self._products.normed(w, hidden, "gate_up_proj")
+        return self._down(w, self._products.project(x, w, "gate_up_proj"))  # (T, 2 I) between
 
     def _mlp_piece(
         self, w: Weights, x: torch.Tensor | Rounded, total: torch.Tensor | None
     ) -> tuple[torch.Tensor | Rounded, torch.Tensor]:
         """Add the result of some columns to ``total``, float32; the first one normalises ``x``."""
+        done = self._native.mlp(w, x, total)
+        if done is not None:
+            return done
         if total is None:
             assert isinstance(x, torch.Tensor)
             x = self._products.normed(w, x, "gate_up_proj")

@@ -43,7 +43,7 @@ class Products:
         """Normalise rows (T, H), float32, as input of the product ``into``."""
         weight = plain(w, "norm.weight")
         assert weight is not None
-        if self._rounds(w, into, len(x)):
+        if self.rounds(w, into, len(x)):
             native = native_kernels(torch.get_num_threads())
             assert native is not None
             return native.norm(x.contiguous(), weight, self._eps)
@@ -51,7 +51,7 @@ class Products:
 
     def gated(self, w: Weights, gate_up: torch.Tensor, into: str) -> torch.Tensor | Rounded:
         """``activation(gate) * up`` of (T, 2 I) as input of the product ``into``."""
-        if self._silu and gate_up.dtype is torch.float32 and self._rounds(w, into, len(gate_up)):
+        if self._silu and gate_up.dtype is torch.float32 and self.rounds(w, into, len(gate_up)):
             native = native_kernels(torch.get_num_threads())
             assert native is not None
             return native.gate(gate_up.contiguous())
@@ -76,7 +76,8 @@ class Products:
         out = linear(x, weight, kernel)
         return out if bias is None else out.add_(bias)
 
-    def _rounds(self, w: Weights, name: str, rows: int) -> bool:
+    def rounds(self, w: Weights, name: str, rows: int) -> bool:
+        """Whether the product ``name`` of so many rows rounds its input."""
         choice = self._kernels.get(_shape(w[f"{name}.weight"]))
         return choice is not None and choice.kernel(rows) == NATIVE.name
 

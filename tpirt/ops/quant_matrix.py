@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from tpirt.ops.buffers import ALIGN, round_up
+from tpirt.ops.native.bindings import Matrix
 from tpirt.ops.quant import QuantSpec, Scheme
 from tpirt.ops.quant_regions import matrix_regions, view_regions
 from tpirt.ops.tiles import TILE_ROWS
@@ -72,6 +73,14 @@ class QuantMatrix:
     def pointers(self) -> tuple[int, int]:
         """Addresses of codes and scales."""
         return self.codes.data_ptr(), self.scales.data_ptr()
+
+    @cached_property
+    def native(self) -> Matrix:
+        """The matrix as the kernels in C take it, without a bias."""
+        codes, scales = self.pointers
+        blocks, groups, _ = self.codes.shape
+        bits = 4 if self.codes.dtype is torch.uint8 else 8
+        return Matrix(codes, scales, None, self.out_features, blocks, groups, bits)
 
     def part(self, start: int, stop: int) -> QuantMatrix:
         """Rows ``start``, a multiple of ``ROWS_UNIT``, to ``stop``: views."""

@@ -6,6 +6,7 @@ Axes: T tokens, N rows, Np N rounded up to 16, K inputs, Kp K rounded up to 32, 
 from __future__ import annotations
 
 import ctypes
+import threading
 from ctypes import c_float, c_int, c_long, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,10 @@ _SIGNATURES = {
     "tp_norm": [c_int, c_void_p, c_void_p, c_float, c_long, c_long, *[c_void_p] * 3],
     "tp_gate": [c_int, c_void_p, c_long, c_long, *[c_void_p] * 3],
     "tp_attend": [c_int, c_void_p, c_void_p],
+    "tp_attention_scratch": [c_void_p],
+    "tp_mlp_scratch": [c_void_p],
+    "tp_attention": [c_int, c_void_p, c_void_p],
+    "tp_mlp": [c_int, c_void_p, c_void_p],
     "tp_q4": [c_int, *[c_void_p] * 3, c_long, c_long, *[c_void_p] * 3, c_long, c_void_p, c_long],
     "tp_q8": [c_int, *[c_void_p] * 3, c_long, c_long, *[c_void_p] * 3, c_long, c_void_p, c_long],
     "tp_bf16": [c_int, c_void_p, c_void_p, c_long, c_long, c_void_p, c_long, c_void_p, c_long],
@@ -29,28 +34,52 @@ _SIGNATURES = {
 }
 
 
+def _fields(kind: type, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
 class Attention(ctypes.Structure):
-    """The arguments of :meth:`NativeKernels.attend`; ``native.h`` has their meaning."""
+    """The arguments of :meth:`NativeKernels.attend`; ``native.h`` explains all of these."""
 
     _fields_ = (
-        *(
-            (name, c_void_p)
-            for name in (
-                "qkv",
-                "cos",
-                "sin",
-                "q_norm",
-                "k_norm",
-                "all_keys",
-                "all_values",
-                "groups",
-                "out",
-            )
-        ),
-        *(
-            (name, c_long)
-            for name in ("tokens", "past", "capacity", "queries", "keys", "dim", "window")
-        ),
+        *_fields(c_void_p, "qkv cos sin q_norm k_norm all_keys all_values groups out"),
+        *_fields(c_long, "tokens past capacity queries keys dim window"),
+        ("eps", c_float),
+    )
+
+
+class Matrix(ctypes.Structure):
+    """A quantized matrix and the bias of its product."""
+
+    _fields_ = (
+        *_fields(c_void_p, "codes scales bias"),
+        *_fields(c_long, "rows blocks groups"),
+        ("bits", c_int),
+    )
+
+
+class AttentionBlock(ctypes.Structure):
+    """The arguments of :meth:`NativeKernels.attention_block`."""
+
+    _fields_ = (
+        *_fields(c_void_p, "hidden norm"),
+        *_fields(Matrix, "qkv out"),
+        ("heads", Attention),
+        *_fields(c_void_p, "partial scratch"),
+        ("eps", c_float),
+    )
+
+
+class MlpBlock(ctypes.Structure):
+    """The arguments of :meth:`NativeKernels.mlp_block`."""
+
+    _fields_ = (
+        *_fields(c_void_p, "hidden norm codes scales sums"),
+        ("groups", c_long),
+        *_fields(Matrix, "gate_up down"),
+        *_fields(c_void_p, "partial scratch"),
+        ("tokens", c_long),
+        ("add", c_int),
         ("eps", c_float),
     )
 
@@ -102,7 +131,10 @@ class NativeKernels:
             function = getattr(self._library, name)
             function.argtypes, function.restype = arguments, None
         self._library.tp_pool_new.restype = c_void_p
+        for name in ("tp_attention_scratch", "tp_mlp_scratch"):
+            getattr(self._library, name).restype = c_long
         self._set = chosen
+        self._scratch = threading.local()
         self._pool = self._library.tp_pool_new(threads)
         if self._pool is None:
             raise MemoryError(f"{threads} compute threads")
@@ -185,6 +217,23 @@ class NativeKernels:
     def attend(self, attention: Attention) -> None:
         """Turn queries and keys, append keys and values, and attend."""
         self._library.tp_attend(self._set, self._pool, ctypes.byref(attention))
+
+    def attention_block(self, block: AttentionBlock) -> None:
+        """Norm, product, attention, product."""
+        block.scratch = self._room(self._library.tp_attention_scratch(ctypes.byref(block)))
+        self._library.tp_attention(self._set, self._pool, ctypes.byref(block))
+
+    def mlp_block(self, block: MlpBlock) -> None:
+        """Norm, product, activation, product."""
+        block.scratch = self._room(self._library.tp_mlp_scratch(ctypes.byref(block)))
+        self._library.tp_mlp(self._set, self._pool, ctypes.byref(block))
+
+    def _room(self, nbytes: int) -> int:
+        """The address of scratch memory, the calling thread's until it calls again."""
+        room: torch.Tensor | None = getattr(self._scratch, "room", None)
+        if room is None or len(room) < nbytes:
+            room = self._scratch.room = torch.empty(nbytes, dtype=torch.uint8)
+        return room.data_ptr()
 
     def fit4(self, w: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
         """Round weights to 4 bits, in the calling thread only.

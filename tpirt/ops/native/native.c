@@ -255,6 +255,96 @@ void tp_attend(int set, pool *p, const attention *a)
         pool_run(p, attend_heads, &arg, a->keys, 1);
 }
 
+static void *take(uint8_t **scratch, long bytes)
+{
+    void *taken = *scratch;
+    *scratch += (bytes + 63) / 64 * 64;
+    return taken;
+}
+
+static float *take_floats(uint8_t **scratch, long count) { return take(scratch, 4 * count); }
+
+static rounded take_rounded(uint8_t **scratch, long tokens, long groups)
+{
+    int8_t *q = take(scratch, tokens * groups * GROUP);
+    float *scale = take_floats(scratch, tokens * groups);
+    return (rounded){q, scale, take_floats(scratch, tokens * groups), groups};
+}
+
+static void multiply(const kernel_set *set, pool *p, const matrix *m, const rounded *x, long tokens,
+                     float *out)
+{
+    const int kind = m->bits == 4 ? Q4 : Q8;
+    const long ldo = m->blocks * TILE_ROWS;
+    product a = {set, m->codes, m->scales, *x, 0, tokens, 0, out, ldo, kind};
+    pool_run(p, rows, &a, m->blocks, piece(m->groups * (kind == Q4 ? Q4_TILE : Q8_TILE), 64));
+    if (m->bias)
+        for (long t = 0; t < tokens; t++)
+            for (long n = 0; n < m->rows; n++) out[t * ldo + n] += from_bf16(m->bias[n]);
+}
+
+/* Copy or add rows without their padding. */
+static void put_rows(const float *x, long tokens, const matrix *m, float *out, int add)
+{
+    const long ldo = m->blocks * TILE_ROWS;
+    for (long t = 0; t < tokens; t++)
+        for (long n = 0; n < m->rows; n++)
+            out[t * m->rows + n] = add ? out[t * m->rows + n] + x[t * ldo + n] : x[t * ldo + n];
+}
+
+/* Bytes of scratch for a block with these matrices. */
+static long scratch_bytes(const matrix *first, const matrix *second, long tokens)
+{
+    const long groups = first->groups + second->groups, rows = first->blocks + second->blocks;
+    return tokens * (groups * (GROUP + 8) + rows * TILE_ROWS * 4 + second->groups * GROUP * 4) + 1024;
+}
+
+long tp_attention_scratch(const attention_block *b)
+{
+    return scratch_bytes(&b->qkv, &b->out, b->heads.tokens);
+}
+
+long tp_mlp_scratch(const mlp_block *b) { return scratch_bytes(&b->gate_up, &b->down, b->tokens); }
+
+/* Norm, product, attention, product: (T, H) of the local heads. */
+void tp_attention(int set, pool *p, attention_block *b)
+{
+    const kernel_set *s = SETS[set];
+    const long tokens = b->heads.tokens;
+    uint8_t *at = b->scratch;
+    const rounded x = take_rounded(&at, tokens, b->qkv.groups);
+    s->norm(b->hidden, b->norm, b->eps, tokens, b->out.rows, (int8_t *)x.q, (float *)x.scale,
+            (float *)x.sum);
+    b->heads.qkv = take_floats(&at, tokens * b->qkv.blocks * TILE_ROWS);
+    multiply(s, p, &b->qkv, &x, tokens, b->heads.qkv);
+    b->heads.out = take_floats(&at, tokens * b->out.groups * GROUP);
+    tp_attend(set, p, &b->heads);
+    const rounded y = take_rounded(&at, tokens, b->out.groups);
+    s->round(b->heads.out, tokens, b->heads.queries * b->heads.dim, (int8_t *)y.q, (float *)y.scale,
+             (float *)y.sum);
+    float *out = take_floats(&at, tokens * b->out.blocks * TILE_ROWS);
+    multiply(s, p, &b->out, &y, tokens, out);
+    put_rows(out, tokens, &b->out, b->partial, 0);
+}
+
+/* Norm, product, activation, product: (T, H) of the local columns. */
+void tp_mlp(int set, pool *p, mlp_block *b)
+{
+    const kernel_set *s = SETS[set];
+    const long tokens = b->tokens;
+    uint8_t *at = b->scratch;
+    if (b->norm)
+        s->norm(b->hidden, b->norm, b->eps, tokens, b->down.rows, (int8_t *)b->x.q,
+                (float *)b->x.scale, (float *)b->x.sum);
+    float *gate_up = take_floats(&at, tokens * b->gate_up.blocks * TILE_ROWS);
+    multiply(s, p, &b->gate_up, &b->x, tokens, gate_up);
+    const rounded y = take_rounded(&at, tokens, b->down.groups);
+    s->gate(gate_up, tokens, b->gate_up.rows / 2, (int8_t *)y.q, (float *)y.scale, (float *)y.sum);
+    float *out = take_floats(&at, tokens * b->down.blocks * TILE_ROWS);
+    multiply(s, p, &b->down, &y, tokens, out);
+    put_rows(out, tokens, &b->down, b->partial, b->add);
+}
+
 /* The read bandwidth to compare with: sums of memory. */
 #if defined(__x86_64__)
 __attribute__((target("avx2")))

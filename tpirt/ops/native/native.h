@@ -45,6 +45,37 @@ typedef struct {
     float eps;
 } attention;
 
+/* A quantized matrix, and the bias of its product (bfloat16) or NULL. */
+typedef struct {
+    const void *codes, *scales;
+    const uint16_t *bias;
+    long rows, blocks, groups; /* N, blocks of 16 rows, K / 32 */
+    int bits;
+} matrix;
+
+/* A block of a layer for some tokens; ``scratch`` is as large as the functions below say. */
+typedef struct {
+    const float *hidden; /* (T, H) */
+    const float *norm;   /* (H,) */
+    matrix qkv, out;
+    attention heads; /* without qkv, out and tokens of the whole batch: one sequence */
+    float *partial;  /* (T, H) */
+    void *scratch;
+    float eps;
+} attention_block;
+
+typedef struct {
+    const float *hidden;
+    const float *norm; /* NULL: ``x`` is there already */
+    rounded x;         /* of the normalised rows */
+    matrix gate_up, down;
+    float *partial; /* (T, H) */
+    void *scratch;
+    long tokens;
+    int add; /* to what is in ``partial`` */
+    float eps;
+} mlp_block;
+
 /* What one set of instructions provides; every function works on the rows [first, last). */
 typedef struct {
     const char *name;

@@ -201,7 +201,7 @@ class Decoder:
     async def _layers(self, part: _Part) -> torch.Tensor:
         for number, layer in enumerate(self._program.layers):
             partial = await self._stage(part, layer.attention, self._attention, part, number)
-            if not len(partial):  # the last layer, and no row is wanted
+            if not partial.shape[0]:  # the last layer, and no row is wanted
                 break
             part.hidden += await self._comm.all_reduce(part.step, part.index, partial)
             partial = await self._mlp(part, layer.mlp)
@@ -229,7 +229,7 @@ class Decoder:
     ) -> _T:
         """Compute with a block on ``part``'s turn; ``keep`` it for the next stage."""
         weights = await part.pipeline.enter(part.index, block)
-        result = await self._compute(len(part.hidden), block, compute, weights, *args)
+        result = await self._compute(part.hidden.shape[0], block, compute, weights, *args)
         part.pipeline.leave(part.index, block, keep=keep)
         return result
 
@@ -257,7 +257,7 @@ class Decoder:
             # their queries, the residual stream that their sums are added to, the last MLP.
             part.hidden = wanted_rows(part.hidden, part.batch)
         out = self._heads.attend(w, qkv, part.batch, part.turn, layer)  # (T, Q D)
-        if not len(out):
+        if not out.shape[0]:
             return part.hidden  # no rows: nothing to sum
         return products.project(out, w, "o_proj")
 

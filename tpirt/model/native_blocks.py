@@ -50,13 +50,14 @@ class NativeBlocks:
         Args:
             hidden: (T, H) float32.
         """
-        native = self._suits(w, len(hidden), "qkv_proj", "o_proj")
-        if native is None or len(batch.segments) > 1 or not self._heads.suits_native(len(hidden)):
+        rows = batch.tokens
+        native = self._suits(w, rows, "qkv_proj", "o_proj")
+        if native is None or len(batch.segments) > 1 or not self._heads.suits_native(rows):
             return None
-        if layer == self._last and batch.num_logits < batch.tokens:
+        if layer == self._last and batch.num_logits < rows:
             return None
         hidden = hidden.contiguous()
-        out = torch.empty(len(hidden), self._hidden)
+        out = torch.empty(rows, self._hidden)
         block = AttentionBlock(
             hidden=hidden.data_ptr(),
             norm=_address(w, "norm.weight"),
@@ -81,7 +82,8 @@ class NativeBlocks:
         Returns:
             The normalised rows, and the sum.
         """
-        native = self._suits(w, len(x), "gate_up_proj", "down_proj")
+        rows = x.codes.shape[0] if isinstance(x, Rounded) else x.shape[0]
+        native = self._suits(w, rows, "gate_up_proj", "down_proj")
         if native is None or not self._silu or _matrix(w, "gate_up_proj").rows % 16:
             return None
         if isinstance(x, Rounded):
@@ -89,7 +91,7 @@ class NativeBlocks:
         else:
             hidden, rounded = x.contiguous(), Rounded.empty(*x.shape)
         add = total is not None
-        out = torch.empty(len(x), self._hidden) if total is None else total
+        out = torch.empty(rows, self._hidden) if total is None else total
         codes, scales, sums = rounded.pointers
         block = MlpBlock(
             hidden=None if hidden is None else hidden.data_ptr(),
@@ -101,7 +103,7 @@ class NativeBlocks:
             gate_up=_matrix(w, "gate_up_proj"),
             down=_matrix(w, "down_proj"),
             partial=out.data_ptr(),
-            tokens=len(x),
+            tokens=rows,
             add=add,
             eps=self._eps,
         )
@@ -109,7 +111,8 @@ class NativeBlocks:
         return rounded, out
 
     def _suits(self, w: Weights, rows: int, first: str, second: str) -> NativeKernels | None:
-        if rows > _ROWS or not all(self._products.rounds(w, n, rows) for n in (first, second)):
+        rounds = self._products.rounds
+        if rows > _ROWS or not (rounds(w, first, rows) and rounds(w, second, rows)):
             return None
         return native_kernels(torch.get_num_threads())
 

@@ -108,7 +108,7 @@ class Rounded:
         )
 
     def __len__(self) -> int:
-        return len(self.codes)
+        return self.codes.shape[0]
 
     @property
     def pointers(self) -> tuple[int, int, int]:
@@ -231,7 +231,7 @@ class NativeKernels:
     def _room(self, nbytes: int) -> int:
         """The address of scratch memory, the calling thread's until it calls again."""
         room: torch.Tensor | None = getattr(self._scratch, "room", None)
-        if room is None or len(room) < nbytes:
+        if room is None or room.shape[0] < nbytes:
             room = self._scratch.room = torch.empty(nbytes, dtype=torch.uint8)
         return room.data_ptr()
 

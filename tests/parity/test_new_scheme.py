@@ -82,10 +82,10 @@ class Grouped(Scheme):
     def part(self, matrix: QuantMatrix, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         return matrix.codes[start:stop], matrix.scales[start:stop]
 
-    def rows(self, matrix: QuantMatrix, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+    def rows(self, matrix: QuantMatrix, start: int, stop: int, space: torch.Tensor) -> torch.Tensor:
         codes, scales = matrix.codes[start:stop], matrix.scales[start:stop]
         groups = codes.view(len(codes), -1, GROUP) * scales.unsqueeze(2)
-        return groups.flatten(1).to(dtype)
+        return groups.flatten(1).to(space.dtype)
 
     def column_step(self, start: int, step: int) -> int:
         return 0 if start % GROUP else round_up(step, GROUP)

@@ -223,7 +223,7 @@ def test_the_bytes_are_codes_and_scales_and_padding_is_0(
         assert torch.equal(dequantize(matrix), values)
         factors = spec.output_scales(matrix.scales)
         for dtype in (torch.float32, torch.bfloat16):
-            rebuilt = torch.cat([piece for _, piece in matrix.pieces(dtype, 16 * 64)])
+            rebuilt = torch.cat([piece.clone() for _, piece in matrix.pieces(dtype, 16 * 64)])
             plain = levels_of(matrix).float() if factors is not None else dequantize(matrix)
             assert torch.equal(rebuilt[:rows, :inputs], plain[:rows, :inputs].to(dtype))
 

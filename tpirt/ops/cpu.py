@@ -8,7 +8,7 @@ from pathlib import Path
 
 @cache
 def bfloat16_units() -> bool:
-    """Whether the CPU has native bfloat16 products (AVX-512 BF16, AMX, Arm BF16).
+    """Whether the CPU has units for bfloat16 products (AVX-512 BF16, AMX, Arm BF16).
 
     False if unknown, because emulated bfloat16 is slower than float32.
     """

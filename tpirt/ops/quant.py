@@ -129,10 +129,14 @@ class Scheme(QuantSpec, ABC):
         """Codes and scales, views, of rows ``start`` to ``stop``; see ``QuantMatrix.part``."""
 
     @abstractmethod
-    def rows(self, matrix: QuantMatrix, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+    def rows(self, matrix: QuantMatrix, start: int, stop: int, space: torch.Tensor) -> torch.Tensor:
         """Dequantize rows ``start`` to ``stop``, multiples of 16: (stop - start, Kp).
 
         Multiply a product with them by :meth:`output_scales`.
+
+        Args:
+            space: flat memory of as many elements, in the dtype of the result, which may use it:
+                new pages would take longer than the work.
         """
 
     def output_scales(self, scales: torch.Tensor) -> torch.Tensor | None:
@@ -195,12 +199,12 @@ class Int8(Scheme):
         first, last = start // TILE_ROWS, -(-stop // TILE_ROWS)
         return matrix.codes[first:last], matrix.scales[first * TILE_ROWS : last * TILE_ROWS]
 
-    def rows(self, matrix: QuantMatrix, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+    def rows(self, matrix: QuantMatrix, start: int, stop: int, space: torch.Tensor) -> torch.Tensor:
         """The codes, exact in bfloat16 too; scales are applied to the product."""
         native = native_kernels(torch.get_num_threads())
         if native is not None:
-            return native.dense(8, *_blocks(matrix, start, stop), dtype)
-        return unpack_bytes(matrix.codes[start // TILE_ROWS : stop // TILE_ROWS]).to(dtype)
+            return native.dense(8, *_blocks(matrix, start, stop), space)
+        return unpack_bytes(matrix.codes[start // TILE_ROWS : stop // TILE_ROWS]).to(space.dtype)
 
     def output_scales(self, scales: torch.Tensor) -> torch.Tensor | None:
         return scales
@@ -266,15 +270,15 @@ class Int4(Scheme):
         first, last = start // TILE_ROWS, -(-stop // TILE_ROWS)
         return matrix.codes[first:last], matrix.scales[first:last]
 
-    def rows(self, matrix: QuantMatrix, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+    def rows(self, matrix: QuantMatrix, start: int, stop: int, space: torch.Tensor) -> torch.Tensor:
         native = native_kernels(torch.get_num_threads())
         if native is not None:
-            return native.dense(4, *_blocks(matrix, start, stop), dtype)
+            return native.dense(4, *_blocks(matrix, start, stop), space)
         blocks = slice(start // TILE_ROWS, stop // TILE_ROWS)
         scale, offset = split_words(unpack_groups(matrix.scales[blocks]))
         codes = unpack_nibbles(matrix.codes[blocks])
         levels = codes.view(len(codes), -1, TILE_INPUTS).float()
-        return levels.add_(offset.unsqueeze(2)).mul_(scale.unsqueeze(2)).flatten(1).to(dtype)
+        return levels.add_(offset.unsqueeze(2)).mul_(scale.unsqueeze(2)).flatten(1).to(space.dtype)
 
     def column_step(self, start: int, step: int) -> int:
         """Whole groups; a shard that begins within a group has groups of its own."""

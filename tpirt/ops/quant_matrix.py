@@ -90,7 +90,7 @@ class QuantMatrix:
     def pieces(
         self, dtype: torch.dtype, elements: int = PIECE_ELEMENTS
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Dequantize piece by piece.
+        """Dequantize piece by piece, each in the memory of the last.
 
         Multiply a product with a piece by the scheme's ``output_scales``.
 
@@ -99,8 +99,9 @@ class QuantMatrix:
             one may extend past row N.
         """
         step = max(TILE_ROWS, elements // self.width // TILE_ROWS * TILE_ROWS)
+        space = torch.empty(min(step, self.height) * self.width, dtype=dtype)
         for start in range(0, self.height, step):
-            yield start, self.spec.rows(self, start, min(start + step, self.height), dtype)
+            yield start, self.spec.rows(self, start, min(start + step, self.height), space)
 
 
 def dequantize(matrix: QuantMatrix) -> torch.Tensor:

@@ -266,7 +266,10 @@ def _head_blocks(config: ModelConfig, form: WeightFormat, limit_bytes: int) -> I
         return StoredTensor("lm_head.weight", shape, form.dtype, pieces, form.head_quant)
 
     spare = limit_bytes - round_up(norm.nbytes, ALIGN)
-    rows_per_block = max(1, spare // head(Span(0, HEAD_ROWS)).nbytes) * HEAD_ROWS
+    # A single row takes as much as the tile that it is padded to.
+    rows_per_block = max(1, HEAD_ROWS * spare // head(Span(0, HEAD_ROWS)).nbytes)
+    if rows_per_block > HEAD_ROWS:
+        rows_per_block -= rows_per_block % HEAD_ROWS
     for index, start in enumerate(range(0, config.vocab_size, rows_per_block)):
         weight = head(Span(start, min(start + rows_per_block, config.vocab_size)))
         yield Block(f"head.{index}", (norm, weight) if index == 0 else (weight,))

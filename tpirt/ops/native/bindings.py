@@ -247,24 +247,23 @@ class NativeKernels:
         )
 
     def dense(
-        self, bits: int, matrix: tuple[int, int], blocks: int, groups: int, dtype: torch.dtype
+        self, bits: int, matrix: tuple[int, int], blocks: int, groups: int, out: torch.Tensor
     ) -> torch.Tensor:
         """Dequantize blocks of 16 rows.
 
         Args:
             bits: 4 or 8; 8 without scales.
             matrix: addresses of the first block's codes and scales.
-            dtype: float32 or bfloat16.
+            out: float32 or bfloat16, at least 16 blocks x Kp elements; overwritten.
 
         Returns:
-            (16 blocks, Kp).
+            (16 blocks, Kp): a view of ``out``.
         """
-        out = torch.empty(16 * blocks, 32 * groups, dtype=dtype)
-        half = dtype is torch.bfloat16
+        half = out.dtype is torch.bfloat16
         self._library.tp_dense(
             self._set, self._pool, bits, *matrix, blocks, groups, out.data_ptr(), half
         )
-        return out
+        return out[: 16 * blocks * 32 * groups].view(16 * blocks, 32 * groups)
 
     def __del__(self) -> None:
         if getattr(self, "_pool", None):

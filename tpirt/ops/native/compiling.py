@@ -24,7 +24,10 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent
 _UNITS = ("native.c", "pool.c", "selftest.c")
-_FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-fPIC", "-shared")
+_FLAGS = (
+    *("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-strict-aliasing"),
+    *("-pthread", "-fPIC", "-shared"),
+)
 # What a folder of C headers must have; a compiler without them is of no use.
 _PROBE = b"#include <math.h>\n#include <pthread.h>\n#include <string.h>\n"
 _COMPILE_S = 900.0  # a small device takes a minute

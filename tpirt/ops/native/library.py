@@ -118,7 +118,7 @@ def find_library(wish: str, caches: Sequence[Path], beside: Path = SOURCES) -> N
     except CompileError as exc:
         if wish:
             raise ConfigError(f"{VARIABLE}={wish}: {exc}") from exc
-        return NativeLibrary(note=f"native ones are up to three times as fast: {exc}")
+        return NativeLibrary(note=f"int8 and int4 weights take some 50 times as long: {exc}")
     return _with_best_set(path, _BY_START, wish)
 
 

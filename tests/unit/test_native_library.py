@@ -188,7 +188,7 @@ def test_a_changed_source_has_another_key(tmp_path: Path) -> None:
 def test_without_a_compiler_it_says_what_is_lost(tmp_path: Path, tools: Tools) -> None:
     found = find_library("", [tmp_path], tmp_path)
     assert found.path is None
-    assert found.summary.startswith("kernels: torch's; native ones are")
+    assert found.summary.startswith("kernels: torch's; int8 and int4 weights take")
     assert "no C compiler was found" in found.summary
     assert "pip install ziglang" in found.summary
     assert "\n" not in found.summary

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tpirt.errors import ConfigError
+from tpirt.ops.native.library import load
 from tpirt.ops.plain_kernels import PLAIN_KERNELS
 from tpirt.ops.quant import QuantSpec, Scheme
 from tpirt.ops.quant_kernels import KERNELS
@@ -35,8 +36,8 @@ def choose_kernels(
 
     Measuring takes up to 0.2 s per shape, seconds on a small device: call it from a worker thread.
     Choices and timings are recorded for the next start; failure to write them is not an error.
-    They are measured again with another CPU capability or torch version, or if the record is
-    unreadable.
+    They are measured again with another CPU capability, torch version or set of kernels in C, or if
+    the record is unreadable.
     """
     shapes = {
         MatrixShape(tensor.quant, *tensor.shape)
@@ -58,7 +59,8 @@ def choose_kernels(
 
 
 def _machine() -> str:
-    return f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    native = load().set_name or "no kernels in C"
+    return f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, {native}"
 
 
 def _read(path: Path, machine: str) -> dict[MatrixShape, KernelChoice]:

@@ -86,6 +86,8 @@ class NativeBlocks:
         native = self._suits(w, rows, "gate_up_proj", "down_proj")
         if native is None or not self._silu or _matrix(w, "gate_up_proj").rows % 16:
             return None
+        if total is not None and not (isinstance(x, Rounded) and total.is_contiguous()):
+            return None  # another kernel had the first block, and only that one has the norm
         if isinstance(x, Rounded):
             hidden, rounded = None, x
         else:

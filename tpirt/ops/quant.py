@@ -60,7 +60,7 @@ class QuantSpec:
             ConfigError: anything else.
         """
         if text not in SCHEMES:
-            raise ConfigError(f"quantize {text!r}: expected {', '.join(SCHEMES)}")
+            raise ConfigError(f"quantize {text!r}: expected {', '.join(SCHEMES)} (or auto)")
         return SCHEMES[text]
 
     def __str__(self) -> str:

@@ -151,7 +151,7 @@ void tp_round(int set, const float *x, long tokens, long inputs, int8_t *q, floa
     SETS[set]->round(x, tokens, inputs, q, scale, sum);
 }
 
-/* Rows per piece of work: about 64 KB of weights, at least ``unit``. */
+/* Rows per piece of work: about 64 KB of weights, at most ``most``. */
 static long piece(long row_bytes, long most)
 {
     long n = (64 << 10) / (row_bytes ? row_bytes : 1);

@@ -58,7 +58,7 @@ typedef struct {
     const float *hidden; /* (T, H) */
     const float *norm;   /* (H,) */
     matrix qkv, out;
-    attention heads; /* without qkv, out and tokens of the whole batch: one sequence */
+    attention heads; /* of one sequence; its qkv and out are set within */
     float *partial;  /* (T, H) */
     void *scratch;
     float eps;
@@ -76,7 +76,8 @@ typedef struct {
     float eps;
 } mlp_block;
 
-/* What one set of instructions provides; every function works on the rows [first, last). */
+/* What one set of instructions provides. ``first`` and ``last`` are blocks of 16 rows in q4, q8 and
+ * dense, single rows in bf16 and f16, KV heads in attend. */
 typedef struct {
     const char *name;
     /* Round x (T, K) float32 per 32 inputs; K need not be a multiple, the rest is 0. */

@@ -364,3 +364,12 @@ def test_compiles_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (copy / "native.c").write_text("int x = ;\n")
     with pytest.raises(CompileError, match=r"native\.c:1:.*error"):
         compile_library(compiler, copy)
+
+
+def test_what_is_lost_is_said_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("TPIRT_NATIVE", raising=False)
+    monkeypatch.setattr(library, "find_library", lambda *_: library.NativeLibrary(note="slow"))
+    library.load.__wrapped__()
+    assert caplog.messages == ["kernels: torch's; slow"]

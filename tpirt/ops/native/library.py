@@ -79,12 +79,18 @@ class NativeLibrary:
 
 @functools.cache
 def load() -> NativeLibrary:
-    """Find the library; the first call may compile it, which takes seconds, and logs that.
+    """Find the library; the first call may compile it, which takes seconds.
+
+    It logs that, and what is lost without a library.
 
     Raises:
         ConfigError: ``TPIRT_NATIVE`` asks for what this machine does not have.
     """
-    return find_library(os.environ.get(VARIABLE, ""), cache_folders())
+    wish = os.environ.get(VARIABLE, "")
+    found = find_library(wish, cache_folders())
+    if found.note and wish != "off":
+        _log.warning("%s", found.summary)
+    return found
 
 
 def cache_folders() -> list[Path]:

@@ -54,7 +54,7 @@ class Product:
     Attributes:
         format: of the matrix.
         kernel: a set of instructions, or torch's kernel.
-        read_bytes_per_s: measured beside it.
+        read_bytes_per_s: measured in the same run.
         ratio: of the time that reading takes, to the time of the product.
     """
 

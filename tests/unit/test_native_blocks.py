@@ -31,7 +31,7 @@ def blocks() -> NativeBlocks:
     config: Any = SimpleNamespace(rms_norm_eps=1e-5, hidden_size=32, hidden_act="silu")
     products: Any = SimpleNamespace(rounds=lambda *_: True)
     heads: Any = None
-    return NativeBlocks(config, products, heads, last_layer=0)
+    return NativeBlocks(config, products, heads)
 
 
 def further_block() -> dict[str, Any]:

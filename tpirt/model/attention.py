@@ -66,12 +66,13 @@ class Heads:
         native = self._native(qkv)
         if native is not None:
             out = self._attend_native(native, w, qkv, batch, turn, layer)
-            return wanted_rows(out, batch) if self._last(layer) else out
+            return wanted_rows(out, batch) if self.is_last(layer) else out
         heads = qkv.to(self._dtype).view(len(qkv), -1, self._config.head_dim).transpose(0, 1)
         out = self._attend(batch, layer, *self._turned(w, heads, turn))  # (Q, T, D)
         return out.transpose(0, 1).reshape(out.shape[1], self._queries * self._config.head_dim)
 
-    def _last(self, layer: int) -> bool:
+    def is_last(self, layer: int) -> bool:
+        """Whether it is the last layer, where only the wanted rows go on."""
         return layer == self._config.num_hidden_layers - 1
 
     # -- in C: a few rows of bfloat16 heads ----------------------------------------------------
@@ -167,7 +168,7 @@ class Heads:
         return torch.cat(outs, dim=1) if outs else q[:, :0]
 
     def _first_wanted(self, segment: Segment, rows: range, layer: int) -> int:
-        return rows.stop - segment.num_logits if self._last(layer) else rows.start
+        return rows.stop - segment.num_logits if self.is_last(layer) else rows.start
 
 
 def wanted_rows(x: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -1,8 +1,7 @@
 """The decoder of one rank, for all model families, world sizes and weight sources.
 
 Axes: T tokens, H hidden, Q local query heads, K local KV heads, D head_dim, I MLP columns of
-a block. The residual stream and the partial sums are float32; matrix products run in the weights'
-dtype.
+a block. The residual stream is float32; the dtype of a product depends on its kernel.
 
 What a micro-batch does, on every rank::
 
@@ -97,9 +96,7 @@ class Decoder:
         self._rotary = RotaryEmbedding(config)
         self._heads = Heads(config, shard, self.kv, dtype)
         self._products = Products(config, kernels)
-        self._native = NativeBlocks(
-            config, self._products, self._heads, config.num_hidden_layers - 1
-        )
+        self._native = NativeBlocks(config, self._products, self._heads)
         self._mlp_rows = 2 * shard.columns.size  # of gate and up together
         self._mlp_cut = self._mlp_rows * 3 // 4 // ROWS_UNIT * ROWS_UNIT
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tpirt-compute")
@@ -252,7 +249,7 @@ class Decoder:
         products = self._products
         x = products.normed(w, part.hidden, "qkv_proj")
         qkv = products.project(x, w, "qkv_proj")  # (T, (Q + 2 K) D)
-        if layer == self.config.num_hidden_layers - 1:
+        if self._heads.is_last(layer):
             # All tokens' keys and values are cached. From here on, only the wanted rows matter:
             # their queries, the residual stream that their sums are added to, the last MLP.
             part.hidden = wanted_rows(part.hidden, part.batch)

@@ -34,13 +34,12 @@ _ROWS = 8
 class NativeBlocks:
     """Runs blocks in C where they, the batch and this machine allow it."""
 
-    def __init__(self, config: ModelConfig, products: Products, heads: Heads, last_layer: int):
+    def __init__(self, config: ModelConfig, products: Products, heads: Heads):
         self._eps = config.rms_norm_eps
         self._hidden = config.hidden_size
         self._silu = config.hidden_act == "silu"
         self._products = products
         self._heads = heads
-        self._last = last_layer
 
     def attention(
         self, w: Weights, hidden: torch.Tensor, batch: Batch, turn: Turn, layer: int
@@ -54,7 +53,7 @@ class NativeBlocks:
         native = self._suits(w, rows, "qkv_proj", "o_proj")
         if native is None or len(batch.segments) > 1 or not self._heads.suits_native(rows):
             return None
-        if layer == self._last and batch.num_logits < rows:
+        if self._heads.is_last(layer) and batch.num_logits < rows:
             return None
         hidden = hidden.contiguous()
         out = torch.empty(rows, self._hidden)
@@ -84,7 +83,10 @@ class NativeBlocks:
         """
         rows = x.codes.shape[0] if isinstance(x, Rounded) else x.shape[0]
         native = self._suits(w, rows, "gate_up_proj", "down_proj")
-        if native is None or not self._silu or _matrix(w, "gate_up_proj").rows % 16:
+        if native is None or not self._silu:
+            return None
+        gate_up = _matrix(w, "gate_up_proj")
+        if gate_up.rows % 16:
             return None
         if total is not None and not (isinstance(x, Rounded) and total.is_contiguous()):
             return None  # another kernel had the first block, and only that one has the norm
@@ -102,7 +104,7 @@ class NativeBlocks:
             scales=scales,
             sums=sums,
             groups=rounded.scales.shape[1],
-            gate_up=_matrix(w, "gate_up_proj"),
+            gate_up=gate_up,
             down=_matrix(w, "down_proj"),
             partial=out.data_ptr(),
             tokens=rows,

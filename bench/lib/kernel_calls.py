@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from bench.lib.native_functions import NativeFunctions
 from tpirt.errors import ConfigError
 from tpirt.ops.buffers import ALIGN, round_up
-from tpirt.ops.native.bindings import Attention, Rounded
+from tpirt.ops.native.bindings import Attention, Matrix, Rounded
 from tpirt.ops.quant import SCHEMES, Scheme
 from tpirt.ops.quant_kernels import DENSE, Dense
 from tpirt.ops.quant_matrix import QuantMatrix
@@ -79,23 +79,10 @@ def tile_kernels(
     functions: NativeFunctions, weights: Weights, format: str, n: int, k: int, sets: Sequence[str]
 ) -> list[Kernel]:
     """Kernels for 4- and 8-bit weights: in C, and torch's."""
-    scheme, function = SCHEMES[format], getattr(functions.library, f"tp_q{format[-1]}")
+    scheme = SCHEMES[format]
     assert isinstance(scheme, Scheme)
     size = regions_nbytes(matrix_regions(scheme, n, k))
-    pieces = weights.pieces(size)
-    matrices = [QuantMatrix.of_buffer(scheme, n, k, piece) for piece in pieces]
-
-    def native(chosen: int) -> Prepare:
-        def prepare(x: torch.Tensor) -> Call:
-            rows, rounded, out = len(x), Rounded.empty(*x.shape), torch.empty(len(x), n)
-            functions.library.tp_round(chosen, x.data_ptr(), *x.shape, *rounded.pointers)
-            before = (chosen, functions.pool)
-            after = (n, k // 32, *rounded.pointers, rows, out.data_ptr(), n)
-            turns = cycle([(*before, *matrix.pointers, *after) for matrix in matrices])
-            # What the addresses belong to must live as long as the function.
-            return lambda _keep=(rounded, out): function(*next(turns))
-
-        return prepare
+    matrices = [QuantMatrix.of_buffer(scheme, n, k, piece) for piece in weights.pieces(size)]
 
     def torchs(dense: Dense) -> Prepare:
         def prepare(x: torch.Tensor) -> Call:
@@ -104,7 +91,7 @@ def tile_kernels(
 
         return prepare
 
-    found = [Kernel(format, name, size, 1, native(functions.sets()[name])) for name in sets]
+    found = _native_kernels(functions, format, size, [m.native for m in matrices], sets)
     return found + [Kernel(format, dense.name, size, _DENSE_ROWS, torchs(dense)) for dense in DENSE]
 
 
@@ -112,31 +99,41 @@ def half_kernels(
     functions: NativeFunctions, weights: Weights, format: str, n: int, k: int, sets: Sequence[str]
 ) -> list[Kernel]:
     """Kernels for 16-bit weights: in C, and torch's for bfloat16."""
-    pieces = weights.pieces(2 * n * k)
+    dtype = torch.bfloat16 if format == "bf16" else torch.float16
+    matrices = [piece.view(dtype).view(n, k) for piece in weights.pieces(2 * n * k)]
+
+    def linear(x: torch.Tensor) -> Call:
+        x, turns = x.to(dtype), cycle(matrices)
+        return lambda: F.linear(x, next(turns))
+
+    natives = [Matrix.of_rows(matrix) for matrix in matrices]
+    found = _native_kernels(functions, format, 2 * n * k, natives, sets)
+    return [*found, Kernel(format, "torch", 2 * n * k, 1, linear)]
+
+
+def _native_kernels(
+    functions: NativeFunctions,
+    format: str,
+    size: int,
+    matrices: Sequence[Matrix],
+    sets: Sequence[str],
+) -> list[Kernel]:
+    product, pool = functions.library.tp_product, functions.pool
 
     def native(chosen: int) -> Prepare:
-        function = getattr(functions.library, f"tp_{format}")
-
         def prepare(x: torch.Tensor) -> Call:
-            out = torch.empty(len(x), n)
-            after = (n, k, x.data_ptr(), len(x), out.data_ptr(), n)
-            addresses = cycle([piece.data_ptr() for piece in pieces])
-            return lambda _keep=(x, out): function(chosen, functions.pool, next(addresses), *after)
+            rounded = Rounded.empty(*x.shape)
+            out = torch.empty(len(x), 16 * matrices[0].blocks)
+            functions.library.tp_round(chosen, x.data_ptr(), *x.shape, *rounded.pointers)
+            after = (x.data_ptr(), *rounded.pointers, len(x), out.data_ptr())
+            turns = cycle([ctypes.byref(matrix) for matrix in matrices])
+            # What the addresses belong to must live as long as the function.
+            return lambda _keep=(x, rounded, out): product(chosen, pool, next(turns), *after)
 
         return prepare
 
-    def linear(x: torch.Tensor) -> Call:
-        x = x.bfloat16()
-        matrices = cycle([piece.view(torch.bfloat16).view(n, k) for piece in pieces])
-        return lambda: F.linear(x, next(matrices))
-
-    found = []
-    if functions.has(f"tp_{format}"):
-        indices = functions.sets()
-        found = [Kernel(format, name, 2 * n * k, 1, native(indices[name])) for name in sets]
-    if format == "bf16":
-        found.append(Kernel(format, "torch", 2 * n * k, 1, linear))
-    return found
+    indices = functions.sets()
+    return [Kernel(format, name, size, 1, native(indices[name])) for name in sets]
 
 
 def between(functions: NativeFunctions, chosen: int, rows: int) -> Iterator[tuple[str, int, Call]]:
@@ -147,15 +144,13 @@ def between(functions: NativeFunctions, chosen: int, rows: int) -> Iterator[tupl
     for width in (_HIDDEN, _INTERMEDIATE):
         shape = (rows, width)
         yield "round", width, lambda s=shape: library.tp_round(chosen, x.data_ptr(), *s, *to)
-    if functions.has("tp_norm"):
-        norm = (chosen, x.data_ptr(), weight.data_ptr(), _EPS, rows, _HIDDEN, *to)
-        yield "norm", _HIDDEN, lambda: library.tp_norm(*norm)
-    if functions.has("tp_gate"):
-        gate = (chosen, x.data_ptr(), rows, _INTERMEDIATE, *to)
-        yield "gate", _INTERMEDIATE, lambda: library.tp_gate(*gate)
-    if functions.has("tp_attend"):
-        for past in _CONTEXTS:
-            yield "attend", past, _attend(functions, chosen, rows, past)
+    out = torch.empty(rows, _INTERMEDIATE)
+    norm = (chosen, x.data_ptr(), weight.data_ptr(), _EPS, rows, _HIDDEN, out.data_ptr())
+    yield "norm", _HIDDEN, lambda: library.tp_norm(*norm)
+    gate = (chosen, x.data_ptr(), rows, _INTERMEDIATE, out.data_ptr())
+    yield "gate", _INTERMEDIATE, lambda: library.tp_gate(*gate)
+    for past in _CONTEXTS:
+        yield "attend", past, _attend(functions, chosen, rows, past)
 
 
 def _attend(functions: NativeFunctions, chosen: int, rows: int, past: int) -> Call:

@@ -14,19 +14,14 @@ from typing import Self
 
 import torch
 
-_TILES = [c_int, *[c_void_p] * 3, c_long, c_long, *[c_void_p] * 3, c_long, c_void_p, c_long]
-_HALVES = [c_int, c_void_p, c_void_p, c_long, c_long, c_void_p, c_long, c_void_p, c_long]
 _SIGNATURES = {
     "tp_pool_free": [c_void_p],
     "tp_read": [c_void_p, c_void_p, c_long],
     "tp_round": [c_int, c_void_p, c_long, c_long, *[c_void_p] * 3],
-    "tp_norm": [c_int, c_void_p, c_void_p, c_float, c_long, c_long, *[c_void_p] * 3],
-    "tp_gate": [c_int, c_void_p, c_long, c_long, *[c_void_p] * 3],
+    "tp_norm": [c_int, c_void_p, c_void_p, c_float, c_long, c_long, c_void_p],
+    "tp_gate": [c_int, c_void_p, c_long, c_long, c_void_p],
     "tp_attend": [c_int, c_void_p, c_void_p],
-    "tp_q4": _TILES,
-    "tp_q8": _TILES,
-    "tp_bf16": _HALVES,
-    "tp_f16": _HALVES,
+    "tp_product": [c_int, *[c_void_p] * 6, c_long, c_void_p],
 }
 
 
@@ -38,9 +33,8 @@ class NativeFunctions:
         self.library.tp_set_name.restype = c_char_p
         self.library.tp_pool_new.restype = c_void_p
         for name, arguments in _SIGNATURES.items():
-            if self.has(name):
-                function = getattr(self.library, name)
-                function.argtypes, function.restype = arguments, None
+            function = getattr(self.library, name)
+            function.argtypes, function.restype = arguments, None
         self.pool = self.library.tp_pool_new(threads)
         if self.pool is None:
             raise MemoryError(f"{threads} threads")
@@ -52,10 +46,6 @@ class NativeFunctions:
         self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
     ) -> None:
         self.library.tp_pool_free(self.pool)
-
-    def has(self, name: str) -> bool:
-        """Whether the library has a function."""
-        return hasattr(self.library, name)
 
     def sets(self) -> dict[str, int]:
         """The index of each set of instructions that runs here, by name."""

@@ -45,6 +45,7 @@ def test_every_kernel_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
         *(("bf16", "scalar", rows) for rows in (1, 16)),
         *(("bf16", "torch", rows) for rows in (1, 16)),
         *(("f16", "scalar", rows) for rows in (1, 16)),
+        *(("f16", "torch", rows) for rows in (1, 16)),
     ]
     weights = {row["format"]: row["weights_bytes"] for row in products}
     count = 64 * 96

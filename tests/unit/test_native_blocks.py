@@ -11,12 +11,14 @@ import torch
 
 from tpirt.cluster import kernels
 from tpirt.model.native_blocks import NativeBlocks
+from tpirt.model.products import Products
 from tpirt.ops.buffers import page_buffer
-from tpirt.ops.native.bindings import native_kernels
+from tpirt.ops.native.bindings import Rounded, native_kernels
 from tpirt.ops.native.library import NativeLibrary
-from tpirt.ops.quant import Int4
-from tpirt.ops.quant_linear import KernelChoice, QuantMatrix
+from tpirt.ops.quant import AS_THEY_ARE, SCHEMES, Int4, Scheme
+from tpirt.ops.quant_linear import KernelChoice, MatrixShape, QuantMatrix
 from tpirt.ops.quant_regions import matrix_regions, regions_nbytes
+from tpirt.ops.quant_rounding import Workspace
 from tpirt.sharding.blocks import Block, StoredTensor
 
 needs_native = pytest.mark.skipif(native_kernels(1) is None, reason="no kernels in C here")
@@ -27,11 +29,13 @@ def matrix(rows: int, inputs: int) -> QuantMatrix:
     return QuantMatrix.of_buffer(Int4(), rows, inputs, page_buffer(nbytes))
 
 
+CONFIG: Any = SimpleNamespace(rms_norm_eps=1e-5, hidden_size=32, hidden_act="silu")
+HEADS: Any = None
+
+
 def blocks() -> NativeBlocks:
-    config: Any = SimpleNamespace(rms_norm_eps=1e-5, hidden_size=32, hidden_act="silu")
-    products: Any = SimpleNamespace(rounds=lambda *_: True)
-    heads: Any = None
-    return NativeBlocks(config, products, heads)
+    products: Any = SimpleNamespace(native=lambda *_: native_kernels(1))
+    return NativeBlocks(CONFIG, products, HEADS)
 
 
 def further_block() -> dict[str, Any]:
@@ -52,6 +56,58 @@ def test_a_sum_with_gaps_is_not_added_to_in_c() -> None:
     x = native.round(torch.randn(2, 32))
     assert blocks().mlp(further_block(), x, torch.zeros(2, 48)[:, :32]) is None
     assert blocks().mlp(further_block(), x, torch.zeros(2, 32)) is not None
+
+
+def random_matrix(kind: str, rows: int, inputs: int) -> QuantMatrix | torch.Tensor:
+    weight = torch.randn(rows, inputs) / inputs**0.5
+    if kind == "none":
+        return weight.bfloat16()
+    scheme = SCHEMES[kind]
+    assert isinstance(scheme, Scheme)
+    nbytes = regions_nbytes(matrix_regions(scheme, rows, inputs))
+    matrix = QuantMatrix.of_buffer(scheme, rows, inputs, page_buffer(nbytes))
+    scheme.round_rows(weight, 0, matrix.codes, matrix.scales, Workspace())
+    return matrix
+
+
+@needs_native
+@pytest.mark.parametrize("second", ["none", "int8", "int4"])
+@pytest.mark.parametrize("first", ["none", "int8", "int4"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_an_mlp_in_one_call_has_the_bits_of_single_operations(
+    first: str, second: str, tokens: int
+) -> None:
+    columns = 24  # not whole groups
+    x = torch.randn(tokens, 32)
+    pieces: list[dict[str, Any]] = [
+        {
+            "gate_up_proj.weight": random_matrix(first, 2 * columns, 32),
+            "gate_up_proj.bias": torch.randn(2 * columns).bfloat16(),
+            "down_proj.weight": random_matrix(second, 32, columns),
+        }
+        for _ in range(2)
+    ]
+    pieces[0]["norm.weight"] = torch.rand(32)
+    kernels = {}
+    for name in ("gate_up_proj", "down_proj"):
+        weight = pieces[0][f"{name}.weight"]
+        plain = isinstance(weight, torch.Tensor)
+        shape = MatrixShape(AS_THEY_ARE, *weight.shape) if plain else weight.shape
+        kernels[shape] = KernelChoice((), "native-bfloat16" if plain else "native")
+    products = Products(CONFIG, kernels)
+    ours = NativeBlocks(CONFIG, products, HEADS)
+    rows: torch.Tensor | Rounded = x
+    total: torch.Tensor | None = None
+    expected = torch.zeros(tokens, 32)
+    normed = products.normed(pieces[0], x, "gate_up_proj")
+    for piece in pieces:
+        done = ours.mlp(piece, rows, total)
+        assert done is not None
+        rows, total = done
+        gate_up = products.project(normed, piece, "gate_up_proj")
+        gated = products.gated(piece, gate_up, "down_proj")
+        expected += products.project(gated, piece, "down_proj")
+    assert torch.equal(total, expected)
 
 
 def test_kernels_are_measured_again_when_there_are_others_in_c(

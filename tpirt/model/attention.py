@@ -12,7 +12,7 @@ import torch
 from tpirt.batch import Batch, Segment
 from tpirt.config import ModelConfig
 from tpirt.model.kv_store import KVStore
-from tpirt.model.products import plain
+from tpirt.model.products import address, plain
 from tpirt.ops.cpu import bfloat16_units
 from tpirt.ops.native.bindings import Attention, NativeKernels, native_kernels
 from tpirt.ops.nn import attention, rms_norm
@@ -93,8 +93,8 @@ class Heads:
     def arguments(self, w: Weights, layer: int) -> Attention:
         """What is the same for all rows of a layer."""
         return Attention(
-            q_norm=_address(w, "q_norm.weight"),
-            k_norm=_address(w, "k_norm.weight"),
+            q_norm=address(w, "q_norm.weight"),
+            k_norm=address(w, "k_norm.weight"),
             groups=self._groups_array.data_ptr(),
             queries=self._queries,
             keys=self._keys,
@@ -178,11 +178,6 @@ def wanted_rows(x: torch.Tensor, batch: Batch) -> torch.Tensor:
         return x[:0]
     first, stop = wanted[0], wanted[-1] + 1
     return x[first:stop] if stop - first == len(wanted) else x[list(wanted)]
-
-
-def _address(w: Weights, name: str) -> int | None:
-    tensor = plain(w, name)
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _group_sizes(config: ModelConfig, shard: Shard) -> list[int]:

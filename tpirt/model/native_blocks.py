@@ -15,14 +15,13 @@ import torch
 from tpirt.batch import Batch
 from tpirt.config import ModelConfig
 from tpirt.model.attention import Heads, Turn
-from tpirt.model.products import Products, plain
+from tpirt.model.products import Products, address
 from tpirt.ops.native.bindings import (
     AttentionBlock,
     Matrix,
     MlpBlock,
     NativeKernels,
     Rounded,
-    native_kernels,
 )
 from tpirt.ops.quant_matrix import QuantMatrix
 from tpirt.weights.layout import Weights
@@ -59,7 +58,7 @@ class NativeBlocks:
         out = torch.empty(rows, self._hidden)
         block = AttentionBlock(
             hidden=hidden.data_ptr(),
-            norm=_address(w, "norm.weight"),
+            norm=address(w, "norm.weight"),
             qkv=_matrix(w, "qkv_proj"),
             out=_matrix(w, "o_proj"),
             heads=self._heads.arguments(w, layer),
@@ -72,7 +71,7 @@ class NativeBlocks:
 
     def mlp(
         self, w: Weights, x: torch.Tensor | Rounded, total: torch.Tensor | None
-    ) -> tuple[Rounded, torch.Tensor] | None:
+    ) -> tuple[torch.Tensor | Rounded, torch.Tensor] | None:
         """Add the columns of a block to ``total`` (T, H); None if it takes single operations.
 
         Args:
@@ -81,55 +80,54 @@ class NativeBlocks:
         Returns:
             The normalised rows, and the sum.
         """
-        rows = x.codes.shape[0] if isinstance(x, Rounded) else x.shape[0]
+        rows = len(x)
         native = self._suits(w, rows, "gate_up_proj", "down_proj")
         if native is None or not self._silu:
             return None
-        gate_up = _matrix(w, "gate_up_proj")
-        if gate_up.rows % 16:
-            return None
-        if total is not None and not (isinstance(x, Rounded) and total.is_contiguous()):
-            return None  # another kernel had the first block, and only that one has the norm
-        if isinstance(x, Rounded):
-            hidden, rounded = None, x
-        else:
-            hidden, rounded = x.contiguous(), Rounded.empty(*x.shape)
-        add = total is not None
-        out = torch.empty(rows, self._hidden) if total is None else total
-        codes, scales, sums = rounded.pointers
         block = MlpBlock(
-            hidden=None if hidden is None else hidden.data_ptr(),
-            norm=None if hidden is None else _address(w, "norm.weight"),
-            codes=codes,
-            scales=scales,
-            sums=sums,
-            groups=rounded.scales.shape[1],
-            gate_up=gate_up,
+            gate_up=_matrix(w, "gate_up_proj"),
             down=_matrix(w, "down_proj"),
-            partial=out.data_ptr(),
             tokens=rows,
-            add=add,
             eps=self._eps,
         )
+        if block.gate_up.rows % 16:
+            return None
+        if total is None:
+            assert isinstance(x, torch.Tensor)
+            hidden = x.contiguous()
+            normed = torch.empty_like(hidden)
+            block.hidden, block.norm = hidden.data_ptr(), address(w, "norm.weight")
+            block.normed = normed.data_ptr()
+            x = Rounded.empty(*x.shape) if block.gate_up.rounds else normed
+            total = torch.empty(rows, self._hidden)
+        else:
+            # Where another kernel had the first block, x may be of another kind.
+            if block.gate_up.rounds != isinstance(x, Rounded) or not total.is_contiguous():
+                return None
+            block.add = True
+        if isinstance(x, Rounded):
+            block.codes, block.scales, block.sums = x.pointers
+            block.groups = x.groups
+        elif x.dtype is torch.float32:
+            block.normed = x.data_ptr()
+        else:
+            return None
+        block.partial = total.data_ptr()
         native.mlp_block(block)
-        return rounded, out
+        return x, total
 
     def _suits(self, w: Weights, rows: int, first: str, second: str) -> NativeKernels | None:
-        rounds = self._products.rounds
-        if rows > _ROWS or not (rounds(w, first, rows) and rounds(w, second, rows)):
+        if rows > _ROWS or self._products.native(w, first, rows) is None:
             return None
-        return native_kernels(torch.get_num_threads())
+        return self._products.native(w, second, rows)
 
 
 def _matrix(w: Weights, name: str) -> Matrix:
-    matrix, bias = w[f"{name}.weight"], plain(w, f"{name}.bias")
-    assert isinstance(matrix, QuantMatrix)
-    native = matrix.native
-    native.bias = None if bias is None else bias.data_ptr()
-    return native
-
-
-def _address(w: Weights, name: str) -> int:
-    tensor = plain(w, name)
-    assert tensor is not None
-    return tensor.data_ptr()
+    """The weights of a product, with its bias; a copy."""
+    weight = w[f"{name}.weight"]
+    if isinstance(weight, QuantMatrix):
+        matrix = Matrix.from_buffer_copy(weight.native)
+    else:
+        matrix = Matrix.of_rows(weight)
+    matrix.bias = address(w, f"{name}.bias")
+    return matrix

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from tpirt.config import ModelConfig
-from tpirt.ops.native.bindings import Rounded, native_kernels
+from tpirt.ops.native.bindings import NativeKernels, Rounded, native_kernels
 from tpirt.ops.nn import ACTIVATIONS, gated_mlp, rms_norm
+from tpirt.ops.plain_kernels import NATIVE_HALF
 from tpirt.ops.quant import AS_THEY_ARE
 from tpirt.ops.quant_kernels import NATIVE
 from tpirt.ops.quant_linear import (
@@ -29,8 +30,8 @@ from tpirt.weights.layout import Weights
 class Products:
     """Products with the weights of a block.
 
-    Inputs of the kernel in C for quantized weights are rounded where they are made, so that nothing
-    lies between.
+    Inputs of the kernels in C are made in C. For quantized weights they are rounded there, once for
+    all products that take them.
     """
 
     def __init__(self, config: ModelConfig, kernels: Mapping[MatrixShape, KernelChoice]):
@@ -43,19 +44,17 @@ class Products:
         """Normalise rows (T, H), float32, as input of the product ``into``."""
         weight = plain(w, "norm.weight")
         assert weight is not None
-        if self.rounds(w, into, len(x)):
-            native = native_kernels(torch.get_num_threads())
-            assert native is not None
-            return native.norm(x.contiguous(), weight, self._eps)
-        return rms_norm(x, weight, self._eps).to(self._inputs(w, into, len(x)))
+        native = self.native(w, into, len(x))
+        if native is None:
+            return rms_norm(x, weight, self._eps).to(self._inputs(w, into, len(x)))
+        return _rounded(native, native.norm(x.contiguous(), weight, self._eps), w, into)
 
     def gated(self, w: Weights, gate_up: torch.Tensor, into: str) -> torch.Tensor | Rounded:
         """``activation(gate) * up`` of (T, 2 I) as input of the product ``into``."""
-        if self._silu and gate_up.dtype is torch.float32 and self.rounds(w, into, len(gate_up)):
-            native = native_kernels(torch.get_num_threads())
-            assert native is not None
-            return native.gate(gate_up.contiguous())
-        return gated_mlp(gate_up.to(self._inputs(w, into, len(gate_up))), self._activation)
+        native = self.native(w, into, len(gate_up))
+        if native is None or not self._silu or gate_up.dtype is not torch.float32:
+            return gated_mlp(gate_up.to(self._inputs(w, into, len(gate_up))), self._activation)
+        return _rounded(native, native.gate(gate_up.contiguous()), w, into)
 
     def project(
         self, x: torch.Tensor | Rounded, w: Weights, name: str, rows: Span | None = None
@@ -76,10 +75,12 @@ class Products:
         out = linear(x, weight, kernel)
         return out if bias is None else out.add_(bias)
 
-    def rounds(self, w: Weights, name: str, rows: int) -> bool:
-        """Whether the product ``name`` of so many rows rounds its input."""
+    def native(self, w: Weights, name: str, rows: int) -> NativeKernels | None:
+        """The kernels in C if the product ``name`` of so many rows is theirs."""
         choice = self._kernels.get(_shape(w[f"{name}.weight"]))
-        return choice is not None and choice.kernel(rows) == NATIVE.name
+        if choice is None or choice.kernel(rows) not in (NATIVE.name, NATIVE_HALF.name):
+            return None
+        return native_kernels(torch.get_num_threads())
 
     def _inputs(self, w: Weights, name: str, rows: int) -> torch.dtype:
         choice = self._kernels.get(_shape(w[f"{name}.weight"]))
@@ -91,6 +92,18 @@ def plain(w: Weights, name: str) -> torch.Tensor | None:
     tensor = w.get(name)
     assert not isinstance(tensor, QuantMatrix)
     return tensor
+
+
+def address(w: Weights, name: str) -> int | None:
+    """Where a tensor that is never quantized lies; None if the block lacks it."""
+    tensor = plain(w, name)
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _rounded(
+    native: NativeKernels, x: torch.Tensor, w: Weights, into: str
+) -> torch.Tensor | Rounded:
+    return native.round(x) if isinstance(w[f"{into}.weight"], QuantMatrix) else x
 
 
 def _shape(weight: torch.Tensor | QuantMatrix) -> MatrixShape:

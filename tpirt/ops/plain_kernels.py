@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from tpirt.ops.native.bindings import native_kernels
+from tpirt.ops.native.bindings import Matrix, native_kernels
 from tpirt.ops.quant import QuantSpec
 from tpirt.ops.quant_matrix import PIECE_ELEMENTS
 
@@ -36,7 +36,7 @@ class NativeHalf:
         """Return (T, N) float32."""
         native = native_kernels(torch.get_num_threads())
         assert native is not None
-        return native.half(weight, x.float().contiguous())
+        return native.product(Matrix.of_rows(weight), x.float().contiguous())
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Widened:
         return out
 
 
-FEW = (NativeHalf(),)
+NATIVE_HALF = NativeHalf()
+FEW = (NATIVE_HALF,)
 MANY = (TorchHalf(), Widened())
 PLAIN_KERNELS = {kernel.name: kernel for kernel in (*FEW, *MANY)}

@@ -71,11 +71,7 @@ class Native:
         """Return (T, N) float32 for rows that are rounded already."""
         native = native_kernels(torch.get_num_threads())
         assert native is not None
-        blocks, groups, _ = matrix.codes.shape
-        bits = 4 if isinstance(matrix.spec, Int4) else 8
-        out = native.product(bits, matrix.pointers, blocks, groups, x)
-        # Slicing costs microseconds.
-        return out if out.shape[1] == matrix.out_features else out[:, : matrix.out_features]
+        return native.product(matrix.native, x)
 
 
 @dataclass(frozen=True)

@@ -77,10 +77,7 @@ class QuantMatrix:
     @cached_property
     def native(self) -> Matrix:
         """The matrix as the kernels in C take it, without a bias."""
-        codes, scales = self.pointers
-        blocks, groups, _ = self.codes.shape
-        bits = 4 if self.codes.dtype is torch.uint8 else 8
-        return Matrix(codes, scales, None, self.out_features, blocks, groups, bits)
+        return Matrix.of_tiles(self.codes, self.scales, self.out_features, self.in_features)
 
     def part(self, start: int, stop: int) -> QuantMatrix:
         """Rows ``start``, a multiple of ``ROWS_UNIT``, to ``stop``: views."""

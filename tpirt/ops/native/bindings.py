@@ -18,20 +18,22 @@ from tpirt.ops.native.library import load
 
 _SIGNATURES = {
     "tp_round": [c_int, c_void_p, c_long, c_long, c_void_p, c_void_p, c_void_p],
-    "tp_norm": [c_int, c_void_p, c_void_p, c_float, c_long, c_long, *[c_void_p] * 3],
-    "tp_gate": [c_int, c_void_p, c_long, c_long, *[c_void_p] * 3],
+    "tp_norm": [c_int, c_void_p, c_void_p, c_float, c_long, c_long, c_void_p],
+    "tp_gate": [c_int, c_void_p, c_long, c_long, c_void_p],
+    "tp_product": [c_int, *[c_void_p] * 6, c_long, c_void_p],
     "tp_attend": [c_int, c_void_p, c_void_p],
     "tp_attention_scratch": [c_void_p],
     "tp_mlp_scratch": [c_void_p],
     "tp_attention": [c_int, c_void_p, c_void_p],
     "tp_mlp": [c_int, c_void_p, c_void_p],
-    "tp_q4": [c_int, *[c_void_p] * 3, c_long, c_long, *[c_void_p] * 3, c_long, c_void_p, c_long],
-    "tp_q8": [c_int, *[c_void_p] * 3, c_long, c_long, *[c_void_p] * 3, c_long, c_void_p, c_long],
-    "tp_bf16": [c_int, c_void_p, c_void_p, c_long, c_long, c_void_p, c_long, c_void_p, c_long],
     "tp_fit4": [c_int, c_void_p, c_long, c_long, c_void_p, c_void_p],
     "tp_dense": [c_int, c_void_p, c_int, c_void_p, c_void_p, c_long, c_long, c_void_p, c_int],
     "tp_pool_free": [c_void_p],
 }
+
+
+# As ``native.h`` numbers them; the dtype of a matrix in 4 bits is that of its codes.
+_KINDS = {torch.uint8: 0, torch.int8: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 def _fields(kind: type, names: str) -> list[tuple[str, type]]:
@@ -49,13 +51,33 @@ class Attention(ctypes.Structure):
 
 
 class Matrix(ctypes.Structure):
-    """A quantized matrix and the bias of its product."""
+    """A matrix and the bias of its product; see :meth:`of_tiles` and :meth:`of_rows`."""
 
     _fields_ = (
         *_fields(c_void_p, "codes scales bias"),
-        *_fields(c_long, "rows blocks groups"),
-        ("bits", c_int),
+        *_fields(c_long, "rows inputs blocks groups"),
+        ("kind", c_int),
     )
+
+    @classmethod
+    def of_tiles(cls, codes: torch.Tensor, scales: torch.Tensor, rows: int, inputs: int) -> Matrix:
+        """A matrix (N, K) in 8 (int8) or 4 bits, as :mod:`tpirt.ops.quant` keeps it."""
+        blocks, groups, _ = codes.shape
+        kind = _KINDS[codes.dtype]
+        return cls(codes.data_ptr(), scales.data_ptr(), None, rows, inputs, blocks, groups, kind)
+
+    @classmethod
+    def of_rows(cls, weight: torch.Tensor) -> Matrix:
+        """A matrix (N, K), bfloat16 or float16 and contiguous."""
+        rows, inputs = weight.shape
+        blocks, groups = -(-rows // 16), -(-inputs // 32)
+        kind = _KINDS[weight.dtype]
+        return cls(weight.data_ptr(), None, None, rows, inputs, blocks, groups, kind)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether its products take rounded rows."""
+        return bool(self.kind < _KINDS[torch.bfloat16])
 
 
 class AttentionBlock(ctypes.Structure):
@@ -74,7 +96,7 @@ class MlpBlock(ctypes.Structure):
     """The arguments of :meth:`NativeKernels.mlp_block`."""
 
     _fields_ = (
-        *_fields(c_void_p, "hidden norm codes scales sums"),
+        *_fields(c_void_p, "hidden norm normed codes scales sums"),
         ("groups", c_long),
         *_fields(Matrix, "gate_up down"),
         *_fields(c_void_p, "partial scratch"),
@@ -111,6 +133,11 @@ class Rounded:
         return self.codes.shape[0]
 
     @property
+    def groups(self) -> int:
+        """G."""
+        return self.scales.shape[1]
+
+    @property
     def pointers(self) -> tuple[int, int, int]:
         """Addresses of codes, scales and sums."""
         return self.codes.data_ptr(), self.scales.data_ptr(), self.sums.data_ptr()
@@ -145,74 +172,39 @@ class NativeKernels:
         self._library.tp_round(self._set, x.data_ptr(), *x.shape, *rounded.pointers)
         return rounded
 
-    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Rounded:
-        """Round ``x / rms(x) * weight`` of x (T, K); all float32 and contiguous."""
-        rounded = Rounded.empty(*x.shape)
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """``x / rms(x) * weight`` of x (T, K); all float32 and contiguous."""
+        out = torch.empty_like(x)
         self._library.tp_norm(
-            self._set, x.data_ptr(), weight.data_ptr(), eps, *x.shape, *rounded.pointers
+            self._set, x.data_ptr(), weight.data_ptr(), eps, *x.shape, out.data_ptr()
         )
-        return rounded
+        return out
 
-    def gate(self, gate_up: torch.Tensor) -> Rounded:
-        """Round ``silu(gate) * up`` of gate_up (T, 2 K), float32 and contiguous."""
+    def gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """``silu(gate) * up`` (T, K) of gate_up (T, 2 K), float32 and contiguous."""
         tokens, width = gate_up.shape
-        rounded = Rounded.empty(tokens, width // 2)
-        self._library.tp_gate(self._set, gate_up.data_ptr(), tokens, width // 2, *rounded.pointers)
-        return rounded
-
-    def product(
-        self, bits: int, matrix: tuple[int, int], blocks: int, groups: int, x: Rounded
-    ) -> torch.Tensor:
-        """Multiply a matrix in tiles with rounded rows.
-
-        Args:
-            bits: 4 or 8.
-            matrix: addresses of codes and scales.
-            blocks, groups: Np / 16 and G.
-            x: (T, K).
-
-        Returns:
-            (T, Np) float32.
-        """
-        out = torch.empty(len(x), 16 * blocks)
-        multiply = self._library.tp_q4 if bits == 4 else self._library.tp_q8
-        multiply(
-            self._set,
-            self._pool,
-            *matrix,
-            16 * blocks,
-            groups,
-            *x.pointers,
-            len(x),
-            out.data_ptr(),
-            16 * blocks,
-        )
+        out = torch.empty(tokens, width // 2)
+        self._library.tp_gate(self._set, gate_up.data_ptr(), tokens, width // 2, out.data_ptr())
         return out
 
-    def half(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Multiply bfloat16 weights with rows; both contiguous.
+    def product(self, matrix: Matrix, x: torch.Tensor | Rounded) -> torch.Tensor:
+        """Multiply a matrix (N, K) with rows.
 
         Args:
-            weight: (N, K).
-            x: (T, K) float32.
+            x: (T, K), rounded if ``matrix.rounds``, else float32 and contiguous.
 
         Returns:
-            (T, N) float32.
+            (T, N) float32, a view of (T, Np).
         """
-        rows, inputs = weight.shape
-        out = torch.empty(len(x), rows)
-        self._library.tp_bf16(
-            self._set,
-            self._pool,
-            weight.data_ptr(),
-            rows,
-            inputs,
-            x.data_ptr(),
-            len(x),
-            out.data_ptr(),
-            rows,
+        out = torch.empty(len(x), 16 * matrix.blocks)
+        rounded = isinstance(x, Rounded)
+        inputs = (None, *x.pointers) if isinstance(x, Rounded) else (x.data_ptr(), None, None, None)
+        assert rounded == matrix.rounds
+        self._library.tp_product(
+            self._set, self._pool, ctypes.byref(matrix), *inputs, len(x), out.data_ptr()
         )
-        return out
+        # Slicing costs microseconds.
+        return out if out.shape[1] == matrix.rows else out[:, : matrix.rows]
 
     def attend(self, attention: Attention) -> None:
         """Turn queries and keys, append keys and values, and attend."""

@@ -5,7 +5,7 @@
     native = load()
     if native.path is not None:
         kernels = ctypes.CDLL(os.fspath(native.path))
-        kernels.tp_q4(native.index, ...)  # with the best set of instructions that passed its check
+        kernels.tp_product(native.index, ...)  # of the best set that passed its check
     print(native.summary)  # "kernels: avx2, compiled by pip"
 
 It is looked for beside the C sources, where pip puts it, then in the user's cache; else it is

@@ -120,26 +120,47 @@ int tp_set_runs(int set)
 /* One product, shared out by rows. */
 typedef struct {
     const kernel_set *set;
-    const void *w, *scales;
-    rounded x;
-    const float *dense;
-    long tokens, inputs;
+    const matrix *m;
+    const float *x;
+    const rounded *r;
+    long tokens;
     float *out;
-    long ldo;
-    int kind;
 } product;
-
-enum { Q4, Q8, BF16, F16 };
 
 static void rows(void *arg, long first, long last)
 {
     const product *p = arg;
-    switch (p->kind) {
-    case Q4: p->set->q4(p->w, p->scales, &p->x, p->tokens, first, last, p->out, p->ldo); break;
-    case Q8: p->set->q8(p->w, p->scales, &p->x, p->tokens, first, last, p->out, p->ldo); break;
-    case BF16: p->set->bf16(p->w, p->dense, p->tokens, p->inputs, first, last, p->out, p->ldo); break;
-    case F16: p->set->f16(p->w, p->dense, p->tokens, p->inputs, first, last, p->out, p->ldo); break;
+    const kernel_set *s = p->set;
+    const matrix *m = p->m;
+    const long ldo = m->blocks * TILE_ROWS;
+    switch (m->kind) {
+    case Q4: s->q4(m->codes, m->scales, p->r, p->tokens, first, last, p->out, ldo); break;
+    case Q8: s->q8(m->codes, m->scales, p->r, p->tokens, first, last, p->out, ldo); break;
+    case BF16: s->bf16(m->codes, p->x, p->tokens, m->inputs, first, last, p->out, ldo); break;
+    case F16: s->f16(m->codes, p->x, p->tokens, m->inputs, first, last, p->out, ldo); break;
     }
+}
+
+/* Rows per piece of work: about 64 KB of weights, at most ``most``. */
+static long piece(long row_bytes, long most)
+{
+    long n = (64 << 10) / (row_bytes ? row_bytes : 1);
+    return n < 1 ? 1 : n > most ? most : n;
+}
+
+/* x m^T + bias: (T, ldo), of ``x`` for 16-bit weights, else of ``r``. */
+static void multiply(const kernel_set *set, pool *p, const matrix *m, const float *x,
+                     const rounded *r, long tokens, float *out)
+{
+    const long ldo = m->blocks * TILE_ROWS;
+    product a = {set, m, x, r, tokens, out};
+    if (m->kind < BF16)
+        pool_run(p, rows, &a, m->blocks, piece(m->groups * (m->kind == Q4 ? Q4_TILE : Q8_TILE), 64));
+    else
+        pool_run(p, rows, &a, m->rows, piece(m->inputs * 2, 256) / 4 * 4 + 4);
+    if (m->bias)
+        for (long t = 0; t < tokens; t++)
+            for (long n = 0; n < m->rows; n++) out[t * ldo + n] += from_bf16(m->bias[n]);
 }
 
 pool *tp_pool_new(int threads) { return pool_new(threads); }
@@ -151,39 +172,11 @@ void tp_round(int set, const float *x, long tokens, long inputs, int8_t *q, floa
     SETS[set]->round(x, tokens, inputs, q, scale, sum);
 }
 
-/* Rows per piece of work: about 64 KB of weights, at most ``most``. */
-static long piece(long row_bytes, long most)
+void tp_product(int set, pool *p, const matrix *m, const float *x, const int8_t *q,
+                const float *scale, const float *sum, long tokens, float *out)
 {
-    long n = (64 << 10) / (row_bytes ? row_bytes : 1);
-    return n < 1 ? 1 : n > most ? most : n;
-}
-
-void tp_q4(int set, pool *p, const uint8_t *codes, const uint16_t *scales, long n, long groups,
-           const int8_t *q, const float *xs, const float *sum, long tokens, float *out, long ldo)
-{
-    product a = {SETS[set], codes, scales, {q, xs, sum, groups}, 0, tokens, 0, out, ldo, Q4};
-    pool_run(p, rows, &a, n / TILE_ROWS, piece(groups * Q4_TILE, 64));
-}
-
-void tp_q8(int set, pool *p, const int8_t *codes, const float *scales, long n, long groups,
-           const int8_t *q, const float *xs, const float *sum, long tokens, float *out, long ldo)
-{
-    product a = {SETS[set], codes, scales, {q, xs, sum, groups}, 0, tokens, 0, out, ldo, Q8};
-    pool_run(p, rows, &a, n / TILE_ROWS, piece(groups * Q8_TILE, 64));
-}
-
-void tp_bf16(int set, pool *p, const uint16_t *w, long n, long inputs, const float *x, long tokens,
-             float *out, long ldo)
-{
-    product a = {SETS[set], w, 0, {0}, x, tokens, inputs, out, ldo, BF16};
-    pool_run(p, rows, &a, n, piece(inputs * 2, 256) / 4 * 4 + 4);
-}
-
-void tp_f16(int set, pool *p, const uint16_t *w, long n, long inputs, const float *x, long tokens,
-            float *out, long ldo)
-{
-    product a = {SETS[set], w, 0, {0}, x, tokens, inputs, out, ldo, F16};
-    pool_run(p, rows, &a, n, piece(inputs * 2, 256) / 4 * 4 + 4);
+    const rounded r = {q, scale, sum, m->groups};
+    multiply(SETS[set], p, m, x, &r, tokens, out);
 }
 
 void tp_fit4(int set, const float *w, long rows, long inputs, uint8_t *codes, uint16_t *scales)
@@ -220,15 +213,14 @@ void tp_dense(int set, pool *p, int bits, const void *codes, const uint16_t *sca
     pool_run(p, dense_blocks, &d, blocks, 1);
 }
 
-void tp_norm(int set, const float *x, const float *weight, float eps, long tokens, long n, int8_t *q,
-             float *scale, float *sum)
+void tp_norm(int set, const float *x, const float *weight, float eps, long tokens, long n, float *out)
 {
-    SETS[set]->norm(x, weight, eps, tokens, n, q, scale, sum);
+    SETS[set]->norm(x, weight, eps, tokens, n, out);
 }
 
-void tp_gate(int set, const float *x, long tokens, long n, int8_t *q, float *scale, float *sum)
+void tp_gate(int set, const float *x, long tokens, long n, float *out)
 {
-    SETS[set]->gate(x, tokens, n, q, scale, sum);
+    SETS[set]->gate(x, tokens, n, out);
 }
 
 typedef struct {
@@ -264,23 +256,16 @@ static void *take(uint8_t **scratch, long bytes)
 
 static float *take_floats(uint8_t **scratch, long count) { return take(scratch, 4 * count); }
 
-static rounded take_rounded(uint8_t **scratch, long tokens, long groups)
+/* Rows (T, K) rounded as the product with ``m`` needs them. */
+static rounded take_rounded(const kernel_set *s, uint8_t **scratch, const matrix *m, const float *x,
+                            long tokens)
 {
-    int8_t *q = take(scratch, tokens * groups * GROUP);
-    float *scale = take_floats(scratch, tokens * groups);
-    return (rounded){q, scale, take_floats(scratch, tokens * groups), groups};
-}
-
-static void multiply(const kernel_set *set, pool *p, const matrix *m, const rounded *x, long tokens,
-                     float *out)
-{
-    const int kind = m->bits == 4 ? Q4 : Q8;
-    const long ldo = m->blocks * TILE_ROWS;
-    product a = {set, m->codes, m->scales, *x, 0, tokens, 0, out, ldo, kind};
-    pool_run(p, rows, &a, m->blocks, piece(m->groups * (kind == Q4 ? Q4_TILE : Q8_TILE), 64));
-    if (m->bias)
-        for (long t = 0; t < tokens; t++)
-            for (long n = 0; n < m->rows; n++) out[t * ldo + n] += from_bf16(m->bias[n]);
+    if (m->kind >= BF16) return (rounded){0};
+    int8_t *q = take(scratch, tokens * m->groups * GROUP);
+    float *scale = take_floats(scratch, tokens * m->groups);
+    float *sum = take_floats(scratch, tokens * m->groups);
+    s->round(x, tokens, m->inputs, q, scale, sum);
+    return (rounded){q, scale, sum, m->groups};
 }
 
 /* Copy or add rows without their padding. */
@@ -292,11 +277,11 @@ static void put_rows(const float *x, long tokens, const matrix *m, float *out, i
             out[t * m->rows + n] = add ? out[t * m->rows + n] + x[t * ldo + n] : x[t * ldo + n];
 }
 
-/* Bytes of scratch for a block with these matrices. */
+/* Bytes of scratch for a block: its rows between two products, rounded rows, and the products. */
 static long scratch_bytes(const matrix *first, const matrix *second, long tokens)
 {
     const long groups = first->groups + second->groups, rows = first->blocks + second->blocks;
-    return tokens * (groups * (GROUP + 8) + rows * TILE_ROWS * 4 + second->groups * GROUP * 4) + 1024;
+    return tokens * (groups * (GROUP * 5 + 8) + rows * TILE_ROWS * 4) + 1024;
 }
 
 long tp_attention_scratch(const attention_block *b)
@@ -312,18 +297,16 @@ void tp_attention(int set, pool *p, attention_block *b)
     const kernel_set *s = SETS[set];
     const long tokens = b->heads.tokens;
     uint8_t *at = b->scratch;
-    const rounded x = take_rounded(&at, tokens, b->qkv.groups);
-    s->norm(b->hidden, b->norm, b->eps, tokens, b->out.rows, (int8_t *)x.q, (float *)x.scale,
-            (float *)x.sum);
+    float *x = take_floats(&at, tokens * b->qkv.inputs);
+    s->norm(b->hidden, b->norm, b->eps, tokens, b->qkv.inputs, x);
+    rounded r = take_rounded(s, &at, &b->qkv, x, tokens);
     b->heads.qkv = take_floats(&at, tokens * b->qkv.blocks * TILE_ROWS);
-    multiply(s, p, &b->qkv, &x, tokens, b->heads.qkv);
-    b->heads.out = take_floats(&at, tokens * b->out.groups * GROUP);
+    multiply(s, p, &b->qkv, x, &r, tokens, b->heads.qkv);
+    float *y = b->heads.out = take_floats(&at, tokens * b->out.inputs);
     tp_attend(set, p, &b->heads);
-    const rounded y = take_rounded(&at, tokens, b->out.groups);
-    s->round(b->heads.out, tokens, b->heads.queries * b->heads.dim, (int8_t *)y.q, (float *)y.scale,
-             (float *)y.sum);
+    r = take_rounded(s, &at, &b->out, y, tokens);
     float *out = take_floats(&at, tokens * b->out.blocks * TILE_ROWS);
-    multiply(s, p, &b->out, &y, tokens, out);
+    multiply(s, p, &b->out, y, &r, tokens, out);
     put_rows(out, tokens, &b->out, b->partial, 0);
 }
 
@@ -333,15 +316,19 @@ void tp_mlp(int set, pool *p, mlp_block *b)
     const kernel_set *s = SETS[set];
     const long tokens = b->tokens;
     uint8_t *at = b->scratch;
-    if (b->norm)
-        s->norm(b->hidden, b->norm, b->eps, tokens, b->down.rows, (int8_t *)b->x.q,
-                (float *)b->x.scale, (float *)b->x.sum);
+    if (b->norm) {
+        s->norm(b->hidden, b->norm, b->eps, tokens, b->gate_up.inputs, b->normed);
+        if (b->gate_up.kind < BF16)
+            s->round(b->normed, tokens, b->gate_up.inputs, (int8_t *)b->x.q, (float *)b->x.scale,
+                     (float *)b->x.sum);
+    }
     float *gate_up = take_floats(&at, tokens * b->gate_up.blocks * TILE_ROWS);
-    multiply(s, p, &b->gate_up, &b->x, tokens, gate_up);
-    const rounded y = take_rounded(&at, tokens, b->down.groups);
-    s->gate(gate_up, tokens, b->gate_up.rows / 2, (int8_t *)y.q, (float *)y.scale, (float *)y.sum);
+    multiply(s, p, &b->gate_up, b->normed, &b->x, tokens, gate_up);
+    float *y = take_floats(&at, tokens * b->down.inputs);
+    s->gate(gate_up, tokens, b->down.inputs, y);
+    const rounded r = take_rounded(s, &at, &b->down, y, tokens);
     float *out = take_floats(&at, tokens * b->down.blocks * TILE_ROWS);
-    multiply(s, p, &b->down, &y, tokens, out);
+    multiply(s, p, &b->down, y, &r, tokens, out);
     put_rows(out, tokens, &b->down, b->partial, b->add);
 }
 

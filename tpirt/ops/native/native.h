@@ -45,12 +45,15 @@ typedef struct {
     float eps;
 } attention;
 
-/* A quantized matrix, and the bias of its product (bfloat16) or NULL. */
+enum { Q4, Q8, BF16, F16 }; /* how weights are kept */
+
+/* A matrix, and the bias of its product (bfloat16) or NULL. Products have ``blocks`` x 16 columns:
+ * what is beyond column N is padding. */
 typedef struct {
-    const void *codes, *scales;
+    const void *codes, *scales; /* 16 bits: the weights, and none */
     const uint16_t *bias;
-    long rows, blocks, groups; /* N, blocks of 16 rows, K / 32 */
-    int bits;
+    long rows, inputs, blocks, groups; /* N, K, N / 16 and K / 32, rounded up */
+    int kind;
 } matrix;
 
 /* A block of a layer for some tokens; ``scratch`` is as large as the functions below say. */
@@ -66,8 +69,9 @@ typedef struct {
 
 typedef struct {
     const float *hidden;
-    const float *norm; /* NULL: ``x`` is there already */
-    rounded x;         /* of the normalised rows */
+    const float *norm; /* NULL: the normalised rows are there already */
+    float *normed;     /* (T, H) */
+    rounded x;         /* of them; not for 16-bit weights */
     matrix gate_up, down;
     float *partial; /* (T, H) */
     void *scratch;
@@ -98,10 +102,9 @@ typedef struct {
     void (*dense4)(const uint8_t *codes, const uint16_t *scales, long groups, long first, long last,
                    void *out, int half);
     void (*dense8)(const int8_t *codes, long groups, long first, long last, void *out, int half);
-    /* Rounded x / rms(x) * weight of rows (T, n), and silu(gate) * up of rows (T, 2 n). */
-    void (*norm)(const float *x, const float *weight, float eps, long tokens, long n, int8_t *q,
-                 float *scale, float *sum);
-    void (*gate)(const float *x, long tokens, long n, int8_t *q, float *scale, float *sum);
+    /* x / rms(x) * weight of rows (T, n), and silu(gate) * up of rows (T, 2 n). */
+    void (*norm)(const float *x, const float *weight, float eps, long tokens, long n, float *out);
+    void (*gate)(const float *x, long tokens, long n, float *out);
     void (*append)(const attention *a);
     void (*attend)(const attention *a, long first, long last); /* of the KV heads */
 } kernel_set;

@@ -124,7 +124,7 @@ def _native_kernels(
         def prepare(x: torch.Tensor) -> Call:
             rounded = Rounded.empty(*x.shape)
             out = torch.empty(len(x), 16 * matrices[0].blocks)
-            functions.library.tp_round(chosen, x.data_ptr(), *x.shape, *rounded.pointers)
+            functions.library.tp_round(chosen, pool, x.data_ptr(), *x.shape, *rounded.pointers)
             after = (x.data_ptr(), *rounded.pointers, len(x), out.data_ptr())
             turns = cycle([ctypes.byref(matrix) for matrix in matrices])
             # What the addresses belong to must live as long as the function.
@@ -140,14 +140,14 @@ def between(functions: NativeFunctions, chosen: int, rows: int) -> Iterator[tupl
     """Functions by name, with the width of their rows or the number of past tokens."""
     x, weight = torch.randn(rows, 2 * _INTERMEDIATE), torch.ones(_HIDDEN)
     rounded = Rounded.empty(rows, _INTERMEDIATE)
-    library, to = functions.library, rounded.pointers
+    library, pool, to = functions.library, functions.pool, rounded.pointers
     for width in (_HIDDEN, _INTERMEDIATE):
         shape = (rows, width)
-        yield "round", width, lambda s=shape: library.tp_round(chosen, x.data_ptr(), *s, *to)
+        yield "round", width, lambda s=shape: library.tp_round(chosen, pool, x.data_ptr(), *s, *to)
     out = torch.empty(rows, _INTERMEDIATE)
-    norm = (chosen, x.data_ptr(), weight.data_ptr(), _EPS, rows, _HIDDEN, out.data_ptr())
+    norm = (chosen, pool, x.data_ptr(), weight.data_ptr(), _EPS, rows, _HIDDEN, out.data_ptr())
     yield "norm", _HIDDEN, lambda: library.tp_norm(*norm)
-    gate = (chosen, x.data_ptr(), rows, _INTERMEDIATE, out.data_ptr())
+    gate = (chosen, pool, x.data_ptr(), rows, _INTERMEDIATE, out.data_ptr())
     yield "gate", _INTERMEDIATE, lambda: library.tp_gate(*gate)
     for past in _CONTEXTS:
         yield "attend", past, _attend(functions, chosen, rows, past)

@@ -17,9 +17,9 @@ import torch
 _SIGNATURES = {
     "tp_pool_free": [c_void_p],
     "tp_read": [c_void_p, c_void_p, c_long],
-    "tp_round": [c_int, c_void_p, c_long, c_long, *[c_void_p] * 3],
-    "tp_norm": [c_int, c_void_p, c_void_p, c_float, c_long, c_long, c_void_p],
-    "tp_gate": [c_int, c_void_p, c_long, c_long, c_void_p],
+    "tp_round": [c_int, c_void_p, c_void_p, c_long, c_long, *[c_void_p] * 3],
+    "tp_norm": [c_int, c_void_p, c_void_p, c_void_p, c_float, c_long, c_long, c_void_p],
+    "tp_gate": [c_int, c_void_p, c_void_p, c_long, c_long, c_void_p],
     "tp_attend": [c_int, c_void_p, c_void_p],
     "tp_product": [c_int, *[c_void_p] * 6, c_long, c_void_p],
 }

@@ -101,9 +101,10 @@ class Dense:
         for start, piece in matrix.pieces(self.dtype):
             part = out[:, start : start + piece.shape[0]]
             product = torch.mm(fitted, piece.t())[:, : part.shape[1]]
-            if factors is not None:
-                product = product * factors[start : start + part.shape[1]]
-            part.copy_(product)
+            if factors is None:
+                part.copy_(product)
+            else:
+                torch.mul(product, factors[start : start + part.shape[1]], out=part)
         return out
 
 

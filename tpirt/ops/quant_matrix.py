@@ -18,8 +18,9 @@ from tpirt.ops.quant import QuantSpec, Scheme
 from tpirt.ops.quant_regions import matrix_regions, view_regions
 from tpirt.ops.tiles import TILE_ROWS
 
-# Elements dequantized at once: 2 MiB in bfloat16; a single block of rows may be more.
-PIECE_ELEMENTS = 1 << 20
+# Elements dequantized at once: 8 MiB in bfloat16. With 2 MiB, torch's product with many rows of
+# input hardly gains from a second thread. A single block of rows may be more.
+PIECE_ELEMENTS = 1 << 22
 
 # A matrix can be split at multiples of it.
 ROWS_UNIT = 64

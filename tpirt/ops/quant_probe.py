@@ -24,6 +24,9 @@ _THRESHOLDS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 # Maximum weights of a probed matrix, and minimum time of a measurement.
 _PROBED_WEIGHTS = 1 << 22
 _PROBE_S = 0.006
+# By how much the dense kernel must be faster in one thread to be so in several: torch's products
+# gain less from a second thread.
+_DENSE_GAIN = 1.25
 
 _setting_threads = threading.Lock()
 
@@ -46,11 +49,12 @@ def probe_kernels(
     """
     if exact:
         return KernelChoice((), EXACT.name)
+    gain = _DENSE_GAIN if torch.get_num_threads() > 1 else 1.0
     with ThreadPoolExecutor(1, "tpirt-probe", initializer=_use_one_thread) as pool:
-        return pool.submit(_probe, spec, out_features, in_features).result()
+        return pool.submit(_probe, spec, out_features, in_features, gain).result()
 
 
-def _probe(spec: QuantSpec, out_features: int, in_features: int) -> KernelChoice:
+def _probe(spec: QuantSpec, out_features: int, in_features: int, gain: float) -> KernelChoice:
     weight, rows = _probe_weight(spec, out_features, in_features)
     scale = out_features / max(1, rows)
     few, many = (PLAIN_FEW, PLAIN_MANY) if isinstance(weight, torch.Tensor) else ((NATIVE,), DENSE)
@@ -62,22 +66,25 @@ def _probe(spec: QuantSpec, out_features: int, in_features: int) -> KernelChoice
     dense = min((kernel.name for kernel in many), key=lambda name: measure(name, 32))
     names = [kernel.name for kernel in few if kernel.accepts(spec)] + [dense]
     return choose_by_time(
-        {name: {n: measure(name, n) for n in _PROBED_ROWS} for name in names}, dense
+        {name: {n: measure(name, n) for n in _PROBED_ROWS} for name in names}, dense, gain
     )
 
 
-def choose_by_time(timings_ms: dict[str, dict[int, float]], dense: str) -> KernelChoice:
+def choose_by_time(
+    timings_ms: dict[str, dict[int, float]], dense: str, gain: float = 1.0
+) -> KernelChoice:
     """Choose the fastest kernels for few rows, up to where ``dense`` is faster.
 
     Args:
         timings_ms: by kernel name and rows of input; interpolated linearly.
         dense: the kernel for more rows.
+        gain: how many times faster it must be.
     """
     others = [name for name in timings_ms if name != dense]
     steps: list[tuple[int, str]] = []
     for rows in _THRESHOLDS:
         fastest = min(others, key=lambda name: _at(timings_ms[name], rows), default=dense)
-        if fastest == dense or _at(timings_ms[fastest], rows) > _at(timings_ms[dense], rows):
+        if fastest == dense or _at(timings_ms[fastest], rows) > gain * _at(timings_ms[dense], rows):
             break
         if steps and steps[-1][1] == fastest:
             steps.pop()

@@ -17,9 +17,9 @@ import torch
 from tpirt.ops.native.library import load
 
 _SIGNATURES = {
-    "tp_round": [c_int, c_void_p, c_long, c_long, c_void_p, c_void_p, c_void_p],
-    "tp_norm": [c_int, c_void_p, c_void_p, c_float, c_long, c_long, c_void_p],
-    "tp_gate": [c_int, c_void_p, c_long, c_long, c_void_p],
+    "tp_round": [c_int, c_void_p, c_void_p, c_long, c_long, c_void_p, c_void_p, c_void_p],
+    "tp_norm": [c_int, c_void_p, c_void_p, c_void_p, c_float, c_long, c_long, c_void_p],
+    "tp_gate": [c_int, c_void_p, c_void_p, c_long, c_long, c_void_p],
     "tp_product": [c_int, *[c_void_p] * 6, c_long, c_void_p],
     "tp_attend": [c_int, c_void_p, c_void_p],
     "tp_attention_scratch": [c_void_p],
@@ -169,14 +169,14 @@ class NativeKernels:
     def round(self, x: torch.Tensor) -> Rounded:
         """Round x (T, K), float32 and contiguous."""
         rounded = Rounded.empty(*x.shape)
-        self._library.tp_round(self._set, x.data_ptr(), *x.shape, *rounded.pointers)
+        self._library.tp_round(self._set, self._pool, x.data_ptr(), *x.shape, *rounded.pointers)
         return rounded
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """``x / rms(x) * weight`` of x (T, K); all float32 and contiguous."""
         out = torch.empty_like(x)
         self._library.tp_norm(
-            self._set, x.data_ptr(), weight.data_ptr(), eps, *x.shape, out.data_ptr()
+            self._set, self._pool, x.data_ptr(), weight.data_ptr(), eps, *x.shape, out.data_ptr()
         )
         return out
 
@@ -184,7 +184,9 @@ class NativeKernels:
         """``silu(gate) * up`` (T, K) of gate_up (T, 2 K), float32 and contiguous."""
         tokens, width = gate_up.shape
         out = torch.empty(tokens, width // 2)
-        self._library.tp_gate(self._set, gate_up.data_ptr(), tokens, width // 2, out.data_ptr())
+        self._library.tp_gate(
+            self._set, self._pool, gate_up.data_ptr(), tokens, width // 2, out.data_ptr()
+        )
         return out
 
     def product(self, matrix: Matrix, x: torch.Tensor | Rounded) -> torch.Tensor:

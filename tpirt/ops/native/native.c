@@ -167,9 +167,78 @@ pool *tp_pool_new(int threads) { return pool_new(threads); }
 void tp_pool_free(pool *p) { pool_free(p); }
 int tp_pool_threads(const pool *p) { return pool_threads(p); }
 
-void tp_round(int set, const float *x, long tokens, long inputs, int8_t *q, float *scale, float *sum)
+/* One function of rows, shared out by rows. */
+typedef struct {
+    const kernel_set *set;
+    const float *x, *weight;
+    float eps;
+    long inputs; /* of a row of the result */
+    float *out;
+    const rounded *r;
+} row_work;
+
+static void round_rows(void *arg, long first, long last)
 {
-    SETS[set]->round(x, tokens, inputs, q, scale, sum);
+    const row_work *w = arg;
+    const long groups = w->r->groups;
+    w->set->round(w->x + first * w->inputs, last - first, w->inputs,
+                  (int8_t *)w->r->q + first * groups * GROUP, (float *)w->r->scale + first * groups,
+                  (float *)w->r->sum + first * groups);
+}
+
+static void norm_rows(void *arg, long first, long last)
+{
+    const row_work *w = arg;
+    w->set->norm(w->x + first * w->inputs, w->weight, w->eps, last - first, w->inputs,
+                 w->out + first * w->inputs);
+}
+
+static void gate_rows(void *arg, long first, long last)
+{
+    const row_work *w = arg;
+    w->set->gate(w->x + 2 * first * w->inputs, last - first, w->inputs, w->out + first * w->inputs);
+}
+
+/* Rows per piece of work: sharing out fewer costs more than it saves. */
+#define ROWS_AT_ONCE 8
+
+static void round_all(const kernel_set *set, pool *p, const float *x, long tokens, long inputs,
+                      const rounded *r)
+{
+    row_work w = {set, x, NULL, 0, inputs, NULL, r};
+    pool_run(p, round_rows, &w, tokens, ROWS_AT_ONCE);
+}
+
+static void norm_all(const kernel_set *set, pool *p, const float *x, const float *weight, float eps,
+                     long tokens, long inputs, float *out)
+{
+    row_work w = {set, x, weight, eps, inputs, out, NULL};
+    pool_run(p, norm_rows, &w, tokens, ROWS_AT_ONCE);
+}
+
+static void gate_all(const kernel_set *set, pool *p, const float *x, long tokens, long inputs,
+                     float *out)
+{
+    row_work w = {set, x, NULL, 0, inputs, out, NULL};
+    pool_run(p, gate_rows, &w, tokens, ROWS_AT_ONCE);
+}
+
+void tp_round(int set, pool *p, const float *x, long tokens, long inputs, int8_t *q, float *scale,
+              float *sum)
+{
+    const rounded r = {q, scale, sum, (inputs + GROUP - 1) / GROUP};
+    round_all(SETS[set], p, x, tokens, inputs, &r);
+}
+
+void tp_norm(int set, pool *p, const float *x, const float *weight, float eps, long tokens, long inputs,
+             float *out)
+{
+    norm_all(SETS[set], p, x, weight, eps, tokens, inputs, out);
+}
+
+void tp_gate(int set, pool *p, const float *x, long tokens, long inputs, float *out)
+{
+    gate_all(SETS[set], p, x, tokens, inputs, out);
 }
 
 void tp_product(int set, pool *p, const matrix *m, const float *x, const int8_t *q,
@@ -213,16 +282,6 @@ void tp_dense(int set, pool *p, int bits, const void *codes, const uint16_t *sca
     pool_run(p, dense_blocks, &d, blocks, 1);
 }
 
-void tp_norm(int set, const float *x, const float *weight, float eps, long tokens, long n, float *out)
-{
-    SETS[set]->norm(x, weight, eps, tokens, n, out);
-}
-
-void tp_gate(int set, const float *x, long tokens, long n, float *out)
-{
-    SETS[set]->gate(x, tokens, n, out);
-}
-
 typedef struct {
     const kernel_set *set;
     const attention *attention;
@@ -257,15 +316,16 @@ static void *take(uint8_t **scratch, long bytes)
 static float *take_floats(uint8_t **scratch, long count) { return take(scratch, 4 * count); }
 
 /* Rows (T, K) rounded as the product with ``m`` needs them. */
-static rounded take_rounded(const kernel_set *s, uint8_t **scratch, const matrix *m, const float *x,
-                            long tokens)
+static rounded take_rounded(const kernel_set *s, pool *p, uint8_t **scratch, const matrix *m,
+                            const float *x, long tokens)
 {
     if (m->kind >= BF16) return (rounded){0};
     int8_t *q = take(scratch, tokens * m->groups * GROUP);
     float *scale = take_floats(scratch, tokens * m->groups);
     float *sum = take_floats(scratch, tokens * m->groups);
-    s->round(x, tokens, m->inputs, q, scale, sum);
-    return (rounded){q, scale, sum, m->groups};
+    const rounded r = {q, scale, sum, m->groups};
+    round_all(s, p, x, tokens, m->inputs, &r);
+    return r;
 }
 
 /* Copy or add rows without their padding. */
@@ -298,13 +358,13 @@ void tp_attention(int set, pool *p, attention_block *b)
     const long tokens = b->heads.tokens;
     uint8_t *at = b->scratch;
     float *x = take_floats(&at, tokens * b->qkv.inputs);
-    s->norm(b->hidden, b->norm, b->eps, tokens, b->qkv.inputs, x);
-    rounded r = take_rounded(s, &at, &b->qkv, x, tokens);
+    norm_all(s, p, b->hidden, b->norm, b->eps, tokens, b->qkv.inputs, x);
+    rounded r = take_rounded(s, p, &at, &b->qkv, x, tokens);
     b->heads.qkv = take_floats(&at, tokens * b->qkv.blocks * TILE_ROWS);
     multiply(s, p, &b->qkv, x, &r, tokens, b->heads.qkv);
     float *y = b->heads.out = take_floats(&at, tokens * b->out.inputs);
     tp_attend(set, p, &b->heads);
-    r = take_rounded(s, &at, &b->out, y, tokens);
+    r = take_rounded(s, p, &at, &b->out, y, tokens);
     float *out = take_floats(&at, tokens * b->out.blocks * TILE_ROWS);
     multiply(s, p, &b->out, y, &r, tokens, out);
     put_rows(out, tokens, &b->out, b->partial, 0);
@@ -317,16 +377,14 @@ void tp_mlp(int set, pool *p, mlp_block *b)
     const long tokens = b->tokens;
     uint8_t *at = b->scratch;
     if (b->norm) {
-        s->norm(b->hidden, b->norm, b->eps, tokens, b->gate_up.inputs, b->normed);
-        if (b->gate_up.kind < BF16)
-            s->round(b->normed, tokens, b->gate_up.inputs, (int8_t *)b->x.q, (float *)b->x.scale,
-                     (float *)b->x.sum);
+        norm_all(s, p, b->hidden, b->norm, b->eps, tokens, b->gate_up.inputs, b->normed);
+        if (b->gate_up.kind < BF16) round_all(s, p, b->normed, tokens, b->gate_up.inputs, &b->x);
     }
     float *gate_up = take_floats(&at, tokens * b->gate_up.blocks * TILE_ROWS);
     multiply(s, p, &b->gate_up, b->normed, &b->x, tokens, gate_up);
     float *y = take_floats(&at, tokens * b->down.inputs);
-    s->gate(gate_up, tokens, b->down.inputs, y);
-    const rounded r = take_rounded(s, &at, &b->down, y, tokens);
+    gate_all(s, p, gate_up, tokens, b->down.inputs, y);
+    const rounded r = take_rounded(s, p, &at, &b->down, y, tokens);
     float *out = take_floats(&at, tokens * b->down.blocks * TILE_ROWS);
     multiply(s, p, &b->down, y, &r, tokens, out);
     put_rows(out, tokens, &b->down, b->partial, b->add);

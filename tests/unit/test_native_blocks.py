@@ -20,6 +20,7 @@ from tpirt.ops.quant_linear import KernelChoice, MatrixShape, QuantMatrix
 from tpirt.ops.quant_regions import matrix_regions, regions_nbytes
 from tpirt.ops.quant_rounding import Workspace
 from tpirt.sharding.blocks import Block, StoredTensor
+from tpirt.weights.layout import Weights
 
 needs_native = pytest.mark.skipif(native_kernels(1) is None, reason="no kernels in C here")
 
@@ -38,9 +39,9 @@ def blocks() -> NativeBlocks:
     return NativeBlocks(CONFIG, products, HEADS)
 
 
-def further_block() -> dict[str, Any]:
+def further_block() -> Weights:
     """An MLP's second block: only the first one has the norm."""
-    return {"gate_up_proj.weight": matrix(64, 32), "down_proj.weight": matrix(32, 32)}
+    return Weights({"gate_up_proj.weight": matrix(64, 32), "down_proj.weight": matrix(32, 32)})
 
 
 @needs_native
@@ -79,12 +80,14 @@ def test_an_mlp_in_one_call_has_the_bits_of_single_operations(
 ) -> None:
     columns = 24  # not whole groups
     x = torch.randn(tokens, 32)
-    pieces: list[dict[str, Any]] = [
-        {
-            "gate_up_proj.weight": random_matrix(first, 2 * columns, 32),
-            "gate_up_proj.bias": torch.randn(2 * columns).bfloat16(),
-            "down_proj.weight": random_matrix(second, 32, columns),
-        }
+    pieces = [
+        Weights(
+            {
+                "gate_up_proj.weight": random_matrix(first, 2 * columns, 32),
+                "gate_up_proj.bias": torch.randn(2 * columns).bfloat16(),
+                "down_proj.weight": random_matrix(second, 32, columns),
+            }
+        )
         for _ in range(2)
     ]
     pieces[0]["norm.weight"] = torch.rand(32)

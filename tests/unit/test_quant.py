@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpirt.errors import CheckpointError, ConfigError
-from tpirt.ops import quant, quant_kernels, quant_probe, quant_rounding
+from tpirt.ops import quant, quant_kernels, quant_matrix, quant_probe, quant_rounding
 from tpirt.ops.buffers import ALIGN, page_buffer
 from tpirt.ops.native.bindings import native_kernels
 from tpirt.ops.quant import AS_THEY_ARE, Int4, Int8, QuantSpec, Scheme
@@ -714,10 +714,11 @@ def test_matrices_are_dequantized_in_bounded_pieces(spec: Scheme) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_dense_products_of_several_pieces(spec: Scheme) -> None:
-    matrix = matrix_of(spec, random(2100, 600))
+def test_dense_products_of_several_pieces(spec: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quant_matrix, "PIECE_ELEMENTS", 1 << 18)
+    matrix = matrix_of(spec, random(1100, 300))
     assert len(list(matrix.pieces(torch.float32))) > 1
-    x = random(3, 600, seed=8)
+    x = random(3, 300, seed=8)
     want = x @ values_of(matrix).t()
     torch.testing.assert_close(linear(x, matrix, EXACT), want, rtol=1e-4, atol=1e-4)
 

@@ -90,8 +90,8 @@ class Heads:
             return native_kernels(torch.get_num_threads())
         return None
 
-    def arguments(self, w: Weights, layer: int) -> Attention:
-        """What is the same for all rows of a layer."""
+    def arguments(self, w: Weights) -> Attention:
+        """What is the same for all layers and rows."""
         return Attention(
             q_norm=address(w, "q_norm.weight"),
             k_norm=address(w, "k_norm.weight"),
@@ -99,19 +99,19 @@ class Heads:
             queries=self._queries,
             keys=self._keys,
             dim=self._config.head_dim,
-            window=self._config.sliding_windows[layer] or 0,
             eps=self._config.rms_norm_eps,
         )
 
     def place(
         self, arguments: Attention, segment: Segment, turn: Turn, row: int, layer: int
     ) -> None:
-        """Set what belongs to a sequence, whose rows of ``turn`` begin at ``row``."""
+        """Set what belongs to a layer and a sequence, whose rows of ``turn`` begin at ``row``."""
         keys, values = self._kv.layer(layer, segment)
         arguments.cos, arguments.sin = turn.cos[row].data_ptr(), turn.sin[row].data_ptr()
         arguments.all_keys, arguments.all_values = keys.data_ptr(), values.data_ptr()
         arguments.tokens, arguments.past = segment.tokens, segment.position
         arguments.capacity = keys.shape[1]
+        arguments.window = self._config.sliding_windows[layer] or 0
 
     def _attend_native(
         self,
@@ -124,7 +124,7 @@ class Heads:
     ) -> torch.Tensor:
         qkv = qkv.contiguous()
         out = torch.empty(len(qkv), self._queries * self._config.head_dim)
-        arguments = self.arguments(w, layer)
+        arguments = self.arguments(w)
         for segment, rows in zip(batch.segments, batch.rows, strict=True):
             self.place(arguments, segment, turn, rows.start, layer)
             arguments.qkv = qkv[rows.start].data_ptr()

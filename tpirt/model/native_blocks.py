@@ -10,6 +10,10 @@ Axes: T tokens, H hidden, Q local query heads, K local KV heads, D head_dim.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Generic, TypeVar, cast
+
 import torch
 
 from tpirt.batch import Batch
@@ -20,14 +24,28 @@ from tpirt.ops.native.bindings import (
     AttentionBlock,
     Matrix,
     MlpBlock,
-    NativeKernels,
     Rounded,
+    present_kernels,
 )
 from tpirt.ops.quant_matrix import QuantMatrix
 from tpirt.weights.layout import Weights
 
 # Rows of input for which one call pays.
 _ROWS = 8
+
+_Block = TypeVar("_Block", AttentionBlock, MlpBlock)
+
+
+@dataclass(slots=True)
+class _Prepared(Generic[_Block]):
+    """Arguments of a block; those that differ from call to call are set by each.
+
+    Attributes:
+        rows: the most rows that it takes; 0 if it takes single operations.
+    """
+
+    rows: int
+    block: _Block
 
 
 class NativeBlocks:
@@ -48,25 +66,17 @@ class NativeBlocks:
         Args:
             hidden: (T, H) float32.
         """
-        rows = batch.tokens
-        native = self._suits(w, rows, "qkv_proj", "o_proj")
-        if native is None or len(batch.segments) > 1 or not self._heads.suits_native(rows):
+        prepared = cast("_Prepared[AttentionBlock]", w.prepared or self._prepare_attention(w))
+        if batch.tokens > prepared.rows or len(batch.segments) > 1:
             return None
-        if self._heads.is_last(layer) and batch.num_logits < rows:
+        if self._heads.is_last(layer) and batch.num_logits < batch.tokens:
             return None
         hidden = hidden.contiguous()
-        out = torch.empty(rows, self._hidden)
-        block = AttentionBlock(
-            hidden=hidden.data_ptr(),
-            norm=address(w, "norm.weight"),
-            qkv=_matrix(w, "qkv_proj"),
-            out=_matrix(w, "o_proj"),
-            heads=self._heads.arguments(w, layer),
-            partial=out.data_ptr(),
-            eps=self._eps,
-        )
+        out = torch.empty(batch.tokens, self._hidden)
+        block = prepared.block
+        block.hidden, block.partial = hidden.data_ptr(), out.data_ptr()
         self._heads.place(block.heads, batch.segments[0], turn, 0, layer)
-        native.attention_block(block)
+        present_kernels().attention_block(block)
         return out
 
     def mlp(
@@ -80,50 +90,65 @@ class NativeBlocks:
         Returns:
             The normalised rows, and the sum.
         """
-        rows = len(x)
-        native = self._suits(w, rows, "gate_up_proj", "down_proj")
-        if native is None or not self._silu:
+        prepared = cast("_Prepared[MlpBlock]", w.prepared or self._prepare_mlp(w))
+        block, rows = prepared.block, x.shape[0]
+        if rows > prepared.rows:
             return None
-        block = MlpBlock(
-            gate_up=_matrix(w, "gate_up_proj"),
-            down=_matrix(w, "down_proj"),
-            tokens=rows,
-            eps=self._eps,
-        )
-        if block.gate_up.rows % 16:
-            return None
+        block.tokens, block.add = rows, total is not None
         if total is None:
             assert isinstance(x, torch.Tensor)
             hidden = x.contiguous()
             normed = torch.empty_like(hidden)
-            block.hidden, block.norm = hidden.data_ptr(), address(w, "norm.weight")
-            block.normed = normed.data_ptr()
+            block.hidden, block.normed = hidden.data_ptr(), normed.data_ptr()
             x = Rounded.empty(*x.shape) if block.gate_up.rounds else normed
             total = torch.empty(rows, self._hidden)
-        else:
-            # Where another kernel had the first block, x may be of another kind.
-            if block.gate_up.rounds != isinstance(x, Rounded) or not total.is_contiguous():
-                return None
-            block.add = True
+        elif not (_is_input(x, block.gate_up) and total.is_contiguous()):
+            return None  # another kernel had the first block, and only that one has the norm
         if isinstance(x, Rounded):
             block.codes, block.scales, block.sums = x.pointers
-            block.groups = x.groups
-        elif x.dtype is torch.float32:
-            block.normed = x.data_ptr()
         else:
-            return None
+            block.normed = x.data_ptr()
         block.partial = total.data_ptr()
-        native.mlp_block(block)
+        present_kernels().mlp_block(block)
         return x, total
 
-    def _suits(self, w: Weights, rows: int, first: str, second: str) -> NativeKernels | None:
-        if rows > _ROWS or self._products.native(w, first, rows) is None:
-            return None
-        return self._products.native(w, second, rows)
+    def _prepare_attention(self, w: Weights) -> _Prepared[AttentionBlock]:
+        rows = self._rows(w, "qkv_proj", "o_proj") if self._heads.suits_native(1) else 0
+        block = AttentionBlock(eps=self._eps)
+        if rows:
+            block.norm = address(w, "norm.weight")
+            block.qkv, block.out = _matrix(w, "qkv_proj"), _matrix(w, "o_proj")
+            block.heads = self._heads.arguments(w)
+        w.prepared = prepared = _Prepared(rows, block)
+        return prepared
+
+    def _prepare_mlp(self, w: Weights) -> _Prepared[MlpBlock]:
+        rows = self._rows(w, "gate_up_proj", "down_proj") if self._silu else 0
+        block = MlpBlock(eps=self._eps)
+        if rows:
+            block.norm = address(w, "norm.weight")
+            block.gate_up, block.down = _matrix(w, "gate_up_proj"), _matrix(w, "down_proj")
+            block.groups = block.gate_up.groups
+            rows = 0 if block.gate_up.rows % 16 else rows
+        w.prepared = prepared = _Prepared(rows, block)
+        return prepared
+
+    def _rows(self, w: Weights, *names: str) -> int:
+        """Up to how many rows these products are those in C."""
+        native = self._products.native
+        in_c = (all(native(w, name, rows) for name in names) for rows in range(1, _ROWS + 1))
+        return sum(takewhile(bool, in_c))
+
+
+def _is_input(x: torch.Tensor | Rounded, matrix: Matrix) -> bool:
+    """Whether the product with ``matrix`` takes rows of this kind."""
+    if isinstance(x, Rounded):
+        return matrix.rounds
+    return x.dtype is torch.float32 and not matrix.rounds
 
 
 def _matrix(w: Weights, name: str) -> Matrix:
-    """The weights of a product, with its bias; a copy."""
+    """The weights of a product, with its bias."""
     weight = w[f"{name}.weight"]
     if isinstance(weight, QuantMatrix):
         matrix = Matrix.from_buffer_copy(weight.native)

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from tpirt.ops.native.bindings import Matrix, native_kernels
+from tpirt.ops.native.bindings import Matrix, native_kernels, present_kernels
 from tpirt.ops.quant import QuantSpec
 from tpirt.ops.quant_matrix import PIECE_ELEMENTS
 
@@ -34,9 +34,7 @@ class NativeHalf:
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return (T, N) float32."""
-        native = native_kernels(torch.get_num_threads())
-        assert native is not None
-        return native.product(Matrix.of_rows(weight), x.float().contiguous())
+        return present_kernels().product(Matrix.of_rows(weight), x.float().contiguous())
 
 
 @dataclass(frozen=True)

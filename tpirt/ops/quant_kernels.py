@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from tpirt.dtypes import dtype_name
-from tpirt.ops.native.bindings import Rounded, native_kernels
+from tpirt.ops.native.bindings import Rounded, native_kernels, present_kernels
 from tpirt.ops.quant import Int4, Int8, QuantSpec
 from tpirt.ops.quant_matrix import QuantMatrix
 
@@ -62,16 +62,13 @@ class Native:
         return known and native_kernels(torch.get_num_threads()) is not None
 
     def __call__(self, x: torch.Tensor, matrix: QuantMatrix) -> torch.Tensor:
-        native = native_kernels(torch.get_num_threads())
-        assert native is not None
+        native = present_kernels()
         return self.rounded(native.round(x.float().contiguous()), matrix).to(x.dtype)
 
     @staticmethod
     def rounded(x: Rounded, matrix: QuantMatrix) -> torch.Tensor:
         """Return (T, N) float32 for rows that are rounded already."""
-        native = native_kernels(torch.get_num_threads())
-        assert native is not None
-        return native.product(matrix.native, x)
+        return present_kernels().product(matrix.native, x)
 
 
 @dataclass(frozen=True)

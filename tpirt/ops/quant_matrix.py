@@ -86,17 +86,17 @@ class QuantMatrix:
         return QuantMatrix(self.spec, stop - start, self.in_features, codes, scales)
 
     def pieces(
-        self, dtype: torch.dtype, elements: int = PIECE_ELEMENTS
+        self, dtype: torch.dtype, elements: int | None = None
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Dequantize piece by piece, each in the memory of the last.
 
         Multiply a product with a piece by the scheme's ``output_scales``.
 
         Yields:
-            The first row and a tensor (n, Kp) of at most ``elements`` weights or 16 rows. The last
-            one may extend past row N.
+            The first row and a tensor (n, Kp) of at most ``elements`` weights (by default
+            ``PIECE_ELEMENTS``) or 16 rows. The last one may extend past row N.
         """
-        step = max(TILE_ROWS, elements // self.width // TILE_ROWS * TILE_ROWS)
+        step = max(TILE_ROWS, (elements or PIECE_ELEMENTS) // self.width // TILE_ROWS * TILE_ROWS)
         space = torch.empty(min(step, self.height) * self.width, dtype=dtype)
         for start in range(0, self.height, step):
             yield start, self.spec.rows(self, start, min(start + step, self.height), space)

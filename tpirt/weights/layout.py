@@ -22,7 +22,20 @@ from tpirt.sharding.blocks import Block, StoredTensor
 PAGE_BYTES = 4096
 
 Weight = torch.Tensor | QuantMatrix
-Weights = Mapping[str, Weight]
+
+
+class Weights(dict[str, Weight]):
+    """A block's weights by name: views of a buffer, for all blocks of a kind that pass through it.
+
+    Attributes:
+        prepared: what a consumer made of the views, to compute faster; lives as long as they do.
+    """
+
+    __slots__ = ("prepared",)
+
+    def __init__(self, weights: Mapping[str, Weight]):
+        super().__init__(weights)
+        self.prepared: object | None = None
 
 
 def block_header(block: Block) -> bytes:
@@ -47,10 +60,11 @@ def file_bytes(block: Block) -> int:
 def view_weights(block: Block, buffer: torch.Tensor, start: int) -> Weights:
     """View a block's weights in ``buffer``, uint8, from ``start`` on; no copy."""
     data = buffer[start : start + block.nbytes]
-    return {
+    views = {
         tensor.name: _view(tensor, data[offset : offset + tensor.nbytes])
         for tensor, offset in zip(block.tensors, block.offsets, strict=True)
     }
+    return Weights(views)
 
 
 def _view(tensor: StoredTensor, buffer: torch.Tensor) -> Weight:

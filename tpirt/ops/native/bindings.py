@@ -133,9 +133,9 @@ class Rounded:
         return self.codes.shape[0]
 
     @property
-    def groups(self) -> int:
-        """G."""
-        return self.scales.shape[1]
+    def shape(self) -> torch.Size:
+        """(T, Kp)."""
+        return self.codes.shape
 
     @property
     def pointers(self) -> tuple[int, int, int]:
@@ -272,3 +272,10 @@ def native_kernels(threads: int) -> NativeKernels | None:
     """
     native = load()
     return None if native.path is None else NativeKernels(native.path, native.index, threads)
+
+
+def present_kernels() -> NativeKernels:
+    """The kernels of a machine that has them, with as many threads as torch uses."""
+    native = native_kernels(torch.get_num_threads())
+    assert native is not None
+    return native

@@ -117,6 +117,8 @@ int tp_set_runs(int set)
     return 0;
 }
 
+enum { PIECES = 8, LEAST_PIECE = 64 << 10, MOST_PIECE = 1 << 20 }; /* per thread; bytes */
+
 /* One product, shared out by rows. */
 typedef struct {
     const kernel_set *set;
@@ -141,11 +143,12 @@ static void rows(void *arg, long first, long last)
     }
 }
 
-/* Rows per piece of work: about 64 KB of weights, at most ``most``. */
-static long piece(long row_bytes, long most)
+/* Rows, or blocks of them, per piece of work. Long pieces are read faster, many share out evenly. */
+static long piece(const pool *p, long count, long row_bytes)
 {
-    long n = (64 << 10) / (row_bytes ? row_bytes : 1);
-    return n < 1 ? 1 : n > most ? most : n;
+    long bytes = count * row_bytes / (PIECES * pool_threads(p));
+    bytes = bytes < LEAST_PIECE ? LEAST_PIECE : bytes > MOST_PIECE ? MOST_PIECE : bytes;
+    return row_bytes < bytes ? bytes / row_bytes : 1;
 }
 
 /* x m^T + bias: (T, ldo), of ``x`` for 16-bit weights, else of ``r``. */
@@ -155,9 +158,10 @@ static void multiply(const kernel_set *set, pool *p, const matrix *m, const floa
     const long ldo = m->blocks * TILE_ROWS;
     product a = {set, m, x, r, tokens, out};
     if (m->kind < BF16)
-        pool_run(p, rows, &a, m->blocks, piece(m->groups * (m->kind == Q4 ? Q4_TILE : Q8_TILE), 64));
+        pool_run(p, rows, &a, m->blocks,
+                 piece(p, m->blocks, m->groups * (m->kind == Q4 ? Q4_TILE : Q8_TILE)));
     else
-        pool_run(p, rows, &a, m->rows, piece(m->inputs * 2, 256) / 4 * 4 + 4);
+        pool_run(p, rows, &a, m->rows, piece(p, m->rows, m->inputs * 2) / 4 * 4 + 4);
     if (m->bias)
         for (long t = 0; t < tokens; t++)
             for (long n = 0; n < m->rows; n++) out[t * ldo + n] += from_bf16(m->bias[n]);
@@ -403,4 +407,4 @@ static void read_lines(void *arg, long first, long last)
     volatile uint64_t sink = 0;
     for (int i = 0; i < 16; i++) sink += s[i];
 }
-void tp_read(pool *p, const void *m, long lines) { pool_run(p, read_lines, (void *)m, lines, 1024); }
+void tp_read(pool *p, const void *m, long lines) { pool_run(p, read_lines, (void *)m, lines, MOST_PIECE / 64); }

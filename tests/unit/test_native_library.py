@@ -212,6 +212,13 @@ def test_a_folder_of_others_is_not_used(
     assert "other users can write to it" in find_library("", [others], tmp_path).note
 
 
+def test_float32_products_are_not_of_the_library() -> None:
+    found = NativeLibrary(Path("x"), 2, "avx2", "compiled by pip")
+    assert found.summary_of("bfloat16") == "kernels: avx2, compiled by pip"
+    assert found.summary_of("float32").endswith("pip; products in float32 are torch's")
+    assert NativeLibrary(note="none").summary_of("float32") == "kernels: torch's; none"
+
+
 def test_a_changed_source_has_another_key(tmp_path: Path) -> None:
     same, other = (shutil.copytree(SOURCES, tmp_path / name) for name in ("same", "other"))
     with open(other / "scalar.inc", "a") as file:

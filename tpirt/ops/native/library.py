@@ -79,6 +79,11 @@ class NativeLibrary:
         used = f"{self.set_name}, {self.origin}" if self.path else "torch's"
         return f"kernels: {used}" + (f"; {self.note}" if self.note else "")
 
+    def summary_of(self, dtype: str) -> str:
+        """A line for the user of a run in ``dtype``."""
+        exact = self.path is not None and dtype == "float32"
+        return self.summary + ("; products in float32 are torch's" if exact else "")
+
 
 _loaded: NativeLibrary | None = None
 

@@ -18,12 +18,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
 import logging
 import os
 import stat
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from tpirt.ops.native.compiling import (
     NEVER,
     SOURCES,
     CompileError,
+    Compiler,
     compile_library,
     compilers,
     keep_library,
@@ -201,13 +203,17 @@ def _compile(caches: Sequence[Path], stop: threading.Event) -> Path:
         CompileError: it cannot be done; the message has the reason and what helps.
         CancelledCompileError: ``stop`` was set meanwhile.
     """
+    found = compilers(stop)
+    if (first := next(found, None)) is None:  # looked for without the lock: one may hang
+        raise CompileError(f"no C compiler was found ({_ADVICE})")
+    found = itertools.chain([first], found)
     content: bytes | None = None
     reasons = []
     for folder in caches:
         try:
             with _only_process(folder, stop):
                 if (path := _usable_library(folder)) is None:
-                    content = content or _compiled(stop)
+                    content = content or _compiled(found, stop)
                     path = _kept(folder, content)
                 return path
         except OSError as exc:
@@ -216,15 +222,15 @@ def _compile(caches: Sequence[Path], stop: threading.Event) -> Path:
     raise CompileError("; ".join(reasons) or "there is no folder to keep them in")
 
 
-def _compiled(stop: threading.Event) -> bytes:
+def _compiled(found: Iterable[Compiler], stop: threading.Event) -> bytes:
     reasons = []
-    for compiler in compilers(stop):
+    for compiler in found:
         _log.info("compiling kernels for this machine with %s, once", compiler.name)
         try:
             return compile_library(compiler, stop=stop)
         except CompileError as exc:
             reasons.append(str(exc))
-    raise CompileError(f"{'; '.join(reasons) or 'no C compiler was found'} ({_ADVICE})")
+    raise CompileError(f"{'; '.join(reasons)} ({_ADVICE})")
 
 
 def _kept(folder: Path, content: bytes) -> Path:

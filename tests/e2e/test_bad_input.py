@@ -356,6 +356,25 @@ def test_weights_that_are_not_finite(cli: Cli, model: Path, tmp_path: Path) -> N
         assert "damaged" in result.line
 
 
+@pytest.mark.parametrize(
+    ("weight", "words"),
+    [
+        (300.0, "up to 217 for 4 bits, got 300; use int8; --quantize int8 or none"),
+        (float("nan"), "got inf or nan; copy or download the file again"),
+    ],
+)
+def test_weights_that_4_bits_cannot_store(
+    cli: Cli, model: Path, tmp_path: Path, weight: float, words: str
+) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][1, 2] = weight
+    save_file(tensors, model / "model.safetensors")
+    options = ("--quantize", "int4", "--store", str(tmp_path / "store"), "--quiet")
+    result = cli("generate", "--prompt", "a", "--model", str(model), *options)
+    assert result.code == 2
+    assert result.line.endswith(words)
+
+
 # -- options ---------------------------------------------------------------------------------
 
 OPTIONS: dict[str, tuple[str, ...]] = {

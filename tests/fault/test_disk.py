@@ -165,7 +165,7 @@ async def test_damaged_slices_of_master_and_worker_are_made_anew(
 
 
 async def test_slices_of_the_former_format_are_named_and_made_anew(
-    model: Path, tmp_path: Path
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Format 3 had 4-bit codes in an order of the CPU's own, and groups of a chosen size."""
     async with memory_engine(model, 2, store=tmp_path, quantize="int4") as engine:
@@ -180,9 +180,12 @@ async def test_slices_of_the_former_format_are_named_and_made_anew(
     assert [each.reason for each in store.unusable()] == ["written by an older tpirt"] * 2
     with pytest.raises(StoreError, match=r"manifest of format 3, this tpirt reads 4.*delete"):
         store.find(before[0].name)
+    async with memory_engine(model, 1, store=tmp_path, quantize="int8"):
+        assert "older tpirt" not in caplog.text  # those of another plan are not remade
     async with memory_engine(model, 2, store=tmp_path, quantize="int4") as engine:
         assert (await engine.complete(PROMPT, PARAMS)).token_ids == expected
-    assert len(store.slices()) == 2
+    assert caplog.text.count("written by an older tpirt and is remade") == 1
+    assert len(store.slices()) == 3
     assert store.unusable() == []
 
 

@@ -72,8 +72,10 @@ async def test_unknown_command_names_the_nearest(chat: Chat, typed: str, near: s
 
 
 async def test_unknown_command_like_no_other(chat: Chat) -> None:
-    with pytest.raises(RequestError, match="/help lists them"):
-        await chat.command("/xyzzyx")
+    """A slash and a letter in common are no likeness."""
+    for typed in ("/xyzzyx", "/new", "/retry", "/bye"):
+        with pytest.raises(RequestError, match=f"no command {typed}: expected one of /help, /res"):
+            await chat.command(typed)
 
 
 async def test_set_shows_and_changes(chat: Chat) -> None:

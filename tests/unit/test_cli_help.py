@@ -57,6 +57,7 @@ def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> 
         (("info", "--quantise=int8"), "--quantise=int8: did you mean --quantize?"),
         (("info", "--quantise", "int8"), "--quantise int8: did you mean --quantize?"),
         (("store", "rm", "--sture", "x"), "did you mean --store?"),
+        (("peer", "10.0.0.7:50051"), "10.0.0.7:50051: did you mean --listen 10.0.0.7:50051?"),
         (("info", "--xyzzy"), "unrecognized arguments: --xyzzy\n"),
         (("info", "--dtype", "bflot16"), "did you mean bfloat16?"),
         (("info", "--dtype", "xyzzy"), "bfloat16')\n"),

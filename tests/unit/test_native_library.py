@@ -8,14 +8,17 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tpirt.errors import ConfigError
+from tpirt.locks import lock, try_lock
 from tpirt.ops.native import compiling, library
 from tpirt.ops.native.compiling import (
     SOURCES,
@@ -125,13 +128,14 @@ def test_is_compiled_once_into_the_cache(
 def test_processes_that_start_at_once_compile_once(
     tmp_path: Path, tools: Tools, content: bytes
 ) -> None:
-    go, waits, cache = (tmp_path / name for name in ("go", "waits", "cache"))
+    go, log, cache = (tmp_path / name for name in ("go", "log", "cache"))
     os.mkfifo(go)
     tools.add_compiler(content, meanwhile=f"read line < '{go}'")  # compiles until told to end
     code = (
+        f"import logging; logging.basicConfig(filename={str(log)!r}, level=logging.INFO)\n"
         "import sys; sys.modules['ziglang'] = None\n"
-        "from pathlib import Path; from tpirt.ops.native import library\n"
-        f"library.time.sleep = lambda s: Path({str(waits)!r}).touch()\n"
+        "from pathlib import Path; from tpirt.ops.native import compiling, library\n"
+        "compiling._PATIENCE_S = 0\n"
         f"cache = Path({str(cache)!r}); print(library.find_library('', [cache], cache.parent).path)"
     )
 
@@ -139,7 +143,7 @@ def test_processes_that_start_at_once_compile_once(
         return start_python("-c", code, stdout=subprocess.PIPE, text=True)
 
     with killed_at_exit(start()) as one, killed_at_exit(start()) as two:
-        wait_for(lambda: tools.runs + waits.exists() == 2)
+        wait_for(lambda: tools.runs == 1 and "waiting for another process" in log.read_text())
         with open(go, "w") as file:
             file.write("go\n")
         found = {process.communicate(timeout=DEADLINE_S)[0].strip() for process in (one, two)}
@@ -147,13 +151,21 @@ def test_processes_that_start_at_once_compile_once(
     assert tools.runs == 1
 
 
-@pytest.mark.parametrize("damage", ["half-written", "of another program", "of other sources"])
+@pytest.mark.parametrize(
+    "damage", ["half-written", "cut short", "of another program", "of other sources", "a pipe"]
+)
 def test_what_is_no_library_of_ours_is_made_again(
     tmp_path: Path, tools: Tools, content: bytes, damage: str
 ) -> None:
     path = keep_library(tmp_path, content)
     if damage == "half-written":
         path.write_bytes(content[: len(content) // 2])
+    elif damage == "cut short":  # under a name that fits: to load it would end the process
+        path.unlink()
+        keep_library(tmp_path, content[: len(content) // 2])
+    elif damage == "a pipe":
+        path.unlink()
+        os.mkfifo(path.with_stem(f"kernels-{source_key()}-0123456789abcdef"))
     elif damage == "of another program":  # under a name that fits
         path.unlink()
         keep_library(tmp_path, b"\x7fELF, so they say")
@@ -172,6 +184,39 @@ def test_a_compiler_whose_product_does_not_load(tmp_path: Path, tools: Tools) ->
     found = find_library("", [tmp_path / "cache"], tmp_path)
     assert found.path is None
     assert "cannot be loaded" in found.summary
+    assert not list(kept_libraries(tmp_path / "cache"))  # each start would leave another one
+
+
+def test_a_compiler_that_writes_half_a_library(
+    tmp_path: Path, tools: Tools, content: bytes
+) -> None:
+    tools.add_compiler(content[: len(content) // 2])
+    found = find_library("", [tmp_path / "cache"], tmp_path)
+    assert "cc: no whole library was written" in found.note
+
+
+@pytest.mark.parametrize("kind", ["writable by all", "of another user"])
+def test_a_folder_of_others_is_not_used(
+    tmp_path: Path, tools: Tools, content: bytes, kind: str
+) -> None:
+    others, own = tmp_path / "others", tmp_path / "own"
+    keep_library(others, content)
+    if kind == "writable by all":
+        others.chmod(0o777)
+    elif os.getuid() == 0:
+        os.chown(others, 12345, -1)
+    else:
+        pytest.skip("needs root")
+    tools.add_compiler(content)
+    assert find_library("", [others, own], tmp_path).path == next(kept_libraries(own))
+    assert "other users can write to it" in find_library("", [others], tmp_path).note
+
+
+def test_float32_products_are_not_of_the_library() -> None:
+    found = NativeLibrary(Path("x"), 2, "avx2", "compiled by pip")
+    assert found.summary_of("bfloat16") == "kernels: avx2, compiled by pip"
+    assert found.summary_of("float32").endswith("pip; products in float32 are torch's")
+    assert NativeLibrary(note="none").summary_of("float32") == "kernels: torch's; none"
 
 
 def test_a_changed_source_has_another_key(tmp_path: Path) -> None:
@@ -180,6 +225,107 @@ def test_a_changed_source_has_another_key(tmp_path: Path) -> None:
         file.write("\n")
     assert source_key(same) == source_key()
     assert source_key(other) != source_key()
+
+
+# -- waiting, and an end of it -----------------------------------------------------------------
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "tpirt")
+    monkeypatch.setattr(compiling, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(compiling, "_PROBE_S", 0.2)
+    monkeypatch.setattr(library, "COMPILE_S", 0.2)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_process_that_compiles_for_too_long_is_not_waited_for(
+    tmp_path: Path, tools: Tools, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    tools.add_compiler(content)
+    held, free = tmp_path / "held", tmp_path / "free"
+    held.mkdir()
+    (held / "lock").touch()
+    holder = lock(held / "lock")
+    assert holder is not None
+    found = find_library("", [held, free], tmp_path)
+    holder.release()
+    assert found.path == next(kept_libraries(free))
+    waits = f"waiting for another process, which compiles kernels into {held}"
+    assert caplog.messages.count(waits) == 1
+    assert f"{held}: another process holds its lock" in caplog.text
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_compiler_that_hangs_is_named_and_the_next_one_is_tried(
+    tmp_path: Path, tools: Tools, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    tools.add_compiler(content)
+    (tools.folder / "cc").rename(tools.folder / "gcc")
+    os.mkfifo(tmp_path / "never")
+    tools.add("cc", f"read line < '{tmp_path / 'never'}'")
+    assert find_library("", [tmp_path / "cache"], tmp_path).path is not None
+    cc = tools.folder / "cc"
+    assert caplog.messages[:2] == [
+        f"waiting for {cc}, for up to 0.2 s",
+        f"{cc} is not used: no answer within 0.2 s",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("command", "number", "group", "code", "said"),
+    [
+        (("peer", "--listen", "127.0.0.1:0"), signal.SIGINT, True, 0, ""),
+        (("peer", "--listen", "127.0.0.1:0"), signal.SIGTERM, False, 0, ""),
+        (("generate", "--prompt", "hi"), signal.SIGINT, True, 130, "tpirt: interrupted\n"),
+        (("generate", "--prompt", "hi"), signal.SIGINT, False, 130, "tpirt: interrupted\n"),
+        (("generate", "--prompt", "hi"), signal.SIGTERM, False, -signal.SIGTERM, ""),
+        (("info",), signal.SIGKILL, True, -signal.SIGKILL, ""),
+    ],
+)
+def test_one_signal_ends_a_command_that_compiles(
+    tmp_path: Path,
+    tools: Tools,
+    command: tuple[str, ...],
+    number: signal.Signals,
+    group: bool,
+    code: int,
+    said: str,
+) -> None:
+    """With the compiler and its children; nothing stays, and the lock is free."""
+    pids, never, cache = tmp_path / "pids", tmp_path / "never", tmp_path / "cache"
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    os.mkfifo(never)
+    hang = f"read line < '{never}' & echo $$ $! > '{pids}'; wait"
+    tools.add("cc", f'case "$*" in *-fsyntax-only*) exit 0 ;; esac; {hang}')
+    start = (
+        "import functools, sys; from pathlib import Path; from tpirt.__main__ import main\n"
+        "from tpirt.ops.native import library; sys.modules['ziglang'] = None\n"
+        f"nowhere = Path({str(tmp_path / 'nowhere')!r})\n"
+        "library.find_library = functools.partial(library.find_library, beside=nowhere)\n"
+        f"sys.argv = ['tpirt', *{command!r}]; sys.exit(main())"
+    )
+    process = start_python(
+        *("-c", start),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(cache), "TMPDIR": str(temporary)},
+    )
+    with killed_at_exit(process):
+        wait_for(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+        (os.killpg if group else os.kill)(process.pid, number)
+        err = process.communicate(timeout=DEADLINE_S)[1]
+    assert process.returncode == code
+    assert err.endswith(f"compiling kernels for this machine with cc, once\n{said}")
+    wait_for(lambda: not any(psutil.pid_exists(int(pid)) for pid in pids.read_text().split()))
+    wait_for(lambda: not any(temporary.glob("tpirt-*/errors")))
+    held = try_lock(cache / "tpirt" / "native" / "lock")
+    assert held is not None
+    held.release()
 
 
 # -- without a compiler ------------------------------------------------------------------------
@@ -370,6 +516,8 @@ def test_what_is_lost_is_said_at_the_start(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delenv("TPIRT_NATIVE", raising=False)
-    monkeypatch.setattr(library, "find_library", lambda *_: library.NativeLibrary(note="slow"))
-    library.load.__wrapped__()
+    monkeypatch.setattr(library, "_loaded", None)
+    monkeypatch.setattr(library, "find_library", lambda *_, **__: NativeLibrary(note="slow"))
+    library.load()
+    library.load()
     assert caplog.messages == ["kernels: torch's; slow"]

@@ -35,10 +35,15 @@ async def run_command(session: Session, line: str) -> None:
     name, *rest = line.split(maxsplit=1)
     command = COMMANDS.get(name.lower())
     if command is None:
-        near = difflib.get_close_matches(name.lower(), COMMANDS, 1, 0.5)
-        hint = f"did you mean {near[0]}?" if near else "/help lists them."
-        raise RequestError(f"no command {name}: {hint} Write // to begin a message with /.")
+        raise RequestError(f"no command {name}: {_hint(name)} Write // to begin a message with /.")
     await command.run(session, "".join(rest).strip())
+
+
+def _hint(name: str) -> str:
+    # Without the slash, which would make any two short names alike.
+    names = [each.removeprefix("/") for each in COMMANDS]
+    near = difflib.get_close_matches(name.lower().removeprefix("/"), names, 1, 0.65)
+    return f"did you mean /{near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}."
 
 
 async def _help(session: Session, _: str) -> None:

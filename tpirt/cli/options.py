@@ -327,7 +327,8 @@ def _show_plan(arguments: argparse.Namespace, plan: Deployment) -> None:
         show_plan(plan, sys.stderr)
         show_advice(plan, _store(arguments), sys.stderr)
     if arguments.explain:
-        print("\n".join([*plan.explain(), load().summary]), file=sys.stderr)
+        kernels = load().summary_of(plan.dtype.name)
+        print("\n".join([*plan.explain(), kernels]), file=sys.stderr)
 
 
 def _store(arguments: argparse.Namespace) -> Path | None:

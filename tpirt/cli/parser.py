@@ -29,6 +29,8 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             name = next((each for each in unknown if each.startswith("-")), "").partition("=")[0]
             near = _nearest(name, list(self._option_string_actions))
+            if not name and "--listen" in self._option_string_actions:  # an address, as of others
+                near = f"did you mean --listen {unknown[0]}?"
             text = f"unrecognized arguments: {' '.join(unknown)}"
             self.error(f"{text}: {near}" if near else text)
         return parsed, unknown

@@ -160,11 +160,11 @@ def write_slice(
     if found is not None:
         return found
     spec = maker.spec(shard)
-    if old := [each for each in store.unusable() if each.outdated and each.model == spec.model]:
+    if any(each.is_remade_as(spec) for each in store.unusable()):
         _log.warning(
-            "%s: %d of its slices of %s were written by an older tpirt and are remade; "
-            "`tpirt store rm --unusable` removes them",
-            *(store.root, len(old), spec.model),
+            "%s: a slice of %s was written by an older tpirt and is remade; "
+            "`tpirt store rm --unusable` removes the old one",
+            *(store.root, spec.model),
         )
     known = store.known(spec)
     order = plan_order(maker, shard, store.inventory(spec, known), known, progress)

@@ -28,7 +28,7 @@ from tpirt.engine.model import Model, open_model
 from tpirt.engine.options import EngineOptions
 from tpirt.engine.trace_file import TraceFile
 from tpirt.errors import ConfigError
-from tpirt.ops.native.library import load
+from tpirt.ops.native.library import load_async
 from tpirt.planning import Deployment, plan
 from tpirt.refusals import allow_open_files
 from tpirt.sharding.partition import make_partition
@@ -95,7 +95,7 @@ async def _prepared(
     model = await asyncio.to_thread(open_model, path)
     threads = options.threads or default_threads(local)
     with model.checkpoint, _compute_threads(threads):
-        await asyncio.to_thread(load)  # may compile kernels: before local peers need them
+        await load_async()  # may compile kernels: before local peers need them
         root = Path(options.store or model.store or default_store())
         store = SliceStore(root, options.store_limit_bytes)
         yield _Host(model, options, store, threads, progress)

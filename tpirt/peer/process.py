@@ -25,7 +25,7 @@ from tpirt.cluster.machine import (
 )
 from tpirt.cluster.worker import Worker
 from tpirt.errors import MemoryLimitError
-from tpirt.ops.native.library import load
+from tpirt.ops.native.library import load_async
 from tpirt.peer.logs import logged
 from tpirt.planning import more_memory
 from tpirt.planning.memory import SLACK_BYTES
@@ -63,22 +63,41 @@ async def run_peer(options: PeerOptions) -> None:
         MemoryLimitError: the process itself needs more than its limit.
     """
     share_one_arena()
-    with logged(logging.WARNING if options.quiet else logging.INFO):
-        await asyncio.to_thread(load)  # may compile it: not while a master waits
-        await _run(options)
-
-
-async def _run(options: PeerOptions) -> None:
-    torch.set_num_threads(options.threads)
     stop = asyncio.Event()
+    with logged(logging.WARNING if options.quiet else logging.INFO):
+        if await _has_loaded(stop):
+            await _run(options, stop)
+
+
+async def _has_loaded(stop: asyncio.Event) -> bool:
+    """Load the kernels: while no master waits, for it may compile them.
+
+    From now on SIGINT and SIGTERM set ``stop``; returns False if they do so meanwhile.
+    """
+    loading = asyncio.ensure_future(load_async())
+
+    def end() -> None:
+        stop.set()
+        loading.cancel()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, end)
+    try:
+        await loading
+    except asyncio.CancelledError:
+        if not stop.is_set():
+            raise
+    return not stop.is_set()
+
+
+async def _run(options: PeerOptions, stop: asyncio.Event) -> None:
+    torch.set_num_threads(options.threads)
 
     def log(event: str) -> None:
         if not stop.is_set():  # then sessions end because the process does
             _log.info(event)
 
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
     worker = Worker(
         host_name(),
         options.store,

@@ -25,6 +25,7 @@ from tpirt.ops.quant import Scheme
 from tpirt.ops.quant_regions import matrix_regions
 from tpirt.ops.quant_rounding import Workspace, rows_at_once
 from tpirt.sharding.blocks import Block, Piece, StoredTensor
+from tpirt.weights.header import RECOPY
 from tpirt.weights.layout import block_header
 
 if TYPE_CHECKING:
@@ -141,10 +142,10 @@ class _Cutter:
         try:
             spec.round_rows(w, start, codes, scales, self._own.space)
         except CheckpointError as exc:
-            raise CheckpointError(
-                f"{self._checkpoint.path}: {', '.join(sorted(sources))}: {exc}; copy or download "
-                "the file again"
-            ) from exc
+            # Finite weights are as they were trained: another copy is the same.
+            advice = "--quantize int8 or none" if w.isfinite().all() else RECOPY
+            names = ", ".join(sorted(sources))
+            raise CheckpointError(f"{self._checkpoint.path}: {names}: {exc}; {advice}") from exc
         return tensor_bytes(codes)
 
     def _fill(self, out: torch.Tensor, tensor: StoredTensor, start: int, stop: int) -> None:

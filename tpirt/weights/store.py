@@ -12,14 +12,16 @@ are compared with them. See docs/store.md.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -130,7 +132,8 @@ class StoredSlice:
 class UnusableSlice:
     """A slice whose manifest cannot be read.
 
-    ``outdated`` if it has an older format; otherwise it has a newer one, or is damaged.
+    ``outdated`` if it has an older format; otherwise it has a newer one, or is damaged. ``fields``
+    are those of its manifest.
     """
 
     path: Path
@@ -138,6 +141,14 @@ class UnusableSlice:
     model: str
     reason: str
     outdated: bool
+    fields: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def is_remade_as(self, spec: SliceSpec) -> bool:
+        """Whether a slice of ``spec`` takes its place."""
+        wanted = json.loads(json.dumps(spec.fields()))
+        same = all(self.fields.get(name) == wanted[name] for name in ("model", "dtype", "shard"))
+        scheme = str(self.fields.get("quantize")).partition(":")[0]  # older formats: int4:64
+        return self.outdated and same and scheme == wanted["quantize"].partition(":")[0]
 
 
 @dataclass(frozen=True)
@@ -536,7 +547,8 @@ def _unusable(folder: Path, reason: str) -> UnusableSlice | None:
     if outdated:
         reason = "written by an older tpirt"
     slice_id = str(fields.get("slice_id", folder.name))
-    return UnusableSlice(folder, slice_id, str(fields.get("model", "")), reason, outdated)
+    model = str(fields.get("model", ""))
+    return UnusableSlice(folder, slice_id, model, reason, outdated, fields)
 
 
 def _check_size(folder: Path, block: BlockFile) -> None:

@@ -4,6 +4,8 @@ A library is called ``kernels-KEY-DIGEST.native``; Python would take ``.so`` for
 hash of the sources and flags, DIGEST one of the file itself. So a library of other sources is not
 looked at, a damaged one is not loaded, and processes that write at once do not disturb each other.
 
+A compiler runs under :mod:`guard`: it ends with this process, and Ctrl-C does not reach it.
+
 Only Python's standard library is used: the build backend runs this where nothing is installed.
 """
 
@@ -13,12 +15,16 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import logging
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +36,21 @@ _FLAGS = (
 )
 # What a folder of C headers must have; a compiler without them is of no use.
 _PROBE = b"#include <math.h>\n#include <pthread.h>\n#include <string.h>\n"
-_COMPILE_S = 900.0  # a small device takes a minute
-_PROBE_S = 60.0
+COMPILE_S = 900.0  # a small device takes a minute
+_PROBE_S = 10.0
+_PATIENCE_S = 1.0  # longer waits are explained
+_LOOK_S = 0.02
+NEVER = threading.Event()  # the default for ``stop``
+
+_log = logging.getLogger(__name__)
 
 
 class CompileError(Exception):
     """A compiler that fails; the message is its first error."""
+
+
+class CancelledCompileError(Exception):
+    """The caller set ``stop``."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +76,19 @@ def source_key(folder: Path = SOURCES) -> str:
     return key.hexdigest()[:16]
 
 
-def compilers() -> Iterator[Compiler]:
-    """The C compilers of this machine that find their headers, the preferred one first."""
+def compilers(stop: threading.Event = NEVER) -> Iterator[Compiler]:
+    """The C compilers of this machine that find their headers, the preferred one first.
+
+    Those that fail or hang are named in the log.
+    """
     found = [(name, path) for name in ("cc", "gcc", "clang") if (path := shutil.which(name))]
     options: tuple[str, ...] = ()
     if sys.platform == "darwin":
         options = ("-mmacosx-version-min=11.0",)
-        if not _succeeds(("xcode-select", "-p")):
+        if not _succeeds(("xcode-select", "-p"), stop):
             found = []  # they are stubs, which open a window that offers Xcode
     for name, path in found:
-        if _succeeds((path, "-fsyntax-only", "-x", "c", "-"), _PROBE):
+        if _succeeds((path, "-fsyntax-only"), stop, _PROBE):
             yield Compiler(name, (path, *options))
     if importlib.util.find_spec("ziglang") is not None:
         yield zig("-mcpu=baseline")
@@ -81,24 +99,28 @@ def zig(*options: str) -> Compiler:
     return Compiler("ziglang", (sys.executable, "-m", "ziglang", "cc", *options))
 
 
-def compile_library(compiler: Compiler, folder: Path = SOURCES) -> bytes:
+def compile_library(
+    compiler: Compiler, folder: Path = SOURCES, stop: threading.Event = NEVER
+) -> bytes:
     """Compile the sources in ``folder``; returns the library's content.
 
     Raises:
         CompileError: the compiler failed.
+        CancelledCompileError: ``stop`` was set meanwhile.
         OSError: there is no temporary folder that can be written to.
     """
-    with tempfile.TemporaryDirectory(prefix="tpirt-") as temporary:
-        target = Path(temporary) / "kernels.so"
+    with _workplace() as workplace:
+        target = workplace / "kernels.so"
         command = [*compiler.command, *_FLAGS, "-s", f'-DTP_BUILD="{source_key(folder)}"']
         command += [*(str(folder / unit) for unit in _UNITS), "-lm", "-o", str(target)]
         try:
-            done = _run(command, _COMPILE_S, temporary)
-        except (OSError, subprocess.SubprocessError) as exc:
-            raise CompileError(f"{compiler.name}: {exc}") from exc
-        if done.returncode or not target.is_file():
-            raise CompileError(f"{compiler.name}: {_first_error(done)}")
-        return target.read_bytes()
+            _run(command, COMPILE_S, workplace, stop)
+        except CompileError as exc:
+            raise CompileError(f"{compiler.name}: {exc}") from None
+        content = target.read_bytes() if target.is_file() else b""
+        if not content or not _is_whole(content):
+            raise CompileError(f"{compiler.name}: no whole library was written")
+        return content
 
 
 def keep_library(folder: Path, content: bytes) -> Path:
@@ -125,15 +147,15 @@ def keep_library(folder: Path, content: bytes) -> Path:
 def kept_libraries(folder: Path) -> Iterator[Path]:
     """The undamaged libraries in ``folder`` that were compiled from the present sources."""
     try:
-        names = sorted(os.listdir(folder))
+        paths = sorted(folder.iterdir())
     except OSError:
         return
-    for name in names:
-        if name.startswith(f"kernels-{source_key()}-") and name.endswith(".native"):
+    for path in paths:
+        if path.name.startswith(f"kernels-{source_key()}-") and path.suffix == ".native":
             with contextlib.suppress(OSError):
-                digest = name.removesuffix(".native").rpartition("-")[2]
-                if _digest((folder / name).read_bytes()) == digest:
-                    yield folder / name
+                # A FIFO would be waited for.
+                if path.is_file() and _is_undamaged(path.read_bytes(), path.stem):
+                    yield path
 
 
 def drop_libraries(folder: Path) -> None:
@@ -142,30 +164,110 @@ def drop_libraries(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def wait_until(
+    done: Callable[[], bool], limit_s: float, stop: threading.Event, notice: str = ""
+) -> bool:
+    """Wait until ``done()``; returns False if it is not within ``limit_s``.
+
+    ``notice`` is logged if it takes longer than a second.
+
+    Raises:
+        CancelledCompileError: ``stop`` was set.
+    """
+    begun, said = time.monotonic(), not notice
+    while not done():
+        waited = time.monotonic() - begun
+        if waited >= limit_s:
+            return False
+        if waited >= _PATIENCE_S and not said:
+            _log.info("%s", notice)
+            said = True
+        if stop.wait(_LOOK_S):
+            raise CancelledCompileError
+    return True
+
+
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _succeeds(command: tuple[str, ...], text: bytes = b"") -> bool:
+def _is_undamaged(content: bytes, stem: str) -> bool:
+    return _digest(content) == stem.rpartition("-")[2] and _is_whole(content)
+
+
+def _is_whole(content: bytes) -> bool:
+    """Whether all segments of an ELF library lie within it.
+
+    Linux maps a shorter file, and to read the rest kills the process. macOS refuses it by itself.
+    """
+    if not content.startswith(b"\x7fELF\2\1"):  # of 64 bits, little-endian
+        return True  # the loader refuses what is no library
     try:
-        with tempfile.TemporaryDirectory(prefix="tpirt-") as temporary:
-            return _run(command, _PROBE_S, temporary, text).returncode == 0
-    except (OSError, subprocess.SubprocessError):
+        (table,) = struct.unpack_from("<Q", content, 32)
+        size, count = struct.unpack_from("<HH", content, 54)
+        places = [
+            struct.unpack_from("<QQQQ", content, table + size * each + 8) for each in range(count)
+        ]
+    except struct.error:
+        return False
+    return all(offset + nbytes <= len(content) for offset, _, _, nbytes in places)
+
+
+def _succeeds(command: tuple[str, ...], stop: threading.Event, source: bytes | None = None) -> bool:
+    """Whether a command succeeds; ``source`` is the C source that it gets as last argument."""
+    try:
+        with _workplace() as workplace:
+            probe = workplace / "probe.c"
+            if source is not None:
+                probe.write_bytes(source)
+                command = (*command, str(probe))
+            notice = f"waiting for {command[0]}, for up to {_PROBE_S:g} s"
+            _run(command, _PROBE_S, workplace, stop, notice)
+            return True
+    except (CompileError, OSError) as exc:
+        _log.info("%s is not used: %s", command[0], exc)
         return False
 
 
+@contextlib.contextmanager
+def _workplace() -> Iterator[Path]:
+    """A temporary folder, which the guard may have removed when it ends."""
+    with tempfile.TemporaryDirectory(prefix="tpirt-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
 def _run(
-    command: list[str] | tuple[str, ...], timeout_s: float, temporary: str, text: bytes = b""
-) -> subprocess.CompletedProcess[bytes]:
+    command: Sequence[str], limit_s: float, workplace: Path, stop: threading.Event, notice: str = ""
+) -> None:
+    """Run a command, which has no input, and keeps its temporary files in ``workplace``.
+
+    Raises:
+        CompileError: it failed, or did not end within ``limit_s``; it is killed.
+        CancelledCompileError: ``stop`` was set; it is killed.
+    """
+    guarded = [sys.executable, "-I", "-S", str(SOURCES / "guard.py"), str(workplace), *command]
     # zig keeps what it compiles, some 10 MB: in a home directory nobody would ever remove it.
-    caches = dict.fromkeys(("ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR"), temporary)
-    environment = {**caches, **os.environ, "LC_ALL": "C"}
-    return subprocess.run(
-        command, input=text, capture_output=True, timeout=timeout_s, env=environment
-    )
+    caches = dict.fromkeys(("ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR"), str(workplace))
+    environment = {**caches, **os.environ, "LC_ALL": "C", "TMPDIR": str(workplace)}
+    errors = workplace / "errors"  # not a pipe, which a process left behind would keep open
+    with (
+        open(errors, "wb") as log,
+        subprocess.Popen(
+            guarded,
+            stdin=subprocess.PIPE,  # leaving the block closes it: what still runs is killed
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+        ) as guard,
+    ):
+        if not wait_until(lambda: guard.poll() is not None, limit_s, stop, notice):
+            raise CompileError(f"no answer within {limit_s:g} s")
+    if guard.returncode:
+        raise CompileError(_first_error(errors.read_bytes(), guard.returncode))
 
 
-def _first_error(done: subprocess.CompletedProcess[bytes]) -> str:
-    lines = done.stderr.decode(errors="replace").splitlines()
+def _first_error(output: bytes, code: int) -> str:
+    lines = output.decode(errors="replace").splitlines()
     errors = [line.strip() for line in lines if "error" in line.lower()]
-    return (errors or lines or [f"exit code {done.returncode}"])[0]
+    return (errors or lines or [f"exit code {code}"])[0]

@@ -2,7 +2,7 @@
 
 :func:`load` is what the rest uses::
 
-    native = load()
+    native = load()  # or await load_async()
     if native.path is not None:
         kernels = ctypes.CDLL(os.fspath(native.path))
         kernels.tp_product(native.index, ...)  # of the best set that passed its check
@@ -17,19 +17,24 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
+import errno
+import itertools
 import logging
 import os
+import stat
 import sys
-import time
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tpirt.cache_folder import cache_folder, temporary_folder
+from tpirt.cancellation import in_thread
 from tpirt.errors import ConfigError, StoreError
-from tpirt.locks import lock
+from tpirt.locks import Lock, lock
 from tpirt.ops.native.compiling import (
+    COMPILE_S,
+    NEVER,
     SOURCES,
     CompileError,
     Compiler,
@@ -38,6 +43,7 @@ from tpirt.ops.native.compiling import (
     keep_library,
     kept_libraries,
     source_key,
+    wait_until,
 )
 
 VARIABLE = "TPIRT_NATIVE"
@@ -47,7 +53,6 @@ _ADVICE = (
     f"{'xcode-select --install' if sys.platform == 'darwin' else 'apt install gcc'}, "
     "or pip install ziglang"
 )
-_LOOK_S = 0.05  # between two looks at a lock
 
 _log = logging.getLogger(__name__)
 
@@ -76,21 +81,41 @@ class NativeLibrary:
         used = f"{self.set_name}, {self.origin}" if self.path else "torch's"
         return f"kernels: {used}" + (f"; {self.note}" if self.note else "")
 
+    def summary_of(self, dtype: str) -> str:
+        """A line for the user of a run in ``dtype``."""
+        exact = self.path is not None and dtype == "float32"
+        return self.summary + ("; products in float32 are torch's" if exact else "")
 
-@functools.cache
-def load() -> NativeLibrary:
+
+_loaded: NativeLibrary | None = None
+
+
+def load(stop: threading.Event = NEVER) -> NativeLibrary:
     """Find the library; the first call may compile it, which takes seconds.
 
     It logs that, and what is lost without a library.
 
+    Args:
+        stop: ends the compiler when it is set.
+
     Raises:
         ConfigError: ``TPIRT_NATIVE`` asks for what this machine does not have.
+        CancelledCompileError: ``stop`` was set meanwhile.
     """
-    wish = os.environ.get(VARIABLE, "")
-    found = find_library(wish, cache_folders())
-    if found.note and wish != "off":
-        _log.warning("%s", found.summary)
-    return found
+    global _loaded
+    if _loaded is None:
+        wish = os.environ.get(VARIABLE, "")
+        found = find_library(wish, cache_folders(), stop=stop)
+        if found.note and wish != "off":
+            _log.warning("%s", found.summary)
+        _loaded = found
+    return _loaded
+
+
+async def load_async() -> NativeLibrary:
+    """Like :func:`load`, in a thread. If cancelled, it first ends the compiler, at once."""
+    stop = threading.Event()
+    return await in_thread(load, stop, on_cancel=stop.set)
 
 
 def cache_folders() -> list[Path]:
@@ -102,25 +127,33 @@ def cache_folders() -> list[Path]:
     return list(dict.fromkeys(folders))
 
 
-def find_library(wish: str, caches: Sequence[Path], beside: Path = SOURCES) -> NativeLibrary:
+def find_library(
+    wish: str,
+    caches: Sequence[Path],
+    beside: Path = SOURCES,
+    *,
+    stop: threading.Event = NEVER,
+) -> NativeLibrary:
     """Find a library and choose its best set of instructions.
 
     Args:
         wish: ``off``, the name of a set of instructions, or "" for the best.
         caches: folders for what is compiled here.
         beside: the folder of the library that pip compiled.
+        stop: ends a compiler when it is set.
 
     Raises:
         ConfigError: ``wish`` cannot be fulfilled.
+        CancelledCompileError: ``stop`` was set meanwhile.
     """
     if wish == "off":
         return NativeLibrary(note=f"{VARIABLE}=off")
-    places = [(beside, _BY_PIP), *((cache, _BY_START) for cache in caches)]
+    places = [(beside, _BY_PIP), *((cache, _BY_START) for cache in caches if _is_own(cache))]
     for folder, origin in places:
         if (path := _usable_library(folder)) is not None:
             return _with_best_set(path, origin, wish)
     try:
-        path = _compile(caches)
+        path = _compile(caches, stop)
     except CompileError as exc:
         if wish:
             raise ConfigError(f"{VARIABLE}={wish}: {exc}") from exc
@@ -163,50 +196,89 @@ def _with_best_set(path: Path, origin: str, wish: str) -> NativeLibrary:
     raise ConfigError(f"{VARIABLE}: {'; '.join(failed) or reason}")
 
 
-def _compile(caches: Sequence[Path]) -> Path:
+def _compile(caches: Sequence[Path], stop: threading.Event) -> Path:
     """Compile into the first folder that can be written to; another process may do it meanwhile.
 
     Raises:
         CompileError: it cannot be done; the message has the reason and what helps.
+        CancelledCompileError: ``stop`` was set meanwhile.
     """
-    found = list(compilers())
-    if not found:
+    found = compilers(stop)
+    if (first := next(found, None)) is None:  # looked for without the lock: one may hang
         raise CompileError(f"no C compiler was found ({_ADVICE})")
+    found = itertools.chain([first], found)
+    content: bytes | None = None
     reasons = []
     for folder in caches:
         try:
-            with _only_process(folder):
+            with _only_process(folder, stop):
                 if (path := _usable_library(folder)) is None:
-                    path = keep_library(folder, _compiled(found))
+                    content = content or _compiled(found, stop)
+                    path = _kept(folder, content)
+                return path
         except OSError as exc:
             reasons.append(f"{folder}: {exc.strerror}")
-        else:
-            if _opens(path):
-                return path
-            reasons.append(f"{folder}: what was compiled there cannot be loaded")
+            _log.info("kernels are not kept in %s", reasons[-1])
     raise CompileError("; ".join(reasons) or "there is no folder to keep them in")
 
 
-def _compiled(found: Sequence[Compiler]) -> bytes:
+def _compiled(found: Iterable[Compiler], stop: threading.Event) -> bytes:
     reasons = []
     for compiler in found:
         _log.info("compiling kernels for this machine with %s, once", compiler.name)
         try:
-            return compile_library(compiler)
+            return compile_library(compiler, stop=stop)
         except CompileError as exc:
             reasons.append(str(exc))
     raise CompileError(f"{'; '.join(reasons)} ({_ADVICE})")
 
 
+def _kept(folder: Path, content: bytes) -> Path:
+    """Write a library that can be loaded.
+
+    Raises:
+        OSError: it cannot be written, or not be loaded: no code may run from some file systems.
+    """
+    path = keep_library(folder, content)
+    if not _opens(path):
+        path.unlink()  # else each start would leave another one
+        raise OSError(errno.ENOEXEC, "what was compiled there cannot be loaded")
+    return path
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether what is in a folder is by this user or root: its code runs in this process."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return False
+    return not hasattr(os, "getuid") or (
+        found.st_uid in (0, os.getuid()) and not found.st_mode & stat.S_IWOTH
+    )
+
+
 @contextlib.contextmanager
-def _only_process(folder: Path) -> Iterator[None]:
-    """Wait until no other process compiles into the folder."""
+def _only_process(folder: Path, stop: threading.Event) -> Iterator[None]:
+    """Wait until no other process compiles into the folder.
+
+    Raises:
+        OSError: the folder cannot be used, or the other process takes too long.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    if not _is_own(folder):
+        raise PermissionError(errno.EPERM, "other users can write to it")
     path = folder / "lock"
     path.touch()
-    while (held := lock(path)) is None:
-        time.sleep(_LOOK_S)
+    held: list[Lock] = []
+
+    def locks() -> bool:
+        held.extend(filter(None, [lock(path)]))
+        return bool(held)
+
+    notice = f"waiting for another process, which compiles kernels into {folder}"
+    if not wait_until(locks, COMPILE_S, stop, notice):
+        raise TimeoutError(errno.ETIMEDOUT, f"another process holds its lock for {COMPILE_S:g} s")
     try:
         yield
     finally:
-        held.release()
+        held[0].release()

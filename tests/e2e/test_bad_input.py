@@ -415,6 +415,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "--memory 9999999999999T": ("--memory",),
     "--memory " + "9" * 400: ("--memory",),
     "--dtype int8": ("--dtype", "'int8'"),
+    "--kv int3": ("--kv", "'int3'"),
     "--threads 0": ("--threads", "'0'"),
     "--threads 5000": ("threads", "1024"),
     "--timeout 0": ("--timeout",),

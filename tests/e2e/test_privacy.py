@@ -408,6 +408,7 @@ ALLOWED = {
         "timeout_ms",
         "trace_spans",
         "session",
+        "kv_bits",
         "addresses",
         "master",
     },

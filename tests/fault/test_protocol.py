@@ -215,6 +215,7 @@ async def first_answer(store: Path, body: object) -> str:
         (setup(chunk_tokens=0), "invalid Setup"),
         (setup(timeout_ms=0), "invalid Setup"),
         (setup(addresses=("a",)), "invalid Setup"),
+        (setup(kv_bits=3), "a KV cache of 3 bits"),
         (setup(), "missing"),
         (setup(model_config="["), "JSON"),
     ],

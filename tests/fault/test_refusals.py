@@ -14,7 +14,7 @@ from tpirt.cli.main import main
 from tpirt.engine import Engine
 from tpirt.errors import ConfigError, MemoryLimitError
 from tpirt.model.decoder import Decoder
-from tpirt.model.kv_store import KVStore
+from tpirt.model.kv_store import Cached, KVLayout, KVStore
 from tpirt.refusals import allow_open_files, refusal
 from tpirt.testing.cluster import memory_engine
 from tpirt.types import SamplingParams
@@ -79,22 +79,22 @@ async def test_another_error_in_a_step_is_not_taken_for_a_refusal(
 def test_kv_store_is_usable_after_memory_was_refused_while_it_shrank(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    store = KVStore(2, 1, 4, torch.float32)
+    store = KVStore(2, KVLayout(1, 4, torch.float32))
     store.reserve(0, 640)
-    allocate, calls = store._allocate, 0
+    allocate, calls = KVLayout.allocate, 0
 
-    def refused(capacity: int) -> Any:
+    def refused(layout: KVLayout, capacity: int) -> Cached:
         nonlocal calls
         calls += 1
         if calls == 2:
             raise MemoryError
-        return allocate(capacity)
+        return allocate(layout, capacity)
 
-    monkeypatch.setattr(store, "_allocate", refused)
+    monkeypatch.setattr(KVLayout, "allocate", refused)
     with pytest.raises(MemoryError):
         store.truncate(0, 0)
     store.reserve(0, 640)
-    assert {keys.shape[1] for keys, _ in store._slots[0].layers} == {640}
+    assert {layer.length for layer in store._slots[0].layers} == {640}
 
 
 def test_memory_refused_to_a_command_is_one_line(

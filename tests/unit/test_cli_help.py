@@ -35,7 +35,13 @@ def test_help_fits_forty_columns(
 def test_options_are_grouped(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     run(command, "--help")
     page = capsys.readouterr().out
-    for group in ("model and ranks", "memory and cores", "format of weights", "network", "reports"):
+    for group in (
+        "model and ranks",
+        "memory and cores",
+        "format of weights and of the KV cache",
+        "network",
+        "reports",
+    ):
         assert f"\n{group}:\n" in page
     assert f"example:\n  tpirt {command} " in page
 
@@ -60,6 +66,7 @@ def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> 
         (("peer", "10.0.0.7:50051"), "10.0.0.7:50051: did you mean --listen 10.0.0.7:50051?"),
         (("info", "--xyzzy"), "unrecognized arguments: --xyzzy\n"),
         (("info", "--dtype", "bflot16"), "did you mean bfloat16?"),
+        (("info", "--kv", "int3"), "'int3'"),
         (("info", "--dtype", "xyzzy"), "bfloat16')\n"),
     ],
 )

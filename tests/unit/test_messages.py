@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -51,6 +52,7 @@ SETUP = Setup(
     [
         SETUP,
         Setup(PROTOCOL_VERSION, "f", "{}", "s", 1, 2, 4, None, 16, 1000, 0, 0, ()),
+        replace(SETUP, kv_bits=8),
         Ready(1, 2, (LinkState(2, "tcp"), LinkState(3, "", "no link"))),
         Failure(7, "StoreError", "no disk"),
         Failure(7, "PeerLostError", "gone", 0),

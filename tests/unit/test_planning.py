@@ -19,7 +19,7 @@ from tpirt.collectives.cost_model import Machine
 from tpirt.config import ModelConfig
 from tpirt.engine import Engine, EngineOptions
 from tpirt.errors import ConfigError, MemoryLimitError
-from tpirt.planning import PeerProfile, PlanOptions, advise, plan, plan_model
+from tpirt.planning import Deployment, PeerProfile, PlanOptions, advise, plan, plan_model
 from tpirt.planning.memory import PROCESS_BYTES, SLACK_BYTES
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.models import make_model
@@ -84,6 +84,7 @@ def config(model: Path) -> ModelConfig:
         ({"threads": 1025}, ConfigError, "threads: expected a number from 1 to 1024, got 1025"),
         ({"dtype": "float16"}, ConfigError, "dtype 'float16': expected auto, float32"),
         ({"quantize": "int3"}, ConfigError, "int3"),
+        ({"kv": "int3"}, ConfigError, "kv 'int3': expected auto or int8"),
         ({"collective": "ring"}, ConfigError, "collective 'ring': expected one of"),
         ({"comm_dtype": "fp8"}, ConfigError, "comm_dtype 'fp8': expected one of"),
         ({"timeout_s": 0.0}, ConfigError, "timeout_s: expected"),
@@ -325,6 +326,38 @@ def test_memory_for_the_whole_context_is_asked_for_at_once(long_model: Path, lim
     assert limit == 1 or "give a lower --context" in text
     enough = PlanOptions(memory_bytes=parse_bytes(advised[1]), context=12_000)
     plan(config, [profile()], enough).check_context(12_000)
+
+
+def test_keys_and_values_in_int8_are_counted_as_such(long_model: Path) -> None:
+    config = ModelConfig.from_dir(long_model)
+    limit, context = 400 * MIB, 12_000
+    options = PlanOptions(memory_bytes=limit, dtype="bfloat16", chunk_tokens=64)
+    whole, rounded = (
+        plan(config, [profile(), profile(1)], replace(options, kv=kv)) for kv in ("auto", "int8")
+    )
+    assert rounded.world_size == 2
+    for before, after in zip(whole.ranks, rounded.ranks, strict=True):
+        smaller = (config.head_dim + 2) / (2 * config.head_dim)
+        restored = 2 * 2 * context * config.head_dim * before.shard.kv_heads.size
+        least = before.budget.kv_bytes(context) * smaller
+        assert least <= after.budget.kv_bytes(context) <= least + restored
+        assert after.budget.advised_bytes(context) < before.budget.advised_bytes(context)
+    assert any("KV cache per rank, in bfloat16" in line for line in whole.explain())
+    assert any("KV cache per rank, in int8" in line for line in rounded.explain())
+    longest = [most_context(deployment) for deployment in (whole, rounded)]
+    assert longest[1] > 1.3 * longest[0]
+
+
+def most_context(deployment: Deployment) -> int:
+    """The longest prompt that fits, to within 64 tokens."""
+    low, high = 0, 1 << 20
+    while high - low > 64:
+        middle = (low + high) // 2
+        if all(rank.budget.holds(middle) for rank in deployment.ranks):
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def test_every_limit_above_the_advised_one_works(long_model: Path) -> None:

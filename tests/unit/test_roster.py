@@ -76,6 +76,12 @@ async def test_another_version_is_named(tmp_path: Path) -> None:
     assert line.startswith(f"a:1, b:1: tpirt 9.9 there, {__version__} here")
 
 
+async def test_a_peer_that_knows_no_kv_cache_in_8_bits_is_refused(tmp_path: Path) -> None:
+    client = Client("a:1", worker(tmp_path), protocol_version=4, tpirt_version="9.9")
+    with pytest.raises(HandshakeError, match=r"protocol 4.*update tpirt on the peer"):
+        await profile_peers([client], threads=1, master=7)
+
+
 @pytest.mark.parametrize(("step", "older"), [(-1, "the peer"), (1, "this machine")])
 async def test_another_protocol_is_refused_and_who_is_older_is_said(
     tmp_path: Path, step: int, older: str

@@ -24,7 +24,8 @@ def show_plan(plan: Deployment, out: TextIO) -> None:
     if plan.world_size > _MOST_LINES:
         lines.append(f"... and {plan.world_size - _MOST_LINES} more")
     how = _quantized(plan)
-    lines.append(wrap(f"dtype {plan.dtype.name} ({plan.dtype.reason}){how}", columns))
+    cache = "" if plan.kv_numbers == plan.dtype.name else f", KV cache in {plan.kv_numbers}"
+    lines.append(wrap(f"dtype {plan.dtype.name} ({plan.dtype.reason}){how}{cache}", columns))
     out.write(printable("\n".join(lines)) + "\n")
     out.flush()
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from tpirt.cli.options import (
     Commands,
     add_format_options,
+    add_kv_option,
     add_model_option,
     add_parser,
     add_ratio_option,
@@ -48,6 +49,7 @@ def add_command(commands: Commands) -> None:
         "--context", type=count, metavar="N", help="tokens (default: the model's, at most 4096)"
     )
     add_format_options(parser)
+    add_kv_option(parser)
     parser.set_defaults(run=_run)
 
 
@@ -64,6 +66,7 @@ def _run(arguments: argparse.Namespace) -> None:
         window=arguments.window,
         dtype=arguments.dtype,
         quantize=arguments.quantize,
+        kv=arguments.kv,
         context=arguments.context,
     )
     path = find_model(arguments.model) if arguments.model else BUNDLED_MODEL
@@ -75,7 +78,7 @@ def _run(arguments: argparse.Namespace) -> None:
         print("from config.json alone: there is no whole model to check")
     print(
         f"checkpoint in {config.dtype}; runs in {plan.dtype.name} ({plan.dtype.reason}), "
-        f"quantized: {plan.ranks[0].form.quant}"
+        f"quantized: {plan.ranks[0].form.quant}, KV cache in {plan.kv_numbers}"
     )
     window = f"window {arguments.window} blocks" if arguments.window else "all resident"
     with ConsoleProgress() as progress, noted(progress):

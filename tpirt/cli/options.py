@@ -92,7 +92,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--window", type=int, metavar="N", help="most weight blocks in memory per rank, at least 2"
     )
     add_process_options(memory)
-    add_format_options(parser.add_argument_group("format of weights"))
+    formats = parser.add_argument_group("format of weights and of the KV cache")
+    add_format_options(formats)
+    add_kv_option(formats)
     network = parser.add_argument_group("network")
     network.add_argument(
         "--collective",
@@ -148,6 +150,17 @@ def add_format_options(group: Group) -> None:
         metavar="HOW",
         help="quantize weights: int8 or int4; auto (where the peers are known) takes the first of "
         "none, int8 and int4 that fits their memory (default none)",
+    )
+
+
+def add_kv_option(group: Group) -> None:
+    """Add ``--kv``."""
+    group.add_argument(
+        "--kv",
+        choices=("auto", "int8"),
+        default="auto",
+        help="cache keys and values in int8, which takes about half of bfloat16's memory, or auto "
+        "(default): in the dtype",
     )
 
 
@@ -242,6 +255,7 @@ def engine_options(arguments: argparse.Namespace, context: int | None = None) ->
         memory_bytes=arguments.memory,
         dtype=arguments.dtype,
         quantize=arguments.quantize,
+        kv=arguments.kv,
         collective=arguments.collective,
         comm_dtype=arguments.comm_dtype,
         threads=arguments.threads,

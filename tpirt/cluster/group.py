@@ -361,6 +361,7 @@ class Group:
                 session=self._session,
                 addresses=("", *(c.address for c in self._clients)) if linked else (),
                 master=self._master,
+                kv_bits=limits.kv_bits,
             )
         )
         if not isinstance(reply.body, Ready):

@@ -102,6 +102,7 @@ class RankRuntime:
             self.comm,
             kernels,
             self.recorder,
+            limits.kv_bits,
         )
         self.step_log = StepLog(self._counters, self._last_ns, self.recorder)
 

@@ -31,7 +31,7 @@ from tpirt.errors import (
     TpirtError,
     TransportError,
 )
-from tpirt.planning import Limits
+from tpirt.planning import KV_BITS, Limits
 from tpirt.protocol.link import Link
 from tpirt.protocol.messages import (
     PROTOCOL_VERSION,
@@ -237,6 +237,7 @@ class Worker:
             memory_bytes=min(own, asked) if own and asked else own or asked,
             chunk_tokens=setup.chunk_tokens,
             trace_spans=min(setup.trace_spans, TRACE_SPANS),
+            kv_bits=setup.kv_bits,
         )
         limit = frame_limit(config, limits)
         links = LinkSet(setup.rank)
@@ -271,6 +272,8 @@ def _check_setup(setup: Setup) -> None:
             f"{setup.chunk_tokens} tokens, timeout {setup.timeout_ms} ms, "
             f"{len(setup.addresses)} addresses"
         )
+    if setup.kv_bits not in KV_BITS.values():
+        raise TransportError(f"invalid Setup message: a KV cache of {setup.kv_bits} bits")
 
 
 def _check_fits(setup: Setup, config: ModelConfig) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from tpirt.batch import Batch, Segment
 from tpirt.config import ModelConfig
-from tpirt.model.kv_store import KVStore
+from tpirt.model.kv_store import Cached, KVStore
 from tpirt.model.products import address, plain
 from tpirt.ops.cpu import bfloat16_units
 from tpirt.ops.native.bindings import Attention, NativeKernels, native_kernels
@@ -75,13 +75,14 @@ class Heads:
         """Whether it is the last layer, where only the wanted rows go on."""
         return layer == self._config.num_hidden_layers - 1
 
-    # -- in C: a few rows of bfloat16 heads ----------------------------------------------------
+    # -- in C: a few rows, over keys and values in bfloat16 or codes ---------------------------
 
     def suits_native(self, rows: int) -> bool:
         """Whether the kernel in C can attend with so many rows, and is the faster one."""
+        half = self._dtype is torch.bfloat16
         return (
-            (rows <= _NATIVE_ROWS or not bfloat16_units())
-            and self._dtype is torch.bfloat16
+            (rows <= _NATIVE_ROWS or (half and not bfloat16_units()))
+            and (half or self._kv.layout.bits is not None)
             and self._config.head_dim % 16 == 0
         )
 
@@ -106,11 +107,14 @@ class Heads:
         self, arguments: Attention, segment: Segment, turn: Turn, row: int, layer: int
     ) -> None:
         """Set what belongs to a layer and a sequence, whose rows of ``turn`` begin at ``row``."""
-        keys, values = self._kv.layer(layer, segment)
+        cached = self._kv.layer(layer, segment)
         arguments.cos, arguments.sin = turn.cos[row].data_ptr(), turn.sin[row].data_ptr()
-        arguments.all_keys, arguments.all_values = keys.data_ptr(), values.data_ptr()
+        arguments.all_keys, arguments.all_values = cached.keys.data_ptr(), cached.values.data_ptr()
+        if cached.key_scales is not None and cached.value_scales is not None:
+            arguments.key_scales = cached.key_scales.data_ptr()
+            arguments.value_scales = cached.value_scales.data_ptr()
         arguments.tokens, arguments.past = segment.tokens, segment.position
-        arguments.capacity = keys.shape[1]
+        arguments.capacity = cached.length
         arguments.window = self._config.sliding_windows[layer] or 0
 
     def _attend_native(
@@ -153,19 +157,30 @@ class Heads:
     ) -> torch.Tensor:
         window = self._config.sliding_windows[layer]
         if len(batch.segments) == 1 and batch.num_logits == batch.tokens:  # a decoded token
-            keys, values = self._kv.append(layer, batch.segments[0], k, v)
-            return attention(q, keys, values, self._groups, window)
+            cached = self._kv.append(layer, batch.segments[0], k, v)
+            return self._over(q, cached, window)
         outs = []
         for segment, rows in zip(batch.segments, batch.rows, strict=True):
             own = slice(rows.start, rows.stop)
-            keys, values = self._kv.append(layer, segment, k[:, own], v[:, own])
+            cached = self._kv.append(layer, segment, k[:, own], v[:, own])
             first = self._first_wanted(segment, rows, layer)
             if first < rows.stop:
-                queries = q[:, first : rows.stop]
-                outs.append(attention(queries, keys, values, self._groups, window))
+                outs.append(self._over(q[:, first : rows.stop], cached, window))
         if len(outs) == 1:
             return outs[0]
         return torch.cat(outs, dim=1) if outs else q[:, :0]
+
+    def _over(self, q: torch.Tensor, cached: Cached, window: int | None) -> torch.Tensor:
+        """Attend with q (Q, T, D), the newest positions', over what the window sees."""
+        seen = cached.length if window is None else min(window - 1 + q.shape[1], cached.length)
+        cached = cached.positions(cached.length - seen, cached.length)
+        outs, first = [], 0
+        for heads, keys, values in cached.pieces(self._dtype):
+            groups = self._groups[heads]
+            queries = q[first : first + sum(groups)]
+            first += sum(groups)
+            outs.append(attention(queries, keys, values, groups, window))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _first_wanted(self, segment: Segment, rows: range, layer: int) -> int:
         return rows.stop - segment.num_logits if self.is_last(layer) else rows.start

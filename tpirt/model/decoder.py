@@ -32,7 +32,7 @@ from tpirt.collectives.base import Communicator
 from tpirt.collectives.context import StepContext
 from tpirt.config import ModelConfig
 from tpirt.model.attention import Heads, Turn, wanted_rows
-from tpirt.model.kv_store import KVStore
+from tpirt.model.kv_store import KVLayout, KVStore
 from tpirt.model.native_blocks import NativeBlocks
 from tpirt.model.pipeline import Pipeline, WeightSource
 from tpirt.model.products import Products
@@ -85,10 +85,12 @@ class Decoder:
         comm: Communicator,
         kernels: Mapping[MatrixShape, KernelChoice],
         recorder: Recorder,
+        kv_bits: int | None = None,
     ):
         self.config = config
         self.clock = recorder.stopwatch(COMPUTE)
-        self.kv = KVStore(config.num_hidden_layers, shard.kv_heads.size, config.head_dim, dtype)
+        layout = KVLayout(shard.kv_heads.size, config.head_dim, dtype, kv_bits)
+        self.kv = KVStore(config.num_hidden_layers, layout)
         self._program = program
         self._dtype = dtype
         self._weights = weights

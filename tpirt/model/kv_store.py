@@ -1,27 +1,131 @@
 """Keys and values of the local KV heads, one contiguous cache per sequence.
 
 Axes: K local KV heads, S positions of a sequence, T new tokens, D head_dim.
+
+A layer of a sequence is one buffer::
+
+    dtype    keys, values               (K, capacity, D) each
+    or
+    int8     codes of keys, of values   (K, capacity, D) each
+    bfloat16 their scales               (K, capacity) each; value = scale * code
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from tpirt.batch import Segment
 from tpirt.ops.buffers import page_buffer, round_up
+from tpirt.ops.kv_codes import SCALE_DTYPE, from_codes, round_to_codes
 
 _STEP_TOKENS = 64
+_PIECE_ELEMENTS = 1 << 20  # of keys, or of values, that are restored from codes at once
+
+
+class Cached(NamedTuple):
+    """Keys and values of one layer of a sequence; see the module for the layout."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    key_scales: torch.Tensor | None = None
+    value_scales: torch.Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Those that there are; positions are axis 1 of each."""
+        return tuple(tensor for tensor in self if tensor is not None)
+
+    @property
+    def length(self) -> int:
+        """Number of positions."""
+        return self.keys.shape[1]
+
+    def positions(self, start: int, end: int) -> Cached:
+        """A view of the positions from ``start`` to ``end``."""
+        return Cached(*(tensor[:, start:end] for tensor in self.tensors))
+
+    def write(self, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write (K, T, D) from position ``start`` on."""
+        for new, old, scales in (
+            (keys, self.keys, self.key_scales),
+            (values, self.values, self.value_scales),
+        ):
+            own = slice(start, start + new.shape[1])
+            if scales is None:
+                old[:, own] = new
+            else:
+                old[:, own], scales[:, own] = round_to_codes(new)
+
+    def pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Groups of KV heads, with their keys and values in ``dtype``.
+
+        All heads at once without codes; else so many as ``piece_bytes`` of a layout has room for.
+        """
+        if self.key_scales is None or self.value_scales is None:
+            yield slice(None), self.keys, self.values
+            return
+        count, positions, dim = self.keys.shape
+        step = _piece_heads(positions, dim)
+        for first in range(0, count, step):
+            heads = slice(first, min(first + step, count))
+            keys = from_codes(self.keys[heads], self.key_scales[heads], dtype)
+            yield heads, keys, from_codes(self.values[heads], self.value_scales[heads], dtype)
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """The layout of one layer of a sequence.
+
+    Attributes:
+        heads, dim: K and D.
+        dtype: of what attention reads.
+        bits: of a cached number; None for those of ``dtype``.
+    """
+
+    heads: int
+    dim: int
+    dtype: torch.dtype
+    bits: int | None = None
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one position."""
+        if self.bits is None:
+            return 2 * self.heads * self.dim * self.dtype.itemsize
+        return 2 * self.heads * (self.dim + SCALE_DTYPE.itemsize)
+
+    def piece_bytes(self, tokens: int) -> int:
+        """Bytes of what is restored from codes at once while ``tokens`` positions are read."""
+        if self.bits is None:
+            return 0
+        heads = min(self.heads, _piece_heads(tokens, self.dim))
+        return 2 * heads * tokens * self.dim * self.dtype.itemsize
+
+    def allocate(self, capacity: int) -> Cached:
+        """Uninitialised room for ``capacity`` positions."""
+        buffer = page_buffer(capacity * self.token_bytes)
+        shape = (2, self.heads, capacity, self.dim)
+        if self.bits is None:
+            return Cached(*buffer.view(self.dtype).view(shape))
+        codes = math.prod(shape)
+        scales = buffer[codes:].view(SCALE_DTYPE).view(shape[:-1])
+        return Cached(*buffer[:codes].view(torch.int8).view(shape), *scales)
+
+
+def _piece_heads(positions: int, dim: int) -> int:
+    return max(1, _PIECE_ELEMENTS // max(1, positions * dim))
 
 
 @dataclass
 class _Slot:
-    """One sequence: ``layers`` holds keys and values, each (K, capacity, D)."""
+    """One sequence, of ``capacity`` positions in each layer."""
 
-    layers: list[tuple[torch.Tensor, torch.Tensor]]
+    layers: list[Cached]
     capacity: int = 0
     length: int = 0
 
@@ -35,11 +139,10 @@ class KVStore:
     returned to the operating system.
     """
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype):
-        self._shape = (kv_heads, head_dim)
-        self._dtype = dtype
+    def __init__(self, layers: int, layout: KVLayout):
+        self.layout = layout
         self._layers = layers
-        self._token_bytes = 2 * layers * kv_heads * head_dim * dtype.itemsize
+        self._token_bytes = layers * layout.token_bytes
         self._slots: dict[int, _Slot] = {}
 
     @property
@@ -55,6 +158,7 @@ class KVStore:
     def bytes_for(self, segments: Iterable[Segment]) -> int:
         """Peak bytes while a step of these segments is prepared and runs."""
         held = peak = self.nbytes
+        reading = 0
         for segment in segments:
             slot = self._slots.get(segment.slot) or _Slot([])
             old = slot.capacity
@@ -65,7 +169,8 @@ class KVStore:
                 after = held + (new - old) * self._token_bytes
                 peak = max(peak, max(held, after) + copied)
                 held = after
-        return peak
+            reading = max(reading, self.layout.piece_bytes(segment.end))
+        return max(peak, held + reading)
 
     def prepare(self, segments: Iterable[Segment]) -> None:
         """Drop each sequence's positions from its segment on, and make room for the segment."""
@@ -77,16 +182,14 @@ class KVStore:
 
     def append(
         self, layer: int, segment: Segment, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write a segment's (K, T, D) at its positions; returns views of all, (K, S, D)."""
-        all_keys, all_values = self._slots[segment.slot].layers[layer]
-        start, end = segment.position, segment.end
-        all_keys[:, start:end] = keys
-        all_values[:, start:end] = values
-        return all_keys[:, :end], all_values[:, :end]
+    ) -> Cached:
+        """Write a segment's (K, T, D) at its positions; returns a view of all S."""
+        cached = self.layer(layer, segment)
+        cached.write(segment.position, keys, values)
+        return cached.positions(0, segment.end)
 
-    def layer(self, layer: int, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
-        """The buffers of a segment's sequence, (K, capacity, D), to append to in place."""
+    def layer(self, layer: int, segment: Segment) -> Cached:
+        """The room of a segment's sequence, ``capacity`` positions, to append to in place."""
         return self._slots[segment.slot].layers[layer]
 
     def commit(self, segments: Iterable[Segment]) -> None:
@@ -125,7 +228,7 @@ class KVStore:
         assert all(start <= index < found.length for index in indices)
         chosen = torch.tensor(indices, dtype=torch.int64)
         for layer in found.layers:
-            for rows in layer:
+            for rows in layer.tensors:
                 rows[:, start:end] = rows[:, chosen]
         self.truncate(slot, end)
 
@@ -136,7 +239,7 @@ class KVStore:
     def _opened(self, slot: int) -> _Slot:
         found = self._slots.get(slot)
         if found is None:
-            found = self._slots[slot] = _Slot([self._allocate(0)] * self._layers)
+            found = self._slots[slot] = _Slot([self.layout.allocate(0)] * self._layers)
         return found
 
     def _fit(self, slot: _Slot, tokens: int, *, shrink: bool = False) -> None:
@@ -152,21 +255,11 @@ class KVStore:
             slot.layers[index] = self._copied(slot.layers[index], slot.length, capacity)
         slot.capacity = capacity
 
-    def _copied(
-        self, layer: tuple[torch.Tensor, torch.Tensor], length: int, capacity: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        copy = self._allocate(capacity)
-        for old, new in zip(layer, copy, strict=True):
+    def _copied(self, layer: Cached, length: int, capacity: int) -> Cached:
+        copy = self.layout.allocate(capacity)
+        for old, new in zip(layer.tensors, copy.tensors, strict=True):
             new[:, :length] = old[:, :length]
         return copy
-
-    def _allocate(self, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Allocate uninitialised keys and values of one layer, in one buffer."""
-        heads, dim = self._shape
-        shape = (2, heads, capacity, dim)
-        buffer = page_buffer(math.prod(shape) * self._dtype.itemsize)
-        keys, values = buffer.view(self._dtype).view(shape)
-        return keys, values
 
 
 def grown_capacity(current: int, tokens: int, *, shrink: bool = False) -> int:

@@ -18,7 +18,7 @@ from tpirt.planning.memory import (
     logits_tokens,
     more_memory,
 )
-from tpirt.planning.options import AUTO, CollectiveOptions, PlanOptions
+from tpirt.planning.options import AUTO, KV_BITS, CollectiveOptions, PlanOptions
 from tpirt.planning.profile import PeerProfile
 from tpirt.planning.quantize import ChosenQuant, choose_quant
 from tpirt.sharding.format import WeightFormat
@@ -113,6 +113,12 @@ class Deployment:
         return tuple(rank.limits for rank in self.ranks)
 
     @property
+    def kv_numbers(self) -> str:
+        """How keys and values are cached: ``int8``, ``bfloat16``."""
+        bits = self.ranks[0].limits.kv_bits
+        return self.dtype.name if bits is None else f"int{bits}"
+
+    @property
     def logits_tokens(self) -> int:
         """Maximum tokens whose logits the master computes at once."""
         shard = self.partition.shards[0]
@@ -157,7 +163,7 @@ class Deployment:
         kv = max(rank.budget.kv_bytes(self.context_length) for rank in self.ranks)
         lines.append(
             f"conversations of up to {self.context_length} tokens: at most {format_bytes(kv)} of "
-            "KV cache per rank"
+            f"KV cache per rank, in {self.kv_numbers}"
         )
         for rank in self.ranks:
             budget = rank.budget
@@ -208,7 +214,7 @@ def plan(
             len(peers),
             WeightFormat(dtype.dtype),
             peer.base_bytes,
-            Limits(options.window, limit, longest, trace_spans),
+            Limits(options.window, limit, longest, trace_spans, KV_BITS[options.kv]),
         )
         for peer, shard, limit in zip(
             peers, partition.shards, memory_limits(peers, options.memory_bytes), strict=True

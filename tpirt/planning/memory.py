@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from tpirt.config import ModelConfig
-from tpirt.model.kv_store import grown_capacity
+from tpirt.model.kv_store import KVLayout, grown_capacity
 from tpirt.ops.buffers import round_up
 from tpirt.ops.nn import MASK_ELEMENTS
 from tpirt.ops.quant import QuantSpec
@@ -56,12 +54,6 @@ def logits_tokens(config: ModelConfig, shard: Shard, world_size: int, tokens: in
     return max(1, min(tokens, room // (8 * config.vocab_size)))
 
 
-def kv_bytes(config: ModelConfig, shard: Shard, dtype: torch.dtype, tokens: int) -> int:
-    """Bytes of keys and values of ``tokens`` positions on one rank."""
-    per_layer = 2 * shard.kv_heads.size * config.head_dim * dtype.itemsize
-    return config.num_hidden_layers * per_layer * tokens
-
-
 def format_limit(nbytes: int) -> str:
     """Format a memory limit for ``--memory``, rounded up to whole MiB."""
     return f"{-(-nbytes >> 20)}M"
@@ -87,12 +79,14 @@ class Limits:
         memory_bytes: maximum resident memory of the rank's process.
         chunk_tokens: maximum tokens of one step.
         trace_spans: maximum spans per lane of a trace; 0 for no trace.
+        kv_bits: of a cached key or value, the same on every rank; None for those of the dtype.
     """
 
     window_blocks: int | None
     memory_bytes: int | None
     chunk_tokens: int
     trace_spans: int = 0
+    kv_bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -166,9 +160,9 @@ class MemoryBudget:
 
         The KV store grows by a quarter at a time, and copies layer by layer.
         """
-        tokens = round_up(tokens + tokens // 4, 64)
-        cache = kv_bytes(self.config, self.shard, self.form.dtype, tokens)
-        return cache + cache // self.config.num_hidden_layers
+        capacity = round_up(tokens + tokens // 4, 64)
+        cache = self._token_bytes * capacity
+        return cache + cache // self.config.num_hidden_layers + self._kv.piece_bytes(tokens)
 
     def left_for_weights(self, tokens: int | None = None, kv_bytes: int = 0) -> int | None:
         """Bytes left for weights during a step of ``tokens`` tokens; None without a limit.
@@ -230,14 +224,20 @@ class MemoryBudget:
             before, capacity = capacity, grown_capacity(capacity, end)
             copied = before * token_bytes // self.config.num_hidden_layers
             growing = copied if capacity > before else 0
-            left = self.left_for_weights(end - start, capacity * token_bytes + growing)
+            reading = self._kv.piece_bytes(end)
+            left = self.left_for_weights(end - start, capacity * token_bytes + growing + reading)
             if left is not None and left < least:
                 return False
         return True
 
     @property
+    def _kv(self) -> KVLayout:
+        heads, bits = self.shard.kv_heads.size, self.limits.kv_bits
+        return KVLayout(heads, self.config.head_dim, self.form.dtype, bits)
+
+    @property
     def _token_bytes(self) -> int:
-        return kv_bytes(self.config, self.shard, self.form.dtype, 1)
+        return self.config.num_hidden_layers * self._kv.token_bytes
 
     @property
     def shortage(self) -> str:

@@ -14,6 +14,7 @@ from tpirt.ops.quant import QuantSpec
 from tpirt.weights.stream_plan import MIN_SLOTS
 
 AUTO = "auto"
+KV_BITS = {AUTO: None, "int8": 8}  # by ``PlanOptions.kv``
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class PlanOptions:
         quantize: quantization of the projections: ``none``, ``int8`` or ``int4``. The LM head
             has at least 8 bits. ``auto`` is the first of none,
             int8 and int4 with which every rank keeps all weights in memory; int4 if none does.
+        kv: how keys and values are cached: ``int8``, or ``auto``: in the dtype.
         collective: all-reduce algorithm: ``star``, ``one-shot``, ``two-shot``, or ``auto``, which
             depends on measured links.
         comm_dtype: dtype of partial sums between ranks: ``float32``, ``bfloat16``, ``int8``, or
@@ -79,6 +81,7 @@ class PlanOptions:
     memory_bytes: int | None = None
     dtype: str = AUTO
     quantize: str = "none"
+    kv: str = AUTO
     collective: str = AUTO
     comm_dtype: str = AUTO
     chunk_tokens: int | None = None
@@ -98,6 +101,8 @@ class PlanOptions:
             raise ConfigError(f"dtype {self.dtype!r}: expected auto, float32 or bfloat16")
         if self.quantize != AUTO:
             QuantSpec.parse(self.quantize)
+        if self.kv not in KV_BITS:
+            raise ConfigError(f"kv {self.kv!r}: expected {' or '.join(KV_BITS)}")
         CollectiveOptions.parse(self.collective, self.comm_dtype)
 
 

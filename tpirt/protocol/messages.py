@@ -26,7 +26,7 @@ from tpirt.printable import printable_line
 from tpirt.protocol.pb import tpirt_pb2 as pb
 from tpirt.types import RankStats, StepTimes
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 _T = TypeVar("_T")
 
@@ -96,6 +96,7 @@ class Setup:
     session: int
     addresses: tuple[str, ...]
     master: int = 0
+    kv_bits: int | None = None
 
 
 @dataclass(frozen=True)

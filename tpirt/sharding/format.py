@@ -16,7 +16,7 @@ class WeightFormat:
     """The format of a slice's weights.
 
     Attributes:
-        dtype: of unquantized weights, the KV cache and attention.
+        dtype: of unquantized weights, attention, and the KV cache if it is not in int8.
         quant: of the projections.
     """
 

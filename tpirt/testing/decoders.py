@@ -173,6 +173,7 @@ async def decoder_group(
     ratio: Sequence[float] | None = None,
     window: int | None = None,
     dtype: torch.dtype = torch.float32,
+    kv_bits: int | None = None,
 ) -> AsyncIterator[DecoderGroup]:
     """Split a model directory into slices and load a decoder for every rank."""
     config = ModelConfig.from_dir(path)
@@ -198,6 +199,7 @@ async def decoder_group(
                 comm,
                 choose_kernels(stored.path, blocks, dtype),
                 Recorder(),
+                kv_bits,
             )
             ranks.append(DecoderRank(decoder, streamer, comm))
         try:

@@ -44,7 +44,8 @@ class Attention(ctypes.Structure):
     """The arguments of :meth:`NativeKernels.attend`; ``native.h`` explains all of these."""
 
     _fields_ = (
-        *_fields(c_void_p, "qkv cos sin q_norm k_norm all_keys all_values groups out"),
+        *_fields(c_void_p, "qkv cos sin q_norm k_norm all_keys all_values"),
+        *_fields(c_void_p, "key_scales value_scales groups out"),
         *_fields(c_long, "tokens past capacity queries keys dim window"),
         ("eps", c_float),
     )

@@ -19,6 +19,9 @@
 #endif
 #endif
 
+/* A head whose values are all smaller has the scale 0 in 8 bits. */
+#define CODES_LEAST 1e-30f
+
 /* Sets the scale of a group of inputs; returns its inverse. NaN tells that one is not finite. */
 static inline float group_scale(float most, int finite, float *scale)
 {

@@ -37,7 +37,8 @@ typedef struct {
     float *qkv; /* (T, queries + 2 keys, D): queries, keys, values; turned in place */
     const float *cos, *sin;        /* (T, D); the first half of sin is negated */
     const float *q_norm, *k_norm;  /* (D,) or NULL */
-    uint16_t *all_keys, *all_values; /* (keys, capacity, D) bfloat16 */
+    void *all_keys, *all_values;   /* (keys, capacity, D) bfloat16; with scales int8 */
+    uint16_t *key_scales, *value_scales; /* (keys, capacity) bfloat16, or NULL; x ~ scale * code */
     const int32_t *groups;         /* (keys,): query heads of each KV head */
     float *out;                    /* (T, queries, D) */
     long tokens, past, capacity, queries, keys, dim;

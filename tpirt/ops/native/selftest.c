@@ -313,33 +313,42 @@ enum { HEADS = QUERIES + 2 * KEYS, CACHE = KEYS * CAPACITY * DIM };
 /* What attention reads and writes, for one set. */
 typedef struct {
     float qkv[NEW * HEADS * DIM], out[NEW * QUERIES * DIM];
-    uint16_t keys[CACHE], values[CACHE];
+    uint16_t keys[CACHE], values[CACHE]; /* int8 takes half of each */
+    uint16_t key_scales[KEYS * CAPACITY], value_scales[KEYS * CAPACITY];
 } attention_data;
 
-/* The same for both sets. Cached values are below 2, as bfloat16. */
+static void draw_halves(uint16_t *out, long n, uint64_t *seed)
+{
+    for (long i = 0; i < n; i++) out[i] = (uint16_t)(draw(seed) & 0x83ff) | 0x3c00;
+}
+
+/* The same for both sets. Cached values and scales are below 2, as bfloat16; as int8 they are any. */
 static void draw_attention(attention_data data[2], uint64_t *seed)
 {
     memset(data, 0, 2 * sizeof *data);
     for (long i = 0; i < NEW * HEADS * DIM; i++) data->qkv[i] = draw_float((int)(i % 5), seed);
-    draw_bytes(data->keys, sizeof data->keys, seed);
-    draw_bytes(data->values, sizeof data->values, seed);
-    for (long i = 0; i < CACHE; i++) {
-        data->keys[i] = (data->keys[i] & 0x83ff) | 0x3c00;
-        data->values[i] = (data->values[i] & 0x83ff) | 0x3c00;
-    }
+    for (long i = 0; i < DIM; i++) /* a value that is all zeros, and a tiny one */
+        data->qkv[(HEADS - 1) * DIM + i] = 0, data->qkv[(HEADS - 2) * DIM + i] *= 1e-33f;
+    draw_halves(data->keys, CACHE, seed);
+    draw_halves(data->values, CACHE, seed);
+    draw_halves(data->key_scales, KEYS * CAPACITY, seed);
+    draw_halves(data->value_scales, KEYS * CAPACITY, seed);
     data[1] = data[0];
 }
 
-/* Without a norm of queries and a window, and with both. */
+/* Without a norm of queries and a window, and with both; in bfloat16, then in int8. */
+enum { VARIANTS = 4 };
 static attention attention_of(attention_data *data, const float *tables, int variant)
 {
     static const int32_t groups[KEYS] = {2, 3};
     attention a = {0};
     a.qkv = data->qkv, a.out = data->out, a.all_keys = data->keys, a.all_values = data->values;
     a.cos = tables, a.sin = tables + NEW * DIM, a.groups = groups;
-    a.q_norm = variant ? tables : NULL, a.k_norm = variant ? tables + DIM : NULL;
+    const int both = variant % 2;
+    if (variant / 2) a.key_scales = data->key_scales, a.value_scales = data->value_scales;
+    a.q_norm = both ? tables : NULL, a.k_norm = both ? tables + DIM : NULL;
     a.tokens = NEW, a.past = PAST, a.capacity = CAPACITY, a.dim = DIM;
-    a.queries = QUERIES, a.keys = KEYS, a.window = variant ? 40 : 0, a.eps = 1e-6f;
+    a.queries = QUERIES, a.keys = KEYS, a.window = both ? 40 : 0, a.eps = 1e-6f;
     return a;
 }
 
@@ -350,7 +359,7 @@ static int check_attention(use *call, const kernel_set *ours, const kernel_set *
     float tables[2 * NEW * DIM];
     attention_data data[2];
     for (long i = 0; i < 2 * NEW * DIM; i++) tables[i] = draw_float(0, &seed);
-    for (int variant = 0; variant < 2; variant++) {
+    for (int variant = 0; variant < VARIANTS; variant++) {
         draw_attention(data, &seed);
         for (int i = 0; i < 2; i++) {
             const attention a = attention_of(&data[i], tables, variant);

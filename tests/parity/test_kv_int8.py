@@ -16,7 +16,7 @@ import torch
 from tpirt.batch import DEFAULT_COLLECTIVE, Segment
 from tpirt.cluster.collective_policy import CollectivePolicy
 from tpirt.model import attention as heads
-from tpirt.model import native_blocks
+from tpirt.model import products
 from tpirt.ops.native.bindings import native_kernels
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.decoders import decoder_group
@@ -89,7 +89,7 @@ async def test_without_c_it_is_computed_with_torch(
     model: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     exact, tokens = await run(model, dtype=dtype, chunk_tokens=4)
-    for module in (heads, native_blocks):
+    for module in (heads, products):
         monkeypatch.setattr(module, "native_kernels", lambda _: None)
     got, ours = await run(model, dtype=dtype, chunk_tokens=4)
     assert error(got, exact) < (5e-4 if dtype == "float32" else 0.05)

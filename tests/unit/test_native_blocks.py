@@ -47,7 +47,7 @@ def further_block() -> Weights:
 @needs_native
 def test_an_mlp_that_another_kernel_began_is_not_continued_in_c() -> None:
     x = torch.randn(1, 32)
-    assert blocks().mlp(further_block(), x, torch.zeros(1, 32)) is None
+    assert blocks().mlp([further_block()], x, torch.zeros(1, 32)) is None
 
 
 @needs_native
@@ -55,8 +55,8 @@ def test_a_sum_with_gaps_is_not_added_to_in_c() -> None:
     native = native_kernels(1)
     assert native is not None
     x = native.round(torch.randn(2, 32))
-    assert blocks().mlp(further_block(), x, torch.zeros(2, 48)[:, :32]) is None
-    assert blocks().mlp(further_block(), x, torch.zeros(2, 32)) is not None
+    assert blocks().mlp([further_block()], x, torch.zeros(2, 48)[:, :32]) is None
+    assert blocks().mlp([further_block()], x, torch.zeros(2, 32)) is not None
 
 
 def random_matrix(kind: str, rows: int, inputs: int) -> QuantMatrix | torch.Tensor:
@@ -104,13 +104,16 @@ def test_an_mlp_in_one_call_has_the_bits_of_single_operations(
     expected = torch.zeros(tokens, 32)
     normed = products.normed(pieces[0], x, "gate_up_proj")
     for piece in pieces:
-        done = ours.mlp(piece, rows, total)
+        done = ours.mlp([piece], rows, total)
         assert done is not None
         rows, total = done
         gate_up = products.project(normed, piece, "gate_up_proj")
         gated = products.gated(piece, gate_up, "down_proj")
         expected += products.project(gated, piece, "down_proj")
     assert torch.equal(total, expected)
+    together = ours.mlp(pieces, x, None)
+    assert together is not None
+    assert torch.equal(together[1], expected)
 
 
 def test_kernels_are_measured_again_when_there_are_others_in_c(

@@ -212,8 +212,12 @@ class Decoder:
     async def _mlp(self, part: _Part, blocks: tuple[int, ...]) -> torch.Tensor:
         """At least two stages if there are two micro-batches: see :class:`Pipeline`."""
         if len(blocks) > 1:
+            if part.alone and part.hidden.shape[0] <= _INLINE_TOKENS:
+                total = self._resident_mlp(part, blocks)
+                if total is not None:
+                    return total
             x: torch.Tensor | Rounded = part.hidden
-            total: torch.Tensor | None = None
+            total = None
             for block in blocks:
                 x, total = await self._stage(part, block, self._mlp_piece, x, total)
             assert total is not None
@@ -222,6 +226,19 @@ class Decoder:
             return await self._stage(part, blocks[0], self._mlp_whole, part.hidden)
         begun = await self._stage(part, blocks[0], self._mlp_begin, part.hidden, keep=True)
         return await self._stage(part, blocks[0], self._mlp_end, *begun)
+
+    def _resident_mlp(self, part: _Part, blocks: tuple[int, ...]) -> torch.Tensor | None:
+        """All blocks of an MLP in one call; None if one is not in memory or that cannot be."""
+        weights = []
+        for block in blocks:
+            taken = self._weights.take(block)
+            if taken is None:
+                return None
+            weights.append(taken)
+        part.step.check()
+        with self.clock.running(self._weights.blocks[blocks[0]].name, number=blocks[0]):
+            done = self._native.mlp(weights, part.hidden, None)
+        return None if done is None else done[1]
 
     async def _stage(
         self, part: _Part, block: int, compute: Callable[..., _T], *args: Any, keep: bool = False
@@ -261,7 +278,7 @@ class Decoder:
         return products.project(out, w, "o_proj")
 
     def _mlp_whole(self, w: Weights, hidden: torch.Tensor) -> torch.Tensor:
-        done = self._native.mlp(w, hidden, None)
+        done = self._native.mlp((w,), hidden, None)
         if done is not None:
             return done[1]
         x = self._products.normed(w, hidden, "gate_up_proj")
@@ -271,7 +288,7 @@ class Decoder:
         self, w: Weights, x: torch.Tensor | Rounded, total: torch.Tensor | None
     ) -> tuple[torch.Tensor | Rounded, torch.Tensor]:
         """Add the result of some columns to ``total``, float32; the first one normalises ``x``."""
-        done = self._native.mlp(w, x, total)
+        done = self._native.mlp((w,), x, total)
         if done is not None:
             return done
         if total is None:

@@ -10,8 +10,10 @@ Axes: T tokens, H hidden, Q local query heads, K local KV heads, D head_dim.
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Generic, TypeVar, cast
 
 import torch
@@ -80,20 +82,24 @@ class NativeBlocks:
         return out
 
     def mlp(
-        self, w: Weights, x: torch.Tensor | Rounded, total: torch.Tensor | None
+        self, blocks: Sequence[Weights], x: torch.Tensor | Rounded, total: torch.Tensor | None
     ) -> tuple[torch.Tensor | Rounded, torch.Tensor] | None:
-        """Add the columns of a block to ``total`` (T, H); None if it takes single operations.
+        """Add the columns of some blocks to ``total`` (T, H); None if it takes single operations.
 
         Args:
+            blocks: one after another of the same MLP.
             x: (T, H), float32 for the first block of an MLP, then what that one returned.
 
         Returns:
             The normalised rows, and the sum.
         """
-        prepared = cast("_Prepared[MlpBlock]", w.prepared or self._prepare_mlp(w))
-        block, rows = prepared.block, x.shape[0]
-        if rows > prepared.rows:
+        prepared = [cast("_Prepared[MlpBlock]", w.prepared or self._prepare_mlp(w)) for w in blocks]
+        block, rows = prepared[0].block, x.shape[0]
+        if any(rows > p.rows or p.block.gate_up.rounds != block.gate_up.rounds for p in prepared):
             return None
+        for before, after in pairwise(prepared):
+            before.block.next = ctypes.addressof(after.block)
+        prepared[-1].block.next = None
         block.tokens, block.add = rows, total is not None
         if total is None:
             assert isinstance(x, torch.Tensor)

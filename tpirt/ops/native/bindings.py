@@ -97,7 +97,7 @@ class MlpBlock(ctypes.Structure):
     """The arguments of :meth:`NativeKernels.mlp_block`."""
 
     _fields_ = (
-        *_fields(c_void_p, "hidden norm normed codes scales sums"),
+        *_fields(c_void_p, "next hidden norm normed codes scales sums"),
         ("groups", c_long),
         *_fields(Matrix, "gate_up down"),
         *_fields(c_void_p, "partial scratch"),
@@ -219,7 +219,7 @@ class NativeKernels:
         self._library.tp_attention(self._set, self._pool, ctypes.byref(block))
 
     def mlp_block(self, block: MlpBlock) -> None:
-        """Norm, product, activation, product."""
+        """Norm, product, activation, product; with the blocks that are ``next``."""
         block.scratch = self._room(self._library.tp_mlp_scratch(ctypes.byref(block)))
         self._library.tp_mlp(self._set, self._pool, ctypes.byref(block))
 

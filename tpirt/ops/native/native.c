@@ -356,7 +356,16 @@ long tp_attention_scratch(const attention_block *b)
     return scratch_bytes(&b->qkv, &b->out, b->heads.tokens);
 }
 
-long tp_mlp_scratch(const mlp_block *b) { return scratch_bytes(&b->gate_up, &b->down, b->tokens); }
+/* Of all blocks in turn. */
+long tp_mlp_scratch(const mlp_block *first)
+{
+    long most = 0;
+    for (const mlp_block *b = first; b; b = b->next) {
+        const long bytes = scratch_bytes(&b->gate_up, &b->down, first->tokens);
+        most = bytes > most ? bytes : most;
+    }
+    return most;
+}
 
 /* Norm, product, attention, product: (T, H) of the local heads. */
 void tp_attention(int set, pool *p, attention_block *b)
@@ -377,8 +386,7 @@ void tp_attention(int set, pool *p, attention_block *b)
     put_rows(out, tokens, &b->out, b->partial, 0);
 }
 
-/* Norm, product, activation, product: (T, H) of the local columns. */
-void tp_mlp(int set, pool *p, mlp_block *b)
+static void mlp(int set, pool *p, mlp_block *b)
 {
     const kernel_set *s = SETS[set];
     const long tokens = b->tokens;
@@ -395,6 +403,17 @@ void tp_mlp(int set, pool *p, mlp_block *b)
     float *out = take_floats(&at, tokens * b->down.blocks * TILE_ROWS);
     multiply(s, p, &b->down, y, &r, tokens, out);
     put_rows(out, tokens, &b->down, b->partial, b->add);
+}
+
+/* Norm, product, activation, product: (T, H) of the local columns, of this block and the next. */
+void tp_mlp(int set, pool *p, mlp_block *first)
+{
+    mlp(set, p, first);
+    for (mlp_block *b = first->next; b; b = b->next) {
+        b->normed = first->normed, b->x = first->x, b->tokens = first->tokens;
+        b->partial = first->partial, b->scratch = first->scratch, b->add = 1;
+        mlp(set, p, b);
+    }
 }
 
 /* The read bandwidth to compare with: sums of memory. */

@@ -68,7 +68,8 @@ typedef struct {
     float eps;
 } attention_block;
 
-typedef struct {
+typedef struct mlp_block {
+    struct mlp_block *next; /* with further columns, and the same rows; or NULL */
     const float *hidden;
     const float *norm; /* NULL: the normalised rows are there already */
     float *normed;     /* (T, H) */

@@ -15,8 +15,10 @@ import torch
 
 from tpirt.batch import DEFAULT_COLLECTIVE, Segment
 from tpirt.cluster.collective_policy import CollectivePolicy
+from tpirt.dtypes import RUN_DTYPES
 from tpirt.model import attention as heads
 from tpirt.model import products
+from tpirt.model.products import Products
 from tpirt.ops.native.bindings import native_kernels
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.decoders import decoder_group
@@ -82,6 +84,24 @@ async def test_in_c_chunks_are_equal_bit_for_bit(model: Path) -> None:
     for logits, ours in others:
         assert torch.equal(logits, first)
         assert ours == tokens
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+async def test_a_few_rows_attend_in_c_after_products_of_any_dtype(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    project = Products.project
+
+    def projected(self: Products, *args: Any) -> torch.Tensor:
+        return project(self, *args).to(RUN_DTYPES[dtype])
+
+    def refused(*_: object) -> torch.Tensor:
+        raise AssertionError("attention with torch")
+
+    monkeypatch.setattr(Products, "project", projected)
+    monkeypatch.setattr(heads, "attention", refused)
+    await run(llama, dtype=dtype, chunk_tokens=8)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -166,9 +166,9 @@ def test_attention_is_linear_in_the_context() -> None:
 
 KEYS_AND_VALUES = """
 from tpirt.batch import Segment
-from tpirt.model.kv_store import KVStore
+from tpirt.model.kv_store import KVLayout, KVStore
 
-kv = KVStore(layers=8, kv_heads=4, head_dim=64, dtype=torch.float32)
+kv = KVStore(8, KVLayout(heads=4, dim=64, dtype=torch.float32))
 base = resident_bytes()
 
 def fill(slot, position, tokens):

@@ -87,7 +87,9 @@ class Heads:
         )
 
     def _native(self, qkv: torch.Tensor) -> NativeKernels | None:
-        if qkv.dtype is torch.float32 and self.suits_native(len(qkv)):
+        # Torch restores codes at every token: then converting a few rows is less.
+        suits = qkv.dtype is torch.float32 or self._kv.layout.bits is not None
+        if suits and self.suits_native(len(qkv)):
             return native_kernels(torch.get_num_threads())
         return None
 
@@ -126,7 +128,7 @@ class Heads:
         turn: Turn,
         layer: int,
     ) -> torch.Tensor:
-        qkv = qkv.contiguous()
+        qkv = qkv.float().contiguous()
         out = torch.empty(len(qkv), self._queries * self._config.head_dim)
         arguments = self.arguments(w)
         for segment, rows in zip(batch.segments, batch.rows, strict=True):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from bench.lib.native_functions import NativeFunctions
 from tpirt.errors import ConfigError
-from tpirt.ops.buffers import ALIGN, round_up
+from tpirt.ops.buffers import ALIGN, page_buffer, round_up
 from tpirt.ops.native.bindings import Attention, Matrix, Rounded
 from tpirt.ops.quant import SCHEMES, Scheme
 from tpirt.ops.quant_kernels import DENSE, Dense
@@ -40,8 +40,7 @@ class Weights:
     """
 
     def __init__(self, size: int):
-        memory = torch.empty(size + ALIGN, dtype=torch.uint8)
-        self.memory = memory[-memory.data_ptr() % ALIGN :][:size]
+        self.memory = page_buffer(size)  # as a model's weights lie in memory
         self.memory.view(torch.bfloat16).normal_(0, 0.02)
 
     def pieces(self, size: int) -> list[torch.Tensor]:

@@ -1,10 +1,11 @@
-"""What 8 and 4 bits cost in perplexity, on a model large enough to judge them by.
+"""What 8 and 4 bits cost in predictions, on a model large enough to judge them by.
 
     python -m bench.quality --dir DIR --minutes 30
 
 The bundled model is too small for groups of 4-bit codes. This trains one of four times its size
 from scratch on the source files of Python's own library, once (``DIR`` keeps it), and measures the
-files that it has not seen, through ``tpirt eval`` over two ranks, for every way of keeping weights.
+files that it has not seen, through ``tpirt eval --kl`` over two ranks, for every way of keeping
+weights. With ``--dtype float32`` only the weights are rounded; else the inputs of products too.
 The budget is processor time per thread: what else the machine does costs no quality.
 """
 
@@ -52,7 +53,9 @@ REFERENCE = ("none", "float32")
 SETTINGS = (
     REFERENCE,
     ("none", "bfloat16"),
+    ("int8", "float32"),
     ("int8", "auto"),
+    ("int4", "float32"),
     ("int4", "auto"),
 )
 
@@ -251,23 +254,33 @@ def make_model(directory: Path, minutes: float) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """One way of keeping weights: bits of one inside the layers, what it costs in percent."""
+    """One way of keeping weights: bits of one inside the layers, and what it costs.
+
+    ``change`` is the perplexity's, in percent; ``kl`` and ``kl_worst`` are in nats a token;
+    ``same_top`` is in percent.
+    """
 
     quantize: str
     dtype: str
     bits: float
     perplexity: float
     change: float
+    kl: float
+    kl_worst: float
+    same_top: float
 
 
-def perplexity(arguments: argparse.Namespace, quantize: str, dtype: str, store: str) -> Any:
+def evaluate(
+    arguments: argparse.Namespace, quantize: str, dtype: str, store: str
+) -> dict[str, Any]:
     """What ``tpirt eval`` prints for the text held back."""
     options = ["--model", str(arguments.dir), "--local", str(RANKS), "--quiet"]
-    options += ["--text", str(arguments.dir / "held_back.txt"), "--json", "--store", store]
+    options += ["--text", str(arguments.dir / "held_back.txt"), "--json", "--store", store, "--kl"]
     options += ["--context", str(CONFIG.max_position_embeddings)]
     options += ["--threads", str(max(1, arguments.threads // RANKS))]
     options += ["--quantize", quantize, "--dtype", dtype]
-    return json.loads(run_tpirt("eval", *options))
+    figures: dict[str, Any] = json.loads(run_tpirt("eval", *options))
+    return figures
 
 
 def bits(quantize: str, dtype: str) -> float:
@@ -275,21 +288,31 @@ def bits(quantize: str, dtype: str) -> float:
     return QuantSpec.parse(quantize).bits or {"float32": 32.0, "bfloat16": 16.0}[dtype]
 
 
-def rows(measured: Mapping[tuple[str, str], float]) -> list[Row]:
-    """Set the perplexity of each setting against the reference's."""
-    reference = measured[REFERENCE]
+def rows(measured: Mapping[tuple[str, str], Mapping[str, float]]) -> list[Row]:
+    """Set the figures of each setting against the reference's."""
+    reference = measured[REFERENCE]["perplexity"]
     return [
-        Row(*setting, bits(*setting), found, 100 * (found / reference - 1))
+        Row(
+            *setting,
+            bits=bits(*setting),
+            perplexity=found["perplexity"],
+            change=100 * (found["perplexity"] / reference - 1),
+            kl=found["kl_mean"],
+            kl_worst=found["kl_worst"],
+            same_top=100 * found["same_top_token"],
+        )
         for setting, found in measured.items()
     ]
 
 
 def table(measured: Sequence[Row]) -> str:
     """The rows for people."""
-    lines = ["weights      bits  perplexity   change"]
+    lines = ["weights  dtype      bits  perplexity    change        KL  same top"]
     for row in measured:
-        name = row.dtype if row.quantize == "none" else row.quantize
-        lines.append(f"{name:10} {row.bits:6.2f} {row.perplexity:11.4f} {row.change:+7.2f}%")
+        lines.append(
+            f"{row.quantize:8} {row.dtype:8} {row.bits:6.2f} {row.perplexity:11.4f} "
+            f"{row.change:+8.3f}% {row.kl:9.6f} {row.same_top:8.2f}%"
+        )
     return "\n".join(lines)
 
 
@@ -316,9 +339,9 @@ def main(argv: Sequence[str]) -> int:
     measured, tokens = {}, 0
     with tempfile.TemporaryDirectory(prefix="tpirt-quality-") as store:
         for setting in SETTINGS:
-            found = perplexity(arguments, *setting, store)
-            measured[setting], tokens = found["perplexity"], found["tokens"]
-            tell(f"{' '.join(setting)}: {measured[setting]:.4f}")
+            measured[setting] = found = evaluate(arguments, *setting, store)
+            tokens = found["tokens"]
+            tell(f"{' '.join(setting)}: {found['perplexity']:.4f}, KL {found['kl_mean']:.6f}")
     done = rows(measured)
     print(table(done))
     training = json.loads((arguments.dir / "training.json").read_text(encoding="utf-8"))

@@ -21,6 +21,7 @@ from typing import IO, Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.support.interrupted import INTERRUPTED
 from tpirt.cli.main import main
 from tpirt.testing.models import make_model
 from tpirt.testing.processes import (
@@ -622,22 +623,6 @@ def test_peer_that_is_busy_and_port_that_is_in_use(cli: Cli, whole: Path, tmp_pa
 
 
 # -- Ctrl-C ----------------------------------------------------------------------------------
-
-# Interrupts itself at the first report of a stage: as close to the stage as can be.
-INTERRUPTED = """
-import os, signal, sys
-import tpirt.chat.progress as module
-
-class Interrupting(module.ConsoleProgress):
-    def __call__(self, progress):
-        if progress.stage == sys.argv[1]:
-            os.kill(os.getpid(), signal.SIGINT)
-        super().__call__(progress)
-
-module.ConsoleProgress = Interrupting
-from tpirt.cli.main import main
-sys.exit(main(sys.argv[2:]))
-"""
 
 
 @pytest.mark.parametrize(

@@ -308,13 +308,25 @@ class Engine:
             LogitsError: the model computed NaN or infinity.
         """
         total = 0.0
+        async with aclosing(self.log_probs(ids)) as parts:
+            async for log_probs, targets in parts:
+                total += float(F.nll_loss(log_probs, targets, reduction="sum"))
+        return total
+
+    async def log_probs(
+        self, ids: Sequence[int]
+    ) -> AsyncGenerator[tuple[torch.Tensor, torch.Tensor], None]:
+        """Yield ``log p(. | ids[:t])``, (T, V) float32, and ``ids[t]``, (T,), over t >= 1 in order.
+
+        T is as small as :meth:`loss` needs it. Forgets what was cached; raises and can be cancelled
+        as :meth:`loss`. Use ``contextlib.aclosing`` to leave early.
+        """
         async with aclosing(self._logits(ids, self._loss_tokens)) as parts:
             async for start, logits in parts:
                 check_finite(logits)
                 targets = torch.tensor(ids[start + 1 : start + 1 + len(logits)])
-                predictions = logits[: len(targets)]
-                total += float(F.cross_entropy(predictions, targets, reduction="sum"))
-        return total
+                if len(targets):
+                    yield F.log_softmax(logits[: len(targets)], dim=1), targets
 
     async def _logits(
         self, ids: Sequence[int], at_once: int

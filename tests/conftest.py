@@ -12,6 +12,7 @@ import torch
 import uvloop
 from hypothesis import settings
 
+from tests.support.nightly import NIGHTLY_PROFILE
 from tpirt.cluster import collective_policy
 from tpirt.collectives.cost_model import Topology
 from tpirt.ops.native.compiling import SOURCES, keep_library, source_key
@@ -25,7 +26,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The same examples on every run: a test that fails sometimes helps nobody.
 settings.register_profile("tpirt", deadline=None, derandomize=True)
-settings.load_profile("tpirt")
+settings.register_profile(NIGHTLY_PROFILE, settings.get_profile("tpirt"))
 
 # uvloop first: the commands run on it. asyncio's loop is that of a program that embeds the engine.
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
@@ -40,10 +41,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=(*LOOPS, "both"),
         help="event loop of async tests (default: uvloop; both for contract and both_loops)",
     )
-    parser.addoption("--nightly", action="store_true", help="run the tests marked nightly, too")
+    parser.addoption(
+        "--nightly", action="store_true", help="run the tests marked nightly, too; more examples"
+    )
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    # Before test modules are imported, which ask by it how many examples to try.
+    settings.load_profile(NIGHTLY_PROFILE if config.getoption("--nightly") else "tpirt")
+    _keep_kernels()
+
+
+def _keep_kernels() -> None:
     """Keep the native kernels beside their sources: tests with caches of their own find them."""
     path = load().path
     if path is None or path.parent == SOURCES:

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from tests.support.nightly import nightly, nightly_but
+from tests.support.nightly import nightly_but
 from tpirt.batch import Algorithm, Batch, Collective, CommDtype, Segment
 from tpirt.collectives.base import SingleRankCommunicator
 from tpirt.collectives.context import StepAborted, StepContext
@@ -179,17 +179,26 @@ async def test_two_parts_of_a_step_may_be_under_way(pair: Pair, algorithm: Algor
             assert all(bool(total.eq(total[0, 0]).all()) for total in sums)
 
 
+BROADCASTS = list(
+    itertools.product(((2, 7), (3, 130), (700, 1000)), (torch.float32, torch.bfloat16))
+)
+# In CI one for every channel; all shapes and both dtypes are among them.
+QUICK_BROADCASTS = {
+    ("memory", (2, 7), torch.float32),
+    ("narrow", (700, 1000), torch.float32),
+    ("tcp", (700, 1000), torch.float32),
+    ("grpc", (3, 130), torch.bfloat16),
+}
+
+
 @pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [
-        ((2, 7), torch.float32),
-        nightly((2, 7), torch.bfloat16),
-        nightly((3, 130), torch.float32),
-        ((3, 130), torch.bfloat16),
-        ((700, 1000), torch.float32),
-        nightly((700, 1000), torch.bfloat16),
-    ],
-    ids=str,
+    ("pair", "shape", "dtype"),
+    nightly_but(
+        QUICK_BROADCASTS,
+        ((name, *rows) for name, rows in itertools.product(PAIRS, BROADCASTS)),
+        lambda case: "-".join(map(str, case)),
+    ),
+    indirect=["pair"],
 )
 @ALGORITHMS
 async def test_broadcasts_of_both_parts(

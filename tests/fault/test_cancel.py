@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.nightly import nightly_but
 from tpirt.batch import Algorithm
 from tpirt.cluster.worker import Worker
 from tpirt.engine import Engine, EngineOptions
@@ -182,7 +183,10 @@ async def test_cancel_storm_of_frames_larger_than_the_way_holds(
 
 
 @pytest.mark.usefixtures("micro_batched")
-@pytest.mark.parametrize("algorithm", Algorithm, ids=lambda algorithm: algorithm.value)
+@pytest.mark.parametrize(
+    "algorithm",
+    nightly_but({Algorithm.ONE_SHOT}, Algorithm, lambda algorithm: algorithm.value),
+)
 async def test_cancel_storm_of_prompts_in_micro_batches(
     model: Path, store: Path, expected: list[list[int]], algorithm: Algorithm
 ) -> None:

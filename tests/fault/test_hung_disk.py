@@ -6,10 +6,12 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
 
+from tests.support.nightly import nightly_but
 from tpirt.batch import Algorithm
 from tpirt.engine import Engine
 from tpirt.errors import StoreError
@@ -70,8 +72,14 @@ async def repeat(engine: Engine) -> None:
         await engine.complete(PROMPT, PARAMS)
 
 
-@pytest.mark.parametrize("halves", [False, True], ids=["whole", "halves"])
-@pytest.mark.parametrize("algorithm", Algorithm, ids=lambda algorithm: algorithm.value)
+@pytest.mark.parametrize(
+    ("algorithm", "halves"),
+    nightly_but(
+        {(Algorithm.STAR, False), (Algorithm.TWO_SHOT, True)},
+        product(Algorithm, (False, True)),
+        lambda case: f"{case[0].value}-{'halves' if case[1] else 'whole'}",
+    ),
+)
 async def test_a_workers_disk_fails_amid_a_step_of_large_frames(
     model: Path,
     tmp_path: Path,

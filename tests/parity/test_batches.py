@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 import transformers
 
+from tests.support.nightly import nightly_but
 from tpirt.batch import Segment
 from tpirt.collectives.context import StepContext
 from tpirt.engine import Engine
@@ -38,7 +40,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32,
     },
 }
-NAMES = pytest.mark.parametrize("name", MODELS)
 MICRO_BATCHES = pytest.mark.parametrize("micro_batches", [False, True], ids=["whole", "halves"])
 
 
@@ -101,9 +102,19 @@ class Sequences:
         assert torch.equal(logits.argmax(1), torch.cat(expected).argmax(1))
 
 
-@NAMES
-@MICRO_BATCHES
-@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "micro_batches", "world"),
+    nightly_but(
+        {
+            *((name, True, 3) for name in MODELS),
+            ("dynamic", False, 3),
+            ("mistral-window", False, 3),
+            ("llama", False, 1),
+        },
+        product(MODELS, (False, True), (1, 3)),
+        lambda case: f"{case[2]}-{'halves' if case[1] else 'whole'}-{case[0]}",
+    ),
+)
 async def test_sequences_in_one_step_equal_each_alone(
     models: Any, name: str, micro_batches: bool, world: int
 ) -> None:
@@ -201,8 +212,13 @@ def error(got: torch.Tensor, exact: torch.Tensor) -> float:
     return float((got - exact).norm() / exact.norm())
 
 
-@NAMES
-@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "world"),
+    nightly_but(
+        {("llama", 3), ("mistral-window", 1), ("qwen3", 1), ("dynamic", 1)},
+        product(MODELS, (1, 3)),
+    ),
+)
 async def test_bfloat16_equals_transformers_in_bfloat16(
     rounded: Any, name: str, world: int
 ) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
 
+from tests.support.nightly import examples
 from tpirt.config import ModelConfig
 from tpirt.ops.quant import QuantSpec
 from tpirt.sharding import blocks as sharding
@@ -129,7 +130,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     shards=st.integers(1, 3),
     data=st.data(),
 )
-@settings(max_examples=40)
+@settings(max_examples=examples(20, 40))
 def test_slices_put_together_are_the_checkpoint(
     tmp_path_factory: pytest.TempPathFactory,
     sizes: dict[str, Any],

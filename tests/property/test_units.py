@@ -11,6 +11,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from tests.support.nightly import examples
 from tpirt.cluster.provision import lacking_units, plan_order, write_slice
 from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.config import ModelConfig
@@ -84,7 +85,7 @@ def content(stored: StoredSlice) -> list[bytes]:
 
 
 @given(data=st.data(), form=FORMATS)
-@settings(max_examples=30, phases=PHASES)
+@settings(max_examples=examples(15, 30), phases=PHASES)
 def test_another_plans_slices_are_made_of_the_units_at_hand(
     models: list[Opened], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, form: Any
 ) -> None:

@@ -6,6 +6,9 @@ from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+NIGHTLY_PROFILE = "nightly"  # of hypothesis; its settings are those of CI
 
 
 def nightly(*values: Any) -> Any:
@@ -31,3 +34,8 @@ def nightly_but(
         )
         for case in cases
     ]
+
+
+def examples(in_ci: int, at_night: int) -> int:
+    """How many examples hypothesis tries."""
+    return at_night if settings.get_current_profile_name() == NIGHTLY_PROFILE else in_ci

@@ -11,8 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.lib.rivals import LlamaBench, dllama_rates, llama_bench_rates, write_dllama_tokenizer
+from bench.lib.rivals import (
+    Dllama,
+    LlamaBench,
+    dllama_rates,
+    llama_bench_rates,
+    write_dllama_tokenizer,
+)
 from bench.peers import Case, cases, find_gguf, main, run_rounds, summarize
+from tests.support.nightly import nightly
 from tpirt.errors import ConfigError
 from tpirt.testing.models import make_model
 
@@ -181,27 +188,47 @@ def test_gguf_is_found_by_its_ending(tmp_path: Path) -> None:
     assert find_gguf(tmp_path, 8).name == "model-Q8_0.gguf"
 
 
-def test_one_command_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+FIGURES = [  # number of processes, figure, program, its figure
+    (1, "decode", "llama.cpp", 58.5),
+    (1, "decode", "distributed-llama", 30.3),
+    (1, "prompt 8", "llama.cpp", 284.25),
+    (1, "prompt 8", "distributed-llama", 69.57),
+    (2, "decode", "distributed-llama", 30.3),
+    (2, "prompt 8", "distributed-llama", 69.57),
+]
+
+
+def test_dllama_is_run_alone_and_with_a_worker(tmp_path: Path) -> None:
+    tokenizer = tmp_path / "tokenizer.t"
+    write_dllama_tokenizer(tokenizer, 300)
+    program = executable(tmp_path / "dllama", FAKE_DLLAMA, DLLAMA)
+    dllama = Dllama(program, tmp_path / "model.m", tokenizer)
+    for processes, threads in ((1, 2), (2, 1)):
+        rates = dllama.run(4, processes, threads, [8], 2)
+        assert rates == {"decode": 30.3, "prompt 8": 69.57}
+
+
+@pytest.mark.parametrize(
+    "rivals", [["llama.cpp"], nightly(["llama.cpp", "distributed-llama"])], ids="-".join
+)
+def test_one_command_compares(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rivals: list[str]
+) -> None:
     model = make_model(tmp_path / "model", dtype=torch.bfloat16)
     (tmp_path / "model-Q4_0.gguf").touch()
     llama = executable(tmp_path / "llama-bench", FAKE_LLAMA_BENCH, llama_bench_output(8))
-    dllama = executable(tmp_path / "dllama", FAKE_DLLAMA, DLLAMA)
     options = ["--model", str(model), "--store", str(tmp_path / "store"), "--rounds", "1"]
-    options += ["--llama-bench", str(llama), "--gguf", str(tmp_path), "--dllama", str(dllama)]
-    options += ["--dllama-model", str(tmp_path / "model.m"), "--bits", "4"]
-    assert main([*options, "--prompts", "8", "--tokens", "2"]) == 0
+    options += ["--llama-bench", str(llama), "--gguf", str(tmp_path)]
+    if "distributed-llama" in rivals:
+        dllama = executable(tmp_path / "dllama", FAKE_DLLAMA, DLLAMA)
+        options += ["--dllama", str(dllama), "--dllama-model", str(tmp_path / "model.m")]
+    assert main([*options, "--bits", "4", "--prompts", "8", "--tokens", "2"]) == 0
     *table, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
-    rows = [(row["processes"], row["figure"], row["program"]) for row in result["rows"]]
-    assert rows == [
-        (1, "decode", "llama.cpp"),
-        (1, "decode", "distributed-llama"),
-        (1, "prompt 8", "llama.cpp"),
-        (1, "prompt 8", "distributed-llama"),
-        (2, "decode", "distributed-llama"),
-        (2, "prompt 8", "distributed-llama"),
+    rows = [
+        (row["processes"], row["figure"], row["program"], row["other"]) for row in result["rows"]
     ]
-    assert [row["other"] for row in result["rows"]] == [58.5, 30.3, 284.25, 69.57, 30.3, 69.57]
+    assert rows == [row for row in FIGURES if row[2] in rivals]
     assert all(row["ratio"] == row["tpirt"] / row["other"] for row in result["rows"])
     assert table[0].startswith(result["environment"]["cpu"])
     assert table[0].endswith(result["kernels"])

@@ -715,7 +715,7 @@ def test_matrices_are_dequantized_in_bounded_pieces(spec: Scheme) -> None:
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_dense_products_of_several_pieces(spec: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quant_matrix, "PIECE_ELEMENTS", 1 << 18)
+    monkeypatch.setattr(quant_matrix, "PIECE_BYTES", 1 << 20)
     matrix = matrix_of(spec, random(1100, 300))
     assert len(list(matrix.pieces(torch.float32))) > 1
     x = random(3, 300, seed=8)

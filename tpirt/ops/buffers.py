@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import math
 import mmap
+import threading
 from dataclasses import dataclass, replace
 
 import torch
@@ -71,6 +72,22 @@ def page_buffer(nbytes: int) -> torch.Tensor:
     with contextlib.suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE, start, whole)
     return buffer[start : start + nbytes]
+
+
+_scratch = threading.local()
+
+
+def scratch(nbytes: int) -> torch.Tensor:
+    """Memory uint8 (nbytes,), page-aligned: the calling thread's until it calls again.
+
+    It is kept: the first use of fresh memory takes longer than what is done with it, up to a
+    millisecond per MiB on a virtual machine.
+    """
+    room: torch.Tensor | None = getattr(_scratch, "room", None)
+    if room is None or room.shape[0] < nbytes:
+        room = _scratch.room = None  # before there is another one
+        room = _scratch.room = page_buffer(nbytes)
+    return room[:nbytes]
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -16,9 +16,10 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
+from tpirt.ops.buffers import scratch
 from tpirt.ops.native.bindings import Matrix, native_kernels, present_kernels
 from tpirt.ops.quant import QuantSpec
-from tpirt.ops.quant_matrix import PIECE_ELEMENTS
+from tpirt.ops.quant_matrix import PIECE_BYTES
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,12 @@ class Widened:
         """Return (T, N) float32."""
         wide = x.float()
         out = torch.empty(len(x), len(weight))
-        for rows in range(0, len(weight), step := max(1, PIECE_ELEMENTS // weight.shape[1])):
-            piece = weight[rows : rows + step].float()
+        step = max(1, PIECE_BYTES // 4 // weight.shape[1])
+        count = min(step, len(weight)) * weight.shape[1]
+        space = scratch(4 * count).view(torch.float32).view(-1, weight.shape[1])
+        for rows in range(0, len(weight), step):
+            narrow = weight[rows : rows + step]
+            piece = space[: len(narrow)].copy_(narrow)
             torch.mm(wide, piece.t(), out=out[:, rows : rows + step])
         return out
 

@@ -12,15 +12,15 @@ from typing import NamedTuple
 
 import torch
 
-from tpirt.ops.buffers import ALIGN, round_up
+from tpirt.ops.buffers import ALIGN, round_up, scratch
 from tpirt.ops.native.bindings import Matrix
 from tpirt.ops.quant import QuantSpec, Scheme
 from tpirt.ops.quant_regions import matrix_regions, view_regions
 from tpirt.ops.tiles import TILE_ROWS
 
-# Elements dequantized at once: 8 MiB in bfloat16. With 2 MiB, torch's product with many rows of
-# input hardly gains from a second thread. A single block of rows may be more.
-PIECE_ELEMENTS = 1 << 22
+# What is dequantized at once. With 2 MiB, torch's product with many rows of input hardly gains from
+# a second thread. A single block of rows may be more.
+PIECE_BYTES = 8 << 20
 
 # A matrix can be split at multiples of it.
 ROWS_UNIT = 64
@@ -88,16 +88,17 @@ class QuantMatrix:
     def pieces(
         self, dtype: torch.dtype, elements: int | None = None
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Dequantize piece by piece, each in the memory of the last.
+        """Dequantize piece by piece, each in the memory of the last: the thread's scratch.
 
         Multiply a product with a piece by the scheme's ``output_scales``.
 
         Yields:
             The first row and a tensor (n, Kp) of at most ``elements`` weights (by default
-            ``PIECE_ELEMENTS``) or 16 rows. The last one may extend past row N.
+            ``PIECE_BYTES``) or 16 rows. The last one may extend past row N.
         """
-        step = max(TILE_ROWS, (elements or PIECE_ELEMENTS) // self.width // TILE_ROWS * TILE_ROWS)
-        space = torch.empty(min(step, self.height) * self.width, dtype=dtype)
+        elements = elements or PIECE_BYTES // dtype.itemsize
+        step = max(TILE_ROWS, elements // self.width // TILE_ROWS * TILE_ROWS)
+        space = scratch(min(step, self.height) * self.width * dtype.itemsize).view(dtype)
         for start in range(0, self.height, step):
             yield start, self.spec.rows(self, start, min(start + step, self.height), space)
 

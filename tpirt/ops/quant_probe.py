@@ -130,7 +130,7 @@ def _probe_weight(
 
 
 def _time_ms(work: Callable[[], object]) -> float:
-    """CPU time of the shortest of at least two runs after a first one."""
+    """CPU time of the shortest of at least three runs after a first one."""
     work()
     shortest, spent = float("inf"), 0.0
     for count in range(50):
@@ -138,6 +138,6 @@ def _time_ms(work: Callable[[], object]) -> float:
         work()
         lasted = time.thread_time() - start
         shortest, spent = min(shortest, lasted), spent + lasted
-        if count and spent > _PROBE_S:
+        if count > 1 and spent > _PROBE_S:
             break
     return shortest * 1e3

@@ -6,7 +6,6 @@ Axes: T tokens, N rows, Np N rounded up to 16, K inputs, Kp K rounded up to 32, 
 from __future__ import annotations
 
 import ctypes
-import threading
 from ctypes import c_float, c_int, c_long, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from tpirt.ops.buffers import scratch
 from tpirt.ops.native.library import load
 
 _SIGNATURES = {
@@ -162,7 +162,6 @@ class NativeKernels:
         for name in ("tp_attention_scratch", "tp_mlp_scratch"):
             getattr(self._library, name).restype = c_long
         self._set = chosen
-        self._scratch = threading.local()
         self._pool = self._library.tp_pool_new(threads)
         if self._pool is None:
             raise MemoryError(f"{threads} compute threads")
@@ -215,20 +214,15 @@ class NativeKernels:
 
     def attention_block(self, block: AttentionBlock) -> None:
         """Norm, product, attention, product."""
-        block.scratch = self._room(self._library.tp_attention_scratch(ctypes.byref(block)))
+        nbytes = self._library.tp_attention_scratch(ctypes.byref(block))
+        block.scratch = scratch(nbytes).data_ptr()
         self._library.tp_attention(self._set, self._pool, ctypes.byref(block))
 
     def mlp_block(self, block: MlpBlock) -> None:
         """Norm, product, activation, product; with the blocks that are ``next``."""
-        block.scratch = self._room(self._library.tp_mlp_scratch(ctypes.byref(block)))
+        nbytes = self._library.tp_mlp_scratch(ctypes.byref(block))
+        block.scratch = scratch(nbytes).data_ptr()
         self._library.tp_mlp(self._set, self._pool, ctypes.byref(block))
-
-    def _room(self, nbytes: int) -> int:
-        """The address of scratch memory, the calling thread's until it calls again."""
-        room: torch.Tensor | None = getattr(self._scratch, "room", None)
-        if room is None or room.shape[0] < nbytes:
-            room = self._scratch.room = torch.empty(nbytes, dtype=torch.uint8)
-        return room.data_ptr()
 
     def fit4(self, w: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
         """Round weights to 4 bits, in the calling thread only.

@@ -12,16 +12,13 @@ import torch
 from tpirt.batch import Batch, Segment
 from tpirt.config import ModelConfig
 from tpirt.model.kv_store import Cached, KVStore
-from tpirt.model.products import address, plain
+from tpirt.model.products import FEW_ROWS, address, plain
 from tpirt.ops.cpu import bfloat16_units
 from tpirt.ops.native.bindings import Attention, NativeKernels, native_kernels
 from tpirt.ops.nn import attention, rms_norm
 from tpirt.ops.rope import rotate
 from tpirt.sharding.partition import Shard
 from tpirt.weights.layout import Weights
-
-# Rows that the kernel in C takes. For more, torch's is faster, if the CPU has bfloat16 units.
-_NATIVE_ROWS = 8
 
 
 class Turn(NamedTuple):
@@ -78,10 +75,13 @@ class Heads:
     # -- in C: a few rows, over keys and values in bfloat16 or codes ---------------------------
 
     def suits_native(self, rows: int) -> bool:
-        """Whether the kernel in C can attend with so many rows, and is the faster one."""
+        """Whether the kernel in C can attend with so many rows, and is the faster one.
+
+        For many, torch's is faster, if the CPU has bfloat16 units.
+        """
         half = self._dtype is torch.bfloat16
         return (
-            (rows <= _NATIVE_ROWS or (half and not bfloat16_units()))
+            (rows <= FEW_ROWS or (half and not bfloat16_units()))
             and (half or self._kv.layout.bits is not None)
             and self._config.head_dim % 16 == 0
         )

@@ -35,7 +35,7 @@ from tpirt.model.attention import Heads, Turn, wanted_rows
 from tpirt.model.kv_store import KVLayout, KVStore
 from tpirt.model.native_blocks import NativeBlocks
 from tpirt.model.pipeline import Pipeline, WeightSource
-from tpirt.model.products import Products
+from tpirt.model.products import FEW_ROWS, Products
 from tpirt.ops.native.bindings import Rounded
 from tpirt.ops.quant_linear import ROWS_UNIT, KernelChoice, MatrixShape
 from tpirt.ops.rope import RotaryEmbedding
@@ -43,10 +43,6 @@ from tpirt.sharding.partition import Shard, Span
 from tpirt.sharding.program import Program
 from tpirt.stopwatch import COMPUTE, Recorder
 from tpirt.weights.layout import Weights
-
-# Blocks of up to this many tokens are computed on the event loop, because switching threads costs
-# more than it saves. Longer ones run in a thread, so that the loop stays responsive.
-_INLINE_TOKENS = 8
 
 _T = TypeVar("_T")
 
@@ -212,7 +208,7 @@ class Decoder:
     async def _mlp(self, part: _Part, blocks: tuple[int, ...]) -> torch.Tensor:
         """At least two stages if there are two micro-batches: see :class:`Pipeline`."""
         if len(blocks) > 1:
-            if part.alone and part.hidden.shape[0] <= _INLINE_TOKENS:
+            if part.alone and part.hidden.shape[0] <= FEW_ROWS:
                 total = self._resident_mlp(part, blocks)
                 if total is not None:
                     return total
@@ -253,7 +249,7 @@ class Decoder:
         self, rows: int, block: int, compute: Callable[..., _T], weights: Weights, *args: Any
     ) -> _T:
         with self.clock.running(self._weights.blocks[block].name, number=block):
-            if rows <= _INLINE_TOKENS:
+            if rows <= FEW_ROWS:  # else in a thread, so that the loop stays responsive
                 return compute(weights, *args)
             loop = asyncio.get_running_loop()
             running = loop.run_in_executor(self._thread, compute, weights, *args)

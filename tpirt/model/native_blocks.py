@@ -21,7 +21,7 @@ import torch
 from tpirt.batch import Batch
 from tpirt.config import ModelConfig
 from tpirt.model.attention import Heads, Turn
-from tpirt.model.products import Products, address
+from tpirt.model.products import FEW_ROWS, Products, address
 from tpirt.ops.native.bindings import (
     AttentionBlock,
     Matrix,
@@ -31,9 +31,6 @@ from tpirt.ops.native.bindings import (
 )
 from tpirt.ops.quant_matrix import QuantMatrix
 from tpirt.weights.layout import Weights
-
-# Rows of input for which one call pays.
-_ROWS = 8
 
 _Block = TypeVar("_Block", AttentionBlock, MlpBlock)
 
@@ -142,7 +139,7 @@ class NativeBlocks:
     def _rows(self, w: Weights, *names: str) -> int:
         """Up to how many rows these products are those in C."""
         native = self._products.native
-        in_c = (all(native(w, name, rows) for name in names) for rows in range(1, _ROWS + 1))
+        in_c = (all(native(w, name, rows) for name in names) for rows in range(1, FEW_ROWS + 1))
         return sum(takewhile(bool, in_c))
 
 

@@ -205,3 +205,10 @@ def test_a_wrong_option_is_refused_before_the_reference_is_computed(
     assert main([*command, "--quantize", "int5"]) == 2
     assert "int5" in capsys.readouterr().err
     assert not (tmp_path / "store").exists()
+
+
+def test_a_context_of_one_token_is_refused_by_name(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--context", "1"]) == 2
+    assert "--context 1: expected at least 2" in capsys.readouterr().err

@@ -95,6 +95,10 @@ def _open_text(arguments: argparse.Namespace) -> _Text:
     text = _read(Path(arguments.text))
     model = open_model(arguments.model)
     model.checkpoint.close()
+    if arguments.context < 2:
+        raise RequestError(
+            "--context 1: expected at least 2; a piece's first token is not predicted"
+        )
     length = min(arguments.context, model.config.context_length)
     ids = model.tokenizer.encode(text)
     pieces = [ids[i : i + length] for i in range(0, len(ids), length)]

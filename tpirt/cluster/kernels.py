@@ -63,11 +63,19 @@ def _machine() -> str:
     return f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, {native}"
 
 
+def _records(path: Path) -> dict[str, Any]:
+    """What is recorded, by machine: a store may serve several, or one with other kernels in C."""
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return records if isinstance(records, dict) else {}
+
+
 def _read(path: Path, machine: str) -> dict[MatrixShape, KernelChoice]:
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))[machine]
-        return dict(map(_parse, entries))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError):
+        return dict(map(_parse, _records(path)[machine]))
+    except (ValueError, KeyError, TypeError, AttributeError, ConfigError):
         return {}
 
 
@@ -100,4 +108,4 @@ def _write(path: Path, machine: str, chosen: Mapping[MatrixShape, KernelChoice])
         for shape, choice in chosen.items()
     ]
     with contextlib.suppress(OSError):
-        write_atomically(path, json.dumps({machine: entries}, indent=1))
+        write_atomically(path, json.dumps({**_records(path), machine: entries}, indent=1))

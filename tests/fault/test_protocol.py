@@ -63,7 +63,7 @@ WAYS = [
 def cases() -> Iterator[Any]:
     """Every fault of every frame at three times; but for a selection, at night.
 
-    A link checks all tensors alike, whoever reads them: CI has every fault of one kind of them.
+    A link checks all tensors alike: CI has every fault of one kind of them.
     """
     for algorithm, side, kind in WAYS:
         every = (algorithm, side, kind) in EVERY_FAULT

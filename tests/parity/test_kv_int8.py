@@ -76,7 +76,7 @@ async def test_a_prompt_in_one_chunk_equals_several_and_single_tokens(model: Pat
 
 @needs_native
 async def test_in_c_chunks_are_equal_bit_for_bit(model: Path) -> None:
-    """Products and attention in C: no row depends on those beside it."""
+    """Products and attention in C: no row depends on another."""
     options = {"dtype": "bfloat16", "quantize": "int4"}
     (first, tokens), *others = [
         await run(model, chunk_tokens=chunk, **options) for chunk in (8, 3, 1)

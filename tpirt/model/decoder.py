@@ -19,7 +19,7 @@ What a micro-batch does, on every rank::
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -209,7 +209,7 @@ class Decoder:
         """At least two stages if there are two micro-batches: see :class:`Pipeline`."""
         if len(blocks) > 1:
             if part.alone and part.hidden.shape[0] <= FEW_ROWS:
-                total = self._resident_mlp(part, blocks)
+                total = await self._resident_mlp(part, blocks)
                 if total is not None:
                     return total
             x: torch.Tensor | Rounded = part.hidden
@@ -223,7 +223,7 @@ class Decoder:
         begun = await self._stage(part, blocks[0], self._mlp_begin, part.hidden, keep=True)
         return await self._stage(part, blocks[0], self._mlp_end, *begun)
 
-    def _resident_mlp(self, part: _Part, blocks: tuple[int, ...]) -> torch.Tensor | None:
+    async def _resident_mlp(self, part: _Part, blocks: tuple[int, ...]) -> torch.Tensor | None:
         """All blocks of an MLP in one call; None if one is not in memory or that cannot be."""
         weights = []
         for block in blocks:
@@ -232,8 +232,10 @@ class Decoder:
                 return None
             weights.append(taken)
         part.step.check()
-        with self.clock.running(self._weights.blocks[blocks[0]].name, number=blocks[0]):
-            done = self._native.mlp(weights, part.hidden, None)
+        hidden = part.hidden
+        done = await self._compute(
+            hidden.shape[0], blocks[0], self._native.mlp, weights, hidden, None
+        )
         return None if done is None else done[1]
 
     async def _stage(
@@ -246,7 +248,12 @@ class Decoder:
         return result
 
     async def _compute(
-        self, rows: int, block: int, compute: Callable[..., _T], weights: Weights, *args: Any
+        self,
+        rows: int,
+        block: int,
+        compute: Callable[..., _T],
+        weights: Weights | Sequence[Weights],
+        *args: Any,
     ) -> _T:
         with self.clock.running(self._weights.blocks[block].name, number=block):
             if rows <= FEW_ROWS:  # else in a thread, so that the loop stays responsive

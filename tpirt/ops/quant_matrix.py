@@ -71,11 +71,6 @@ class QuantMatrix:
         return MatrixShape(self.spec, self.out_features, self.in_features)
 
     @cached_property
-    def pointers(self) -> tuple[int, int]:
-        """Addresses of codes and scales."""
-        return self.codes.data_ptr(), self.scales.data_ptr()
-
-    @cached_property
     def native(self) -> Matrix:
         """The matrix as the kernels in C take it, without a bias."""
         return Matrix.of_tiles(self.codes, self.scales, self.out_features, self.in_features)

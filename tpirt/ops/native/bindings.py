@@ -198,10 +198,9 @@ class NativeKernels:
         Returns:
             (T, N) float32, a view of (T, Np).
         """
+        assert isinstance(x, Rounded) == matrix.rounds
         out = torch.empty(len(x), 16 * matrix.blocks)
-        rounded = isinstance(x, Rounded)
         inputs = (None, *x.pointers) if isinstance(x, Rounded) else (x.data_ptr(), None, None, None)
-        assert rounded == matrix.rounds
         self._library.tp_product(
             self._set, self._pool, ctypes.byref(matrix), *inputs, len(x), out.data_ptr()
         )

@@ -209,43 +209,25 @@ static void gate_rows(void *arg, long first, long last)
 /* Rows per piece of work: sharing out fewer costs more than it saves. */
 #define ROWS_AT_ONCE 8
 
-static void round_all(const kernel_set *set, pool *p, const float *x, long tokens, long inputs,
-                      const rounded *r)
-{
-    row_work w = {set, x, NULL, 0, inputs, NULL, r};
-    pool_run(p, round_rows, &w, tokens, ROWS_AT_ONCE);
-}
-
-static void norm_all(const kernel_set *set, pool *p, const float *x, const float *weight, float eps,
-                     long tokens, long inputs, float *out)
-{
-    row_work w = {set, x, weight, eps, inputs, out, NULL};
-    pool_run(p, norm_rows, &w, tokens, ROWS_AT_ONCE);
-}
-
-static void gate_all(const kernel_set *set, pool *p, const float *x, long tokens, long inputs,
-                     float *out)
-{
-    row_work w = {set, x, NULL, 0, inputs, out, NULL};
-    pool_run(p, gate_rows, &w, tokens, ROWS_AT_ONCE);
-}
-
 void tp_round(int set, pool *p, const float *x, long tokens, long inputs, int8_t *q, float *scale,
               float *sum)
 {
     const rounded r = {q, scale, sum, (inputs + GROUP - 1) / GROUP};
-    round_all(SETS[set], p, x, tokens, inputs, &r);
+    row_work w = {SETS[set], x, NULL, 0, inputs, NULL, &r};
+    pool_run(p, round_rows, &w, tokens, ROWS_AT_ONCE);
 }
 
 void tp_norm(int set, pool *p, const float *x, const float *weight, float eps, long tokens, long inputs,
              float *out)
 {
-    norm_all(SETS[set], p, x, weight, eps, tokens, inputs, out);
+    row_work w = {SETS[set], x, weight, eps, inputs, out, NULL};
+    pool_run(p, norm_rows, &w, tokens, ROWS_AT_ONCE);
 }
 
 void tp_gate(int set, pool *p, const float *x, long tokens, long inputs, float *out)
 {
-    gate_all(SETS[set], p, x, tokens, inputs, out);
+    row_work w = {SETS[set], x, NULL, 0, inputs, out, NULL};
+    pool_run(p, gate_rows, &w, tokens, ROWS_AT_ONCE);
 }
 
 void tp_product(int set, pool *p, const matrix *m, const float *x, const int8_t *q,
@@ -323,16 +305,15 @@ static void *take(uint8_t **scratch, long bytes)
 static float *take_floats(uint8_t **scratch, long count) { return take(scratch, 4 * count); }
 
 /* Rows (T, K) rounded as the product with ``m`` needs them. */
-static rounded take_rounded(const kernel_set *s, pool *p, uint8_t **scratch, const matrix *m,
-                            const float *x, long tokens)
+static rounded take_rounded(int set, pool *p, uint8_t **scratch, const matrix *m, const float *x,
+                            long tokens)
 {
     if (m->kind >= BF16) return (rounded){0};
     int8_t *q = take(scratch, tokens * m->groups * GROUP);
     float *scale = take_floats(scratch, tokens * m->groups);
     float *sum = take_floats(scratch, tokens * m->groups);
-    const rounded r = {q, scale, sum, m->groups};
-    round_all(s, p, x, tokens, m->inputs, &r);
-    return r;
+    tp_round(set, p, x, tokens, m->inputs, q, scale, sum);
+    return (rounded){q, scale, sum, m->groups};
 }
 
 /* Copy or add rows without their padding. */
@@ -374,13 +355,13 @@ void tp_attention(int set, pool *p, attention_block *b)
     const long tokens = b->heads.tokens;
     uint8_t *at = b->scratch;
     float *x = take_floats(&at, tokens * b->qkv.inputs);
-    norm_all(s, p, b->hidden, b->norm, b->eps, tokens, b->qkv.inputs, x);
-    rounded r = take_rounded(s, p, &at, &b->qkv, x, tokens);
+    tp_norm(set, p, b->hidden, b->norm, b->eps, tokens, b->qkv.inputs, x);
+    rounded r = take_rounded(set, p, &at, &b->qkv, x, tokens);
     b->heads.qkv = take_floats(&at, tokens * b->qkv.blocks * TILE_ROWS);
     multiply(s, p, &b->qkv, x, &r, tokens, b->heads.qkv);
     float *y = b->heads.out = take_floats(&at, tokens * b->out.inputs);
     tp_attend(set, p, &b->heads);
-    r = take_rounded(s, p, &at, &b->out, y, tokens);
+    r = take_rounded(set, p, &at, &b->out, y, tokens);
     float *out = take_floats(&at, tokens * b->out.blocks * TILE_ROWS);
     multiply(s, p, &b->out, y, &r, tokens, out);
     put_rows(out, tokens, &b->out, b->partial, 0);
@@ -392,14 +373,16 @@ static void mlp(int set, pool *p, mlp_block *b)
     const long tokens = b->tokens;
     uint8_t *at = b->scratch;
     if (b->norm) {
-        norm_all(s, p, b->hidden, b->norm, b->eps, tokens, b->gate_up.inputs, b->normed);
-        if (b->gate_up.kind < BF16) round_all(s, p, b->normed, tokens, b->gate_up.inputs, &b->x);
+        tp_norm(set, p, b->hidden, b->norm, b->eps, tokens, b->gate_up.inputs, b->normed);
+        if (b->gate_up.kind < BF16)
+            tp_round(set, p, b->normed, tokens, b->gate_up.inputs, (int8_t *)b->x.q,
+                     (float *)b->x.scale, (float *)b->x.sum);
     }
     float *gate_up = take_floats(&at, tokens * b->gate_up.blocks * TILE_ROWS);
     multiply(s, p, &b->gate_up, b->normed, &b->x, tokens, gate_up);
     float *y = take_floats(&at, tokens * b->down.inputs);
-    gate_all(s, p, gate_up, tokens, b->down.inputs, y);
-    const rounded r = take_rounded(s, p, &at, &b->down, y, tokens);
+    tp_gate(set, p, gate_up, tokens, b->down.inputs, y);
+    const rounded r = take_rounded(set, p, &at, &b->down, y, tokens);
     float *out = take_floats(&at, tokens * b->down.blocks * TILE_ROWS);
     multiply(s, p, &b->down, y, &r, tokens, out);
     put_rows(out, tokens, &b->down, b->partial, b->add);

@@ -81,6 +81,8 @@ class Segment:
         num_logits: number of last tokens whose hidden states are wanted, 0 to ``tokens``. In the
             last layer, the other tokens only need keys and values.
         rope_length: sequence length for dynamic rope scaling.
+        source: another sequence's slot, whose first ``position`` positions are copied first; None
+            if the slot has them.
     """
 
     slot: int
@@ -88,6 +90,7 @@ class Segment:
     tokens: int
     num_logits: int
     rope_length: int
+    source: int | None = None
 
     @property
     def end(self) -> int:

@@ -39,6 +39,10 @@ class RequestError(TpirtError):
     """A request that cannot be served, for example empty or longer than the context."""
 
 
+class QueueFullError(RequestError):
+    """As many requests are running and waiting as may; a later one can be served."""
+
+
 class LogitsError(TpirtError):
     """The model computed NaN or infinity: no token can be chosen."""
 

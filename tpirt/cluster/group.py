@@ -19,6 +19,7 @@ from tpirt.cluster.tracing import RankTrace, Tracer
 from tpirt.collectives.context import StepAborted, StepContext
 from tpirt.collectives.links import LinkSet
 from tpirt.errors import PeerLostError, RequestError, TpirtError, TransportError
+from tpirt.model.kv_store import KVNeed
 from tpirt.ops.buffers import tensor_bytes
 from tpirt.planning import Deployment
 from tpirt.protocol.link import Incoming, Link, message_frame
@@ -196,6 +197,10 @@ class Group:
             if self._closed:
                 self._check_alive()
             return await self.runtime.logits(hidden)
+
+    def kv_need(self, segments: Sequence[Segment]) -> KVNeed:
+        """What a step of these segments needs of every rank's KV store."""
+        return self.runtime.decoder.kv.need(segments)
 
     def sampling(self, token: int) -> AbstractContextManager[None]:
         """Count the time in this ``with`` statement as compute for the answer's ``token``."""

@@ -150,10 +150,16 @@ class RankRuntime:
             raise TransportError(
                 f"step of {batch.tokens} tokens: expected 1 to {self._limits.chunk_tokens}"
             )
-        if len({segment.slot for segment in batch.segments}) < len(batch.segments):
+        positions = {segment.slot: segment.position for segment in batch.segments}
+        if len(positions) < len(batch.segments):
             raise TransportError("step with two segments of one sequence")
         for segment in batch.segments:
-            cached = self.decoder.kv.length(segment.slot)
+            source = segment.slot if segment.source is None else segment.source
+            cached = self.decoder.kv.length(source)
+            if segment.source is not None:
+                if source == segment.slot:
+                    raise TransportError(f"step that copies slot {source} to itself")
+                cached = min(cached, positions.get(source, cached))
             if segment.tokens < 1 or not 0 <= segment.num_logits <= segment.tokens:
                 raise TransportError(
                     f"step of {segment.tokens} tokens: results of {segment.num_logits} are wanted"

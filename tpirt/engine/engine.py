@@ -6,36 +6,35 @@ sampling stay in here, on the master; what leaves is hidden states.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import operator
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from tpirt.batch import Collective, Segment
+from tpirt.batch import Collective
 from tpirt.cluster.connection import Connection
 from tpirt.cluster.group import Group
 from tpirt.cluster.roster import other_versions
 from tpirt.engine.connect import PlanCallback, connected, trace_file
+from tpirt.engine.driver import Driver
 from tpirt.engine.model import Model
 from tpirt.engine.options import EngineOptions
 from tpirt.engine.sampler import Sampler, check_finite, check_params
+from tpirt.engine.sequence import Answer, Scoring
 from tpirt.engine.token_times import token_times
 from tpirt.engine.writer import Writer
-from tpirt.errors import LogitsError, PeerLostError, RequestError, TpirtError
+from tpirt.errors import RequestError
 from tpirt.planning import Deployment, PeerProfile
 from tpirt.refusals import refused_memory
 from tpirt.transport.base import PeerClient
 from tpirt.types import (
-    RECONNECTED,
     Completion,
     Message,
-    Progress,
     ProgressCallback,
     RankStats,
     SamplingParams,
@@ -46,13 +45,17 @@ from tpirt.weights.hub import model_name
 
 Prompt = str | Sequence[int] | Sequence[Message]
 
-_SLOT = 0  # the one sequence of the KV store
-
 
 class Engine:
-    """A loaded model, ready to generate; made by :meth:`connect`. One request runs at a time."""
+    """A loaded model, ready for any number of requests at once; made by :meth:`connect`."""
 
-    def __init__(self, model: Model, connection: Connection, deployment: Deployment):
+    def __init__(
+        self,
+        model: Model,
+        connection: Connection,
+        deployment: Deployment,
+        options: EngineOptions,
+    ):
         self.config = model.config
         self.tokenizer = model.tokenizer
         self.defaults = model.defaults
@@ -60,15 +63,14 @@ class Engine:
         self._checkpoint = model.checkpoint
         self._embedding = model.embedding
         self._connection = connection
-        self._chunk_tokens = deployment.chunk_tokens
-        self._loss_tokens = deployment.logits_tokens
-        self._cached: list[int] = []  # ids whose keys and values every rank holds
-        self._rope_length = 0  # the longest that their keys were rotated for
-        self._turn = asyncio.Lock()  # requests take turns
-        self._forget = False  # reset() was called, and its memory is not free yet
-        self._first_step = 1  # of the latest request
-        self._progress: ProgressCallback = ignore_progress  # of the latest request
-        self._freeing: asyncio.Task[None] | None = None  # of the latest reset
+        self._driver = Driver(
+            connection,
+            deployment,
+            self.embed,
+            sequences=options.sequences,
+            waiting=options.waiting,
+            stall_free=options.objective == "latency",
+        )
 
     @classmethod
     @asynccontextmanager
@@ -122,8 +124,8 @@ class Engine:
             trace = stack.enter_context(trace_file(options))
             connecting = connected(model, options, local, peers, progress, on_plan)
             opened, connection, deployment = await stack.enter_async_context(connecting)
-            engine = cls(opened, connection, deployment)
-            stack.push_async_callback(engine._end)
+            engine = cls(opened, connection, deployment, options)
+            stack.push_async_callback(engine._driver.aclose)
             if trace is not None:
                 saved = trace.saved(lambda: connection.group.trace(), engine.name)
                 await stack.enter_async_context(saved)
@@ -151,8 +153,8 @@ class Engine:
 
     @property
     def cached_tokens(self) -> int:
-        """How many tokens' keys and values are kept for the next request."""
-        return 0 if self._forget else len(self._cached)
+        """How many tokens' keys and values are kept for later requests."""
+        return self._driver.cached_tokens
 
     @property
     def broken(self) -> Exception | None:
@@ -175,7 +177,9 @@ class Engine:
     def explain(self) -> list[str]:
         """Say which links were measured and how sums go over them, a line each."""
         policy = self._group.policy
-        return policy.explain(self._chunk_tokens) if policy else ["one rank: nothing to sum"]
+        return (
+            policy.explain(self.deployment.chunk_tokens) if policy else ["one rank: nothing to sum"]
+        )
 
     def collective(self, tokens: int) -> Collective | None:
         """How partial sums of a step of ``tokens`` tokens are combined; None for one rank."""
@@ -208,22 +212,32 @@ class Engine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         progress: ProgressCallback = ignore_progress,
+        *,
+        user: str = "",
+        priority: int = 0,
     ) -> AsyncGenerator[Token, None]:
         """Yield tokens until an end token, a stop string, ``max_tokens`` or the context's end.
 
         Ids beyond the tokenizer's vocabulary (padding of the model's) have no text.
 
-        The prefix that the prompt shares with the previous request is not computed again. Cancelled
-        or left early, all ranks stop after the current block, and the next request can follow.
+        Any number of requests can run at once; every step computes a row of each, and as much of
+        new prompts as does not hold them up. A request that fails, is cancelled or left, or whose
+        reader is slow does not affect the others; use ``contextlib.aclosing`` to leave early. A
+        prefix that a prompt shares with another or an earlier request is not computed again.
 
         If a peer is lost, or was since the last request, the same peers are connected again and all
         tokens so far are computed again; ``progress`` tells. A step that fails once more raises.
 
-        Requests take turns. A consumer that stops reading keeps its turn, and the others wait,
-        until it reads on or closes the generator: use ``contextlib.aclosing`` to leave early.
+        Args:
+            prompt: text, messages or ids.
+            params: how to sample; the model's defaults when absent.
+            progress: called with progress reports of this request.
+            user: on whose behalf; users take turns where requests have to wait.
+            priority: of waiting requests, the higher ones begin first.
 
         Raises:
             RequestError: the prompt is empty or longer than the context; the engine is closed.
+            QueueFullError: too many requests are waiting.
             ConfigError: a sampling parameter is out of range.
             TokenizerError: the chat template refuses the messages.
             MemoryLimitError: the prompt, or the keys and values so far, exceed the memory limit.
@@ -233,27 +247,28 @@ class Engine:
             TransportError: a peer sent something invalid; names it. The engine is broken then.
             TpirtError: a rank failed (its disk); the engine lives on.
         """
+        answer = self._answer(self.encode(prompt), params, progress, user, priority)
+        self._driver.add(answer)
+        try:
+            async for token in answer:
+                yield token
+        finally:
+            await self._driver.leave(answer)
+
+    def _answer(
+        self,
+        ids: list[int],
+        params: SamplingParams | None,
+        progress: ProgressCallback,
+        user: str = "",
+        priority: int = 0,
+    ) -> Answer:
         params = params or self.defaults.sampling
         check_params(params)
-        ids = self._checked(self.encode(prompt))
+        self._check(ids)
         limit = self._most_tokens(params, len(ids))
         writer = Writer(self.tokenizer, ids, params, self.defaults.eos_ids, limit)
-        sampler = Sampler(params)
-        history = list(ids)
-        async with self._request(progress):
-            hidden = await self._prefill(ids)
-            while True:
-                logits = await self._group.logits(hidden)
-                with (
-                    self._group.sampling(len(history) - len(ids)),
-                    refused_memory("sampling"),
-                ):
-                    token = writer.push(sampler.next(logits[0], history))
-                history.append(token.id)
-                yield token
-                if token.finish_reason is not None:
-                    return
-                hidden = await self._forward([token.id], len(history), 1, prefill=False)
+        return Answer(ids, Sampler(params), writer, progress, user=user, priority=priority)
 
     async def complete(
         self,
@@ -266,40 +281,48 @@ class Engine:
         started = time.perf_counter()
         times: list[float] = []
         tokens: list[Token] = []
-        ranks: list[RankStats] = []
-        async with aclosing(self.generate(ids, params, progress)) as request:
-            async for token in request:
+        answer = self._answer(ids, params, progress)
+        self._driver.add(answer)
+        try:
+            async for token in answer:
                 times.append(time.perf_counter())
                 tokens.append(token)
-                if token.finish_reason is not None:  # the next request has not begun yet
-                    ranks = await self.stats()
-        steps = max(1, len(times) - 1)
+            ranks = await self._stats_of(answer)
+        finally:
+            await self._driver.leave(answer)
+        gaps = max(1, len(times) - 1)
         return Completion(
             text="".join(token.text for token in tokens),
             prompt_token_ids=ids,
             token_ids=[token.id for token in tokens],
             finish_reason=tokens[-1].finish_reason or "",
             ttft_ms=(times[0] - started) * 1e3,
-            tpot_ms=(times[-1] - times[0]) / steps * 1e3,
+            tpot_ms=(times[-1] - times[0]) / gaps * 1e3,
             world_size=self.world_size,
             ranks=ranks,
             decoded=token_times(ranks),
         )
 
+    async def _stats_of(self, answer: Answer) -> list[RankStats]:
+        """Each rank's figures since the answer's first step, with the steps that it was in."""
+        steps = set(answer.steps)
+        ranks = await self._group.stats(answer.steps[0])
+        return [replace(r, steps=[t for t in r.steps if t.step in steps]) for r in ranks]
+
     async def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """Return the logits after each of ``ids``, (T, V) float32; forgets what was cached.
+        """Return the logits after each of ``ids``, (T, V) float32.
 
         Cancelled, all ranks stop after the current block, and the next request can follow.
 
         Raises:
             RequestError: ``ids`` is empty or longer than the context.
         """
-        async with aclosing(self._logits(ids, self._chunk_tokens)) as parts:
+        async with aclosing(self._logits(ids, self.deployment.chunk_tokens)) as parts:
             with refused_memory(f"logits of {len(ids)} tokens"):
                 return torch.cat([part async for _, part in parts])
 
     async def loss(self, ids: Sequence[int]) -> float:
-        """Return ``-sum(log p(ids[t] | ids[:t]))`` over t >= 1; forgets what was cached.
+        """Return ``-sum(log p(ids[t] | ids[:t]))`` over t >= 1.
 
         Logits take no more memory than a prefill chunk does. Raises and can be cancelled as
         :meth:`logits`.
@@ -318,10 +341,10 @@ class Engine:
     ) -> AsyncGenerator[tuple[torch.Tensor, torch.Tensor], None]:
         """Yield ``log p(. | ids[:t])``, (T, V) float32, and ``ids[t]``, (T,), over t >= 1 in order.
 
-        T is as small as :meth:`loss` needs it. Forgets what was cached; raises and can be cancelled
-        as :meth:`loss`. Use ``contextlib.aclosing`` to leave early.
+        T is as small as :meth:`loss` needs it. Raises and can be cancelled as :meth:`loss`.
+        Use ``contextlib.aclosing`` to leave early.
         """
-        async with aclosing(self._logits(ids, self._loss_tokens)) as parts:
+        async with aclosing(self._logits(ids, self.deployment.logits_tokens)) as parts:
             async for start, logits in parts:
                 check_finite(logits)
                 targets = torch.tensor(ids[start + 1 : start + 1 + len(logits)])
@@ -332,16 +355,18 @@ class Engine:
         self, ids: Sequence[int], at_once: int
     ) -> AsyncGenerator[tuple[int, torch.Tensor], None]:
         """Yield the logits after each id, (T, V) with T at most ``at_once``, and T's first id."""
-        ids = self._checked(list(ids), room=0)
-        async with self._request(ignore_progress):
-            self.deployment.check_context(len(ids))
-            self._cached.clear()
-            for start in range(0, len(ids), self._chunk_tokens):
-                chunk = ids[start : start + self._chunk_tokens]
-                hidden = await self._forward(chunk, len(ids), len(chunk), prefill=True)
+        ids = list(ids)
+        self._check(ids, room=0)
+        scoring = Scoring(ids, ignore_progress)
+        start = 0
+        self._driver.add(scoring)
+        try:
+            async for hidden in scoring:
                 for part in torch.split(hidden, at_once):
                     yield start, await self._group.logits(part)
                     start += len(part)
+        finally:
+            await self._driver.leave(scoring)
 
     def embed(self, ids: Sequence[int]) -> torch.Tensor:
         """Look ids up: (T, H), what a step begins with; bfloat16 if stored so, else float32.
@@ -360,47 +385,15 @@ class Engine:
         Raises:
             PeerLostError: a peer is gone.
         """
-        return await self._group.stats(self._first_step)
+        return await self._group.stats(self._driver.first_step)
 
     def reset(self) -> None:
-        """Forget the cached tokens and give their memory back; a running request is not affected.
+        """Forget the cached tokens and give their memory back; running requests are not affected.
 
         Callable at any time, within a running event loop. The memory is free before the next
         request begins.
         """
-        self._forget = True
-        if self._freeing is None or self._freeing.done():  # one that waits does it for all
-            self._freeing = asyncio.get_running_loop().create_task(self._free())
-
-    async def _end(self) -> None:
-        if self._freeing is not None:
-            self._freeing.cancel()
-            await asyncio.gather(self._freeing, return_exceptions=True)
-
-    async def _free(self) -> None:
-        async with self._turn:
-            await self._carry_out_reset()
-
-    async def _carry_out_reset(self) -> None:
-        """Within a turn: forget the cached tokens if there was a reset since they were computed."""
-        if not self._forget:
-            return
-        self._forget = False
-        self._cached.clear()
-        with contextlib.suppress(TpirtError):  # a broken group is reported by its next user
-            await self._group.free(_SLOT)
-
-    @asynccontextmanager
-    async def _request(self, progress: ProgressCallback) -> AsyncIterator[None]:
-        """Wait for this request's turn."""
-        async with self._turn:
-            await self._carry_out_reset()  # its task may come later than this request
-            self._first_step, self._progress = self._group.next_step, progress
-            try:
-                yield
-            except LogitsError:
-                self._cached.clear()  # keys and values may be NaN, too
-                raise
+        self._driver.reset()
 
     def _most_tokens(self, params: SamplingParams, prompt: int) -> int:
         """The maximum of an answer's tokens; at least 1."""
@@ -410,7 +403,7 @@ class Engine:
         length = self.defaults.max_length or 0
         return min(length - prompt, room) if length > prompt else room
 
-    def _checked(self, ids: list[int], room: int = 1) -> list[int]:
+    def _check(self, ids: list[int], room: int = 1) -> None:
         if not ids:
             raise RequestError("the prompt is empty: give at least one token of text")
         if len(ids) + room > self.context_length:
@@ -428,72 +421,3 @@ class Engine:
                     f"token id {token_id} is outside the model's vocabulary of "
                     f"{self.config.vocab_size}; do tokenizer and model belong together?"
                 )
-        return ids
-
-    async def _prefill(self, ids: Sequence[int]) -> torch.Tensor:
-        """Compute the tokens that are not cached yet; returns the last position, (1, H)."""
-        start = self._reusable(ids)
-        self.deployment.check_context(len(ids), cached=start)
-        del self._cached[start:]
-        todo = len(ids) - start
-        while True:
-            chunk = ids[len(self._cached) : len(self._cached) + self._chunk_tokens]
-            hidden = await self._forward(chunk, len(ids), 1, prefill=True)
-            done = len(self._cached) - start
-            self._progress(Progress("prefill", done, todo, "tokens"))
-            if done == todo:
-                return hidden
-
-    def _reusable(self, ids: Sequence[int]) -> int:
-        """Count leading ids whose keys and values can be kept; the last id is always computed."""
-        longest = max(len(ids), self._rope_length)
-        if self.config.rope.kind == "dynamic" and longest > self.config.max_position_embeddings:
-            return 0  # every length beyond the trained one rotates all keys differently
-        shared = 0
-        for cached, wanted in zip(self._cached, ids[:-1], strict=False):
-            if cached != wanted:
-                break
-            shared += 1
-        return shared
-
-    async def _forward(
-        self, ids: Sequence[int], rope_length: int, num_logits: int, *, prefill: bool
-    ) -> torch.Tensor:
-        """Run one step over ``ids``; returns the hidden states of the last ``num_logits``.
-
-        If a peer is lost, connects again, computes what was cached again and repeats the step once.
-        """
-        try:
-            return await self._step(ids, rope_length, num_logits, prefill)
-        except PeerLostError:
-            await self._reconnect(rope_length)
-        return await self._step(ids, rope_length, num_logits, prefill)
-
-    async def _reconnect(self, rope_length: int) -> None:
-        """Form another group of the same peers, and have it cache the same tokens."""
-        await self._connection.reconnect(self._progress)
-        ids, self._cached = self._cached, []
-        self._first_step = self._group.next_step
-        peers = self.world_size - 1
-        again = f"computing {len(ids)} tokens again" if ids else ""
-        self._progress(Progress(RECONNECTED, peers, peers, "peers", again))
-        for start in range(0, len(ids), self._chunk_tokens):
-            chunk = ids[start : start + self._chunk_tokens]
-            await self._step(chunk, rope_length, 1, prefill=True)
-            self._progress(Progress("computing again", len(self._cached), len(ids), "tokens"))
-
-    async def _step(
-        self, ids: Sequence[int], rope_length: int, num_logits: int, prefill: bool
-    ) -> torch.Tensor:
-        if self._group.broken is not None:
-            raise self._group.broken
-        start = len(self._cached)
-        segment = Segment(_SLOT, start, len(ids), num_logits, rope_length)
-        with refused_memory(f"embeddings of {len(ids)} tokens"):
-            hidden = self.embed(ids)
-        out = await self._group.step(hidden, [segment], prefill)
-        self._rope_length = max(self._rope_length if start else 0, rope_length)
-        # Only now: a cancelled step leaves the ids as they were, so the next segment begins where
-        # all ranks still agree.
-        self._cached.extend(ids)
-        return out

@@ -9,6 +9,7 @@ from tpirt.errors import ConfigError
 from tpirt.planning.options import PlanOptions, check_range
 from tpirt.types import DEFAULT_TIMEOUT_S
 
+OBJECTIVES = ("latency", "throughput")
 MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.01, 86_400.0  # peers accept no others
 
 
@@ -23,6 +24,10 @@ class EngineOptions(PlanOptions):
         store: folder of this machine's slices; by default ``~/.cache/tpirt/slices``, or the
             ``slices`` folder of a synthetic model.
         store_limit_bytes: maximum size of that folder; by default only the disk limits it.
+        sequences: the most requests that run at once; others wait.
+        waiting: the most requests that wait; more are refused.
+        objective: ``latency``: a prompt slows running answers down by at most a factor of two;
+            ``throughput``: prompts are computed as fast as can be.
         timeout_s: longest silence of a peer before it counts as lost, in seconds.
         trace: file for a trace of all ranks, written when the engine closes; see
             :mod:`tpirt.engine.trace_file`.
@@ -35,12 +40,19 @@ class EngineOptions(PlanOptions):
     threads: int | None = None
     store: str | Path | None = None
     store_limit_bytes: int | None = None
+    sequences: int = 16
+    waiting: int = 256
+    objective: str = "latency"
     timeout_s: float = DEFAULT_TIMEOUT_S
     trace: str | Path | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("threads", self.threads, 1024)
+        check_range("sequences", self.sequences, 1024)
+        check_range("waiting", self.waiting, 1 << 20)
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(f"objective {self.objective!r}: expected {' or '.join(OBJECTIVES)}")
         check_range("store_limit_bytes", self.store_limit_bytes, 1 << 60)
         if not MIN_TIMEOUT_S <= self.timeout_s <= MAX_TIMEOUT_S:
             raise ConfigError(

@@ -121,6 +121,27 @@ def _piece_heads(positions: int, dim: int) -> int:
     return max(1, _PIECE_ELEMENTS // max(1, positions * dim))
 
 
+class KVNeed(NamedTuple):
+    """What a step needs of a KV store; the same on every rank.
+
+    Attributes:
+        held: positions for which all slots have room once it is prepared.
+        peak: most positions of single layers for which there is room meanwhile.
+        ends: positions that each segment attends to.
+    """
+
+    held: int
+    peak: int
+    ends: tuple[int, ...] = ()
+
+    def nbytes(self, layout: KVLayout, layers: int) -> int:
+        """Peak bytes while the step is prepared and runs."""
+        reading = max(map(layout.piece_bytes, self.ends), default=0)
+        return max(
+            self.peak * layout.token_bytes, self.held * layers * layout.token_bytes + reading
+        )
+
+
 @dataclass
 class _Slot:
     """One sequence, of ``capacity`` positions in each layer."""
@@ -148,7 +169,11 @@ class KVStore:
     @property
     def nbytes(self) -> int:
         """Bytes held by all slots."""
-        return self._token_bytes * sum(slot.capacity for slot in self._slots.values())
+        return self._token_bytes * self._capacity
+
+    @property
+    def _capacity(self) -> int:
+        return sum(slot.capacity for slot in self._slots.values())
 
     def length(self, slot: int) -> int:
         """Number of positions in ``slot``; 0 if it was never used."""
@@ -157,24 +182,37 @@ class KVStore:
 
     def bytes_for(self, segments: Iterable[Segment]) -> int:
         """Peak bytes while a step of these segments is prepared and runs."""
-        held = peak = self.nbytes
-        reading = 0
+        return self.need(segments).nbytes(self.layout, self._layers)
+
+    def need(self, segments: Iterable[Segment]) -> KVNeed:
+        """What a step of these segments needs."""
+        held = self._capacity
+        peak = held * self._layers
+        ends = []
         for segment in segments:
             slot = self._slots.get(segment.slot) or _Slot([])
             old = slot.capacity
+            ends.append(segment.end)
+            if segment.source is not None:  # the slot is freed, then made anew
+                held += grown_capacity(0, segment.end) - old
+                peak = max(peak, held * self._layers)
+                continue
             new = grown_capacity(old, segment.end, shrink=segment.position < slot.length)
             if new != old:
                 # Layers are copied one by one: only one exists twice.
-                copied = min(old, new) * self._token_bytes // self._layers
-                after = held + (new - old) * self._token_bytes
-                peak = max(peak, max(held, after) + copied)
+                after = held + new - old
+                peak = max(peak, max(held, after) * self._layers + min(old, new))
                 held = after
-            reading = max(reading, self.layout.piece_bytes(segment.end))
-        return max(peak, held + reading)
+        return KVNeed(held, peak, tuple(ends))
 
     def prepare(self, segments: Iterable[Segment]) -> None:
-        """Drop each sequence's positions from its segment on, and make room for the segment."""
+        """Drop each sequence's positions from its segment on, and make room for the segment.
+
+        A segment with a source begins with a copy of the source's first positions.
+        """
         for segment in segments:
+            if segment.source is not None:
+                self.fork(segment.source, segment.slot, segment.position, room=segment.end)
             slot = self._opened(segment.slot)
             assert segment.position <= slot.length
             dropped, slot.length = slot.length - segment.position, segment.position
@@ -209,14 +247,17 @@ class KVStore:
         found.length = length
         self._fit(found, length, shrink=True)
 
-    def fork(self, source: int, target: int, length: int) -> None:
-        """Copy the first ``length`` positions of ``source`` to ``target``, replacing it."""
+    def fork(self, source: int, target: int, length: int, room: int = 0) -> None:
+        """Copy the first ``length`` positions of ``source`` to ``target``, replacing it.
+
+        There is room for ``room`` positions in all.
+        """
         origin = self._slots[source]
         assert source != target
         assert length <= origin.length
         self.free(target)
         copy = self._slots[target] = _Slot(origin.layers, length=length)
-        self._move(copy, grown_capacity(0, length))
+        self._move(copy, grown_capacity(0, max(length, room)))
 
     def keep(self, slot: int, start: int, indices: Sequence[int]) -> None:
         """Keep only ``indices``, ascending, of the positions from ``start`` on, without gaps.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from tpirt.config import ModelConfig
 from tpirt.errors import ConfigError, MemoryLimitError
+from tpirt.model.kv_store import KVNeed
 from tpirt.ops.quant import AS_THEY_ARE
 from tpirt.planning.dtype import ChosenDtype, choose_dtype
 from tpirt.planning.memory import (
@@ -156,6 +157,10 @@ class Deployment:
             f"{format_bytes(budget.limits.memory_bytes or 0)}; {', '.join(advice)}, "
             f"or {otherwise}"
         )
+
+    def has_room(self, need: KVNeed, tokens: int, *, displacing: bool) -> bool:
+        """Whether every rank has room; see :meth:`MemoryBudget.has_room`."""
+        return all(r.budget.has_room(need, tokens, displacing=displacing) for r in self.ranks)
 
     def explain(self) -> list[str]:
         """Describe the plan and its reasons, one line per fact."""

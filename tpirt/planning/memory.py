@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tpirt.config import ModelConfig
-from tpirt.model.kv_store import KVLayout, grown_capacity
+from tpirt.model.kv_store import KVLayout, KVNeed, grown_capacity
 from tpirt.ops.buffers import round_up
 from tpirt.ops.nn import MASK_ELEMENTS
 from tpirt.ops.quant import QuantSpec
@@ -229,6 +229,23 @@ class MemoryBudget:
             if left is not None and left < least:
                 return False
         return True
+
+    def has_room(self, need: KVNeed, tokens: int, *, displacing: bool) -> bool:
+        """Whether a step fits that needs so much of the KV store.
+
+        Args:
+            need: of the store.
+            tokens: of the step.
+            displacing: whether weights may be given up for it, down to two blocks.
+        """
+        layers = self.config.num_hidden_layers
+        left = self.left_for_weights(tokens, need.nbytes(self._kv, layers))
+        if left is None:
+            return True
+        window = self.limits.window_blocks
+        if displacing:
+            return left >= least_budget(self.block_bytes, window)
+        return left >= sum(sorted(self.block_bytes, reverse=True)[:window])
 
     @property
     def _kv(self) -> KVLayout:

@@ -1,0 +1,450 @@
+"""The one task that runs steps: it admits sequences, computes them together, and hands on results.
+
+::
+
+    while there are sequences:
+        drop those that ended; admit those that there is room for
+        pieces = scheduler.plan(running)
+        hidden = group.step(embed(pieces))
+        for each answer among them: sample(logits(hidden))
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Ids
+from typing import Any
+
+import torch
+
+from tpirt.batch import Segment
+from tpirt.cancellation import finish
+from tpirt.cluster.connection import Connection
+from tpirt.cluster.group import Group
+from tpirt.engine.scheduler import Piece, Scheduler
+from tpirt.engine.sequence import Answer, Scoring, Sequence
+from tpirt.engine.slots import Place, Slots, common_prefix
+from tpirt.engine.step_costs import StepCosts
+from tpirt.errors import (
+    LogitsError,
+    MemoryLimitError,
+    PeerLostError,
+    QueueFullError,
+    RequestError,
+    TpirtError,
+)
+from tpirt.planning import Deployment
+from tpirt.refusals import refused_memory
+from tpirt.types import RECONNECTED, Progress
+
+_Any = Sequence[Any]
+
+_LEAST_SHARED = 32  # ids, for which a sequence waits until another one has computed them
+
+
+class Driver:
+    """Computes sequences, many in one step.
+
+    A sequence that fails or is left does not affect the others. If a peer is lost, the same peers
+    are connected again, and every sequence is computed again from its ids.
+
+    Args:
+        connection: the group, and another one after a loss.
+        deployment: the plan, for memory.
+        embed: ids to hidden states, (T, H).
+        sequences: the most that run at once; others wait.
+        waiting: the most that wait.
+        stall_free: see :class:`Scheduler`.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        deployment: Deployment,
+        embed: Callable[[Ids[int]], torch.Tensor],
+        *,
+        sequences: int,
+        waiting: int,
+        stall_free: bool,
+    ):
+        self._connection = connection
+        self._deployment = deployment
+        self._embed = embed
+        self._most = self._most_now = sequences
+        self._most_waiting = waiting
+        config = deployment.config
+        dynamic = config.rope.kind == "dynamic"
+        self._slots = Slots(config.max_position_embeddings if dynamic else None)
+        self._costs = StepCosts()
+        self._scheduler = Scheduler(deployment.chunk_tokens, self._costs, stall_free=stall_free)
+        self._waiting: list[_Any] = []
+        self._running: list[_Any] = []  # admitted, in that order
+        self._pieces: list[Piece] = []  # of the step under way
+        self._forget = False  # reset() was called, and the memory is not free yet
+        self._recovering = False  # a peer was lost, and nothing came out since
+        self._abandoned = False  # the task was cancelled to end a step that nobody wants
+        self._closed = False
+        self._first_step = 1
+        self._fitting: tuple[int, int, int] | None = None  # the last step's memory
+        self._task: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+        self._step_over = asyncio.Event()
+
+    @property
+    def cached_tokens(self) -> int:
+        """How many tokens' keys and values are kept."""
+        return 0 if self._forget else self._slots.tokens
+
+    @property
+    def first_step(self) -> int:
+        """The step that the latest sequence began with, or all of them after a reconnect."""
+        return self._first_step
+
+    def add(self, sequence: _Any) -> None:
+        """Compute a sequence, until it ends; :meth:`leave` it in any case.
+
+        Raises:
+            QueueFullError: too many are waiting.
+            RequestError: the engine is closed.
+        """
+        if self._closed:
+            raise _closed()
+        if len(self._waiting) >= self._most_waiting:
+            raise QueueFullError(
+                f"{len(self._running)} requests are running and {len(self._waiting)} are waiting, "
+                "as many as may: try again later"
+            )
+        sequence.on_read(self._wake.set)
+        self._waiting.append(sequence)
+        self._start()
+
+    async def leave(self, sequence: _Any) -> None:
+        """Compute a sequence no more.
+
+        Waits for the end of a step that no other sequence is in, which ends after the current
+        block; others go on.
+        """
+        sequence.end()
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        self._wake.set()
+        own = [piece.sequence for piece in self._pieces]
+        if sequence in own and all(other.ended for other in own):
+            assert self._task is not None
+            if not self._abandoned and not self._task.done():
+                self._abandoned = True
+                self._task.cancel()
+            await self._step_over.wait()
+
+    def reset(self) -> None:
+        """Keep no sequence's keys and values; those of running ones are freed at their end."""
+        self._forget = True
+        self._start()
+
+    async def aclose(self) -> None:
+        """End all sequences; later ones raise RequestError."""
+        self._closed = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._end_all(_closed())
+
+    # -- the readers' side -------------------------------------------------------------------
+
+    def _start(self) -> None:
+        if self._closed:
+            return
+        self._wake.set()
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    # -- the task ----------------------------------------------------------------------------
+
+    @property
+    def _group(self) -> Group:
+        return self._connection.group
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting or self._running or self._forget:
+                try:
+                    await self._turn()
+                except asyncio.CancelledError:
+                    if self._closed or not self._abandoned:
+                        raise
+                    task = asyncio.current_task()
+                    assert task is not None
+                    task.uncancel()
+                    self._recovering = False
+                finally:
+                    self._pieces, self._abandoned = [], False
+                    self._step_over.set()
+        except Exception as exc:
+            self._end_all(exc)
+
+    async def _turn(self) -> None:
+        """Run one step, if there is one to run."""
+        self._wake.clear()
+        await self._tidy()
+        if not (self._waiting or self._running):
+            return
+        if (broken := self._group.broken) is not None:
+            await self._recover(broken)
+            return
+        await self._admit_all()
+        pieces = self._scheduler.plan(self._running)
+        if pieces:
+            if await self._make_room(pieces):
+                await self._compute(pieces)
+            await asyncio.sleep(0)  # readers take their results
+        elif self._running:
+            await self._wake.wait()
+
+    async def _tidy(self) -> None:
+        """Let go of ended sequences, and free what is kept no more."""
+        for sequence in [s for s in self._running if s.ended]:
+            self._running.remove(sequence)
+            self._most_now = min(self._most, self._most_now + 1)
+            if sequence.slot is not None and self._slots.release(sequence.slot):
+                await self._free(sequence.slot)
+        if self._forget:
+            for slot in self._slots.forget():
+                await self._free(slot)
+            self._forget = False
+
+    async def _free(self, slot: int) -> None:
+        self._slots.remove(slot)
+        with contextlib.suppress(TpirtError):  # a broken group is reported by its next user
+            await finish(self._group.free(slot))
+
+    # -- admission and memory ----------------------------------------------------------------
+
+    async def _admit_all(self) -> None:
+        for sequence in self._scheduler.order(self._waiting, self._running):
+            if len(self._running) >= self._most_now:
+                return
+            if self._soon_shared(sequence):
+                continue
+            if not await self._admit(sequence):
+                return
+
+    def _soon_shared(self, sequence: _Any) -> bool:
+        """Whether a running prompt will have computed more of its prefix: it waits for that."""
+        shared = self._place(sequence, copy=True).shared
+        for other in self._running:
+            if other.todo > 1 and not other.paused:
+                common = common_prefix(other.ids, sequence.ids[: sequence.first_wanted])
+                if common >= shared + _LEAST_SHARED and common > other.computed:
+                    return True
+        return False
+
+    async def _admit(self, sequence: _Any) -> bool:
+        """Give a sequence a slot; returns False if it has to wait for memory."""
+        copy = True
+        while True:
+            place = self._place(sequence, copy=copy)
+            need = self._group.kv_need([*map(_rest, self._running), _rest(sequence, place)])
+            rows = min(sequence.todo - place.shared, self._deployment.chunk_tokens)
+            if self._deployment.has_room(need, rows, displacing=False):
+                break
+            idle = self._idle(place)
+            if idle:
+                await self._free(idle[0])
+            elif copy and place.source in self._slots.idle:
+                copy = False
+            elif self._running and not self._deployment.has_room(need, rows, displacing=True):
+                return False
+            else:
+                break
+        self._waiting.remove(sequence)
+        try:
+            self._deployment.check_context(len(sequence.ids), cached=place.shared)
+        except MemoryLimitError as exc:
+            sequence.end(exc)
+            return True
+        rope_length = self._slots.take(place, sequence.ids)
+        sequence.admit(place.slot, place.shared, place.source, rope_length)
+        self._running.append(sequence)
+        self._first_step = self._group.next_step
+        return True
+
+    def _place(self, sequence: _Any, *, copy: bool) -> Place:
+        shareable = sequence.ids[: sequence.first_wanted + 1]
+        return self._slots.find(shareable, len(sequence.ids), copy=copy)
+
+    def _idle(self, place: Place | None = None) -> list[int]:
+        """Slots that may be freed, the longest unused first."""
+        needed = {sequence.source for sequence in self._running}
+        if place is not None:
+            needed |= {place.slot, place.source}
+        return [slot for slot in self._slots.idle if slot not in needed]
+
+    async def _make_room(self, pieces: list[Piece]) -> bool:
+        """Free idle slots that displace weights; returns False if a sequence was given up.
+
+        Weights are in memory first, then running sequences, then what is kept for later ones.
+        """
+        need = self._group.kv_need([piece.segment() for piece in pieces])
+        rows = sum(piece.tokens for piece in pieces)
+        if (need.held, need.peak, rows) == self._fitting:
+            return True
+        fits = self._deployment.has_room
+        while not fits(need, rows, displacing=False) and (idle := self._idle()):
+            await self._free(idle[0])
+            need = self._group.kv_need([piece.segment() for piece in pieces])
+        if len(self._running) > 1 and not fits(need, rows, displacing=True):
+            await self._give_up(self._running[-1])
+            return False
+        self._fitting = (need.held, need.peak, rows)
+        return True
+
+    async def _give_up(self, sequence: _Any) -> None:
+        """Free a running sequence's keys and values; it is computed again when there is room."""
+        slot = sequence.slot
+        self._running.remove(sequence)
+        self._waiting.insert(0, sequence)
+        self._most_now = max(1, len(self._running))
+        sequence.restart()
+        assert slot is not None
+        await self._free(slot)
+
+    # -- steps -------------------------------------------------------------------------------
+
+    async def _compute(self, pieces: list[Piece]) -> None:
+        self._pieces = pieces
+        self._step_over.clear()
+        began_s = time.perf_counter()
+        group = self._group
+        ids = [token for piece in pieces for token in piece.ids]
+        try:
+            with refused_memory(f"embeddings of {len(ids)} tokens"):
+                hidden = self._embed(ids)
+            segments = [piece.segment() for piece in pieces]
+            number = group.next_step
+            out = await group.step(hidden, segments, any(piece.prefill for piece in pieces))
+        except MemoryLimitError as exc:
+            await self._relieve(pieces, exc)
+        except TpirtError as exc:
+            if group.broken is None:  # else the next turn connects again
+                _end(pieces, exc)
+        else:
+            counts = [segment.num_logits for segment in segments]
+            self._advance(pieces, number)
+            await self._hand_on(pieces, torch.split(out, counts))
+            self._costs.learn(len(ids), time.perf_counter() - began_s)
+
+    async def _relieve(self, pieces: list[Piece], exc: MemoryLimitError) -> None:
+        """Memory was refused: free what can be, or give up the youngest; alone, one fails."""
+        if idle := self._idle():
+            await self._free(idle[0])
+        elif len(self._running) > 1:
+            await self._give_up(self._running[-1])
+        else:
+            _end(pieces, exc)
+
+    def _advance(self, pieces: list[Piece], step: int) -> None:
+        for piece in pieces:
+            sequence, ids, prefill = piece.sequence, piece.ids, piece.prefill
+            assert sequence.slot is not None
+            self._slots.extend(sequence.slot, ids, len(sequence.ids))
+            sequence.advance(len(ids), step)
+            if prefill:
+                try:
+                    sequence.report()
+                except Exception as exc:  # the caller's
+                    sequence.end(exc)
+
+    async def _hand_on(self, pieces: list[Piece], hidden: Ids[torch.Tensor]) -> None:
+        """Hand hidden states to their sequences; sample for answers."""
+        answers: list[Answer] = []
+        rows = []
+        for piece, own in zip(pieces, hidden, strict=True):
+            match piece.sequence:
+                case Scoring() as scoring if len(own):
+                    scoring.take(own)
+                case Answer() as answer if len(own) and not answer.ended:
+                    answers.append(answer)
+                    rows.append(own)
+        at_once = self._deployment.logits_tokens
+        for first in range(0, len(answers), at_once):
+            chosen = slice(first, first + at_once)
+            try:
+                logits = await self._group.logits(torch.cat(rows[chosen]))
+            except MemoryLimitError as exc:
+                for answer in answers[chosen]:
+                    answer.end(exc)
+                continue
+            for answer, row in zip(answers[chosen], logits, strict=True):
+                self._sample(answer, row)
+
+    def _sample(self, answer: Answer, logits: torch.Tensor) -> None:
+        assert answer.slot is not None
+        try:
+            with self._group.sampling(answer.sampled), refused_memory("sampling"):
+                answer.sample(logits)
+        except LogitsError as exc:
+            self._slots.discard(answer.slot)  # keys and values may be NaN, too
+            answer.end(exc)
+        except TpirtError as exc:
+            answer.end(exc)
+        self._recovering = False
+
+    # -- losses ------------------------------------------------------------------------------
+
+    async def _recover(self, broken: Exception) -> None:
+        """Connect again after a loss, once until something comes out; else end all sequences."""
+        for sequence in self._waiting:
+            sequence.computed = self._place(sequence, copy=True).shared
+        self._slots.clear()
+        self._waiting[:0] = self._running
+        self._running.clear()
+        tokens = sum(sequence.computed for sequence in self._waiting)
+        for sequence in self._waiting:
+            sequence.restart()
+        again, self._recovering = self._recovering, True
+        if again or not isinstance(broken, PeerLostError):
+            self._end_all(broken)
+            return
+        self._step_over.clear()
+        self._pieces = [Piece(sequence, 1) for sequence in self._waiting]
+        try:
+            await self._connection.reconnect(self._report)
+        except TpirtError as exc:
+            self._end_all(exc)
+            return
+        self._first_step = self._group.next_step
+        peers = len(self._deployment.ranks) - 1
+        detail = f"computing {tokens} tokens again" if tokens else ""
+        self._report(Progress(RECONNECTED, peers, peers, "peers", detail))
+
+    def _report(self, report: Progress) -> None:
+        for sequence in [*self._running, *self._waiting]:
+            sequence.progress(report)
+
+    def _end_all(self, exc: Exception) -> None:
+        """End all sequences; what follows begins afresh."""
+        self._recovering = False
+        for sequence in [*self._running, *self._waiting]:
+            sequence.end(exc)
+        self._waiting.clear()
+
+
+def _rest(sequence: _Any, place: Place | None = None) -> Segment:
+    """All that is still to be computed of a sequence, as a segment."""
+    if place is None:
+        assert sequence.slot is not None
+        place = Place(sequence.slot, sequence.computed, sequence.source)
+    tokens = max(1, len(sequence.ids) - place.shared)
+    return Segment(place.slot, place.shared, tokens, 0, 1, place.source)
+
+
+def _end(pieces: Iterable[Piece], exc: Exception) -> None:
+    for piece in pieces:
+        piece.sequence.end(exc)
+
+
+def _closed() -> RequestError:
+    return RequestError("the engine is closed")

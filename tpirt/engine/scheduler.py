@@ -1,0 +1,115 @@
+"""Which rows the next step computes: pure decisions, no I/O.
+
+Answers under way come first, one row each, then as much of waiting prompts as the step may take
+(stall-free mixed batches, as in Sarathi-Serve).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Any
+
+from tpirt.batch import Segment
+from tpirt.engine.sequence import Sequence
+from tpirt.engine.step_costs import StepCosts
+
+# While answers run, a step with a prompt's rows takes at most so many times as long as without.
+_STRETCH = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The part of a sequence that a step computes: ``tokens`` ids from ``computed`` on."""
+
+    sequence: Sequence[Any]
+    tokens: int
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids."""
+        start = self.sequence.computed
+        return self.sequence.ids[start : start + self.tokens]
+
+    @property
+    def prefill(self) -> bool:
+        """Whether these are ids of a prompt, for statistics."""
+        return self.tokens > 1 or self.sequence.prefilling
+
+    def segment(self) -> Segment:
+        """The rows in the step's batch."""
+        sequence = self.sequence
+        assert sequence.slot is not None
+        end = sequence.computed + self.tokens
+        return Segment(
+            slot=sequence.slot,
+            position=sequence.computed,
+            tokens=self.tokens,
+            num_logits=min(self.tokens, max(0, end - sequence.first_wanted)),
+            rope_length=len(sequence.ids),
+            source=sequence.source,
+        )
+
+
+class Scheduler:
+    """Chooses from sequences; changes none.
+
+    Args:
+        chunk_tokens: most rows of a step.
+        costs: how long steps take.
+        stall_free: whether a prompt may only slow answers down by a factor of 2 a step; else it is
+            computed as fast as it can be.
+    """
+
+    def __init__(self, chunk_tokens: int, costs: StepCosts, *, stall_free: bool = True):
+        self._chunk_tokens = chunk_tokens
+        self._costs = costs
+        self._stall_free = stall_free
+
+    def order(
+        self, waiting: Iterable[Sequence[Any]], running: Iterable[Sequence[Any]]
+    ) -> list[Sequence[Any]]:
+        """The order in which waiting sequences are admitted.
+
+        Those that had begun first, then by priority; users take turns, each user's own in order of
+        arrival.
+        """
+        places = Counter(sequence.user for sequence in running)
+        keys = {}
+        ordered = list(waiting)
+        for arrival, sequence in enumerate(ordered):
+            keys[sequence] = (
+                not sequence.again,
+                -sequence.priority,
+                places[sequence.user],
+                arrival,
+            )
+            places[sequence.user] += 1
+        return sorted(ordered, key=keys.__getitem__)
+
+    def plan(self, running: Items[Sequence[Any]]) -> list[Piece]:
+        """The next step; empty if all sequences wait for their readers."""
+        ready = [sequence for sequence in running if not sequence.paused]
+        ready.sort(key=lambda sequence: sequence.turn)  # if not all fit, the others are next
+        pieces = [Piece(sequence, 1) for sequence in ready if sequence.todo == 1]
+        pieces = pieces[: self._chunk_tokens]
+        room = self._room(len(pieces))
+        for sequence in running:  # in order of admission
+            if sequence.todo > 1 and not sequence.paused and room:
+                tokens = min(sequence.todo, room)
+                pieces.append(Piece(sequence, tokens))
+                room -= tokens
+        return pieces
+
+    def _room(self, answers: int) -> int:
+        """How many rows of prompts go with those of ``answers`` answers; at least 1 if any fits."""
+        most = self._chunk_tokens - answers
+        if not answers or not most or not self._stall_free:
+            return most
+        alone_s = self._costs.seconds(answers)
+        if alone_s is None:
+            return most
+        within = self._costs.rows_within(_STRETCH * alone_s, self._chunk_tokens)
+        return max(1, within - answers)

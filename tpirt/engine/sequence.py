@@ -1,0 +1,213 @@
+"""Sequences: what a request has computed so far, and what its reader has not taken yet."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Ids
+from typing import Generic, TypeVar
+
+import torch
+
+from tpirt.engine.sampler import Sampler
+from tpirt.engine.writer import Writer
+from tpirt.types import Progress, ProgressCallback, Token
+
+_T = TypeVar("_T")
+
+
+class Sequence(ABC, Generic[_T]):
+    """One request. The driver computes its ids; an asynchronous iterator yields its results.
+
+    A sequence whose reader lags ``ahead`` results behind pauses, and no other does.
+
+    Attributes:
+        ids: those known so far.
+        computed: number of leading ids whose keys and values every rank holds.
+        slot: where they are; None until it is admitted.
+        source: the slot that the first ``computed`` positions are still to be copied from.
+        user: on whose behalf it runs; users take turns.
+        priority: higher ones are admitted first.
+        turn: number of the latest step that it was in.
+        steps: numbers of all those.
+        again: whether it is computed once more, after its keys and values were given up or lost.
+        rope_length: the longest that its keys were rotated for.
+        progress: told about its prompt.
+    """
+
+    def __init__(
+        self,
+        ids: Ids[int],
+        progress: ProgressCallback,
+        *,
+        ahead: int,
+        user: str = "",
+        priority: int = 0,
+    ):
+        self.ids = list(ids)
+        self.computed = 0
+        self.slot: int | None = None
+        self.source: int | None = None
+        self.user = user
+        self.priority = priority
+        self.turn = 0
+        self.steps: list[int] = []
+        self.again = False
+        self.rope_length = 0
+        self.progress = progress
+        self._ahead = ahead
+        self._begin = self._target = 0  # computed and known ids at admission
+        self._unread: deque[_T] = deque()
+        self._ended = False
+        self._error: Exception | None = None
+        self._changed = asyncio.Event()
+        self._on_read: Callable[[], None] = lambda: None
+
+    @property
+    @abstractmethod
+    def first_wanted(self) -> int:
+        """Index of the first id whose hidden state is wanted."""
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether the next id is one of those known on admission."""
+        return self.computed < self._target
+
+    @property
+    def todo(self) -> int:
+        """Number of ids to compute."""
+        return len(self.ids) - self.computed
+
+    @property
+    def paused(self) -> bool:
+        """Whether its reader has to read first."""
+        return len(self._unread) >= self._ahead
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more is to be computed."""
+        return self._ended
+
+    def admit(self, slot: int, shared: int, source: int | None, rope_length: int) -> None:
+        """Begin in a slot, with the first ``shared`` ids computed."""
+        self.slot, self.source, self.rope_length = slot, source, rope_length
+        self.computed = self._begin = shared
+        self._target = len(self.ids)
+        self.steps.clear()
+
+    def advance(self, tokens: int, step: int) -> None:
+        """Account for a step that computed some ids."""
+        self.computed += tokens
+        self.source = None
+        self.turn = step
+        self.steps.append(step)
+
+    def report(self) -> None:
+        """Tell how much of the prompt is computed."""
+        stage = "computing again" if self.again else "prefill"
+        done, total = self.computed - self._begin, self._target - self._begin
+        self.again = self.again and done < total
+        self.progress(Progress(stage, done, total, "tokens"))
+
+    def restart(self) -> None:
+        """Begin again from the first id: its keys and values are gone."""
+        self.again = self.again or self.computed > 0
+        self.computed, self.slot, self.source, self.rope_length = 0, None, None, 0
+        self.turn = 0
+
+    def put(self, result: _T) -> None:
+        """Hand a result to the reader."""
+        self._unread.append(result)
+        self._changed.set()
+
+    def end(self, error: Exception | None = None) -> None:
+        """End: the reader gets what was put, then the error, if there is one."""
+        if not self._ended:
+            self._ended, self._error = True, error
+            self._changed.set()
+
+    def on_read(self, callback: Callable[[], None]) -> None:
+        """Have ``callback`` called when a paused sequence's reader has read."""
+        self._on_read = callback
+
+    def __aiter__(self) -> Sequence[_T]:
+        return self
+
+    async def __anext__(self) -> _T:
+        while not self._unread:
+            if self._error is not None:
+                raise self._error
+            if self._ended:
+                raise StopAsyncIteration
+            self._changed.clear()
+            await self._changed.wait()
+        paused = self.paused
+        result = self._unread.popleft()
+        if paused:
+            self._on_read()
+        return result
+
+
+class Answer(Sequence[Token]):
+    """A prompt and its answer. Results are tokens."""
+
+    def __init__(
+        self,
+        ids: Ids[int],
+        sampler: Sampler,
+        writer: Writer,
+        progress: ProgressCallback,
+        *,
+        user: str = "",
+        priority: int = 0,
+    ):
+        super().__init__(ids, progress, ahead=16, user=user, priority=priority)
+        self._sampler = sampler
+        self._writer = writer
+        self.prompt = len(self.ids)
+
+    @property
+    def first_wanted(self) -> int:
+        return len(self.ids) - 1
+
+    @property
+    def sampled(self) -> int:
+        """Number of tokens of the answer."""
+        return len(self.ids) - self.prompt
+
+    def sample(self, logits: torch.Tensor) -> Token:
+        """Draw the next token.
+
+        Args:
+            logits: (V,) float32, after the last id; overwritten.
+
+        Raises:
+            LogitsError: the model computed NaN or infinity.
+        """
+        token = self._writer.push(self._sampler.next(logits, self.ids))
+        self.ids.append(token.id)
+        self.put(token)
+        if token.finish_reason is not None:
+            self.end()
+        return token
+
+
+class Scoring(Sequence[torch.Tensor]):
+    """A text whose hidden states are all wanted. Results are (T, H) float32, in order of ids."""
+
+    def __init__(self, ids: Ids[int], progress: ProgressCallback):
+        super().__init__(ids, progress, ahead=1)
+        self._delivered = 0
+
+    @property
+    def first_wanted(self) -> int:
+        return self._delivered
+
+    def take(self, hidden: torch.Tensor) -> None:
+        """Hand on the next hidden states, (T, H)."""
+        self._delivered += len(hidden)
+        self.put(hidden)
+        if self._delivered == len(self.ids):
+            self.end()

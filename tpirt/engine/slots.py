@@ -1,0 +1,135 @@
+"""Which ids' keys and values are in which slot of every rank's KV store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Place(NamedTuple):
+    """Where a sequence goes.
+
+    Attributes:
+        slot: its slot.
+        shared: number of leading ids that need not be computed.
+        source: slot that they are copied from; None if they are in ``slot``, or if there are none.
+    """
+
+    slot: int
+    shared: int
+    source: int | None = None
+
+
+@dataclass
+class _Slot:
+    ids: list[int]
+    rope_length: int
+    busy: bool
+    used: int
+    forget: bool = False
+
+
+class Slots:
+    """The slots in use: by a running sequence, or idle and kept for a later one.
+
+    Args:
+        trained_length: the length beyond which keys are rotated differently at every length, so
+            that they cannot be shared; None if there is none.
+    """
+
+    def __init__(self, trained_length: int | None):
+        self._trained_length = trained_length
+        self._slots: dict[int, _Slot] = {}
+        self._uses = 0
+
+    @property
+    def tokens(self) -> int:
+        """Number of ids in all slots."""
+        return sum(len(slot.ids) for slot in self._slots.values() if not slot.forget)
+
+    @property
+    def idle(self) -> list[int]:
+        """Slots that no sequence uses, the longest unused first."""
+        idle = [number for number, slot in self._slots.items() if not slot.busy]
+        return sorted(idle, key=lambda number: self._slots[number].used)
+
+    def find(self, ids: Ids[int], length: int, *, copy: bool = True) -> Place:
+        """Choose a slot for a sequence.
+
+        An idle slot that shares more of its ids than would be dropped is taken over; else what is
+        shared is copied, and the slot is kept.
+
+        Args:
+            ids: those of the sequence that may be shared, except the last one.
+            length: number of all its ids.
+            copy: whether there is memory for a copy; else an idle slot is taken over.
+        """
+        best = Place(self._free_number(), 0)
+        for number, slot in self._slots.items():
+            shared = self._shared(slot, ids, length)
+            if shared <= best.shared:
+                continue
+            if not slot.busy and (not copy or len(slot.ids) - shared <= shared):
+                best = Place(number, shared)
+            elif copy:
+                best = Place(self._free_number(), shared, number)
+        return best
+
+    def take(self, place: Place, ids: Ids[int]) -> int:
+        """Give a place to a sequence; returns the length its keys were rotated for."""
+        origin = self._slots.get(place.slot if place.source is None else place.source)
+        rope_length = origin.rope_length if origin is not None and place.shared else 0
+        self._slots[place.slot] = _Slot(list(ids[: place.shared]), rope_length, True, self._next())
+        return rope_length
+
+    def extend(self, slot: int, ids: Ids[int], rope_length: int) -> None:
+        """Account for a step that computed ``ids`` in a slot."""
+        found = self._slots[slot]
+        found.ids.extend(ids)
+        found.rope_length = max(found.rope_length, rope_length)
+
+    def release(self, slot: int) -> bool:
+        """A sequence is done with its slot; returns whether it is to be freed."""
+        found = self._slots[slot]
+        found.busy, found.used = False, self._next()
+        return found.forget or not found.ids
+
+    def remove(self, slot: int) -> None:
+        """A slot is freed."""
+        self._slots.pop(slot, None)
+
+    def forget(self) -> list[int]:
+        """Keep nothing: returns the slots to free now; busy ones are freed on release."""
+        for slot in self._slots.values():
+            slot.forget = True
+        return self.idle
+
+    def discard(self, slot: int) -> None:
+        """Free a busy slot on release."""
+        self._slots[slot].forget = True
+
+    def clear(self) -> None:
+        """All ranks have lost everything."""
+        self._slots.clear()
+
+    def _shared(self, slot: _Slot, ids: Ids[int], length: int) -> int:
+        longest = max(length, slot.rope_length)
+        if slot.forget or (self._trained_length is not None and longest > self._trained_length):
+            return 0
+        return common_prefix(slot.ids, ids[:-1])
+
+    def _free_number(self) -> int:
+        return next(n for n in range(len(self._slots) + 1) if n not in self._slots)
+
+    def _next(self) -> int:
+        self._uses += 1
+        return self._uses
+
+
+def common_prefix(one: Ids[int], other: Ids[int]) -> int:
+    """Number of leading ids that both have."""
+    length = min(len(one), len(other))
+    if one[:length] == other[:length]:
+        return length
+    return next(i for i in range(length) if one[i] != other[i])

@@ -178,7 +178,7 @@ async def test_trace_of_an_answer(
         reads = trace.lanes[rank, "disk"]
         if window:
             # Every block of every step comes from disk, but two of no use and those after them.
-                assert len(waits) >= 6 * 8 - 4
+            assert len(waits) >= 6 * 8 - 4
             assert len(reads) >= 6 * 8
         else:
             assert len(reads) == len({read["name"] for read in reads})

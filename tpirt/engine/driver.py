@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Ids
 from typing import Any
 
@@ -24,6 +24,8 @@ from tpirt.batch import Segment
 from tpirt.cancellation import finish
 from tpirt.cluster.connection import Connection
 from tpirt.cluster.group import Group
+from tpirt.engine.drafts.base import Drafter
+from tpirt.engine.drafts.controller import MOST_GUESSES, DraftController, DraftStats
 from tpirt.engine.scheduler import Piece, Scheduler
 from tpirt.engine.sequence import Answer, Scoring, Sequence
 from tpirt.engine.slots import Place, Slots, common_prefix
@@ -57,6 +59,7 @@ class Driver:
         embed: ids to hidden states, (T, H).
         sequences: the most that run at once; others wait.
         waiting: the most that wait.
+        drafter: guesses tokens; None for none.
         stall_free: see :class:`Scheduler`.
     """
 
@@ -69,6 +72,7 @@ class Driver:
         sequences: int,
         waiting: int,
         stall_free: bool,
+        drafter: Drafter | None,
     ):
         self._connection = connection
         self._deployment = deployment
@@ -76,10 +80,19 @@ class Driver:
         self._most = self._most_now = sequences
         self._most_waiting = waiting
         config = deployment.config
-        dynamic = config.rope.kind == "dynamic"
-        self._slots = Slots(config.max_position_embeddings if dynamic else None)
+        trained = config.max_position_embeddings if config.rope.kind == "dynamic" else None
+        self._slots = Slots(trained)
         self._costs = StepCosts()
         self._scheduler = Scheduler(deployment.chunk_tokens, self._costs, stall_free=stall_free)
+        self._drafts: DraftController | None = None
+        if drafter is not None:
+            self._drafts = DraftController(
+                drafter,
+                self._costs,
+                deployment.chunk_tokens,
+                min(MOST_GUESSES, deployment.logits_tokens - 1),
+                trained,
+            )
         self._waiting: list[_Any] = []
         self._running: list[_Any] = []  # admitted, in that order
         self._pieces: list[Piece] = []  # of the step under way
@@ -103,6 +116,11 @@ class Driver:
         """The step that the latest sequence began with, or all of them after a reconnect."""
         return self._first_step
 
+    @property
+    def draft_stats(self) -> DraftStats | None:
+        """What guesses brought so far; None without a drafter."""
+        return self._drafts.stats if self._drafts is not None else None
+
     def add(self, sequence: _Any) -> None:
         """Compute a sequence, until it ends; :meth:`leave` it in any case.
 
@@ -112,7 +130,7 @@ class Driver:
         """
         if self._closed:
             raise _closed()
-        if len(self._waiting) >= self._most_waiting:
+        if len(self._waiting) + len(self._running) >= self._most + self._most_waiting:
             raise QueueFullError(
                 f"{len(self._running)} requests are running and {len(self._waiting)} are waiting, "
                 "as many as may: try again later"
@@ -196,6 +214,8 @@ class Driver:
             return
         await self._admit_all()
         pieces = self._scheduler.plan(self._running)
+        if self._drafts is not None:
+            pieces = await self._drafts.extend(pieces)
         if pieces:
             if await self._make_room(pieces):
                 await self._compute(pieces)
@@ -207,6 +227,8 @@ class Driver:
         """Let go of ended sequences, and free what is kept no more."""
         for sequence in [s for s in self._running if s.ended]:
             self._running.remove(sequence)
+            if self._drafts is not None and isinstance(sequence, Answer):
+                self._drafts.forget(sequence)
             self._most_now = min(self._most, self._most_now + 1)
             if sequence.slot is not None and self._slots.release(sequence.slot):
                 await self._free(sequence.slot)
@@ -237,7 +259,8 @@ class Driver:
         for other in self._running:
             if other.todo > 1 and not other.paused:
                 common = common_prefix(other.ids, sequence.ids[: sequence.first_wanted])
-                if common >= shared + _LEAST_SHARED and common > other.computed:
+                worth = common >= shared + (1 if shared else _LEAST_SHARED)
+                if worth and common > other.computed:
                     return True
         return False
 
@@ -318,7 +341,7 @@ class Driver:
         self._step_over.clear()
         began_s = time.perf_counter()
         group = self._group
-        ids = [token for piece in pieces for token in piece.ids]
+        ids = [token for piece in pieces for token in (*piece.ids, *piece.guessed)]
         try:
             with refused_memory(f"embeddings of {len(ids)} tokens"):
                 hidden = self._embed(ids)
@@ -333,8 +356,11 @@ class Driver:
         else:
             counts = [segment.num_logits for segment in segments]
             self._advance(pieces, number)
-            await self._hand_on(pieces, torch.split(out, counts))
-            self._costs.learn(len(ids), time.perf_counter() - began_s)
+            tokens = await self._hand_on(pieces, torch.split(out, counts))
+            took_s = time.perf_counter() - began_s
+            self._costs.learn(len(ids), took_s)
+            if self._drafts is not None:
+                self._drafts.learn_step(pieces, tokens, took_s)
 
     async def _relieve(self, pieces: list[Piece], exc: MemoryLimitError) -> None:
         """Memory was refused: free what can be, or give up the youngest; alone, one fails."""
@@ -357,40 +383,46 @@ class Driver:
                 except Exception as exc:  # the caller's
                     sequence.end(exc)
 
-    async def _hand_on(self, pieces: list[Piece], hidden: Ids[torch.Tensor]) -> None:
-        """Hand hidden states to their sequences; sample for answers."""
-        answers: list[Answer] = []
-        rows = []
+    async def _hand_on(self, pieces: list[Piece], hidden: Ids[torch.Tensor]) -> int:
+        """Hand hidden states to their sequences; draw for answers. Returns how many tokens."""
+        drawing: list[tuple[Piece, torch.Tensor]] = []
         for piece, own in zip(pieces, hidden, strict=True):
-            match piece.sequence:
-                case Scoring() as scoring if len(own):
-                    scoring.take(own)
-                case Answer() as answer if len(own) and not answer.ended:
-                    answers.append(answer)
-                    rows.append(own)
-        at_once = self._deployment.logits_tokens
-        for first in range(0, len(answers), at_once):
-            chosen = slice(first, first + at_once)
-            try:
-                logits = await self._group.logits(torch.cat(rows[chosen]))
-            except MemoryLimitError as exc:
-                for answer in answers[chosen]:
-                    answer.end(exc)
+            if not len(own) or piece.sequence.ended:
                 continue
-            for answer, row in zip(answers[chosen], logits, strict=True):
-                self._sample(answer, row)
+            if isinstance(piece.sequence, Scoring):
+                piece.sequence.take(own)
+            else:
+                drawing.append((piece, own))
+        tokens = 0
+        for chosen in _together(drawing, self._deployment.logits_tokens):
+            try:
+                logits = await self._group.logits(torch.cat([own for _, own in chosen]))
+            except MemoryLimitError as exc:
+                _end([piece for piece, _ in chosen], exc)
+                continue
+            counts = [len(own) for _, own in chosen]
+            for (piece, _), rows in zip(chosen, torch.split(logits, counts), strict=True):
+                tokens += self._draw(piece, rows)
+        return tokens
 
-    def _sample(self, answer: Answer, logits: torch.Tensor) -> None:
+    def _draw(self, piece: Piece, logits: torch.Tensor) -> int:
+        answer = piece.sequence
+        assert isinstance(answer, Answer)
         assert answer.slot is not None
+        drawn: list[int] = []
         try:
             with self._group.sampling(answer.sampled), refused_memory("sampling"):
-                answer.sample(logits)
+                drawn = answer.draw(logits, piece.guessed)
+            self._slots.extend(answer.slot, drawn[:-1], len(answer.ids))
+            if self._drafts is not None:
+                self._drafts.learn(piece, drawn)
         except LogitsError as exc:
             self._slots.discard(answer.slot)  # keys and values may be NaN, too
             answer.end(exc)
         except TpirtError as exc:
             answer.end(exc)
         self._recovering = False
+        return len(drawn)
 
     # -- losses ------------------------------------------------------------------------------
 
@@ -439,6 +471,22 @@ def _rest(sequence: _Any, place: Place | None = None) -> Segment:
         place = Place(sequence.slot, sequence.computed, sequence.source)
     tokens = max(1, len(sequence.ids) - place.shared)
     return Segment(place.slot, place.shared, tokens, 0, 1, place.source)
+
+
+def _together(
+    drawing: Iterable[tuple[Piece, torch.Tensor]], most: int
+) -> Iterator[list[tuple[Piece, torch.Tensor]]]:
+    """Groups of at most ``most`` rows, but at least one piece's."""
+    group: list[tuple[Piece, torch.Tensor]] = []
+    rows = 0
+    for piece, own in drawing:
+        if group and rows + len(own) > most:
+            yield group
+            group, rows = [], 0
+        group.append((piece, own))
+        rows += len(own)
+    if group:
+        yield group
 
 
 def _end(pieces: Iterable[Piece], exc: Exception) -> None:

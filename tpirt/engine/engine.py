@@ -21,6 +21,9 @@ from tpirt.cluster.connection import Connection
 from tpirt.cluster.group import Group
 from tpirt.cluster.roster import other_versions
 from tpirt.engine.connect import PlanCallback, connected, trace_file
+from tpirt.engine.drafts.base import Drafter
+from tpirt.engine.drafts.controller import DraftStats
+from tpirt.engine.drafts.suffix import SuffixDrafter
 from tpirt.engine.driver import Driver
 from tpirt.engine.model import Model
 from tpirt.engine.options import EngineOptions
@@ -70,6 +73,7 @@ class Engine:
             sequences=options.sequences,
             waiting=options.waiting,
             stall_free=options.objective == "latency",
+            drafter=_drafter(options.draft),
         )
 
     @classmethod
@@ -184,6 +188,11 @@ class Engine:
     def collective(self, tokens: int) -> Collective | None:
         """How partial sums of a step of ``tokens`` tokens are combined; None for one rank."""
         return self._group.policy.used(tokens) if self._group.policy else None
+
+    @property
+    def draft_stats(self) -> DraftStats | None:
+        """What guesses brought so far; None if there are none to be."""
+        return self._driver.draft_stats
 
     def encode(self, prompt: Prompt, *, parse_special: bool = False) -> list[int]:
         """Turn a prompt into ids: text with BOS as the tokenizer says, messages by the template.
@@ -421,3 +430,9 @@ class Engine:
                     f"token id {token_id} is outside the model's vocabulary of "
                     f"{self.config.vocab_size}; do tokenizer and model belong together?"
                 )
+
+
+def _drafter(draft: str | Drafter) -> Drafter | None:
+    if isinstance(draft, str):
+        return None if draft == "none" else SuffixDrafter()
+    return draft

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tpirt.batch import Segment
+from tpirt.engine.drafts.base import Guess
 from tpirt.engine.sequence import Sequence
 from tpirt.engine.step_costs import StepCosts
 
@@ -22,16 +23,30 @@ _STRETCH = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The part of a sequence that a step computes: ``tokens`` ids from ``computed`` on."""
+    """The part of a sequence that a step computes.
+
+    Attributes:
+        sequence: the sequence.
+        tokens: number of ids from ``computed`` on.
+        guesses: ids that may follow them, to be verified.
+        first_guess: the first that there was, verified or not.
+    """
 
     sequence: Sequence[Any]
     tokens: int
+    guesses: tuple[Guess, ...] = ()
+    first_guess: Guess | None = None
 
     @property
     def ids(self) -> list[int]:
-        """The ids."""
+        """The ids, without guesses."""
         start = self.sequence.computed
         return self.sequence.ids[start : start + self.tokens]
+
+    @property
+    def guessed(self) -> list[int]:
+        """The ids of the guesses."""
+        return [guess.token for guess in self.guesses]
 
     @property
     def prefill(self) -> bool:
@@ -43,12 +58,13 @@ class Piece:
         sequence = self.sequence
         assert sequence.slot is not None
         end = sequence.computed + self.tokens
+        wanted = min(self.tokens, max(0, end - sequence.first_wanted))
         return Segment(
             slot=sequence.slot,
             position=sequence.computed,
-            tokens=self.tokens,
-            num_logits=min(self.tokens, max(0, end - sequence.first_wanted)),
-            rope_length=len(sequence.ids),
+            tokens=self.tokens + len(self.guesses),
+            num_logits=wanted + len(self.guesses),
+            rope_length=len(sequence.ids) + len(self.guesses),
             source=sequence.source,
         )
 

@@ -177,21 +177,39 @@ class Answer(Sequence[Token]):
         """Number of tokens of the answer."""
         return len(self.ids) - self.prompt
 
-    def sample(self, logits: torch.Tensor) -> Token:
-        """Draw the next token.
+    @property
+    def most_guesses(self) -> int:
+        """How many guesses can be of use."""
+        return self._writer.left - 1
+
+    def draw(self, logits: torch.Tensor, guesses: Ids[int] = ()) -> list[int]:
+        """Draw the next token, and one more after each guess that it equals.
+
+        Each is drawn from the model's logits as without guesses: these change no token.
 
         Args:
-            logits: (V,) float32, after the last id; overwritten.
+            logits: (1 + guesses, V) float32, after the last id and each guess; overwritten.
+            guesses: ids whose keys and values are computed, too.
+
+        Returns:
+            The ids drawn, at least one; all but the last equal guesses.
 
         Raises:
             LogitsError: the model computed NaN or infinity.
         """
-        token = self._writer.push(self._sampler.next(logits, self.ids))
-        self.ids.append(token.id)
-        self.put(token)
-        if token.finish_reason is not None:
-            self.end()
-        return token
+        drawn: list[int] = []
+        for row in logits:
+            token = self._writer.push(self._sampler.next(row, self.ids))
+            self.ids.append(token.id)
+            drawn.append(token.id)
+            self.put(token)
+            if token.finish_reason is not None:
+                self.end()
+                break
+            if len(drawn) > len(guesses) or token.id != guesses[len(drawn) - 1]:
+                break
+        self.computed += len(drawn) - 1
+        return drawn
 
 
 class Scoring(Sequence[torch.Tensor]):

@@ -24,6 +24,11 @@ class Writer:
         self._end_ids = eos_ids | tokenizer.added_ids_of(params.stop)
         self._left = limit
 
+    @property
+    def left(self) -> int:
+        """How many more tokens there may be."""
+        return self._left
+
     def push(self, token_id: int) -> Token:
         """Account for one more token."""
         self._left -= 1

@@ -1,0 +1,145 @@
+"""Many sequences in one step, with and without guesses: each answers as it does alone."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tpirt.engine import Engine
+from tpirt.errors import QueueFullError
+from tpirt.testing.cluster import memory_engine
+from tpirt.testing.drafters import KnownAnswers
+from tpirt.testing.models import make_model
+from tpirt.types import Completion, Progress, SamplingParams
+
+SYSTEM = [(7 * i) % 200 + 3 for i in range(40)]  # a prefix that many prompts have
+PROMPTS = [
+    tuple(SYSTEM[: 40 * (n % 2)] + [(n * n + 3 * i) % 250 + 3 for i in range(length)])
+    for n, length in enumerate((1, 2, 5, 9, 17, 30, 50, 70, 3, 40, 11, 64, 20, 7, 33, 25))
+]
+PARAMS = SamplingParams(max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "tiny", "llama")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path, store: Path) -> dict[tuple[int, ...], list[int]]:
+    """The answer of each prompt by itself, on one rank, without guesses."""
+
+    async def answers() -> dict[tuple[int, ...], list[int]]:
+        found = {}
+        async with memory_engine(model, store=store, draft="none") as engine:
+            for prompt in PROMPTS:
+                found[prompt] = (await engine.complete(prompt, PARAMS)).token_ids
+                engine.reset()
+        return found
+
+    return asyncio.run(answers())
+
+
+@asynccontextmanager
+async def connected(model: Path, world_size: int, **options: Any) -> AsyncIterator[Engine]:
+    tasks = asyncio.all_tasks()
+    async with memory_engine(model, world_size, chunk_tokens=32, **options) as engine:
+        yield engine
+    assert asyncio.all_tasks() == tasks
+
+
+async def ask(
+    engine: Engine, choice: random.Random, alone: dict[tuple[int, ...], list[int]]
+) -> None:
+    """Send a request some time later, read it or leave it, and compare what came."""
+    prompt = choice.choice(PROMPTS)
+    for _ in range(choice.choice([0, 0, 3, 20])):
+        await asyncio.sleep(0)
+    wanted = choice.choice([12, 12, 12, 1, 5])
+    tokens = []
+    request = engine.generate(
+        prompt, PARAMS, user=choice.choice("ab"), priority=choice.randrange(2)
+    )
+    async with aclosing(request):
+        async for token in request:
+            tokens.append(token.id)
+            if choice.random() < 0.1:
+                await asyncio.sleep(0.001)
+            if len(tokens) == wanted:
+                break
+    assert tokens == alone[prompt][: len(tokens)]
+    assert len(tokens) == wanted or wanted == 12
+
+
+@pytest.mark.parametrize("draft", ["none", "right", "suffix"])
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+async def test_answers_are_those_given_alone(
+    model: Path,
+    store: Path,
+    alone: dict[tuple[int, ...], list[int]],
+    world_size: int,
+    window: int | None,
+    draft: str,
+) -> None:
+    """Random schedules: up to 16 at once, prompts that come in the middle, some left early."""
+    chosen: Any = KnownAnswers(alone, 0.8) if draft == "right" else draft
+    options = {"store": store, "window": window, "draft": chosen, "sequences": 5}
+    if world_size == 5 and (window or draft == "suffix"):
+        pytest.skip("shown with fewer ranks")
+    async with connected(model, world_size, **options) as engine:
+        for seed, count in enumerate((1, 4, 16)):
+            choice = random.Random(seed)
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(count):
+                    tasks.create_task(ask(engine, random.Random(choice.random()), alone))
+            assert engine.broken is None
+        if draft == "right":
+            stats = engine.draft_stats
+            assert stats is not None
+            assert stats.right > 20
+        engine.reset()
+        assert engine.cached_tokens == 0
+
+
+async def test_a_prefix_that_several_prompts_have_is_computed_once(
+    model: Path, alone: dict[tuple[int, ...], list[int]]
+) -> None:
+    """Also if they come at once; and it is copied, so that each goes on by itself."""
+    async with connected(model, 2, draft="none") as engine:
+        totals: list[int] = []
+
+        def progress(report: Progress) -> None:
+            if report.done == report.total:
+                totals.append(report.total)
+
+        shared = [prompt for prompt in PROMPTS if prompt[:40] == tuple(SYSTEM)]
+        requests = (engine.complete(prompt, PARAMS, progress) for prompt in shared)
+        for prompt, answer in zip(shared, await asyncio.gather(*requests), strict=True):
+            assert answer.token_ids == alone[prompt]
+        assert sum(totals) == sum(map(len, shared)) - 40 * (len(shared) - 1)
+
+
+async def test_more_requests_than_may_wait_are_refused(
+    model: Path, alone: dict[tuple[int, ...], list[int]]
+) -> None:
+    async with connected(model, 1, sequences=2, waiting=1) as engine:
+        requests = (engine.complete(prompt, PARAMS) for prompt in PROMPTS[:4])
+        *served, refused = await asyncio.gather(*requests, return_exceptions=True)
+        for prompt, answer in zip(PROMPTS, served, strict=False):
+            assert isinstance(answer, Completion)
+            assert answer.token_ids == alone[prompt]
+        assert isinstance(refused, QueueFullError)
+        assert "are waiting" in str(refused)
+        assert (await engine.complete(PROMPTS[3], PARAMS)).token_ids == alone[PROMPTS[3]]

@@ -1,0 +1,204 @@
+"""How many guesses a step verifies: as many as make the most tokens per second.
+
+A guess is a row of a step. What a step of so many rows takes is learnt from steps
+(:class:`~tpirt.engine.step_costs.StepCosts`), and how often guesses are right from what was drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, replace
+from heapq import heappop, heappush
+
+from tpirt.engine.drafts.base import Drafter, Guess
+from tpirt.engine.scheduler import Piece
+from tpirt.engine.sequence import Answer
+from tpirt.engine.step_costs import StepCosts
+
+MOST_GUESSES = 16  # for an answer; more are hardly ever all right
+_LEAST_GAIN = 1.05  # expected tokens per second with guesses to those without
+_RETRY_STEPS = 256  # where guesses do not pay, some are tried again after so many steps
+_PRIOR_WEIGHT, _KEPT = 4.0, 0.98  # of a kind's prior, in guesses; of earlier guesses, a guess
+
+
+@dataclass
+class _Rate:
+    """How often guesses of a kind are right; later ones count more."""
+
+    right: float
+    all: float
+
+    def learn(self, right: bool) -> None:
+        self.right = self.right * _KEPT + right
+        self.all = self.all * _KEPT + 1
+
+
+@dataclass
+class DraftStats:
+    """What guesses brought.
+
+    Attributes:
+        steps: those with guesses.
+        guesses, right: that were verified, and that were right.
+        saved_s: time that the tokens would have taken one by one, minus what they took.
+    """
+
+    steps: int = 0
+    guesses: int = 0
+    right: int = 0
+    saved_s: float = 0.0
+
+
+class DraftController:
+    """Adds guesses to the pieces of a step, where they pay.
+
+    Args:
+        drafter: makes guesses.
+        costs: how long steps take.
+        most_rows: of a step.
+        most_guesses: for one answer.
+        most_length: of a sequence with guesses; None for no limit.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        costs: StepCosts,
+        most_rows: int,
+        most_guesses: int = MOST_GUESSES,
+        most_length: int | None = None,
+    ):
+        self.stats = DraftStats()
+        self._drafter = drafter
+        self._costs = costs
+        self._most_rows = most_rows
+        self._most = most_guesses
+        self._most_length = most_length
+        self._rates: dict[str, _Rate] = {}
+        self._idle_steps = 0  # since guesses were last verified
+        self._gain: float | None = None  # expected of the latest step
+
+    async def extend(self, pieces: Items[Piece]) -> list[Piece]:
+        """The pieces, those of answers under way with guesses where these pay."""
+        rows = sum(piece.tokens for piece in pieces)
+        drafted = [piece for piece in pieces if _drafted(piece) is not None]
+        room = self._most_rows - rows
+        if not drafted or room <= 0 or self._costs.seconds(rows) is None:
+            return list(pieces)
+        answers = [answer for piece in drafted if (answer := _drafted(piece)) is not None]
+        proposed = await self._drafter.propose(answers, min(self._most, room))
+        guesses = [
+            found[: self._most_guesses(answer)]
+            for answer, found in zip(answers, proposed, strict=True)
+        ]
+        counts = self._choose(guesses, rows, len(drafted))
+        chosen = dict(zip(map(id, drafted), zip(guesses, counts, strict=True), strict=True))
+        self._idle_steps = 0 if any(counts) else self._idle_steps + 1
+        extended = []
+        for piece in pieces:
+            found, count = chosen.get(id(piece), ((), 0))
+            first = found[0] if found else None
+            extended.append(replace(piece, guesses=tuple(found[:count]), first_guess=first))
+        return extended
+
+    def learn(self, piece: Piece, drawn: Items[int]) -> None:
+        """Account for the tokens that were drawn for a piece, one after each right guess.
+
+        The first guess is compared even if it was not verified: that costs nothing.
+        """
+        tested = piece.guesses or (() if piece.first_guess is None else (piece.first_guess,))
+        for guess, token in zip(tested, drawn, strict=False):
+            self._rate(guess).learn(guess.token == token)
+        if piece.guesses:
+            self.stats.guesses += len(piece.guesses)
+            self.stats.right += len(drawn) - 1
+
+    def learn_step(self, pieces: Items[Piece], tokens: int, seconds: float) -> None:
+        """Account for a step that made ``tokens`` tokens."""
+        if not any(piece.guesses for piece in pieces):
+            return
+        self.stats.steps += 1
+        rows = sum(piece.tokens for piece in pieces)
+        answers = sum(_drafted(piece) is not None for piece in pieces)
+        alone_s = self._costs.seconds(rows)
+        if alone_s is not None:
+            self.stats.saved_s += alone_s * tokens / max(1, answers) - seconds
+
+    def forget(self, answer: Answer) -> None:
+        """An answer has ended."""
+        self._drafter.forget(answer)
+
+    def explain(self) -> str:
+        """Say what guesses bring, and why there are none if there are none."""
+        stats = self.stats
+        if not stats.steps:
+            if self._gain is None:
+                return "drafts: none yet"
+            return f"drafts: off, {self._gain:.2f} x expected (at least {_LEAST_GAIN} is asked)"
+        return (
+            f"drafts: {stats.right} of {stats.guesses} guesses right in {stats.steps} steps, "
+            f"{1 + stats.right / stats.steps:.2f} tokens a step, {stats.saved_s:.1f} s saved"
+        )
+
+    def _most_guesses(self, answer: Answer) -> int:
+        most = answer.most_guesses
+        if self._most_length is not None:
+            most = min(most, self._most_length - len(answer.ids))
+        return max(0, most)
+
+    # -- the choice --------------------------------------------------------------------------
+
+    def _choose(self, guesses: Items[Items[Guess]], rows: int, answers: int) -> list[int]:
+        """How many guesses of each answer are verified.
+
+        The likeliest guesses of all answers are added one by one; the number with the most expected
+        tokens per second is taken.
+        """
+        base_s = self._costs.seconds(rows)
+        assert base_s is not None
+        counts, best = [0] * len(guesses), [0] * len(guesses)
+        best_rate = base_rate = answers / base_s
+        expected = float(answers)
+        heap: list[tuple[float, int]] = []
+        for index, chain in enumerate(guesses):
+            if chain:
+                heappush(heap, (-self._share(chain[0]), index))
+        added = 0
+        while heap and rows + added < self._most_rows:
+            likely, index = heappop(heap)
+            expected -= likely
+            added += 1
+            counts[index] += 1
+            step_s = self._costs.seconds(rows + added)
+            assert step_s is not None
+            rate = expected / step_s
+            if rate > best_rate:
+                best, best_rate = list(counts), rate
+            chain = guesses[index]
+            if counts[index] < len(chain):
+                heappush(heap, (likely * self._share(chain[counts[index]]), index))
+        self._gain = best_rate / base_rate
+        if self._gain >= _LEAST_GAIN:
+            return best
+        if self._idle_steps >= _RETRY_STEPS and added:
+            return [min(1, len(chain)) for chain in guesses]
+        return [0] * len(guesses)
+
+    def _share(self, guess: Guess) -> float:
+        rate = self._rate(guess)
+        return rate.right / rate.all
+
+    def _rate(self, guess: Guess) -> _Rate:
+        found = self._rates.get(guess.kind)
+        if found is None:
+            found = _Rate(guess.prior * _PRIOR_WEIGHT, _PRIOR_WEIGHT)
+            self._rates[guess.kind] = found
+        return found
+
+
+def _drafted(piece: Piece) -> Answer | None:
+    """The answer that a piece draws a token for, if it computes nothing else."""
+    sequence = piece.sequence
+    if isinstance(sequence, Answer) and sequence.todo == 1 and not sequence.ended:
+        return sequence
+    return None

@@ -1,0 +1,51 @@
+"""A drafter with a hit rate that is set."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+
+from tpirt.engine.drafts.base import Guess
+from tpirt.engine.sequence import Answer
+
+
+class KnownAnswers:
+    """Guesses from answers known beforehand; each guess is right with a set probability.
+
+    Args:
+        answers: ids by the prompt's ids.
+        hit_rate: the probability.
+        seed: of the guesses that are wrong.
+        told: whether ``hit_rate`` is known before any guess; else it is learnt.
+    """
+
+    free = True
+
+    def __init__(
+        self,
+        answers: Mapping[tuple[int, ...], Sequence[int]],
+        hit_rate: float,
+        seed: int = 0,
+        *,
+        told: bool = False,
+    ):
+        self._answers = answers
+        self._hit_rate = hit_rate
+        self._prior = hit_rate if told else 0.5
+        self._random = random.Random(seed)
+
+    async def propose(self, answers: Sequence[Answer], most: int) -> list[list[Guess]]:
+        """See :class:`tpirt.engine.drafts.base.Drafter`."""
+        return [self._guess(answer, most) for answer in answers]
+
+    def forget(self, answer: Answer) -> None:
+        """See :class:`tpirt.engine.drafts.base.Drafter`."""
+
+    def _guess(self, answer: Answer, most: int) -> list[Guess]:
+        known = self._answers.get(tuple(answer.ids[: answer.prompt]), ())
+        following = known[answer.sampled : answer.sampled + most]
+        right = (self._random.random() < self._hit_rate for _ in following)
+        return [
+            Guess(token if ok else token ^ 1, "known", self._prior)
+            for token, ok in zip(following, right, strict=False)
+        ]

@@ -158,5 +158,8 @@ class Completion:
     tpot_ms: float
     world_size: int
     ranks: list[RankStats] = field(default_factory=list)
-    # All but the first; with a reconnect, those after it.
+    # All steps but the first; with a reconnect, those after it. A step with right guesses made
+    # more than one token.
     decoded: list[TokenTimes] = field(default_factory=list)
+    guesses: int = 0  # that were verified
+    right_guesses: int = 0

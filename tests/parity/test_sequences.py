@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from tpirt.engine import Engine
-from tpirt.errors import QueueFullError
+from tpirt.engine.model import BUNDLED_MODEL
+from tpirt.errors import CheckpointError, ConfigError, QueueFullError
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.drafters import KnownAnswers
 from tpirt.testing.models import make_model
@@ -143,3 +144,27 @@ async def test_more_requests_than_may_wait_are_refused(
         assert isinstance(refused, QueueFullError)
         assert "are waiting" in str(refused)
         assert (await engine.complete(PROMPTS[3], PARAMS)).token_ids == alone[PROMPTS[3]]
+
+
+async def test_a_small_model_guesses(
+    model: Path, tmp_path: Path, alone: dict[tuple[int, ...], list[int]]
+) -> None:
+    """The model itself is always right; another one hardly ever. Neither changes a token."""
+    other = make_model(tmp_path / "small", "llama", seed=5)
+    for draft, right in ((model, True), (other, False)):
+        async with connected(model, 2, draft=draft) as engine:
+            requests = (engine.complete(prompt, PARAMS) for prompt in PROMPTS[3:7])
+            for prompt, answer in zip(PROMPTS[3:], await asyncio.gather(*requests), strict=False):
+                assert answer.token_ids == alone[prompt]
+                if right:
+                    assert answer.right_guesses == answer.guesses > 0
+        assert engine.explain_drafts().startswith("drafts: ")
+
+
+async def test_a_draft_of_another_tokenizer_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="its tokenizer is not that of tiny"):
+        async with connected(model, 1, draft=BUNDLED_MODEL):
+            pass
+    with pytest.raises(CheckpointError, match="found no directory"):
+        async with connected(model, 1, draft=str(tmp_path / "nothing")):
+            pass

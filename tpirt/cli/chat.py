@@ -7,6 +7,7 @@ import argparse
 from tpirt.cli.options import (
     Commands,
     add_context_option,
+    add_draft_option,
     add_engine_options,
     add_parser,
     add_sampling_options,
@@ -29,6 +30,7 @@ def add_command(commands: Commands) -> None:
     )
     add_engine_options(parser)
     add_context_option(parser)
+    add_draft_option(parser)
     add_sampling_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this prompt once and exit")

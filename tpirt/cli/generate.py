@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from tpirt.cli.options import (
     Commands,
     add_context_option,
+    add_draft_option,
     add_engine_options,
     add_parser,
     add_sampling_options,
@@ -40,6 +41,7 @@ def add_command(commands: Commands) -> None:
     )
     add_engine_options(parser)
     add_context_option(parser)
+    add_draft_option(parser)
     add_sampling_options(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt; - reads standard input")

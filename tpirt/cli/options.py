@@ -130,6 +130,18 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_draft_option(group: Group) -> None:
+    """Add ``--draft``."""
+    group.add_argument(
+        "--draft",
+        default="auto",
+        metavar="HOW",
+        help="guess tokens, which one pass over the weights verifies together; no token changes. "
+        "suffix: from the conversation itself; DIR: by a small model with the same tokenizer, in "
+        "memory here; none; auto (default): suffix, where it pays",
+    )
+
+
 def add_context_option(group: Group) -> None:
     """Add ``--context``."""
     group.add_argument(
@@ -248,6 +260,7 @@ def engine_options(arguments: argparse.Namespace, context: int | None = None) ->
         ConfigError, MemoryLimitError: a value is invalid.
     """
     from tpirt.engine import EngineOptions
+    from tpirt.engine.options import NO_DRAFT
 
     return EngineOptions(
         ratio=arguments.ratio,
@@ -264,6 +277,7 @@ def engine_options(arguments: argparse.Namespace, context: int | None = None) ->
         timeout_s=arguments.timeout,
         trace=arguments.trace,
         context=context,
+        draft=getattr(arguments, "draft", NO_DRAFT),
     )
 
 

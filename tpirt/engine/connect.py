@@ -12,7 +12,7 @@ from contextlib import (
     contextmanager,
     nullcontext,
 )
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -49,8 +49,12 @@ async def connected(
     peers: Sequence[str | PeerClient],
     progress: ProgressCallback,
     on_plan: PlanCallback | None,
+    reserved_bytes: int = 0,
 ) -> AsyncIterator[tuple[Model, Connection, Deployment]]:
-    """Connect as :meth:`tpirt.Engine.connect` does, which has the arguments and errors."""
+    """Connect as :meth:`tpirt.Engine.connect` does, which has the arguments and errors.
+
+    ``reserved_bytes`` is what this process holds already, and counts towards its limit.
+    """
     _check_ranks(local, peers)
     allow_open_files(_OPEN_FILES + _OPEN_FILES_PER_RANK * max(local, len(peers)))
     async with _prepared(path, options, local, progress) as host:
@@ -58,7 +62,7 @@ async def connected(
         make_partition(host.model.config, len(peers) + 1 if peers else local, options.ratio)
         async with (
             _clients(host, local, peers) as clients,
-            _formed(host, clients, on_plan) as (connection, deployment),
+            _formed(host, clients, on_plan, reserved_bytes) as (connection, deployment),
         ):
             yield host.model, connection, deployment
 
@@ -128,12 +132,16 @@ async def _clients(
 
 @asynccontextmanager
 async def _formed(
-    host: _Host, clients: Sequence[PeerClient], on_plan: PlanCallback | None
+    host: _Host,
+    clients: Sequence[PeerClient],
+    on_plan: PlanCallback | None,
+    reserved_bytes: int,
 ) -> AsyncIterator[tuple[Connection, Deployment]]:
     """Plan, provide every rank with its slice, and form the group, which is closed on leaving."""
     model, options = host.model, host.options
     master = secrets.randbits(63)
     profiles = await profile_peers(clients, host.threads, master)
+    profiles[0] = replace(profiles[0], reserved_bytes=reserved_bytes)
     spans = 0 if options.trace is None else TRACE_SPANS
     deployment = plan(model.config, profiles, options, trace_spans=spans)
     if on_plan is not None:

@@ -116,6 +116,10 @@ class Driver:
         """The step that the latest sequence began with, or all of them after a reconnect."""
         return self._first_step
 
+    def explain_drafts(self) -> str:
+        """Say what guesses brought, or why there are none."""
+        return "drafts: none asked for" if self._drafts is None else self._drafts.explain()
+
     @property
     def draft_stats(self) -> DraftStats | None:
         """What guesses brought so far; None without a drafter."""

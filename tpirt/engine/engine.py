@@ -19,19 +19,21 @@ import torch.nn.functional as F
 from tpirt.batch import Collective
 from tpirt.cluster.connection import Connection
 from tpirt.cluster.group import Group
+from tpirt.cluster.machine import default_threads
 from tpirt.cluster.roster import other_versions
 from tpirt.engine.connect import PlanCallback, connected, trace_file
 from tpirt.engine.drafts.base import Drafter
 from tpirt.engine.drafts.controller import DraftStats
+from tpirt.engine.drafts.model import ModelDrafter
 from tpirt.engine.drafts.suffix import SuffixDrafter
 from tpirt.engine.driver import Driver
 from tpirt.engine.model import Model
-from tpirt.engine.options import EngineOptions
+from tpirt.engine.options import AUTO_DRAFT, NO_DRAFT, SUFFIX_DRAFT, EngineOptions
 from tpirt.engine.sampler import Sampler, check_finite, check_params
 from tpirt.engine.sequence import Answer, Scoring
 from tpirt.engine.token_times import token_times
 from tpirt.engine.writer import Writer
-from tpirt.errors import RequestError
+from tpirt.errors import ConfigError, RequestError
 from tpirt.planning import Deployment, PeerProfile
 from tpirt.refusals import refused_memory
 from tpirt.transport.base import PeerClient
@@ -58,6 +60,7 @@ class Engine:
         connection: Connection,
         deployment: Deployment,
         options: EngineOptions,
+        drafter: Drafter | None,
     ):
         self.config = model.config
         self.tokenizer = model.tokenizer
@@ -73,7 +76,7 @@ class Engine:
             sequences=options.sequences,
             waiting=options.waiting,
             stall_free=options.objective == "latency",
-            drafter=_drafter(options.draft),
+            drafter=drafter,
         )
 
     @classmethod
@@ -126,9 +129,12 @@ class Engine:
                 if not isinstance(peer, str):
                     stack.push_async_callback(peer.aclose)
             trace = stack.enter_context(trace_file(options))
-            connecting = connected(model, options, local, peers, progress, on_plan)
+            small = await _opened_draft(stack, options, local, peers, progress)
+            reserved = 0 if small is None else small._held_bytes
+            connecting = connected(model, options, local, peers, progress, on_plan, reserved)
             opened, connection, deployment = await stack.enter_async_context(connecting)
-            engine = cls(opened, connection, deployment, options)
+            drafter = _drafter(options, small, opened)
+            engine = cls(opened, connection, deployment, options, drafter)
             stack.push_async_callback(engine._driver.aclose)
             if trace is not None:
                 saved = trace.saved(lambda: connection.group.trace(), engine.name)
@@ -169,6 +175,12 @@ class Engine:
         return self._connection.broken
 
     @property
+    def _held_bytes(self) -> int:
+        """Most memory of this process that the model takes."""
+        budget = self.deployment.ranks[0].budget
+        return budget.resident_bytes - budget.process_bytes
+
+    @property
     def _group(self) -> Group:
         return self._connection.group
 
@@ -188,6 +200,10 @@ class Engine:
     def collective(self, tokens: int) -> Collective | None:
         """How partial sums of a step of ``tokens`` tokens are combined; None for one rank."""
         return self._group.policy.used(tokens) if self._group.policy else None
+
+    def explain_drafts(self) -> str:
+        """Say what guesses brought, or why there are none."""
+        return self._driver.explain_drafts()
 
     @property
     def draft_stats(self) -> DraftStats | None:
@@ -310,6 +326,8 @@ class Engine:
             world_size=self.world_size,
             ranks=ranks,
             decoded=token_times(ranks),
+            guesses=answer.guesses,
+            right_guesses=answer.right_guesses,
         )
 
     async def _stats_of(self, answer: Answer) -> list[RankStats]:
@@ -432,7 +450,38 @@ class Engine:
                 )
 
 
-def _drafter(draft: str | Drafter) -> Drafter | None:
-    if isinstance(draft, str):
-        return None if draft == "none" else SuffixDrafter()
-    return draft
+async def _opened_draft(
+    stack: AsyncExitStack,
+    options: EngineOptions,
+    local: int,
+    peers: Sequence[str | PeerClient],
+    progress: ProgressCallback,
+) -> Engine | None:
+    """The small model that guesses, if one was chosen: whole, in this process."""
+    draft = options.draft
+    if not isinstance(draft, (str, Path)) or draft in (AUTO_DRAFT, SUFFIX_DRAFT, NO_DRAFT):
+        return None
+    threads = options.threads or default_threads(1 if peers else local)
+    chosen = EngineOptions(
+        quantize=options.quantize,
+        dtype=options.dtype,
+        kv=options.kv,
+        threads=threads,
+        store=options.store,
+        draft=NO_DRAFT,
+    )
+    return await stack.enter_async_context(Engine.connect(draft, chosen, progress=progress))
+
+
+def _drafter(options: EngineOptions, small: Engine | None, model: Model) -> Drafter | None:
+    if small is not None:
+        if not small.tokenizer.has_ids_of(model.tokenizer):
+            large = model_name(model.checkpoint.path)
+            raise ConfigError(
+                f"draft {small.name}: its tokenizer is not that of {large}; expected a smaller "
+                "model of the same family"
+            )
+        return ModelDrafter(small, model.config.vocab_size)
+    if isinstance(options.draft, (str, Path)):
+        return None if options.draft == NO_DRAFT else SuffixDrafter()
+    return options.draft

@@ -10,7 +10,7 @@ from tpirt.errors import ConfigError
 from tpirt.planning.options import PlanOptions, check_range
 from tpirt.types import DEFAULT_TIMEOUT_S
 
-DRAFTS = ("auto", "suffix", "none")
+AUTO_DRAFT, SUFFIX_DRAFT, NO_DRAFT = "auto", "suffix", "none"
 OBJECTIVES = ("latency", "throughput")
 MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.01, 86_400.0  # peers accept no others
 
@@ -31,8 +31,9 @@ class EngineOptions(PlanOptions):
         objective: ``latency``: a prompt slows running answers down by at most a factor of two;
             ``throughput``: prompts are computed as fast as can be.
         draft: how tokens are guessed, which one step then verifies together: ``suffix``: from the
-            conversation itself; ``none``; ``auto``: suffix; or a drafter of your own. Guesses
-            change no token, and are only verified where that pays.
+            conversation itself; ``none``; ``auto``: suffix; the directory of a small model with the
+            same tokenizer, which the master keeps in memory beside its rank; or a drafter of your
+            own. Guesses change no token, and are only verified where that pays.
         timeout_s: longest silence of a peer before it counts as lost, in seconds.
         trace: file for a trace of all ranks, written when the engine closes; see
             :mod:`tpirt.engine.trace_file`.
@@ -48,7 +49,7 @@ class EngineOptions(PlanOptions):
     sequences: int = 16
     waiting: int = 256
     objective: str = "latency"
-    draft: str | Drafter = "auto"
+    draft: str | Path | Drafter = AUTO_DRAFT
     timeout_s: float = DEFAULT_TIMEOUT_S
     trace: str | Path | None = None
 
@@ -59,8 +60,6 @@ class EngineOptions(PlanOptions):
         check_range("waiting", self.waiting, 1 << 20)
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"objective {self.objective!r}: expected {' or '.join(OBJECTIVES)}")
-        if isinstance(self.draft, str) and self.draft not in DRAFTS:
-            raise ConfigError(f"draft {self.draft!r}: expected {', '.join(DRAFTS)}")
         check_range("store_limit_bytes", self.store_limit_bytes, 1 << 60)
         if not MIN_TIMEOUT_S <= self.timeout_s <= MAX_TIMEOUT_S:
             raise ConfigError(

@@ -151,7 +151,12 @@ class Sequence(ABC, Generic[_T]):
 
 
 class Answer(Sequence[Token]):
-    """A prompt and its answer. Results are tokens."""
+    """A prompt and its answer. Results are tokens.
+
+    Attributes:
+        prompt: number of the prompt's ids.
+        guesses, right_guesses: that were verified, and that were right.
+    """
 
     def __init__(
         self,
@@ -167,6 +172,7 @@ class Answer(Sequence[Token]):
         self._sampler = sampler
         self._writer = writer
         self.prompt = len(self.ids)
+        self.guesses = self.right_guesses = 0
 
     @property
     def first_wanted(self) -> int:
@@ -209,6 +215,8 @@ class Answer(Sequence[Token]):
             if len(drawn) > len(guesses) or token.id != guesses[len(drawn) - 1]:
                 break
         self.computed += len(drawn) - 1
+        self.guesses += len(guesses)
+        self.right_guesses += len(drawn) - 1
         return drawn
 
 

@@ -268,7 +268,8 @@ def memory_limits(peers: Sequence[PeerProfile], asked: int | None) -> list[int |
     """Choose each rank's memory limit.
 
     It is the limit asked for, or else a fair share of the machine's free memory; and never more
-    than the peer's own limit. Ranks on one machine share its free memory.
+    than the peer's own limit, less what its process holds beside. Ranks on one machine share its
+    free memory.
     """
     limits = []
     for peer, free in zip(peers, _free_memory(peers), strict=True):
@@ -276,7 +277,8 @@ def memory_limits(peers: Sequence[PeerProfile], asked: int | None) -> list[int |
         if limit is None and free is not None:
             limit = int(free * _SHARE_OF_FREE_MEMORY)
         bounds = [bound for bound in (limit, peer.memory_bytes) if bound is not None]
-        limits.append(min(bounds, default=None))
+        least = min(bounds, default=None)
+        limits.append(None if least is None else max(1, least - peer.reserved_bytes))
     return limits
 
 

@@ -22,6 +22,7 @@ class PeerProfile:
         cores: cores of the machine.
         bfloat16: whether products with bfloat16 weights are fast there.
         base_bytes: resident memory of its process without a model.
+        reserved_bytes: what its process holds beside: a draft model.
         host_name: what it calls its machine; not unique.
         version: of its tpirt.
     """
@@ -35,6 +36,7 @@ class PeerProfile:
     cores: int
     bfloat16: bool
     base_bytes: int = PROCESS_BYTES
+    reserved_bytes: int = 0
     host_name: str = ""
     version: str = __version__
 

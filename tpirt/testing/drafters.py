@@ -19,8 +19,6 @@ class KnownAnswers:
         told: whether ``hit_rate`` is known before any guess; else it is learnt.
     """
 
-    free = True
-
     def __init__(
         self,
         answers: Mapping[tuple[int, ...], Sequence[int]],
@@ -33,6 +31,13 @@ class KnownAnswers:
         self._hit_rate = hit_rate
         self._prior = hit_rate if told else 0.5
         self._random = random.Random(seed)
+
+    def prospects(self, most: int) -> None:
+        """See :class:`tpirt.engine.drafts.base.Drafter`."""
+
+    def seconds(self, depth: int) -> float:
+        """See :class:`tpirt.engine.drafts.base.Drafter`."""
+        return 0.0
 
     async def propose(self, answers: Sequence[Answer], most: int) -> list[list[Guess]]:
         """See :class:`tpirt.engine.drafts.base.Drafter`."""

@@ -224,6 +224,11 @@ class Tokenizer:
         """The ids of those texts that are added tokens, white space around them aside."""
         return self.added_ids & {self._fast.token_to_id(text.strip()) for text in texts}
 
+    def has_ids_of(self, other: Tokenizer) -> bool:
+        """Whether every token of ``other`` has the same id here."""
+        own: dict[str, int] = self._fast.get_vocab()
+        return all(own.get(token) == number for token, number in other._fast.get_vocab().items())
+
     def unknown(self, ids: Sequence[int]) -> str:
         """Say which of the ids have no text, as padding of a model's vocabulary; "" if none."""
         unknown = [i for i in ids if i in self._stands_for or self._fast.id_to_token(i) is None]

@@ -25,7 +25,13 @@ class Guess(NamedTuple):
 class Drafter(Protocol):
     """Guesses how answers go on. It runs on the master: only there are token ids."""
 
-    free: bool  # whether guessing costs next to nothing
+    def prospects(self, most: int) -> list[Guess] | None:
+        """Guesses as they can be expected, without their tokens; None if guessing costs nothing."""
+        ...
+
+    def seconds(self, depth: int) -> float:
+        """What it takes to guess ``depth`` tokens of each answer."""
+        ...
 
     async def propose(self, answers: Items[Answer], most: int) -> list[list[Guess]]:
         """Guess up to ``most`` tokens that follow each answer's ids, each given the ones before."""

@@ -6,6 +6,7 @@ A guess is a row of a step. What a step of so many rows takes is learnt from ste
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
@@ -75,6 +76,7 @@ class DraftController:
         self._most = most_guesses
         self._most_length = most_length
         self._rates: dict[str, _Rate] = {}
+        self._drafting_s = 0.0  # of the latest step
         self._idle_steps = 0  # since guesses were last verified
         self._gain: float | None = None  # expected of the latest step
 
@@ -86,12 +88,15 @@ class DraftController:
         if not drafted or room <= 0 or self._costs.seconds(rows) is None:
             return list(pieces)
         answers = [answer for piece in drafted if (answer := _drafted(piece)) is not None]
-        proposed = await self._drafter.propose(answers, min(self._most, room))
-        guesses = [
-            found[: self._most_guesses(answer)]
-            for answer, found in zip(answers, proposed, strict=True)
-        ]
-        counts = self._choose(guesses, rows, len(drafted))
+        most = [min(self._most, room, self._most_guesses(answer)) for answer in answers]
+        prospects = self._drafter.prospects(max(most))
+        if prospects is None:
+            guesses = await self._propose(answers, most)
+            counts = self._choose(guesses, rows)
+        else:
+            most = self._choose([prospects[:number] for number in most], rows)
+            guesses = await self._propose(answers, most)
+            counts = list(map(len, guesses))
         chosen = dict(zip(map(id, drafted), zip(guesses, counts, strict=True), strict=True))
         self._idle_steps = 0 if any(counts) else self._idle_steps + 1
         extended = []
@@ -100,6 +105,14 @@ class DraftController:
             first = found[0] if found else None
             extended.append(replace(piece, guesses=tuple(found[:count]), first_guess=first))
         return extended
+
+    async def _propose(self, answers: Items[Answer], most: Items[int]) -> list[list[Guess]]:
+        began_s = time.perf_counter()
+        if not any(most):
+            return [[] for _ in answers]
+        proposed = await self._drafter.propose(answers, max(most))
+        self._drafting_s = time.perf_counter() - began_s
+        return [found[:number] for found, number in zip(proposed, most, strict=True)]
 
     def learn(self, piece: Piece, drawn: Items[int]) -> None:
         """Account for the tokens that were drawn for a piece, one after each right guess.
@@ -122,7 +135,8 @@ class DraftController:
         answers = sum(_drafted(piece) is not None for piece in pieces)
         alone_s = self._costs.seconds(rows)
         if alone_s is not None:
-            self.stats.saved_s += alone_s * tokens / max(1, answers) - seconds
+            alone_s *= tokens / max(1, answers)
+            self.stats.saved_s += alone_s - seconds - self._drafting_s
 
     def forget(self, answer: Answer) -> None:
         """An answer has ended."""
@@ -148,7 +162,7 @@ class DraftController:
 
     # -- the choice --------------------------------------------------------------------------
 
-    def _choose(self, guesses: Items[Items[Guess]], rows: int, answers: int) -> list[int]:
+    def _choose(self, guesses: Items[Items[Guess]], rows: int) -> list[int]:
         """How many guesses of each answer are verified.
 
         The likeliest guesses of all answers are added one by one; the number with the most expected
@@ -157,8 +171,8 @@ class DraftController:
         base_s = self._costs.seconds(rows)
         assert base_s is not None
         counts, best = [0] * len(guesses), [0] * len(guesses)
-        best_rate = base_rate = answers / base_s
-        expected = float(answers)
+        expected = float(len(guesses))
+        best_rate = base_rate = expected / base_s
         heap: list[tuple[float, int]] = []
         for index, chain in enumerate(guesses):
             if chain:
@@ -171,7 +185,7 @@ class DraftController:
             counts[index] += 1
             step_s = self._costs.seconds(rows + added)
             assert step_s is not None
-            rate = expected / step_s
+            rate = expected / (step_s + self._drafter.seconds(max(counts)))
             if rate > best_rate:
                 best, best_rate = list(counts), rate
             chain = guesses[index]

@@ -64,10 +64,15 @@ class SuffixIndex:
 class SuffixDrafter:
     """Guesses from each answer's own prompt and text; needs no second model."""
 
-    free = True
-
     def __init__(self) -> None:
         self._texts: dict[Answer, SuffixIndex] = {}
+
+    def prospects(self, most: int) -> None:
+        """See :class:`tpirt.engine.drafts.base.Drafter`."""
+
+    def seconds(self, depth: int) -> float:
+        """See :class:`tpirt.engine.drafts.base.Drafter`."""
+        return 0.0
 
     async def propose(self, answers: Items[Answer], most: int) -> list[list[Guess]]:
         """See :class:`Drafter`."""

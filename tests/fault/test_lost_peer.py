@@ -227,6 +227,7 @@ async def test_error_while_cutting_a_slice_is_told_as_it_is(
     wait_for(lambda: not list(peer.store.glob(".*")), "cleared away")
 
 
+@pytest.mark.usefixtures("warm_workers")
 async def test_local_workers_end_with_the_engine_whatever_happened(
     model: Path, tmp_path: Path
 ) -> None:

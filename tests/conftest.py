@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
-import uvloop
 from hypothesis import settings
 
+from tests.support.loops import TimelyLoop
 from tests.support.nightly import NIGHTLY_PROFILE
 from tpirt.cluster import collective_policy
 from tpirt.collectives.cost_model import Topology
@@ -31,7 +31,7 @@ settings.register_profile(NIGHTLY_PROFILE, settings.get_profile("tpirt"))
 
 # uvloop first: the commands run on it. asyncio's loop is that of a program that embeds the engine.
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
-    "uvloop": uvloop.new_event_loop,
+    "uvloop": TimelyLoop,
     "asyncio": asyncio.new_event_loop,
 }
 

@@ -9,14 +9,15 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
-import uvloop
 from hypothesis import settings
 
+from tests.support.loops import TimelyLoop
 from tests.support.nightly import NIGHTLY_PROFILE
 from tpirt.cluster import collective_policy
 from tpirt.collectives.cost_model import Topology
 from tpirt.ops.native.compiling import SOURCES, keep_library, source_key
 from tpirt.ops.native.library import load
+from tpirt.testing.processes import fork_server, fork_worker
 
 # Two pools of threads that spin on the same cores only slow each other down.
 torch.set_num_threads(1)
@@ -30,7 +31,7 @@ settings.register_profile(NIGHTLY_PROFILE, settings.get_profile("tpirt"))
 
 # uvloop first: the commands run on it. asyncio's loop is that of a program that embeds the engine.
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
-    "uvloop": uvloop.new_event_loop,
+    "uvloop": TimelyLoop,
     "asyncio": asyncio.new_event_loop,
 }
 
@@ -82,6 +83,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if nightly:
         config.hook.pytest_deselected(items=nightly)
         items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+
+
+@pytest.fixture
+def warm_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the local workers of masters in this process, which saves importing torch anew."""
+    if fork_server() is not None:
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", fork_worker)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from functools import partial
@@ -16,10 +17,13 @@ import pytest
 import uvloop
 
 from tpirt.errors import PeerLostError, TpirtError, TransportError
+from tpirt.testing import ranks
 from tpirt.testing.ranks import Pair, in_memory, over_sockets
+from tpirt.transport import grpc
 from tpirt.transport.base import Channel
 from tpirt.transport.frame import Frame, Kind
 from tpirt.transport.grpc import GrpcPeerClient
+from tpirt.transport.tickets import TcpListener
 
 TIMEOUT_S = 20.0
 LARGE = 8 << 20
@@ -482,3 +486,18 @@ def test_a_killed_peer_is_noticed_at_once_and_told_once(run: Run, kind: str) -> 
             run(scenario())
         finally:
             child.kill()
+
+
+async def test_a_busy_machine_opens_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the carrier that is asked for, however late the offer of a connection comes."""
+    monkeypatch.setattr(grpc, "_OFFER_S", 0.05)
+    monkeypatch.setattr(ranks, "OPEN_S", 10.0)
+    offer = TcpListener.offer
+
+    def late(listener: TcpListener) -> Any:
+        time.sleep(0.1)
+        return offer(listener)
+
+    monkeypatch.setattr(TcpListener, "offer", late)
+    async with over_sockets("tcp") as (mine, theirs):
+        assert mine.carrier.kind == theirs.carrier.kind == "tcp"

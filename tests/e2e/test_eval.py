@@ -76,6 +76,7 @@ def open_files(folder: Path) -> list[str]:
     return [target for target in targets if target.startswith(str(folder))]
 
 
+@pytest.mark.usefixtures("warm_workers")
 @pytest.mark.parametrize("ranks", ["1", "2"])
 def test_the_reference_does_not_differ_from_itself(
     command: list[str], capsys: pytest.CaptureFixture[str], ranks: str

@@ -180,6 +180,7 @@ def test_info_needs_the_configuration_only(
     assert len(alone) == len(whole) + 1
 
 
+@pytest.mark.usefixtures("warm_workers")
 @pytest.mark.parametrize(
     "options",
     [

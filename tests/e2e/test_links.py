@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
@@ -10,7 +9,7 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -24,7 +23,14 @@ from bench.net.network import Network, emulate
 from bench.net.shares import Share, ShareGroup, remove_leftovers
 from bench.net.spec import Link, LinkError, parse_topology, uniform
 from bench.net.tunnels import TunnelBackend
-from tpirt.testing.processes import descendants, killed_at_exit, start_python, survivors, wait_for
+from tpirt.testing.processes import (
+    descendants,
+    killed_at_exit,
+    run_python,
+    start_python,
+    survivors,
+    wait_for,
+)
 
 ROOT = Path(__file__).parents[2]
 SLOW = "20ms/20mbit"  # far from what a busy machine may add
@@ -295,27 +301,30 @@ def test_bad_input_is_one_line(arguments: tuple[str, ...], complaint: str) -> No
     assert "Traceback" not in err
 
 
-def without(capability: int) -> Callable[[], None]:
-    """Drop a capability for good: for ``preexec_fn``."""
-    drop = ctypes.CDLL(None).prctl
-
-    def enter() -> None:
-        drop(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
-
-    return enter
+WITHOUT_RIGHTS = """
+import ctypes, runpy
+header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+assert ctypes.CDLL(None).capset(header, none) == 0
+runpy.run_module("bench.links", run_name="__main__", alter_sys=True)
+"""
 
 
 def test_without_rights_it_says_what_would_work() -> None:
-    admin = 21  # CAP_SYS_ADMIN
-    with links("check", "--backend", "tun", preexec_fn=without(admin)) as process:
-        _, err = process.communicate(timeout=30)
-    assert process.returncode == 2
-    assert "no network namespace could be made: Operation not permitted" in err
-    assert "--backend relay, which needs no rights" in err
-    with links("check", "--link", SLOW, preexec_fn=without(admin)) as process:
-        _, err = process.communicate(timeout=30)
-    assert process.returncode == 0, err
-    assert "TCP relays on loopback" in err
+    """Without any capability, as a user's process is."""
+
+    def check(*options: str) -> subprocess.CompletedProcess[str]:
+        done: subprocess.CompletedProcess[str] = run_python(
+            "-c", WITHOUT_RIGHTS, "check", *options, text=True, cwd=ROOT
+        )
+        return done
+
+    done = check("--backend", "tun")
+    assert done.returncode == 2
+    assert "no network namespace could be made: Operation not permitted" in done.stderr
+    assert "--backend relay, which needs no rights" in done.stderr
+    done = check("--link", SLOW)
+    assert done.returncode == 0, done.stderr
+    assert "TCP relays on loopback" in done.stderr
 
 
 def has_cgroups() -> bool:

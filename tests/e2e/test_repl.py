@@ -22,7 +22,13 @@ import pytest
 
 from tests.support.models import make_exclaimer
 from tests.support.terminal import Terminal
-from tpirt.testing.processes import descendants, killed_at_exit, run_python, start_python
+from tpirt.testing.processes import (
+    PeerProcess,
+    descendants,
+    killed_at_exit,
+    run_python,
+    start_python,
+)
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -40,6 +46,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("slices")
+
+
+@pytest.fixture
+def peer(tmp_path: Path) -> Iterator[str]:
+    """The address of a worker; where its start and its end do not matter, it is no local one."""
+    with PeerProcess(tmp_path / "peer") as process:
+        yield process.address
 
 
 Start = Callable[..., pexpect.spawn]
@@ -157,12 +170,12 @@ def test_what_is_pasted_stays_in_one_piece(start: Start, tmp_path: Path) -> None
     assert messages[0]["content"] == "one\ntwo\nthree"
 
 
-def test_ctrl_c_during_a_prefill(start: Start, tmp_path: Path) -> None:
+def test_ctrl_c_during_a_prefill(start: Start, peer: str, tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "x" * 150_000}, {"role": "assistant", "content": "!"}]
     (tmp_path / "long.json").write_text(
         json.dumps({"version": 1, "system": None, "messages": turns})
     )
-    chat = start("--local", "2", "--max-tokens", "7")
+    chat = start("--peers", peer, "--max-tokens", "7")
     chat.expect(READY)
     chat.send(f"/load {tmp_path / 'long.json'}\r")
     chat.expect("2 messages loaded")
@@ -198,8 +211,8 @@ def test_a_peer_dies_during_an_answer(start: Start, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "talk.json").read_text())["messages"][0]["content"] == "go"
 
 
-def test_a_terminal_that_can_only_print(start: Start) -> None:
-    chat = start("--local", "2", *ENDLESS, term="dumb")
+def test_a_terminal_that_can_only_print(start: Start, peer: str) -> None:
+    chat = start("--peers", peer, *ENDLESS, term="dumb")
     seen = []
     for send, expected in (
         (None, "Ctrl-D leaves\r\n> "),
@@ -251,9 +264,9 @@ def run(
     return done
 
 
-def test_piped_lines(command: list[str], environment: dict[str, str]) -> None:
+def test_piped_lines(command: list[str], environment: dict[str, str], peer: str) -> None:
     typed = b"hi\n\n\xff\xfe not UTF-8\r\n/set max_tokens 3\n//stats\n/stats"
-    options = ("--local", "2", "--max-tokens", "7", "--each-line")
+    options = ("--peers", peer, "--max-tokens", "7", "--each-line")
     done = run(command, environment, *options, typed=b"\xef\xbb\xbf" + typed)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.decode().splitlines()

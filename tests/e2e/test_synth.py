@@ -15,6 +15,8 @@ from tpirt.testing.models import make_model
 from tpirt.testing.processes import PeerProcess, descendants, survivors
 from tpirt.weights.checkpoint import Checkpoint
 
+pytestmark = pytest.mark.usefixtures("warm_workers")
+
 SHAPE = {
     "model_type": "llama",
     "hidden_size": 64,

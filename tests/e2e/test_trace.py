@@ -25,7 +25,7 @@ from tpirt.stopwatch import LANES, Lane
 from tpirt.testing.cluster import ChannelHook, memory_engine
 from tpirt.testing.faults import Fault, FaultyChannel, frame_kind
 from tpirt.testing.models import make_model
-from tpirt.testing.processes import killed_at_exit, run_cli, start_cli
+from tpirt.testing.processes import PeerProcess, killed_at_exit, start_cli
 from tpirt.transport.base import Channel
 from tpirt.transport.frame import Frame
 from tpirt.types import SamplingParams
@@ -185,18 +185,20 @@ async def test_trace_of_an_answer(
     assert list(file.parent.iterdir()) == [file]
 
 
-def test_trace_of_three_processes(model: Path, store: Path, file: Path) -> None:
-    done = run_cli(
-        *("generate", "--model", str(model), "--store", str(store), "--threads", "1", "--json"),
-        *("--local", "3", "--window", "3", "--prompt", "Hello", "--max-tokens", "8", "--quiet"),
-        *("--trace", str(file)),
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+@pytest.mark.usefixtures("warm_workers")
+def test_trace_of_three_processes(
+    model: Path, store: Path, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", "--model", str(model), "--store", str(store), "--threads", "1"]
+    arguments += ["--json", "--local", "3", "--window", "3", "--quiet", "--trace", str(file)]
+    code = main([*arguments, "--prompt", "Hello", "--max-tokens", "8"])
+    printed = capsys.readouterr()
+    assert (code, printed.err) == (0, "")
     trace = Trace(file)
     check_whole(trace, 3, decoded=7)
     check_causality(trace)
     check_nesting(trace)
-    answer = json.loads(done.stdout)
+    answer = json.loads(printed.out)
     assert [rank["peer"] for rank in trace.ranks] == [r["peer_id"] for r in answer["ranks"]]
     assert trace.ranks[0]["clock_uncertainty_ms"] == 0
     assert all(rank["clock_uncertainty_ms"] > 0 for rank in trace.ranks[1:])
@@ -430,15 +432,18 @@ async def test_invalid_trace_is_refused(
     assert not any(rank == 1 for rank, _ in trace.lanes)
 
 
-def test_stopped_by_ctrl_c(model: Path, store: Path, file: Path) -> None:
+def test_stopped_by_ctrl_c(model: Path, tmp_path: Path, file: Path) -> None:
     """The answer ends, the workers are asked what they did, and the file is whole."""
-    with killed_at_exit(
-        start_cli(
-            *("generate", "--model", str(model), "--store", str(store), "--threads", "1"),
-            *("--local", "2", "--prompt", "Hello", "--max-tokens", "400", "--quiet"),
-            *("--trace", str(file)),
-        )
-    ) as process:
+    command = ["generate", "--model", str(model), "--store", str(tmp_path / "store")]
+    command += ["--threads", "1", "--quiet", "--trace", str(file)]
+    with (
+        PeerProcess(tmp_path / "peer") as peer,
+        killed_at_exit(
+            start_cli(
+                *(*command, "--peers", peer.address, "--prompt", "Hello", "--max-tokens", "400")
+            )
+        ) as process,
+    ):
         assert process.stdout is not None
         assert process.stdout.read(1)
         process.send_signal(signal.SIGINT)

@@ -153,9 +153,8 @@ async def test_master_that_forgot_what_it_cut_checks_the_workers_word(
 
 
 async def test_chunks_are_small_enough_for_slow_links(tmp_path: Path) -> None:
-    model = make_model(
-        tmp_path / "m", "llama", hidden_size=2048, head_dim=16, intermediate_size=2048
-    )
+    sizes = {"hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 1}
+    model = make_model(tmp_path / "m", "llama", head_dim=16, **sizes)
     async with connected(model, [tmp_path / "a", tmp_path / "b"]) as (_, (client,)):
         assert client.largest == 64 << 10  # five seconds at 100 kbit/s
 

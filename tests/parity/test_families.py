@@ -662,6 +662,7 @@ async def test_left_prefill_is_not_reused_wrongly(
 # -- real processes ----------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("warm_workers")
 @pytest.mark.parametrize(
     ("name", "local", "options"),
     [

@@ -6,19 +6,19 @@ Each measurement runs in a process of its own; its peak counts from the moment t
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.nightly import nightly
+from tpirt.testing.processes import run_python
 
 PRELUDE = """
-import asyncio, sys
+import warnings
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
+warnings.simplefilter("error")
 from tpirt.cluster.machine import peak_resident_bytes, resident_bytes
 
 def measured(work):
@@ -35,13 +35,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def peaks_of(code: str) -> dict[str, int]:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PRELUDE + code],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    done = run_python("-c", PRELUDE + code, text=True, timeout_s=100)
     assert done.returncode == 0, done.stderr
     return {name: int(peak) for name, peak in map(str.split, done.stdout.splitlines())}
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -35,6 +33,7 @@ from tpirt.ops.tiles import (
     unpack_groups,
     unpack_nibbles,
 )
+from tpirt.testing.processes import run_python
 
 SPECS: list[Scheme] = [Int8(), Int4()]
 EXACT = KernelChoice((), "dense-float32")
@@ -831,5 +830,5 @@ def test_without_native_kernels_everything_still_works(
 def test_native_kernels_can_be_switched_off() -> None:
     code = "from tpirt.ops.native.bindings import native_kernels; print(native_kernels(1))"
     env = os.environ | {"TPIRT_NATIVE": "off"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    done = run_python("-c", code, env=env, text=True)
     assert done.stdout.strip() == "None", done.stderr

@@ -11,7 +11,6 @@ import os
 import pwd
 import stat
 import subprocess
-import sys
 import tempfile
 from collections import namedtuple
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from tpirt.errors import StoreError
 from tpirt.ops.quant import Int8
 from tpirt.sharding.format import WeightFormat
 from tpirt.sharding.partition import make_partition
+from tpirt.testing.processes import killed_at_exit, run_python, start_python
 from tpirt.weights import writer as module
 from tpirt.weights.files import write_atomically
 from tpirt.weights.manifest import (
@@ -269,7 +269,7 @@ os._exit(1)
 @pytest.mark.parametrize("point", ["amid", "fsync", "rename"])
 def test_crash_is_as_if_nothing_had_been(store: SliceStore, point: str) -> None:
     code = CRASH.format(tests=str(Path(__file__).parent), root=str(store.root), point=point)
-    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 9
+    assert run_python("-c", code, timeout_s=60).returncode == 9
     assert leftovers(store) != []
     assert store.slices() == []
     put(store)  # the next writer sweeps up
@@ -301,8 +301,8 @@ with t.SliceWriter(t.SliceStore(Path({root!r})), t.spec()) as writer:
 def test_a_writer_whose_process_number_says_nothing_is_not_swept_up(store: SliceStore) -> None:
     """In another PID namespace or on another host; what tells is the lock."""
     code = LIVING.format(tests=str(Path(__file__).parent), root=str(store.root))
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    with killed_at_exit(
+        start_python("-c", code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "writing\n"

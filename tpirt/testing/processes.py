@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import contextlib
 import functools
@@ -45,6 +46,42 @@ def start_python(*arguments: str, **options: Any) -> subprocess.Popen[Any]:
     if server is None:
         return subprocess.Popen([sys.executable, *arguments], **options)
     return ForkedProcess(server, arguments, **options)
+
+
+class ForkedWorker:
+    """A forked process with what ``LocalPeers`` uses of ``asyncio.subprocess.Process``.
+
+    Attributes:
+        pid: its process id.
+        stdin: the pipe to it.
+        stdout: itself, for :meth:`readline`.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes]):
+        self._process = process
+        self.pid = process.pid
+        self.stdin = process.stdin
+        self.stdout = self
+        self.terminate = process.terminate
+        self.kill = process.kill
+
+    async def readline(self) -> bytes:
+        """Read a line of its output."""
+        assert self._process.stdout is not None
+        return await asyncio.to_thread(self._process.stdout.readline)
+
+    async def wait(self) -> int:
+        """Wait for its exit; returns its exit code."""
+        code = await asyncio.to_thread(self._process.wait)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        return code
+
+
+async def fork_worker(executable: str, flag: str, *arguments: str, **options: Any) -> ForkedWorker:
+    """Stand in for ``asyncio.create_subprocess_exec`` where ``LocalPeers`` starts a worker."""
+    assert (executable, flag) == (sys.executable, "-P")
+    return ForkedWorker(start_python(*arguments, **options))
 
 
 def run_python(*arguments: str, timeout_s: float = DEADLINE_S, **options: Any) -> Any:

@@ -19,11 +19,13 @@ from tpirt.collectives.context import StepContext
 from tpirt.collectives.links import LinkSet
 from tpirt.errors import TpirtError
 from tpirt.protocol.link import Incoming, Link
+from tpirt.transport import grpc, tickets
 from tpirt.transport.base import Channel
 from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
 from tpirt.transport.memory import memory_pair
 from tpirt.transport.tickets import TcpListener
 
+OPEN_S = 60.0
 Pair = Callable[[], AbstractAsyncContextManager[tuple[Channel, Channel]]]
 Hook = Callable[[int, int, Channel], Channel]  # rank, other rank, its end of their channel
 
@@ -101,8 +103,15 @@ async def over_sockets(carrier: str) -> AsyncIterator[tuple[Channel, Channel]]:
         port = await server.start("127.0.0.1", 0)
     client = GrpcPeerClient(f"127.0.0.1:{port}")
     try:
-        mine = await client.open_session()
-        theirs = await service.channel
+        # On a busy machine a client that did not wait for the offer would stay on its call, and
+        # the server would wait for it to speak: in vain, as the caller only wants both channels.
+        with (
+            patch.multiple(grpc, _OFFER_S=OPEN_S, _SPEAK_S=OPEN_S),
+            patch.object(tickets, "_PATIENCE_S", OPEN_S),
+        ):
+            async with asyncio.timeout(OPEN_S):
+                mine = await client.open_session()
+                theirs = await service.channel
         assert mine.carrier.kind == theirs.carrier.kind == carrier, (mine.carrier, theirs.carrier)
         yield mine, theirs
     finally:

@@ -281,9 +281,8 @@ async def test_no_message_tells_of_the_prompt_or_the_answer(model: Path, tmp_pat
     frames: list[Frame] = []
     others: list[bytes] = []
     client = RecordingClient(tmp_path / "worker", frames, others)
-    async with Engine.connect(
-        model, EngineOptions(dtype="float32", threads=1, store=tmp_path / "master"), peers=[client]
-    ) as engine:
+    options = EngineOptions(dtype="float32", threads=1, store=tmp_path / "master", draft="none")
+    async with Engine.connect(model, options, peers=[client]) as engine:
         params = SamplingParams(
             max_tokens=40, temperature=TEMPERATURE, top_p=TOP_P, seed=SEED, stop=(STOP,)
         )
@@ -418,7 +417,7 @@ ALLOWED = {
     "JoinLink": {"session", "rank"},
     "Joined": set(),
     "Step": {"segments", "prefill", "collective"},
-    "Segment": {"slot", "position", "tokens", "num_logits", "rope_length"},
+    "Segment": {"slot", "position", "tokens", "num_logits", "rope_length", "source"},
     "Collective": {"algorithm", "comm_dtype", "micro_batches"},
     "Abort": {"step"},
     "StepEnded": {"step"},

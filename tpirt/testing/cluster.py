@@ -22,7 +22,12 @@ from tpirt.weights.store import SliceStore
 ChannelHook = Callable[[int, Channel], Channel]
 
 TIMEOUT_S = 20.0
-_DEFAULTS: dict[str, Any] = {"dtype": "float32", "threads": 1, "timeout_s": TIMEOUT_S}
+_DEFAULTS: dict[str, Any] = {
+    "dtype": "float32",
+    "threads": 1,
+    "timeout_s": TIMEOUT_S,
+    "draft": "none",  # so that a step is a token
+}
 
 
 def same_channel(_: int, channel: Channel) -> Channel:
@@ -139,8 +144,8 @@ async def memory_engine(
         master_side: wraps the master's end of each worker's session, for example in a
             :class:`~tpirt.testing.faults.FaultyChannel`.
         worker_side: wraps the worker's end.
-        options: of :class:`EngineOptions`. Defaults are float32, one thread, and a temporary
-            ``store`` for all ranks.
+        options: of :class:`EngineOptions`. Defaults are float32, one thread, no guesses, and a
+            temporary ``store`` for all ranks.
     """
     with ExitStack() as stack:
         if "store" not in options:

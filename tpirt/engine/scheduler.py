@@ -108,15 +108,17 @@ class Scheduler:
     def plan(self, running: Items[Sequence[Any]]) -> list[Piece]:
         """The next step; empty if all sequences wait for their readers."""
         ready = [sequence for sequence in running if not sequence.paused]
-        ready.sort(key=lambda sequence: sequence.turn)  # if not all fit, the others are next
-        pieces = [Piece(sequence, 1) for sequence in ready if sequence.todo == 1]
-        pieces = pieces[: self._chunk_tokens]
+        prompts = [sequence for sequence in ready if sequence.todo > 1]  # in order of admission
+        answers = [sequence for sequence in ready if sequence.todo == 1]
+        answers.sort(key=lambda sequence: sequence.turn)  # if not all fit, the others are next
+        most = max(1, self._chunk_tokens - bool(prompts))
+        pieces = [Piece(sequence, 1) for sequence in answers[:most]]
         room = self._room(len(pieces))
-        for sequence in running:  # in order of admission
-            if sequence.todo > 1 and not sequence.paused and room:
-                tokens = min(sequence.todo, room)
+        for sequence in prompts:
+            tokens = min(sequence.todo, room)
+            if tokens:
                 pieces.append(Piece(sequence, tokens))
-                room -= tokens
+            room -= tokens
         return pieces
 
     def _room(self, answers: int) -> int:

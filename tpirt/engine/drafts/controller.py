@@ -146,7 +146,7 @@ class DraftController:
         """Say what guesses bring, and why there are none if there are none."""
         stats = self.stats
         if not stats.steps:
-            if self._gain is None:
+            if self._gain is None or self._gain >= _LEAST_GAIN:
                 return "drafts: none yet"
             return f"drafts: off, {self._gain:.2f} x expected (at least {_LEAST_GAIN} is asked)"
         return (

@@ -1,0 +1,137 @@
+"""Guesses from a text's own past, and how many of them a step verifies."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tpirt.engine.drafts.base import Guess
+from tpirt.engine.drafts.controller import DraftController
+from tpirt.engine.drafts.suffix import SuffixDrafter, SuffixIndex
+from tpirt.engine.sampler import Sampler
+from tpirt.engine.scheduler import Piece
+from tpirt.engine.sequence import Answer
+from tpirt.engine.step_costs import StepCosts
+from tpirt.testing.drafters import KnownAnswers
+from tpirt.types import SamplingParams, Token, ignore_progress
+
+
+class Words:
+    """A writer that never stops."""
+
+    left = 1000
+
+    def push(self, token_id: int) -> Token:
+        return Token(token_id, "")
+
+
+def answer(ids: list[int]) -> Answer:
+    made = Answer(ids, Sampler(SamplingParams()), Words(), ignore_progress)  # type: ignore[arg-type]
+    made.admit(0, len(ids) - 1, None, 0)
+    return made
+
+
+def costs(flat: bool) -> StepCosts:
+    """A row more costs nothing, or as much as the first."""
+    known = StepCosts()
+    for rows in (1, 4, 8, 17):
+        known.learn(rows, 1.0 if flat else float(rows))
+    return known
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=60))
+def test_the_longest_match_is_found(ids: list[int]) -> None:
+    """Against a search over all places, but for matches of which there are very many."""
+    index = SuffixIndex()
+    index.extend(ids)
+    length, place = index.find()
+
+    def matched(at: int) -> int:
+        common = 0
+        while common < at and ids[at - 1 - common] == ids[len(ids) - 1 - common]:
+            common += 1
+        return common
+
+    assert length == (matched(place) if place else 0)
+    recent = [at for at in range(1, len(ids)) if ids[at - 1] == ids[-1]]
+    if len(recent) <= 16:
+        assert length == max(map(matched, recent), default=0)
+
+
+async def test_guesses_are_what_followed() -> None:
+    drafter = SuffixDrafter()
+    asked = answer([1, 2, 3, 4, 5, 6, 9, 2, 3, 4])
+    (found,) = await drafter.propose([asked], 4)
+    assert [guess.token for guess in found] == [5, 6, 9, 2]
+    assert [guess.kind for guess in found] == ["suffix 3", "suffix 4", "suffix 4", "suffix 6"]
+    asked.ids += [5, 6]
+    (found,) = await drafter.propose([asked], 1)
+    assert [guess.token for guess in found] == [9]
+    (nothing,) = await drafter.propose([answer([1, 2, 3])], 4)
+    assert nothing == []
+
+
+@pytest.mark.parametrize(("hit_rate", "flat", "verified"), [(0.9, True, 16), (0.9, False, 0)])
+async def test_guesses_are_verified_where_they_pay(
+    hit_rate: float, flat: bool, verified: int
+) -> None:
+    prompt = [1, 2, 3]
+    drafter = KnownAnswers({tuple(prompt): list(range(100))}, hit_rate, told=True)
+    controller = DraftController(drafter, costs(flat), 64)
+    (piece,) = await controller.extend([Piece(answer(prompt), 1)])
+    assert len(piece.guesses) == verified
+    assert piece.segment().tokens == piece.segment().num_logits == 1 + verified
+    assert ("off" in controller.explain()) == (verified == 0)
+
+
+async def test_rows_are_dealt_to_the_likeliest_guesses_within_the_steps_rows() -> None:
+    sure, unsure = answer([1]), answer([2])
+    drafter = Fixed({sure: 0.95, unsure: 0.3})
+    controller = DraftController(drafter, costs(flat=True), 8)
+    first, second = await controller.extend([Piece(sure, 1), Piece(unsure, 1)])
+    assert len(first.guesses) > len(second.guesses)
+    assert 2 + len(first.guesses) + len(second.guesses) == 8
+
+
+async def test_wrong_guesses_turn_themselves_off_and_right_ones_on_again() -> None:
+    """A first guess is compared even while none is verified, so that nothing is lost by that."""
+    asked = answer([1])
+    controller = DraftController(Fixed({asked: 0.9}), costs_of_a_disk(), 8)
+    for _ in range(60):
+        (piece,) = await controller.extend([Piece(asked, 1)])
+        controller.learn(piece, [99])
+    assert piece.guesses == ()
+    assert piece.first_guess is not None
+    for _ in range(60):
+        (piece,) = await controller.extend([Piece(asked, 1)])
+        controller.learn(piece, [*piece.guessed, 1] if piece.guesses else [7])
+    assert len(piece.guesses) > 3
+
+
+def costs_of_a_disk() -> StepCosts:
+    known = StepCosts()
+    for rows in (1, 2, 4, 8):
+        known.learn(rows, 1.0 + 0.06 * rows)
+    return known
+
+
+class Fixed:
+    """Guesses the token 7, with a given prior for each answer."""
+
+    def __init__(self, priors: dict[Answer, float]):
+        self._priors = priors
+
+    def prospects(self, most: int) -> None:
+        pass
+
+    def seconds(self, depth: int) -> float:
+        return 0.0
+
+    async def propose(self, answers: list[Answer], most: int) -> list[list[Guess]]:
+        return [
+            [Guess(7, f"{self._priors[answer]}", self._priors[answer])] * most for answer in answers
+        ]
+
+    def forget(self, answer: Answer) -> None:
+        pass

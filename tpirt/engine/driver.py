@@ -90,6 +90,7 @@ class Driver:
                 drafter,
                 self._costs,
                 deployment.chunk_tokens,
+                connection.group.exact_rows,
                 min(MOST_GUESSES, deployment.logits_tokens - 1),
                 trained,
             )

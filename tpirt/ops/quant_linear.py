@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 
@@ -34,6 +36,16 @@ class KernelChoice:
             if rows <= most:
                 return name
         return self.rest
+
+
+def same_kernel_rows(choices: Iterable[KernelChoice], most: int) -> int:
+    """Up to how many rows, at most ``most``, every choice is the kernel for one row."""
+    chosen = list(choices)
+    rows = takewhile(
+        lambda rows: all(choice.kernel(rows) == choice.kernel(1) for choice in chosen),
+        range(1, most + 1),
+    )
+    return max(rows)
 
 
 def kernel_inputs(choice: KernelChoice, rows: int) -> torch.dtype:

@@ -57,6 +57,8 @@ class DraftController:
         drafter: makes guesses.
         costs: how long steps take.
         most_rows: of a step.
+        exact_rows: up to which a row's bits do not depend on the others; guesses add no more rows
+            than that, unless there are more anyway.
         most_guesses: for one answer.
         most_length: of a sequence with guesses; None for no limit.
     """
@@ -66,6 +68,7 @@ class DraftController:
         drafter: Drafter,
         costs: StepCosts,
         most_rows: int,
+        exact_rows: int,
         most_guesses: int = MOST_GUESSES,
         most_length: int | None = None,
     ):
@@ -73,6 +76,7 @@ class DraftController:
         self._drafter = drafter
         self._costs = costs
         self._most_rows = most_rows
+        self._exact_rows = exact_rows
         self._most = most_guesses
         self._most_length = most_length
         self._rates: dict[str, _Rate] = {}
@@ -84,7 +88,7 @@ class DraftController:
         """The pieces, those of answers under way with guesses where these pay."""
         rows = sum(piece.tokens for piece in pieces)
         drafted = [piece for piece in pieces if _drafted(piece) is not None]
-        room = self._most_rows - rows
+        room = (self._exact_rows if rows <= self._exact_rows else self._most_rows) - rows
         if not drafted or room <= 0 or self._costs.seconds(rows) is None:
             return list(pieces)
         answers = [answer for piece in drafted if (answer := _drafted(piece)) is not None]
@@ -92,9 +96,9 @@ class DraftController:
         prospects = self._drafter.prospects(max(most))
         if prospects is None:
             guesses = await self._propose(answers, most)
-            counts = self._choose(guesses, rows)
+            counts = self._choose(guesses, rows, room)
         else:
-            most = self._choose([prospects[:number] for number in most], rows)
+            most = self._choose([prospects[:number] for number in most], rows, room)
             guesses = await self._propose(answers, most)
             counts = list(map(len, guesses))
         chosen = dict(zip(map(id, drafted), zip(guesses, counts, strict=True), strict=True))
@@ -162,8 +166,8 @@ class DraftController:
 
     # -- the choice --------------------------------------------------------------------------
 
-    def _choose(self, guesses: Items[Items[Guess]], rows: int) -> list[int]:
-        """How many guesses of each answer are verified.
+    def _choose(self, guesses: Items[Items[Guess]], rows: int, room: int) -> list[int]:
+        """How many guesses of each answer are verified, in addition to ``rows`` rows.
 
         The likeliest guesses of all answers are added one by one; the number with the most expected
         tokens per second is taken.
@@ -178,7 +182,7 @@ class DraftController:
             if chain:
                 heappush(heap, (-self._share(chain[0]), index))
         added = 0
-        while heap and rows + added < self._most_rows:
+        while heap and added < room:
             likely, index = heappop(heap)
             expected -= likely
             added += 1

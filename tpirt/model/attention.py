@@ -5,6 +5,7 @@ Axes: T tokens, Q local query heads, K local KV heads, D head_dim.
 
 from __future__ import annotations
 
+import ctypes
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from tpirt.config import ModelConfig
 from tpirt.model.kv_store import Cached, KVStore
 from tpirt.model.products import FEW_ROWS, address, plain
 from tpirt.ops.cpu import bfloat16_units
-from tpirt.ops.native.bindings import Attention, NativeKernels, native_kernels
+from tpirt.ops.native.bindings import Attention, KVRoom, NativeKernels, native_kernels
 from tpirt.ops.nn import attention, rms_norm
 from tpirt.ops.rope import rotate
 from tpirt.sharding.partition import Shard
@@ -118,6 +119,10 @@ class Heads:
         arguments.tokens, arguments.past = segment.tokens, segment.position
         arguments.capacity = cached.length
         arguments.window = self._config.sliding_windows[layer] or 0
+
+    def rooms(self, segment: Segment) -> ctypes.Array[KVRoom]:
+        """Where all layers of a sequence have their keys and values."""
+        return self._kv.rooms(segment)
 
     def _attend_native(
         self,

@@ -82,6 +82,20 @@ typedef struct mlp_block {
     float eps;
 } mlp_block;
 
+/* A layer of tp_layers: its attention, the first block of its MLP, and how far a token sees. */
+typedef struct {
+    attention_block *attention;
+    mlp_block *mlp;
+    long window;
+} layer;
+
+/* The keys and values of a sequence in a layer, as ``attention`` has them. */
+typedef struct {
+    void *keys, *values;
+    uint16_t *key_scales, *value_scales;
+    long capacity;
+} kv_room;
+
 /* What one set of instructions provides. ``first`` and ``last`` are blocks of 16 rows in q4, q8 and
  * dense, single rows in bf16 and f16, KV heads in attend. */
 typedef struct {

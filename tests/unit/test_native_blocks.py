@@ -213,7 +213,7 @@ def test_layers_in_one_call_have_the_bits_of_single_blocks(
     segment = Segment(0, past, tokens, tokens, past + tokens)
     batch = Batch((segment,))
     cos, sin = torch.rand(2, tokens, HEAD)
-    turn = Turn(cos, sin, (cos.bfloat16(), sin.bfloat16()))
+    turn = Turn(cos, sin, torch.bfloat16)
     start, seed = torch.randn(tokens, WIDTH), torch.initial_seed()
     results = []
 
@@ -251,7 +251,7 @@ def test_layers_in_one_call_have_the_bits_of_single_blocks(
 def test_layers_whose_kinds_of_rows_differ_are_no_chain() -> None:
     weights = [layer_weights(kind, False, False) for kind in ("int4", "none", "int4")]
     segment = Segment(0, 2, 1, 1, 3)
-    turn = Turn(*torch.rand(2, 1, HEAD), (torch.rand(1, HEAD), torch.rand(1, HEAD)))
+    turn = Turn(*torch.rand(2, 1, HEAD), torch.bfloat16)
     ours = new_blocks(layer_config(), None, 2, segment)
     assert ours.chain(weights, Batch((segment,)), turn, 0) is None
     assert ours.chain(weights[:1], Batch((segment,)), turn, 0) is not None
@@ -263,7 +263,7 @@ def test_layers_that_drop_rows_are_no_chain() -> None:
     segment = Segment(0, 2, 2, 1, 4)  # of two tokens, the last one's result is wanted
     cos, sin = torch.rand(2, 2, HEAD)
     ours = new_blocks(layer_config(), None, 2, segment)
-    batch, turn = Batch((segment,)), Turn(cos, sin, (cos, sin))
+    batch, turn = Batch((segment,)), Turn(cos, sin, torch.bfloat16)
     assert ours.chain(weights, batch, turn, 0) is None
     assert ours.chain(weights[:2], batch, turn, 0) is not None
 

@@ -6,7 +6,8 @@ Axes: T tokens, Q local query heads, K local KV heads, D head_dim.
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -22,17 +23,23 @@ from tpirt.sharding.partition import Shard
 from tpirt.weights.layout import Weights
 
 
-class Turn(NamedTuple):
-    """The rotation of rows by their positions, each (T, D).
+@dataclass(frozen=True)
+class Turn:
+    """The rotation of rows by their positions.
 
     Attributes:
-        cos, sin: float32; see :class:`tpirt.ops.rope.RotaryEmbedding`.
-        cast: both in the dtype of the heads.
+        cos, sin: (T, D) float32; see :class:`tpirt.ops.rope.RotaryEmbedding`.
+        dtype: of the heads.
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
-    cast: tuple[torch.Tensor, torch.Tensor]
+    dtype: torch.dtype
+
+    @cached_property
+    def cast(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``cos`` and ``sin`` in the dtype of the heads."""
+        return self.cos.to(self.dtype), self.sin.to(self.dtype)
 
 
 class Heads:

@@ -157,7 +157,7 @@ class Decoder:
             finally:
                 self._weights.release(block)
             pieces.append(piece)
-        return torch.cat(pieces, dim=1)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
     def close(self) -> None:
         """End the compute thread."""
@@ -184,7 +184,7 @@ class Decoder:
 
     def _turn(self, batch: Batch) -> Turn:
         cos, sin = self._rotary.tables(batch.segments)
-        return Turn(cos, sin, (cos.to(self._dtype), sin.to(self._dtype)))
+        return Turn(cos, sin, self._dtype)
 
     async def _run(self, part: _Part) -> torch.Tensor:
         """Run a micro-batch through all layers; returns its last partial sum."""

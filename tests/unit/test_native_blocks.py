@@ -268,6 +268,48 @@ def test_layers_that_drop_rows_are_no_chain() -> None:
     assert ours.chain(weights[:2], batch, turn, 0) is not None
 
 
+# -- the LM head in one call -------------------------------------------------------------------
+
+
+def head_pieces(kind: str, *rows: int) -> list[Weights]:
+    pieces = [Weights({"lm_head.weight": random_matrix(kind, n, WIDTH)}) for n in rows]
+    pieces[0]["norm.weight"] = torch.rand(WIDTH)
+    return pieces
+
+
+@needs_native
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("kind", ["none", "float16", "int8", "int4"])
+def test_a_head_in_one_call_has_the_bits_of_single_products(
+    kind: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces, x, results = head_pieces(kind, 64, 32, 20), torch.randn(tokens, WIDTH), []
+    ours = new_blocks(layer_config(), None, 0, Segment(0, 0, 1, 1, 1))
+    assert ours.suits_head(pieces, tokens)
+    assert not ours.suits_head(pieces, 0)
+    for each in kernel_sets():
+        monkeypatch.setattr(native_blocks, "present_kernels", lambda each=each: each)
+        weight = pieces[0]["norm.weight"]
+        assert isinstance(weight, torch.Tensor)
+        normed = each.norm(x, weight, CONFIG.rms_norm_eps)
+        expected = []
+        for piece in pieces:
+            matrix = native_blocks._matrix(piece, "lm_head")
+            rows = each.round(normed) if matrix.rounds else normed
+            expected.append(each.product(matrix, rows))
+        results.append(ours.head(pieces, x))
+        assert torch.equal(results[-1], torch.cat(expected, dim=1))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@needs_native
+def test_a_head_with_gaps_between_its_pieces_is_not_one_call() -> None:
+    ours = new_blocks(layer_config(), None, 0, Segment(0, 0, 1, 1, 1))
+    assert not ours.suits_head(head_pieces("int4", 20, 64), 1)
+    assert not ours.suits_head([*head_pieces("int4", 64), *head_pieces("none", 64)], 1)
+    assert ours.suits_head(head_pieces("int4", 64, 20), 1)
+
+
 def test_kernels_are_measured_again_when_there_are_others_in_c(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,8 @@ What a micro-batch does, on every rank::
             with block(piece):                              # norm: once, by the first piece
                 partial += mlp(norm(hidden))                # local columns
         hidden += all_reduce(partial)                       # last layer: reduce, to rank 0 only
+
+A few rows of one rank, where there is nothing to sum, go through several layers in one call of C.
 """
 
 from __future__ import annotations
@@ -45,8 +47,8 @@ from tpirt.sharding.program import Layer, Program
 from tpirt.stopwatch import COMPUTE, Recorder
 from tpirt.weights.layout import Weights
 
-# Of the weights of a chain of layers, which are computed by one call: a few milliseconds' work. An
-# abort is heard in between.
+# Of the weights of a chain of layers, which are computed by one call: some 5 to 10 ms. An abort is
+# heard in between. Each call costs 0.1 to 0.2 ms around it, as the weights have passed the caches.
 CHAIN_BYTES = 128 << 20
 
 _T = TypeVar("_T")
@@ -100,6 +102,7 @@ class Decoder:
         self._heads = Heads(config, shard, self.kv, dtype)
         self._products = Products(config, kernels)
         self._native = NativeBlocks(config, self._products, self._heads)
+        self._head_bytes = sum(weights.blocks[block].nbytes for block in program.head)
         self._chains = _chains(program.layers, weights.blocks) if comm.world_size == 1 else {}
         self._mlp_rows = 2 * shard.columns.size  # of gate and up together
         self._mlp_cut = self._mlp_rows * 3 // 4 // ROWS_UNIT * ROWS_UNIT
@@ -148,6 +151,9 @@ class Decoder:
         Returns:
             (T, V) float32.
         """
+        whole = self._resident_head(hidden)
+        if whole is not None:
+            return whole
         x: torch.Tensor | Rounded = hidden
         pieces = []
         for block in self._program.head:
@@ -158,6 +164,17 @@ class Decoder:
                 self._weights.release(block)
             pieces.append(piece)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+    def _resident_head(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """All pieces of the head in one call; None if that would take long, or cannot be."""
+        head, rows = self._program.head, len(hidden)
+        if self._head_bytes > CHAIN_BYTES or rows > FEW_ROWS:
+            return None
+        weights = self._taken(head)
+        if weights is None or not self._native.suits_head(weights, rows):
+            return None
+        with self.clock.running(_joint_name("head", 0, len(head)), number=head[0]):
+            return self._native.head(weights, hidden)
 
     def close(self) -> None:
         """End the compute thread."""
@@ -234,14 +251,15 @@ class Decoder:
             if attention is None or mlp is None:
                 return None
             layers.append((attention, mlp))
-        await asyncio.sleep(0)  # an abort is heard before each call
+        if number:
+            await asyncio.sleep(0)  # an abort is heard between calls
         part.step.check()
         run = self._native.chain(layers, part.batch, part.turn, number)
         if run is None:
             return None
         part.hidden = part.hidden.contiguous()
         block = self._program.layers[number].attention
-        with self.clock.running(f"layers.{number}-{end - 1}", number=block):
+        with self.clock.running(_joint_name("layers", number, end), number=block):
             return self._native.layers(run, part.hidden)
 
     async def _mlp(self, part: _Part, blocks: tuple[int, ...]) -> torch.Tensor:
@@ -383,6 +401,11 @@ def _chains(layers: Sequence[Layer], blocks: Sequence[Block]) -> dict[int, int]:
         if nbytes <= CHAIN_BYTES:
             ends[first] = number + 1
     return ends
+
+
+def _joint_name(kind: str, first: int, end: int) -> str:
+    """For a trace: that of one call for several blocks."""
+    return f"{kind}.{first}" if end - first == 1 else f"{kind}.{first}-{end - 1}"
 
 
 async def _all(step: StepContext, runs: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:

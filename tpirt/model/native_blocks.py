@@ -25,6 +25,7 @@ from tpirt.model.attention import Heads, Turn
 from tpirt.model.products import FEW_ROWS, Products, address
 from tpirt.ops.native.bindings import (
     AttentionBlock,
+    HeadBlock,
     Layer,
     LayerRun,
     Matrix,
@@ -38,7 +39,7 @@ from tpirt.weights.layout import Weights
 # A layer's attention, and the blocks of its MLP.
 LayerWeights = tuple[Weights, Sequence[Weights]]
 
-_Block = TypeVar("_Block", AttentionBlock, MlpBlock)
+_Block = TypeVar("_Block", AttentionBlock, MlpBlock, Matrix)
 
 
 @dataclass(slots=True)
@@ -165,6 +166,37 @@ class NativeBlocks:
         present_kernels().layers(run, hidden)
         return out
 
+    def suits_head(self, pieces: Sequence[Weights], tokens: int) -> bool:
+        """Whether :meth:`head` takes these pieces and so many rows."""
+        prepared = [self._head(w) for w in pieces]
+        return all(
+            0 < tokens <= each.rows and each.rounds == prepared[0].rounds for each in prepared
+        ) and not any(each.block.rows % 16 for each in prepared[:-1])
+
+    def head(self, pieces: Sequence[Weights], hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (T, V) of all pieces of the LM head.
+
+        Args:
+            hidden: (T, H) float32.
+        """
+        matrices, tokens = [self._head(w).block for w in pieces], len(hidden)
+        hidden = hidden.contiguous()
+        width = sum(16 * matrix.blocks for matrix in matrices)
+        out = torch.empty(tokens, width)
+        array = (Matrix * len(matrices))(*matrices)
+        block = HeadBlock(
+            hidden=hidden.data_ptr(),
+            norm=address(pieces[0], "norm.weight"),
+            pieces=ctypes.addressof(array),
+            out=out.data_ptr(),
+            count=len(matrices),
+            tokens=tokens,
+            width=width,
+            eps=self._eps,
+        )
+        present_kernels().head(block)
+        return out[:, : sum(matrix.rows for matrix in matrices)]
+
     @cached_property
     def _layers(self) -> ctypes.Array[Layer]:
         windows = self._config.sliding_windows
@@ -208,6 +240,15 @@ class NativeBlocks:
             block.groups = block.gate_up.groups
             rows = 0 if block.gate_up.rows % 16 else rows
         w.prepared = prepared = _Prepared(rows, block, block.gate_up.rounds)
+        return prepared
+
+    def _head(self, w: Weights) -> _Prepared[Matrix]:
+        return cast("_Prepared[Matrix]", w.prepared or self._prepare_head(w))
+
+    def _prepare_head(self, w: Weights) -> _Prepared[Matrix]:
+        rows = self._rows(w, "lm_head")
+        matrix = _matrix(w, "lm_head") if rows else Matrix()
+        w.prepared = prepared = _Prepared(rows, matrix, matrix.rounds)
         return prepared
 
     def _rows(self, w: Weights, *names: str) -> int:

@@ -28,6 +28,8 @@ _SIGNATURES = {
     "tp_attention": [c_int, c_void_p, c_void_p],
     "tp_mlp": [c_int, c_void_p, c_void_p],
     "tp_layers": [c_int, c_void_p, c_void_p, c_void_p, c_long, c_void_p],
+    "tp_head_scratch": [c_void_p],
+    "tp_head": [c_int, c_void_p, c_void_p],
     "tp_fit4": [c_int, c_void_p, c_long, c_long, c_void_p, c_void_p],
     "tp_dense": [c_int, c_void_p, c_int, c_void_p, c_void_p, c_long, c_long, c_void_p, c_int],
     "tp_pool_free": [c_void_p],
@@ -105,6 +107,16 @@ class MlpBlock(ctypes.Structure):
         *_fields(c_void_p, "partial scratch"),
         ("tokens", c_long),
         ("add", c_int),
+        ("eps", c_float),
+    )
+
+
+class HeadBlock(ctypes.Structure):
+    """The arguments of :meth:`NativeKernels.head`."""
+
+    _fields_ = (
+        *_fields(c_void_p, "hidden norm pieces out scratch"),
+        *_fields(c_long, "count tokens width"),
         ("eps", c_float),
     )
 
@@ -190,8 +202,8 @@ class NativeKernels:
             function = getattr(self._library, name)
             function.argtypes, function.restype = arguments, None
         self._library.tp_pool_new.restype = c_void_p
-        for name in ("tp_attention_scratch", "tp_mlp_scratch", "tp_layers_scratch"):
-            getattr(self._library, name).restype = c_long
+        for name in ("attention", "mlp", "layers", "head"):
+            getattr(self._library, f"tp_{name}_scratch").restype = c_long
         self._set = chosen
         self._pool = self._library.tp_pool_new(threads)
         if self._pool is None:
@@ -265,6 +277,11 @@ class NativeKernels:
         nbytes = self._library.tp_layers_scratch(layers, run.count)
         run.attention.scratch = scratch(nbytes).data_ptr()
         self._library.tp_layers(self._set, self._pool, layers, rooms, run.count, hidden.data_ptr())
+
+    def head(self, block: HeadBlock) -> None:
+        """Norm, and the products of all pieces."""
+        block.scratch = scratch(self._library.tp_head_scratch(byref(block))).data_ptr()
+        self._library.tp_head(self._set, self._pool, byref(block))
 
     def fit4(self, w: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
         """Round weights to 4 bits, in the calling thread only.

@@ -130,6 +130,7 @@ typedef struct {
     const rounded *r;
     long tokens;
     float *out;
+    long ldo;
 } product;
 
 static void rows(void *arg, long first, long last)
@@ -137,7 +138,7 @@ static void rows(void *arg, long first, long last)
     const product *p = arg;
     const kernel_set *s = p->set;
     const matrix *m = p->m;
-    const long ldo = m->blocks * TILE_ROWS;
+    const long ldo = p->ldo;
     switch (m->kind) {
     case Q4: s->q4(m->codes, m->scales, p->r, p->tokens, first, last, p->out, ldo); break;
     case Q8: s->q8(m->codes, m->scales, p->r, p->tokens, first, last, p->out, ldo); break;
@@ -154,12 +155,11 @@ static long piece(const pool *p, long count, long row_bytes)
     return row_bytes < bytes ? bytes / row_bytes : 1;
 }
 
-/* x m^T + bias: (T, ldo), of ``x`` for 16-bit weights, else of ``r``. */
-static void multiply(const kernel_set *set, pool *p, const matrix *m, const float *x,
-                     const rounded *r, long tokens, float *out)
+/* x m^T + bias: columns of (T, ldo), of ``x`` for 16-bit weights, else of ``r``. */
+static void multiply_into(const kernel_set *set, pool *p, const matrix *m, const float *x,
+                          const rounded *r, long tokens, float *out, long ldo)
 {
-    const long ldo = m->blocks * TILE_ROWS;
-    product a = {set, m, x, r, tokens, out};
+    product a = {set, m, x, r, tokens, out, ldo};
     if (m->kind < BF16)
         pool_run(p, rows, &a, m->blocks,
                  piece(p, m->blocks, m->groups * (m->kind == Q4 ? Q4_TILE : Q8_TILE)));
@@ -168,6 +168,12 @@ static void multiply(const kernel_set *set, pool *p, const matrix *m, const floa
     if (m->bias)
         for (long t = 0; t < tokens; t++)
             for (long n = 0; n < m->rows; n++) out[t * ldo + n] += from_bf16(m->bias[n]);
+}
+
+static void multiply(const kernel_set *set, pool *p, const matrix *m, const float *x,
+                     const rounded *r, long tokens, float *out)
+{
+    multiply_into(set, p, m, x, r, tokens, out, m->blocks * TILE_ROWS);
 }
 
 pool *tp_pool_new(int threads) { return pool_new(threads); }
@@ -457,6 +463,22 @@ void tp_layers(int set, pool *p, const layer *layers, const kv_room *rooms, long
         tp_mlp(set, p, m);
         if (i + 1 < count) add(partial, size, hidden);
     }
+}
+
+long tp_head_scratch(const head_block *h)
+{
+    return h->tokens * (h->pieces->inputs * 4 + h->pieces->groups * (GROUP + 8)) + 1024;
+}
+
+void tp_head(int set, pool *p, const head_block *h)
+{
+    const matrix *m = h->pieces;
+    uint8_t *at = h->scratch;
+    float *x = take_floats(&at, h->tokens * m->inputs), *out = h->out;
+    tp_norm(set, p, h->hidden, h->norm, h->eps, h->tokens, m->inputs, x);
+    const rounded r = take_rounded(set, p, &at, m, x, h->tokens);
+    for (; m < h->pieces + h->count; out += m->rows, m++)
+        multiply_into(SETS[set], p, m, x, &r, h->tokens, out, h->width);
 }
 
 /* The read bandwidth to compare with: sums of memory. */

@@ -96,6 +96,16 @@ typedef struct {
     long capacity;
 } kv_room;
 
+/* The LM head for some tokens: norm, and the products of its pieces beside each other. */
+typedef struct {
+    const float *hidden, *norm; /* (T, H), (H,) */
+    const matrix *pieces;       /* of equal inputs; all but the last one of whole blocks */
+    float *out;                 /* (T, width) */
+    void *scratch;
+    long count, tokens, width; /* of pieces; T; the rows of all blocks */
+    float eps;
+} head_block;
+
 /* What one set of instructions provides. ``first`` and ``last`` are blocks of 16 rows in q4, q8 and
  * dense, single rows in bf16 and f16, KV heads in attend. */
 typedef struct {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,17 +10,22 @@ from typing import Any
 import pytest
 import torch
 
+from tpirt.batch import Batch, Segment
 from tpirt.cluster import kernels
-from tpirt.model.native_blocks import NativeBlocks
+from tpirt.model import native_blocks
+from tpirt.model.attention import Heads, Turn
+from tpirt.model.kv_store import KVLayout, KVStore
+from tpirt.model.native_blocks import LayerWeights, NativeBlocks
 from tpirt.model.products import Products
 from tpirt.ops.buffers import page_buffer
-from tpirt.ops.native.bindings import Rounded, native_kernels
-from tpirt.ops.native.library import NativeLibrary
+from tpirt.ops.native.bindings import NativeKernels, Rounded, native_kernels
+from tpirt.ops.native.library import NativeLibrary, load
 from tpirt.ops.quant import AS_THEY_ARE, SCHEMES, Int4, Scheme
 from tpirt.ops.quant_linear import KernelChoice, MatrixShape, QuantMatrix
 from tpirt.ops.quant_regions import matrix_regions, regions_nbytes
 from tpirt.ops.quant_rounding import Workspace
 from tpirt.sharding.blocks import Block, StoredTensor
+from tpirt.sharding.partition import Span
 from tpirt.weights.layout import Weights
 
 needs_native = pytest.mark.skipif(native_kernels(1) is None, reason="no kernels in C here")
@@ -63,6 +69,8 @@ def random_matrix(kind: str, rows: int, inputs: int) -> QuantMatrix | torch.Tens
     weight = torch.randn(rows, inputs) / inputs**0.5
     if kind == "none":
         return weight.bfloat16()
+    if kind == "float16":
+        return weight.half()
     scheme = SCHEMES[kind]
     assert isinstance(scheme, Scheme)
     nbytes = regions_nbytes(matrix_regions(scheme, rows, inputs))
@@ -114,6 +122,192 @@ def test_an_mlp_in_one_call_has_the_bits_of_single_operations(
     together = ours.mlp(pieces, x, None)
     assert together is not None
     assert torch.equal(together[1], expected)
+
+
+# -- layers in one call ------------------------------------------------------------------------
+
+LAYERS, HEAD, QUERIES, KEYS, WIDTH, COLUMNS = 3, 16, 4, 2, 48, 24
+
+
+def layer_config() -> Any:
+    return SimpleNamespace(
+        rms_norm_eps=1e-5,
+        hidden_size=WIDTH,
+        hidden_act="silu",
+        head_dim=HEAD,
+        num_attention_heads=QUERIES,
+        num_key_value_heads=KEYS,
+        num_hidden_layers=LAYERS,
+        sliding_windows=(None, 3, None),
+    )
+
+
+def layer_weights(kind: str, biases: bool, qk_norms: bool) -> LayerWeights:
+    """An attention, and an MLP of two blocks."""
+    rows = (QUERIES + 2 * KEYS) * HEAD
+    attention = Weights(
+        {
+            "norm.weight": torch.rand(WIDTH),
+            "qkv_proj.weight": random_matrix(kind, rows, WIDTH),
+            "o_proj.weight": random_matrix(kind, WIDTH, QUERIES * HEAD),
+        }
+    )
+    if biases:
+        attention["qkv_proj.bias"] = torch.randn(rows).bfloat16()
+        attention["o_proj.bias"] = torch.randn(WIDTH).bfloat16()
+    if qk_norms:
+        attention["q_norm.weight"], attention["k_norm.weight"] = torch.rand(2, HEAD)
+    pieces = [
+        Weights(
+            {
+                "gate_up_proj.weight": random_matrix(kind, 2 * COLUMNS, WIDTH),
+                "down_proj.weight": random_matrix(kind, WIDTH, COLUMNS),
+            }
+        )
+        for _ in range(2)
+    ]
+    pieces[0]["norm.weight"] = torch.rand(WIDTH)
+    if biases:
+        pieces[0]["down_proj.bias"] = torch.randn(WIDTH).bfloat16()
+    return attention, pieces
+
+
+def new_blocks(config: Any, kv_bits: int | None, past: int, segment: Segment) -> NativeBlocks:
+    """Blocks over ``past`` cached positions of a sequence, the same ones at each call."""
+    layout = KVLayout(KEYS, HEAD, torch.bfloat16, kv_bits)
+    kv = KVStore(LAYERS, layout)
+    before = Segment(0, 0, past, 0, past)
+    kv.prepare([before])
+    for layer, (keys, values) in enumerate(torch.randn(LAYERS, 2, KEYS, past, HEAD).bfloat16()):
+        kv.append(layer, before, keys, values)
+    kv.commit([before])
+    kv.prepare([segment])
+    shard: Any = SimpleNamespace(q_heads=Span(0, QUERIES), kv_heads=Span(0, KEYS))
+    products: Any = SimpleNamespace(native=lambda *_: native_kernels(1))
+    return NativeBlocks(config, products, Heads(config, shard, kv, torch.bfloat16))
+
+
+def kernel_sets() -> list[NativeKernels]:
+    """Every set of instructions that this CPU has."""
+    path = load().path
+    assert path is not None
+    library = ctypes.CDLL(str(path))
+    runs = filter(library.tp_set_runs, range(library.tp_sets()))
+    return [NativeKernels(path, index, 2) for index in runs]
+
+
+@needs_native
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize(("biases", "qk_norms", "kv_bits"), [(0, 0, None), (1, 0, 8), (0, 1, 8)])
+@pytest.mark.parametrize("kind", ["none", "float16", "int8", "int4"])
+def test_layers_in_one_call_have_the_bits_of_single_blocks(
+    kind: str,
+    biases: int,
+    qk_norms: int,
+    kv_bits: int | None,
+    tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, past = layer_config(), 5
+    weights = [layer_weights(kind, bool(biases), bool(qk_norms)) for _ in range(LAYERS)]
+    segment = Segment(0, past, tokens, tokens, past + tokens)
+    batch = Batch((segment,))
+    cos, sin = torch.rand(2, tokens, HEAD)
+    turn = Turn(cos, sin, torch.bfloat16)
+    start, seed = torch.randn(tokens, WIDTH), torch.initial_seed()
+    results = []
+
+    def fresh() -> tuple[NativeBlocks, list[LayerWeights], torch.Tensor]:
+        """The same blocks, cache and rows each time."""
+        torch.manual_seed(seed)
+        unused = [(Weights(first), [*map(Weights, pieces)]) for first, pieces in weights]
+        return new_blocks(config, kv_bits, past, segment), list(unused), start.clone()
+
+    for each in kernel_sets():
+        monkeypatch.setattr(native_blocks, "present_kernels", lambda each=each: each)
+        ours, layers, one_by_one = fresh()
+        for number, (attention, pieces) in enumerate(layers):
+            partial = ours.attention(attention, one_by_one, batch, turn, number)
+            assert partial is not None
+            one_by_one += partial
+            done = ours.mlp(pieces, one_by_one, None)
+            assert done is not None
+            if number < LAYERS - 1:
+                one_by_one += done[1]
+        ours, layers, together = fresh()
+        for first, stop in ((0, 2), (2, LAYERS)):
+            run = ours.chain(layers[first:stop], batch, turn, first)
+            assert run is not None
+            total = ours.layers(run, together)
+            if stop < LAYERS:
+                together += total
+        assert torch.equal(total, done[1])
+        assert torch.equal(together, one_by_one)
+        results.append(total)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@needs_native
+def test_layers_whose_kinds_of_rows_differ_are_no_chain() -> None:
+    weights = [layer_weights(kind, False, False) for kind in ("int4", "none", "int4")]
+    segment = Segment(0, 2, 1, 1, 3)
+    turn = Turn(*torch.rand(2, 1, HEAD), torch.bfloat16)
+    ours = new_blocks(layer_config(), None, 2, segment)
+    assert ours.chain(weights, Batch((segment,)), turn, 0) is None
+    assert ours.chain(weights[:1], Batch((segment,)), turn, 0) is not None
+
+
+@needs_native
+def test_layers_that_drop_rows_are_no_chain() -> None:
+    weights = [layer_weights("int4", False, False) for _ in range(LAYERS)]
+    segment = Segment(0, 2, 2, 1, 4)  # of two tokens, the last one's result is wanted
+    cos, sin = torch.rand(2, 2, HEAD)
+    ours = new_blocks(layer_config(), None, 2, segment)
+    batch, turn = Batch((segment,)), Turn(cos, sin, torch.bfloat16)
+    assert ours.chain(weights, batch, turn, 0) is None
+    assert ours.chain(weights[:2], batch, turn, 0) is not None
+
+
+# -- the LM head in one call -------------------------------------------------------------------
+
+
+def head_pieces(kind: str, *rows: int) -> list[Weights]:
+    pieces = [Weights({"lm_head.weight": random_matrix(kind, n, WIDTH)}) for n in rows]
+    pieces[0]["norm.weight"] = torch.rand(WIDTH)
+    return pieces
+
+
+@needs_native
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("kind", ["none", "float16", "int8", "int4"])
+def test_a_head_in_one_call_has_the_bits_of_single_products(
+    kind: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces, x, results = head_pieces(kind, 64, 32, 20), torch.randn(tokens, WIDTH), []
+    ours = new_blocks(layer_config(), None, 0, Segment(0, 0, 1, 1, 1))
+    assert ours.suits_head(pieces, tokens)
+    assert not ours.suits_head(pieces, 0)
+    for each in kernel_sets():
+        monkeypatch.setattr(native_blocks, "present_kernels", lambda each=each: each)
+        weight = pieces[0]["norm.weight"]
+        assert isinstance(weight, torch.Tensor)
+        normed = each.norm(x, weight, CONFIG.rms_norm_eps)
+        expected = []
+        for piece in pieces:
+            matrix = native_blocks._matrix(piece, "lm_head")
+            rows = each.round(normed) if matrix.rounds else normed
+            expected.append(each.product(matrix, rows))
+        results.append(ours.head(pieces, x))
+        assert torch.equal(results[-1], torch.cat(expected, dim=1))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@needs_native
+def test_a_head_with_gaps_between_its_pieces_is_not_one_call() -> None:
+    ours = new_blocks(layer_config(), None, 0, Segment(0, 0, 1, 1, 1))
+    assert not ours.suits_head(head_pieces("int4", 20, 64), 1)
+    assert not ours.suits_head([*head_pieces("int4", 64), *head_pieces("none", 64)], 1)
+    assert ours.suits_head(head_pieces("int4", 64, 20), 1)
 
 
 def test_kernels_are_measured_again_when_there_are_others_in_c(

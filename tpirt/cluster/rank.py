@@ -206,7 +206,8 @@ class RankRuntime:
         completed = False
         try:
             with self._refused_memory(step.batch):
-                await step.run(self._make_room(step.batch))
+                if not self._has_room(step.batch):
+                    await step.run(self._make_room(step.batch))
                 out = await self.decoder.forward(hidden, step)
             completed = True
             return out
@@ -282,6 +283,12 @@ class RankRuntime:
         """What to do for ``context`` tokens."""
         free = available_bytes() + resident_bytes()
         return more_memory(self._budget.advised_bytes(context), free)
+
+    def _has_room(self, batch: Batch) -> bool:
+        """Whether memory is divided as the step needs it: so it is for most tokens."""
+        kv_bytes = self.decoder.kv.bytes_for(batch.segments)
+        left = self._budget.left_for_weights
+        return left(*self._reserved) == left(batch.tokens, kv_bytes)
 
     async def _make_room(self, batch: Batch) -> None:
         """Give the step and the KV store what they need, and the weights the rest.

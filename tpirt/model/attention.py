@@ -5,7 +5,9 @@ Axes: T tokens, Q local query heads, K local KV heads, D head_dim.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import ctypes
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -14,24 +16,30 @@ from tpirt.config import ModelConfig
 from tpirt.model.kv_store import Cached, KVStore
 from tpirt.model.products import FEW_ROWS, address, plain
 from tpirt.ops.cpu import bfloat16_units
-from tpirt.ops.native.bindings import Attention, NativeKernels, native_kernels
+from tpirt.ops.native.bindings import Attention, KVRoom, NativeKernels, native_kernels
 from tpirt.ops.nn import attention, rms_norm
 from tpirt.ops.rope import rotate
 from tpirt.sharding.partition import Shard
 from tpirt.weights.layout import Weights
 
 
-class Turn(NamedTuple):
-    """The rotation of rows by their positions, each (T, D).
+@dataclass(frozen=True)
+class Turn:
+    """The rotation of rows by their positions.
 
     Attributes:
-        cos, sin: float32; see :class:`tpirt.ops.rope.RotaryEmbedding`.
-        cast: both in the dtype of the heads.
+        cos, sin: (T, D) float32; see :class:`tpirt.ops.rope.RotaryEmbedding`.
+        dtype: of the heads.
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
-    cast: tuple[torch.Tensor, torch.Tensor]
+    dtype: torch.dtype
+
+    @cached_property
+    def cast(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``cos`` and ``sin`` in the dtype of the heads."""
+        return self.cos.to(self.dtype), self.sin.to(self.dtype)
 
 
 class Heads:
@@ -118,6 +126,10 @@ class Heads:
         arguments.tokens, arguments.past = segment.tokens, segment.position
         arguments.capacity = cached.length
         arguments.window = self._config.sliding_windows[layer] or 0
+
+    def rooms(self, segment: Segment) -> ctypes.Array[KVRoom]:
+        """Where all layers of a sequence have their keys and values."""
+        return self._kv.rooms(segment)
 
     def _attend_native(
         self,

@@ -12,6 +12,7 @@ A layer of a sequence is one buffer::
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import torch
 from tpirt.batch import Segment
 from tpirt.ops.buffers import page_buffer, round_up
 from tpirt.ops.kv_codes import SCALE_DTYPE, from_codes, round_to_codes
+from tpirt.ops.native.bindings import KVRoom
 
 _STEP_TOKENS = 64
 _PIECE_ELEMENTS = 1 << 20  # of keys, or of values, that are restored from codes at once
@@ -44,6 +46,12 @@ class Cached(NamedTuple):
     def length(self) -> int:
         """Number of positions."""
         return self.keys.shape[1]
+
+    @property
+    def room(self) -> KVRoom:
+        """Where they lie, for C."""
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in self]
+        return KVRoom(*addresses, self.length)
 
     def positions(self, start: int, end: int) -> Cached:
         """A view of the positions from ``start`` to ``end``."""
@@ -144,11 +152,12 @@ class KVNeed(NamedTuple):
 
 @dataclass
 class _Slot:
-    """One sequence, of ``capacity`` positions in each layer."""
+    """One sequence, of ``capacity`` positions in each layer; ``rooms`` are the layers' for C."""
 
     layers: list[Cached]
     capacity: int = 0
     length: int = 0
+    rooms: ctypes.Array[KVRoom] | None = None
 
 
 class KVStore:
@@ -230,6 +239,13 @@ class KVStore:
         """The room of a segment's sequence, ``capacity`` positions, to append to in place."""
         return self._slots[segment.slot].layers[layer]
 
+    def rooms(self, segment: Segment) -> ctypes.Array[KVRoom]:
+        """The room of a segment's sequence in all layers."""
+        slot = self._slots[segment.slot]
+        if slot.rooms is None:
+            slot.rooms = (KVRoom * self._layers)(*(layer.room for layer in slot.layers))
+        return slot.rooms
+
     def commit(self, segments: Iterable[Segment]) -> None:
         """Commit the segments' positions after all layers have appended them."""
         for segment in segments:
@@ -290,7 +306,7 @@ class KVStore:
 
     def _move(self, slot: _Slot, capacity: int) -> None:
         """Copy all positions to buffers of another size, layer by layer."""
-        slot.layers = list(slot.layers)
+        slot.layers, slot.rooms = list(slot.layers), None
         slot.capacity = min(slot.capacity, capacity)  # memory may be refused in between
         for index in range(self._layers):
             slot.layers[index] = self._copied(slot.layers[index], slot.length, capacity)

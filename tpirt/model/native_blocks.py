@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise, takewhile
 from typing import Generic, TypeVar, cast
 
@@ -24,6 +25,9 @@ from tpirt.model.attention import Heads, Turn
 from tpirt.model.products import FEW_ROWS, Products, address
 from tpirt.ops.native.bindings import (
     AttentionBlock,
+    HeadBlock,
+    Layer,
+    LayerRun,
     Matrix,
     MlpBlock,
     Rounded,
@@ -32,7 +36,10 @@ from tpirt.ops.native.bindings import (
 from tpirt.ops.quant_matrix import QuantMatrix
 from tpirt.weights.layout import Weights
 
-_Block = TypeVar("_Block", AttentionBlock, MlpBlock)
+# A layer's attention, and the blocks of its MLP.
+LayerWeights = tuple[Weights, Sequence[Weights]]
+
+_Block = TypeVar("_Block", AttentionBlock, MlpBlock, Matrix)
 
 
 @dataclass(slots=True)
@@ -41,16 +48,24 @@ class _Prepared(Generic[_Block]):
 
     Attributes:
         rows: the most rows that it takes; 0 if it takes single operations.
+        rounds: whether its first product takes rounded rows.
+        address: of the block.
     """
 
     rows: int
     block: _Block
+    rounds: bool
+    address: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.address = ctypes.addressof(self.block)
 
 
 class NativeBlocks:
     """Runs blocks in C where they, the batch and this machine allow it."""
 
     def __init__(self, config: ModelConfig, products: Products, heads: Heads):
+        self._config = config
         self._eps = config.rms_norm_eps
         self._hidden = config.hidden_size
         self._silu = config.hidden_act == "silu"
@@ -65,10 +80,8 @@ class NativeBlocks:
         Args:
             hidden: (T, H) float32.
         """
-        prepared = cast("_Prepared[AttentionBlock]", w.prepared or self._prepare_attention(w))
-        if batch.tokens > prepared.rows or len(batch.segments) > 1:
-            return None
-        if self._heads.is_last(layer) and batch.num_logits < batch.tokens:
+        prepared = self._attention(w)
+        if batch.tokens > prepared.rows or not self._suits(batch, layer):
             return None
         hidden = hidden.contiguous()
         out = torch.empty(batch.tokens, self._hidden)
@@ -90,20 +103,18 @@ class NativeBlocks:
         Returns:
             The normalised rows, and the sum.
         """
-        prepared = [cast("_Prepared[MlpBlock]", w.prepared or self._prepare_mlp(w)) for w in blocks]
-        block, rows = prepared[0].block, x.shape[0]
-        if any(rows > p.rows or p.block.gate_up.rounds != block.gate_up.rounds for p in prepared):
+        rows = x.shape[0]
+        prepared = self._mlp(blocks, rows)
+        if prepared is None:
             return None
-        for before, after in pairwise(prepared):
-            before.block.next = ctypes.addressof(after.block)
-        prepared[-1].block.next = None
+        block = prepared.block
         block.tokens, block.add = rows, total is not None
         if total is None:
             assert isinstance(x, torch.Tensor)
             hidden = x.contiguous()
             normed = torch.empty_like(hidden)
             block.hidden, block.normed = hidden.data_ptr(), normed.data_ptr()
-            x = Rounded.empty(*x.shape) if block.gate_up.rounds else normed
+            x = Rounded.empty(*x.shape) if prepared.rounds else normed
             total = torch.empty(rows, self._hidden)
         elif not (_is_input(x, block.gate_up) and total.is_contiguous()):
             return None  # another kernel had the first block, and only that one has the norm
@@ -115,6 +126,101 @@ class NativeBlocks:
         present_kernels().mlp_block(block)
         return x, total
 
+    def chain(
+        self, weights: Sequence[LayerWeights], batch: Batch, turn: Turn, first: int
+    ) -> LayerRun | None:
+        """Prepare a run of layers; None if one of them takes single operations.
+
+        Args:
+            weights: of the layers from number ``first`` on.
+        """
+        if not self._suits(batch, first + len(weights) - 1):
+            return None
+        rounds = set()
+        for number, (attention, pieces) in enumerate(weights, first):
+            heads, mlp = self._attention(attention), self._mlp(pieces, batch.tokens)
+            if mlp is None or batch.tokens > heads.rows:
+                return None
+            layer = self._layers[number]
+            layer.attention, layer.mlp = heads.address, mlp.address
+            rounds.add(mlp.rounds)
+        if len(rounds) > 1:
+            return None
+        block = self._attention(weights[0][0]).block
+        self._heads.place(block.heads, batch.segments[0], turn, 0, first)
+        rooms = self._heads.rooms(batch.segments[0])
+        return LayerRun(self._layers, rooms, first, len(weights), block)
+
+    def layers(self, run: LayerRun, hidden: torch.Tensor) -> torch.Tensor:
+        """Run layers in turn where no sum over ranks lies between their blocks.
+
+        Args:
+            run: from :meth:`chain`, for the same rows.
+            hidden: (T, H) float32, contiguous; all results are added to it but the last MLP's.
+
+        Returns:
+            The last MLP's result, (T, H).
+        """
+        out = torch.empty_like(hidden)
+        run.attention.partial = out.data_ptr()
+        present_kernels().layers(run, hidden)
+        return out
+
+    def suits_head(self, pieces: Sequence[Weights], tokens: int) -> bool:
+        """Whether :meth:`head` takes these pieces and so many rows."""
+        prepared = [self._head(w) for w in pieces]
+        return all(
+            0 < tokens <= each.rows and each.rounds == prepared[0].rounds for each in prepared
+        ) and not any(each.block.rows % 16 for each in prepared[:-1])
+
+    def head(self, pieces: Sequence[Weights], hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (T, V) of all pieces of the LM head.
+
+        Args:
+            hidden: (T, H) float32.
+        """
+        matrices, tokens = [self._head(w).block for w in pieces], len(hidden)
+        hidden = hidden.contiguous()
+        width = sum(16 * matrix.blocks for matrix in matrices)
+        out = torch.empty(tokens, width)
+        array = (Matrix * len(matrices))(*matrices)
+        block = HeadBlock(
+            hidden=hidden.data_ptr(),
+            norm=address(pieces[0], "norm.weight"),
+            pieces=ctypes.addressof(array),
+            out=out.data_ptr(),
+            count=len(matrices),
+            tokens=tokens,
+            width=width,
+            eps=self._eps,
+        )
+        present_kernels().head(block)
+        return out[:, : sum(matrix.rows for matrix in matrices)]
+
+    @cached_property
+    def _layers(self) -> ctypes.Array[Layer]:
+        windows = self._config.sliding_windows
+        return (Layer * len(windows))(*(Layer(window=window or 0) for window in windows))
+
+    def _suits(self, batch: Batch, layer: int) -> bool:
+        """Whether the attention up to that of ``layer`` has one sequence, and keeps its rows."""
+        cut = self._heads.is_last(layer) and batch.num_logits < batch.tokens
+        return len(batch.segments) == 1 and not cut
+
+    def _attention(self, w: Weights) -> _Prepared[AttentionBlock]:
+        return cast("_Prepared[AttentionBlock]", w.prepared or self._prepare_attention(w))
+
+    def _mlp(self, blocks: Sequence[Weights], rows: int) -> _Prepared[MlpBlock] | None:
+        """The first block, linked to the others; None if one takes single operations."""
+        prepared = [cast("_Prepared[MlpBlock]", w.prepared or self._prepare_mlp(w)) for w in blocks]
+        first = prepared[0]
+        if any(rows > each.rows or each.rounds != first.rounds for each in prepared):
+            return None
+        for before, after in pairwise(prepared):
+            before.block.next = after.address
+        prepared[-1].block.next = None
+        return first
+
     def _prepare_attention(self, w: Weights) -> _Prepared[AttentionBlock]:
         rows = self._rows(w, "qkv_proj", "o_proj") if self._heads.suits_native(1) else 0
         block = AttentionBlock(eps=self._eps)
@@ -122,7 +228,7 @@ class NativeBlocks:
             block.norm = address(w, "norm.weight")
             block.qkv, block.out = _matrix(w, "qkv_proj"), _matrix(w, "o_proj")
             block.heads = self._heads.arguments(w)
-        w.prepared = prepared = _Prepared(rows, block)
+        w.prepared = prepared = _Prepared(rows, block, block.qkv.rounds)
         return prepared
 
     def _prepare_mlp(self, w: Weights) -> _Prepared[MlpBlock]:
@@ -133,7 +239,16 @@ class NativeBlocks:
             block.gate_up, block.down = _matrix(w, "gate_up_proj"), _matrix(w, "down_proj")
             block.groups = block.gate_up.groups
             rows = 0 if block.gate_up.rows % 16 else rows
-        w.prepared = prepared = _Prepared(rows, block)
+        w.prepared = prepared = _Prepared(rows, block, block.gate_up.rounds)
+        return prepared
+
+    def _head(self, w: Weights) -> _Prepared[Matrix]:
+        return cast("_Prepared[Matrix]", w.prepared or self._prepare_head(w))
+
+    def _prepare_head(self, w: Weights) -> _Prepared[Matrix]:
+        rows = self._rows(w, "lm_head")
+        matrix = _matrix(w, "lm_head") if rows else Matrix()
+        w.prepared = prepared = _Prepared(rows, matrix, matrix.rounds)
         return prepared
 
     def _rows(self, w: Weights, *names: str) -> int:

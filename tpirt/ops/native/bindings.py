@@ -6,7 +6,7 @@ Axes: T tokens, N rows, Np N rounded up to 16, K inputs, Kp K rounded up to 32, 
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_float, c_int, c_long, c_void_p
+from ctypes import byref, c_float, c_int, c_long, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,8 +24,12 @@ _SIGNATURES = {
     "tp_attend": [c_int, c_void_p, c_void_p],
     "tp_attention_scratch": [c_void_p],
     "tp_mlp_scratch": [c_void_p],
+    "tp_layers_scratch": [c_void_p, c_long],
     "tp_attention": [c_int, c_void_p, c_void_p],
     "tp_mlp": [c_int, c_void_p, c_void_p],
+    "tp_layers": [c_int, c_void_p, c_void_p, c_void_p, c_long, c_void_p],
+    "tp_head_scratch": [c_void_p],
+    "tp_head": [c_int, c_void_p, c_void_p],
     "tp_fit4": [c_int, c_void_p, c_long, c_long, c_void_p, c_void_p],
     "tp_dense": [c_int, c_void_p, c_int, c_void_p, c_void_p, c_long, c_long, c_void_p, c_int],
     "tp_pool_free": [c_void_p],
@@ -107,6 +111,45 @@ class MlpBlock(ctypes.Structure):
     )
 
 
+class HeadBlock(ctypes.Structure):
+    """The arguments of :meth:`NativeKernels.head`."""
+
+    _fields_ = (
+        *_fields(c_void_p, "hidden norm pieces out scratch"),
+        *_fields(c_long, "count tokens width"),
+        ("eps", c_float),
+    )
+
+
+class Layer(ctypes.Structure):
+    """A layer of :meth:`NativeKernels.layers`: addresses of its blocks, and its window."""
+
+    _fields_ = (*_fields(c_void_p, "attention mlp"), ("window", c_long))
+
+
+class KVRoom(ctypes.Structure):
+    """Where a layer of a sequence has its keys and values; see :class:`Attention`."""
+
+    _fields_ = (*_fields(c_void_p, "keys values key_scales value_scales"), ("capacity", c_long))
+
+
+@dataclass(frozen=True)
+class LayerRun:
+    """Some layers in turn.
+
+    Attributes:
+        layers, rooms: arrays of all layers, of which those that run have all that is in them.
+        first, count: those that run.
+        attention: of the first; it also has what is the same for all.
+    """
+
+    layers: ctypes.Array[Layer]
+    rooms: ctypes.Array[KVRoom]
+    first: int
+    count: int
+    attention: AttentionBlock
+
+
 @dataclass(frozen=True)
 class Rounded:
     """Rows of input, 8 bits per 32.
@@ -159,8 +202,8 @@ class NativeKernels:
             function = getattr(self._library, name)
             function.argtypes, function.restype = arguments, None
         self._library.tp_pool_new.restype = c_void_p
-        for name in ("tp_attention_scratch", "tp_mlp_scratch"):
-            getattr(self._library, name).restype = c_long
+        for name in ("attention", "mlp", "layers", "head"):
+            getattr(self._library, f"tp_{name}_scratch").restype = c_long
         self._set = chosen
         self._pool = self._library.tp_pool_new(threads)
         if self._pool is None:
@@ -202,26 +245,43 @@ class NativeKernels:
         out = torch.empty(len(x), 16 * matrix.blocks)
         inputs = (None, *x.pointers) if isinstance(x, Rounded) else (x.data_ptr(), None, None, None)
         self._library.tp_product(
-            self._set, self._pool, ctypes.byref(matrix), *inputs, len(x), out.data_ptr()
+            self._set, self._pool, byref(matrix), *inputs, len(x), out.data_ptr()
         )
         # Slicing costs microseconds.
         return out if out.shape[1] == matrix.rows else out[:, : matrix.rows]
 
     def attend(self, attention: Attention) -> None:
         """Turn queries and keys, append keys and values, and attend."""
-        self._library.tp_attend(self._set, self._pool, ctypes.byref(attention))
+        self._library.tp_attend(self._set, self._pool, byref(attention))
 
     def attention_block(self, block: AttentionBlock) -> None:
         """Norm, product, attention, product."""
-        nbytes = self._library.tp_attention_scratch(ctypes.byref(block))
+        nbytes = self._library.tp_attention_scratch(byref(block))
         block.scratch = scratch(nbytes).data_ptr()
-        self._library.tp_attention(self._set, self._pool, ctypes.byref(block))
+        self._library.tp_attention(self._set, self._pool, byref(block))
 
     def mlp_block(self, block: MlpBlock) -> None:
         """Norm, product, activation, product; with the blocks that are ``next``."""
-        nbytes = self._library.tp_mlp_scratch(ctypes.byref(block))
+        nbytes = self._library.tp_mlp_scratch(byref(block))
         block.scratch = scratch(nbytes).data_ptr()
-        self._library.tp_mlp(self._set, self._pool, ctypes.byref(block))
+        self._library.tp_mlp(self._set, self._pool, byref(block))
+
+    def layers(self, run: LayerRun, hidden: torch.Tensor) -> None:
+        """Attention and MLP of layers in turn, added to ``hidden`` but for the last MLP.
+
+        Args:
+            run: which layers, and where their keys and values are.
+            hidden: (T, H) float32, contiguous.
+        """
+        layers, rooms = byref(run.layers[run.first]), byref(run.rooms[run.first])
+        nbytes = self._library.tp_layers_scratch(layers, run.count)
+        run.attention.scratch = scratch(nbytes).data_ptr()
+        self._library.tp_layers(self._set, self._pool, layers, rooms, run.count, hidden.data_ptr())
+
+    def head(self, block: HeadBlock) -> None:
+        """Norm, and the products of all pieces."""
+        block.scratch = scratch(self._library.tp_head_scratch(byref(block))).data_ptr()
+        self._library.tp_head(self._set, self._pool, byref(block))
 
     def fit4(self, w: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
         """Round weights to 4 bits, in the calling thread only.

@@ -130,6 +130,7 @@ typedef struct {
     const rounded *r;
     long tokens;
     float *out;
+    long ldo;
 } product;
 
 static void rows(void *arg, long first, long last)
@@ -137,7 +138,7 @@ static void rows(void *arg, long first, long last)
     const product *p = arg;
     const kernel_set *s = p->set;
     const matrix *m = p->m;
-    const long ldo = m->blocks * TILE_ROWS;
+    const long ldo = p->ldo;
     switch (m->kind) {
     case Q4: s->q4(m->codes, m->scales, p->r, p->tokens, first, last, p->out, ldo); break;
     case Q8: s->q8(m->codes, m->scales, p->r, p->tokens, first, last, p->out, ldo); break;
@@ -154,12 +155,11 @@ static long piece(const pool *p, long count, long row_bytes)
     return row_bytes < bytes ? bytes / row_bytes : 1;
 }
 
-/* x m^T + bias: (T, ldo), of ``x`` for 16-bit weights, else of ``r``. */
-static void multiply(const kernel_set *set, pool *p, const matrix *m, const float *x,
-                     const rounded *r, long tokens, float *out)
+/* x m^T + bias: columns of (T, ldo), of ``x`` for 16-bit weights, else of ``r``. */
+static void multiply_into(const kernel_set *set, pool *p, const matrix *m, const float *x,
+                          const rounded *r, long tokens, float *out, long ldo)
 {
-    const long ldo = m->blocks * TILE_ROWS;
-    product a = {set, m, x, r, tokens, out};
+    product a = {set, m, x, r, tokens, out, ldo};
     if (m->kind < BF16)
         pool_run(p, rows, &a, m->blocks,
                  piece(p, m->blocks, m->groups * (m->kind == Q4 ? Q4_TILE : Q8_TILE)));
@@ -168,6 +168,12 @@ static void multiply(const kernel_set *set, pool *p, const matrix *m, const floa
     if (m->bias)
         for (long t = 0; t < tokens; t++)
             for (long n = 0; n < m->rows; n++) out[t * ldo + n] += from_bf16(m->bias[n]);
+}
+
+static void multiply(const kernel_set *set, pool *p, const matrix *m, const float *x,
+                     const rounded *r, long tokens, float *out)
+{
+    multiply_into(set, p, m, x, r, tokens, out, m->blocks * TILE_ROWS);
 }
 
 pool *tp_pool_new(int threads) { return pool_new(threads); }
@@ -304,16 +310,28 @@ static void *take(uint8_t **scratch, long bytes)
 
 static float *take_floats(uint8_t **scratch, long count) { return take(scratch, 4 * count); }
 
-/* Rows (T, K) rounded as the product with ``m`` needs them. */
-static rounded take_rounded(int set, pool *p, uint8_t **scratch, const matrix *m, const float *x,
-                            long tokens)
+/* Room for rows (T, K) as the product with ``m`` needs them rounded. */
+static rounded room_for_rounded(uint8_t **scratch, const matrix *m, long tokens)
 {
     if (m->kind >= BF16) return (rounded){0};
     int8_t *q = take(scratch, tokens * m->groups * GROUP);
     float *scale = take_floats(scratch, tokens * m->groups);
     float *sum = take_floats(scratch, tokens * m->groups);
-    tp_round(set, p, x, tokens, m->inputs, q, scale, sum);
     return (rounded){q, scale, sum, m->groups};
+}
+
+static void round_into(int set, pool *p, const matrix *m, const float *x, long tokens, rounded r)
+{
+    if (m->kind < BF16)
+        tp_round(set, p, x, tokens, m->inputs, (int8_t *)r.q, (float *)r.scale, (float *)r.sum);
+}
+
+static rounded take_rounded(int set, pool *p, uint8_t **scratch, const matrix *m, const float *x,
+                            long tokens)
+{
+    const rounded r = room_for_rounded(scratch, m, tokens);
+    round_into(set, p, m, x, tokens, r);
+    return r;
 }
 
 /* Copy or add rows without their padding. */
@@ -337,15 +355,15 @@ long tp_attention_scratch(const attention_block *b)
     return scratch_bytes(&b->qkv, &b->out, b->heads.tokens);
 }
 
+static long most(long a, long b) { return a > b ? a : b; }
+
 /* Of all blocks in turn. */
 long tp_mlp_scratch(const mlp_block *first)
 {
-    long most = 0;
-    for (const mlp_block *b = first; b; b = b->next) {
-        const long bytes = scratch_bytes(&b->gate_up, &b->down, first->tokens);
-        most = bytes > most ? bytes : most;
-    }
-    return most;
+    long bytes = 0;
+    for (const mlp_block *b = first; b; b = b->next)
+        bytes = most(bytes, scratch_bytes(&b->gate_up, &b->down, first->tokens));
+    return bytes;
 }
 
 /* Norm, product, attention, product: (T, H) of the local heads. */
@@ -374,9 +392,7 @@ static void mlp(int set, pool *p, mlp_block *b)
     uint8_t *at = b->scratch;
     if (b->norm) {
         tp_norm(set, p, b->hidden, b->norm, b->eps, tokens, b->gate_up.inputs, b->normed);
-        if (b->gate_up.kind < BF16)
-            tp_round(set, p, b->normed, tokens, b->gate_up.inputs, (int8_t *)b->x.q,
-                     (float *)b->x.scale, (float *)b->x.sum);
+        round_into(set, p, &b->gate_up, b->normed, tokens, b->x);
     }
     float *gate_up = take_floats(&at, tokens * b->gate_up.blocks * TILE_ROWS);
     multiply(s, p, &b->gate_up, b->normed, &b->x, tokens, gate_up);
@@ -397,6 +413,72 @@ void tp_mlp(int set, pool *p, mlp_block *first)
         b->partial = first->partial, b->scratch = first->scratch, b->add = 1;
         mlp(set, p, b);
     }
+}
+
+static void add(const float *x, long count, float *out)
+{
+    for (long i = 0; i < count; i++) out[i] += x[i];
+}
+
+/* For tp_layers: normalised rows, plain and rounded, beside what a block needs. */
+long tp_layers_scratch(const layer *layers, long count)
+{
+    const matrix *m = &layers->mlp->gate_up;
+    const long tokens = layers->attention->heads.tokens;
+    long block = 0;
+    for (long i = 0; i < count; i++) {
+        layers[i].attention->heads.tokens = layers[i].mlp->tokens = tokens;
+        block = most(block, tp_attention_scratch(layers[i].attention));
+        block = most(block, tp_mlp_scratch(layers[i].mlp));
+    }
+    return block + tokens * (m->inputs * 4 + m->groups * (GROUP + 8)) + 1024;
+}
+
+/* Layers in turn, where no sum over ranks lies between their blocks: what a block computes is added
+ * to the residual stream ``hidden`` (T, H), but for the last one's, which is in ``partial``. That,
+ * the scratch and the rows' places are those of the first attention. */
+void tp_layers(int set, pool *p, const layer *layers, const kv_room *rooms, long count, float *hidden)
+{
+    const attention_block *first = layers->attention;
+    const matrix *gate_up = &layers->mlp->gate_up;
+    const long tokens = first->heads.tokens, size = tokens * gate_up->inputs;
+    float *partial = first->partial;
+    uint8_t *at = first->scratch;
+    float *normed = take_floats(&at, size);
+    const rounded x = room_for_rounded(&at, gate_up, tokens);
+    for (long i = 0; i < count; i++) {
+        attention_block *a = layers[i].attention;
+        attention *h = &a->heads;
+        h->tokens = tokens, h->past = first->heads.past;
+        h->cos = first->heads.cos, h->sin = first->heads.sin;
+        h->all_keys = rooms[i].keys, h->all_values = rooms[i].values;
+        h->key_scales = rooms[i].key_scales, h->value_scales = rooms[i].value_scales;
+        h->capacity = rooms[i].capacity, h->window = layers[i].window;
+        a->hidden = hidden, a->partial = partial, a->scratch = at;
+        tp_attention(set, p, a);
+        add(partial, size, hidden);
+        mlp_block *m = layers[i].mlp;
+        m->hidden = hidden, m->normed = normed, m->x = x, m->tokens = tokens;
+        m->partial = partial, m->scratch = at, m->add = 0;
+        tp_mlp(set, p, m);
+        if (i + 1 < count) add(partial, size, hidden);
+    }
+}
+
+long tp_head_scratch(const head_block *h)
+{
+    return h->tokens * (h->pieces->inputs * 4 + h->pieces->groups * (GROUP + 8)) + 1024;
+}
+
+void tp_head(int set, pool *p, const head_block *h)
+{
+    const matrix *m = h->pieces;
+    uint8_t *at = h->scratch;
+    float *x = take_floats(&at, h->tokens * m->inputs), *out = h->out;
+    tp_norm(set, p, h->hidden, h->norm, h->eps, h->tokens, m->inputs, x);
+    const rounded r = take_rounded(set, p, &at, m, x, h->tokens);
+    for (; m < h->pieces + h->count; out += m->rows, m++)
+        multiply_into(SETS[set], p, m, x, &r, h->tokens, out, h->width);
 }
 
 /* The read bandwidth to compare with: sums of memory. */

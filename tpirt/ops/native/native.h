@@ -82,6 +82,30 @@ typedef struct mlp_block {
     float eps;
 } mlp_block;
 
+/* A layer of tp_layers: its attention, the first block of its MLP, and how far a token sees. */
+typedef struct {
+    attention_block *attention;
+    mlp_block *mlp;
+    long window;
+} layer;
+
+/* The keys and values of a sequence in a layer, as ``attention`` has them. */
+typedef struct {
+    void *keys, *values;
+    uint16_t *key_scales, *value_scales;
+    long capacity;
+} kv_room;
+
+/* The LM head for some tokens: norm, and the products of its pieces beside each other. */
+typedef struct {
+    const float *hidden, *norm; /* (T, H), (H,) */
+    const matrix *pieces;       /* of equal inputs; all but the last one of whole blocks */
+    float *out;                 /* (T, width) */
+    void *scratch;
+    long count, tokens, width; /* of pieces; T; the rows of all blocks */
+    float eps;
+} head_block;
+
 /* What one set of instructions provides. ``first`` and ``last`` are blocks of 16 rows in q4, q8 and
  * dense, single rows in bf16 and f16, KV heads in attend. */
 typedef struct {

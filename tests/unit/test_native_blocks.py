@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from tpirt.batch import Batch, Segment
 from tpirt.cluster import kernels
+from tpirt.config import ModelConfig
+from tpirt.model.attention import Heads, Turn
+from tpirt.model.kv_store import KVLayout, KVStore
 from tpirt.model.native_blocks import NativeBlocks
 from tpirt.model.products import Products
 from tpirt.ops.buffers import page_buffer
@@ -19,7 +23,9 @@ from tpirt.ops.quant import AS_THEY_ARE, SCHEMES, Int4, Scheme
 from tpirt.ops.quant_linear import KernelChoice, MatrixShape, QuantMatrix
 from tpirt.ops.quant_regions import matrix_regions, regions_nbytes
 from tpirt.ops.quant_rounding import Workspace
+from tpirt.ops.rope import RotaryEmbedding
 from tpirt.sharding.blocks import Block, StoredTensor
+from tpirt.sharding.partition import make_partition
 from tpirt.weights.layout import Weights
 
 needs_native = pytest.mark.skipif(native_kernels(1) is None, reason="no kernels in C here")
@@ -114,6 +120,72 @@ def test_an_mlp_in_one_call_has_the_bits_of_single_operations(
     together = ours.mlp(pieces, x, None)
     assert together is not None
     assert torch.equal(together[1], expected)
+
+
+SHAPE = ModelConfig.from_hf(
+    {
+        "model_type": "llama",
+        "hidden_size": 48,  # not whole groups
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 10,
+    }
+)
+
+
+def native_choice(weight: QuantMatrix | torch.Tensor) -> tuple[MatrixShape, KernelChoice]:
+    if isinstance(weight, torch.Tensor):
+        shape = MatrixShape(AS_THEY_ARE, *weight.shape)
+        return shape, KernelChoice((), "native-bfloat16")
+    return weight.shape, KernelChoice((), "native")
+
+
+@needs_native
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("qk", "v", "out"),
+    [("none", "none", "none"), ("int8", "int8", "int8"), ("int4", "int8", "int4")],
+)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_attention_in_one_call_has_the_bits_of_single_operations(
+    qk: str, v: str, out: str, biased: bool, tokens: int
+) -> None:
+    w = Weights({"norm.weight": torch.rand(48)})
+    for name, kind, shape in (
+        ("qk_proj", qk, (96, 48)),
+        ("v_proj", v, (32, 48)),
+        ("o_proj", out, (48, 64)),
+    ):
+        w[f"{name}.weight"] = random_matrix(kind, *shape)
+        if biased:
+            w[f"{name}.bias"] = torch.randn(shape[0]).bfloat16()
+    kernels = dict(native_choice(w[f"{name}.weight"]) for name in ("qk_proj", "v_proj", "o_proj"))
+    products = Products(SHAPE, kernels)
+    (shard,) = make_partition(SHAPE, 1).shards
+    batch = Batch((Segment(0, 0, tokens, tokens, tokens),))
+    cos, sin = RotaryEmbedding(SHAPE).tables(batch.segments)
+    turn = Turn(cos, sin, (cos.bfloat16(), sin.bfloat16()))
+    hidden = torch.randn(tokens, 48)
+    cached = []
+    for together in (True, False):
+        kv = KVStore(2, KVLayout(2, 16, torch.bfloat16, None))
+        kv.prepare(batch.segments)
+        heads = Heads(SHAPE, shard, kv, torch.bfloat16)
+        if together:
+            got = NativeBlocks(SHAPE, products, heads).attention(w, hidden, batch, turn, 0)
+        else:
+            x = products.normed(w, hidden, "qk_proj")
+            parts = (products.project(x, w, name) for name in ("qk_proj", "v_proj"))
+            attended = heads.attend(w, *parts, batch, turn, 0)
+            expected = products.project(attended, w, "o_proj")
+        positions = kv.layer(0, batch.segments[0]).positions(0, tokens)
+        cached.append((positions.keys.clone(), positions.values.clone()))
+    assert got is not None
+    assert torch.equal(got, expected)
+    assert all(torch.equal(one, other) for one, other in zip(*cached, strict=True))
 
 
 def test_kernels_are_measured_again_when_there_are_others_in_c(

@@ -391,7 +391,7 @@ def llama(name: str) -> ModelConfig:
         (16, "none", "all weights fit in memory"),
         (9, "int8", "14 GiB in bfloat16 do not fit rank 0"),
         (6, "int4", "7 GiB in int8 do not fit rank 0"),
-        (3, "int4", "the smallest, yet 4.15 GiB in int4 do not fit rank 0"),
+        (3, "int4", "the smallest, yet 4.23 GiB in int4 do not fit rank 0"),
     ],
 )
 def test_auto_takes_the_first_quantization_that_fits(
@@ -436,7 +436,7 @@ async def test_what_auto_chose_is_what_runs(model: Path) -> None:
             {"bfloat16": True},
             [
                 r"memory is short: rank 0 \(pi0\) needs 14\.\d GiB .* may use 6 GiB; .*",
-                r"try --quantize int4: 4.15 GiB of weights instead of 14 GiB on rank 0, all .*",
+                r"try --quantize int4: 4.23 GiB of weights instead of 14 GiB on rank 0, all .*",
             ],
         ),
         (
@@ -453,7 +453,7 @@ async def test_what_auto_chose_is_what_runs(model: Path) -> None:
             [
                 "memory is short: .*",
                 "weights in bfloat16 take twice .*",
-                r"try --quantize int4: 4.15 GiB of weights instead of .*, so that less is read",
+                r"try --quantize int4: 4.23 GiB of weights instead of .*, so that less is read",
             ],
         ),
     ],

@@ -17,16 +17,19 @@ class WeightFormat:
 
     Attributes:
         dtype: of unquantized weights, attention, and the KV cache if it is not in int8.
-        quant: of the projections.
+        quant: of the projections; see :attr:`sensitive_quant`.
     """
 
     dtype: torch.dtype
     quant: QuantSpec = AS_THEY_ARE
 
     @property
-    def head_quant(self) -> QuantSpec:
-        """Quantization of the LM head: at least 8 bits, because it decides every token."""
-        return AS_THEY_ARE if self.quant == AS_THEY_ARE else Int8()
+    def sensitive_quant(self) -> QuantSpec:
+        """Quantization of the matrices that lose the most: at least 8 bits.
+
+        Which ones, :mod:`tpirt.sharding.blocks` says: the LM head, and a few within the layers.
+        """
+        return Int8() if 0 < self.quant.bits < Int8().bits else self.quant
 
     @property
     def numbers(self) -> str:

@@ -86,7 +86,7 @@ class AttentionBlock(ctypes.Structure):
 
     _fields_ = (
         *_fields(c_void_p, "hidden norm"),
-        *_fields(Matrix, "qkv out"),
+        *_fields(Matrix, "qk v out"),
         ("heads", Attention),
         *_fields(c_void_p, "partial scratch"),
         ("eps", c_float),
@@ -212,7 +212,7 @@ class NativeKernels:
         self._library.tp_attend(self._set, self._pool, ctypes.byref(attention))
 
     def attention_block(self, block: AttentionBlock) -> None:
-        """Norm, product, attention, product."""
+        """Norm, products, attention, product."""
         nbytes = self._library.tp_attention_scratch(ctypes.byref(block))
         block.scratch = scratch(nbytes).data_ptr()
         self._library.tp_attention(self._set, self._pool, ctypes.byref(block))

@@ -130,6 +130,7 @@ typedef struct {
     const rounded *r;
     long tokens;
     float *out;
+    long ldo; /* columns of ``out`` */
 } product;
 
 static void rows(void *arg, long first, long last)
@@ -137,7 +138,7 @@ static void rows(void *arg, long first, long last)
     const product *p = arg;
     const kernel_set *s = p->set;
     const matrix *m = p->m;
-    const long ldo = m->blocks * TILE_ROWS;
+    const long ldo = p->ldo;
     switch (m->kind) {
     case Q4: s->q4(m->codes, m->scales, p->r, p->tokens, first, last, p->out, ldo); break;
     case Q8: s->q8(m->codes, m->scales, p->r, p->tokens, first, last, p->out, ldo); break;
@@ -154,12 +155,13 @@ static long piece(const pool *p, long count, long row_bytes)
     return row_bytes < bytes ? bytes / row_bytes : 1;
 }
 
-/* x m^T + bias: (T, ldo), of ``x`` for 16-bit weights, else of ``r``. */
+static long columns(const matrix *m) { return m->blocks * TILE_ROWS; }
+
+/* x m^T + bias of ``x`` for 16-bit weights, else of ``r``: the first columns of (T, ldo). */
 static void multiply(const kernel_set *set, pool *p, const matrix *m, const float *x,
-                     const rounded *r, long tokens, float *out)
+                     const rounded *r, long tokens, float *out, long ldo)
 {
-    const long ldo = m->blocks * TILE_ROWS;
-    product a = {set, m, x, r, tokens, out};
+    product a = {set, m, x, r, tokens, out, ldo};
     if (m->kind < BF16)
         pool_run(p, rows, &a, m->blocks,
                  piece(p, m->blocks, m->groups * (m->kind == Q4 ? Q4_TILE : Q8_TILE)));
@@ -234,7 +236,7 @@ void tp_product(int set, pool *p, const matrix *m, const float *x, const int8_t 
                 const float *scale, const float *sum, long tokens, float *out)
 {
     const rounded r = {q, scale, sum, m->groups};
-    multiply(SETS[set], p, m, x, &r, tokens, out);
+    multiply(SETS[set], p, m, x, &r, tokens, out, columns(m));
 }
 
 void tp_fit4(int set, const float *w, long rows, long inputs, uint8_t *codes, uint16_t *scales)
@@ -319,7 +321,7 @@ static rounded take_rounded(int set, pool *p, uint8_t **scratch, const matrix *m
 /* Copy or add rows without their padding. */
 static void put_rows(const float *x, long tokens, const matrix *m, float *out, int add)
 {
-    const long ldo = m->blocks * TILE_ROWS;
+    const long ldo = columns(m);
     for (long t = 0; t < tokens; t++)
         for (long n = 0; n < m->rows; n++)
             out[t * m->rows + n] = add ? out[t * m->rows + n] + x[t * ldo + n] : x[t * ldo + n];
@@ -328,13 +330,13 @@ static void put_rows(const float *x, long tokens, const matrix *m, float *out, i
 /* Bytes of scratch for a block: its rows between two products, rounded rows, and the products. */
 static long scratch_bytes(const matrix *first, const matrix *second, long tokens)
 {
-    const long groups = first->groups + second->groups, rows = first->blocks + second->blocks;
-    return tokens * (groups * (GROUP * 5 + 8) + rows * TILE_ROWS * 4) + 1024;
+    const long groups = first->groups + second->groups;
+    return tokens * (groups * (GROUP * 5 + 8) + (columns(first) + columns(second)) * 4) + 1024;
 }
 
 long tp_attention_scratch(const attention_block *b)
 {
-    return scratch_bytes(&b->qkv, &b->out, b->heads.tokens);
+    return scratch_bytes(&b->qk, &b->out, b->heads.tokens) + b->heads.tokens * columns(&b->v) * 4;
 }
 
 /* Of all blocks in turn. */
@@ -348,22 +350,23 @@ long tp_mlp_scratch(const mlp_block *first)
     return most;
 }
 
-/* Norm, product, attention, product: (T, H) of the local heads. */
+/* Norm, products, attention, product: (T, H) of the local heads. Heads are whole tiles of rows. */
 void tp_attention(int set, pool *p, attention_block *b)
 {
     const kernel_set *s = SETS[set];
-    const long tokens = b->heads.tokens;
+    const long tokens = b->heads.tokens, width = b->qk.rows + b->v.rows;
     uint8_t *at = b->scratch;
-    float *x = take_floats(&at, tokens * b->qkv.inputs);
-    tp_norm(set, p, b->hidden, b->norm, b->eps, tokens, b->qkv.inputs, x);
-    rounded r = take_rounded(set, p, &at, &b->qkv, x, tokens);
-    b->heads.qkv = take_floats(&at, tokens * b->qkv.blocks * TILE_ROWS);
-    multiply(s, p, &b->qkv, x, &r, tokens, b->heads.qkv);
+    float *x = take_floats(&at, tokens * b->qk.inputs);
+    tp_norm(set, p, b->hidden, b->norm, b->eps, tokens, b->qk.inputs, x);
+    rounded r = take_rounded(set, p, &at, &b->qk, x, tokens);
+    float *qkv = b->heads.qkv = take_floats(&at, tokens * width);
+    multiply(s, p, &b->qk, x, &r, tokens, qkv, width);
+    multiply(s, p, &b->v, x, &r, tokens, qkv + b->qk.rows, width);
     float *y = b->heads.out = take_floats(&at, tokens * b->out.inputs);
     tp_attend(set, p, &b->heads);
     r = take_rounded(set, p, &at, &b->out, y, tokens);
-    float *out = take_floats(&at, tokens * b->out.blocks * TILE_ROWS);
-    multiply(s, p, &b->out, y, &r, tokens, out);
+    float *out = take_floats(&at, tokens * columns(&b->out));
+    multiply(s, p, &b->out, y, &r, tokens, out, columns(&b->out));
     put_rows(out, tokens, &b->out, b->partial, 0);
 }
 
@@ -378,13 +381,13 @@ static void mlp(int set, pool *p, mlp_block *b)
             tp_round(set, p, b->normed, tokens, b->gate_up.inputs, (int8_t *)b->x.q,
                      (float *)b->x.scale, (float *)b->x.sum);
     }
-    float *gate_up = take_floats(&at, tokens * b->gate_up.blocks * TILE_ROWS);
-    multiply(s, p, &b->gate_up, b->normed, &b->x, tokens, gate_up);
+    float *gate_up = take_floats(&at, tokens * columns(&b->gate_up));
+    multiply(s, p, &b->gate_up, b->normed, &b->x, tokens, gate_up, columns(&b->gate_up));
     float *y = take_floats(&at, tokens * b->down.inputs);
     tp_gate(set, p, gate_up, tokens, b->down.inputs, y);
     const rounded r = take_rounded(set, p, &at, &b->down, y, tokens);
-    float *out = take_floats(&at, tokens * b->down.blocks * TILE_ROWS);
-    multiply(s, p, &b->down, y, &r, tokens, out);
+    float *out = take_floats(&at, tokens * columns(&b->down));
+    multiply(s, p, &b->down, y, &r, tokens, out, columns(&b->down));
     put_rows(out, tokens, &b->down, b->partial, b->add);
 }
 

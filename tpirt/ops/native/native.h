@@ -61,7 +61,7 @@ typedef struct {
 typedef struct {
     const float *hidden; /* (T, H) */
     const float *norm;   /* (H,) */
-    matrix qkv, out;
+    matrix qk, v, out; /* the first two both in 16 bits, or neither */
     attention heads; /* of one sequence; its qkv and out are set within */
     float *partial;  /* (T, H) */
     void *scratch;

@@ -90,7 +90,7 @@ def test_an_mlp_in_one_call_has_the_bits_of_single_operations(
         Weights(
             {
                 "gate_up_proj.weight": random_matrix(first, 2 * columns, 32),
-                "gate_up_proj.bias": torch.randn(2 * columns).bfloat16(),
+                "gate_up_proj.bias": torch.randn(2 * columns),
                 "down_proj.weight": random_matrix(second, 32, columns),
             }
         )
@@ -102,7 +102,7 @@ def test_an_mlp_in_one_call_has_the_bits_of_single_operations(
         weight = pieces[0][f"{name}.weight"]
         plain = isinstance(weight, torch.Tensor)
         shape = MatrixShape(AS_THEY_ARE, *weight.shape) if plain else weight.shape
-        kernels[shape] = KernelChoice((), "native-bfloat16" if plain else "native")
+        kernels[shape] = KernelChoice((), "native-half" if plain else "native")
     products = Products(CONFIG, kernels)
     ours = NativeBlocks(CONFIG, products, HEADS)
     rows: torch.Tensor | Rounded = x
@@ -139,7 +139,7 @@ SHAPE = ModelConfig.from_hf(
 def native_choice(weight: QuantMatrix | torch.Tensor) -> tuple[MatrixShape, KernelChoice]:
     if isinstance(weight, torch.Tensor):
         shape = MatrixShape(AS_THEY_ARE, *weight.shape)
-        return shape, KernelChoice((), "native-bfloat16")
+        return shape, KernelChoice((), "native-half")
     return weight.shape, KernelChoice((), "native")
 
 
@@ -161,7 +161,7 @@ def test_attention_in_one_call_has_the_bits_of_single_operations(
     ):
         w[f"{name}.weight"] = random_matrix(kind, *shape)
         if biased:
-            w[f"{name}.bias"] = torch.randn(shape[0]).bfloat16()
+            w[f"{name}.bias"] = torch.randn(shape[0])
     kernels = dict(native_choice(w[f"{name}.weight"]) for name in ("qk_proj", "v_proj", "o_proj"))
     products = Products(SHAPE, kernels)
     (shard,) = make_partition(SHAPE, 1).shards
@@ -193,7 +193,7 @@ def test_kernels_are_measured_again_when_there_are_others_in_c(
 ) -> None:
     measured: list[object] = []
 
-    def probe(*shape: object, exact: bool) -> KernelChoice:
+    def probe(*shape: object) -> KernelChoice:
         measured.append(shape)
         return KernelChoice((), "dense-float32")
 

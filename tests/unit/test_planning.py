@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.nightly import nightly
 from tpirt.cluster import machine
@@ -375,6 +376,24 @@ def test_every_limit_above_the_advised_one_works(long_model: Path) -> None:
             assert left is not None
             plan_streaming(budget.block_bytes, None, left)
     assert len(chunks) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "fast", "stored", "run"),
+    [
+        ({}, True, torch.float16, torch.bfloat16),
+        ({}, False, torch.float32, torch.float32),
+        ({"dtype": "bfloat16"}, True, torch.bfloat16, torch.bfloat16),
+        ({"dtype": "float32"}, True, torch.float32, torch.float32),
+        ({"quantize": "int4"}, True, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_weights_stay_in_float16_and_nothing_else_is(
+    options: dict[str, str], fast: bool, stored: torch.dtype, run: torch.dtype
+) -> None:
+    config = replace(llama("llama-3.2-1b"), dtype="float16")
+    (rank,) = plan(config, [profile(bfloat16=fast)], PlanOptions(**options)).ranks
+    assert (rank.form.dtype, rank.form.run_dtype) == (stored, run)
 
 
 # -- quantization that fits --------------------------------------------------------------------

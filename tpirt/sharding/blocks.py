@@ -200,7 +200,7 @@ def rank_blocks(config: ModelConfig, shard: Shard, form: WeightFormat) -> tuple[
     """List the blocks of one rank in order of use.
 
     Every layer is its attention and then its MLP in the pieces of :func:`mlp_pieces`; on rank 0
-    the LM head's pieces follow. Norm weights are float32, all others are in ``form``.
+    the LM head's pieces follow. Norms and biases are float32, matrices are in ``form``.
     """
     blocks = layer_blocks(config, shard, form)
     if shard.first:
@@ -257,9 +257,9 @@ def _stored(
         rows = sum(piece.rows.size for piece in pieces)
         columns = pieces[0].columns
         shape = (rows,) if columns is None else (rows, columns.size)
-        kept = torch.float32 if "norm" in rule.name else form.dtype
-        quant = AS_THEY_ARE
+        kept, quant = torch.float32, AS_THEY_ARE
         if columns is not None:
+            kept = form.dtype
             quant = form.sensitive_quant if rule.sensitive(config, layer) else form.quant
         tensors.append(StoredTensor(rule.name, shape, kept, pieces, quant))
     return tuple(tensors)

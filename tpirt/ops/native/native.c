@@ -169,7 +169,7 @@ static void multiply(const kernel_set *set, pool *p, const matrix *m, const floa
         pool_run(p, rows, &a, m->rows, piece(p, m->rows, m->inputs * 2) / 4 * 4 + 4);
     if (m->bias)
         for (long t = 0; t < tokens; t++)
-            for (long n = 0; n < m->rows; n++) out[t * ldo + n] += from_bf16(m->bias[n]);
+            for (long n = 0; n < m->rows; n++) out[t * ldo + n] += m->bias[n];
 }
 
 pool *tp_pool_new(int threads) { return pool_new(threads); }

@@ -48,11 +48,11 @@ typedef struct {
 
 enum { Q4, Q8, BF16, F16 }; /* how weights are kept */
 
-/* A matrix, and the bias of its product (bfloat16) or NULL. Products have ``blocks`` x 16 columns:
+/* A matrix, and the bias of its product or NULL. Products have ``blocks`` x 16 columns:
  * what is beyond column N is padding. */
 typedef struct {
     const void *codes, *scales; /* 16 bits: the weights, and none */
-    const uint16_t *bias;
+    const float *bias;
     long rows, inputs, blocks, groups; /* N, K, N / 16 and K / 32, rounded up */
     int kind;
 } matrix;

@@ -766,6 +766,19 @@ def test_products_with_weights_in_16_bits(
     assert weight.dtype is dtype
 
 
+@needs_native
+def test_float16_is_rounded_to_bfloat16_as_by_torch() -> None:
+    native = native_kernels(2)
+    assert native is not None
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)[5:]  # of all magnitudes
+    weight = bits.view(torch.float16)
+    got = torch.empty(len(weight), dtype=torch.bfloat16)
+    native.narrow(weight, got)
+    want = weight.bfloat16()
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.nan_to_num(), want.nan_to_num())
+
+
 # The probe
 
 

@@ -73,22 +73,25 @@ class Widened:
 
 
 def _by_pieces(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The product in x's dtype, (T, N), with pieces of the weights converted to it.
-
-    By way of float32: torch converts float16 to bfloat16 at a third of that rate.
-    """
+    """The product in x's dtype, (T, N), with pieces of the weights converted to it."""
     out = x.new_empty(len(x), len(weight))
-    width = weight.shape[1]
-    step = min(max(1, PIECE_BYTES // 4 // width), len(weight))
-    space = scratch(2 * 4 * step * width).view(2, -1)
-    wide, narrow = space[0].view(torch.float32), space[1].view(x.dtype)
+    row_bytes = weight.shape[1] * x.dtype.itemsize
+    step = max(1, PIECE_BYTES // row_bytes)
+    space = scratch(min(step, len(weight)) * row_bytes).view(x.dtype).view(-1, weight.shape[1])
     for rows in range(0, len(weight), step):
         stored = weight[rows : rows + step]
-        piece = wide[: stored.numel()].view(stored.shape).copy_(stored)
-        if x.dtype is not piece.dtype:
-            piece = narrow[: stored.numel()].view(stored.shape).copy_(piece)
+        piece = space[: len(stored)]
+        _convert(stored, piece)
         torch.mm(x, piece.t(), out=out[:, rows : rows + step])
     return out
+
+
+def _convert(weight: torch.Tensor, out: torch.Tensor) -> None:
+    native = native_kernels(torch.get_num_threads())
+    if native is not None and (weight.dtype, out.dtype) == (torch.float16, torch.bfloat16):
+        native.narrow(weight, out)  # eight times as fast
+    else:
+        out.copy_(weight)
 
 
 NATIVE_HALF = NativeHalf()

@@ -28,6 +28,7 @@ _SIGNATURES = {
     "tp_mlp": [c_int, c_void_p, c_void_p],
     "tp_fit4": [c_int, c_void_p, c_long, c_long, c_void_p, c_void_p],
     "tp_dense": [c_int, c_void_p, c_int, c_void_p, c_void_p, c_long, c_long, c_void_p, c_int],
+    "tp_narrow": [c_int, c_void_p, c_void_p, c_long, c_void_p],
     "tp_pool_free": [c_void_p],
 }
 
@@ -252,6 +253,12 @@ class NativeKernels:
             self._set, self._pool, bits, *matrix, blocks, groups, out.data_ptr(), half
         )
         return out[: 16 * blocks * 32 * groups].view(16 * blocks, 32 * groups)
+
+    def narrow(self, weight: torch.Tensor, out: torch.Tensor) -> None:
+        """Round float16 to bfloat16; both contiguous."""
+        self._library.tp_narrow(
+            self._set, self._pool, weight.data_ptr(), weight.numel(), out.data_ptr()
+        )
 
     def __del__(self) -> None:
         if getattr(self, "_pool", None):

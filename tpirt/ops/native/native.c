@@ -275,6 +275,26 @@ void tp_dense(int set, pool *p, int bits, const void *codes, const uint16_t *sca
 
 typedef struct {
     const kernel_set *set;
+    const uint16_t *w;
+    uint16_t *out;
+} narrowing;
+
+enum { NARROWED = 1 << 14 }; /* at once */
+
+static void narrow_some(void *arg, long first, long last)
+{
+    const narrowing *n = arg;
+    n->set->narrow(n->w + first, last - first, n->out + first);
+}
+
+void tp_narrow(int set, pool *p, const uint16_t *w, long count, uint16_t *out)
+{
+    narrowing n = {SETS[set], w, out};
+    pool_run(p, narrow_some, &n, count, NARROWED);
+}
+
+typedef struct {
+    const kernel_set *set;
     const attention *attention;
 } attending;
 

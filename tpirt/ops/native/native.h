@@ -104,6 +104,8 @@ typedef struct {
     void (*dense4)(const uint8_t *codes, const uint16_t *scales, long groups, long first, long last,
                    void *out, int half);
     void (*dense8)(const int8_t *codes, long groups, long first, long last, void *out, int half);
+    /* n float16 to bfloat16. */
+    void (*narrow)(const uint16_t *w, long n, uint16_t *out);
     /* x / rms(x) * weight of rows (T, n), and silu(gate) * up of rows (T, 2 n). */
     void (*norm)(const float *x, const float *weight, float eps, long tokens, long n, float *out);
     void (*gate)(const float *x, long tokens, long n, float *out);

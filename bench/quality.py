@@ -35,7 +35,10 @@ from bench.lib.record import Record, add_json_option
 from scripts.demo_model.model import DemoConfig, DemoModel
 from scripts.demo_model.tokens import token_id
 from tpirt.cli.options import count
-from tpirt.ops.quant import QuantSpec
+from tpirt.config import ModelConfig
+from tpirt.dtypes import RUN_DTYPES
+from tpirt.sharding.blocks import weight_bits
+from tpirt.sharding.format import WeightFormat
 
 # Inputs of every product are whole groups of 128 on two ranks as well: 384, 256, 512 of them.
 CONFIG = DemoConfig(
@@ -285,7 +288,9 @@ def evaluate(
 
 def bits(quantize: str, dtype: str) -> float:
     """Bits of a weight inside the layers, scales and zero points included."""
-    return QuantSpec.parse(quantize).bits or {"float32": 32.0, "bfloat16": 16.0}[dtype]
+    stored = dtype if dtype in RUN_DTYPES else "bfloat16"  # quantized: it makes no difference
+    config = ModelConfig.from_hf(hugging_face_config(0))
+    return weight_bits(config, WeightFormat.named(stored, quantize))
 
 
 def rows(measured: Mapping[tuple[str, str], Mapping[str, float]]) -> list[Row]:

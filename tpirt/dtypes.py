@@ -6,8 +6,11 @@ from collections.abc import Mapping
 
 import torch
 
-# Dtypes of weights and products.
+# Dtypes of products, attention and the KV cache.
 RUN_DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# Dtypes of weights that are not quantized.
+WEIGHT_DTYPES: Mapping[str, torch.dtype] = {**RUN_DTYPES, "float16": torch.float16}
 
 # Dtypes of checkpoints.
 CHECKPOINT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

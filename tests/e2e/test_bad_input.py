@@ -368,7 +368,7 @@ def test_weights_that_4_bits_cannot_store(
     cli: Cli, model: Path, tmp_path: Path, weight: float, words: str
 ) -> None:
     tensors = load_file(model / "model.safetensors")
-    tensors["model.layers.0.mlp.down_proj.weight"][1, 2] = weight
+    tensors["model.layers.0.mlp.gate_proj.weight"][1, 2] = weight
     save_file(tensors, model / "model.safetensors")
     options = ("--quantize", "int4", "--store", str(tmp_path / "store"), "--quiet")
     result = cli("generate", "--prompt", "a", "--model", str(model), *options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -178,6 +179,7 @@ def test_info_needs_the_configuration_only(
     assert alone == named
     assert [line for line in alone if "config.json alone" not in line] == whole
     assert len(alone) == len(whole) + 1
+    assert any(re.search(r"quantized: int4 \(4\.\d\d bits a weight\)", line) for line in whole)
 
 
 @pytest.mark.usefixtures("warm_workers")

@@ -172,18 +172,17 @@ async def test_damaged_slices_of_master_and_worker_are_made_anew(
 async def test_slices_of_the_former_format_are_named_and_made_anew(
     model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Format 3 had 4-bit codes in an order of the CPU's own, and groups of a chosen size."""
+    """Format 4 had queries, keys and values in one matrix."""
     async with memory_engine(model, 2, store=tmp_path, quantize="int4") as engine:
         expected = (await engine.complete(PROMPT, PARAMS)).token_ids
     before = whole_slices(tmp_path)
     for folder in before:
         fields = json.loads((folder / "manifest.json").read_text())
-        former = {"format_version": 3, "quantize": "int4:64", "layout": "int4-64-halves"}
-        (folder / "manifest.json").write_text(json.dumps({**fields, **former}))
+        (folder / "manifest.json").write_text(json.dumps({**fields, "format_version": 4}))
     store = SliceStore(tmp_path)
     assert store.slices() == []
     assert [each.reason for each in store.unusable()] == ["written by an older tpirt"] * 2
-    with pytest.raises(StoreError, match=r"manifest of format 3, this tpirt reads 4.*delete"):
+    with pytest.raises(StoreError, match=r"manifest of format 4, this tpirt reads 5.*delete"):
         store.find(before[0].name)
     async with memory_engine(model, 1, store=tmp_path, quantize="int8"):
         assert "older tpirt" not in caplog.text  # those of another plan are not remade

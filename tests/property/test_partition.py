@@ -215,7 +215,7 @@ def test_row_parallel_biases_are_held_once() -> None:
             for t in b.tensors
         }
         assert ("o_proj.bias" in held) == ("down_proj.bias" in held) == (rank == 0)
-        assert {"qkv_proj.bias", "gate_up_proj.bias"} <= held
+        assert {"qk_proj.bias", "v_proj.bias", "gate_up_proj.bias"} <= held
 
 
 @given(sizes=configs(), data=st.data())
@@ -238,18 +238,21 @@ def test_head_blocks_are_no_larger_than_layer_blocks(
     start=st.integers(0, 1000),
     hidden=st.sampled_from([64, 2048, 8192]),
     how=st.sampled_from(["none", "int8", "int4"]),
+    layer=st.sampled_from([0, 1]),
 )
-def test_mlp_pieces_cover_the_columns(columns: int, start: int, hidden: int, how: str) -> None:
+def test_mlp_pieces_cover_the_columns(
+    columns: int, start: int, hidden: int, how: str, layer: int
+) -> None:
     config = read({**SMALL, "hidden_size": hidden, "intermediate_size": start + columns})
     shard = Shard(Span(0, 1), Span(0, 1), Span(start, start + columns), first=False)
     form = WeightFormat(torch.bfloat16, QuantSpec.parse(how))
-    pieces = mlp_pieces(config, shard, form)
+    pieces = mlp_pieces(config, shard, form, layer)
     assert covers([Span(p.start - start, p.stop - start) for p in pieces], columns)
     assert all((piece.start - start) % 128 == 0 for piece in pieces)
     widest = max(piece.size for piece in pieces)
     least = min(piece.size for piece in pieces)
     assert widest - least < 256
-    bits = {"none": 16, "int8": 8, "int4": 4.5}[how]
+    bits = {"none": 16, "int8": 8, "int4": 4.5 if layer else (2 * 4.5 + 8) / 3}[how]
     assert len(pieces) == 1 or (widest - 256) * 3 * hidden * bits / 8 <= 16 << 20
 
 

@@ -12,6 +12,7 @@ import torch
 
 from tpirt.batch import Batch, Segment
 from tpirt.cluster import kernels
+from tpirt.config import ModelConfig
 from tpirt.model import native_blocks
 from tpirt.model.attention import Heads, Turn
 from tpirt.model.kv_store import KVLayout, KVStore
@@ -24,8 +25,9 @@ from tpirt.ops.quant import AS_THEY_ARE, SCHEMES, Int4, Scheme
 from tpirt.ops.quant_linear import KernelChoice, MatrixShape, QuantMatrix
 from tpirt.ops.quant_regions import matrix_regions, regions_nbytes
 from tpirt.ops.quant_rounding import Workspace
+from tpirt.ops.rope import RotaryEmbedding
 from tpirt.sharding.blocks import Block, StoredTensor
-from tpirt.sharding.partition import Span
+from tpirt.sharding.partition import Span, make_partition
 from tpirt.weights.layout import Weights
 
 needs_native = pytest.mark.skipif(native_kernels(1) is None, reason="no kernels in C here")
@@ -92,7 +94,7 @@ def test_an_mlp_in_one_call_has_the_bits_of_single_operations(
         Weights(
             {
                 "gate_up_proj.weight": random_matrix(first, 2 * columns, 32),
-                "gate_up_proj.bias": torch.randn(2 * columns).bfloat16(),
+                "gate_up_proj.bias": torch.randn(2 * columns),
                 "down_proj.weight": random_matrix(second, 32, columns),
             }
         )
@@ -104,7 +106,7 @@ def test_an_mlp_in_one_call_has_the_bits_of_single_operations(
         weight = pieces[0][f"{name}.weight"]
         plain = isinstance(weight, torch.Tensor)
         shape = MatrixShape(AS_THEY_ARE, *weight.shape) if plain else weight.shape
-        kernels[shape] = KernelChoice((), "native-bfloat16" if plain else "native")
+        kernels[shape] = KernelChoice((), "native-half" if plain else "native")
     products = Products(CONFIG, kernels)
     ours = NativeBlocks(CONFIG, products, HEADS)
     rows: torch.Tensor | Rounded = x
@@ -122,6 +124,72 @@ def test_an_mlp_in_one_call_has_the_bits_of_single_operations(
     together = ours.mlp(pieces, x, None)
     assert together is not None
     assert torch.equal(together[1], expected)
+
+
+SHAPE = ModelConfig.from_hf(
+    {
+        "model_type": "llama",
+        "hidden_size": 48,  # not whole groups
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 10,
+    }
+)
+
+
+def native_choice(weight: QuantMatrix | torch.Tensor) -> tuple[MatrixShape, KernelChoice]:
+    if isinstance(weight, torch.Tensor):
+        shape = MatrixShape(AS_THEY_ARE, *weight.shape)
+        return shape, KernelChoice((), "native-half")
+    return weight.shape, KernelChoice((), "native")
+
+
+@needs_native
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("qk", "v", "out"),
+    [("none", "none", "none"), ("int8", "int8", "int8"), ("int4", "int8", "int4")],
+)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_attention_in_one_call_has_the_bits_of_single_operations(
+    qk: str, v: str, out: str, biased: bool, tokens: int
+) -> None:
+    w = Weights({"norm.weight": torch.rand(48)})
+    for name, kind, shape in (
+        ("qk_proj", qk, (96, 48)),
+        ("v_proj", v, (32, 48)),
+        ("o_proj", out, (48, 64)),
+    ):
+        w[f"{name}.weight"] = random_matrix(kind, *shape)
+        if biased:
+            w[f"{name}.bias"] = torch.randn(shape[0])
+    kernels = dict(native_choice(w[f"{name}.weight"]) for name in ("qk_proj", "v_proj", "o_proj"))
+    products = Products(SHAPE, kernels)
+    (shard,) = make_partition(SHAPE, 1).shards
+    batch = Batch((Segment(0, 0, tokens, tokens, tokens),))
+    cos, sin = RotaryEmbedding(SHAPE).tables(batch.segments)
+    turn = Turn(cos, sin, torch.bfloat16)
+    hidden = torch.randn(tokens, 48)
+    cached = []
+    for together in (True, False):
+        kv = KVStore(2, KVLayout(2, 16, torch.bfloat16, None))
+        kv.prepare(batch.segments)
+        heads = Heads(SHAPE, shard, kv, torch.bfloat16)
+        if together:
+            got = NativeBlocks(SHAPE, products, heads).attention(w, hidden, batch, turn, 0)
+        else:
+            x = products.normed(w, hidden, "qk_proj")
+            parts = (products.project(x, w, name) for name in ("qk_proj", "v_proj"))
+            attended = heads.attend(w, *parts, batch, turn, 0)
+            expected = products.project(attended, w, "o_proj")
+        positions = kv.layer(0, batch.segments[0]).positions(0, tokens)
+        cached.append((positions.keys.clone(), positions.values.clone()))
+    assert got is not None
+    assert torch.equal(got, expected)
+    assert all(torch.equal(one, other) for one, other in zip(*cached, strict=True))
 
 
 # -- layers in one call ------------------------------------------------------------------------
@@ -144,17 +212,19 @@ def layer_config() -> Any:
 
 def layer_weights(kind: str, biases: bool, qk_norms: bool) -> LayerWeights:
     """An attention, and an MLP of two blocks."""
-    rows = (QUERIES + 2 * KEYS) * HEAD
+    rows = (QUERIES + KEYS) * HEAD
     attention = Weights(
         {
             "norm.weight": torch.rand(WIDTH),
-            "qkv_proj.weight": random_matrix(kind, rows, WIDTH),
+            "qk_proj.weight": random_matrix(kind, rows, WIDTH),
+            "v_proj.weight": random_matrix(kind, KEYS * HEAD, WIDTH),
             "o_proj.weight": random_matrix(kind, WIDTH, QUERIES * HEAD),
         }
     )
     if biases:
-        attention["qkv_proj.bias"] = torch.randn(rows).bfloat16()
-        attention["o_proj.bias"] = torch.randn(WIDTH).bfloat16()
+        attention["qk_proj.bias"] = torch.randn(rows)
+        attention["v_proj.bias"] = torch.randn(KEYS * HEAD)
+        attention["o_proj.bias"] = torch.randn(WIDTH)
     if qk_norms:
         attention["q_norm.weight"], attention["k_norm.weight"] = torch.rand(2, HEAD)
     pieces = [
@@ -168,7 +238,7 @@ def layer_weights(kind: str, biases: bool, qk_norms: bool) -> LayerWeights:
     ]
     pieces[0]["norm.weight"] = torch.rand(WIDTH)
     if biases:
-        pieces[0]["down_proj.bias"] = torch.randn(WIDTH).bfloat16()
+        pieces[0]["down_proj.bias"] = torch.randn(WIDTH)
     return attention, pieces
 
 
@@ -315,7 +385,7 @@ def test_kernels_are_measured_again_when_there_are_others_in_c(
 ) -> None:
     measured: list[object] = []
 
-    def probe(*shape: object, exact: bool) -> KernelChoice:
+    def probe(*shape: object) -> KernelChoice:
         measured.append(shape)
         return KernelChoice((), "dense-float32")
 

@@ -15,9 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpirt.errors import CheckpointError, ConfigError
-from tpirt.ops import quant, quant_kernels, quant_matrix, quant_probe, quant_rounding
+from tpirt.ops import (
+    plain_kernels,
+    quant,
+    quant_kernels,
+    quant_matrix,
+    quant_probe,
+    quant_rounding,
+)
 from tpirt.ops.buffers import ALIGN, page_buffer
 from tpirt.ops.native.bindings import native_kernels
+from tpirt.ops.plain_kernels import PLAIN_KERNELS
 from tpirt.ops.quant import AS_THEY_ARE, Int4, Int8, QuantSpec, Scheme
 from tpirt.ops.quant_kernels import DENSE, KERNELS
 from tpirt.ops.quant_linear import ROWS_UNIT, KernelChoice, QuantMatrix, dequantize, linear
@@ -737,7 +745,57 @@ def test_a_part_of_a_matrix_is_a_matrix(spec: Scheme, choice: KernelChoice) -> N
         torch.testing.assert_close(got, whole[:, start:stop])
 
 
+# Weights in 16 bits
+
+
+@pytest.mark.parametrize("name", PLAIN_KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_with_weights_in_16_bits(
+    dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = PLAIN_KERNELS[name]
+    if not kernel.accepts(AS_THEY_ARE):
+        pytest.skip("no kernels in C here")
+    monkeypatch.setattr(plain_kernels, "PIECE_BYTES", 4 * 7 * 90)  # the last piece is short
+    weight, x = random(50, 90).to(dtype), random(3, 90, seed=9)
+    want = x @ weight.float().t()
+    exact = kernel.inputs is torch.float32
+    lost = (kernel(x, weight).float() - want).norm() / want.norm()
+    assert lost < (1e-6 if exact else 0.006)
+    assert weight.dtype is dtype
+
+
+@needs_native
+def test_float16_is_rounded_to_bfloat16_as_by_torch() -> None:
+    native = native_kernels(2)
+    assert native is not None
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)[5:]  # of all magnitudes
+    weight = bits.view(torch.float16)
+    got = torch.empty(len(weight), dtype=torch.bfloat16)
+    native.narrow(weight, got)
+    want = weight.bfloat16()
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.nan_to_num(), want.nan_to_num())
+
+
 # The probe
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_16_bits_are_probed_in_their_dtype(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[torch.dtype] = set()
+
+    def noted(x: torch.Tensor, weight: torch.Tensor, choice: KernelChoice) -> torch.Tensor:
+        seen.add(weight.dtype)
+        return linear(x, weight, choice)
+
+    monkeypatch.setattr(quant_probe, "_PROBE_S", 0.0)
+    monkeypatch.setattr(quant_probe, "linear", noted)
+    choice = probe_kernels(AS_THEY_ARE, 50, 90, dtype)
+    assert seen == {dtype}
+    assert choice.rest in PLAIN_KERNELS
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -754,7 +812,7 @@ def test_probe_answers_for_any_shape(spec: Scheme, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_where_inputs_must_not_be_rounded_products_are_in_float32(spec: Scheme) -> None:
-    choice = probe_kernels(spec, 300, 500, exact=True)
+    choice = probe_kernels(spec, 300, 500, torch.float32)
     assert {choice.kernel(rows) for rows in (1, 4, 100, 10_000)} == {"dense-float32"}
 
 

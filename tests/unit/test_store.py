@@ -403,8 +403,8 @@ def test_manifest_round_trip_and_no_other_format(store: SliceStore) -> None:
     text = written.to_json()
     assert Manifest.from_json(text) == written
     assert Manifest.from_json(text.encode()) == written
-    for version in (3, 5, "4", None):
-        with pytest.raises(StoreError, match=f"format {version!r}, this tpirt reads 4"):
+    for version in (4, 6, "5", None):
+        with pytest.raises(StoreError, match=f"format {version!r}, this tpirt reads 5"):
             Manifest.from_json(json.dumps({**json.loads(text), "format_version": version}))
 
 

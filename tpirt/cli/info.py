@@ -24,6 +24,7 @@ from tpirt.units import format_bytes
 if TYPE_CHECKING:
     from tpirt.config import ModelConfig
     from tpirt.planning import RankPlan
+    from tpirt.sharding.format import WeightFormat
 
 _HEAD = ("rank", "heads", "MLP", "weights", "block", "held", "KV", "work", "needs")
 
@@ -78,7 +79,7 @@ def _run(arguments: argparse.Namespace) -> None:
         print("from config.json alone: there is no whole model to check")
     print(
         f"checkpoint in {config.dtype}; runs in {plan.dtype.name} ({plan.dtype.reason}), "
-        f"quantized: {plan.ranks[0].form.quant}, KV cache in {plan.kv_numbers}"
+        f"quantized: {_quantized(config, plan.ranks[0].form)}, KV cache in {plan.kv_numbers}"
     )
     window = f"window {arguments.window} blocks" if arguments.window else "all resident"
     with ConsoleProgress() as progress, noted(progress):
@@ -116,6 +117,15 @@ def _description(name: str, config: ModelConfig) -> str:
         f"MLP {config.intermediate_size}, vocabulary {config.vocab_size}, "
         f"context {config.context_length}"
     )
+
+
+def _quantized(config: ModelConfig, form: WeightFormat) -> str:
+    from tpirt.ops.quant import Scheme
+    from tpirt.sharding.blocks import weight_bits
+
+    if not isinstance(form.quant, Scheme):
+        return str(form.quant)
+    return f"{form.quant} ({weight_bits(config, form):.2f} bits a weight)"
 
 
 def _row(rank: RankPlan, context: int) -> tuple[str, ...]:

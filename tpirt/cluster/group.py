@@ -143,7 +143,7 @@ class Group:
                 await survey_links(self._links, states, self._progress),
                 machines(deployment.peers),
                 deployment.collectives,
-                deployment.collectives.comm_dtype_for(deployment.ranks[0].form.dtype),
+                deployment.collectives.comm_dtype_for(deployment.ranks[0].form.run_dtype),
                 deployment.config.hidden_size,
             )
         if limits[0].trace_spans:

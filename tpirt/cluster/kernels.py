@@ -32,7 +32,8 @@ def choose_kernels(
 ) -> Mapping[MatrixShape, KernelChoice]:
     """Choose kernels for each shape of matrix: recorded in ``folder``, or measured.
 
-    Plain float32 weights have torch's alone.
+    Plain float32 weights have torch's alone; with ``dtype``, the weights' own, float32, quantized
+    weights have the one that rounds no inputs.
 
     Measuring takes up to 0.2 s per shape, seconds on a small device: call it from a worker thread.
     Choices and timings are recorded for the next start; failure to write them is not an error.
@@ -44,7 +45,7 @@ def choose_kernels(
         for block in blocks
         for tensor in block.tensors
         if isinstance(tensor.quant, Scheme)
-        or (len(tensor.shape) == 2 and tensor.dtype is torch.bfloat16)
+        or (len(tensor.shape) == 2 and tensor.dtype is not torch.float32)
     }
     if not shapes:
         return {}
@@ -53,7 +54,7 @@ def choose_kernels(
     if shapes <= chosen.keys():
         return chosen
     for shape in sorted(shapes - chosen.keys(), key=str):
-        chosen[shape] = probe_kernels(*shape, exact=dtype is torch.float32)
+        chosen[shape] = probe_kernels(*shape, dtype)
     _write(folder / _FILE, machine, chosen)
     return chosen
 

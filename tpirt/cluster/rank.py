@@ -105,7 +105,7 @@ class RankRuntime:
             config,
             manifest.shard,
             Program.of(blocks),
-            form.dtype,
+            form.run_dtype,
             self.streamer,
             self.comm,
             kernels,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from tpirt.config import ModelConfig
 from tpirt.dtypes import dtype_name
@@ -56,6 +58,9 @@ def open_model(model: str | Path | None = None) -> Model:
         embedding, _ = resolve_tied(checkpoint, config)
         dtype = dtype_name(checkpoint.tensors[embedding].dtype)
         config = ModelConfig.from_dir(path, default_dtype=dtype)
+        matrices = (info.dtype for info in checkpoint.tensors.values() if len(info.shape) == 2)
+        if config.dtype == "float16" and any(each is not torch.float16 for each in matrices):
+            config = replace(config, dtype="bfloat16")  # float16 may not hold their numbers
     except BaseException:
         checkpoint.close()
         raise

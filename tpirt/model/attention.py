@@ -54,13 +54,20 @@ class Heads:
         self._groups_array = torch.tensor(self._groups, dtype=torch.int32)
 
     def attend(
-        self, w: Weights, qkv: torch.Tensor, batch: Batch, turn: Turn, layer: int
+        self,
+        w: Weights,
+        qk: torch.Tensor,
+        v: torch.Tensor,
+        batch: Batch,
+        turn: Turn,
+        layer: int,
     ) -> torch.Tensor:
         """Append keys and values and attend within each sequence.
 
         Args:
             w: the block, for the norms of queries and keys.
-            qkv: (T, (Q + 2 K) D); overwritten.
+            qk: (T, (Q + K) D), queries and keys.
+            v: (T, K D).
             batch: the rows' sequences.
             turn: the rows' rotation.
             layer: its number.
@@ -68,12 +75,13 @@ class Heads:
         Returns:
             (T, Q D); in the last layer of the wanted rows only.
         """
-        native = self._native(qkv)
+        native = self._native(qk)
         if native is not None:
+            qkv = torch.cat((qk.float(), v.float()), dim=1)
             out = self._attend_native(native, w, qkv, batch, turn, layer)
             return wanted_rows(out, batch) if self.is_last(layer) else out
-        heads = qkv.to(self._dtype).view(len(qkv), -1, self._config.head_dim).transpose(0, 1)
-        out = self._attend(batch, layer, *self._turned(w, heads, turn))  # (Q, T, D)
+        q, k = self._turned(w, self._by_head(qk), turn)
+        out = self._attend(batch, layer, q, k, self._by_head(v))  # (Q, T, D)
         return out.transpose(0, 1).reshape(out.shape[1], self._queries * self._config.head_dim)
 
     def is_last(self, layer: int) -> bool:
@@ -94,10 +102,10 @@ class Heads:
             and self._config.head_dim % 16 == 0
         )
 
-    def _native(self, qkv: torch.Tensor) -> NativeKernels | None:
+    def _native(self, qk: torch.Tensor) -> NativeKernels | None:
         # Torch restores codes at every token: then converting a few rows is less.
-        suits = qkv.dtype is torch.float32 or self._kv.layout.bits is not None
-        if suits and self.suits_native(len(qkv)):
+        suits = qk.dtype is torch.float32 or self._kv.layout.bits is not None
+        if suits and self.suits_native(len(qk)):
             return native_kernels(torch.get_num_threads())
         return None
 
@@ -140,7 +148,6 @@ class Heads:
         turn: Turn,
         layer: int,
     ) -> torch.Tensor:
-        qkv = qkv.float().contiguous()
         out = torch.empty(len(qkv), self._queries * self._config.head_dim)
         arguments = self.arguments(w)
         for segment, rows in zip(batch.segments, batch.rows, strict=True):
@@ -152,19 +159,22 @@ class Heads:
 
     # -- with torch ----------------------------------------------------------------------------
 
+    def _by_head(self, rows: torch.Tensor) -> torch.Tensor:
+        """Heads (N, T, D) of rows (T, N D)."""
+        return rows.to(self._dtype).view(len(rows), -1, self._config.head_dim).transpose(0, 1)
+
     def _turned(
-        self, w: Weights, heads: torch.Tensor, turn: Turn
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries and keys, normalised and turned, and values, of heads (Q + 2 K, T, D)."""
+        self, w: Weights, turning: torch.Tensor, turn: Turn
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys, normalised and turned, of heads (Q + K, T, D)."""
         queries, keys = self._queries, self._keys
-        turning, v = torch.split(heads, [queries + keys, keys])
         q_norm, k_norm = plain(w, "q_norm.weight"), plain(w, "k_norm.weight")
         if q_norm is not None and k_norm is not None:
             q, k = torch.split(turning, [queries, keys])
             eps = self._config.rms_norm_eps
             turning = torch.cat((rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)))
         q, k = torch.split(rotate(turning.to(self._dtype), *turn.cast), [queries, keys])
-        return q, k, v
+        return q, k
 
     def _attend(
         self, batch: Batch, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor

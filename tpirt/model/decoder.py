@@ -328,13 +328,14 @@ class Decoder:
         if partial is not None:
             return partial
         products = self._products
-        x = products.normed(w, part.hidden, "qkv_proj")
-        qkv = products.project(x, w, "qkv_proj")  # (T, (Q + 2 K) D)
+        x = products.normed(w, part.hidden, "qk_proj")
+        qk = products.project(x, w, "qk_proj")  # (T, (Q + K) D)
+        v = products.project(x, w, "v_proj")  # (T, K D)
         if self._heads.is_last(layer):
             # All tokens' keys and values are cached. From here on, only the wanted rows matter:
             # their queries, the residual stream that their sums are added to, the last MLP.
             part.hidden = wanted_rows(part.hidden, part.batch)
-        out = self._heads.attend(w, qkv, part.batch, part.turn, layer)  # (T, Q D)
+        out = self._heads.attend(w, qk, v, part.batch, part.turn, layer)  # (T, Q D)
         if not out.shape[0]:
             return part.hidden  # no rows: nothing to sum
         return products.project(out, w, "o_proj")

@@ -222,13 +222,15 @@ class NativeBlocks:
         return first
 
     def _prepare_attention(self, w: Weights) -> _Prepared[AttentionBlock]:
-        rows = self._rows(w, "qkv_proj", "o_proj") if self._heads.suits_native(1) else 0
+        rows = self._rows(w, "qk_proj", "v_proj", "o_proj") if self._heads.suits_native(1) else 0
         block = AttentionBlock(eps=self._eps)
         if rows:
             block.norm = address(w, "norm.weight")
-            block.qkv, block.out = _matrix(w, "qkv_proj"), _matrix(w, "o_proj")
+            block.qk, block.v = _matrix(w, "qk_proj"), _matrix(w, "v_proj")
+            assert block.qk.rounds == block.v.rounds  # they share their input
+            block.out = _matrix(w, "o_proj")
             block.heads = self._heads.arguments(w)
-        w.prepared = prepared = _Prepared(rows, block, block.qkv.rounds)
+        w.prepared = prepared = _Prepared(rows, block, block.qk.rounds)
         return prepared
 
     def _prepare_mlp(self, w: Weights) -> _Prepared[MlpBlock]:

@@ -65,7 +65,7 @@ def linear(
 
     Args:
         x: (T, K), any float dtype; rounded rows are for the native kernel.
-        weight: (N, K), quantized or bfloat16.
+        weight: (N, K), quantized, bfloat16 or float16.
         choice: of kernels that this machine has.
 
     Returns:

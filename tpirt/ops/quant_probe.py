@@ -32,7 +32,7 @@ _setting_threads = threading.Lock()
 
 
 def probe_kernels(
-    spec: QuantSpec, out_features: int, in_features: int, *, exact: bool = False
+    spec: QuantSpec, out_features: int, in_features: int, dtype: torch.dtype = torch.bfloat16
 ) -> KernelChoice:
     """Choose the kernels of a matrix by measuring them on this machine.
 
@@ -44,18 +44,21 @@ def probe_kernels(
     May be called from any thread; other threads keep their number of torch threads.
 
     Args:
-        spec: how the weights are stored; those without a scheme are bfloat16.
-        exact: whether inputs of quantized weights must not be rounded: products are in float32.
+        spec: how the weights are stored.
+        dtype: of those without a scheme, 16 bits. With float32, inputs of quantized weights must
+            not be rounded: products are in float32.
     """
-    if exact:
+    if dtype is torch.float32:
         return KernelChoice((), EXACT.name)
     gain = _DENSE_GAIN if torch.get_num_threads() > 1 else 1.0
     with ThreadPoolExecutor(1, "tpirt-probe", initializer=_use_one_thread) as pool:
-        return pool.submit(_probe, spec, out_features, in_features, gain).result()
+        return pool.submit(_probe, spec, out_features, in_features, dtype, gain).result()
 
 
-def _probe(spec: QuantSpec, out_features: int, in_features: int, gain: float) -> KernelChoice:
-    weight, rows = _probe_weight(spec, out_features, in_features)
+def _probe(
+    spec: QuantSpec, out_features: int, in_features: int, dtype: torch.dtype, gain: float
+) -> KernelChoice:
+    weight, rows = _probe_weight(spec, out_features, in_features, dtype)
     scale = out_features / max(1, rows)
     few, many = (PLAIN_FEW, PLAIN_MANY) if isinstance(weight, torch.Tensor) else ((NATIVE,), DENSE)
 
@@ -114,14 +117,14 @@ def _use_one_thread() -> None:
 
 
 def _probe_weight(
-    spec: QuantSpec, out_features: int, in_features: int
+    spec: QuantSpec, out_features: int, in_features: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor | QuantMatrix, int]:
     """Weights of that form, some rows of them, and their number."""
     width = max(1, spec.padded_in_features(in_features))
     blocks = max(1, _PROBED_WEIGHTS // width // TILE_ROWS)
     rows = min(out_features, blocks * TILE_ROWS)
     if not isinstance(spec, Scheme):
-        return torch.full((rows, in_features), 0.02, dtype=torch.bfloat16), rows
+        return torch.full((rows, in_features), 0.02, dtype=dtype), rows
     regions = matrix_regions(spec, rows, in_features)
     buffer = torch.arange(regions_nbytes(regions), dtype=torch.int32).remainder_(251)
     matrix = QuantMatrix.of_buffer(spec, rows, in_features, buffer.to(torch.uint8))

@@ -81,7 +81,7 @@ class Deployment:
     Attributes:
         config: the model.
         partition: the shard of every rank.
-        dtype: of weights and products, and the reason.
+        dtype: of attention, sums and weights, and the reason.
         quant: of the projections, and the reason.
         ranks: the plans of all ranks, by rank.
         chunk_tokens: maximum tokens of a step.
@@ -217,7 +217,7 @@ def plan(
             config,
             shard,
             len(peers),
-            WeightFormat(dtype.dtype),
+            WeightFormat(dtype.weights),
             peer.base_bytes,
             Limits(options.window, limit, longest, trace_spans, KV_BITS[options.kv]),
         )
@@ -227,7 +227,7 @@ def plan(
     ]
     quant = choose_quant(options.quantize, budgets)
     dtype = choose_dtype(config, options.dtype, peers, quantized=quant.spec != AS_THEY_ARE)
-    budgets = [budget.stored(WeightFormat(dtype.dtype, quant.spec)) for budget in budgets]
+    budgets = [budget.stored(WeightFormat(dtype.weights, quant.spec)) for budget in budgets]
     chunk = options.chunk_tokens or min(budget.chunk_tokens() for budget in budgets)
     chunk = min(chunk, context)
     budgets = [replace(b, limits=replace(b.limits, chunk_tokens=chunk)) for b in budgets]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tpirt.config import ModelConfig
-from tpirt.dtypes import RUN_DTYPES
+from tpirt.dtypes import WEIGHT_DTYPES
 from tpirt.planning.options import AUTO
 from tpirt.planning.profile import PeerProfile
 
@@ -17,15 +17,21 @@ AS_ASKED = "as asked"
 
 @dataclass(frozen=True)
 class ChosenDtype:
-    """``float32`` or ``bfloat16``, and the reason."""
+    """``float32`` or ``bfloat16``, and the reason.
+
+    Attributes:
+        name: of attention, the KV cache and sums.
+        stored: of weights that are not quantized; None for the same.
+    """
 
     name: str
     reason: str
+    stored: str | None = None
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The torch dtype."""
-        return RUN_DTYPES[self.name]
+    def weights(self) -> torch.dtype:
+        """Of weights that are not quantized."""
+        return WEIGHT_DTYPES[self.stored or self.name]
 
 
 def choose_dtype(
@@ -45,4 +51,6 @@ def choose_dtype(
         return ChosenDtype("float32", f"no fast bfloat16 on {', '.join(lacking)}")
     if quantized:
         return ChosenDtype("bfloat16", "beside quantized weights")
+    if config.dtype == "float16":
+        return ChosenDtype("bfloat16", "weights in float16, as the checkpoint", stored="float16")
     return ChosenDtype("bfloat16", f"checkpoint in {config.dtype}")

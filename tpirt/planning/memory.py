@@ -250,7 +250,7 @@ class MemoryBudget:
     @property
     def _kv(self) -> KVLayout:
         heads, bits = self.shard.kv_heads.size, self.limits.kv_bits
-        return KVLayout(heads, self.config.head_dim, self.form.dtype, bits)
+        return KVLayout(heads, self.config.head_dim, self.form.run_dtype, bits)
 
     @property
     def _token_bytes(self) -> int:

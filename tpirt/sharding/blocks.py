@@ -2,7 +2,8 @@
 
 Slicing, loading, block files and memory estimates read the two tables below. A *stored* tensor is
 kept by a rank on disk and in memory: one or several checkpoint tensors, sliced and concatenated
-along their rows, so that projections of the same input are one matrix product.
+along their rows, so that projections of the same input are one matrix product. Values are a
+product of their own, because they can be in more bits than queries and keys.
 
 The unit of streaming is the *block*: one layer's attention, a piece of one layer's MLP (some of
 its columns; pieces add up like ranks), or a piece of the LM head (rank 0 only). With small blocks,
@@ -25,7 +26,7 @@ from tpirt.ops.buffers import ALIGN, Region, round_up
 from tpirt.ops.quant import AS_THEY_ARE, QuantSpec, Scheme
 from tpirt.ops.quant_regions import matrix_regions
 from tpirt.sharding.format import WeightFormat
-from tpirt.sharding.partition import Shard, Span
+from tpirt.sharding.partition import Shard, Span, make_partition
 
 # Size of an MLP piece, before rounding to whole ``_PIECE_COLUMNS``. Half of it was not faster
 # streamed, and slower resident, because every piece is two more matrix products.
@@ -53,31 +54,52 @@ class Split(Enum):
 
 
 Condition = Callable[[ModelConfig], bool]
+LayerCondition = Callable[[ModelConfig, int], bool]
 
 
 def _always(_: ModelConfig) -> bool:
     return True
 
 
+def _nowhere(_: ModelConfig, layer: int) -> bool:
+    return False
+
+
+def _first_layer(_: ModelConfig, layer: int) -> bool:
+    return layer == 0
+
+
+def _few_values(config: ModelConfig, layer: int) -> bool:
+    """Whether values are at most a 32nd of a layer's weights: many queries share few KV heads."""
+    queries, keys = config.num_attention_heads, config.num_key_value_heads
+    heads = 2 * (queries + keys) * config.head_dim
+    return 32 * keys * config.head_dim <= heads + 3 * config.intermediate_size
+
+
 @dataclass(frozen=True)
 class Rule:
-    """A stored tensor: its name, and its checkpoint tensors with their splits."""
+    """A stored tensor: its name, and its checkpoint tensors with their splits.
+
+    ``present`` tells which models have it, ``sensitive`` in which layers it is kept in at least
+    8 bits: where that saves the most per bit (docs/quantization.md).
+    """
 
     name: str
     parts: tuple[tuple[str, Split], ...]
     present: Condition = _always
+    sensitive: LayerCondition = _nowhere
 
 
 _Q, _K, _V, _O = (f"self_attn.{p}_proj" for p in "qkvo")
 _GATE, _UP, _DOWN = (f"mlp.{p}_proj" for p in ("gate", "up", "down"))
 
 
-def _qkv(kind: str) -> tuple[tuple[str, Split], ...]:
-    return (
-        (f"{_Q}.{kind}", Split.Q_ROWS),
-        (f"{_K}.{kind}", Split.KV_ROWS),
-        (f"{_V}.{kind}", Split.KV_ROWS),
-    )
+def _qk(kind: str) -> tuple[tuple[str, Split], ...]:
+    return ((f"{_Q}.{kind}", Split.Q_ROWS), (f"{_K}.{kind}", Split.KV_ROWS))
+
+
+def _v(kind: str) -> tuple[tuple[str, Split], ...]:
+    return ((f"{_V}.{kind}", Split.KV_ROWS),)
 
 
 def _gate_up(kind: str) -> tuple[tuple[str, Split], ...]:
@@ -88,8 +110,10 @@ ATTENTION = (
     Rule("norm.weight", (("input_layernorm.weight", Split.REPLICATED),)),
     Rule("q_norm.weight", (("self_attn.q_norm.weight", Split.REPLICATED),), lambda c: c.qk_norm),
     Rule("k_norm.weight", (("self_attn.k_norm.weight", Split.REPLICATED),), lambda c: c.qk_norm),
-    Rule("qkv_proj.weight", _qkv("weight")),
-    Rule("qkv_proj.bias", _qkv("bias"), lambda c: c.qkv_bias),
+    Rule("qk_proj.weight", _qk("weight")),
+    Rule("qk_proj.bias", _qk("bias"), lambda c: c.qkv_bias),
+    Rule("v_proj.weight", _v("weight"), sensitive=_few_values),
+    Rule("v_proj.bias", _v("bias"), lambda c: c.qkv_bias),
     Rule("o_proj.weight", ((f"{_O}.weight", Split.Q_COLUMNS),)),
     Rule("o_proj.bias", ((f"{_O}.bias", Split.FIRST_RANK),), lambda c: c.o_bias),
 )
@@ -98,7 +122,7 @@ MLP = (
     Rule("norm.weight", (("post_attention_layernorm.weight", Split.REPLICATED),)),
     Rule("gate_up_proj.weight", _gate_up("weight")),
     Rule("gate_up_proj.bias", _gate_up("bias"), lambda c: c.mlp_bias),
-    Rule("down_proj.weight", ((f"{_DOWN}.weight", Split.MLP_COLUMNS),)),
+    Rule("down_proj.weight", ((f"{_DOWN}.weight", Split.MLP_COLUMNS),), sensitive=_first_layer),
     Rule("down_proj.bias", ((f"{_DOWN}.bias", Split.FIRST_RANK),), lambda c: c.mlp_bias),
 )
 
@@ -176,7 +200,7 @@ def rank_blocks(config: ModelConfig, shard: Shard, form: WeightFormat) -> tuple[
     """List the blocks of one rank in order of use.
 
     Every layer is its attention and then its MLP in the pieces of :func:`mlp_pieces`; on rank 0
-    the LM head's pieces follow. Norm weights are float32, all others are in ``form``.
+    the LM head's pieces follow. Norms and biases are float32, matrices are in ``form``.
     """
     blocks = layer_blocks(config, shard, form)
     if shard.first:
@@ -186,10 +210,10 @@ def rank_blocks(config: ModelConfig, shard: Shard, form: WeightFormat) -> tuple[
 
 def layer_blocks(config: ModelConfig, shard: Shard, form: WeightFormat) -> tuple[Block, ...]:
     """List the blocks of the decoder layers only; see :func:`rank_blocks`."""
-    pieces = mlp_pieces(config, shard, form)
-    names = ["mlp"] if len(pieces) == 1 else [f"mlp.{i}" for i in range(len(pieces))]
     blocks: list[Block] = []
     for layer in range(config.num_hidden_layers):
+        pieces = mlp_pieces(config, shard, form, layer)
+        names = ["mlp"] if len(pieces) == 1 else [f"mlp.{i}" for i in range(len(pieces))]
         prefix = f"layers.{layer}"
         blocks.append(Block(f"{prefix}.attention", _stored(config, shard, form, layer, ATTENTION)))
         for name, columns in zip(names, pieces, strict=True):
@@ -199,10 +223,20 @@ def layer_blocks(config: ModelConfig, shard: Shard, form: WeightFormat) -> tuple
     return tuple(blocks)
 
 
-def mlp_pieces(config: ModelConfig, shard: Shard, form: WeightFormat) -> tuple[Span, ...]:
-    """Split a rank's MLP columns into pieces, one per block, equal to within 128 columns."""
-    bits = form.quant.bits or 8 * form.dtype.itemsize
-    nbytes = 3 * config.hidden_size * shard.columns.size * bits / 8
+def weight_bits(config: ModelConfig, form: WeightFormat) -> float:
+    """Bits of a weight in the layers' matrices on average, with scales and padding."""
+    (whole,) = make_partition(config, 1).shards
+    tensors = [tensor for block in layer_blocks(config, whole, form) for tensor in block.tensors]
+    matrices = [tensor for tensor in tensors if len(tensor.shape) == 2]
+    weights = sum(math.prod(matrix.shape) for matrix in matrices)
+    return 8 * sum(matrix.nbytes for matrix in matrices) / weights
+
+
+def mlp_pieces(
+    config: ModelConfig, shard: Shard, form: WeightFormat, layer: int
+) -> tuple[Span, ...]:
+    """Split a layer's MLP columns into pieces, one per block, equal to within 128 columns."""
+    nbytes = sum(tensor.nbytes for tensor in _stored(config, shard, form, layer, MLP_FURTHER))
     units = shard.columns.size // _PIECE_COLUMNS
     count = max(1, min(units, math.ceil(nbytes / _MLP_PIECE_BYTES)))
     start, stop = shard.columns
@@ -223,8 +257,10 @@ def _stored(
         rows = sum(piece.rows.size for piece in pieces)
         columns = pieces[0].columns
         shape = (rows,) if columns is None else (rows, columns.size)
-        kept = torch.float32 if "norm" in rule.name else form.dtype
-        quant = form.quant if len(shape) == 2 else AS_THEY_ARE
+        kept, quant = torch.float32, AS_THEY_ARE
+        if columns is not None:
+            kept = form.dtype
+            quant = form.sensitive_quant if rule.sensitive(config, layer) else form.quant
         tensors.append(StoredTensor(rule.name, shape, kept, pieces, quant))
     return tuple(tensors)
 
@@ -263,7 +299,7 @@ def _head_blocks(config: ModelConfig, form: WeightFormat, limit_bytes: int) -> I
     def head(rows: Span) -> StoredTensor:
         pieces = (Piece("lm_head.weight", rows, whole, Split.VOCABULARY_ROWS),)
         shape = (rows.size, config.hidden_size)
-        return StoredTensor("lm_head.weight", shape, form.dtype, pieces, form.head_quant)
+        return StoredTensor("lm_head.weight", shape, form.dtype, pieces, form.sensitive_quant)
 
     spare = limit_bytes - round_up(norm.nbytes, ALIGN)
     # A single row takes as much as the tile that it is padded to.

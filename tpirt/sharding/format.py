@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tpirt.dtypes import RUN_DTYPES, dtype_name
+from tpirt.dtypes import WEIGHT_DTYPES, dtype_name
 from tpirt.errors import ConfigError
 from tpirt.ops.quant import AS_THEY_ARE, Int8, QuantSpec
 
@@ -16,17 +16,28 @@ class WeightFormat:
     """The format of a slice's weights.
 
     Attributes:
-        dtype: of unquantized weights, attention, and the KV cache if it is not in int8.
-        quant: of the projections.
+        dtype: of unquantized matrices.
+        quant: of the projections; see :attr:`sensitive_quant`.
     """
 
     dtype: torch.dtype
     quant: QuantSpec = AS_THEY_ARE
 
     @property
-    def head_quant(self) -> QuantSpec:
-        """Quantization of the LM head: at least 8 bits, because it decides every token."""
-        return AS_THEY_ARE if self.quant == AS_THEY_ARE else Int8()
+    def run_dtype(self) -> torch.dtype:
+        """Of attention, sums, and the KV cache if it is not in int8: never float16.
+
+        Numbers between layers can be too large for it; weights that were published so are not.
+        """
+        return torch.bfloat16 if self.dtype is torch.float16 else self.dtype
+
+    @property
+    def sensitive_quant(self) -> QuantSpec:
+        """Quantization of the matrices that lose the most: at least 8 bits.
+
+        Which ones, :mod:`tpirt.sharding.blocks` says: the LM head, and a few within the layers.
+        """
+        return Int8() if 0 < self.quant.bits < Int8().bits else self.quant
 
     @property
     def numbers(self) -> str:
@@ -45,6 +56,6 @@ class WeightFormat:
         Raises:
             ConfigError: an unknown name.
         """
-        if dtype not in RUN_DTYPES:
+        if dtype not in WEIGHT_DTYPES:
             raise ConfigError(f"weights in {dtype} {quantize}: unknown format")
-        return cls(RUN_DTYPES[dtype], QuantSpec.parse(quantize))
+        return cls(WEIGHT_DTYPES[dtype], QuantSpec.parse(quantize))

@@ -23,7 +23,7 @@ from tpirt.sharding.units import Unit, block_units, most_units
 from tpirt.weights.layout import block_header, file_bytes
 from tpirt.weights.unit_bytes import unit_nbytes
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST = "manifest.json"
 
 # An order of 100,000 units (405 B parameters on two ranks) has 3.2 MiB.

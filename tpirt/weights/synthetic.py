@@ -37,7 +37,7 @@ MARKER = "synthetic.json"
 SLICES = "slices"
 
 # Version of the generator: incremented when the same seed would give other bytes.
-_GENERATION = 2
+_GENERATION = 3
 
 _STD = 0.02
 _UNIFORM_16_BITS = 65536 / math.sqrt(12)  # standard deviation of numbers drawn evenly

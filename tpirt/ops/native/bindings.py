@@ -32,6 +32,7 @@ _SIGNATURES = {
     "tp_head": [c_int, c_void_p, c_void_p],
     "tp_fit4": [c_int, c_void_p, c_long, c_long, c_void_p, c_void_p],
     "tp_dense": [c_int, c_void_p, c_int, c_void_p, c_void_p, c_long, c_long, c_void_p, c_int],
+    "tp_narrow": [c_int, c_void_p, c_void_p, c_long, c_void_p],
     "tp_pool_free": [c_void_p],
 }
 
@@ -90,7 +91,7 @@ class AttentionBlock(ctypes.Structure):
 
     _fields_ = (
         *_fields(c_void_p, "hidden norm"),
-        *_fields(Matrix, "qkv out"),
+        *_fields(Matrix, "qk v out"),
         ("heads", Attention),
         *_fields(c_void_p, "partial scratch"),
         ("eps", c_float),
@@ -255,7 +256,7 @@ class NativeKernels:
         self._library.tp_attend(self._set, self._pool, byref(attention))
 
     def attention_block(self, block: AttentionBlock) -> None:
-        """Norm, product, attention, product."""
+        """Norm, products, attention, product."""
         nbytes = self._library.tp_attention_scratch(byref(block))
         block.scratch = scratch(nbytes).data_ptr()
         self._library.tp_attention(self._set, self._pool, byref(block))
@@ -312,6 +313,12 @@ class NativeKernels:
             self._set, self._pool, bits, *matrix, blocks, groups, out.data_ptr(), half
         )
         return out[: 16 * blocks * 32 * groups].view(16 * blocks, 32 * groups)
+
+    def narrow(self, weight: torch.Tensor, out: torch.Tensor) -> None:
+        """Round float16 to bfloat16; both contiguous."""
+        self._library.tp_narrow(
+            self._set, self._pool, weight.data_ptr(), weight.numel(), out.data_ptr()
+        )
 
     def __del__(self) -> None:
         if getattr(self, "_pool", None):

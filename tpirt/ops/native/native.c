@@ -130,7 +130,7 @@ typedef struct {
     const rounded *r;
     long tokens;
     float *out;
-    long ldo;
+    long ldo; /* columns of ``out`` */
 } product;
 
 static void rows(void *arg, long first, long last)
@@ -155,9 +155,11 @@ static long piece(const pool *p, long count, long row_bytes)
     return row_bytes < bytes ? bytes / row_bytes : 1;
 }
 
-/* x m^T + bias: columns of (T, ldo), of ``x`` for 16-bit weights, else of ``r``. */
-static void multiply_into(const kernel_set *set, pool *p, const matrix *m, const float *x,
-                          const rounded *r, long tokens, float *out, long ldo)
+static long columns(const matrix *m) { return m->blocks * TILE_ROWS; }
+
+/* x m^T + bias of ``x`` for 16-bit weights, else of ``r``: the first columns of (T, ldo). */
+static void multiply(const kernel_set *set, pool *p, const matrix *m, const float *x,
+                     const rounded *r, long tokens, float *out, long ldo)
 {
     product a = {set, m, x, r, tokens, out, ldo};
     if (m->kind < BF16)
@@ -167,13 +169,7 @@ static void multiply_into(const kernel_set *set, pool *p, const matrix *m, const
         pool_run(p, rows, &a, m->rows, piece(p, m->rows, m->inputs * 2) / 4 * 4 + 4);
     if (m->bias)
         for (long t = 0; t < tokens; t++)
-            for (long n = 0; n < m->rows; n++) out[t * ldo + n] += from_bf16(m->bias[n]);
-}
-
-static void multiply(const kernel_set *set, pool *p, const matrix *m, const float *x,
-                     const rounded *r, long tokens, float *out)
-{
-    multiply_into(set, p, m, x, r, tokens, out, m->blocks * TILE_ROWS);
+            for (long n = 0; n < m->rows; n++) out[t * ldo + n] += m->bias[n];
 }
 
 pool *tp_pool_new(int threads) { return pool_new(threads); }
@@ -240,7 +236,7 @@ void tp_product(int set, pool *p, const matrix *m, const float *x, const int8_t 
                 const float *scale, const float *sum, long tokens, float *out)
 {
     const rounded r = {q, scale, sum, m->groups};
-    multiply(SETS[set], p, m, x, &r, tokens, out);
+    multiply(SETS[set], p, m, x, &r, tokens, out, columns(m));
 }
 
 void tp_fit4(int set, const float *w, long rows, long inputs, uint8_t *codes, uint16_t *scales)
@@ -275,6 +271,26 @@ void tp_dense(int set, pool *p, int bits, const void *codes, const uint16_t *sca
 {
     densing d = {SETS[set], codes, scales, groups, out, bits, half};
     pool_run(p, dense_blocks, &d, blocks, 1);
+}
+
+typedef struct {
+    const kernel_set *set;
+    const uint16_t *w;
+    uint16_t *out;
+} narrowing;
+
+enum { NARROWED = 1 << 14 }; /* at once */
+
+static void narrow_some(void *arg, long first, long last)
+{
+    const narrowing *n = arg;
+    n->set->narrow(n->w + first, last - first, n->out + first);
+}
+
+void tp_narrow(int set, pool *p, const uint16_t *w, long count, uint16_t *out)
+{
+    narrowing n = {SETS[set], w, out};
+    pool_run(p, narrow_some, &n, count, NARROWED);
 }
 
 typedef struct {
@@ -337,7 +353,7 @@ static rounded take_rounded(int set, pool *p, uint8_t **scratch, const matrix *m
 /* Copy or add rows without their padding. */
 static void put_rows(const float *x, long tokens, const matrix *m, float *out, int add)
 {
-    const long ldo = m->blocks * TILE_ROWS;
+    const long ldo = columns(m);
     for (long t = 0; t < tokens; t++)
         for (long n = 0; n < m->rows; n++)
             out[t * m->rows + n] = add ? out[t * m->rows + n] + x[t * ldo + n] : x[t * ldo + n];
@@ -346,13 +362,13 @@ static void put_rows(const float *x, long tokens, const matrix *m, float *out, i
 /* Bytes of scratch for a block: its rows between two products, rounded rows, and the products. */
 static long scratch_bytes(const matrix *first, const matrix *second, long tokens)
 {
-    const long groups = first->groups + second->groups, rows = first->blocks + second->blocks;
-    return tokens * (groups * (GROUP * 5 + 8) + rows * TILE_ROWS * 4) + 1024;
+    const long groups = first->groups + second->groups;
+    return tokens * (groups * (GROUP * 5 + 8) + (columns(first) + columns(second)) * 4) + 1024;
 }
 
 long tp_attention_scratch(const attention_block *b)
 {
-    return scratch_bytes(&b->qkv, &b->out, b->heads.tokens);
+    return scratch_bytes(&b->qk, &b->out, b->heads.tokens) + b->heads.tokens * columns(&b->v) * 4;
 }
 
 static long most(long a, long b) { return a > b ? a : b; }
@@ -366,22 +382,23 @@ long tp_mlp_scratch(const mlp_block *first)
     return bytes;
 }
 
-/* Norm, product, attention, product: (T, H) of the local heads. */
+/* Norm, products, attention, product: (T, H) of the local heads. Heads are whole tiles of rows. */
 void tp_attention(int set, pool *p, attention_block *b)
 {
     const kernel_set *s = SETS[set];
-    const long tokens = b->heads.tokens;
+    const long tokens = b->heads.tokens, width = b->qk.rows + b->v.rows;
     uint8_t *at = b->scratch;
-    float *x = take_floats(&at, tokens * b->qkv.inputs);
-    tp_norm(set, p, b->hidden, b->norm, b->eps, tokens, b->qkv.inputs, x);
-    rounded r = take_rounded(set, p, &at, &b->qkv, x, tokens);
-    b->heads.qkv = take_floats(&at, tokens * b->qkv.blocks * TILE_ROWS);
-    multiply(s, p, &b->qkv, x, &r, tokens, b->heads.qkv);
+    float *x = take_floats(&at, tokens * b->qk.inputs);
+    tp_norm(set, p, b->hidden, b->norm, b->eps, tokens, b->qk.inputs, x);
+    rounded r = take_rounded(set, p, &at, &b->qk, x, tokens);
+    float *qkv = b->heads.qkv = take_floats(&at, tokens * width);
+    multiply(s, p, &b->qk, x, &r, tokens, qkv, width);
+    multiply(s, p, &b->v, x, &r, tokens, qkv + b->qk.rows, width);
     float *y = b->heads.out = take_floats(&at, tokens * b->out.inputs);
     tp_attend(set, p, &b->heads);
     r = take_rounded(set, p, &at, &b->out, y, tokens);
-    float *out = take_floats(&at, tokens * b->out.blocks * TILE_ROWS);
-    multiply(s, p, &b->out, y, &r, tokens, out);
+    float *out = take_floats(&at, tokens * columns(&b->out));
+    multiply(s, p, &b->out, y, &r, tokens, out, columns(&b->out));
     put_rows(out, tokens, &b->out, b->partial, 0);
 }
 
@@ -394,13 +411,13 @@ static void mlp(int set, pool *p, mlp_block *b)
         tp_norm(set, p, b->hidden, b->norm, b->eps, tokens, b->gate_up.inputs, b->normed);
         round_into(set, p, &b->gate_up, b->normed, tokens, b->x);
     }
-    float *gate_up = take_floats(&at, tokens * b->gate_up.blocks * TILE_ROWS);
-    multiply(s, p, &b->gate_up, b->normed, &b->x, tokens, gate_up);
+    float *gate_up = take_floats(&at, tokens * columns(&b->gate_up));
+    multiply(s, p, &b->gate_up, b->normed, &b->x, tokens, gate_up, columns(&b->gate_up));
     float *y = take_floats(&at, tokens * b->down.inputs);
     tp_gate(set, p, gate_up, tokens, b->down.inputs, y);
     const rounded r = take_rounded(set, p, &at, &b->down, y, tokens);
-    float *out = take_floats(&at, tokens * b->down.blocks * TILE_ROWS);
-    multiply(s, p, &b->down, y, &r, tokens, out);
+    float *out = take_floats(&at, tokens * columns(&b->down));
+    multiply(s, p, &b->down, y, &r, tokens, out, columns(&b->down));
     put_rows(out, tokens, &b->down, b->partial, b->add);
 }
 
@@ -478,7 +495,7 @@ void tp_head(int set, pool *p, const head_block *h)
     tp_norm(set, p, h->hidden, h->norm, h->eps, h->tokens, m->inputs, x);
     const rounded r = take_rounded(set, p, &at, m, x, h->tokens);
     for (; m < h->pieces + h->count; out += m->rows, m++)
-        multiply_into(SETS[set], p, m, x, &r, h->tokens, out, h->width);
+        multiply(SETS[set], p, m, x, &r, h->tokens, out, h->width);
 }
 
 /* The read bandwidth to compare with: sums of memory. */

@@ -48,11 +48,11 @@ typedef struct {
 
 enum { Q4, Q8, BF16, F16 }; /* how weights are kept */
 
-/* A matrix, and the bias of its product (bfloat16) or NULL. Products have ``blocks`` x 16 columns:
+/* A matrix, and the bias of its product or NULL. Products have ``blocks`` x 16 columns:
  * what is beyond column N is padding. */
 typedef struct {
     const void *codes, *scales; /* 16 bits: the weights, and none */
-    const uint16_t *bias;
+    const float *bias;
     long rows, inputs, blocks, groups; /* N, K, N / 16 and K / 32, rounded up */
     int kind;
 } matrix;
@@ -61,7 +61,7 @@ typedef struct {
 typedef struct {
     const float *hidden; /* (T, H) */
     const float *norm;   /* (H,) */
-    matrix qkv, out;
+    matrix qk, v, out; /* the first two both in 16 bits, or neither */
     attention heads; /* of one sequence; its qkv and out are set within */
     float *partial;  /* (T, H) */
     void *scratch;
@@ -128,6 +128,8 @@ typedef struct {
     void (*dense4)(const uint8_t *codes, const uint16_t *scales, long groups, long first, long last,
                    void *out, int half);
     void (*dense8)(const int8_t *codes, long groups, long first, long last, void *out, int half);
+    /* n float16 to bfloat16. */
+    void (*narrow)(const uint16_t *w, long n, uint16_t *out);
     /* x / rms(x) * weight of rows (T, n), and silu(gate) * up of rows (T, 2 n). */
     void (*norm)(const float *x, const float *weight, float eps, long tokens, long n, float *out);
     void (*gate)(const float *x, long tokens, long n, float *out);

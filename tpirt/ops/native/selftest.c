@@ -293,6 +293,15 @@ static int check_dense4(const kernel_set *ours, const kernel_set *plain, uint64_
     return 1;
 }
 
+static int check_narrow(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
+{
+    enum { COUNT = ROWS * INPUTS - 3 }; /* not a multiple of 16 */
+    uint16_t w[COUNT], out[2][COUNT] = {{0}};
+    draw_bytes(w, sizeof w, &seed);
+    for (int i = 0; i < 2; i++) (i ? plain : ours)->narrow(w, COUNT, out[i]);
+    return !memcmp(out[0], out[1], sizeof out[0]);
+}
+
 static int check_dense8(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
 {
     int8_t codes[BLOCKS * GROUPS * Q8_TILE];
@@ -399,6 +408,7 @@ static const struct {
     {"fit4", check_fit4},
     {"dense4", check_dense4},
     {"dense8", check_dense8},
+    {"narrow", check_narrow},
     {"norm", check_norm},
     {"gate", check_gate},
     {"append", check_append},

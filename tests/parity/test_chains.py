@@ -38,7 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
 def in_c(monkeypatch: pytest.MonkeyPatch) -> None:
     """All products are those in C, whatever is faster."""
 
-    def probe(spec: QuantSpec, *_: int, exact: bool) -> KernelChoice:
+    def probe(spec: QuantSpec, *_: Any, **__: Any) -> KernelChoice:
         return KernelChoice((), (NATIVE if isinstance(spec, Scheme) else NATIVE_HALF).name)
 
     monkeypatch.setattr(kernels, "probe_kernels", probe)

@@ -285,12 +285,14 @@ def main(argv: Sequence[str]) -> int:
         tasks = {f"{arguments.prompt_tokens} ids": [arguments.prompt_tokens]}
     ways = chosen_ways(arguments)
     record = Record("speculation", argv, arguments)
-    with tempfile.TemporaryDirectory(prefix="tpirt-bench-") as scratch:
-        with group_of(arguments, Path(scratch)) as connected:
-            if arguments.hit_rates is not None:
-                tell("the answers without drafts")
-                connected(ways[0]).answer(arguments.prompt_tokens, arguments.tokens)
-            samples = run_rounds(ways, arguments.rounds, connected, tasks, arguments.tokens)
+    with (
+        tempfile.TemporaryDirectory(prefix="tpirt-bench-") as scratch,
+        group_of(arguments, Path(scratch)) as connected,
+    ):
+        if arguments.hit_rates is not None:
+            tell("the answers without drafts")
+            connected(ways[0]).answer(arguments.prompt_tokens, arguments.tokens)
+        samples = run_rounds(ways, arguments.rounds, connected, tasks, arguments.tokens)
     rows = [summarize(samples, text, way.name) for text in tasks for way in ways]
     show(rows)
     record.finish({"emulated": arguments.hit_rates is not None, "rows": list(map(asdict, rows))})

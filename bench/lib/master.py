@@ -3,10 +3,11 @@
     python -m bench.lib.master
 
 An order with ``connect`` connects, with a ``model``, ``peers`` or ``local``, and fields of
-``EngineOptions``; a connection that there was is closed first. ``hit_rate`` makes guesses from answers
-to earlier ``ask`` orders, which are right that often. An order with ``tokens`` generates that many
-after the first: it answers once the first is there, and goes on when another line comes. One with
-``ask`` answers a prompt at once. Every answer is one JSON line; a failure is ``{"error": "..."}``.
+``EngineOptions``; a connection that there was is closed first. With ``hit_rate``, guesses come from
+the answers to earlier ``ask`` orders, and are right that often. An order with ``tokens`` generates
+that many after the first: it answers once the first is there, and goes on when another line comes.
+One with ``ask`` answers a prompt at once. Every answer is one JSON line; a failure is
+``{"error": "..."}``.
 """
 
 from __future__ import annotations

@@ -131,9 +131,12 @@ async def run_rounds(arguments: argparse.Namespace, engine: Engine) -> Samples:
     for number in range(arguments.rounds):
         for users in arguments.users[:: -1 if number % 2 else 1]:
             for program in programs[:: -1 if number % 2 else 1]:
-                tell(f"round {number + 1} of {arguments.rounds}: {users} users: {program}")
                 sample = await _sample(arguments, engine, program, users, sent)
                 samples.setdefault((program, users), []).append(sample)
+                tell(
+                    f"round {number + 1} of {arguments.rounds}: {users} users: {program}: "
+                    f"{sample.loop.tokens_per_s:.1f} tokens/s"
+                )
     return samples
 
 

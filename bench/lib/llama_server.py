@@ -103,4 +103,6 @@ def _wait_until_ready(process: subprocess.Popen[bytes], port: int) -> None:
                 return
         except (OSError, urllib.error.URLError):  # not listening, or still loading
             time.sleep(_LOOK_S)
-    raise ConfigError("llama-server is not ready" if process.poll() is None else "it ended early")
+    code = process.poll()
+    ended = f"ended at its start, exit code {code}" if code is not None else "is not ready"
+    raise ConfigError(f"llama-server {ended}")

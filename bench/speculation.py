@@ -12,7 +12,8 @@ wrong one so often that the rest has the hit rate. What guesses would cost to ma
 In a round, the model is connected once in every way, and all answers are generated; the order is
 reversed from round to round. ``gain`` is the time of a token without drafts to that with them, both
 of the same round: its median, the lowest and the highest. ``predicted`` is the gain that the
-controller expected when it chose how many guesses to verify; it learns while it is measured.
+controller expected when it chose how many guesses to verify. It learns while it is measured, unless
+``--warm-up`` gave it the time before.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from tpirt.errors import ConfigError
 from tpirt.weights.synthetic import SLICES, is_synthetic
 
 NONE = "none"
-_WARM_UP_TOKENS = 8
+_WARM_UP_TOKENS = 8  # by default
 
 Tasks = Mapping[str, Sequence[int | Chat]]  # prompts by kind
 
@@ -140,7 +141,12 @@ def combine(answers: Sequence[Answer]) -> Sample:
 
 
 def run_rounds(
-    ways: Sequence[Way], rounds: int, connected: Any, tasks: Tasks, tokens: int
+    ways: Sequence[Way],
+    rounds: int,
+    connected: Any,
+    tasks: Tasks,
+    tokens: int,
+    warm_up: int = _WARM_UP_TOKENS,
 ) -> dict[tuple[str, str], list[Sample]]:
     """Connect in every way by turns; returns samples by text and drafts.
 
@@ -150,13 +156,14 @@ def run_rounds(
         connected: connects a group in a way, and returns it.
         tasks: what to answer.
         tokens: of each answer, at most.
+        warm_up: tokens before, at most.
     """
     samples: dict[tuple[str, str], list[Sample]] = {}
     for number in range(rounds):
         for way in ways[:: -1 if number % 2 else 1]:
             tell(f"round {number + 1} of {rounds}: drafts {way.name}")
             group = connected(way)
-            group.answer(next(iter(tasks.values()))[0], _WARM_UP_TOKENS)
+            group.answer(next(iter(tasks.values()))[0], warm_up)
             for text, prompts in tasks.items():
                 sample = combine([group.answer(prompt, tokens) for prompt in prompts])
                 samples.setdefault((text, way.name), []).append(sample)
@@ -292,7 +299,9 @@ def main(argv: Sequence[str]) -> int:
         if arguments.hit_rates is not None:
             tell("the answers without drafts")
             connected(ways[0]).answer(arguments.prompt_tokens, arguments.tokens)
-        samples = run_rounds(ways, arguments.rounds, connected, tasks, arguments.tokens)
+        samples = run_rounds(
+            ways, arguments.rounds, connected, tasks, arguments.tokens, arguments.warm_up
+        )
     rows = [summarize(samples, text, way.name) for text in tasks for way in ways]
     show(rows)
     record.finish({"emulated": arguments.hit_rates is not None, "rows": list(map(asdict, rows))})
@@ -311,6 +320,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--prompt-tokens", type=count, default=64, metavar="N", help="emulated")
     parser.add_argument("--tokens", type=count, default=128, metavar="N", help="of an answer")
+    parser.add_argument(
+        "--warm-up",
+        type=count,
+        default=_WARM_UP_TOKENS,
+        metavar="N",
+        help=f"tokens from which the controller learns before (default {_WARM_UP_TOKENS})",
+    )
     parser.add_argument("--rounds", type=count, default=5, metavar="N")
     parser.add_argument("--local", type=count, default=1, metavar="N", help="ranks; no links")
     links = parser.add_argument_group("links", "one way, device to device; see bench.links")

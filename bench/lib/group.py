@@ -84,6 +84,27 @@ class Request:
         return self.decode_ms / self.tokens
 
 
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one prompt.
+
+    Attributes:
+        tokens, decode_ms: those after the first, and their time.
+        steps: those of decoding.
+        same: whether the ids are those of the first answer to this prompt, as far as both go.
+        drafts_before, drafts: :class:`tpirt.engine.drafts.controller.DraftStats` before and after
+            it; empty without drafts.
+    """
+
+    ttft_ms: float
+    tokens: int
+    decode_ms: float
+    steps: int
+    same: bool
+    drafts_before: dict[str, Any]
+    drafts: dict[str, Any]
+
+
 class Group:
     """A master in the first place, peers in the others; a context manager that ends them."""
 
@@ -156,6 +177,14 @@ class Group:
         if not rest["decoded"]:
             raise GroupError("the model ends its answer at its first token: use another model")
         return Request(**first, **rest)
+
+    def answer(self, prompt: int | Sequence[Mapping[str, str]], tokens: int) -> Answer:
+        """Answer a prompt of so many tokens, or messages, with up to ``tokens`` tokens.
+
+        Raises:
+            GroupError: the master or a peer failed; says why.
+        """
+        return Answer(**self._ask({"ask": {"prompt": prompt, "tokens": tokens}}))
 
     def close(self, patience_s: float) -> None:
         """End all processes, the master first; kill those that outlast ``patience_s``."""

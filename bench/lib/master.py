@@ -3,9 +3,11 @@
     python -m bench.lib.master
 
 An order with ``connect`` connects, with a ``model``, ``peers`` or ``local``, and fields of
-``EngineOptions``; a connection that there was is closed first. One with ``tokens`` generates that
-many after the first: it answers once the first is there, and goes on when another line comes. Every
-answer is one JSON line; a failure is ``{"error": "..."}``.
+``EngineOptions``; a connection that there was is closed first. With ``hit_rate``, guesses come from
+the answers to earlier ``ask`` orders, and are right that often. An order with ``tokens`` generates
+that many after the first: it answers once the first is there, and goes on when another line comes.
+One with ``ask`` answers a prompt at once. Every answer is one JSON line; a failure is
+``{"error": "..."}``.
 """
 
 from __future__ import annotations
@@ -19,10 +21,13 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
 from dataclasses import asdict
 from typing import Any
 
-from tpirt import Engine, EngineOptions, SamplingParams
+from tpirt import Engine, EngineOptions, Message, SamplingParams
 from tpirt.cli.options import run_async
 from tpirt.engine.token_times import token_times
 from tpirt.errors import TpirtError
+from tpirt.testing.drafters import KnownAnswers
+
+_answers: dict[tuple[int, ...], list[int]] = {}  # by prompt, of all connections
 
 
 async def next_line() -> str:
@@ -38,8 +43,7 @@ def answer(values: dict[str, Any]) -> None:
 async def generate(engine: Engine, prompt_tokens: int, tokens: int) -> None:
     """Carry out one request from an empty cache."""
     engine.reset()
-    vocabulary = engine.config.vocab_size
-    prompt = [(17 * i + 3) % vocabulary for i in range(prompt_tokens)]
+    prompt = _random_prompt(engine, prompt_tokens)
     params = SamplingParams(max_tokens=tokens + 1)
     began = time.perf_counter()
     async with aclosing(engine.generate(prompt, params)) as stream:
@@ -64,9 +68,48 @@ async def generate(engine: Engine, prompt_tokens: int, tokens: int) -> None:
     )
 
 
+async def ask(engine: Engine, prompt: int | list[dict[str, str]], tokens: int) -> None:
+    """Answer a prompt of so many tokens, or messages, from an empty cache and without a pause."""
+    engine.reset()
+    ids = engine.encode(
+        _random_prompt(engine, prompt)
+        if isinstance(prompt, int)
+        else [Message(**message) for message in prompt]
+    )
+    before = _draft_stats(engine)
+    done = await engine.complete(ids, SamplingParams(max_tokens=tokens))
+    known = _answers.setdefault(tuple(ids), done.token_ids)
+    common = min(len(known), len(done.token_ids))
+    answer(
+        {
+            "ttft_ms": done.ttft_ms,
+            "tokens": len(done.token_ids) - 1,
+            "decode_ms": done.tpot_ms * max(1, len(done.token_ids) - 1),
+            "steps": sum(not step.prefill for step in done.ranks[0].steps),
+            "same": done.token_ids[:common] == known[:common],
+            "drafts_before": before,
+            "drafts": _draft_stats(engine),
+        }
+    )
+
+
+def _random_prompt(engine: Engine, tokens: int) -> list[int]:
+    return [(17 * i + 3) % engine.config.vocab_size for i in range(tokens)]
+
+
+def _draft_stats(engine: Engine) -> dict[str, Any]:
+    return asdict(engine.draft_stats) if engine.draft_stats is not None else {}
+
+
 def _connected(
-    model: str | None = None, local: int = 1, peers: Sequence[str] = (), **options: Any
+    model: str | None = None,
+    local: int = 1,
+    peers: Sequence[str] = (),
+    hit_rate: float | None = None,
+    **options: Any,
 ) -> AbstractAsyncContextManager[Engine]:
+    if hit_rate is not None:
+        options["draft"] = KnownAnswers(_answers, hit_rate)
     return Engine.connect(model, EngineOptions(**options), local=local, peers=peers)
 
 
@@ -89,6 +132,9 @@ async def serve() -> None:
                             "embedding_bytes": engine.embed([0]).nbytes,
                         }
                     )
+                elif "ask" in order:
+                    assert engine is not None
+                    await ask(engine, **order["ask"])
                 else:
                     assert engine is not None
                     await generate(engine, **order)

@@ -96,7 +96,7 @@ class Dllama:
     @contextmanager
     def _workers(self, count: int, threads: int) -> Iterator[list[str]]:
         """Start workers on loopback; returns their addresses."""
-        ports = [_free_port() for _ in range(count)]
+        ports = [free_port() for _ in range(count)]
         started: list[subprocess.Popen[bytes]] = []
         try:
             for port in ports:
@@ -177,7 +177,7 @@ def _output(program: Path, *options: object) -> str:
     return printed
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 
 from tpirt.engine.drafts.base import Drafter, Guess
@@ -41,13 +41,21 @@ class DraftStats:
     Attributes:
         steps: those with guesses.
         guesses, right: that were verified, and that were right.
-        saved_s: time that the tokens would have taken one by one, minus what they took.
+        seconds: that these steps took.
+        saved_s: time that their tokens would have taken one by one, minus what they took.
+        predicted_s, predicted_saved_s: what was expected of the two when guesses were chosen.
+        tested, hit: number of guesses whose answer is known, and of right ones, by kind.
     """
 
     steps: int = 0
     guesses: int = 0
     right: int = 0
+    seconds: float = 0.0
     saved_s: float = 0.0
+    predicted_s: float = 0.0
+    predicted_saved_s: float = 0.0
+    tested: dict[str, int] = field(default_factory=dict)
+    hit: dict[str, int] = field(default_factory=dict)
 
 
 class DraftController:
@@ -83,6 +91,7 @@ class DraftController:
         self._drafting_s = 0.0  # of the latest step
         self._idle_steps = 0  # since guesses were last verified
         self._gain: float | None = None  # expected of the latest step
+        self._predicted = (0.0, 0.0)  # its tokens and seconds
 
     async def extend(self, pieces: Items[Piece]) -> list[Piece]:
         """The pieces, those of answers under way with guesses where these pay."""
@@ -124,23 +133,32 @@ class DraftController:
         The first guess is compared even if it was not verified: that costs nothing.
         """
         tested = piece.guesses or (() if piece.first_guess is None else (piece.first_guess,))
+        stats = self.stats
         for guess, token in zip(tested, drawn, strict=False):
-            self._rate(guess).learn(guess.token == token)
+            right = guess.token == token
+            self._rate(guess).learn(right)
+            stats.tested[guess.kind] = stats.tested.get(guess.kind, 0) + 1
+            stats.hit[guess.kind] = stats.hit.get(guess.kind, 0) + right
         if piece.guesses:
-            self.stats.guesses += len(piece.guesses)
-            self.stats.right += len(drawn) - 1
+            stats.guesses += len(piece.guesses)
+            stats.right += len(drawn) - 1
 
     def learn_step(self, pieces: Items[Piece], tokens: int, seconds: float) -> None:
         """Account for a step that made ``tokens`` tokens."""
         if not any(piece.guesses for piece in pieces):
             return
-        self.stats.steps += 1
+        stats = self.stats
+        stats.steps += 1
+        stats.seconds += seconds
         rows = sum(piece.tokens for piece in pieces)
         answers = sum(_drafted(piece) is not None for piece in pieces)
         alone_s = self._costs.seconds(rows)
         if alone_s is not None:
-            alone_s *= tokens / max(1, answers)
-            self.stats.saved_s += alone_s - seconds - self._drafting_s
+            a_token_s = alone_s / max(1, answers)
+            predicted, predicted_s = self._predicted
+            stats.saved_s += a_token_s * tokens - seconds - self._drafting_s
+            stats.predicted_s += predicted_s
+            stats.predicted_saved_s += a_token_s * predicted - predicted_s
 
     def forget(self, answer: Answer) -> None:
         """An answer has ended."""
@@ -177,6 +195,7 @@ class DraftController:
         counts, best = [0] * len(guesses), [0] * len(guesses)
         expected = float(len(guesses))
         best_rate = base_rate = expected / base_s
+        self._predicted = (expected, base_s)
         heap: list[tuple[float, int]] = []
         for index, chain in enumerate(guesses):
             if chain:
@@ -192,6 +211,7 @@ class DraftController:
             rate = expected / (step_s + self._drafter.seconds(max(counts)))
             if rate > best_rate:
                 best, best_rate = list(counts), rate
+                self._predicted = (expected, step_s)
             chain = guesses[index]
             if counts[index] < len(chain):
                 heappush(heap, (likely * self._share(chain[counts[index]]), index))

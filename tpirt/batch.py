@@ -7,10 +7,11 @@ the decoder and the communicator of every rank read it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 
 import torch
 
@@ -145,6 +146,16 @@ class Batch:
             for segment, rows in zip(self.segments, self.rows, strict=True)
             for row in rows[len(rows) - segment.num_logits :]
         )
+
+    def by(self, kind: Callable[[Segment], bool]) -> list[tuple[Batch, range]]:
+        """Runs of segments of the same kind, and their rows."""
+        parts = []
+        together = zip(self.segments, self.rows, strict=True)
+        for _, run in groupby(together, key=lambda pair: kind(pair[0])):
+            segments, rows = zip(*run, strict=True)
+            part = replace(self, segments=segments)
+            parts.append((part, range(rows[0].start, rows[-1].stop)))
+        return parts
 
     def micro_batches(self) -> tuple[Batch, ...]:
         """The batch itself, or two micro-batches if the collective has ``micro_batches``.

@@ -171,10 +171,10 @@ def test_attention_in_one_call_has_the_bits_of_single_operations(
     (shard,) = make_partition(SHAPE, 1).shards
     batch = Batch((Segment(0, 0, tokens, tokens, tokens),))
     cos, sin = RotaryEmbedding(SHAPE).tables(batch.segments)
-    turn = Turn(cos, sin, torch.bfloat16)
     hidden = torch.randn(tokens, 48)
     cached = []
     for together in (True, False):
+        turn = Turn(cos, sin, torch.bfloat16)
         kv = KVStore(2, KVLayout(2, 16, torch.bfloat16, None))
         kv.prepare(batch.segments)
         heads = Heads(SHAPE, shard, kv, torch.bfloat16)
@@ -283,7 +283,6 @@ def test_layers_in_one_call_have_the_bits_of_single_blocks(
     segment = Segment(0, past, tokens, tokens, past + tokens)
     batch = Batch((segment,))
     cos, sin = torch.rand(2, tokens, HEAD)
-    turn = Turn(cos, sin, torch.bfloat16)
     start, seed = torch.randn(tokens, WIDTH), torch.initial_seed()
     results = []
 
@@ -296,6 +295,7 @@ def test_layers_in_one_call_have_the_bits_of_single_blocks(
     for each in kernel_sets():
         monkeypatch.setattr(native_blocks, "present_kernels", lambda each=each: each)
         ours, layers, one_by_one = fresh()
+        turn = Turn(cos, sin, torch.bfloat16)
         for number, (attention, pieces) in enumerate(layers):
             partial = ours.attention(attention, one_by_one, batch, turn, number)
             assert partial is not None
@@ -305,6 +305,7 @@ def test_layers_in_one_call_have_the_bits_of_single_blocks(
             if number < LAYERS - 1:
                 one_by_one += done[1]
         ours, layers, together = fresh()
+        turn = Turn(cos, sin, torch.bfloat16)
         for first, stop in ((0, 2), (2, LAYERS)):
             run = ours.chain(layers[first:stop], batch, turn, first)
             assert run is not None

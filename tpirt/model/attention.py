@@ -16,25 +16,27 @@ from tpirt.config import ModelConfig
 from tpirt.model.kv_store import Cached, KVStore
 from tpirt.model.products import FEW_ROWS, address, plain
 from tpirt.ops.cpu import bfloat16_units
-from tpirt.ops.native.bindings import Attention, KVRoom, NativeKernels, native_kernels
+from tpirt.ops.native.bindings import Attention, NativeKernels, SequenceRows, native_kernels
 from tpirt.ops.nn import attention, rms_norm
 from tpirt.ops.rope import rotate
 from tpirt.sharding.partition import Shard
 from tpirt.weights.layout import Weights
 
 
-@dataclass(frozen=True)
+@dataclass
 class Turn:
     """The rotation of rows by their positions.
 
     Attributes:
         cos, sin: (T, D) float32; see :class:`tpirt.ops.rope.RotaryEmbedding`.
         dtype: of the heads.
+        sequences: see :meth:`Heads.sequences`.
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
     dtype: torch.dtype
+    sequences: ctypes.Array[SequenceRows] | None = None
 
     @cached_property
     def cast(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,7 +77,15 @@ class Heads:
         Returns:
             (T, Q D); in the last layer of the wanted rows only.
         """
-        native = self._native(qk)
+        parts = batch.by(lambda segment: self._native(qk, segment.tokens, batch) is not None)
+        if len(parts) > 1:  # long segments by torch, the others in C
+            outs = []
+            for part, rows in parts:
+                own = slice(rows.start, rows.stop)
+                turned = Turn(turn.cos[own], turn.sin[own], turn.dtype)
+                outs.append(self.attend(w, qk[own], v[own], part, turned, layer))
+            return torch.cat([out.to(outs[0].dtype) for out in outs])
+        native = self._native(qk, batch.segments[0].tokens, batch)
         if native is not None:
             qkv = torch.cat((qk.float(), v.float()), dim=1)
             out = self._attend_native(native, w, qkv, batch, turn, layer)
@@ -102,10 +112,13 @@ class Heads:
             and self._config.head_dim % 16 == 0
         )
 
-    def _native(self, qk: torch.Tensor) -> NativeKernels | None:
-        # Torch restores codes at every token: then converting a few rows is less.
-        suits = qk.dtype is torch.float32 or self._kv.layout.bits is not None
-        if suits and self.suits_native(len(qk)):
+    def _native(self, qk: torch.Tensor, tokens: int, batch: Batch) -> NativeKernels | None:
+        """For a segment of so many tokens; None if torch attends."""
+        # Torch restores codes at every token, and attends within one sequence after the other: then
+        # converting a few rows is less.
+        many = len(batch.segments) > 1
+        suits = qk.dtype is torch.float32 or self._kv.layout.bits is not None or many
+        if suits and self.suits_native(tokens):
             return native_kernels(torch.get_num_threads())
         return None
 
@@ -135,9 +148,22 @@ class Heads:
         arguments.capacity = cached.length
         arguments.window = self._config.sliding_windows[layer] or 0
 
-    def rooms(self, segment: Segment) -> ctypes.Array[KVRoom]:
-        """Where all layers of a sequence have their keys and values."""
-        return self._kv.rooms(segment)
+    def sequences(self, batch: Batch, turn: Turn) -> ctypes.Array[SequenceRows]:
+        """The sequences of a step's rows, made once for all of its layers."""
+        if turn.sequences is None:
+            turn.sequences = (SequenceRows * len(batch.segments))(
+                *(
+                    SequenceRows(
+                        ctypes.addressof(self._kv.rooms(segment)),
+                        turn.cos[rows.start].data_ptr(),
+                        turn.sin[rows.start].data_ptr(),
+                        segment.tokens,
+                        segment.position,
+                    )
+                    for segment, rows in zip(batch.segments, batch.rows, strict=True)
+                )
+            )
+        return turn.sequences
 
     def _attend_native(
         self,

@@ -87,7 +87,8 @@ class NativeBlocks:
         out = torch.empty(batch.tokens, self._hidden)
         block = prepared.block
         block.hidden, block.partial = hidden.data_ptr(), out.data_ptr()
-        self._heads.place(block.heads, batch.segments[0], turn, 0, layer)
+        block.heads.window = self._config.sliding_windows[layer] or 0
+        self._place(block, batch, turn, layer)
         present_kernels().attention_block(block)
         return out
 
@@ -147,9 +148,8 @@ class NativeBlocks:
         if len(rounds) > 1:
             return None
         block = self._attention(weights[0][0]).block
-        self._heads.place(block.heads, batch.segments[0], turn, 0, first)
-        rooms = self._heads.rooms(batch.segments[0])
-        return LayerRun(self._layers, rooms, first, len(weights), block)
+        self._place(block, batch, turn, first)
+        return LayerRun(self._layers, first, len(weights), block)
 
     def layers(self, run: LayerRun, hidden: torch.Tensor) -> torch.Tensor:
         """Run layers in turn where no sum over ranks lies between their blocks.
@@ -203,9 +203,14 @@ class NativeBlocks:
         return (Layer * len(windows))(*(Layer(window=window or 0) for window in windows))
 
     def _suits(self, batch: Batch, layer: int) -> bool:
-        """Whether the attention up to that of ``layer`` has one sequence, and keeps its rows."""
-        cut = self._heads.is_last(layer) and batch.num_logits < batch.tokens
-        return len(batch.segments) == 1 and not cut
+        """Whether the attention up to that of ``layer`` keeps its rows."""
+        return not self._heads.is_last(layer) or batch.num_logits == batch.tokens
+
+    def _place(self, block: AttentionBlock, batch: Batch, turn: Turn, layer: int) -> None:
+        """Set the sequences of an attention, and its layer."""
+        sequences = self._heads.sequences(batch, turn)
+        block.sequences, block.count = ctypes.addressof(sequences), len(sequences)
+        block.tokens, block.layer = batch.tokens, layer
 
     def _attention(self, w: Weights) -> _Prepared[AttentionBlock]:
         return cast("_Prepared[AttentionBlock]", w.prepared or self._prepare_attention(w))

@@ -27,7 +27,7 @@ _SIGNATURES = {
     "tp_layers_scratch": [c_void_p, c_long],
     "tp_attention": [c_int, c_void_p, c_void_p],
     "tp_mlp": [c_int, c_void_p, c_void_p],
-    "tp_layers": [c_int, c_void_p, c_void_p, c_void_p, c_long, c_void_p],
+    "tp_layers": [c_int, c_void_p, c_void_p, c_long, c_void_p],
     "tp_head_scratch": [c_void_p],
     "tp_head": [c_int, c_void_p, c_void_p],
     "tp_fit4": [c_int, c_void_p, c_long, c_long, c_void_p, c_void_p],
@@ -93,7 +93,8 @@ class AttentionBlock(ctypes.Structure):
         *_fields(c_void_p, "hidden norm"),
         *_fields(Matrix, "qk v out"),
         ("heads", Attention),
-        *_fields(c_void_p, "partial scratch"),
+        *_fields(c_void_p, "partial scratch sequences"),
+        *_fields(c_long, "count tokens layer"),
         ("eps", c_float),
     )
 
@@ -134,18 +135,23 @@ class KVRoom(ctypes.Structure):
     _fields_ = (*_fields(c_void_p, "keys values key_scales value_scales"), ("capacity", c_long))
 
 
+class SequenceRows(ctypes.Structure):
+    """A sequence's rows in a step; ``native.h`` explains it."""
+
+    _fields_ = (*_fields(c_void_p, "rooms cos sin"), *_fields(c_long, "tokens past"))
+
+
 @dataclass(frozen=True)
 class LayerRun:
     """Some layers in turn.
 
     Attributes:
-        layers, rooms: arrays of all layers, of which those that run have all that is in them.
+        layers: array of all layers, of which those that run have all that is in them.
         first, count: those that run.
         attention: of the first; it also has what is the same for all.
     """
 
     layers: ctypes.Array[Layer]
-    rooms: ctypes.Array[KVRoom]
     first: int
     count: int
     attention: AttentionBlock
@@ -271,13 +277,13 @@ class NativeKernels:
         """Attention and MLP of layers in turn, added to ``hidden`` but for the last MLP.
 
         Args:
-            run: which layers, and where their keys and values are.
+            run: which layers.
             hidden: (T, H) float32, contiguous.
         """
-        layers, rooms = byref(run.layers[run.first]), byref(run.rooms[run.first])
+        layers = byref(run.layers[run.first])
         nbytes = self._library.tp_layers_scratch(layers, run.count)
         run.attention.scratch = scratch(nbytes).data_ptr()
-        self._library.tp_layers(self._set, self._pool, layers, rooms, run.count, hidden.data_ptr())
+        self._library.tp_layers(self._set, self._pool, layers, run.count, hidden.data_ptr())
 
     def head(self, block: HeadBlock) -> None:
         """Norm, and the products of all pieces."""

@@ -368,7 +368,7 @@ static long scratch_bytes(const matrix *first, const matrix *second, long tokens
 
 long tp_attention_scratch(const attention_block *b)
 {
-    return scratch_bytes(&b->qk, &b->out, b->heads.tokens) + b->heads.tokens * columns(&b->v) * 4;
+    return scratch_bytes(&b->qk, &b->out, b->tokens) + b->tokens * columns(&b->v) * 4;
 }
 
 static long most(long a, long b) { return a > b ? a : b; }
@@ -382,20 +382,38 @@ long tp_mlp_scratch(const mlp_block *first)
     return bytes;
 }
 
+/* Attend within each sequence: ``qkv`` (T, width) to ``out`` (T, columns). */
+static void attend_each(int set, pool *p, const attention_block *b, float *qkv, long width,
+                        float *out)
+{
+    for (long i = 0; i < b->count; i++) {
+        const sequence *s = b->sequences + i;
+        const kv_room *room = s->rooms + b->layer;
+        attention a = b->heads;
+        a.qkv = qkv, a.out = out;
+        a.cos = s->cos, a.sin = s->sin, a.tokens = s->tokens, a.past = s->past;
+        a.all_keys = room->keys, a.all_values = room->values;
+        a.key_scales = room->key_scales, a.value_scales = room->value_scales;
+        a.capacity = room->capacity;
+        tp_attend(set, p, &a);
+        qkv += s->tokens * width, out += s->tokens * b->out.inputs;
+    }
+}
+
 /* Norm, products, attention, product: (T, H) of the local heads. Heads are whole tiles of rows. */
 void tp_attention(int set, pool *p, attention_block *b)
 {
     const kernel_set *s = SETS[set];
-    const long tokens = b->heads.tokens, width = b->qk.rows + b->v.rows;
+    const long tokens = b->tokens, width = b->qk.rows + b->v.rows;
     uint8_t *at = b->scratch;
     float *x = take_floats(&at, tokens * b->qk.inputs);
     tp_norm(set, p, b->hidden, b->norm, b->eps, tokens, b->qk.inputs, x);
     rounded r = take_rounded(set, p, &at, &b->qk, x, tokens);
-    float *qkv = b->heads.qkv = take_floats(&at, tokens * width);
+    float *qkv = take_floats(&at, tokens * width);
     multiply(s, p, &b->qk, x, &r, tokens, qkv, width);
     multiply(s, p, &b->v, x, &r, tokens, qkv + b->qk.rows, width);
-    float *y = b->heads.out = take_floats(&at, tokens * b->out.inputs);
-    tp_attend(set, p, &b->heads);
+    float *y = take_floats(&at, tokens * b->out.inputs);
+    attend_each(set, p, b, qkv, width, y);
     r = take_rounded(set, p, &at, &b->out, y, tokens);
     float *out = take_floats(&at, tokens * columns(&b->out));
     multiply(s, p, &b->out, y, &r, tokens, out, columns(&b->out));
@@ -441,10 +459,10 @@ static void add(const float *x, long count, float *out)
 long tp_layers_scratch(const layer *layers, long count)
 {
     const matrix *m = &layers->mlp->gate_up;
-    const long tokens = layers->attention->heads.tokens;
+    const long tokens = layers->attention->tokens;
     long block = 0;
     for (long i = 0; i < count; i++) {
-        layers[i].attention->heads.tokens = layers[i].mlp->tokens = tokens;
+        layers[i].attention->tokens = layers[i].mlp->tokens = tokens;
         block = most(block, tp_attention_scratch(layers[i].attention));
         block = most(block, tp_mlp_scratch(layers[i].mlp));
     }
@@ -453,24 +471,20 @@ long tp_layers_scratch(const layer *layers, long count)
 
 /* Layers in turn, where no sum over ranks lies between their blocks: what a block computes is added
  * to the residual stream ``hidden`` (T, H), but for the last one's, which is in ``partial``. That,
- * the scratch and the rows' places are those of the first attention. */
-void tp_layers(int set, pool *p, const layer *layers, const kv_room *rooms, long count, float *hidden)
+ * the scratch, the sequences and the first layer's number are those of the first attention. */
+void tp_layers(int set, pool *p, const layer *layers, long count, float *hidden)
 {
     const attention_block *first = layers->attention;
     const matrix *gate_up = &layers->mlp->gate_up;
-    const long tokens = first->heads.tokens, size = tokens * gate_up->inputs;
+    const long tokens = first->tokens, size = tokens * gate_up->inputs;
     float *partial = first->partial;
     uint8_t *at = first->scratch;
     float *normed = take_floats(&at, size);
     const rounded x = room_for_rounded(&at, gate_up, tokens);
     for (long i = 0; i < count; i++) {
         attention_block *a = layers[i].attention;
-        attention *h = &a->heads;
-        h->tokens = tokens, h->past = first->heads.past;
-        h->cos = first->heads.cos, h->sin = first->heads.sin;
-        h->all_keys = rooms[i].keys, h->all_values = rooms[i].values;
-        h->key_scales = rooms[i].key_scales, h->value_scales = rooms[i].value_scales;
-        h->capacity = rooms[i].capacity, h->window = layers[i].window;
+        a->tokens = tokens, a->count = first->count, a->sequences = first->sequences;
+        a->layer = first->layer + i, a->heads.window = layers[i].window;
         a->hidden = hidden, a->partial = partial, a->scratch = at;
         tp_attention(set, p, a);
         add(partial, size, hidden);

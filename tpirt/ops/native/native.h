@@ -57,14 +57,31 @@ typedef struct {
     int kind;
 } matrix;
 
+/* The keys and values of a sequence in a layer, as ``attention`` has them. */
+typedef struct {
+    void *keys, *values;
+    uint16_t *key_scales, *value_scales;
+    long capacity;
+} kv_room;
+
+/* A sequence's rows in a step: where each layer has its keys and values, the rotation of its first
+ * row, the number of rows, and of positions before them. */
+typedef struct {
+    const kv_room *rooms;
+    const float *cos, *sin;
+    long tokens, past;
+} sequence;
+
 /* A block of a layer for some tokens; ``scratch`` is as large as the functions below say. */
 typedef struct {
     const float *hidden; /* (T, H) */
     const float *norm;   /* (H,) */
     matrix qk, v, out; /* the first two both in 16 bits, or neither */
-    attention heads; /* of one sequence; its qkv and out are set within */
+    attention heads; /* what all sequences share */
     float *partial;  /* (T, H) */
     void *scratch;
+    const sequence *sequences; /* of the rows, in order */
+    long count, tokens, layer; /* of sequences; T; number of the layer */
     float eps;
 } attention_block;
 
@@ -88,13 +105,6 @@ typedef struct {
     mlp_block *mlp;
     long window;
 } layer;
-
-/* The keys and values of a sequence in a layer, as ``attention`` has them. */
-typedef struct {
-    void *keys, *values;
-    uint16_t *key_scales, *value_scales;
-    long capacity;
-} kv_room;
 
 /* The LM head for some tokens: norm, and the products of its pieces beside each other. */
 typedef struct {

@@ -110,6 +110,8 @@ async def test_answers_are_those_given_alone(
             stats = engine.draft_stats
             assert stats is not None
             assert stats.right > 20
+            assert stats.right <= stats.hit["known"] <= stats.tested["known"]
+            assert min(stats.seconds, stats.predicted_s) > 0
         engine.reset()
         assert engine.cached_tokens == 0
 

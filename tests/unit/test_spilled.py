@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 import torch
 
+from tpirt.cli.options import add_engine_options
 from tpirt.engine.spilling import Spilled, SpilledSequences
 from tpirt.engine.step_costs import StepCosts
 from tpirt.errors import StoreError
@@ -109,3 +111,16 @@ def test_the_limit_of_the_store_is_kept(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"needs 960 B, the store has .* of its limit"):
         files.write(2, layers(None, 5, 1))
     files.close()
+
+
+# -- the option ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "spill_bytes"),
+    [((), 4 << 30), (("--spill", "900M"), 900 << 20), (("--spill", "none"), 0)],
+)
+def test_the_option_bounds_it(words: tuple[str, ...], spill_bytes: int) -> None:
+    parser = argparse.ArgumentParser()
+    add_engine_options(parser)
+    assert parser.parse_args(words).spill == spill_bytes

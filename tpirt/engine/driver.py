@@ -185,10 +185,10 @@ class Driver:
     async def aclose(self) -> None:
         """End all sequences; later ones raise RequestError."""
         self._closed = True
-        self._spiller.close()
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        self._spiller.close()
         self._end_all(_closed())
 
     # -- the readers' side -------------------------------------------------------------------

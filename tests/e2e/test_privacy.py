@@ -393,6 +393,10 @@ ALLOWED = {
         "probe",
         "measure_link",
         "link_quality",
+        "spill_slot",
+        "restore_slot",
+        "drop_spilled",
+        "done",
     },
     "Setup": {
         "protocol_version",
@@ -423,6 +427,10 @@ ALLOWED = {
     "StepEnded": {"step"},
     "Failure": {"step", "kind", "message", "lost_rank"},
     "FreeSlot": {"slot"},
+    "SpillSlot": {"slot", "handle"},
+    "RestoreSlot": {"slot", "handle"},
+    "DropSpilled": {"handles"},
+    "Done": set(),
     "StatsRequest": {"since_step"},
     "Stats": {
         "rank",

@@ -115,8 +115,9 @@ async def test_stats_and_peers(chat: Chat) -> None:
         assert stats[table + 2].split()[:2] == ["0", "master"]
     assert stats[decode + 3].split()[0] == "all"
     assert re.fullmatch(r"longest wait: [\w ]+, in [123] of 3 tokens", stats[decode + 4])
-    assert stats[-2].startswith("last answer: 4 tokens, TTFT")
-    assert stats[-1].startswith("drafts: ")
+    assert stats[-3].startswith("last answer: 4 tokens, TTFT")
+    assert stats[-2].startswith("drafts: ")
+    assert stats[-1].startswith("conversations: 1 kept in memory, 0 on disk (0 B a rank);")
     peers = await chat.command("/peers")
     assert "ok" in peers
     assert "lost" not in peers

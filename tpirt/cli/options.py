@@ -91,6 +91,14 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     memory.add_argument(
         "--window", type=int, metavar="N", help="most weight blocks in memory per rank, at least 2"
     )
+    memory.add_argument(
+        "--spill",
+        type=spill_size,
+        default="4G",
+        metavar="SIZE",
+        help="most that each rank writes to its disk of conversations that memory is too short for "
+        "while others run (default 4G); none: compute them again",
+    )
     add_process_options(memory)
     formats = parser.add_argument_group("format of weights and of the KV cache")
     add_format_options(formats)
@@ -274,6 +282,7 @@ def engine_options(arguments: argparse.Namespace, context: int | None = None) ->
         threads=arguments.threads,
         store=arguments.store,
         store_limit_bytes=arguments.store_limit,
+        spill_bytes=arguments.spill,
         timeout_s=arguments.timeout,
         trace=arguments.trace,
         context=context,
@@ -421,6 +430,11 @@ def size(text: str) -> int:
         return parse_bytes(text)
     except ConfigError as exc:
         raise argparse.ArgumentTypeError(str(exc)) from exc
+
+
+def spill_size(text: str) -> int:
+    """Argument type of a number of bytes, or ``none``."""
+    return 0 if text == "none" else size(text)
 
 
 def count(text: str) -> int:

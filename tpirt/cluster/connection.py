@@ -78,7 +78,7 @@ class Connection:
         assert stored is not None
         group = Group(clients, self._master, timeout_s, progress)
         try:
-            await group.form(self._deployment, manifests, stored)
+            await group.form(self._deployment, manifests, stored, self._store)
         except BaseException:
             await finish(group.aclose())
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -26,11 +26,15 @@ from tpirt.protocol.link import Incoming, Link, message_frame
 from tpirt.protocol.messages import (
     PROTOCOL_VERSION,
     Abort,
+    Done,
+    DropSpilled,
     Failure,
     FreeSlot,
     Loading,
     Ready,
+    RestoreSlot,
     Setup,
+    SpillSlot,
     StatsRequest,
 )
 from tpirt.protocol.tensors import dtype_number
@@ -39,7 +43,7 @@ from tpirt.transport.base import PeerClient
 from tpirt.transport.frame import Kind
 from tpirt.types import Progress, ProgressCallback, RankStats
 from tpirt.weights.manifest import Manifest
-from tpirt.weights.store import StoredSlice
+from tpirt.weights.store import SliceStore, StoredSlice
 
 _HINT_S = 0.5  # after a worker's report of a lost link: our own link may show it, too
 
@@ -109,7 +113,11 @@ class Group:
         return self._last_step + 1
 
     async def form(
-        self, deployment: Deployment, manifests: Sequence[Manifest], stored: StoredSlice
+        self,
+        deployment: Deployment,
+        manifests: Sequence[Manifest],
+        stored: StoredSlice,
+        store: SliceStore,
     ) -> None:
         """Open the sessions, load the weights on all ranks in parallel, measure the links.
 
@@ -117,6 +125,7 @@ class Group:
             deployment: the plan.
             manifests: of every rank's slice, which is in its store.
             stored: rank 0's slice.
+            store: rank 0's store.
 
         Raises:
             MemoryLimitError: a rank's limit is too low; the message has a sufficient one.
@@ -128,7 +137,7 @@ class Group:
         limits = deployment.limits
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._load(deployment, stored))
+                tasks.create_task(self._load(deployment, stored, store))
                 readies = {
                     rank: tasks.create_task(self._open(rank, client, deployment, manifests[rank]))
                     for rank, client in enumerate(self._clients, start=1)
@@ -223,6 +232,33 @@ class Group:
             await self._settled()
             await self.runtime.free(slot)
             await asyncio.gather(*(link.notify(FreeSlot(slot)) for link in self._all_links()))
+
+    async def spill(self, slot: int, handle: int) -> None:
+        """Write a sequence to every rank's disk, between steps, and drop it from memory.
+
+        If cancelled, some ranks may still be writing; the next step waits for them.
+
+        Raises:
+            TpirtError: a rank failed (disk) and has nothing on disk; or the group is broken.
+        """
+        await self._on_all(lambda: self.runtime.spill(slot, handle), SpillSlot(slot, handle))
+
+    async def restore(self, slot: int, handle: int) -> None:
+        """Read a spilled sequence into a slot on every rank, and delete it from disk.
+
+        Raises:
+            TpirtError: a rank failed (disk, memory), and its slot is empty; or the group is broken.
+        """
+        await self._on_all(lambda: self.runtime.restore(slot, handle), RestoreSlot(slot, handle))
+
+    async def drop_spilled(self, handles: Sequence[int]) -> None:
+        """Delete spilled sequences on every rank, where there are some.
+
+        Raises:
+            TpirtError: the group is broken.
+        """
+        request = DropSpilled(tuple(handles))
+        await self._on_all(lambda: self.runtime.drop_spilled(handles), request)
 
     async def stats(self, since_step: int = 0) -> list[RankStats]:
         """Return the statistics of every rank since step ``since_step`` began; 0: since the start.
@@ -338,10 +374,12 @@ class Group:
 
     # -- forming ---------------------------------------------------------------------------
 
-    async def _load(self, deployment: Deployment, stored: StoredSlice) -> None:
+    async def _load(self, deployment: Deployment, stored: StoredSlice, store: SliceStore) -> None:
         limits = deployment.limits[0]
         world_size = deployment.world_size
-        runtime = await RankRuntime.open(deployment.config, stored, world_size, self._links, limits)
+        runtime = await RankRuntime.open(
+            deployment.config, stored, world_size, self._links, limits, store
+        )
         self._runtime = runtime  # closed with the group, also if other ranks fail
         await runtime.load(self._progress)
 
@@ -443,6 +481,22 @@ class Group:
         for result in await asyncio.gather(*requests, return_exceptions=True):
             if isinstance(result, TpirtError):
                 self._break(result)
+
+    async def _on_all(self, own: Callable[[], Awaitable[None]], request: object) -> None:
+        """Do something between steps on this rank, and by a request on all others; wait for all."""
+        async with self._stepping:
+            await self._settled()
+            links = self._all_links()
+            asked = (link.request(request) for link in links)
+            results = await asyncio.gather(own(), *asked, return_exceptions=True)
+            self._check_alive()  # the first error counts, not that of a link closed later
+            for result in results:
+                if isinstance(result, BaseException):
+                    raise result
+            for link, reply in zip(links, results[1:], strict=True):
+                assert isinstance(reply, Incoming)
+                if not isinstance(reply.body, Done):
+                    raise _unexpected(link, "Done", reply)
 
     def _all_links(self) -> list[Link]:
         return [self._links[rank] for rank in sorted(self._links.others)]

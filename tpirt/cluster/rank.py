@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from tpirt.batch import Batch
+from tpirt.batch import Batch, Segment
 from tpirt.cancellation import finish, in_thread
 from tpirt.cluster.kernels import choose_kernels
 from tpirt.cluster.machine import (
@@ -25,6 +25,7 @@ from tpirt.collectives.links import LinkSet
 from tpirt.config import ModelConfig
 from tpirt.errors import MemoryLimitError, TransportError
 from tpirt.model.decoder import Decoder
+from tpirt.model.kv_files import KVFiles
 from tpirt.model.products import FEW_ROWS
 from tpirt.ops.quant_linear import same_kernel_rows
 from tpirt.planning import Limits, MemoryBudget, more_memory
@@ -34,7 +35,7 @@ from tpirt.sharding.program import Program
 from tpirt.stopwatch import Recorder
 from tpirt.types import ProgressCallback, RankStats
 from tpirt.units import format_bytes
-from tpirt.weights.store import StoredSlice
+from tpirt.weights.store import SliceStore, StoredSlice
 from tpirt.weights.streamer import WeightStreamer
 
 _LEAST_FRAME_LIMIT = 8 << 20  # traces, statistics of thousands of steps
@@ -60,6 +61,7 @@ class RankRuntime:
         world_size: int,
         links: LinkSet,
         limits: Limits,
+        store: SliceStore,
     ):
         """Choose kernels and begin to read weights; takes a while, so call it in a thread.
 
@@ -69,6 +71,7 @@ class RankRuntime:
             world_size: number of ranks.
             links: this rank's links to the others.
             limits: its bounds.
+            store: on whose disk sequences may be spilled.
 
         Raises:
             MemoryLimitError: the limit is below what two blocks and a step need.
@@ -81,6 +84,7 @@ class RankRuntime:
         self.comm = TimedCommunicator(comm, self.recorder)
         self._links = links
         self._limits = limits
+        self._files = KVFiles(store)
         manifest = stored.manifest
         form = manifest.form
         self._budget = MemoryBudget.of(
@@ -122,6 +126,7 @@ class RankRuntime:
         world_size: int,
         links: LinkSet,
         limits: Limits,
+        store: SliceStore,
     ) -> RankRuntime:
         """Make a runtime without blocking the event loop; see the class for the arguments.
 
@@ -130,7 +135,9 @@ class RankRuntime:
         made: list[RankRuntime] = []
         try:
             with refused_memory(f"rank {links.rank}"):
-                await in_thread(lambda: made.append(cls(config, stored, world_size, links, limits)))
+                await in_thread(
+                    lambda: made.append(cls(config, stored, world_size, links, limits, store))
+                )
         except BaseException:
             for runtime in made:
                 await finish(runtime.aclose())
@@ -232,6 +239,47 @@ class RankRuntime:
         self.decoder.kv.free(slot)
         await self._divide(1, self.decoder.kv.nbytes, 0)
 
+    async def spill(self, slot: int, handle: int) -> None:
+        """Write a sequence's keys and values to disk, and drop them from memory in any case.
+
+        Raises:
+            StoreError: the disk refused; nothing is kept.
+            TransportError: there is no such sequence.
+        """
+        kv = self.decoder.kv
+        if not (tokens := kv.length(slot)):
+            raise TransportError(f"slot {slot}, which is to be spilled, is empty")
+        try:
+            await in_thread(self._files.write, handle, kv.views(slot, tokens))
+        finally:
+            await self.free(slot)
+
+    async def restore(self, slot: int, handle: int) -> None:
+        """Read a spilled sequence into a slot, and delete it from disk in any case.
+
+        Raises:
+            StoreError: its file is missing or damaged, or cannot be read.
+            MemoryLimitError: it does not fit any more. The slot is empty then, as with all errors.
+        """
+        kv = self.decoder.kv
+        try:
+            tokens = self._files.tokens(handle)
+            segment = Segment(slot, 0, tokens, 0, tokens)
+            with self._refused_memory(Batch((segment,))):
+                await finish(self._divide(1, kv.bytes_for([segment]), tokens))
+                kv.prepare([segment])
+            await in_thread(self._files.read, handle, kv.views(slot, tokens))
+            kv.commit([segment])
+        except BaseException:
+            await self.free(slot)
+            raise
+        finally:
+            await self.drop_spilled([handle])
+
+    async def drop_spilled(self, handles: Sequence[int]) -> None:
+        """Delete spilled sequences, where there are some."""
+        await in_thread(self._files.drop, handles)
+
     def stats(self, since_step: int = 0) -> RankStats:
         """What was measured since step ``since_step`` began; 0: since the session began."""
         counted, steps = self.step_log.since(since_step)
@@ -253,6 +301,7 @@ class RankRuntime:
         """Stop the threads and return the memory to the system."""
         self.decoder.close()
         await self.streamer.aclose()
+        await in_thread(self._files.close)
         del self.decoder  # its keys and values
         release_free_memory()
 

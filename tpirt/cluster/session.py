@@ -25,12 +25,16 @@ from tpirt.protocol.link import Incoming, Link
 from tpirt.protocol.messages import (
     Abort,
     ClockRequest,
+    Done,
+    DropSpilled,
     Failure,
     FreeSlot,
     Loading,
     MeasureLink,
     Ready,
+    RestoreSlot,
     Setup,
+    SpillSlot,
     StatsRequest,
     StepEnded,
     TraceRequest,
@@ -217,6 +221,12 @@ class WorkerSession:
                 await self.link.respond(incoming, StepEnded(number))
             case FreeSlot(slot=slot):
                 await prepared.runtime.free(slot)
+            case SpillSlot(slot=slot, handle=handle):
+                await self._acknowledge(incoming, prepared.runtime.spill(slot, handle))
+            case RestoreSlot(slot=slot, handle=handle):
+                await self._acknowledge(incoming, prepared.runtime.restore(slot, handle))
+            case DropSpilled(handles=handles):
+                await self._acknowledge(incoming, prepared.runtime.drop_spilled(handles))
             case MeasureLink(rank=rank):
                 await self._measure(prepared.links, incoming, rank)
             case body:
@@ -257,6 +267,15 @@ class WorkerSession:
         finally:
             self._current = None
             self._idle_since_s = _now_s()
+
+    async def _acknowledge(self, to: Incoming, work: Coroutine[Any, Any, None]) -> None:
+        """Answer a request when its work is done, or has failed."""
+        try:
+            await work
+        except TpirtError as exc:
+            await self.refuse(to, exc)
+        else:
+            await self.link.respond(to, Done())
 
     async def _measure(self, links: LinkSet, to: Incoming, rank: int) -> None:
         if rank not in links.others:

@@ -246,7 +246,9 @@ class Worker:
         # Links first: all workers are at this point, and how long a runtime takes differs.
         workers.form(setup.session, setup.addresses)
         try:
-            runtime = await RankRuntime.open(config, stored, setup.world_size, links, limits)
+            runtime = await RankRuntime.open(
+                config, stored, setup.world_size, links, limits, self._store
+            )
         except BaseException:
             await finish(workers.aclose())
             raise

@@ -29,6 +29,7 @@ from tpirt.engine.drafts.controller import MOST_GUESSES, DraftController, DraftS
 from tpirt.engine.scheduler import Piece, Scheduler
 from tpirt.engine.sequence import Answer, Scoring, Sequence
 from tpirt.engine.slots import Place, Slots, common_prefix
+from tpirt.engine.spilling import Spiller
 from tpirt.engine.step_costs import StepCosts
 from tpirt.errors import (
     LogitsError,
@@ -59,6 +60,7 @@ class Driver:
         embed: ids to hidden states, (T, H).
         sequences: the most that run at once; others wait.
         waiting: the most that wait.
+        spill_bytes: the most that sequences which no request uses take on each rank's disk.
         drafter: guesses tokens; None for none.
         stall_free: see :class:`Scheduler`.
     """
@@ -71,6 +73,7 @@ class Driver:
         *,
         sequences: int,
         waiting: int,
+        spill_bytes: int,
         stall_free: bool,
         drafter: Drafter | None,
     ):
@@ -83,6 +86,15 @@ class Driver:
         trained = config.max_position_embeddings if config.rope.kind == "dynamic" else None
         self._slots = Slots(trained)
         self._costs = StepCosts()
+        self._spiller = Spiller(
+            connection,
+            deployment,
+            self._slots,
+            self._costs,
+            most_bytes=spill_bytes,
+            trained_length=trained,
+            wake=self._start,
+        )
         self._scheduler = Scheduler(deployment.chunk_tokens, self._costs, stall_free=stall_free)
         self._drafts: DraftController | None = None
         if drafter is not None:
@@ -116,6 +128,10 @@ class Driver:
     def first_step(self) -> int:
         """The step that the latest sequence began with, or all of them after a reconnect."""
         return self._first_step
+
+    def explain_cache(self) -> str:
+        """Say what became of conversations that no request uses."""
+        return self._spiller.explain()
 
     def explain_drafts(self) -> str:
         """Say what guesses brought, or why there are none."""
@@ -173,6 +189,7 @@ class Driver:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        self._spiller.close()
         self._end_all(_closed())
 
     # -- the readers' side -------------------------------------------------------------------
@@ -192,7 +209,7 @@ class Driver:
 
     async def _run(self) -> None:
         try:
-            while self._waiting or self._running or self._forget:
+            while self._waiting or self._running or self._forget or self._spiller.overdue:
                 try:
                     await self._turn()
                 except asyncio.CancelledError:
@@ -230,6 +247,7 @@ class Driver:
 
     async def _tidy(self) -> None:
         """Let go of ended sequences, and free what is kept no more."""
+        self._waiting = [sequence for sequence in self._waiting if not sequence.ended]
         for sequence in [s for s in self._running if s.ended]:
             self._running.remove(sequence)
             if self._drafts is not None and isinstance(sequence, Answer):
@@ -240,7 +258,9 @@ class Driver:
         if self._forget:
             for slot in self._slots.forget():
                 await self._free(slot)
+            await self._spiller.clear()
             self._forget = False
+        await self._spiller.tidy()
 
     async def _free(self, slot: int) -> None:
         self._slots.remove(slot)
@@ -272,36 +292,43 @@ class Driver:
     async def _admit(self, sequence: _Any) -> bool:
         """Give a sequence a slot; returns False if it has to wait for memory."""
         copy = True
-        while True:
+        while not sequence.ended:  # its reader can leave meanwhile
             place = self._place(sequence, copy=copy)
-            need = self._group.kv_need([*map(_rest, self._running), _rest(sequence, place)])
+            own = _rest(sequence, place, self._spiller.length(place))
+            need = self._group.kv_need([*map(_rest, self._running), own])
             rows = min(sequence.todo - place.shared, self._deployment.chunk_tokens)
-            if self._deployment.has_room(need, rows, displacing=False):
+            if not self._deployment.has_room(need, rows, displacing=False):
+                if idle := self._idle(place):
+                    await self._spiller.spill(idle[0])
+                    continue
+                if copy and place.source in self._slots.idle:
+                    copy = False
+                    continue
+                if self._running and not self._deployment.has_room(need, rows, displacing=True):
+                    return False
+            if place.handle is None or await self._spiller.restore(place):
                 break
-            idle = self._idle(place)
-            if idle:
-                await self._free(idle[0])
-            elif copy and place.source in self._slots.idle:
-                copy = False
-            elif self._running and not self._deployment.has_room(need, rows, displacing=True):
-                return False
-            else:
-                break
+        if not sequence.ended:
+            self._begin(sequence, place)
+        return True
+
+    def _begin(self, sequence: _Any, place: Place) -> None:
         self._waiting.remove(sequence)
+        if place.handle is None:
+            self._spiller.passed_over(sequence.ids, place)
         try:
             self._deployment.check_context(len(sequence.ids), cached=place.shared)
         except MemoryLimitError as exc:
             sequence.end(exc)
-            return True
+            return
         rope_length = self._slots.take(place, sequence.ids)
         sequence.admit(place.slot, place.shared, place.source, rope_length)
         self._running.append(sequence)
         self._first_step = self._group.next_step
-        return True
 
     def _place(self, sequence: _Any, *, copy: bool) -> Place:
-        shareable = sequence.ids[: sequence.first_wanted + 1]
-        return self._slots.find(shareable, len(sequence.ids), copy=copy)
+        ids, length = sequence.ids[: sequence.first_wanted + 1], len(sequence.ids)
+        return self._spiller.better(self._slots.find(ids, length, copy=copy), ids, length)
 
     def _idle(self, place: Place | None = None) -> list[int]:
         """Slots that may be freed, the longest unused first."""
@@ -321,7 +348,7 @@ class Driver:
             return True
         fits = self._deployment.has_room
         while not fits(need, rows, displacing=False) and (idle := self._idle()):
-            await self._free(idle[0])
+            await self._spiller.spill(idle[0])
             need = self._group.kv_need([piece.segment() for piece in pieces])
         if len(self._running) > 1 and not fits(need, rows, displacing=True):
             await self._give_up(self._running[-1])
@@ -370,7 +397,7 @@ class Driver:
     async def _relieve(self, pieces: list[Piece], exc: MemoryLimitError) -> None:
         """Memory was refused: free what can be, or give up the youngest; alone, one fails."""
         if idle := self._idle():
-            await self._free(idle[0])
+            await self._spiller.spill(idle[0])
         elif len(self._running) > 1:
             await self._give_up(self._running[-1])
         else:
@@ -436,6 +463,7 @@ class Driver:
         for sequence in self._waiting:
             sequence.computed = self._place(sequence, copy=True).shared
         self._slots.clear()
+        self._spiller.forget()
         self._waiting[:0] = self._running
         self._running.clear()
         tokens = sum(sequence.computed for sequence in self._waiting)
@@ -469,12 +497,12 @@ class Driver:
         self._waiting.clear()
 
 
-def _rest(sequence: _Any, place: Place | None = None) -> Segment:
-    """All that is still to be computed of a sequence, as a segment."""
+def _rest(sequence: _Any, place: Place | None = None, least: int = 0) -> Segment:
+    """All that is still to be computed of a sequence, as a segment; it has ``least`` positions."""
     if place is None:
         assert sequence.slot is not None
         place = Place(sequence.slot, sequence.computed, sequence.source)
-    tokens = max(1, len(sequence.ids) - place.shared)
+    tokens = max(1, len(sequence.ids) - place.shared, least - place.shared)
     return Segment(place.slot, place.shared, tokens, 0, 1, place.source)
 
 

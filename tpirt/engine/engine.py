@@ -75,6 +75,7 @@ class Engine:
             self.embed,
             sequences=options.sequences,
             waiting=options.waiting,
+            spill_bytes=options.spill_bytes,
             stall_free=options.objective == "latency",
             drafter=drafter,
         )
@@ -204,6 +205,10 @@ class Engine:
     def explain_drafts(self) -> str:
         """Say what guesses brought, or why there are none."""
         return self._driver.explain_drafts()
+
+    def explain_cache(self) -> str:
+        """Say what became of conversations that no request uses, in memory and on disk."""
+        return self._driver.explain_cache()
 
     @property
     def draft_stats(self) -> DraftStats | None:

@@ -28,6 +28,9 @@ class EngineOptions(PlanOptions):
         store_limit_bytes: maximum size of that folder; by default only the disk limits it.
         sequences: the most requests that run at once; others wait.
         waiting: the most requests that wait; more are refused.
+        spill_bytes: the most that each rank writes to its own disk, in its store, of conversations
+            that no request uses and that memory is too short for; 0 for none of them. Beyond, and
+            after an hour, they are computed again.
         objective: ``latency``: a prompt slows running answers down by at most a factor of two;
             ``throughput``: prompts are computed as fast as can be.
         draft: how tokens are guessed, which one step then verifies together: ``suffix``: from the
@@ -48,6 +51,7 @@ class EngineOptions(PlanOptions):
     store_limit_bytes: int | None = None
     sequences: int = 16
     waiting: int = 256
+    spill_bytes: int = 4 << 30
     objective: str = "latency"
     draft: str | Path | Drafter = AUTO_DRAFT
     timeout_s: float = DEFAULT_TIMEOUT_S
@@ -58,6 +62,7 @@ class EngineOptions(PlanOptions):
         check_range("threads", self.threads, 1024)
         check_range("sequences", self.sequences, 1024)
         check_range("waiting", self.waiting, 1 << 20)
+        check_range("spill_bytes", self.spill_bytes or None, 1 << 60)
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"objective {self.objective!r}: expected {' or '.join(OBJECTIVES)}")
         check_range("store_limit_bytes", self.store_limit_bytes, 1 << 60)

@@ -14,15 +14,20 @@ class Place(NamedTuple):
         slot: its slot.
         shared: number of leading ids that need not be computed.
         source: slot that they are copied from; None if they are in ``slot``, or if there are none.
+        handle: of the spilled sequence that is to be read into ``slot`` first; None if there is
+            none.
     """
 
     slot: int
     shared: int
     source: int | None = None
+    handle: int | None = None
 
 
 @dataclass
-class _Slot:
+class Slot:
+    """Which ids' keys and values a slot has, and whether a sequence uses it."""
+
     ids: list[int]
     rope_length: int
     busy: bool
@@ -40,7 +45,7 @@ class Slots:
 
     def __init__(self, trained_length: int | None):
         self._trained_length = trained_length
-        self._slots: dict[int, _Slot] = {}
+        self._slots: dict[int, Slot] = {}
         self._uses = 0
 
     @property
@@ -65,7 +70,7 @@ class Slots:
             length: number of all its ids.
             copy: whether there is memory for a copy; else an idle slot is taken over.
         """
-        best = Place(self._free_number(), 0)
+        best = Place(self.free_number, 0)
         for number, slot in self._slots.items():
             shared = self._shared(slot, ids, length)
             if shared <= best.shared:
@@ -73,14 +78,14 @@ class Slots:
             if not slot.busy and (not copy or len(slot.ids) - shared <= shared):
                 best = Place(number, shared)
             elif copy:
-                best = Place(self._free_number(), shared, number)
+                best = Place(self.free_number, shared, number)
         return best
 
     def take(self, place: Place, ids: Ids[int]) -> int:
         """Give a place to a sequence; returns the length its keys were rotated for."""
         origin = self._slots.get(place.slot if place.source is None else place.source)
         rope_length = origin.rope_length if origin is not None and place.shared else 0
-        self._slots[place.slot] = _Slot(list(ids[: place.shared]), rope_length, True, self._next())
+        self._slots[place.slot] = Slot(list(ids[: place.shared]), rope_length, True, self._next())
         return rope_length
 
     def extend(self, slot: int, ids: Ids[int], rope_length: int) -> None:
@@ -95,9 +100,13 @@ class Slots:
         found.busy, found.used = False, self._next()
         return found.forget or not found.ids
 
-    def remove(self, slot: int) -> None:
-        """A slot is freed."""
-        self._slots.pop(slot, None)
+    def put(self, slot: int, ids: list[int], rope_length: int) -> None:
+        """Keep a sequence that was restored."""
+        self._slots[slot] = Slot(ids, rope_length, False, self._next())
+
+    def remove(self, slot: int) -> Slot:
+        """A slot is freed; returns what it had."""
+        return self._slots.pop(slot)
 
     def forget(self) -> list[int]:
         """Keep nothing: returns the slots to free now; busy ones are freed on release."""
@@ -113,13 +122,15 @@ class Slots:
         """All ranks have lost everything."""
         self._slots.clear()
 
-    def _shared(self, slot: _Slot, ids: Ids[int], length: int) -> int:
+    def _shared(self, slot: Slot, ids: Ids[int], length: int) -> int:
         longest = max(length, slot.rope_length)
         if slot.forget or (self._trained_length is not None and longest > self._trained_length):
             return 0
         return common_prefix(slot.ids, ids[:-1])
 
-    def _free_number(self) -> int:
+    @property
+    def free_number(self) -> int:
+        """The number of a slot that is not in use."""
         return next(n for n in range(len(self._slots) + 1) if n not in self._slots)
 
     def _next(self) -> int:

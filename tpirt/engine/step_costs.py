@@ -41,6 +41,12 @@ class StepCosts:
         high, high_s = self._known[index]
         return low_s + (high_s - low_s) * (rows - low) / (high - low)
 
+    def prompt_seconds(self, rows: int, chunk: int) -> float | None:
+        """The expected seconds of ``rows`` rows in steps of at most ``chunk``; None as above."""
+        whole, rest = divmod(rows, chunk)
+        whole_s, rest_s = self.seconds(chunk), self.seconds(rest) if rest else 0.0
+        return None if whole_s is None or rest_s is None else whole * whole_s + rest_s
+
     def rows_within(self, limit_s: float, most: int) -> int:
         """The most rows, up to ``most``, of a step that is expected to take at most ``limit_s``."""
         within = 0

@@ -251,6 +251,10 @@ class KVStore:
         for segment in segments:
             self._slots[segment.slot].length = segment.end
 
+    def views(self, slot: int, tokens: int) -> list[Cached]:
+        """The first ``tokens`` positions of every layer, for which there is room, in place."""
+        return [layer.positions(0, tokens) for layer in self._opened(slot).layers]
+
     def reserve(self, slot: int, tokens: int) -> None:
         """Make room for ``tokens`` positions in total; existing positions stay."""
         found = self._opened(slot)

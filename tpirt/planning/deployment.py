@@ -120,6 +120,11 @@ class Deployment:
         return self.dtype.name if bits is None else f"int{bits}"
 
     @property
+    def kv_token_bytes(self) -> int:
+        """Most bytes of the keys and values of one position on a rank."""
+        return max(rank.budget.kv_token_bytes for rank in self.ranks)
+
+    @property
     def logits_tokens(self) -> int:
         """Maximum tokens whose logits the master computes at once."""
         shard = self.partition.shards[0]

@@ -161,7 +161,7 @@ class MemoryBudget:
         The KV store grows by a quarter at a time, and copies layer by layer.
         """
         capacity = round_up(tokens + tokens // 4, 64)
-        cache = self._token_bytes * capacity
+        cache = self.kv_token_bytes * capacity
         return cache + cache // self.config.num_hidden_layers + self._kv.piece_bytes(tokens)
 
     def left_for_weights(self, tokens: int | None = None, kv_bytes: int = 0) -> int | None:
@@ -217,7 +217,7 @@ class MemoryBudget:
             cached: leading ones that need not be computed.
         """
         least = least_budget(self.block_bytes, self.limits.window_blocks)
-        chunk, token_bytes = self.limits.chunk_tokens, self._token_bytes
+        chunk, token_bytes = self.limits.chunk_tokens, self.kv_token_bytes
         capacity = grown_capacity(0, cached)
         for start in range(cached, context, chunk):
             end = min(start + chunk, context)
@@ -253,7 +253,8 @@ class MemoryBudget:
         return KVLayout(heads, self.config.head_dim, self.form.run_dtype, bits)
 
     @property
-    def _token_bytes(self) -> int:
+    def kv_token_bytes(self) -> int:
+        """Bytes of the keys and values of one position."""
         return self.config.num_hidden_layers * self._kv.token_bytes
 
     @property

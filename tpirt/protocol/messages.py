@@ -174,6 +174,28 @@ class FreeSlot:
 
 
 @dataclass(frozen=True)
+class SpillSlot:
+    slot: int
+    handle: int
+
+
+@dataclass(frozen=True)
+class RestoreSlot:
+    slot: int
+    handle: int
+
+
+@dataclass(frozen=True)
+class DropSpilled:
+    handles: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Done:
+    pass
+
+
+@dataclass(frozen=True)
 class StatsRequest:
     since_step: int
 
@@ -241,6 +263,10 @@ _PROTO: dict[type, type[ProtoMessage]] = {
     StepEnded: pb.StepEnded,
     Failure: pb.Failure,
     FreeSlot: pb.FreeSlot,
+    SpillSlot: pb.SpillSlot,
+    RestoreSlot: pb.RestoreSlot,
+    DropSpilled: pb.DropSpilled,
+    Done: pb.Done,
     StatsRequest: pb.StatsRequest,
     RankStats: pb.Stats,
     StepTimes: pb.StepTimes,

@@ -108,7 +108,7 @@ class PutUnitsReply(_message.Message):
     def __init__(self, bytes_written: _Optional[int] = ...) -> None: ...
 
 class Message(_message.Message):
-    __slots__ = ("setup", "loading", "ready", "step", "abort", "step_ended", "failure", "free_slot", "stats_request", "stats", "clock_request", "clock", "trace_request", "trace", "join_link", "joined", "probe", "measure_link", "link_quality")
+    __slots__ = ("setup", "loading", "ready", "step", "abort", "step_ended", "failure", "free_slot", "stats_request", "stats", "clock_request", "clock", "trace_request", "trace", "join_link", "joined", "probe", "measure_link", "link_quality", "spill_slot", "restore_slot", "drop_spilled", "done")
     SETUP_FIELD_NUMBER: _ClassVar[int]
     LOADING_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -128,6 +128,10 @@ class Message(_message.Message):
     PROBE_FIELD_NUMBER: _ClassVar[int]
     MEASURE_LINK_FIELD_NUMBER: _ClassVar[int]
     LINK_QUALITY_FIELD_NUMBER: _ClassVar[int]
+    SPILL_SLOT_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_SLOT_FIELD_NUMBER: _ClassVar[int]
+    DROP_SPILLED_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
     setup: Setup
     loading: Loading
     ready: Ready
@@ -147,7 +151,11 @@ class Message(_message.Message):
     probe: Probe
     measure_link: MeasureLink
     link_quality: LinkQuality
-    def __init__(self, setup: _Optional[_Union[Setup, _Mapping]] = ..., loading: _Optional[_Union[Loading, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., step_ended: _Optional[_Union[StepEnded, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., free_slot: _Optional[_Union[FreeSlot, _Mapping]] = ..., stats_request: _Optional[_Union[StatsRequest, _Mapping]] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ..., clock_request: _Optional[_Union[ClockRequest, _Mapping]] = ..., clock: _Optional[_Union[Clock, _Mapping]] = ..., trace_request: _Optional[_Union[TraceRequest, _Mapping]] = ..., trace: _Optional[_Union[Trace, _Mapping]] = ..., join_link: _Optional[_Union[JoinLink, _Mapping]] = ..., joined: _Optional[_Union[Joined, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., measure_link: _Optional[_Union[MeasureLink, _Mapping]] = ..., link_quality: _Optional[_Union[LinkQuality, _Mapping]] = ...) -> None: ...
+    spill_slot: SpillSlot
+    restore_slot: RestoreSlot
+    drop_spilled: DropSpilled
+    done: Done
+    def __init__(self, setup: _Optional[_Union[Setup, _Mapping]] = ..., loading: _Optional[_Union[Loading, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., step_ended: _Optional[_Union[StepEnded, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., free_slot: _Optional[_Union[FreeSlot, _Mapping]] = ..., stats_request: _Optional[_Union[StatsRequest, _Mapping]] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ..., clock_request: _Optional[_Union[ClockRequest, _Mapping]] = ..., clock: _Optional[_Union[Clock, _Mapping]] = ..., trace_request: _Optional[_Union[TraceRequest, _Mapping]] = ..., trace: _Optional[_Union[Trace, _Mapping]] = ..., join_link: _Optional[_Union[JoinLink, _Mapping]] = ..., joined: _Optional[_Union[Joined, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., measure_link: _Optional[_Union[MeasureLink, _Mapping]] = ..., link_quality: _Optional[_Union[LinkQuality, _Mapping]] = ..., spill_slot: _Optional[_Union[SpillSlot, _Mapping]] = ..., restore_slot: _Optional[_Union[RestoreSlot, _Mapping]] = ..., drop_spilled: _Optional[_Union[DropSpilled, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ...) -> None: ...
 
 class Setup(_message.Message):
     __slots__ = ("protocol_version", "model_fingerprint", "model_config", "slice_id", "rank", "world_size", "window_blocks", "memory_bytes", "chunk_tokens", "timeout_ms", "trace_spans", "session", "addresses", "master", "kv_bits")
@@ -288,6 +296,32 @@ class FreeSlot(_message.Message):
     SLOT_FIELD_NUMBER: _ClassVar[int]
     slot: int
     def __init__(self, slot: _Optional[int] = ...) -> None: ...
+
+class SpillSlot(_message.Message):
+    __slots__ = ("slot", "handle")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    handle: int
+    def __init__(self, slot: _Optional[int] = ..., handle: _Optional[int] = ...) -> None: ...
+
+class RestoreSlot(_message.Message):
+    __slots__ = ("slot", "handle")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    handle: int
+    def __init__(self, slot: _Optional[int] = ..., handle: _Optional[int] = ...) -> None: ...
+
+class DropSpilled(_message.Message):
+    __slots__ = ("handles",)
+    HANDLES_FIELD_NUMBER: _ClassVar[int]
+    handles: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, handles: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Done(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class StatsRequest(_message.Message):
     __slots__ = ("since_step",)

@@ -362,7 +362,8 @@ async def test_every_sum_of_two_micro_batches_has_the_others_work_to_hide_behind
 ) -> None:
     """The second is one stage behind, on all ranks."""
     async with decoder_group(models("llama"), 2) as group:
-        await group.logits(ids_of(0, 20), [Segment(0, 0, 20, 11, 20)], micro_batches=True)
+        # More rows than are computed on the event loop.
+        await group.logits(ids_of(0, 40), [Segment(0, 0, 40, 21, 40)], micro_batches=True)
         for rank in group.ranks:
             calls = rank.comm.calls
             assert calls[:2] == [("broadcast", 0), ("broadcast", 1)]

@@ -88,7 +88,7 @@ async def _stats(session: Session, _: str) -> None:
     session.console.say(*stats_table(ranks, width), *times_tables(ranks, width))
     if session.timing is not None:
         session.console.say(f"last answer: {session.timing.tokens} tokens, {session.timing}")
-        session.console.say(session.engine.explain_drafts(), session.engine.explain_cache())
+    session.console.say(session.engine.explain_drafts(), session.engine.explain_cache())
 
 
 async def _peers(session: Session, _: str) -> None:

@@ -109,8 +109,9 @@ class SpilledSequences:
         it is restored, and is continued in its place. See :meth:`Slots.find` for the arguments.
         """
         best: tuple[Spilled, int] | None = None
+        ids = ids[:-1]  # the last one is computed in any case
         for each in self._all.values():
-            shared = common_prefix(each.ids, ids[:-1])
+            shared = common_prefix(each.ids, ids)
             longest = max(length, each.rope_length)
             if self._trained_length is not None and longest > self._trained_length:
                 continue

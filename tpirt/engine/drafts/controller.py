@@ -19,7 +19,7 @@ from tpirt.engine.step_costs import StepCosts
 MOST_GUESSES = 16  # for an answer; more are hardly ever all right
 _LEAST_GAIN = 1.05  # expected tokens per second with guesses to those without
 _RETRY_STEPS = 256  # where guesses do not pay, some are tried again after so many steps
-_PRIOR_WEIGHT, _KEPT = 4.0, 0.98  # of a kind's prior, in guesses; of earlier guesses, a guess
+_PRIOR_WEIGHT, _KEPT = 2.0, 0.98  # of a kind's prior, in guesses; of earlier guesses, a guess
 
 
 @dataclass
@@ -168,6 +168,8 @@ class DraftController:
         """Say what guesses bring, and why there are none if there are none."""
         stats = self.stats
         if not stats.steps:
+            if self._exact_rows < 2:
+                return "drafts: off, with these weights a step of two rows rounds differently here"
             if self._gain is None or self._gain >= _LEAST_GAIN:
                 return "drafts: none yet"
             return f"drafts: off, {self._gain:.2f} x expected (at least {_LEAST_GAIN} is asked)"

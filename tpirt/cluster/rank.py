@@ -90,7 +90,8 @@ class RankRuntime:
         self._budget = MemoryBudget.of(
             config, manifest.shard, comm.world_size, form, base_bytes(), limits
         )
-        self._reserved = (limits.chunk_tokens, 0)  # tokens of a step, bytes of keys and values
+        # Tokens of a step, bytes of keys and values, tokens whose logits are wanted.
+        self._reserved = (limits.chunk_tokens, 0, 1)
         blocks = rank_blocks(config, manifest.shard, form)
         kernels = choose_kernels(stored.path, blocks, form.dtype)
         self.exact_rows = same_kernel_rows(kernels.values(), FEW_ROWS)
@@ -337,7 +338,7 @@ class RankRuntime:
         """Whether memory is divided as the step needs it: so it is for most tokens."""
         kv_bytes = self.decoder.kv.bytes_for(batch.segments)
         left = self._budget.left_for_weights
-        return left(*self._reserved) == left(batch.tokens, kv_bytes)
+        return left(*self._reserved) == left(batch.tokens, kv_bytes, batch.num_logits)
 
     async def _make_room(self, batch: Batch) -> None:
         """Give the step and the KV store what they need, and the weights the rest.
@@ -346,7 +347,8 @@ class RankRuntime:
         are given up, or read again, accordingly.
         """
         kv_bytes = self.decoder.kv.bytes_for(batch.segments)
-        await self._divide(batch.tokens, kv_bytes, max(s.rope_length for s in batch.segments))
+        longest = max(segment.rope_length for segment in batch.segments)
+        await self._divide(batch.tokens, kv_bytes, longest, batch.num_logits)
 
     @contextlib.contextmanager
     def _refused_memory(self, batch: Batch) -> Iterator[None]:
@@ -359,9 +361,9 @@ class RankRuntime:
             release_free_memory()
             raise
 
-    async def _divide(self, tokens: int, kv_bytes: int, context: int) -> None:
+    async def _divide(self, tokens: int, kv_bytes: int, context: int, logits: int = 1) -> None:
         """Divide the memory limit for steps of ``tokens`` tokens and a KV store of some size."""
-        reserved = (tokens, kv_bytes)
+        reserved = (tokens, kv_bytes, logits)
         before = self._budget.left_for_weights(*self._reserved)
         left = self._budget.left_for_weights(*reserved)
         if left is None or before is None or left == before:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from tpirt.batch import Segment
+from tpirt.batch import Batch, Segment
 from tpirt.cancellation import finish
 from tpirt.cluster.connection import Connection
 from tpirt.cluster.group import Group
@@ -114,7 +114,7 @@ class Driver:
         self._abandoned = False  # the task was cancelled to end a step that nobody wants
         self._closed = False
         self._first_step = 1
-        self._fitting: tuple[int, int, int] | None = None  # the last step's memory
+        self._fitting: tuple[int, int, int, int] | None = None  # the last step's memory
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._step_over = asyncio.Event()
@@ -342,18 +342,19 @@ class Driver:
 
         Weights are in memory first, then running sequences, then what is kept for later ones.
         """
-        need = self._group.kv_need([piece.segment() for piece in pieces])
-        rows = sum(piece.tokens for piece in pieces)
-        if (need.held, need.peak, rows) == self._fitting:
+        batch = Batch(tuple(piece.segment() for piece in pieces))
+        rows, logits = batch.tokens, batch.num_logits
+        need = self._group.kv_need(batch.segments)
+        if (need.held, need.peak, rows, logits) == self._fitting:
             return True
         fits = self._deployment.has_room
-        while not fits(need, rows, displacing=False) and (idle := self._idle()):
+        while not fits(need, rows, logits, displacing=False) and (idle := self._idle()):
             await self._spiller.spill(idle[0])
-            need = self._group.kv_need([piece.segment() for piece in pieces])
-        if len(self._running) > 1 and not fits(need, rows, displacing=True):
+            need = self._group.kv_need(batch.segments)
+        if len(self._running) > 1 and not fits(need, rows, logits, displacing=True):
             await self._give_up(self._running[-1])
             return False
-        self._fitting = (need.held, need.peak, rows)
+        self._fitting = (need.held, need.peak, rows, logits)
         return True
 
     async def _give_up(self, sequence: _Any) -> None:

@@ -163,9 +163,10 @@ class Deployment:
             f"or {otherwise}"
         )
 
-    def has_room(self, need: KVNeed, tokens: int, *, displacing: bool) -> bool:
+    def has_room(self, need: KVNeed, tokens: int, logits: int = 1, *, displacing: bool) -> bool:
         """Whether every rank has room; see :meth:`MemoryBudget.has_room`."""
-        return all(r.budget.has_room(need, tokens, displacing=displacing) for r in self.ranks)
+        budgets = (rank.budget for rank in self.ranks)
+        return all(b.has_room(need, tokens, logits, displacing=displacing) for b in budgets)
 
     def explain(self) -> list[str]:
         """Describe the plan and its reasons, one line per fact."""

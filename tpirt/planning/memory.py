@@ -40,18 +40,20 @@ def activation_bytes(config: ModelConfig, shard: Shard, world_size: int, tokens:
     qkv = 4 * tokens * heads * config.head_dim
     mlp = 4 * tokens * shard.columns.size
     mask = 5 * min(tokens * config.context_length, MASK_ELEMENTS) if tokens > 1 else 0
-    logits = 8 * config.vocab_size if shard.first else 0
+    logits = logits_bytes(config, 1) if shard.first else 0
     senders = world_size - 1 if shard.first else 1
     return (6 + 3 * senders) * hidden + 4 * qkv + 4 * mlp + mask + logits
 
 
 def logits_tokens(config: ModelConfig, shard: Shard, world_size: int, tokens: int) -> int:
-    """Number of tokens whose logits fit on rank 0 in the memory of a step of ``tokens`` tokens.
-
-    Each token needs two rows of the vocabulary in float32: logits and one intermediate result.
-    """
+    """Number of tokens whose logits fit on rank 0 in the memory of a step of ``tokens`` tokens."""
     room = activation_bytes(config, shard, world_size, tokens)
-    return max(1, min(tokens, room // (8 * config.vocab_size)))
+    return max(1, min(tokens, room // logits_bytes(config, 1)))
+
+
+def logits_bytes(config: ModelConfig, tokens: int) -> int:
+    """Bytes of logits: two rows of the vocabulary a token, one of them an intermediate result."""
+    return 8 * config.vocab_size * tokens
 
 
 def format_limit(nbytes: int) -> str:
@@ -146,14 +148,24 @@ class MemoryBudget:
         """Bytes of the process without a model."""
         return self.base_bytes + SLACK_BYTES
 
-    def step_bytes(self, tokens: int | None = None) -> int:
+    def step_bytes(self, tokens: int | None = None, logits: int = 1) -> int:
         """Bytes reserved for a step of ``tokens`` tokens; by default for the longest step.
 
-        Token counts are rounded up to powers of two, so that the streaming plan rarely changes.
+        The logits of several tokens come after the layers, and may take their memory. Token counts
+        are rounded up to powers of two, so that the streaming plan rarely changes.
         """
         longest = self.limits.chunk_tokens
         tokens = longest if tokens is None else min(1 << (tokens - 1).bit_length(), longest)
-        return activation_bytes(self.config, self.shard, self.world_size, tokens)
+        layers = activation_bytes(self.config, self.shard, self.world_size, tokens)
+        if not self.shard.first:
+            return layers
+        at_once = min(logits, self._logits_tokens)
+        return max(layers, logits_bytes(self.config, at_once))
+
+    @property
+    def _logits_tokens(self) -> int:
+        chunk = self.limits.chunk_tokens
+        return logits_tokens(self.config, self.shard, self.world_size, chunk)
 
     def kv_bytes(self, tokens: int) -> int:
         """An upper bound of the bytes of the KV cache for ``tokens`` positions.
@@ -164,7 +176,9 @@ class MemoryBudget:
         cache = self.kv_token_bytes * capacity
         return cache + cache // self.config.num_hidden_layers + self._kv.piece_bytes(tokens)
 
-    def left_for_weights(self, tokens: int | None = None, kv_bytes: int = 0) -> int | None:
+    def left_for_weights(
+        self, tokens: int | None = None, kv_bytes: int = 0, logits: int = 1
+    ) -> int | None:
         """Bytes left for weights during a step of ``tokens`` tokens; None without a limit.
 
         Negative if the rest does not fit.
@@ -172,7 +186,7 @@ class MemoryBudget:
         limit = self.limits.memory_bytes
         if limit is None:
             return None
-        return limit - self.process_bytes - self.step_bytes(tokens) - kv_bytes
+        return limit - self.process_bytes - self.step_bytes(tokens, logits) - kv_bytes
 
     @property
     def resident_bytes(self) -> int:
@@ -230,16 +244,17 @@ class MemoryBudget:
                 return False
         return True
 
-    def has_room(self, need: KVNeed, tokens: int, *, displacing: bool) -> bool:
+    def has_room(self, need: KVNeed, tokens: int, logits: int = 1, *, displacing: bool) -> bool:
         """Whether a step fits that needs so much of the KV store.
 
         Args:
             need: of the store.
             tokens: of the step.
+            logits: those of them whose results are wanted.
             displacing: whether weights may be given up for it, down to two blocks.
         """
         layers = self.config.num_hidden_layers
-        left = self.left_for_weights(tokens, need.nbytes(self._kv, layers))
+        left = self.left_for_weights(tokens, need.nbytes(self._kv, layers), logits)
         if left is None:
             return True
         window = self.limits.window_blocks

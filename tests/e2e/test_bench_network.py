@@ -67,7 +67,7 @@ def test_allreduce(tmp_path: Path, backend: str, contenders: list[str]) -> None:
     done = bench(
         "allreduce",
         *("--latency", "20", "--rate", "20", "--sizes", "4K", "--devices", "2"),
-        *("--rounds", "3", "--seconds", "1", "--json", str(out), "--backend", backend),
+        *("--rounds", "2", "--seconds", "0.5", "--json", str(out), "--backend", backend),
         *("--collective", ",".join(name for name in contenders if name != "gloo")),
     )
     rows = result(done)["rows"]

@@ -78,7 +78,7 @@ def test_one_command_emulates(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_texts_are_answered_by_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--rounds", "1", "--tokens", "60", "--dtype", "float32"]) == 0
+    assert main(["--rounds", "1", "--tokens", "30", "--dtype", "float32"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     found = {(row["text"], row["drafts"]): row for row in result["rows"]}
     assert len(found) == 6

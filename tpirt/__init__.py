@@ -23,12 +23,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __all__ = [
     "Completion",
+    "ConfigError",
     "Conversation",
     "Engine",
     "EngineOptions",
+    "MemoryLimitError",
     "Message",
+    "PeerLostError",
     "Progress",
+    "QueueFullError",
     "RankStats",
+    "RequestError",
     "SamplingParams",
     "Token",
     "TpirtError",
@@ -37,7 +42,7 @@ __all__ = [
 
 _MODULES = {
     **dict.fromkeys(("Conversation", "Engine", "EngineOptions"), "tpirt.engine"),
-    "TpirtError": "tpirt.errors",
+    **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "tpirt.errors"),
 }
 
 

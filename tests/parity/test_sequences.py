@@ -151,7 +151,7 @@ async def test_more_requests_than_may_wait_are_refused(
             assert isinstance(answer, Completion)
             assert answer.token_ids == alone[prompt]
         assert isinstance(refused, QueueFullError)
-        assert "are waiting" in str(refused)
+        assert "3 requests are under way, and at most 2 run and 1 wait" in str(refused)
         assert (await engine.complete(PROMPTS[3], PARAMS)).token_ids == alone[PROMPTS[3]]
 
 

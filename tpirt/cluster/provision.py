@@ -225,11 +225,14 @@ async def send_slice(
             await in_thread(maker.made, manifest, store)
             return 0
     total = sum(spec.unit_bytes(number) for number in order.lacking)
-    _log.info(
-        "sending rank %d (%s) a new slice of %s (%s): its store lacks %s of %s",
-        *(rank, client.peer_id, spec.model, spec.label),
-        *(format_bytes(total), format_bytes(spec.nbytes)),
-    )
+    about = (rank, client.peer_id, spec.model, spec.label)
+    if total:
+        sizes = format_bytes(total), format_bytes(spec.nbytes)
+        _log.info(
+            "sending rank %d (%s) a new slice of %s (%s): its store lacks %s of %s", *about, *sizes
+        )
+    else:
+        _log.info("rank %d (%s) makes a new slice of %s (%s) from what its store holds", *about)
     chunks = _Chunks(await in_thread(lacking_units, maker, shard, order, store))
     done = 0
 

@@ -151,10 +151,11 @@ class Driver:
         """
         if self._closed:
             raise _closed()
-        if len(self._waiting) + len(self._running) >= self._most + self._most_waiting:
+        present = len(self._waiting) + len(self._running)
+        if present >= self._most + self._most_waiting:
             raise QueueFullError(
-                f"{len(self._running)} requests are running and {len(self._waiting)} are waiting, "
-                "as many as may: try again later"
+                f"{present} requests are under way, and at most {self._most} run and "
+                f"{self._most_waiting} wait: try again later"
             )
         sequence.on_read(self._wake.set)
         self._waiting.append(sequence)

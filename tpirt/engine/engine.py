@@ -52,7 +52,7 @@ Prompt = str | Sequence[int] | Sequence[Message]
 
 
 class Engine:
-    """A loaded model, ready for any number of requests at once; made by :meth:`connect`."""
+    """A loaded model, ready for many requests at once; made by :meth:`connect`."""
 
     def __init__(
         self,
@@ -250,10 +250,11 @@ class Engine:
 
         Ids beyond the tokenizer's vocabulary (padding of the model's) have no text.
 
-        Any number of requests can run at once; every step computes a row of each, and as much of
-        new prompts as does not hold them up. A request that fails, is cancelled or left, or whose
-        reader is slow does not affect the others; use ``contextlib.aclosing`` to leave early. A
-        prefix that a prompt shares with another or an earlier request is not computed again.
+        Many requests can run at once (``EngineOptions.sequences``), and more can wait; every step
+        computes a row of each, and as much of new prompts as does not hold them up. A request that
+        fails, is cancelled or left, or whose reader is slow does not affect the others; use
+        ``contextlib.aclosing`` to leave early. A prefix that a prompt shares with another or an
+        earlier request is not computed again.
 
         If a peer is lost, or was since the last request, the same peers are connected again and all
         tokens so far are computed again; ``progress`` tells. A step that fails once more raises.

@@ -169,7 +169,10 @@ class DraftController:
         stats = self.stats
         if not stats.steps:
             if self._exact_rows < 2:
-                return "drafts: off, with these weights a step of two rows rounds differently here"
+                return (
+                    "drafts: off; for these weights the fastest kernel here is another one from "
+                    "two rows on, and rounds differently; int8 or int4 may allow them"
+                )
             if self._gain is None or self._gain >= _LEAST_GAIN:
                 return "drafts: none yet"
             return f"drafts: off, {self._gain:.2f} x expected (at least {_LEAST_GAIN} is asked)"

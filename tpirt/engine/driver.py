@@ -101,6 +101,7 @@ class Driver:
             self._drafts = DraftController(
                 drafter,
                 self._costs,
+                config.vocab_size,
                 deployment.chunk_tokens,
                 connection.group.exact_rows,
                 min(MOST_GUESSES, deployment.logits_tokens - 1),

@@ -6,15 +6,19 @@ A guess is a row of a step. What a step of so many rows takes is learnt from ste
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
+from itertools import takewhile
 
 from tpirt.engine.drafts.base import Drafter, Guess
 from tpirt.engine.scheduler import Piece
 from tpirt.engine.sequence import Answer
 from tpirt.engine.step_costs import StepCosts
+
+_log = logging.getLogger(__name__)
 
 MOST_GUESSES = 16  # for an answer; more are hardly ever all right
 _LEAST_GAIN = 1.05  # expected tokens per second with guesses to those without
@@ -64,6 +68,7 @@ class DraftController:
     Args:
         drafter: makes guesses.
         costs: how long steps take.
+        vocab_size: of the model.
         most_rows: of a step.
         exact_rows: up to which a row's bits do not depend on the others; guesses add no more rows
             than that, unless there are more anyway.
@@ -75,6 +80,7 @@ class DraftController:
         self,
         drafter: Drafter,
         costs: StepCosts,
+        vocab_size: int,
         most_rows: int,
         exact_rows: int,
         most_guesses: int = MOST_GUESSES,
@@ -83,6 +89,8 @@ class DraftController:
         self.stats = DraftStats()
         self._drafter = drafter
         self._costs = costs
+        self._vocab_size = vocab_size
+        self._failure: Exception | None = None  # of the drafter, which is asked no more
         self._most_rows = most_rows
         self._exact_rows = exact_rows
         self._most = most_guesses
@@ -98,7 +106,12 @@ class DraftController:
         rows = sum(piece.tokens for piece in pieces)
         drafted = [piece for piece in pieces if _drafted(piece) is not None]
         room = (self._exact_rows if rows <= self._exact_rows else self._most_rows) - rows
-        if not drafted or room <= 0 or self._costs.seconds(rows) is None:
+        if (
+            self._failure is not None
+            or not drafted
+            or room <= 0
+            or self._costs.seconds(rows) is None
+        ):
             return list(pieces)
         answers = [answer for piece in drafted if (answer := _drafted(piece)) is not None]
         most = [min(self._most, room, self._most_guesses(answer)) for answer in answers]
@@ -123,9 +136,19 @@ class DraftController:
         began_s = time.perf_counter()
         if not any(most):
             return [[] for _ in answers]
-        proposed = await self._drafter.propose(answers, max(most))
+        try:
+            proposed = await self._drafter.propose(answers, max(most))
+            known = [list(takewhile(self._is_known, found)) for found in proposed]
+            guesses = [found[:number] for found, number in zip(known, most, strict=True)]
+        except Exception as exc:  # anybody's drafter; no answer depends on it
+            _log.warning("no more drafts: the drafter failed", exc_info=exc)
+            self._failure = exc
+            return [[] for _ in answers]
         self._drafting_s = time.perf_counter() - began_s
-        return [found[:number] for found, number in zip(proposed, most, strict=True)]
+        return guesses
+
+    def _is_known(self, guess: Guess) -> bool:
+        return 0 <= guess.token < self._vocab_size
 
     def learn(self, piece: Piece, drawn: Items[int]) -> None:
         """Account for the tokens that were drawn for a piece, one after each right guess.
@@ -168,6 +191,8 @@ class DraftController:
         """Say what guesses bring, and why there are none if there are none."""
         stats = self.stats
         if not stats.steps:
+            if self._failure is not None:
+                return f"drafts: off; the drafter failed: {self._failure}"
             if self._exact_rows < 2:
                 return (
                     "drafts: off; for these weights the fastest kernel here is another one from "

@@ -537,7 +537,7 @@ async def test_partly_resident_equals_resident_while_the_cache_grows(
 
 
 def fixed_budget(total: int) -> Callable[..., int]:
-    return lambda _, tokens=None, kv_bytes=0: total - kv_bytes
+    return lambda _, tokens=None, kv_bytes=0, logits=1: total - kv_bytes
 
 
 @pytest.mark.parametrize(

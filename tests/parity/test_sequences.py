@@ -177,3 +177,50 @@ async def test_a_draft_of_another_tokenizer_is_refused(model: Path, tmp_path: Pa
     with pytest.raises(CheckpointError, match="found no directory"):
         async with connected(model, 1, draft=str(tmp_path / "nothing")):
             pass
+
+
+async def test_readers_that_stopped_take_nobodys_place(
+    model: Path, alone: dict[tuple[int, ...], list[int]]
+) -> None:
+    async with connected(model, 1, sequences=2) as engine:
+        long = SamplingParams(max_tokens=60)
+        stopped = [engine.generate(prompt, long) for prompt in PROMPTS[:2]]
+        for answer in stopped:
+            await anext(answer)
+        async with asyncio.timeout(20):
+            assert (await engine.complete(PROMPTS[2], PARAMS)).token_ids == alone[PROMPTS[2]]
+        for answer in stopped:
+            await answer.aclose()
+
+
+@pytest.mark.parametrize("raised", [ValueError("mine"), asyncio.CancelledError()])
+async def test_what_a_caller_does_wrong_ends_only_its_own_request(
+    model: Path, alone: dict[tuple[int, ...], list[int]], raised: BaseException
+) -> None:
+    def progress(_: Progress) -> None:
+        raise raised
+
+    async with connected(model, 1) as engine, asyncio.timeout(20):
+        wrong = SamplingParams(temperature=1, repetition_penalty=1e-39, seed=1)
+        results = await asyncio.gather(
+            engine.complete(PROMPTS[3], PARAMS, progress),
+            engine.complete(PROMPTS[4], wrong),
+            engine.complete(PROMPTS[5], PARAMS),
+            return_exceptions=True,
+        )
+        assert [isinstance(result, Exception) for result in results] == [True, True, False]
+        assert isinstance(results[2], Completion)
+        assert results[2].token_ids == alone[PROMPTS[5]]
+        with pytest.raises(ConfigError, match="priority"):
+            async for _ in engine.generate(PROMPTS[1], priority="high"):  # type: ignore[arg-type]
+                pass
+
+
+async def test_guesses_stay_within_the_chunk(
+    model: Path, alone: dict[tuple[int, ...], list[int]]
+) -> None:
+    drafter: Any = KnownAnswers(alone, 1.0, told=True)
+    async with memory_engine(model, 1, chunk_tokens=5, draft=drafter) as engine:
+        requests = (engine.complete(prompt, PARAMS) for prompt in PROMPTS[:6])
+        for prompt, answer in zip(PROMPTS, await asyncio.gather(*requests), strict=False):
+            assert answer.token_ids == alone[prompt]

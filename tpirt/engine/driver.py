@@ -224,6 +224,9 @@ class Driver:
                 finally:
                     self._pieces, self._abandoned = [], False
                     self._step_over.set()
+        except asyncio.CancelledError:
+            self._end_all(_closed())
+            raise
         except Exception as exc:
             self._end_all(exc)
 
@@ -273,7 +276,8 @@ class Driver:
 
     async def _admit_all(self) -> None:
         for sequence in self._scheduler.order(self._waiting, self._running):
-            if len(self._running) >= self._most_now:
+            # Whoever waits for its reader takes nobody's place.
+            if sum(not other.paused for other in self._running) >= self._most_now:
                 return
             if self._soon_shared(sequence):
                 continue
@@ -413,10 +417,7 @@ class Driver:
             self._slots.extend(sequence.slot, ids, len(sequence.ids))
             sequence.advance(len(ids), step)
             if prefill:
-                try:
-                    sequence.report()
-                except Exception as exc:  # the caller's
-                    sequence.end(exc)
+                _tell(sequence, sequence.prompt_progress())
 
     async def _hand_on(self, pieces: list[Piece], hidden: Ids[torch.Tensor]) -> int:
         """Hand hidden states to their sequences; draw for answers. Returns how many tokens."""
@@ -454,7 +455,7 @@ class Driver:
         except LogitsError as exc:
             self._slots.discard(answer.slot)  # keys and values may be NaN, too
             answer.end(exc)
-        except TpirtError as exc:
+        except Exception as exc:  # of its parameters: the others go on
             answer.end(exc)
         self._recovering = False
         return len(drawn)
@@ -490,7 +491,7 @@ class Driver:
 
     def _report(self, report: Progress) -> None:
         for sequence in [*self._running, *self._waiting]:
-            sequence.progress(report)
+            _tell(sequence, report)
 
     def _end_all(self, exc: Exception) -> None:
         """End all sequences; what follows begins afresh."""
@@ -507,6 +508,16 @@ def _rest(sequence: _Any, place: Place | None = None, least: int = 0) -> Segment
         place = Place(sequence.slot, sequence.computed, sequence.source)
     tokens = max(1, len(sequence.ids) - place.shared, least - place.shared)
     return Segment(place.slot, place.shared, tokens, 0, 1, place.source)
+
+
+def _tell(sequence: _Any, report: Progress) -> None:
+    """Report to a sequence's caller; what the callback raises ends that sequence only."""
+    try:
+        sequence.progress(report)
+    except asyncio.CancelledError:  # raised, not received: nothing is awaited here
+        sequence.end(RequestError("the progress callback raised CancelledError"))
+    except Exception as exc:
+        sequence.end(exc)
 
 
 def _together(

@@ -296,6 +296,10 @@ class Engine:
     ) -> Answer:
         params = params or self.defaults.sampling
         check_params(params)
+        if not isinstance(user, str) or not isinstance(priority, int):
+            raise ConfigError(
+                f"user and priority: expected a text and a number, got {user!r} and {priority!r}"
+            )
         self._check(ids)
         limit = self._most_tokens(params, len(ids))
         writer = Writer(self.tokenizer, ids, params, self.defaults.eos_ids, limit)

@@ -104,12 +104,12 @@ class Sequence(ABC, Generic[_T]):
         self.turn = step
         self.steps.append(step)
 
-    def report(self) -> None:
-        """Tell how much of the prompt is computed."""
+    def prompt_progress(self) -> Progress:
+        """How much of the prompt is computed."""
         stage = "computing again" if self.again else "prefill"
         done, total = self.computed - self._begin, self._target - self._begin
         self.again = self.again and done < total
-        self.progress(Progress(stage, done, total, "tokens"))
+        return Progress(stage, done, total, "tokens")
 
     def restart(self) -> None:
         """Begin again from the first id: its keys and values are gone."""

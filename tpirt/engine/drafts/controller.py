@@ -105,7 +105,8 @@ class DraftController:
         """The pieces, those of answers under way with guesses where these pay."""
         rows = sum(piece.tokens for piece in pieces)
         drafted = [piece for piece in pieces if _drafted(piece) is not None]
-        room = (self._exact_rows if rows <= self._exact_rows else self._most_rows) - rows
+        exact = min(self._exact_rows, self._most_rows)
+        room = (exact if rows <= exact else self._most_rows) - rows
         if (
             self._failure is not None
             or not drafted

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence as Items
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING
 
 from tpirt.engine.drafts.base import Guess
 from tpirt.engine.sequence import Answer
+from tpirt.errors import RequestError
 from tpirt.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -62,11 +63,13 @@ class ModelDrafter:
             return []
         params = SamplingParams(max_tokens=most)
         guesses: list[Guess] = []
-        async with aclosing(self._engine.generate(list(ids), params)) as tokens:
-            async for token in tokens:
-                if token.id >= self._vocab_size:
-                    break
-                guesses.append(_guess(token.id, len(guesses)))
+        # Too many at once, or ids that the small model lacks: that answer goes without guesses.
+        with suppress(RequestError):
+            async with aclosing(self._engine.generate(list(ids), params)) as tokens:
+                async for token in tokens:
+                    if token.id >= self._vocab_size:
+                        break
+                    guesses.append(_guess(token.id, len(guesses)))
         return guesses
 
 

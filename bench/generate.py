@@ -15,12 +15,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from bench.lib.command import end_like_a_command, percentile, values
+from bench.lib.command import (
+    add_engine_options,
+    end_like_a_command,
+    engine_options,
+    percentile,
+    values,
+)
 from bench.lib.group import Group, LocalPlace, Request
 from bench.lib.record import Record, add_json_option
-from tpirt.cli.options import count, size
+from tpirt.cli.options import count
 from tpirt.units import format_bytes
 
 _WARM_UP_TOKENS = 8
@@ -43,27 +48,14 @@ class Row:
 def measure(arguments: argparse.Namespace, world_size: int, bytes_per_s: float) -> Row:
     """Run one world size: one warm-up, then the trials."""
     with Group([LocalPlace()]) as group:
-        group.connect(local=world_size, **engine_options(arguments))
+        model = arguments.model and str(arguments.model)
+        group.connect(local=world_size, model=model, **engine_options(arguments))
         group.generate(arguments.prompt_tokens, _WARM_UP_TOKENS)
         requests = [
             group.generate(arguments.prompt_tokens, arguments.tokens)
             for _ in range(arguments.trials)
         ]
     return summarize(world_size, requests, bytes_per_s)
-
-
-def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of ``Engine.connect``; what was not given is tpirt's own default."""
-    given = {
-        "model": arguments.model and str(arguments.model),
-        "window": arguments.window,
-        "memory_bytes": arguments.memory,
-        "dtype": arguments.dtype,
-        "quantize": arguments.quantize,
-        "threads": arguments.threads,
-        "store": arguments.store and str(arguments.store),
-    }
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def summarize(world_size: int, requests: Sequence[Request], bytes_per_s: float) -> Row:
@@ -110,12 +102,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--prompt-tokens", type=count, default=64, metavar="N")
     parser.add_argument("--tokens", type=count, default=32, metavar="N", help="after the first")
     parser.add_argument("--trials", type=count, default=5, metavar="N")
-    parser.add_argument("--window", type=count, metavar="N")
-    parser.add_argument("--memory", type=size, metavar="SIZE", help="of each rank")
-    parser.add_argument("--threads", type=count, metavar="N", help="of each rank")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--quantize", default="none", metavar="HOW")
-    parser.add_argument("--store", type=Path, metavar="DIR")
+    add_engine_options(parser)
     add_json_option(parser)
     arguments = parser.parse_args(argv)
     record = Record("generate", argv, arguments)

@@ -33,12 +33,19 @@ from pathlib import Path
 from typing import Any
 
 from bench.lib.closed_loop import Intrusion, Loop, Server, answered, closed_loop, intrude, prompts
-from bench.lib.command import end_like_a_command, percentile, tell, values
+from bench.lib.command import (
+    add_engine_options,
+    end_like_a_command,
+    engine_options,
+    percentile,
+    tell,
+    values,
+)
 from bench.lib.llama_server import llama_server
 from bench.lib.record import Record, add_json_option
 from bench.lib.resident import peak_bytes, reset_peaks, resident_bytes, settled_bytes
 from tpirt import Engine, EngineOptions, SamplingParams
-from tpirt.cli.options import count, size
+from tpirt.cli.options import count
 from tpirt.cluster.machine import default_threads
 from tpirt.units import format_bytes
 
@@ -287,20 +294,16 @@ def show_intruded(found: Intruded) -> None:
     )
 
 
-def engine_options(arguments: argparse.Namespace) -> EngineOptions:
-    """What was not given is tpirt's own default."""
+def options_of(arguments: argparse.Namespace) -> EngineOptions:
+    """Those of the engine in this process."""
     given = {
-        "window": arguments.window,
-        "memory_bytes": arguments.memory,
-        "dtype": arguments.dtype,
-        "quantize": arguments.quantize,
+        **engine_options(arguments),
         "threads": threads_of(arguments),
-        "store": arguments.store and str(arguments.store),
         "sequences": max(*arguments.users, _DISTURBED + 1),
         "objective": arguments.objective,
         "draft": arguments.draft,
     }
-    return EngineOptions(**{name: value for name, value in given.items() if value is not None})
+    return EngineOptions(**given)
 
 
 def threads_of(arguments: argparse.Namespace) -> int:
@@ -310,7 +313,7 @@ def threads_of(arguments: argparse.Namespace) -> int:
 
 async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure with one engine; print tables and return the result."""
-    options = engine_options(arguments)
+    options = options_of(arguments)
     model = arguments.model and str(arguments.model)
     async with Engine.connect(model, options, local=arguments.local) as engine:
         before = await _reset(engine)
@@ -362,12 +365,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=count, default=3, metavar="N")
     parser.add_argument("--intruder", type=count, metavar="TOKENS", help="of a long prompt")
     parser.add_argument("--local", type=count, default=1, metavar="N", help="ranks")
-    parser.add_argument("--window", type=count, metavar="N")
-    parser.add_argument("--memory", type=size, metavar="SIZE", help="of each rank")
-    parser.add_argument("--threads", type=count, metavar="N", help="of each rank")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--quantize", default="none", metavar="HOW")
-    parser.add_argument("--store", type=Path, metavar="DIR")
+    add_engine_options(parser)
     parser.add_argument("--objective", default="latency")
     parser.add_argument("--draft", default="none", help="default none: it is not measured here")
     parser.add_argument("--llama-server", type=Path, metavar="FILE", help="llama.cpp's program")

@@ -28,13 +28,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.lib.command import end_like_a_command, tell, values
+from bench.lib.command import add_engine_options, end_like_a_command, engine_options, tell, values
 from bench.lib.draft_tasks import DRAFT_TASKS, Chat
 from bench.lib.group import Answer, Group, LocalPlace
 from bench.lib.record import Record, add_json_option
 from bench.net.network import emulate
 from bench.net.options import add_backend_option, chosen_topology, show_network
-from tpirt.cli.options import count, size
+from tpirt.cli.options import count
 from tpirt.cluster.machine import default_threads
 from tpirt.errors import ConfigError
 from tpirt.weights.synthetic import SLICES, is_synthetic
@@ -242,16 +242,12 @@ def group_of(arguments: argparse.Namespace, folder: Path) -> Iterator[Any]:
     """Start the processes; returns what connects them in a :class:`Way`."""
     store = arguments.store or _store(arguments.model, folder)
     engine: dict[str, Any] = {
+        **engine_options(arguments),
         "model": arguments.model and str(arguments.model),
-        "window": arguments.window,
-        "memory_bytes": arguments.memory,
-        "dtype": arguments.dtype,
-        "quantize": arguments.quantize,
         "store": str(store),
     }
     if arguments.link is None:
         engine["local"] = arguments.local
-        engine["threads"] = arguments.threads
         with Group([LocalPlace()]) as group:
             yield _connector(group, None, engine)
         return
@@ -334,12 +330,7 @@ def _parser() -> argparse.ArgumentParser:
     links.add_argument("--devices", type=count, metavar="N", help="default 2")
     links.set_defaults(profile=None)
     add_backend_option(links)
-    parser.add_argument("--window", type=count, metavar="N")
-    parser.add_argument("--memory", type=size, metavar="SIZE", help="of each rank")
-    parser.add_argument("--threads", type=count, metavar="N", help="of each rank")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--quantize", default="none", metavar="HOW")
-    parser.add_argument("--store", type=Path, metavar="DIR")
+    add_engine_options(parser)
     add_json_option(parser)
     return parser
 

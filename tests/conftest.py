@@ -87,7 +87,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def warm_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fork the local workers of masters in this process, which saves importing torch anew."""
+    """Fork the local workers of masters in this process, which saves importing torch again."""
     if fork_server() is not None:
         monkeypatch.setattr(asyncio, "create_subprocess_exec", fork_worker)
 

@@ -12,8 +12,11 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise
+from typing import TypeVar
 
 import torch
+
+_K = TypeVar("_K")
 
 # Elements that share a scale in int8. Scales are 3% more bytes and limit the effect of outliers.
 SCALE_BLOCK = 128
@@ -147,14 +150,14 @@ class Batch:
             for row in rows[len(rows) - segment.num_logits :]
         )
 
-    def by(self, kind: Callable[[Segment], bool]) -> list[tuple[Batch, range]]:
-        """Runs of segments of the same kind, and their rows."""
+    def by(self, kind: Callable[[Segment], _K]) -> list[tuple[_K, Batch, range]]:
+        """Runs of segments of the same kind: the kind, the segments, and their rows."""
         parts = []
         together = zip(self.segments, self.rows, strict=True)
-        for _, run in groupby(together, key=lambda pair: kind(pair[0])):
+        for same, run in groupby(together, key=lambda pair: kind(pair[0])):
             segments, rows = zip(*run, strict=True)
             part = replace(self, segments=segments)
-            parts.append((part, range(rows[0].start, rows[-1].stop)))
+            parts.append((same, part, range(rows[0].start, rows[-1].stop)))
         return parts
 
     def micro_batches(self) -> tuple[Batch, ...]:

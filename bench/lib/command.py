@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
+from tpirt.cli.options import count, size
 from tpirt.errors import ConfigError, TpirtError
 
 _INTERRUPTED = 130
@@ -52,6 +55,29 @@ def percentile(figures: Iterable[float], percent: int) -> float:
     """The figure below which so many percent of them lie, or the largest."""
     ordered = sorted(figures)
     return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Add options of an engine; what is not given is tpirt's own default."""
+    parser.add_argument("--window", type=count, metavar="N")
+    parser.add_argument("--memory", type=size, metavar="SIZE", help="of each rank")
+    parser.add_argument("--threads", type=count, metavar="N", help="of each rank")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantize", default="none", metavar="HOW")
+    parser.add_argument("--store", type=Path, metavar="DIR")
+
+
+def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those of :func:`add_engine_options` that are given, as fields of ``EngineOptions``."""
+    given = {
+        "window": arguments.window,
+        "memory_bytes": arguments.memory,
+        "threads": arguments.threads,
+        "dtype": arguments.dtype,
+        "quantize": arguments.quantize,
+        "store": arguments.store and str(arguments.store),
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def run_tpirt(*arguments: str) -> str:

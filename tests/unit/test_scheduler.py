@@ -14,7 +14,7 @@ from tpirt.types import ignore_progress
 def sequence(length: int, computed: int = 0, *, user: str = "", priority: int = 0) -> Scoring:
     made = Scoring(range(length), ignore_progress)
     made.user, made.priority = user, priority
-    made.admit(id(made), computed, None, 0)
+    made.admit(id(made), computed, None)
     return made
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tpirt.engine.slots import Place, Slots, common_prefix
+from tpirt.engine.slots import Place, Sharing, Slots, common_prefix
 
 TEXT = list(range(100))
 
@@ -20,14 +20,14 @@ def filled(slots: Slots, ids: list[int], *, busy: bool = False) -> int:
 
 
 def test_an_idle_slot_that_shares_most_is_taken_over() -> None:
-    slots = Slots(None)
+    slots = Slots(Sharing(None))
     kept = filled(slots, TEXT)
     assert slots.find([*TEXT, 7, 8], 102) == Place(kept, 100)
     assert slots.find(TEXT[:80], 80) == Place(kept, 79)  # the last id is always computed
 
 
 def test_a_short_prefix_is_copied_so_that_the_conversation_stays() -> None:
-    slots = Slots(None)
+    slots = Slots(Sharing(None))
     kept = filled(slots, TEXT)
     other = [*TEXT[:20], 500, 501]
     place = slots.find(other, len(other))
@@ -37,7 +37,7 @@ def test_a_short_prefix_is_copied_so_that_the_conversation_stays() -> None:
 
 
 def test_what_a_running_sequence_has_computed_is_copied() -> None:
-    slots = Slots(None)
+    slots = Slots(Sharing(None))
     busy = filled(slots, TEXT, busy=True)
     place = slots.find([*TEXT, 1], 101)
     assert (place.shared, place.source) == (100, busy)
@@ -45,7 +45,7 @@ def test_what_a_running_sequence_has_computed_is_copied() -> None:
 
 
 def test_slots_are_freed_and_forgotten() -> None:
-    slots = Slots(None)
+    slots = Slots(Sharing(None))
     idle, busy = filled(slots, TEXT), filled(slots, [9, *TEXT], busy=True)
     assert slots.tokens == 201
     assert slots.forget() == [idle]
@@ -58,7 +58,7 @@ def test_slots_are_freed_and_forgotten() -> None:
 
 
 def test_the_longest_unused_is_first() -> None:
-    slots = Slots(None)
+    slots = Slots(Sharing(None))
     texts = [[n] * 10 for n in range(3)]
     first, second, third = (filled(slots, text) for text in texts)
     filled(slots, [*texts[0], 5])
@@ -66,7 +66,7 @@ def test_the_longest_unused_is_first() -> None:
 
 
 def test_dynamically_rotated_keys_are_shared_up_to_the_trained_length() -> None:
-    slots = Slots(64)
+    slots = Slots(Sharing(64))
     filled(slots, TEXT[:40])
     assert slots.find(TEXT[:50], 50).shared == 40
     assert slots.find(TEXT[:50], 65).shared == 0

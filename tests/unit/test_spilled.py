@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tpirt.cli.options import add_engine_options
+from tpirt.engine.slots import Sharing
 from tpirt.engine.spilling import Spilled, SpilledSequences
 from tpirt.engine.step_costs import StepCosts
 from tpirt.errors import StoreError
@@ -22,7 +23,7 @@ TEXT = list(range(100))
 def listed(
     *texts: list[int], most_tokens: int = 1000, trained: int | None = None
 ) -> SpilledSequences:
-    spilled = SpilledSequences(most_tokens, trained)
+    spilled = SpilledSequences(most_tokens, Sharing(trained))
     for handle, ids in enumerate(texts, start=1):
         spilled.add(Spilled(handle, ids, len(ids), float(handle)))
     return spilled

@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Sequence
 
 from tpirt.cancellation import finish
-from tpirt.cluster.group import Group
+from tpirt.cluster.group import Group, engine_closed
 from tpirt.cluster.provision import distribute
 from tpirt.cluster.roster import return_to
 from tpirt.cluster.slice_maker import SliceMaker
-from tpirt.errors import PeerLostError, RequestError, TpirtError
+from tpirt.errors import PeerLostError, TpirtError
 from tpirt.planning import Deployment
 from tpirt.refusals import refused_memory
 from tpirt.transport.base import PeerClient
@@ -95,7 +95,7 @@ class Connection:
             RequestError: the connection is closed.
         """
         if self._closed:
-            raise _closed()
+            raise engine_closed()
         task = self._reconnecting = asyncio.create_task(self._reconnect(progress))
         try:
             await finish(task, task.cancel)
@@ -103,7 +103,7 @@ class Connection:
             caller = asyncio.current_task()
             if caller is not None and caller.cancelling():
                 raise
-            raise _closed() from None
+            raise engine_closed() from None
 
     async def aclose(self) -> None:
         """Close the group, and end a running :meth:`reconnect`, which raises RequestError."""
@@ -129,7 +129,3 @@ class Connection:
             )
             raise self._failure from exc
         self._failure = None
-
-
-def _closed() -> RequestError:
-    return RequestError("the engine is closed")

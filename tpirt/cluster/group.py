@@ -309,7 +309,7 @@ class Group:
             return
         self._closed = True
         if self._broken is None:
-            self._broken = RequestError("the engine is closed")
+            self._broken = engine_closed()
         if self._current is not None:
             self._current.abort(self._broken)
         await self._links.aclose()
@@ -500,6 +500,11 @@ class Group:
 
     def _all_links(self) -> list[Link]:
         return [self._links[rank] for rank in sorted(self._links.others)]
+
+
+def engine_closed() -> RequestError:
+    """The error of every call after the engine was closed."""
+    return RequestError("the engine is closed")
 
 
 def _unexpected(link: Link, expected: str, got: Incoming) -> TransportError:

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Ids
@@ -23,13 +22,13 @@ import torch
 from tpirt.batch import Batch, Segment
 from tpirt.cancellation import finish
 from tpirt.cluster.connection import Connection
-from tpirt.cluster.group import Group
+from tpirt.cluster.group import Group, engine_closed
 from tpirt.engine.drafts.base import Drafter
 from tpirt.engine.drafts.controller import MOST_GUESSES, DraftController, DraftStats
 from tpirt.engine.scheduler import Piece, Scheduler
 from tpirt.engine.sequence import Answer, Scoring, Sequence
-from tpirt.engine.slots import Place, Slots, common_prefix
-from tpirt.engine.spilling import Spiller
+from tpirt.engine.slots import Place, Sharing, Slots, common_prefix
+from tpirt.engine.spilling import Spiller, free
 from tpirt.engine.step_costs import StepCosts
 from tpirt.errors import (
     LogitsError,
@@ -84,7 +83,8 @@ class Driver:
         self._most_waiting = waiting
         config = deployment.config
         trained = config.max_position_embeddings if config.rope.kind == "dynamic" else None
-        self._slots = Slots(trained)
+        sharing = Sharing(trained)
+        self._slots = Slots(sharing)
         self._costs = StepCosts()
         self._spiller = Spiller(
             connection,
@@ -92,7 +92,7 @@ class Driver:
             self._slots,
             self._costs,
             most_bytes=spill_bytes,
-            trained_length=trained,
+            sharing=sharing,
             wake=self._start,
         )
         self._scheduler = Scheduler(deployment.chunk_tokens, self._costs, stall_free=stall_free)
@@ -151,7 +151,7 @@ class Driver:
             RequestError: the engine is closed.
         """
         if self._closed:
-            raise _closed()
+            raise engine_closed()
         present = len(self._waiting) + len(self._running)
         if present >= self._most + self._most_waiting:
             raise QueueFullError(
@@ -192,7 +192,7 @@ class Driver:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         self._spiller.close()
-        self._end_all(_closed())
+        self._end_all(engine_closed())
 
     # -- the readers' side -------------------------------------------------------------------
 
@@ -225,7 +225,7 @@ class Driver:
                     self._pieces, self._abandoned = [], False
                     self._step_over.set()
         except asyncio.CancelledError:
-            self._end_all(_closed())
+            self._end_all(engine_closed())
             raise
         except Exception as exc:
             self._end_all(exc)
@@ -269,20 +269,25 @@ class Driver:
 
     async def _free(self, slot: int) -> None:
         self._slots.remove(slot)
-        with contextlib.suppress(TpirtError):  # a broken group is reported by its next user
-            await finish(self._group.free(slot))
+        await finish(free(self._group, slot))
 
     # -- admission and memory ----------------------------------------------------------------
 
     async def _admit_all(self) -> None:
+        if self._full:  # before those that wait are sorted
+            return
         for sequence in self._scheduler.order(self._waiting, self._running):
-            # Whoever waits for its reader takes nobody's place.
-            if sum(not other.paused for other in self._running) >= self._most_now:
+            if self._full:
                 return
             if self._soon_shared(sequence):
                 continue
             if not await self._admit(sequence):
                 return
+
+    @property
+    def _full(self) -> bool:
+        """Whether as many run as may; a sequence that waits for its reader takes no place."""
+        return sum(not sequence.paused for sequence in self._running) >= self._most_now
 
     def _soon_shared(self, sequence: _Any) -> bool:
         """Whether a running prompt will have computed more of its prefix: it waits for that."""
@@ -327,8 +332,8 @@ class Driver:
         except MemoryLimitError as exc:
             sequence.end(exc)
             return
-        rope_length = self._slots.take(place, sequence.ids)
-        sequence.admit(place.slot, place.shared, place.source, rope_length)
+        self._slots.take(place, sequence.ids)
+        sequence.admit(place.slot, place.shared, place.source)
         self._running.append(sequence)
         self._first_step = self._group.next_step
 
@@ -539,7 +544,3 @@ def _together(
 def _end(pieces: Iterable[Piece], exc: Exception) -> None:
     for piece in pieces:
         piece.sequence.end(exc)
-
-
-def _closed() -> RequestError:
-    return RequestError("the engine is closed")

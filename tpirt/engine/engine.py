@@ -491,7 +491,7 @@ def _drafter(options: EngineOptions, small: Engine | None, model: Model) -> Draf
                 f"draft {small.name}: its tokenizer is not that of {large}; expected a smaller "
                 "model of the same family"
             )
-        return ModelDrafter(small, model.config.vocab_size)
+        return ModelDrafter(small)
     if isinstance(options.draft, (str, Path)):
         return None if options.draft == NO_DRAFT else SuffixDrafter()
     return options.draft

@@ -33,7 +33,6 @@ class Sequence(ABC, Generic[_T]):
         turn: number of the latest step that it was in.
         steps: numbers of all those.
         again: whether it is computed once more, after its keys and values were given up or lost.
-        rope_length: the longest that its keys were rotated for.
         progress: told about its prompt.
     """
 
@@ -55,7 +54,6 @@ class Sequence(ABC, Generic[_T]):
         self.turn = 0
         self.steps: list[int] = []
         self.again = False
-        self.rope_length = 0
         self.progress = progress
         self._ahead = ahead
         self._begin = self._target = 0  # computed and known ids at admission
@@ -90,9 +88,9 @@ class Sequence(ABC, Generic[_T]):
         """Whether nothing more is to be computed."""
         return self._ended
 
-    def admit(self, slot: int, shared: int, source: int | None, rope_length: int) -> None:
+    def admit(self, slot: int, shared: int, source: int | None) -> None:
         """Begin in a slot, with the first ``shared`` ids computed."""
-        self.slot, self.source, self.rope_length = slot, source, rope_length
+        self.slot, self.source = slot, source
         self.computed = self._begin = shared
         self._target = len(self.ids)
         self.steps.clear()
@@ -114,8 +112,7 @@ class Sequence(ABC, Generic[_T]):
     def restart(self) -> None:
         """Begin again from the first id: its keys and values are gone."""
         self.again = self.again or self.computed > 0
-        self.computed, self.slot, self.source, self.rope_length = 0, None, None, 0
-        self.turn = 0
+        self.computed, self.slot, self.source, self.turn = 0, None, None, 0
 
     def put(self, result: _T) -> None:
         """Hand a result to the reader."""

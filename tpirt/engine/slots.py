@@ -35,16 +35,36 @@ class Slot:
     forget: bool = False
 
 
-class Slots:
-    """The slots in use: by a running sequence, or idle and kept for a later one.
+@dataclass(frozen=True)
+class Sharing:
+    """Which keys and values another sequence can use.
 
-    Args:
+    Attributes:
         trained_length: the length beyond which keys are rotated differently at every length, so
             that they cannot be shared; None if there is none.
     """
 
-    def __init__(self, trained_length: int | None):
-        self._trained_length = trained_length
+    trained_length: int | None
+
+    def shared(self, held: Ids[int], rope_length: int, ids: Ids[int], length: int) -> int:
+        """Number of leading ids that need not be computed.
+
+        Args:
+            held: ids whose keys and values there are.
+            rope_length: the longest that their keys were rotated for.
+            ids, length: see :meth:`Slots.find`.
+        """
+        limit = self.trained_length
+        if limit is not None and max(length, rope_length) > limit:
+            return 0
+        return common_prefix(held, ids[:-1])
+
+
+class Slots:
+    """The slots in use: by a running sequence, or idle and kept for a later one."""
+
+    def __init__(self, sharing: Sharing):
+        self._sharing = sharing
         self._slots: dict[int, Slot] = {}
         self._uses = 0
 
@@ -72,7 +92,9 @@ class Slots:
         """
         best = Place(self.free_number, 0)
         for number, slot in self._slots.items():
-            shared = self._shared(slot, ids, length)
+            if slot.forget:
+                continue
+            shared = self._sharing.shared(slot.ids, slot.rope_length, ids, length)
             if shared <= best.shared:
                 continue
             if not slot.busy and (not copy or len(slot.ids) - shared <= shared):
@@ -81,12 +103,11 @@ class Slots:
                 best = Place(self.free_number, shared, number)
         return best
 
-    def take(self, place: Place, ids: Ids[int]) -> int:
-        """Give a place to a sequence; returns the length its keys were rotated for."""
+    def take(self, place: Place, ids: Ids[int]) -> None:
+        """Give a place to a sequence."""
         origin = self._slots.get(place.slot if place.source is None else place.source)
         rope_length = origin.rope_length if origin is not None and place.shared else 0
         self._slots[place.slot] = Slot(list(ids[: place.shared]), rope_length, True, self._next())
-        return rope_length
 
     def extend(self, slot: int, ids: Ids[int], rope_length: int) -> None:
         """Account for a step that computed ``ids`` in a slot."""
@@ -121,12 +142,6 @@ class Slots:
     def clear(self) -> None:
         """All ranks have lost everything."""
         self._slots.clear()
-
-    def _shared(self, slot: Slot, ids: Ids[int], length: int) -> int:
-        longest = max(length, slot.rope_length)
-        if slot.forget or (self._trained_length is not None and longest > self._trained_length):
-            return 0
-        return common_prefix(slot.ids, ids[:-1])
 
     @property
     def free_number(self) -> int:

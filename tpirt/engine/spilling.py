@@ -13,7 +13,7 @@ from typing import NamedTuple
 from tpirt.cancellation import finish
 from tpirt.cluster.connection import Connection
 from tpirt.cluster.group import Group
-from tpirt.engine.slots import Place, Slots, common_prefix
+from tpirt.engine.slots import Place, Sharing, Slots, common_prefix
 from tpirt.engine.step_costs import StepCosts
 from tpirt.errors import TpirtError
 from tpirt.planning import Deployment
@@ -46,12 +46,12 @@ class SpilledSequences:
 
     Args:
         most_tokens: the most ids that all sequences have together.
-        trained_length: see :class:`Slots`.
+        sharing: what another sequence can use of them.
     """
 
-    def __init__(self, most_tokens: int, trained_length: int | None):
+    def __init__(self, most_tokens: int, sharing: Sharing):
         self._most_tokens = most_tokens
-        self._trained_length = trained_length
+        self._sharing = sharing
         self._all: dict[int, Spilled] = {}
 
     def __len__(self) -> int:
@@ -109,12 +109,8 @@ class SpilledSequences:
         it is restored, and is continued in its place. See :meth:`Slots.find` for the arguments.
         """
         best: tuple[Spilled, int] | None = None
-        ids = ids[:-1]  # the last one is computed in any case
         for each in self._all.values():
-            shared = common_prefix(each.ids, ids)
-            longest = max(length, each.rope_length)
-            if self._trained_length is not None and longest > self._trained_length:
-                continue
+            shared = self._sharing.shared(each.ids, each.rope_length, ids, length)
             if shared > (best[1] if best else 0) and len(each.ids) - shared <= shared:
                 best = each, shared
         return best
@@ -131,7 +127,7 @@ class Spiller:
         slots: those in memory.
         costs: how long steps take.
         most_bytes: on the disk of each rank.
-        trained_length: see :class:`Slots`.
+        sharing: what another sequence can use of a spilled one.
         wake: called when something is overdue; :meth:`tidy` is to follow.
     """
 
@@ -143,7 +139,7 @@ class Spiller:
         costs: StepCosts,
         *,
         most_bytes: int,
-        trained_length: int | None,
+        sharing: Sharing,
         wake: Callable[[], None],
     ):
         self._connection = connection
@@ -152,7 +148,7 @@ class Spiller:
         self._slots = slots
         self._costs = costs
         self._wake = wake
-        self._spilled = SpilledSequences(most_bytes // self._token_bytes, trained_length)
+        self._spilled = SpilledSequences(most_bytes // self._token_bytes, sharing)
         self._moves = StepCosts()  # seconds to or from disk, by tokens
         self._timer: asyncio.TimerHandle | None = None
         self._written = self._restored = self._dropped = self._recomputed = 0
@@ -238,8 +234,7 @@ class Spiller:
         kept = self._slots.remove(slot)
         if not self._spilled.takes(kept.ids):
             self._dropped += 1
-            with contextlib.suppress(TpirtError):  # a broken group is reported by its next user
-                await self._group.free(slot)
+            await free(self._group, slot)
             return
         await self._drop(self._spilled.in_the_way(kept.ids))
         handle = secrets.randbits(64)
@@ -264,8 +259,7 @@ class Spiller:
             await self._group.restore(place.slot, spilled.handle)
         except TpirtError:
             self._recomputed += 1
-            with contextlib.suppress(TpirtError):  # other ranks have it
-                await self._group.free(place.slot)
+            await free(self._group, place.slot)  # other ranks have it
             return False
         self._restored += 1
         self._moves.learn(len(spilled.ids), time.perf_counter() - began_s)
@@ -284,6 +278,12 @@ class Spiller:
         if (until_s := self._spilled.until_s) is not None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_at(until_s + _LATE_S, self._wake)
+
+
+async def free(group: Group, slot: int) -> None:
+    """Drop a sequence on every rank; a broken group is reported by its next user."""
+    with contextlib.suppress(TpirtError):
+        await group.free(slot)
 
 
 def _begins(ids: Ids[int], prefix: Ids[int]) -> bool:

@@ -77,15 +77,31 @@ class Heads:
         Returns:
             (T, Q D); in the last layer of the wanted rows only.
         """
-        parts = batch.by(lambda segment: self._native(qk, segment.tokens, batch) is not None)
-        if len(parts) > 1:  # long segments by torch, the others in C
-            outs = []
-            for part, rows in parts:
-                own = slice(rows.start, rows.stop)
-                turned = Turn(turn.cos[own], turn.sin[own], turn.dtype)
-                outs.append(self.attend(w, qk[own], v[own], part, turned, layer))
-            return torch.cat([out.to(outs[0].dtype) for out in outs])
-        native = self._native(qk, batch.segments[0].tokens, batch)
+        runs = batch.by(lambda segment: self._native(qk, segment.tokens, batch))
+        if len(runs) == 1:
+            return self._attend_alike(runs[0][0], w, qk, v, batch, turn, layer)
+        outs = []
+        for native, part, rows in runs:  # long segments by torch, the others in C
+            own = slice(rows.start, rows.stop)
+            turned = Turn(turn.cos[own], turn.sin[own], turn.dtype)
+            outs.append(self._attend_alike(native, w, qk[own], v[own], part, turned, layer))
+        return torch.cat([out.to(outs[0].dtype) for out in outs])
+
+    def is_last(self, layer: int) -> bool:
+        """Whether it is the last layer, where only the wanted rows go on."""
+        return layer == self._config.num_hidden_layers - 1
+
+    def _attend_alike(
+        self,
+        native: NativeKernels | None,
+        w: Weights,
+        qk: torch.Tensor,
+        v: torch.Tensor,
+        batch: Batch,
+        turn: Turn,
+        layer: int,
+    ) -> torch.Tensor:
+        """Attend within all sequences in C, or within all by torch; see :meth:`attend`."""
         if native is not None:
             qkv = torch.cat((qk.float(), v.float()), dim=1)
             out = self._attend_native(native, w, qkv, batch, turn, layer)
@@ -93,10 +109,6 @@ class Heads:
         q, k = self._turned(w, self._by_head(qk), turn)
         out = self._attend(batch, layer, q, k, self._by_head(v))  # (Q, T, D)
         return out.transpose(0, 1).reshape(out.shape[1], self._queries * self._config.head_dim)
-
-    def is_last(self, layer: int) -> bool:
-        """Whether it is the last layer, where only the wanted rows go on."""
-        return layer == self._config.num_hidden_layers - 1
 
     # -- in C: a few rows, over keys and values in bfloat16 or codes ---------------------------
 
@@ -134,20 +146,6 @@ class Heads:
             eps=self._config.rms_norm_eps,
         )
 
-    def place(
-        self, arguments: Attention, segment: Segment, turn: Turn, row: int, layer: int
-    ) -> None:
-        """Set what belongs to a layer and a sequence, whose rows of ``turn`` begin at ``row``."""
-        cached = self._kv.layer(layer, segment)
-        arguments.cos, arguments.sin = turn.cos[row].data_ptr(), turn.sin[row].data_ptr()
-        arguments.all_keys, arguments.all_values = cached.keys.data_ptr(), cached.values.data_ptr()
-        if cached.key_scales is not None and cached.value_scales is not None:
-            arguments.key_scales = cached.key_scales.data_ptr()
-            arguments.value_scales = cached.value_scales.data_ptr()
-        arguments.tokens, arguments.past = segment.tokens, segment.position
-        arguments.capacity = cached.length
-        arguments.window = self._config.sliding_windows[layer] or 0
-
     def sequences(self, batch: Batch, turn: Turn) -> ctypes.Array[SequenceRows]:
         """The sequences of a step's rows, made once for all of its layers."""
         if turn.sequences is None:
@@ -175,12 +173,9 @@ class Heads:
         layer: int,
     ) -> torch.Tensor:
         out = torch.empty(len(qkv), self._queries * self._config.head_dim)
-        arguments = self.arguments(w)
-        for segment, rows in zip(batch.segments, batch.rows, strict=True):
-            self.place(arguments, segment, turn, rows.start, layer)
-            arguments.qkv = qkv[rows.start].data_ptr()
-            arguments.out = out[rows.start].data_ptr()
-            native.attend(arguments)
+        heads = self.arguments(w)
+        heads.window = self._config.sliding_windows[layer] or 0
+        native.attend_each(heads, self.sequences(batch, turn), layer, qkv, out)
         return out
 
     # -- with torch ----------------------------------------------------------------------------

@@ -202,7 +202,7 @@ class KVStore:
             slot = self._slots.get(segment.slot) or _Slot([])
             old = slot.capacity
             ends.append(segment.end)
-            if segment.source is not None:  # the slot is freed, then made anew
+            if segment.source is not None:  # the slot is freed, then created again
                 held += grown_capacity(0, segment.end) - old
                 peak = max(peak, held * self._layers)
                 continue

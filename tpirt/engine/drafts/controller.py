@@ -100,11 +100,16 @@ class DraftController:
         self._idle_steps = 0  # since guesses were last verified
         self._gain: float | None = None  # expected of the latest step
         self._predicted = (0.0, 0.0)  # its tokens and seconds
+        self._token_s = 0.0  # a token takes without guesses, in the latest step
 
     async def extend(self, pieces: Items[Piece]) -> list[Piece]:
         """The pieces, those of answers under way with guesses where these pay."""
         rows = sum(piece.tokens for piece in pieces)
-        drafted = [piece for piece in pieces if _drafted(piece) is not None]
+        drafted = {
+            index: answer
+            for index, piece in enumerate(pieces)
+            if (answer := _drafted(piece)) is not None
+        }
         exact = min(self._exact_rows, self._most_rows)
         room = (exact if rows <= exact else self._most_rows) - rows
         if (
@@ -114,7 +119,7 @@ class DraftController:
             or self._costs.seconds(rows) is None
         ):
             return list(pieces)
-        answers = [answer for piece in drafted if (answer := _drafted(piece)) is not None]
+        answers = list(drafted.values())
         most = [min(self._most, room, self._most_guesses(answer)) for answer in answers]
         prospects = self._drafter.prospects(max(most))
         if prospects is None:
@@ -124,13 +129,12 @@ class DraftController:
             most = self._choose([prospects[:number] for number in most], rows, room)
             guesses = await self._propose(answers, most)
             counts = list(map(len, guesses))
-        chosen = dict(zip(map(id, drafted), zip(guesses, counts, strict=True), strict=True))
         self._idle_steps = 0 if any(counts) else self._idle_steps + 1
-        extended = []
-        for piece in pieces:
-            found, count = chosen.get(id(piece), ((), 0))
-            first = found[0] if found else None
-            extended.append(replace(piece, guesses=tuple(found[:count]), first_guess=first))
+        extended = list(pieces)
+        for index, found, count in zip(drafted, guesses, counts, strict=True):
+            if found:
+                verified = tuple(found[:count])
+                extended[index] = replace(pieces[index], guesses=verified, first_guess=found[0])
         return extended
 
     async def _propose(self, answers: Items[Answer], most: Items[int]) -> list[list[Guess]]:
@@ -174,15 +178,10 @@ class DraftController:
         stats = self.stats
         stats.steps += 1
         stats.seconds += seconds
-        rows = sum(piece.tokens for piece in pieces)
-        answers = sum(_drafted(piece) is not None for piece in pieces)
-        alone_s = self._costs.seconds(rows)
-        if alone_s is not None:
-            a_token_s = alone_s / max(1, answers)
-            predicted, predicted_s = self._predicted
-            stats.saved_s += a_token_s * tokens - seconds - self._drafting_s
-            stats.predicted_s += predicted_s
-            stats.predicted_saved_s += a_token_s * predicted - predicted_s
+        predicted, predicted_s = self._predicted
+        stats.saved_s += self._token_s * tokens - seconds - self._drafting_s
+        stats.predicted_s += predicted_s
+        stats.predicted_saved_s += self._token_s * predicted - predicted_s
 
     def forget(self, answer: Answer) -> None:
         """An answer has ended."""
@@ -226,6 +225,7 @@ class DraftController:
         counts, best = [0] * len(guesses), [0] * len(guesses)
         expected = float(len(guesses))
         best_rate = base_rate = expected / base_s
+        self._token_s = base_s / expected
         self._predicted = (expected, base_s)
         heap: list[tuple[float, int]] = []
         for index, chain in enumerate(guesses):

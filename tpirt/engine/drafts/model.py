@@ -28,12 +28,10 @@ class ModelDrafter:
 
     Args:
         engine: of the small model; its owner closes it.
-        vocab_size: of the large model.
     """
 
-    def __init__(self, engine: Engine, vocab_size: int):
+    def __init__(self, engine: Engine):
         self._engine = engine
-        self._vocab_size = vocab_size
         self._guess_s = 0.0  # a guess takes
 
     def prospects(self, most: int) -> list[Guess]:
@@ -67,8 +65,6 @@ class ModelDrafter:
         with suppress(RequestError):
             async with aclosing(self._engine.generate(list(ids), params)) as tokens:
                 async for token in tokens:
-                    if token.id >= self._vocab_size:
-                        break
                     guesses.append(_guess(token.id, len(guesses)))
         return guesses
 

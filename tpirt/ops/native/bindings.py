@@ -22,6 +22,7 @@ _SIGNATURES = {
     "tp_gate": [c_int, c_void_p, c_void_p, c_long, c_long, c_void_p],
     "tp_product": [c_int, *[c_void_p] * 6, c_long, c_void_p],
     "tp_attend": [c_int, c_void_p, c_void_p],
+    "tp_attend_each": [c_int, *[c_void_p] * 3, c_long, c_long, *[c_void_p] * 2],
     "tp_attention_scratch": [c_void_p],
     "tp_mlp_scratch": [c_void_p],
     "tp_layers_scratch": [c_void_p, c_long],
@@ -260,6 +261,29 @@ class NativeKernels:
     def attend(self, attention: Attention) -> None:
         """Turn queries and keys, append keys and values, and attend."""
         self._library.tp_attend(self._set, self._pool, byref(attention))
+
+    def attend_each(
+        self,
+        heads: Attention,
+        sequences: ctypes.Array[SequenceRows],
+        layer: int,
+        qkv: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Turn queries and keys, append keys and values, and attend within each sequence.
+
+        Args:
+            heads: what the sequences share.
+            sequences: those of the rows, in order.
+            layer: its number.
+            qkv: (T, (Q + 2 K) D) float32; overwritten.
+            out: (T, Q D) float32; overwritten.
+        """
+        count = len(sequences)
+        self._library.tp_attend_each(
+            *(self._set, self._pool, byref(heads), sequences, count, layer),
+            *(qkv.data_ptr(), out.data_ptr()),
+        )
 
     def attention_block(self, block: AttentionBlock) -> None:
         """Norm, products, attention, product."""

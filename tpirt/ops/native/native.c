@@ -382,21 +382,24 @@ long tp_mlp_scratch(const mlp_block *first)
     return bytes;
 }
 
-/* Attend within each sequence: ``qkv`` (T, width) to ``out`` (T, columns). */
-static void attend_each(int set, pool *p, const attention_block *b, float *qkv, long width,
-                        float *out)
+/* Attend within each sequence: ``qkv`` (T, heads, D) to ``out`` (T, queries, D). What the sequences
+ * share is in ``heads``. */
+void tp_attend_each(int set, pool *p, const attention *heads, const sequence *sequences, long count,
+                    long layer, float *qkv, float *out)
 {
-    for (long i = 0; i < b->count; i++) {
-        const sequence *s = b->sequences + i;
-        const kv_room *room = s->rooms + b->layer;
-        attention a = b->heads;
+    const long queries = heads->queries * heads->dim;
+    const long width = queries + 2 * heads->keys * heads->dim;
+    for (long i = 0; i < count; i++) {
+        const sequence *s = sequences + i;
+        const kv_room *room = s->rooms + layer;
+        attention a = *heads;
         a.qkv = qkv, a.out = out;
         a.cos = s->cos, a.sin = s->sin, a.tokens = s->tokens, a.past = s->past;
         a.all_keys = room->keys, a.all_values = room->values;
         a.key_scales = room->key_scales, a.value_scales = room->value_scales;
         a.capacity = room->capacity;
         tp_attend(set, p, &a);
-        qkv += s->tokens * width, out += s->tokens * b->out.inputs;
+        qkv += s->tokens * width, out += s->tokens * queries;
     }
 }
 
@@ -413,7 +416,7 @@ void tp_attention(int set, pool *p, attention_block *b)
     multiply(s, p, &b->qk, x, &r, tokens, qkv, width);
     multiply(s, p, &b->v, x, &r, tokens, qkv + b->qk.rows, width);
     float *y = take_floats(&at, tokens * b->out.inputs);
-    attend_each(set, p, b, qkv, width, y);
+    tp_attend_each(set, p, &b->heads, b->sequences, b->count, b->layer, qkv, y);
     r = take_rounded(set, p, &at, &b->out, y, tokens);
     float *out = take_floats(&at, tokens * columns(&b->out));
     multiply(s, p, &b->out, y, &r, tokens, out, columns(&b->out));

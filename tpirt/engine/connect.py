@@ -20,7 +20,7 @@ import torch
 from tpirt.cancellation import finish
 from tpirt.cluster.connection import Connection
 from tpirt.cluster.launcher import LocalPeers
-from tpirt.cluster.machine import default_threads, share_one_arena
+from tpirt.cluster.machine import default_threads, set_up_allocator
 from tpirt.cluster.roster import profile_peers
 from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.cluster.tracing import TRACE_SPANS
@@ -95,7 +95,7 @@ async def _prepared(
     path: str | Path | None, options: EngineOptions, local: int, progress: ProgressCallback
 ) -> AsyncIterator[_Host]:
     """Open the model and its store, and set this process's compute threads meanwhile."""
-    share_one_arena()
+    set_up_allocator()
     model = await asyncio.to_thread(open_model, path)
     threads = options.threads or default_threads(local)
     with model.checkpoint, _compute_threads(threads):

@@ -21,7 +21,7 @@ from tpirt.cluster.machine import (
     base_bytes,
     host_name,
     resident_bytes,
-    share_one_arena,
+    set_up_allocator,
 )
 from tpirt.cluster.worker import Worker
 from tpirt.errors import MemoryLimitError
@@ -62,7 +62,7 @@ async def run_peer(options: PeerOptions) -> None:
         TransportError: the address cannot be listened on.
         MemoryLimitError: the process itself needs more than its limit.
     """
-    share_one_arena()
+    set_up_allocator()
     stop = asyncio.Event()
     with logged(logging.WARNING if options.quiet else logging.INFO):
         if await _has_loaded(stop):

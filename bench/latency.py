@@ -25,7 +25,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from bench.lib.command import end_like_a_command, tell, values
+from bench.lib.command import add_rank_options, end_like_a_command, rank_options, tell, values
 from bench.lib.group import Group
 from bench.lib.latency_row import Bench, Row, Setting
 from bench.lib.record import Record, add_json_option
@@ -40,7 +40,7 @@ from bench.net.options import (
 )
 from bench.net.profiles import PROFILES
 from bench.net.spec import Link, LinkError, Topology, parse_link, parse_topology, uniform
-from tpirt.cli.options import count, size
+from tpirt.cli.options import count
 from tpirt.cluster.machine import default_threads
 
 
@@ -149,10 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     source = model.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", type=Path, metavar="DIR")
     source.add_argument("--shape", metavar="NAME", help="random weights: see `tpirt synth`")
-    model.add_argument("--quantize", default="none", metavar="HOW")
-    model.add_argument("--dtype", default="auto")
-    model.add_argument("--memory", type=size, metavar="SIZE", help="of each peer")
-    model.add_argument("--threads", type=count, metavar="N", help="of each peer")
+    add_rank_options(model)
     model.add_argument(
         "--dir",
         type=Path,
@@ -195,10 +192,8 @@ def _options(
         )
     threads = arguments.threads or default_threads(devices)
     engine = {
+        **rank_options(arguments),
         "model": str(model),
-        "quantize": arguments.quantize,
-        "dtype": arguments.dtype,
-        "memory_bytes": arguments.memory,
         "threads": threads,
         "store": str(store),
     }

@@ -59,25 +59,39 @@ def percentile(figures: Iterable[float], percent: int) -> float:
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Add options of an engine; what is not given is tpirt's own default."""
+    add_rank_options(parser)
     parser.add_argument("--window", type=count, metavar="N")
+    parser.add_argument("--store", type=Path, metavar="DIR")
+
+
+def add_rank_options(parser: argparse._ActionsContainer) -> None:
+    """Add those of them that benchmarks have which vary or place the others themselves."""
     parser.add_argument("--memory", type=size, metavar="SIZE", help="of each rank")
     parser.add_argument("--threads", type=count, metavar="N", help="of each rank")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--quantize", default="none", metavar="HOW")
-    parser.add_argument("--store", type=Path, metavar="DIR")
 
 
 def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Those of :func:`add_engine_options` that are given, as fields of ``EngineOptions``."""
-    given = {
-        "window": arguments.window,
-        "memory_bytes": arguments.memory,
-        "threads": arguments.threads,
-        "dtype": arguments.dtype,
-        "quantize": arguments.quantize,
-        "store": arguments.store and str(arguments.store),
-    }
-    return {name: value for name, value in given.items() if value is not None}
+    given = {"window": arguments.window, "store": arguments.store and str(arguments.store)}
+    return rank_options(arguments) | _given(given)
+
+
+def rank_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those of :func:`add_rank_options` that are given, as fields of ``EngineOptions``."""
+    return _given(
+        {
+            "memory_bytes": arguments.memory,
+            "threads": arguments.threads,
+            "dtype": arguments.dtype,
+            "quantize": arguments.quantize,
+        }
+    )
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def run_tpirt(*arguments: str) -> str:

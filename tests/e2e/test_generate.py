@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -12,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from tpirt.cli.generate import _json
 from tpirt.cli.main import main
 from tpirt.engine import Engine, EngineOptions
 from tpirt.printable import printable
+from tpirt.terminal import clean_output
 from tpirt.testing.models import make_model
 from tpirt.testing.processes import PeerProcess, descendants, run_cli, run_python, survivors
 from tpirt.text import Tokenizer
@@ -48,6 +51,22 @@ def generate(model: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> Ge
         return answer
 
     return run
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [("utf-8", b"\xc3\xa9 \xf0\x9f\x91\x8b"), ("latin-1", rb"\u00e9 \ud83d\udc4b")],
+)
+def test_json_has_characters_as_they_are_where_it_can(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, shown: bytes
+) -> None:
+    raw, text = io.BytesIO(), "\u00e9 \U0001f44b\n\x1b\x9b"
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+    with clean_output():
+        sys.stdout.write(_json({"text": text}))
+        sys.stdout.flush()
+    assert shown in raw.getvalue()
+    assert json.loads(raw.getvalue().decode(encoding)) == {"text": text}
 
 
 def test_json_has_the_answer_and_its_figures(generate: Generate) -> None:

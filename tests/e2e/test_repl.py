@@ -274,7 +274,7 @@ def test_piped_lines(command: list[str], environment: dict[str, str], peer: str)
     assert [line.split()[0] for line in lines[4:] if line] == [
         *("rank", "0", "1"),
         *("prefill", "rank", "0", "1"),
-        *("a", "rank", "0", "1", "all", "longest", "last"),
+        *("a", "rank", "0", "1", "0-1", "longest", "last"),
         *("drafts:", "conversations:"),
     ]
     assert b"\x1b" not in done.stdout + done.stderr

@@ -204,6 +204,21 @@ def test_figures_are_whole_at_any_width(
     assert "\u2026" not in drawn
 
 
+@pytest.mark.parametrize(("unit", "is_work"), [("peers", False), ("pieces", True)])
+def test_only_work_has_a_rate(monkeypatch: pytest.MonkeyPatch, unit: str, is_work: bool) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    bars, lines, clock = Terminal(), io.StringIO(), Clock()
+    for out in (bars, lines):
+        with ConsoleProgress(stream=out, clock=clock) as progress:
+            for done in (0, 1, 2):
+                progress(Progress("starting", done, 9, unit))
+                clock.now += 5
+            assert out is lines or bars.written.wait(30)
+        assert "2 of 9" in out.getvalue()
+        assert (f"{unit}/s" in out.getvalue(), "left" in out.getvalue()) == (is_work, is_work)
+
+
 def test_lines_of_a_narrow_dumb_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setattr("tpirt.chat.progress.width", lambda _: 40)

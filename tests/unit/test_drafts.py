@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tpirt.engine import Engine, EngineOptions
 from tpirt.engine.drafts.base import Guess
 from tpirt.engine.drafts.controller import DraftController
 from tpirt.engine.drafts.suffix import SuffixDrafter, SuffixIndex
@@ -14,6 +17,7 @@ from tpirt.engine.scheduler import Piece
 from tpirt.engine.sequence import Answer
 from tpirt.engine.step_costs import StepCosts
 from tpirt.testing.drafters import KnownAnswers
+from tpirt.testing.models import make_model
 from tpirt.types import SamplingParams, Token, ignore_progress
 
 
@@ -149,3 +153,17 @@ async def test_a_drafter_that_fails_or_knows_no_bounds_harms_nobody(
         assert await failing.extend([Piece(asked, 1)]) == [Piece(asked, 1)]
     assert "the drafter failed" in failing.explain()
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("draft", "rows", "is_told"), [("suffix", 1, True), ("suffix", 8, False), ("auto", 1, False)]
+)
+async def test_drafts_that_were_asked_for_and_cannot_be_are_told_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, draft: str, rows: int, is_told: bool
+) -> None:
+    monkeypatch.setattr("tpirt.cluster.rank.same_kernel_rows", lambda *_: rows)
+    options = EngineOptions(dtype="float32", threads=1, store=tmp_path / "store", draft=draft)
+    async with Engine.connect(make_model(tmp_path / "model"), options) as engine:
+        assert ["drafts: off; for these weights" in notice for notice in engine.notices] == (
+            [True] if is_told else []
+        )

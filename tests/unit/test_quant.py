@@ -62,7 +62,8 @@ def random(*shape: int, seed: int = 0, tails: bool = False) -> torch.Tensor:
 
 def without_native(patch: pytest.MonkeyPatch) -> None:
     for module in (quant, quant_kernels):
-        patch.setattr(module, "native_kernels", lambda threads: None)
+        patch.setattr(module, "available_kernels", lambda: None)
+    patch.setattr(quant, "native_kernels", lambda threads: None)
 
 
 def stored(spec: Scheme, w: torch.Tensor, *starts: int, native: bool = HAS_NATIVE) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TextIO
 
 from tpirt import terminal
+from tpirt.chat.word_wrap import WordWrap
 from tpirt.printable import printable
 from tpirt.terminal import is_capable, is_terminal, wants_color, wrap
 
@@ -16,13 +17,15 @@ class Console:
 
     Both may be the same terminal; notes begin on a new line. Control characters from the model or
     a peer are removed, except from an answer that goes to a file or a pipe. Characters that the
-    stream cannot encode become question marks.
+    stream cannot encode become question marks. Lines break at spaces; those of an answer only on a
+    terminal that can move its cursor.
     """
 
     def __init__(self, out: TextIO, err: TextIO):
         self._out = terminal.unfiltered(out)
         self._err = terminal.unfiltered(err)
         self._within_line = False
+        self._words = WordWrap()
 
     @property
     def width(self) -> int | None:
@@ -33,15 +36,20 @@ class Console:
         """Write a part of an answer."""
         if is_terminal(self._out):
             text = printable(text)
-        if text:
-            self._put(self._out, text)
-            self._within_line = not text.endswith("\n")
+        if not text:
+            return
+        self._within_line = not text.endswith("\n")
+        columns = self.width if is_capable(self._out) else None
+        if columns is not None:
+            text = self._words.feed(_encodable(self._out, text), columns)
+        self._put(self._out, text)
 
     def end_line(self) -> None:
         """End the current line, so that further output begins on a new one."""
         if self._within_line:
             self._put(self._out, "\n")
             self._within_line = False
+            self._words = WordWrap()
 
     def end_line_on_terminal(self) -> None:
         """End the current line if others see it; a file gets the answer in one piece."""
@@ -74,6 +82,10 @@ class Console:
 
     @staticmethod
     def _put(stream: TextIO, text: str) -> None:
-        encoding = stream.encoding or "utf-8"
-        stream.write(text.encode(encoding, "replace").decode(encoding))
+        stream.write(_encodable(stream, text))
         stream.flush()
+
+
+def _encodable(stream: TextIO, text: str) -> str:
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)

@@ -25,6 +25,8 @@ _FIRST_LINE_S, _NEXT_LINE_S = 3.0, 5.0
 _MOST_BARS = 8
 _RATE_COLUMNS, _BAR_COLUMNS = 60, 92  # from this width on, rates and bars are shown
 
+_AT_ONCE = ("peers",)  # these are not done one after another: there is no rate
+
 _Clock = Callable[[], float]
 _Key = tuple[str, str]
 
@@ -176,7 +178,8 @@ class _Bars:
     def _put(self, bars: RichProgress, progress: Progress) -> None:
         key = (progress.stage, progress.detail)
         if key not in self._tasks:
-            self._tasks[key] = bars.add_task(_title(progress), total=None)
+            title = _title(progress)
+            self._tasks[key] = bars.add_task(title, total=None, unit=progress.unit)
         task = bars.tasks[bars.task_ids.index(self._tasks[key])]
         others = sum(other.visible for other in bars.tasks if other is not task)
         done = 0 < progress.total <= progress.done
@@ -185,7 +188,6 @@ class _Bars:
             completed=progress.done,
             total=progress.total or None,
             visible=not done and others < _MOST_BARS,
-            unit=progress.unit,
         )
 
     def _on_timer(self, bars: RichProgress) -> None:
@@ -254,12 +256,13 @@ class _Amount(_Figure):
 
 class _Rate(_Figure):
     def render(self, task: Task) -> Text:
-        return Text(_rate(task.speed, task.fields["unit"]) if task.speed else "")
+        unit = task.fields["unit"]
+        return Text(_rate(task.speed, unit) if task.speed and unit not in _AT_ONCE else "")
 
 
 class _Remaining(_Figure):
     def render(self, task: Task) -> Text:
-        left = task.time_remaining
+        left = None if task.fields["unit"] in _AT_ONCE else task.time_remaining
         return Text("" if left is None or task.finished else _left(left))
 
 
@@ -292,7 +295,7 @@ def _amount(progress: Progress) -> str:
 
 def _pace(progress: Progress, done: int, seconds: float) -> str:
     """Format the rate and the remaining time of a stage; "" if unknown."""
-    if seconds < _PATIENCE_S or done <= 0 or progress.total <= 0:
+    if seconds < _PATIENCE_S or done <= 0 or progress.total <= 0 or progress.unit in _AT_ONCE:
         return ""
     speed = done / seconds
     left = (progress.total - progress.done) / speed

@@ -72,7 +72,8 @@ def stats_table(ranks: Iterable[RankStats], columns: int | None = None) -> list[
 def times_tables(ranks: Sequence[RankStats], columns: int | None = None) -> list[str]:
     """Times of the last request by rank and cause: prefill, then a decoded token.
 
-    The last line of the second table is for the group; see :class:`tpirt.types.TokenTimes`.
+    The last line of the second table is for all ranks together, if there are several; see
+    :class:`tpirt.types.TokenTimes`.
     """
     prefills = [[step for step in rank.steps if step.prefill] for rank in ranks]
     tokens = sum(step.tokens for step in prefills[0])
@@ -85,10 +86,12 @@ def times_tables(ranks: Sequence[RankStats], columns: int | None = None) -> list
     if decoded:
         lines += ["", f"a decoded token, ms (medians of {len(decoded)}):"]
         rows = [_times([s for s in rank.steps if not s.prefill], median) for rank in ranks]
-        group = _row(
-            [median(getattr(token, f"{cause}_ms") for token in decoded) for cause in _CAUSES]
-        )
-        rows = [*map(_labelled, ranks, rows), ("all", "", *group)]
+        rows = list(map(_labelled, ranks, rows))
+        if len(ranks) > 1:
+            group = [
+                median(getattr(token, f"{cause}_ms") for token in decoded) for cause in _CAUSES
+            ]
+            rows.append((f"0-{len(ranks) - 1}", "", *_row(group)))
         lines += [*table([_TIMES, *rows], left=2, columns=columns), _what_gated(decoded)]
     return lines
 

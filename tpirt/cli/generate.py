@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tpirt.cli.options import (
     Commands,
@@ -95,13 +96,21 @@ async def _generate(arguments: argparse.Namespace, prompt: Prompt) -> None:
             prompt = engine.encode(prompt, parse_special=arguments.special_tokens)
             if arguments.json:
                 completion = await engine.complete(prompt, params, progress)
-                print(json.dumps(asdict(completion)))
+                print(_json(asdict(completion)))
                 ids, cut = completion.token_ids, completion.finish_reason == "length"
             else:
                 ids, cut = await _print_answer(engine, prompt, params, progress)
             if not arguments.quiet:
                 for note in _notes(engine, ids, cut):
                     print(f"tpirt: {note}", file=sys.stderr)
+
+
+def _json(figures: dict[str, Any]) -> str:
+    """One line of JSON; where standard output is UTF-8, only control characters are escaped."""
+    if (sys.stdout.encoding or "").lower().replace("-", "") != "utf8":
+        return json.dumps(figures)
+    text = json.dumps(figures, ensure_ascii=False)
+    return re.sub("[\x7f-\x9f]", lambda char: f"\\u{ord(char[0]):04x}", text)
 
 
 async def _print_answer(

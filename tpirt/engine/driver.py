@@ -139,6 +139,11 @@ class Driver:
         return "drafts: none asked for" if self._drafts is None else self._drafts.explain()
 
     @property
+    def draft_obstacle(self) -> str | None:
+        """Why the drafter cannot help a single request; None if it can, or there is none."""
+        return self._drafts.obstacle if self._drafts is not None else None
+
+    @property
     def draft_stats(self) -> DraftStats | None:
         """What guesses brought so far; None without a drafter."""
         return self._drafts.stats if self._drafts is not None else None

@@ -66,6 +66,7 @@ class Engine:
         self.tokenizer = model.tokenizer
         self.defaults = model.defaults
         self.deployment = deployment
+        self._is_draft_asked = options.draft != AUTO_DRAFT
         self._checkpoint = model.checkpoint
         self._embedding = model.embedding
         self._connection = connection
@@ -187,9 +188,14 @@ class Engine:
 
     @property
     def notices(self) -> list[str]:
-        """Warnings about peers and how ranks are connected, a line each."""
+        """What differs from what a user expects of peers, links and drafts, a line each."""
         policy = self._group.policy
-        return other_versions(self.peers) + (policy.notices if policy else [])
+        obstacle = self._driver.draft_obstacle if self._is_draft_asked else None
+        return [
+            *other_versions(self.peers),
+            *(policy.notices if policy else []),
+            *filter(None, [obstacle]),
+        ]
 
     def explain(self) -> list[str]:
         """Say which links were measured and how sums go over them, a line each."""

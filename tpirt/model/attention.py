@@ -16,7 +16,7 @@ from tpirt.config import ModelConfig
 from tpirt.model.kv_store import Cached, KVStore
 from tpirt.model.products import FEW_ROWS, address, plain
 from tpirt.ops.cpu import bfloat16_units
-from tpirt.ops.native.bindings import Attention, NativeKernels, SequenceRows, native_kernels
+from tpirt.ops.native.bindings import Attention, NativeKernels, SequenceRows, available_kernels
 from tpirt.ops.nn import attention, rms_norm
 from tpirt.ops.rope import rotate
 from tpirt.sharding.partition import Shard
@@ -131,7 +131,7 @@ class Heads:
         many = len(batch.segments) > 1
         suits = qk.dtype is torch.float32 or self._kv.layout.bits is not None or many
         if suits and self.suits_native(tokens):
-            return native_kernels(torch.get_num_threads())
+            return available_kernels()
         return None
 
     def arguments(self, w: Weights) -> Attention:

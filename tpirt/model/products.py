@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from tpirt.config import ModelConfig
-from tpirt.ops.native.bindings import NativeKernels, Rounded, native_kernels
+from tpirt.ops.native.bindings import NativeKernels, Rounded, available_kernels
 from tpirt.ops.nn import ACTIVATIONS, gated_mlp, rms_norm
 from tpirt.ops.plain_kernels import NATIVE_HALF
 from tpirt.ops.quant import AS_THEY_ARE
@@ -84,7 +84,7 @@ class Products:
         choice = self._kernels.get(_shape(w[f"{name}.weight"]))
         if choice is None or choice.kernel(rows) not in (NATIVE.name, NATIVE_HALF.name):
             return None
-        return native_kernels(torch.get_num_threads())
+        return available_kernels()
 
     def _inputs(self, w: Weights, name: str, rows: int) -> torch.dtype:
         choice = self._kernels.get(_shape(w[f"{name}.weight"]))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from tpirt.ops.buffers import scratch
-from tpirt.ops.native.bindings import Matrix, native_kernels, present_kernels
+from tpirt.ops.native.bindings import Matrix, available_kernels, present_kernels
 from tpirt.ops.quant import QuantSpec
 from tpirt.ops.quant_matrix import PIECE_BYTES
 
@@ -32,7 +32,7 @@ class NativeHalf:
 
     def accepts(self, spec: QuantSpec) -> bool:
         """See :class:`tpirt.ops.quant_kernels.Kernel`."""
-        return native_kernels(torch.get_num_threads()) is not None
+        return available_kernels() is not None
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return (T, N) float32."""
@@ -87,7 +87,7 @@ def _by_pieces(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _convert(weight: torch.Tensor, out: torch.Tensor) -> None:
-    native = native_kernels(torch.get_num_threads())
+    native = available_kernels()
     if native is not None and (weight.dtype, out.dtype) == (torch.float16, torch.bfloat16):
         native.narrow(weight, out)  # eight times as fast
     else:

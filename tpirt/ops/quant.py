@@ -24,7 +24,7 @@ import torch
 
 from tpirt.errors import ConfigError
 from tpirt.ops.buffers import Region, round_up
-from tpirt.ops.native.bindings import native_kernels
+from tpirt.ops.native.bindings import available_kernels, native_kernels
 from tpirt.ops.quant_rounding import Workspace, check_weights, int4_tiles, round_int8
 from tpirt.ops.quant_units import Int4Units, Int8Units, MatrixUnits
 from tpirt.ops.quant_words import split_words, to_words
@@ -201,7 +201,7 @@ class Int8(Scheme):
 
     def rows(self, matrix: QuantMatrix, start: int, stop: int, space: torch.Tensor) -> torch.Tensor:
         """The codes, exact in bfloat16 too; scales are applied to the product."""
-        native = native_kernels(torch.get_num_threads())
+        native = available_kernels()
         if native is not None:
             return native.dense(8, *_blocks(matrix, start, stop), space)
         return unpack_bytes(matrix.codes[start // TILE_ROWS : stop // TILE_ROWS]).to(space.dtype)
@@ -271,7 +271,7 @@ class Int4(Scheme):
         return matrix.codes[first:last], matrix.scales[first:last]
 
     def rows(self, matrix: QuantMatrix, start: int, stop: int, space: torch.Tensor) -> torch.Tensor:
-        native = native_kernels(torch.get_num_threads())
+        native = available_kernels()
         if native is not None:
             return native.dense(4, *_blocks(matrix, start, stop), space)
         blocks = slice(start // TILE_ROWS, stop // TILE_ROWS)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from tpirt.dtypes import dtype_name
-from tpirt.ops.native.bindings import Rounded, native_kernels, present_kernels
+from tpirt.ops.native.bindings import Rounded, available_kernels, present_kernels
 from tpirt.ops.quant import Int4, Int8, QuantSpec
 from tpirt.ops.quant_matrix import QuantMatrix
 
@@ -59,7 +59,7 @@ class Native:
 
     def accepts(self, spec: QuantSpec) -> bool:
         known = isinstance(spec, Int8 | Int4)
-        return known and native_kernels(torch.get_num_threads()) is not None
+        return known and available_kernels() is not None
 
     def __call__(self, x: torch.Tensor, matrix: QuantMatrix) -> torch.Tensor:
         native = present_kernels()

@@ -365,8 +365,13 @@ def native_kernels(threads: int) -> NativeKernels | None:
     return None if native.path is None else NativeKernels(native.path, native.index, threads)
 
 
+def available_kernels() -> NativeKernels | None:
+    """The kernels of this machine with as many threads as torch uses; None if there are none."""
+    return native_kernels(torch.get_num_threads())
+
+
 def present_kernels() -> NativeKernels:
-    """The kernels of a machine that has them, with as many threads as torch uses."""
-    native = native_kernels(torch.get_num_threads())
+    """:func:`available_kernels` of a machine that has them."""
+    native = available_kernels()
     assert native is not None
     return native

@@ -16,6 +16,8 @@ the same round. Peak memory is that of the largest process, with the loop itself
 ``--memory`` bounds every rank. In the end all memory of requests is given back, and what is
 resident is compared with what was before the first one.
 
+With ``--ttft-target`` and ``--tpot-target`` (ms), goodput is the share of requests within both.
+
 ``--intruder`` measures the time per token of 3 answers before a long prompt arrives and until its
 first token, and its time to first token beside that on an idle engine.
 """
@@ -45,8 +47,9 @@ from bench.lib.llama_server import llama_server
 from bench.lib.record import Record, add_json_option
 from bench.lib.resident import peak_bytes, reset_peaks, resident_bytes, settled_bytes
 from tpirt import Engine, EngineOptions, SamplingParams
-from tpirt.cli.options import count
+from tpirt.cli.options import add_target_options, count
 from tpirt.cluster.machine import default_threads
+from tpirt.engine.targets import NO_TARGETS, Targets
 from tpirt.units import format_bytes
 
 _WARM_UP_TOKENS = 8
@@ -93,6 +96,7 @@ class Row:
         tokens_per_s: of all users: the median of the rounds.
         scaling: to that of the first number of users, in the same round.
         ratio: tpirt's to this program's, in the same round; None for tpirt.
+        goodput: the share of requests within the targets; 1 without any.
     """
 
     program: str
@@ -107,6 +111,7 @@ class Row:
     token_p95_ms: float
     token_p99_ms: float
     peak_bytes: int | None
+    goodput: float
     rounds: list[float]
 
 
@@ -179,13 +184,13 @@ async def _running(
         yield server
 
 
-def summarize(samples: Samples) -> list[Row]:
+def summarize(samples: Samples, targets: Targets = NO_TARGETS) -> list[Row]:
     """A row for every program and number of users."""
     first = next(users for _, users in samples)
-    return [_row(samples, program, users, first) for program, users in samples]
+    return [_row(samples, program, users, first, targets) for program, users in samples]
 
 
-def _row(samples: Samples, program: str, users: int, first: int) -> Row:
+def _row(samples: Samples, program: str, users: int, first: int, targets: Targets) -> Row:
     own = samples[program, users]
     rates = _rates(own)
     scalings = [
@@ -198,6 +203,7 @@ def _row(samples: Samples, program: str, users: int, first: int) -> Row:
     requests = [each for sample in own for each in sample.loop.answered]
     first_ms = [each.ttft_s * 1e3 for each in requests]
     gaps_ms = [gap_s * 1e3 for each in requests for gap_s in each.gaps_s]
+    in_time = [targets.met(each.ttft_s, each.tpot_s) for each in requests]
     peaks = [sample.peak_bytes for sample in own if sample.peak_bytes is not None]
     return Row(
         program=program,
@@ -212,6 +218,7 @@ def _row(samples: Samples, program: str, users: int, first: int) -> Row:
         token_p95_ms=percentile(gaps_ms, 95),
         token_p99_ms=percentile(gaps_ms, 99),
         peak_bytes=max(peaks, default=None),
+        goodput=statistics.mean(in_time),
         rounds=rates,
     )
 
@@ -266,7 +273,7 @@ def show(rows: Sequence[Row], memory: int | None) -> None:
     """Print the table for people."""
     print(
         "program       users  tokens/s   x one  TTFT p50       p95       p99  token p50      p95"
-        "      p99  peak memory  tpirt's"
+        "      p99  peak memory  goodput  tpirt's"
     )
     for row in rows:
         peak = "-" if row.peak_bytes is None else format_bytes(row.peak_bytes)
@@ -275,7 +282,7 @@ def show(rows: Sequence[Row], memory: int | None) -> None:
             f"{row.program:12} {row.users:6d} {row.tokens_per_s:9.1f} {row.scaling:7.2f} "
             f"{row.ttft_p50_ms:9.1f} {row.ttft_p95_ms:9.1f} {row.ttft_p99_ms:9.1f} "
             f"{row.token_p50_ms:10.1f} {row.token_p95_ms:8.1f} {row.token_p99_ms:8.1f} "
-            f"{peak:>12} {ratio:>8}"
+            f"{peak:>12} {row.goodput:>8.1%} {ratio:>8}"
         )
     if memory is not None:
         peak = max(row.peak_bytes or 0 for row in rows)
@@ -301,6 +308,8 @@ def options_of(arguments: argparse.Namespace) -> EngineOptions:
         "threads": threads_of(arguments),
         "sequences": max(*arguments.users, _DISTURBED + 1),
         "objective": arguments.objective,
+        "ttft_target_s": arguments.ttft_target_s,
+        "tpot_target_s": arguments.tpot_target_s,
         "draft": arguments.draft,
     }
     return EngineOptions(**given)
@@ -320,7 +329,7 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         samples = await run_rounds(arguments, engine)
         intruded = await run_intruder(arguments, engine) if arguments.intruder else None
         after = await _reset(engine)
-    rows = summarize(samples)
+    rows = summarize(samples, Targets(options.ttft_target_s, options.tpot_target_s))
     show(rows, arguments.memory)
     if intruded is not None:
         show_intruded(intruded)
@@ -367,6 +376,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--local", type=count, default=1, metavar="N", help="ranks")
     add_engine_options(parser)
     parser.add_argument("--objective", default="latency")
+    add_target_options(parser)
     parser.add_argument("--draft", default="none", help="default none: it is not measured here")
     parser.add_argument("--llama-server", type=Path, metavar="FILE", help="llama.cpp's program")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same model for it")

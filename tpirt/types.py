@@ -163,3 +163,4 @@ class Completion:
     decoded: list[TokenTimes] = field(default_factory=list)
     guesses: int = 0  # that were verified
     right_guesses: int = 0
+    in_time: bool | None = None  # whether it met the engine's targets; None without any

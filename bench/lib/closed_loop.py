@@ -36,6 +36,11 @@ class Answered:
     ttft_s: float
     gaps_s: list[float]
 
+    @property
+    def tpot_s(self) -> float:
+        """Seconds per token after the first, on average."""
+        return sum(self.gaps_s) / max(1, len(self.gaps_s))
+
 
 @dataclass(frozen=True)
 class Loop:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tpirt.cluster import spill_disk
 from tpirt.cluster.group import Group
 from tpirt.engine import Engine, spilling
 from tpirt.engine.step_costs import StepCosts
@@ -268,3 +269,28 @@ async def test_an_engine_may_be_closed_while_it_spills(
     with suppress(asyncio.CancelledError):
         await task
     assert list((store / "kv").iterdir()) == []
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+async def test_a_disk_that_hangs_holds_nobody_up_for_ever(
+    model: Path, store: Path, crowded: None, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sequence is computed again, the next ones are not spilled, and the engine closes."""
+    write, moves, calls = KVFiles.write, threading.Event(), []
+
+    def hang(self: KVFiles, *arguments: object) -> None:
+        calls.append(self)
+        moves.wait(60)
+        write(self, *arguments)  # type: ignore[arg-type]
+
+    expected = await plain(model, world_size=world_size, store=store)
+    monkeypatch.setattr(KVFiles, "write", hang)
+    monkeypatch.setattr(spill_disk, "SPILL_TIMEOUT_S", 0.1)
+    try:
+        async with asyncio.timeout(30):
+            async with memory_engine(model, world_size, store=store) as engine:
+                assert await talk(engine) == expected
+                assert so_far(engine)["dropped"] == 5
+        assert len(calls) == world_size
+    finally:
+        moves.set()

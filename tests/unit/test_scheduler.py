@@ -8,12 +8,21 @@ from hypothesis import strategies as st
 from tpirt.engine.scheduler import Scheduler
 from tpirt.engine.sequence import Scoring
 from tpirt.engine.step_costs import StepCosts
+from tpirt.engine.targets import Goodput, Targets
 from tpirt.types import ignore_progress
 
 
-def sequence(length: int, computed: int = 0, *, user: str = "", priority: int = 0) -> Scoring:
-    made = Scoring(range(length), ignore_progress)
-    made.user, made.priority = user, priority
+class Unanswered(Scoring):
+    """A prompt whose first token is to come in time."""
+
+    unanswered = True
+
+
+def sequence(
+    length: int, computed: int = 0, *, user: str = "", priority: int = 0, arrived_s: float = 0.0
+) -> Scoring:
+    made = Unanswered(range(length), ignore_progress)
+    made.user, made.priority, made.arrived_s = user, priority, arrived_s
     made.admit(id(made), computed, None)
     return made
 
@@ -97,20 +106,88 @@ def test_users_take_turns_in_order_of_priority() -> None:
     assert Scheduler(16, StepCosts()).order([*a, *b], running) == [b[0], b[1], *a]
 
 
+def test_a_target_per_token_takes_the_place_of_the_factor() -> None:
+    known = costs(r1=0.010, r16=0.030, r64=0.080, r512=0.500)
+    running = [*(sequence(9, 8) for _ in range(3)), sequence(2000)]
+
+    def seconds(target_s: float, *, stall_free: bool = True) -> float:
+        scheduler = Scheduler(512, known, stall_free=stall_free, targets=Targets(tpot_s=target_s))
+        rows = sum(piece.tokens for piece in scheduler.plan(running))
+        return known.seconds(rows) or 0
+
+    assert 0.06 < seconds(0.1) <= 0.1
+    assert 0.06 < seconds(0.1, stall_free=False) <= 0.1
+    assert 0.010 < seconds(0.015) <= 0.015
+    alone_s = known.seconds(3) or 0
+    assert alone_s < seconds(0.001) <= 2 * alone_s  # missed in any case: as without
+
+
+def test_no_more_answers_are_admitted_than_stay_within_the_target() -> None:
+    known = costs(r1=0.010, r4=0.020, r8=0.050)
+    scheduler = Scheduler(64, known, targets=Targets(tpot_s=0.030))
+    assert [scheduler.admits(running) for running in (0, 3, 4, 5, 7)] == [
+        *(True, True, True),
+        *(False, False),
+    ]
+    unmet = Scheduler(64, known, targets=Targets(tpot_s=0.005))
+    assert unmet.admits(7)  # one alone is too slow: waiting is of no use
+    assert Scheduler(64, known).admits(7)
+    assert Scheduler(64, StepCosts(), targets=Targets(tpot_s=0.001)).admits(7)
+
+
+def test_prompts_that_can_be_in_time_come_before_those_that_are_late() -> None:
+    scheduler = Scheduler(100, costs(r1=0.01, r100=1.0), targets=Targets(ttft_s=2.0))
+    late, long = sequence(100, arrived_s=8.5), sequence(250, arrived_s=10.0)
+    timely, answered = sequence(100, arrived_s=9.5), sequence(50)
+    assert scheduler.order([late, long, timely], [], now_s=10.0) == [timely, late, long]
+    plan = scheduler.plan([late, timely], now_s=10.0)
+    assert [piece.sequence for piece in plan] == [timely]
+    urgent = sequence(100, arrived_s=8.5, priority=1)
+    assert scheduler.order([timely, urgent], [], now_s=10.0) == [urgent, timely]
+    answered.unanswered = False  # type: ignore[misc]
+    assert scheduler.order([answered, timely], [], now_s=10.0) == [answered, timely]
+
+
+def test_a_late_prompt_is_not_put_off_for_ever() -> None:
+    scheduler = Scheduler(100, costs(r1=0.01, r100=1.0), targets=Targets(ttft_s=2.0))
+    late, timely = sequence(100, arrived_s=0.0), sequence(100, arrived_s=7.9)
+    assert scheduler.order([late, timely], [], now_s=7.9) == [timely, late]
+    assert scheduler.order([late, timely], [], now_s=8.1) == [late, timely]
+
+
+def test_goodput_is_the_share_within_both_targets() -> None:
+    goodput = Goodput(Targets(0.5, 0.05))
+    assert goodput.share == 1.0
+    for ttft_s, tpot_s in ((0.5, 0.05), (0.6, 0.01), (0.1, 0.06), (0.1, 0.0)):
+        goodput.count(ttft_s, tpot_s)
+    assert (goodput.answers, goodput.ttft_met, goodput.tpot_met, goodput.met) == (4, 3, 3, 2)
+    assert goodput.explain() == (
+        "targets: TTFT 500 ms met by 3 of 4, TPOT 50 ms met by 3 of 4; goodput 50.0%"
+    )
+    assert not Targets()
+    assert Targets().met(1e9, 1e9)
+
+
 @given(
     st.integers(1, 64),
     st.lists(st.tuples(st.integers(1, 100), st.integers(0, 99)), max_size=20),
     st.lists(st.tuples(st.integers(1, 600), st.floats(1e-4, 10)), max_size=12),
     st.booleans(),
+    st.none() | st.floats(1e-4, 10),
 )
 def test_a_step_is_within_its_bounds(
-    chunk: int, states: list[tuple[int, int]], steps: list[tuple[int, float]], stall_free: bool
+    chunk: int,
+    states: list[tuple[int, int]],
+    steps: list[tuple[int, float]],
+    stall_free: bool,
+    target_s: float | None,
 ) -> None:
     known = StepCosts()
     for rows, seconds in steps:
         known.learn(rows, seconds)
     running = [sequence(length, min(done, length - 1)) for length, done in states]
-    plan = Scheduler(chunk, known, stall_free=stall_free).plan(running)
+    targets = Targets(target_s, target_s)
+    plan = Scheduler(chunk, known, stall_free=stall_free, targets=targets).plan(running)
     assert sum(piece.tokens for piece in plan) <= chunk
     assert all(1 <= piece.tokens <= piece.sequence.todo for piece in plan)
     assert len({id(piece.sequence) for piece in plan}) == len(plan)

@@ -36,7 +36,7 @@ from tpirt.weights.manifest import (
     SliceOrder,
     SliceSpec,
 )
-from tpirt.weights.store import SliceStore, StoredSlice, default_store
+from tpirt.weights.store import SliceStore, StoredSlice, default_store, remove_leftovers
 from tpirt.weights.writer import SliceWriter
 
 FORM = WeightFormat(torch.float32)
@@ -704,3 +704,14 @@ def test_folder_that_another_user_prepared_is_refused(
         homeless.chmod(0o777)
     with pytest.raises(StoreError, match=r"not this user's own; give --store"):
         default_store()
+
+
+def test_a_folder_whose_lock_was_deleted_is_swept_up(store: SliceStore) -> None:
+    lost = store.root / ".partial-lost-1234"
+    lost.mkdir(parents=True)
+    (lost / "5678").touch()
+    with SliceWriter(store, spec()) as writer:
+        assert not lost.exists()
+        assert writer.lacking
+        remove_leftovers(store.root)
+        assert len(leftovers(store)) == 2  # the writer's own folder and lock

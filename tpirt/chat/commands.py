@@ -89,6 +89,8 @@ async def _stats(session: Session, _: str) -> None:
     if session.timing is not None:
         session.console.say(f"last answer: {session.timing.tokens} tokens, {session.timing}")
     session.console.say(session.engine.explain_drafts(), session.engine.explain_cache())
+    if session.engine.goodput.targets:
+        session.console.say(session.engine.goodput.explain())
 
 
 async def _peers(session: Session, _: str) -> None:

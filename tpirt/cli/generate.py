@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import re
 import sys
@@ -18,14 +19,15 @@ from tpirt.cli.options import (
     add_draft_option,
     add_engine_options,
     add_parser,
+    add_request_options,
     add_sampling_options,
     add_special_tokens_option,
     connected,
     run_async,
     sampling_params,
 )
-from tpirt.errors import RequestError
-from tpirt.types import Message, SamplingParams
+from tpirt.errors import RequestError, TpirtError
+from tpirt.types import Message, Progress, SamplingParams
 
 if TYPE_CHECKING:
     from tpirt.chat.progress import ConsoleProgress
@@ -37,16 +39,24 @@ def add_command(commands: Commands) -> None:
     parser = add_parser(
         commands,
         "generate",
-        "continue one prompt and exit; to a pipe or file, the text is written unchanged",
+        "continue a prompt, or many at once, and exit; to a pipe or file, the text is written "
+        "unchanged",
         "tpirt generate --local 2 --chat --prompt 'What is 3 + 4?' --json",
     )
     add_engine_options(parser)
     add_context_option(parser)
     add_draft_option(parser)
     add_sampling_options(parser)
+    add_request_options(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt; - reads standard input")
     prompt.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file")
+    prompt.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="answer each line of a UTF-8 file, or of standard input (-), many in one step; prints "
+        "a JSON object for each, in their order",
+    )
     parser.add_argument("--chat", action="store_true", help="apply the model's chat template")
     parser.add_argument("--system", metavar="TEXT", help="the system message; implies --chat")
     add_special_tokens_option(parser)
@@ -57,9 +67,13 @@ def add_command(commands: Commands) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     import tpirt.chat  # noqa: F401  # before the event loop: see run_async
 
-    text = _prompt(arguments)
+    texts = _prompts(arguments)
     sampling_params(arguments, SamplingParams())  # fail before loading
-    run_async(_generate(arguments, _conversation(arguments, text)))
+    prompts = [_conversation(arguments, text) for text in texts]
+    if arguments.prompts is None:
+        run_async(_generate(arguments, prompts[0]))
+    else:
+        run_async(_generate_all(arguments, prompts))
 
 
 def _conversation(arguments: argparse.Namespace, text: str) -> Prompt:
@@ -69,22 +83,32 @@ def _conversation(arguments: argparse.Namespace, text: str) -> Prompt:
     return [*system, Message("user", text)]
 
 
-def _prompt(arguments: argparse.Namespace) -> str:
-    name = arguments.prompt_file or "standard input"
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    if arguments.prompts is not None:
+        texts = _read(arguments.prompts).splitlines()
+    elif arguments.prompt_file is not None:
+        texts = [_read(arguments.prompt_file)]
+    else:
+        texts = [_read("-") if arguments.prompt == "-" else arguments.prompt]
+    for number, text in enumerate(texts, start=1):
+        if not text:
+            where = f" in line {number}" if arguments.prompts is not None else ""
+            raise RequestError(f"the prompt{where} is empty: give at least one character of text")
+    if not texts:
+        raise RequestError(f"{arguments.prompts}: no prompts: give at least one line")
+    return texts
+
+
+def _read(source: str) -> str:
+    """The text of a file, or of standard input for ``-``."""
+    name = "standard input" if source == "-" else source
     try:
-        if arguments.prompt_file is not None:
-            text = Path(arguments.prompt_file).read_text(encoding="utf-8-sig")
-        elif arguments.prompt == "-":
-            text = sys.stdin.buffer.read().decode("utf-8-sig")
-        else:
-            text = arguments.prompt
+        content = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        return content.decode("utf-8-sig")
     except OSError as exc:
         raise RequestError(f"{name}: {exc.strerror}") from exc
     except UnicodeDecodeError as exc:
         raise RequestError(f"{name}: not UTF-8 text (byte {exc.start})") from exc
-    if not text:
-        raise RequestError("the prompt is empty: give at least one character of text")
-    return text
 
 
 async def _generate(arguments: argparse.Namespace, prompt: Prompt) -> None:
@@ -103,6 +127,47 @@ async def _generate(arguments: argparse.Namespace, prompt: Prompt) -> None:
             if not arguments.quiet:
                 for note in _notes(engine, ids, cut):
                     print(f"tpirt: {note}", file=sys.stderr)
+
+
+async def _generate_all(arguments: argparse.Namespace, prompts: Sequence[Prompt]) -> None:
+    """Print a line for each prompt as soon as those before have theirs."""
+    from tpirt.chat.progress import ConsoleProgress
+    from tpirt.engine import EngineOptions
+
+    failed = 0
+    with ConsoleProgress(quiet=arguments.quiet) as progress:
+        async with connected(arguments, progress, arguments.context) as engine:
+            params = sampling_params(arguments, engine.defaults.sampling)
+            running = asyncio.Semaphore(arguments.sequences or EngineOptions.sequences)
+
+            async def answer(prompt: Prompt) -> dict[str, Any]:
+                async with running:
+                    try:
+                        ids = engine.encode(prompt, parse_special=arguments.special_tokens)
+                        return asdict(await engine.complete(ids, params))
+                    except TpirtError as exc:
+                        if engine.broken is not None:
+                            raise  # it is not this prompt's fault
+                        return {"error": str(exc)}
+
+            tasks = [asyncio.create_task(answer(prompt)) for prompt in prompts]
+            try:
+                for number, task in enumerate(tasks):
+                    progress(Progress("answers", number, len(tasks), "prompts"))
+                    line = await task
+                    failed += "error" in line
+                    progress.close()
+                    print(_json(line), flush=True)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+            if engine.goodput.targets and not arguments.quiet:
+                print(f"tpirt: {engine.goodput.explain()}", file=sys.stderr)
+    if failed:
+        raise RequestError(
+            f"{failed} of {len(prompts)} prompts have no answer; their lines have an error instead"
+        )
 
 
 def _json(figures: dict[str, Any]) -> str:

@@ -150,6 +150,41 @@ def add_draft_option(group: Group) -> None:
     )
 
 
+def add_request_options(parser: argparse.ArgumentParser) -> None:
+    """Add options of commands that run many requests at once."""
+    group = parser.add_argument_group("many requests")
+    group.add_argument(
+        "--sequences", type=count, metavar="N", help="most requests that run at once (default 16)"
+    )
+    group.add_argument(
+        "--objective",
+        choices=("latency", "throughput"),
+        help="latency (default): a prompt at most doubles the time of running answers' tokens; "
+        "throughput: prompts are computed as fast as can be",
+    )
+    add_target_options(group)
+
+
+def add_target_options(group: Group) -> None:
+    """Add ``--ttft-target`` and ``--tpot-target``."""
+    group.add_argument(
+        "--ttft-target",
+        type=_milliseconds,
+        dest="ttft_target_s",
+        metavar="MS",
+        help="the longest that a first token should take, in ms: requests that can still be in "
+        "time are computed first",
+    )
+    group.add_argument(
+        "--tpot-target",
+        type=_milliseconds,
+        dest="tpot_target_s",
+        metavar="MS",
+        help="the longest that a further token should take on average, in ms: so long may steps "
+        "with prompts be, and more requests wait if they would exceed it",
+    )
+
+
 def add_context_option(group: Group) -> None:
     """Add ``--context``."""
     group.add_argument(
@@ -270,6 +305,9 @@ def engine_options(arguments: argparse.Namespace, context: int | None = None) ->
     from tpirt.engine import EngineOptions
     from tpirt.engine.options import NO_DRAFT
 
+    optional = ("draft", "sequences", "objective", "ttft_target_s", "tpot_target_s")
+    given = {name: getattr(arguments, name, None) for name in optional}
+    given["draft"] = given["draft"] or NO_DRAFT
     return EngineOptions(
         ratio=arguments.ratio,
         window=arguments.window,
@@ -286,7 +324,7 @@ def engine_options(arguments: argparse.Namespace, context: int | None = None) ->
         timeout_s=arguments.timeout,
         trace=arguments.trace,
         context=context,
-        draft=getattr(arguments, "draft", NO_DRAFT),
+        **{name: value for name, value in given.items() if value is not None},
     )
 
 
@@ -413,15 +451,23 @@ def address(text: str, lowest_port: int = 1) -> Address:
 
 
 def _seconds(text: str) -> float:
+    return _number(text, "seconds", 86_400)
+
+
+def _milliseconds(text: str) -> float:
+    return _number(text, "milliseconds", 86_400_000) / 1e3
+
+
+def _number(text: str, of: str, most: int) -> float:
     try:
-        seconds = float(text)
+        number = float(text)
     except ValueError:
-        seconds = 0.0
-    if not 0 < seconds <= 86_400:
+        number = 0.0
+    if not 0 < number <= most:
         raise argparse.ArgumentTypeError(
-            f"{text!r}: expected a number of seconds above 0, at most 86400"
+            f"{text!r}: expected a number of {of} above 0, at most {most}"
         )
-    return seconds
+    return number
 
 
 def size(text: str) -> int:

@@ -17,6 +17,7 @@ from tpirt.cluster.machine import (
     release_free_memory,
     resident_bytes,
 )
+from tpirt.cluster.spill_disk import SpillDisk
 from tpirt.cluster.stats import Counters, StepLog
 from tpirt.collectives.algorithms import GroupCommunicator
 from tpirt.collectives.base import Communicator, SingleRankCommunicator, TimedCommunicator
@@ -25,7 +26,6 @@ from tpirt.collectives.links import LinkSet
 from tpirt.config import ModelConfig
 from tpirt.errors import MemoryLimitError, TransportError
 from tpirt.model.decoder import Decoder
-from tpirt.model.kv_files import KVFiles
 from tpirt.model.products import FEW_ROWS
 from tpirt.ops.quant_linear import same_kernel_rows
 from tpirt.planning import Limits, MemoryBudget, more_memory
@@ -84,7 +84,7 @@ class RankRuntime:
         self.comm = TimedCommunicator(comm, self.recorder)
         self._links = links
         self._limits = limits
-        self._files = KVFiles(store)
+        self._disk = SpillDisk(store)
         manifest = stored.manifest
         form = manifest.form
         self._budget = MemoryBudget.of(
@@ -244,14 +244,14 @@ class RankRuntime:
         """Write a sequence's keys and values to disk, and drop them from memory in any case.
 
         Raises:
-            StoreError: the disk refused; nothing is kept.
+            StoreError: the disk refused, or hangs; nothing is kept.
             TransportError: there is no such sequence.
         """
         kv = self.decoder.kv
         if not (tokens := kv.length(slot)):
             raise TransportError(f"slot {slot}, which is to be spilled, is empty")
         try:
-            await in_thread(self._files.write, handle, kv.views(slot, tokens))
+            await self._disk.write(handle, kv.views(slot, tokens))
         finally:
             await self.free(slot)
 
@@ -264,12 +264,12 @@ class RankRuntime:
         """
         kv = self.decoder.kv
         try:
-            tokens = self._files.tokens(handle)
+            tokens = self._disk.tokens(handle)
             segment = Segment(slot, 0, tokens, 0, tokens)
             with self._refused_memory(Batch((segment,))):
                 await finish(self._divide(1, kv.bytes_for([segment]), tokens))
                 kv.prepare([segment])
-            await in_thread(self._files.read, handle, kv.views(slot, tokens))
+            await self._disk.read(handle, kv.views(slot, tokens))
             kv.commit([segment])
         except BaseException:
             await self.free(slot)
@@ -279,7 +279,7 @@ class RankRuntime:
 
     async def drop_spilled(self, handles: Sequence[int]) -> None:
         """Delete spilled sequences, where there are some."""
-        await in_thread(self._files.drop, handles)
+        await self._disk.drop(handles)
 
     def stats(self, since_step: int = 0) -> RankStats:
         """What was measured since step ``since_step`` began; 0: since the session began."""
@@ -302,7 +302,7 @@ class RankRuntime:
         """Stop the threads and return the memory to the system."""
         self.decoder.close()
         await self.streamer.aclose()
-        await in_thread(self._files.close)
+        await self._disk.aclose()
         del self.decoder  # its keys and values
         release_free_memory()
 

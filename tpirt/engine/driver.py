@@ -30,6 +30,7 @@ from tpirt.engine.sequence import Answer, Scoring, Sequence
 from tpirt.engine.slots import Place, Sharing, Slots, common_prefix
 from tpirt.engine.spilling import Spiller, free
 from tpirt.engine.step_costs import StepCosts
+from tpirt.engine.targets import Goodput, Targets
 from tpirt.errors import (
     LogitsError,
     MemoryLimitError,
@@ -61,7 +62,10 @@ class Driver:
         waiting: the most that wait.
         spill_bytes: the most that sequences which no request uses take on each rank's disk.
         drafter: guesses tokens; None for none.
-        stall_free: see :class:`Scheduler`.
+        stall_free, targets: see :class:`Scheduler`.
+
+    Attributes:
+        goodput: how many answers met the targets.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Driver:
         waiting: int,
         spill_bytes: int,
         stall_free: bool,
+        targets: Targets,
         drafter: Drafter | None,
     ):
         self._connection = connection
@@ -95,7 +100,10 @@ class Driver:
             sharing=sharing,
             wake=self._start,
         )
-        self._scheduler = Scheduler(deployment.chunk_tokens, self._costs, stall_free=stall_free)
+        self._scheduler = Scheduler(
+            deployment.chunk_tokens, self._costs, stall_free=stall_free, targets=targets
+        )
+        self.goodput = Goodput(targets)
         self._drafts: DraftController | None = None
         if drafter is not None:
             self._drafts = DraftController(
@@ -245,12 +253,13 @@ class Driver:
             await self._recover(broken)
             return
         await self._admit_all()
-        pieces = self._scheduler.plan(self._running)
+        pieces = self._scheduler.plan(self._running, time.perf_counter())
         if self._drafts is not None:
             pieces = await self._drafts.extend(pieces)
         if pieces:
-            if await self._make_room(pieces):
-                await self._compute(pieces)
+            segments = [piece.segment() for piece in pieces]
+            if await self._make_room(segments):
+                await self._compute(pieces, segments)
             await asyncio.sleep(0)  # readers take their results
         elif self._running:
             await self._wake.wait()
@@ -281,49 +290,53 @@ class Driver:
     async def _admit_all(self) -> None:
         if self._full:  # before those that wait are sorted
             return
-        for sequence in self._scheduler.order(self._waiting, self._running):
+        now_s = time.perf_counter()
+        for sequence in self._scheduler.order(self._waiting, self._running, now_s):
             if self._full:
                 return
-            if self._soon_shared(sequence):
+            place = self._place(sequence, copy=True)
+            if self._soon_shared(sequence, place):
                 continue
-            if not await self._admit(sequence):
+            if not await self._admit(sequence, place):
                 return
 
     @property
     def _full(self) -> bool:
         """Whether as many run as may; a sequence that waits for its reader takes no place."""
-        return sum(not sequence.paused for sequence in self._running) >= self._most_now
+        active = sum(not sequence.paused for sequence in self._running)
+        return active >= self._most_now or not self._scheduler.admits(active)
 
-    def _soon_shared(self, sequence: _Any) -> bool:
+    def _soon_shared(self, sequence: _Any, place: Place) -> bool:
         """Whether a running prompt will have computed more of its prefix: it waits for that."""
-        shared = self._place(sequence, copy=True).shared
         for other in self._running:
             if other.todo > 1 and not other.paused:
                 common = common_prefix(other.ids, sequence.ids[: sequence.first_wanted])
-                worth = common >= shared + (1 if shared else _LEAST_SHARED)
+                worth = common >= place.shared + (1 if place.shared else _LEAST_SHARED)
                 if worth and common > other.computed:
                     return True
         return False
 
-    async def _admit(self, sequence: _Any) -> bool:
-        """Give a sequence a slot; returns False if it has to wait for memory."""
+    async def _admit(self, sequence: _Any, place: Place) -> bool:
+        """Give a sequence its place, or a cheaper one; False if it has to wait for memory."""
         copy = True
         while not sequence.ended:  # its reader can leave meanwhile
-            place = self._place(sequence, copy=copy)
             own = _rest(sequence, place, self._spiller.length(place))
             need = self._group.kv_need([*map(_rest, self._running), own])
             rows = min(sequence.todo - place.shared, self._deployment.chunk_tokens)
-            if not self._deployment.has_room(need, rows, displacing=False):
-                if idle := self._idle(place):
-                    await self._spiller.spill(idle[0])
-                    continue
-                if copy and place.source in self._slots.idle:
-                    copy = False
-                    continue
-                if self._running and not self._deployment.has_room(need, rows, displacing=True):
-                    return False
-            if place.handle is None or await self._spiller.restore(place):
+            fits = self._deployment.has_room(need, rows, displacing=False)
+            if not fits and (idle := self._idle(place)):
+                await self._spiller.spill(idle[0])
+            elif not fits and copy and place.source in self._slots.idle:
+                copy = False
+            elif (
+                not fits
+                and self._running
+                and not self._deployment.has_room(need, rows, displacing=True)
+            ):
+                return False
+            elif place.handle is None or await self._spiller.restore(place):
                 break
+            place = self._place(sequence, copy=copy)
         if not sequence.ended:
             self._begin(sequence, place)
         return True
@@ -353,20 +366,20 @@ class Driver:
             needed |= {place.slot, place.source}
         return [slot for slot in self._slots.idle if slot not in needed]
 
-    async def _make_room(self, pieces: list[Piece]) -> bool:
+    async def _make_room(self, segments: list[Segment]) -> bool:
         """Free idle slots that displace weights; returns False if a sequence was given up.
 
         Weights are in memory first, then running sequences, then what is kept for later ones.
         """
-        batch = Batch(tuple(piece.segment() for piece in pieces))
+        batch = Batch(tuple(segments))
         rows, logits = batch.tokens, batch.num_logits
-        need = self._group.kv_need(batch.segments)
+        need = self._group.kv_need(segments)
         if (need.held, need.peak, rows, logits) == self._fitting:
             return True
         fits = self._deployment.has_room
         while not fits(need, rows, logits, displacing=False) and (idle := self._idle()):
             await self._spiller.spill(idle[0])
-            need = self._group.kv_need(batch.segments)
+            need = self._group.kv_need(segments)
         if len(self._running) > 1 and not fits(need, rows, logits, displacing=True):
             await self._give_up(self._running[-1])
             return False
@@ -385,7 +398,7 @@ class Driver:
 
     # -- steps -------------------------------------------------------------------------------
 
-    async def _compute(self, pieces: list[Piece]) -> None:
+    async def _compute(self, pieces: list[Piece], segments: list[Segment]) -> None:
         self._pieces = pieces
         self._step_over.clear()
         began_s = time.perf_counter()
@@ -394,7 +407,6 @@ class Driver:
         try:
             with refused_memory(f"embeddings of {len(ids)} tokens"):
                 hidden = self._embed(ids)
-            segments = [piece.segment() for piece in pieces]
             number = group.next_step
             out = await group.step(hidden, segments, any(piece.prefill for piece in pieces))
         except MemoryLimitError as exc:
@@ -459,6 +471,8 @@ class Driver:
         try:
             with self._group.sampling(answer.sampled), refused_memory("sampling"):
                 drawn = answer.draw(logits, piece.guessed)
+            if answer.ended:
+                self.goodput.count(answer.ttft_s, answer.tpot_s)
             self._slots.extend(answer.slot, drawn[:-1], len(answer.ids))
             if self._drafts is not None:
                 self._drafts.learn(piece, drawn)

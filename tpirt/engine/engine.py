@@ -31,6 +31,7 @@ from tpirt.engine.model import Model
 from tpirt.engine.options import AUTO_DRAFT, NO_DRAFT, SUFFIX_DRAFT, EngineOptions
 from tpirt.engine.sampler import Sampler, check_finite, check_params
 from tpirt.engine.sequence import Answer, Scoring
+from tpirt.engine.targets import Goodput, Targets
 from tpirt.engine.token_times import token_times
 from tpirt.engine.writer import Writer
 from tpirt.errors import ConfigError, RequestError
@@ -78,6 +79,7 @@ class Engine:
             waiting=options.waiting,
             spill_bytes=options.spill_bytes,
             stall_free=options.objective == "latency",
+            targets=Targets(options.ttft_target_s, options.tpot_target_s),
             drafter=drafter,
         )
 
@@ -221,6 +223,11 @@ class Engine:
         """What guesses brought so far; None if there are none to be."""
         return self._driver.draft_stats
 
+    @property
+    def goodput(self) -> Goodput:
+        """How many answers met the targets of the options so far."""
+        return self._driver.goodput
+
     def encode(self, prompt: Prompt, *, parse_special: bool = False) -> list[int]:
         """Turn a prompt into ids: text with BOS as the tokenizer says, messages by the template.
 
@@ -332,6 +339,7 @@ class Engine:
         finally:
             await self._driver.leave(answer)
         gaps = max(1, len(times) - 1)
+        targets = self.goodput.targets
         return Completion(
             text="".join(token.text for token in tokens),
             prompt_token_ids=ids,
@@ -344,6 +352,7 @@ class Engine:
             decoded=token_times(ranks),
             guesses=answer.guesses,
             right_guesses=answer.right_guesses,
+            in_time=targets.met(answer.ttft_s, answer.tpot_s) if targets else None,
         )
 
     async def _stats_of(self, answer: Answer) -> list[RankStats]:
@@ -423,6 +432,7 @@ class Engine:
     async def stats(self) -> list[RankStats]:
         """Each rank's figures since the latest request began, or its reconnect, at any time.
 
+        They cover all requests that run then; a :class:`tpirt.Completion` has its own steps.
         Cancelled, the answers of workers are ignored when they come.
 
         Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,11 @@ class EngineOptions(PlanOptions):
             after an hour, they are computed again.
         objective: ``latency``: a prompt slows running answers down by at most a factor of two;
             ``throughput``: prompts are computed as fast as can be.
+        ttft_target_s: the longest that an answer's first token should take, in seconds. Requests
+            that can still be in time are computed before those that are late; none is refused.
+        tpot_target_s: the longest that an answer's further tokens should take on average, in
+            seconds. It replaces ``objective``'s factor of two, and further requests wait where one
+            more answer would exceed it. ``Engine.goodput`` counts the answers within both.
         draft: how tokens are guessed, which one step then verifies together: ``suffix``: from the
             conversation itself; ``none``; ``auto``: suffix; the directory of a small model with the
             same tokenizer, which the master keeps in memory beside its rank; or a drafter of your
@@ -53,6 +59,8 @@ class EngineOptions(PlanOptions):
     waiting: int = 256
     spill_bytes: int = 4 << 30
     objective: str = "latency"
+    ttft_target_s: float | None = None
+    tpot_target_s: float | None = None
     draft: str | Path | Drafter = AUTO_DRAFT
     timeout_s: float = DEFAULT_TIMEOUT_S
     trace: str | Path | None = None
@@ -66,8 +74,15 @@ class EngineOptions(PlanOptions):
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"objective {self.objective!r}: expected {' or '.join(OBJECTIVES)}")
         check_range("store_limit_bytes", self.store_limit_bytes, 1 << 60)
+        _check_target("ttft_target_s", self.ttft_target_s)
+        _check_target("tpot_target_s", self.tpot_target_s)
         if not MIN_TIMEOUT_S <= self.timeout_s <= MAX_TIMEOUT_S:
             raise ConfigError(
                 f"timeout_s: expected {MIN_TIMEOUT_S:g} to {MAX_TIMEOUT_S:g} seconds, "
                 f"got {self.timeout_s:g}"
             )
+
+
+def _check_target(name: str, seconds: float | None) -> None:
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise ConfigError(f"{name}: expected a number of seconds above 0, got {seconds:g}")

@@ -1,7 +1,8 @@
 """Which rows the next step computes: pure decisions, no I/O.
 
 Answers under way come first, one row each, then as much of waiting prompts as the step may take
-(stall-free mixed batches, as in Sarathi-Serve).
+(stall-free mixed batches, as in Sarathi-Serve): up to the target for the time per token, if there
+is one. Prompts whose first token can still be in time come before those that are late.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from tpirt.batch import Segment
 from tpirt.engine.drafts.base import Guess
 from tpirt.engine.sequence import Sequence
 from tpirt.engine.step_costs import StepCosts
+from tpirt.engine.targets import NO_TARGETS, Targets
 
 # While answers run, a step with a prompt's rows takes at most so many times as long as without.
 _STRETCH = 2.0
+# After so many times its target, a late prompt takes its turn again: it is not put off for ever.
+_PATIENCE = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,20 +81,32 @@ class Scheduler:
         costs: how long steps take.
         stall_free: whether a prompt may only slow answers down by a factor of 2 a step; else it is
             computed as fast as it can be.
+        targets: for answers; that for the time per token replaces the factor.
     """
 
-    def __init__(self, chunk_tokens: int, costs: StepCosts, *, stall_free: bool = True):
+    def __init__(
+        self,
+        chunk_tokens: int,
+        costs: StepCosts,
+        *,
+        stall_free: bool = True,
+        targets: Targets = NO_TARGETS,
+    ):
         self._chunk_tokens = chunk_tokens
         self._costs = costs
         self._stall_free = stall_free
+        self._targets = targets
 
     def order(
-        self, waiting: Iterable[Sequence[Any]], running: Iterable[Sequence[Any]]
+        self,
+        waiting: Iterable[Sequence[Any]],
+        running: Iterable[Sequence[Any]],
+        now_s: float = 0.0,
     ) -> list[Sequence[Any]]:
         """The order in which waiting sequences are admitted.
 
-        Those that had begun first, then by priority; users take turns, each user's own in order of
-        arrival.
+        Those that had begun first, then by priority; then those whose first token can be in time;
+        users take turns, each user's own in order of arrival.
         """
         places = Counter(sequence.user for sequence in running)
         keys = {}
@@ -99,16 +115,29 @@ class Scheduler:
             keys[sequence] = (
                 not sequence.again,
                 -sequence.priority,
+                self._late(sequence, now_s),
                 places[sequence.user],
                 arrival,
             )
             places[sequence.user] += 1
         return sorted(ordered, key=keys.__getitem__)
 
-    def plan(self, running: Items[Sequence[Any]]) -> list[Piece]:
+    def admits(self, running: int) -> bool:
+        """Whether so many answers stay within their time per token with one more.
+
+        Where even one does not, the target is no reason to wait.
+        """
+        target_s = self._targets.tpot_s
+        alone_s, joint_s = self._costs.seconds(1), self._costs.seconds(running + 1)
+        if target_s is None or alone_s is None or joint_s is None or alone_s > target_s:
+            return True
+        return joint_s <= target_s
+
+    def plan(self, running: Items[Sequence[Any]], now_s: float = 0.0) -> list[Piece]:
         """The next step; empty if all sequences wait for their readers."""
         ready = [sequence for sequence in running if not sequence.paused]
         prompts = [sequence for sequence in ready if sequence.todo > 1]  # in order of admission
+        prompts.sort(key=lambda sequence: self._late(sequence, now_s))
         answers = [sequence for sequence in ready if sequence.todo == 1]
         answers.sort(key=lambda sequence: sequence.turn)  # if not all fit, the others are next
         most = max(1, self._chunk_tokens - bool(prompts))
@@ -124,10 +153,27 @@ class Scheduler:
     def _room(self, answers: int) -> int:
         """How many rows of prompts go with those of ``answers`` answers; at least 1 if any fits."""
         most = self._chunk_tokens - answers
-        if not answers or not most or not self._stall_free:
-            return most
         alone_s = self._costs.seconds(answers)
-        if alone_s is None:
+        if not answers or not most or alone_s is None:
             return most
-        within = self._costs.rows_within(_STRETCH * alone_s, self._chunk_tokens)
+        longest_s = self._longest_s(alone_s)
+        if longest_s is None:
+            return most
+        within = self._costs.rows_within(longest_s, self._chunk_tokens)
         return max(1, within - answers)
+
+    def _longest_s(self, alone_s: float) -> float | None:
+        """The most that a step may take whose answers take ``alone_s``; None for no bound."""
+        target_s = self._targets.tpot_s
+        if target_s is not None and alone_s <= target_s:
+            return target_s
+        return _STRETCH * alone_s if self._stall_free else None
+
+    def _late(self, sequence: Sequence[Any], now_s: float) -> bool:
+        """Whether its first token cannot be in time any more."""
+        target_s = self._targets.ttft_s
+        if target_s is None or not sequence.unanswered:
+            return False
+        waited_s = now_s - sequence.arrived_s
+        needed_s = self._costs.prompt_seconds(sequence.todo, self._chunk_tokens) or 0.0
+        return waited_s + needed_s > target_s and waited_s <= _PATIENCE * target_s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
@@ -30,6 +31,7 @@ class Sequence(ABC, Generic[_T]):
         source: the slot that the first ``computed`` positions are still to be copied from.
         user: on whose behalf it runs; users take turns.
         priority: higher ones are admitted first.
+        arrived_s: when it was made, by ``time.perf_counter``.
         turn: number of the latest step that it was in.
         steps: numbers of all those.
         again: whether it is computed once more, after its keys and values were given up or lost.
@@ -51,6 +53,7 @@ class Sequence(ABC, Generic[_T]):
         self.source: int | None = None
         self.user = user
         self.priority = priority
+        self.arrived_s = time.perf_counter()
         self.turn = 0
         self.steps: list[int] = []
         self.again = False
@@ -67,6 +70,11 @@ class Sequence(ABC, Generic[_T]):
     @abstractmethod
     def first_wanted(self) -> int:
         """Index of the first id whose hidden state is wanted."""
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether the first token of an answer is still to come."""
+        return False
 
     @property
     def prefilling(self) -> bool:
@@ -170,10 +178,25 @@ class Answer(Sequence[Token]):
         self._writer = writer
         self.prompt = len(self.ids)
         self.guesses = self.right_guesses = 0
+        self._first_s = self._last_s = 0.0
 
     @property
     def first_wanted(self) -> int:
         return len(self.ids) - 1
+
+    @property
+    def unanswered(self) -> bool:
+        return not self.sampled
+
+    @property
+    def ttft_s(self) -> float:
+        """Seconds to the first token, once it is there."""
+        return self._first_s - self.arrived_s
+
+    @property
+    def tpot_s(self) -> float:
+        """Seconds per token after the first, on average."""
+        return (self._last_s - self._first_s) / max(1, self.sampled - 1)
 
     @property
     def sampled(self) -> int:
@@ -201,6 +224,9 @@ class Answer(Sequence[Token]):
             LogitsError: the model computed NaN or infinity.
         """
         drawn: list[int] = []
+        self._last_s = time.perf_counter()
+        if self.unanswered:
+            self._first_s = self._last_s
         for row in logits:
             token = self._writer.push(self._sampler.next(row, self.ids))
             self.ids.append(token.id)

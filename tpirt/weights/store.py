@@ -505,18 +505,28 @@ class Partial:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove partial slices of writers that have ended, on any host."""
+    """Remove partial slices of writers that have ended, on any host.
+
+    A folder without a lock is one, too: locks are made before and removed after.
+    """
     for file in root.glob(f"{_LOCK}*"):
         held = try_lock(file)
         if held is not None:
             _remove_partial(root / file.name.replace(_LOCK, _PARTIAL, 1))
             held.release()
+    for folder in root.glob(f"{_PARTIAL}*"):
+        if not _lock_of(folder).exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_partial(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):
-        path.with_name(path.name.replace(_PARTIAL, _LOCK, 1)).unlink()
+        _lock_of(path).unlink()
+
+
+def _lock_of(partial: Path) -> Path:
+    return partial.with_name(partial.name.replace(_PARTIAL, _LOCK, 1))
 
 
 def _same_model(manifest: Manifest, spec: SliceSpec) -> bool:

@@ -29,7 +29,7 @@ def costs(**seconds: float) -> StepCosts:
 def test_answers_come_first_and_prompts_fill_the_rest() -> None:
     answers = [sequence(10, 9), sequence(5, 4)]
     prompts = [sequence(20), sequence(30, 10)]
-    plan = Scheduler(32, StepCosts()).plan([prompts[0], *answers, prompts[1]])
+    plan = Scheduler(StepCosts()).plan([prompts[0], *answers, prompts[1]], 32)
     assert [(piece.sequence, piece.tokens) for piece in plan] == [
         (answers[0], 1),
         (answers[1], 1),
@@ -42,28 +42,28 @@ def test_a_prompt_does_not_hold_answers_up() -> None:
     """A step with answers takes at most twice as long as without the prompt."""
     known = costs(r1=0.010, r4=0.012, r8=0.016, r12=0.022, r512=1.0)
     answers, prompt = [sequence(9, 8) for _ in range(3)], sequence(2000)
-    plan = Scheduler(512, known).plan([*answers, prompt])
+    plan = Scheduler(known).plan([*answers, prompt], 512)
     rows = sum(piece.tokens for piece in plan)
     assert rows > 4
     assert (known.seconds(rows) or 0) <= 2 * (known.seconds(3) or 0)
     assert (
-        sum(p.tokens for p in Scheduler(512, known, stall_free=False).plan([*answers, prompt]))
+        sum(p.tokens for p in Scheduler(known, stall_free=False).plan([*answers, prompt], 512))
         == 512
     )
-    assert sum(p.tokens for p in Scheduler(512, known).plan([prompt])) == 512
+    assert sum(p.tokens for p in Scheduler(known).plan([prompt], 512)) == 512
 
 
 def test_a_prompt_goes_on_even_if_a_row_takes_too_long() -> None:
-    plan = Scheduler(64, costs(r1=0.01, r2=0.05, r64=2.0)).plan([sequence(9, 8), sequence(50)])
+    plan = Scheduler(costs(r1=0.01, r2=0.05, r64=2.0)).plan([sequence(9, 8), sequence(50)], 64)
     assert [piece.tokens for piece in plan] == [1, 1]
 
 
 def test_more_answers_than_rows_take_turns() -> None:
     answers = [sequence(5, 4) for _ in range(5)]
-    scheduler = Scheduler(2, StepCosts())
+    scheduler = Scheduler(StepCosts())
     served = []
     for step in range(1, 4):
-        for piece in scheduler.plan(answers):
+        for piece in scheduler.plan(answers, 2):
             served.append(answers.index(piece.sequence))  # type: ignore[arg-type]
             piece.sequence.turn = step
     assert served == [0, 1, 2, 3, 4, 0]
@@ -71,7 +71,7 @@ def test_more_answers_than_rows_take_turns() -> None:
 
 def test_answers_leave_a_row_for_a_prompt() -> None:
     prompt = sequence(10)
-    plan = Scheduler(4, StepCosts()).plan([*(sequence(5, 4) for _ in range(6)), prompt])
+    plan = Scheduler(StepCosts()).plan([*(sequence(5, 4) for _ in range(6)), prompt], 4)
     assert [piece.tokens for piece in plan] == [1] * 4
     assert plan[-1].sequence is prompt
 
@@ -80,8 +80,8 @@ def test_paused_sequences_are_left_out() -> None:
     paused, other = sequence(9, 8), sequence(7)
     paused.put(None)  # type: ignore[arg-type]
     assert paused.paused
-    assert [p.sequence for p in Scheduler(16, StepCosts()).plan([paused, other])] == [other]
-    assert Scheduler(16, StepCosts()).plan([paused]) == []
+    assert [p.sequence for p in Scheduler(StepCosts()).plan([paused, other], 16)] == [other]
+    assert Scheduler(StepCosts()).plan([paused], 16) == []
 
 
 def test_users_take_turns_in_order_of_priority() -> None:
@@ -90,11 +90,11 @@ def test_users_take_turns_in_order_of_priority() -> None:
     urgent = sequence(3, user="a", priority=1)
     again = sequence(3, user="a")
     again.again = True
-    ordered = Scheduler(16, StepCosts()).order([*a, *b, urgent, again], [])
+    ordered = Scheduler(StepCosts()).order([*a, *b, urgent, again], [])
     assert ordered[:2] == [again, urgent]
     assert ordered[2:] == [b[0], b[1], *a] or ordered[2:4] == [a[0], b[0]]
     running = [sequence(3, user="a") for _ in range(2)]
-    assert Scheduler(16, StepCosts()).order([*a, *b], running) == [b[0], b[1], *a]
+    assert Scheduler(StepCosts()).order([*a, *b], running) == [b[0], b[1], *a]
 
 
 @given(
@@ -110,7 +110,7 @@ def test_a_step_is_within_its_bounds(
     for rows, seconds in steps:
         known.learn(rows, seconds)
     running = [sequence(length, min(done, length - 1)) for length, done in states]
-    plan = Scheduler(chunk, known, stall_free=stall_free).plan(running)
+    plan = Scheduler(known, stall_free=stall_free).plan(running, chunk)
     assert sum(piece.tokens for piece in plan) <= chunk
     assert all(1 <= piece.tokens <= piece.sequence.todo for piece in plan)
     assert len({id(piece.sequence) for piece in plan}) == len(plan)

@@ -25,6 +25,7 @@ from tpirt.collectives.links import LinkSet
 from tpirt.config import ModelConfig
 from tpirt.errors import (
     HandshakeError,
+    PeerBusyError,
     PeerError,
     PeerLostError,
     StoreError,
@@ -205,7 +206,7 @@ class Worker:
         """Make ``session`` the one that is served; wait for one whose master has left."""
         while (current := self._session) is not None:
             if not await self._is_free_for(master):
-                raise HandshakeError(f"it serves {current.link.peer_id} already")
+                raise PeerBusyError(f"it serves {current.link.peer_id} already")
             if self._waiting >= _MOST_WAITING:
                 raise HandshakeError("other masters wait for it already; try again later")
             current.give_way(master)

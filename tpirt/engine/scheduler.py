@@ -73,14 +73,12 @@ class Scheduler:
     """Chooses from sequences; changes none.
 
     Args:
-        chunk_tokens: most rows of a step.
         costs: how long steps take.
         stall_free: whether a prompt may only slow answers down by a factor of 2 a step; else it is
             computed as fast as it can be.
     """
 
-    def __init__(self, chunk_tokens: int, costs: StepCosts, *, stall_free: bool = True):
-        self._chunk_tokens = chunk_tokens
+    def __init__(self, costs: StepCosts, *, stall_free: bool = True):
         self._costs = costs
         self._stall_free = stall_free
 
@@ -105,15 +103,15 @@ class Scheduler:
             places[sequence.user] += 1
         return sorted(ordered, key=keys.__getitem__)
 
-    def plan(self, running: Items[Sequence[Any]]) -> list[Piece]:
-        """The next step; empty if all sequences wait for their readers."""
+    def plan(self, running: Items[Sequence[Any]], chunk_tokens: int) -> list[Piece]:
+        """The next step of at most ``chunk_tokens``; empty if all sequences wait for readers."""
         ready = [sequence for sequence in running if not sequence.paused]
         prompts = [sequence for sequence in ready if sequence.todo > 1]  # in order of admission
         answers = [sequence for sequence in ready if sequence.todo == 1]
         answers.sort(key=lambda sequence: sequence.turn)  # if not all fit, the others are next
-        most = max(1, self._chunk_tokens - bool(prompts))
+        most = max(1, chunk_tokens - bool(prompts))
         pieces = [Piece(sequence, 1) for sequence in answers[:most]]
-        room = self._room(len(pieces))
+        room = self._room(len(pieces), chunk_tokens)
         for sequence in prompts:
             tokens = min(sequence.todo, room)
             if tokens:
@@ -121,13 +119,13 @@ class Scheduler:
             room -= tokens
         return pieces
 
-    def _room(self, answers: int) -> int:
+    def _room(self, answers: int, chunk_tokens: int) -> int:
         """How many rows of prompts go with those of ``answers`` answers; at least 1 if any fits."""
-        most = self._chunk_tokens - answers
+        most = chunk_tokens - answers
         if not answers or not most or not self._stall_free:
             return most
         alone_s = self._costs.seconds(answers)
         if alone_s is None:
             return most
-        within = self._costs.rows_within(_STRETCH * alone_s, self._chunk_tokens)
+        within = self._costs.rows_within(_STRETCH * alone_s, chunk_tokens)
         return max(1, within - answers)

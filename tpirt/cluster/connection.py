@@ -116,8 +116,9 @@ class Connection:
 
         Raises: as :meth:`tpirt.engine.Engine.connect`.
         """
-        answers = await self._reach(self._peers, HELLO_TIMEOUT_S)
-        await self._form(answers, len(self._peers), progress)
+        await self._form_with_patience(
+            self._peers, HELLO_TIMEOUT_S, lambda: len(self._peers), progress
+        )
 
     async def reconnect(
         self, progress: ProgressCallback, fewer: Callable[[], bool] = _always
@@ -164,7 +165,12 @@ class Connection:
         await finish(self.group.aclose())
         before = self._places
         try:
-            sent = await self._form_again(members, progress, fewer)
+            sent = await self._form_with_patience(
+                members,
+                min(_RETURN_S, self._timeout_s),
+                lambda: 0 if fewer() else len(self._places),
+                progress,
+            )
         except TpirtError as exc:
             self._failure = PeerLostError(
                 f"{loss}; reconnecting failed: {exc}", rank=loss.rank, peer_id=loss.peer_id
@@ -182,28 +188,44 @@ class Connection:
         self.recoveries.append(recovery)
         return recovery
 
-    async def _form_again(
-        self, members: Sequence[PeerClient], progress: ProgressCallback, fewer: Callable[[], bool]
+    # -- forming -----------------------------------------------------------------------------
+
+    async def _form_with_patience(
+        self,
+        members: Sequence[PeerClient],
+        patience_s: float,
+        least: Callable[[], int],
+        progress: ProgressCallback,
     ) -> int:
-        """Form a group of those who are there; a peer that fails meanwhile is left out."""
+        """Form a group of those who are there; a peer that fails meanwhile is left out.
+
+        Args:
+            members: they have ``patience_s`` to answer.
+            patience_s: see ``members``.
+            least: how many workers it takes.
+            progress: see :meth:`form`.
+
+        Returns:
+            The bytes of weights that were sent.
+        """
         failures: Counter[str] = Counter()
         left_out: dict[PeerClient, Answer] = {}
+        failure: TpirtError | None = None
         while True:
             needed = [client for client in members if client not in left_out]
-            answers = await self._reach(needed, min(_RETURN_S, self._timeout_s)) | left_out
-            least = 0 if fewer() else len(self._places)
+            answers = await self._reach(needed, patience_s) | left_out
             try:
-                return await self._form(answers, least, progress)
+                return await self._form(answers, least(), progress)
             except TpirtError as exc:
                 client = self._clients.get(exc.peer_id)
                 if client is None or client in left_out:
-                    raise
+                    raise exc if failure is None or self._group else failure from exc
+                failure = exc
                 failures[exc.peer_id] += 1
                 passing = isinstance(exc, (PeerLostError, PeerBusyError))
                 if not passing or failures[exc.peer_id] >= _MOST_FAILURES:
                     left_out[client] = exc
-
-    # -- forming -----------------------------------------------------------------------------
+                patience_s = min(patience_s, _RETURN_S)
 
     async def _reach(
         self, needed: Sequence[PeerClient], patience_s: float

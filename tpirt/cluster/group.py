@@ -31,6 +31,7 @@ from tpirt.protocol.messages import (
     DropSpilled,
     Failure,
     FreeSlot,
+    Leaving,
     Loading,
     Ready,
     RestoreSlot,
@@ -339,6 +340,8 @@ class Group:
                 self._progress(Progress("loading weights", done, total, detail=detail))
             case Failure() as failure:
                 self._take_failure(link, failure)
+            case Leaving():
+                link.give_up(PeerLostError(f"peer {link.peer_id}: left: it was told to end"))
             case body:
                 raise TransportError(
                     f"peer {link.peer_id}: {type(body).__name__} to a master; refused"
@@ -431,6 +434,7 @@ class Group:
                 addresses=("", *(c.address for c in self._clients)) if linked else (),
                 master=self._master,
                 kv_bits=limits.kv_bits,
+                host_name=deployment.peers[0].host_name,
             )
         )
         if not isinstance(reply.body, Ready):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 
 from tpirt.cancellation import finish
@@ -188,7 +189,12 @@ async def hello(client: PeerClient, master: int, timeout_s: float = HELLO_TIMEOU
             f"{PROTOCOL_VERSION}); update tpirt on {older}"
         )
     if reply.busy:
-        raise PeerBusyError(f"peer {client.peer_id}: serves another master now; try later")
+        since = time.strftime("%H:%M", time.localtime(time.time() - reply.busy_s))
+        name = reply.busy_with or "another master"
+        raise PeerBusyError(
+            f"peer {client.peer_id}: is busy with {name} since {since}; try later, or end the chat "
+            "there"
+        )
     return reply
 
 

@@ -6,9 +6,14 @@ message has the subject, the expected and the actual value, and advice.
 
 
 class TpirtError(Exception):
-    """Base class of all tpirt errors that are not bugs."""
+    """Base class of all tpirt errors that are not bugs.
+
+    Attributes:
+        peer_id: the peer that it is about; empty if none, or unknown.
+    """
 
     exit_code = 2
+    peer_id = ""
 
 
 class ConfigError(TpirtError):
@@ -76,7 +81,7 @@ class PeerLostError(TpirtError):
 
     Attributes:
         rank: the peer's rank; None if unknown.
-        peer_id: the peer's name; empty if unknown.
+        silent_s: seconds since its last sign of life; None if unknown.
     """
 
     exit_code = 3
@@ -85,3 +90,4 @@ class PeerLostError(TpirtError):
         super().__init__(message)
         self.rank = rank
         self.peer_id = peer_id
+        self.silent_s: float | None = None

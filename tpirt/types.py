@@ -136,14 +136,51 @@ class Progress:
     detail: str = ""
 
 
-# A stage that is over when it is reported, with the number of peers; ``detail`` says what follows.
+# Stages that are over when they are reported; ``detail`` has the words. A peer was lost; a group
+# was formed again, with the number of its peers; tokens come again.
+LOST = "lost"
 RECONNECTED = "reconnected"
+RESUMED = "resumed"
 
 ProgressCallback = Callable[[Progress], None]
 
 
 def ignore_progress(_: Progress) -> None:
     """Drop progress reports; the default."""
+
+
+@dataclass
+class Recovery:
+    """How the loss of a peer was survived, and how long it took, in milliseconds.
+
+    Attributes:
+        peer_id: the peer that was lost.
+        change: who takes part now instead; empty if all came back.
+        peers: number of workers now.
+        noticing_ms: from its last sign of life until it counted as lost.
+        forming_ms: from then until another group was formed.
+        sent_bytes: of weights, to workers, meanwhile.
+        replayed_tokens: that were computed again.
+        replaying_ms: from the new group to the next token; 0 if no request was under way.
+    """
+
+    peer_id: str
+    change: str
+    peers: int
+    noticing_ms: float
+    forming_ms: float
+    sent_bytes: int
+    replayed_tokens: int = 0
+    replaying_ms: float = 0.0
+
+    def explain(self) -> str:
+        """Say how long it took."""
+        parts = (self.noticing_ms, self.forming_ms, self.replaying_ms)
+        noticing, forming, replaying = (f"{part / 1e3:.1f}" for part in parts)
+        return (
+            f"after {sum(parts) / 1e3:.1f} s: {noticing} s to notice, {forming} s to form a group, "
+            f"{replaying} s to compute {self.replayed_tokens} tokens again"
+        )
 
 
 @dataclass
@@ -164,3 +201,4 @@ class Completion:
     guesses: int = 0  # that were verified
     right_guesses: int = 0
     in_time: bool | None = None  # whether it met the engine's targets; None without any
+    recoveries: list[Recovery] = field(default_factory=list)  # of peers lost meanwhile

@@ -615,7 +615,7 @@ def test_peer_that_is_busy_and_port_that_is_in_use(cli: Cli, whole: Path, tmp_pa
             master.send_signal(signal.SIGSTOP)  # it holds the peer
             result = generate_with(cli, whole, peer.address)
             assert result.code == 3
-            assert f"{port}: serves another master now" in result.line
+            assert f"{port}: is busy with" in result.line
             master.send_signal(signal.SIGCONT)
             out, err = master.communicate(timeout=30)
             assert (master.returncode, err) == (0, "")

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.plans import allow_one_plan
 from tpirt.cli.main import main
 from tpirt.cluster import connection
+from tpirt.cluster.roster import Answer
 from tpirt.engine import Engine, EngineOptions
 from tpirt.errors import CheckpointError, PeerLostError, PeerUnreachableError, RequestError
 from tpirt.protocol.messages import Clock, Setup, decode, encode
@@ -26,7 +28,7 @@ from tpirt.testing.cluster import ChannelHook, memory_engine
 from tpirt.testing.faults import Fault, FaultyChannel, frame_kind
 from tpirt.testing.models import make_model
 from tpirt.testing.processes import PeerProcess, killed_at_exit, start_cli
-from tpirt.transport.base import Channel
+from tpirt.transport.base import Channel, PeerClient
 from tpirt.transport.frame import Frame
 from tpirt.types import SamplingParams
 
@@ -375,20 +377,21 @@ async def test_figures_of_steps_add_up(model: Path, store: Path) -> None:
 async def test_trace_of_a_request_that_lost_a_peer(
     model: Path, store: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def not_back(*_: object) -> None:
-        raise PeerUnreachableError("peer memory:2: nothing listens there")
+    async def nobody(needed: Sequence[PeerClient], *_: object) -> dict[PeerClient, Answer]:
+        return {peer: PeerUnreachableError("nothing listens there") for peer in needed}
 
-    monkeypatch.setattr(connection, "return_to", not_back)
+    allow_one_plan(monkeypatch)
 
     def faulty(rank: int, channel: Channel) -> Channel:
         if rank != 2:
             return channel
         return FaultyChannel(channel, Fault.DROP, after=20, kind="partial")
 
-    with pytest.raises(PeerLostError):
-        async with memory_engine(
-            model, 3, store=store, trace=file, timeout_s=5, worker_side=faulty
-        ) as engine:
+    async with memory_engine(
+        model, 3, store=store, trace=file, timeout_s=5, worker_side=faulty
+    ) as engine:
+        monkeypatch.setattr(connection, "reach", nobody)
+        with pytest.raises(PeerLostError):
             await engine.complete(PROMPT, PARAMS)
     trace = Trace(file)
     assert [bool(rank["missing"]) for rank in trace.ranks] == [False, False, True]

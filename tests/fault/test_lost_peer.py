@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.plans import allow_one_plan
 from tpirt.engine import Engine, EngineOptions
 from tpirt.errors import PeerLostError
 from tpirt.protocol.messages import UnitChunk
@@ -48,8 +49,9 @@ def two_ranks_of_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These peers do not come back."""
+    """These peers do not come back, and the others cannot do without."""
     monkeypatch.setattr(transport, "_PATIENCE_S", 0.1)
+    allow_one_plan(monkeypatch)
 
 
 def kill(peer: PeerProcess, _: Engine) -> None:
@@ -98,6 +100,7 @@ def without_reason(error: PeerLostError) -> tuple[str, str]:
     """
     lost, _, failed = str(error).partition("; reconnecting failed: ")
     assert failed.startswith("peer ")
+    assert failed.endswith("without it: too little memory")
     return lost, failed.partition(": ")[0]
 
 

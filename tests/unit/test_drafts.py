@@ -82,8 +82,8 @@ async def test_guesses_are_verified_where_they_pay(
 ) -> None:
     prompt = [1, 2, 3]
     drafter = KnownAnswers({tuple(prompt): list(range(100))}, hit_rate, told=True)
-    controller = DraftController(drafter, costs(flat), 1000, 64, 8)
-    (piece,) = await controller.extend([Piece(answer(prompt), 1)])
+    controller = DraftController(drafter, costs(flat), 1000, 8)
+    (piece,) = await controller.extend([Piece(answer(prompt), 1)], 64)
     assert len(piece.guesses) == verified
     assert piece.segment().tokens == piece.segment().num_logits == 1 + verified
     assert ("off" in controller.explain()) == (verified == 0)
@@ -92,8 +92,8 @@ async def test_guesses_are_verified_where_they_pay(
 async def test_rows_are_dealt_to_the_likeliest_guesses_within_the_steps_rows() -> None:
     sure, unsure = answer([1]), answer([2])
     drafter = Fixed({sure: 0.95, unsure: 0.3})
-    controller = DraftController(drafter, costs(flat=True), 1000, 64, 8)
-    first, second = await controller.extend([Piece(sure, 1), Piece(unsure, 1)])
+    controller = DraftController(drafter, costs(flat=True), 1000, 8)
+    first, second = await controller.extend([Piece(sure, 1), Piece(unsure, 1)], 64)
     assert len(first.guesses) > len(second.guesses)
     assert 2 + len(first.guesses) + len(second.guesses) == 8
 
@@ -101,14 +101,14 @@ async def test_rows_are_dealt_to_the_likeliest_guesses_within_the_steps_rows() -
 async def test_wrong_guesses_turn_themselves_off_and_right_ones_on_again() -> None:
     """A first guess is compared even while none is verified, so that nothing is lost by that."""
     asked = answer([1])
-    controller = DraftController(Fixed({asked: 0.9}), costs_of_a_disk(), 1000, 64, 8)
+    controller = DraftController(Fixed({asked: 0.9}), costs_of_a_disk(), 1000, 8)
     for _ in range(60):
-        (piece,) = await controller.extend([Piece(asked, 1)])
+        (piece,) = await controller.extend([Piece(asked, 1)], 64)
         controller.learn(piece, [99])
     assert piece.guesses == ()
     assert piece.first_guess is not None
     for _ in range(60):
-        (piece,) = await controller.extend([Piece(asked, 1)])
+        (piece,) = await controller.extend([Piece(asked, 1)], 64)
         controller.learn(piece, [*piece.guessed, 1] if piece.guesses else [7])
     assert len(piece.guesses) > 3
 
@@ -145,12 +145,12 @@ async def test_a_drafter_that_fails_or_knows_no_bounds_harms_nobody(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     asked = answer([1])
-    controller = DraftController(Fixed({asked: 0.9}), costs(flat=True), 7, 64, 8)
-    (piece,) = await controller.extend([Piece(asked, 1)])
+    controller = DraftController(Fixed({asked: 0.9}), costs(flat=True), 7, 8)
+    (piece,) = await controller.extend([Piece(asked, 1)], 64)
     assert piece.guesses == ()  # 7 is no token of 7
-    failing = DraftController(Fixed({}), costs(flat=True), 1000, 64, 8)
+    failing = DraftController(Fixed({}), costs(flat=True), 1000, 8)
     for _ in range(2):
-        assert await failing.extend([Piece(asked, 1)]) == [Piece(asked, 1)]
+        assert await failing.extend([Piece(asked, 1)], 64) == [Piece(asked, 1)]
     assert "the drafter failed" in failing.explain()
     assert len(caplog.records) == 1
 

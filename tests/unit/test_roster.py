@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from tpirt.cluster.roster import other_versions, profile_peers
+from tpirt.cluster.roster import hello, other_versions, profiles, this_peer
 from tpirt.cluster.worker import Worker
 from tpirt.errors import HandshakeError
+from tpirt.planning import PeerProfile
 from tpirt.protocol.messages import PROTOCOL_VERSION, HelloReply, decode_call, encode_call
 from tpirt.transport.base import Channel
 from tpirt.version import __version__
@@ -43,6 +44,11 @@ class Client:
         raise AssertionError
 
 
+async def profile_peers(clients: list[Client]) -> list[PeerProfile]:
+    workers = [(client, await hello(client, 7)) for client in clients]
+    return profiles(workers, this_peer(1))
+
+
 def worker(store: Path) -> Worker:
     return Worker("raspberrypi", SliceStore(store), None, 1, lambda _: None)
 
@@ -50,7 +56,7 @@ def worker(store: Path) -> Worker:
 async def test_peers_have_the_names_that_the_user_gave_them(tmp_path: Path) -> None:
     """Cloned devices have one host name."""
     clients = [Client(address, worker(tmp_path)) for address in ("10.0.0.2:1", "10.0.0.3:1")]
-    peers = await profile_peers(clients, threads=1, master=7)
+    peers = await profile_peers(clients)
     assert [peer.peer_id for peer in peers] == ["master", "10.0.0.2:1", "10.0.0.3:1"]
     assert [peer.host_name for peer in peers[1:]] == ["raspberrypi"] * 2
     assert other_versions(peers) == []
@@ -60,18 +66,18 @@ async def test_a_peer_that_is_given_twice_is_refused(tmp_path: Path) -> None:
     one = worker(tmp_path)
     clients = [Client("kitchen:1", one), Client("attic:1", worker(tmp_path)), Client("pi:1", one)]
     with pytest.raises(HandshakeError, match="peer pi:1: is the same process as kitchen:1"):
-        await profile_peers(clients, threads=1, master=7)
+        await profile_peers(clients)
 
 
 async def test_peers_of_versions_that_know_no_process_number_are_taken(tmp_path: Path) -> None:
     clients = [Client(name, worker(tmp_path), process=0) for name in ("a:1", "b:1")]
-    assert len(await profile_peers(clients, threads=1, master=7)) == 3
+    assert len(await profile_peers(clients)) == 3
 
 
 async def test_another_version_is_named(tmp_path: Path) -> None:
     names = ("a:1", "b:1", "c:1")
     clients = [Client(name, worker(tmp_path), tpirt_version="9.9") for name in names[:2]]
-    peers = await profile_peers([*clients, Client("c:1", worker(tmp_path))], threads=1, master=7)
+    peers = await profile_peers([*clients, Client("c:1", worker(tmp_path))])
     (line,) = other_versions(peers)
     assert line.startswith(f"a:1, b:1: tpirt 9.9 there, {__version__} here")
 
@@ -79,7 +85,7 @@ async def test_another_version_is_named(tmp_path: Path) -> None:
 async def test_a_peer_that_knows_no_kv_cache_in_8_bits_is_refused(tmp_path: Path) -> None:
     client = Client("a:1", worker(tmp_path), protocol_version=4, tpirt_version="9.9")
     with pytest.raises(HandshakeError, match=r"protocol 4.*update tpirt on the peer"):
-        await profile_peers([client], threads=1, master=7)
+        await profile_peers([client])
 
 
 @pytest.mark.parametrize(("step", "older"), [(-1, "the peer"), (1, "this machine")])
@@ -89,7 +95,7 @@ async def test_another_protocol_is_refused_and_who_is_older_is_said(
     theirs = PROTOCOL_VERSION + step
     client = Client("a:1", worker(tmp_path), protocol_version=theirs, tpirt_version="9.9")
     with pytest.raises(HandshakeError) as caught:
-        await profile_peers([client], threads=1, master=7)
+        await profile_peers([client])
     assert str(caught.value) == (
         f"peer a:1: runs tpirt 9.9 (protocol {theirs}), this is tpirt {__version__} "
         f"(protocol {PROTOCOL_VERSION}); update tpirt on {older}"

@@ -38,7 +38,7 @@ def costs(**seconds: float) -> StepCosts:
 def test_answers_come_first_and_prompts_fill_the_rest() -> None:
     answers = [sequence(10, 9), sequence(5, 4)]
     prompts = [sequence(20), sequence(30, 10)]
-    plan = Scheduler(32, StepCosts()).plan([prompts[0], *answers, prompts[1]])
+    plan = Scheduler(StepCosts()).plan([prompts[0], *answers, prompts[1]], 32)
     assert [(piece.sequence, piece.tokens) for piece in plan] == [
         (answers[0], 1),
         (answers[1], 1),
@@ -51,28 +51,28 @@ def test_a_prompt_does_not_hold_answers_up() -> None:
     """A step with answers takes at most twice as long as without the prompt."""
     known = costs(r1=0.010, r4=0.012, r8=0.016, r12=0.022, r512=1.0)
     answers, prompt = [sequence(9, 8) for _ in range(3)], sequence(2000)
-    plan = Scheduler(512, known).plan([*answers, prompt])
+    plan = Scheduler(known).plan([*answers, prompt], 512)
     rows = sum(piece.tokens for piece in plan)
     assert rows > 4
     assert (known.seconds(rows) or 0) <= 2 * (known.seconds(3) or 0)
     assert (
-        sum(p.tokens for p in Scheduler(512, known, stall_free=False).plan([*answers, prompt]))
+        sum(p.tokens for p in Scheduler(known, stall_free=False).plan([*answers, prompt], 512))
         == 512
     )
-    assert sum(p.tokens for p in Scheduler(512, known).plan([prompt])) == 512
+    assert sum(p.tokens for p in Scheduler(known).plan([prompt], 512)) == 512
 
 
 def test_a_prompt_goes_on_even_if_a_row_takes_too_long() -> None:
-    plan = Scheduler(64, costs(r1=0.01, r2=0.05, r64=2.0)).plan([sequence(9, 8), sequence(50)])
+    plan = Scheduler(costs(r1=0.01, r2=0.05, r64=2.0)).plan([sequence(9, 8), sequence(50)], 64)
     assert [piece.tokens for piece in plan] == [1, 1]
 
 
 def test_more_answers_than_rows_take_turns() -> None:
     answers = [sequence(5, 4) for _ in range(5)]
-    scheduler = Scheduler(2, StepCosts())
+    scheduler = Scheduler(StepCosts())
     served = []
     for step in range(1, 4):
-        for piece in scheduler.plan(answers):
+        for piece in scheduler.plan(answers, 2):
             served.append(answers.index(piece.sequence))  # type: ignore[arg-type]
             piece.sequence.turn = step
     assert served == [0, 1, 2, 3, 4, 0]
@@ -80,7 +80,7 @@ def test_more_answers_than_rows_take_turns() -> None:
 
 def test_answers_leave_a_row_for_a_prompt() -> None:
     prompt = sequence(10)
-    plan = Scheduler(4, StepCosts()).plan([*(sequence(5, 4) for _ in range(6)), prompt])
+    plan = Scheduler(StepCosts()).plan([*(sequence(5, 4) for _ in range(6)), prompt], 4)
     assert [piece.tokens for piece in plan] == [1] * 4
     assert plan[-1].sequence is prompt
 
@@ -89,8 +89,8 @@ def test_paused_sequences_are_left_out() -> None:
     paused, other = sequence(9, 8), sequence(7)
     paused.put(None)  # type: ignore[arg-type]
     assert paused.paused
-    assert [p.sequence for p in Scheduler(16, StepCosts()).plan([paused, other])] == [other]
-    assert Scheduler(16, StepCosts()).plan([paused]) == []
+    assert [p.sequence for p in Scheduler(StepCosts()).plan([paused, other], 16)] == [other]
+    assert Scheduler(StepCosts()).plan([paused], 16) == []
 
 
 def test_users_take_turns_in_order_of_priority() -> None:
@@ -99,11 +99,11 @@ def test_users_take_turns_in_order_of_priority() -> None:
     urgent = sequence(3, user="a", priority=1)
     again = sequence(3, user="a")
     again.again = True
-    ordered = Scheduler(16, StepCosts()).order([*a, *b, urgent, again], [])
+    ordered = Scheduler(StepCosts()).order([*a, *b, urgent, again], [], 16)
     assert ordered[:2] == [again, urgent]
     assert ordered[2:] == [b[0], b[1], *a] or ordered[2:4] == [a[0], b[0]]
     running = [sequence(3, user="a") for _ in range(2)]
-    assert Scheduler(16, StepCosts()).order([*a, *b], running) == [b[0], b[1], *a]
+    assert Scheduler(StepCosts()).order([*a, *b], running, 16) == [b[0], b[1], *a]
 
 
 def test_a_target_per_token_takes_the_place_of_the_factor() -> None:
@@ -111,8 +111,8 @@ def test_a_target_per_token_takes_the_place_of_the_factor() -> None:
     running = [*(sequence(9, 8) for _ in range(3)), sequence(2000)]
 
     def seconds(target_s: float, *, stall_free: bool = True) -> float:
-        scheduler = Scheduler(512, known, stall_free=stall_free, targets=Targets(tpot_s=target_s))
-        rows = sum(piece.tokens for piece in scheduler.plan(running))
+        scheduler = Scheduler(known, stall_free=stall_free, targets=Targets(tpot_s=target_s))
+        rows = sum(piece.tokens for piece in scheduler.plan(running, 512))
         return known.seconds(rows) or 0
 
     assert 0.06 < seconds(0.1) <= 0.1
@@ -124,35 +124,35 @@ def test_a_target_per_token_takes_the_place_of_the_factor() -> None:
 
 def test_no_more_answers_are_admitted_than_stay_within_the_target() -> None:
     known = costs(r1=0.010, r4=0.020, r8=0.050)
-    scheduler = Scheduler(64, known, targets=Targets(tpot_s=0.030))
+    scheduler = Scheduler(known, targets=Targets(tpot_s=0.030))
     assert [scheduler.admits(running) for running in (0, 3, 4, 5, 7)] == [
         *(True, True, True),
         *(False, False),
     ]
-    unmet = Scheduler(64, known, targets=Targets(tpot_s=0.005))
+    unmet = Scheduler(known, targets=Targets(tpot_s=0.005))
     assert unmet.admits(7)  # one alone is too slow: waiting is of no use
-    assert Scheduler(64, known).admits(7)
-    assert Scheduler(64, StepCosts(), targets=Targets(tpot_s=0.001)).admits(7)
+    assert Scheduler(known).admits(7)
+    assert Scheduler(StepCosts(), targets=Targets(tpot_s=0.001)).admits(7)
 
 
 def test_prompts_that_can_be_in_time_come_before_those_that_are_late() -> None:
-    scheduler = Scheduler(100, costs(r1=0.01, r100=1.0), targets=Targets(ttft_s=2.0))
+    scheduler = Scheduler(costs(r1=0.01, r100=1.0), targets=Targets(ttft_s=2.0))
     late, long = sequence(100, arrived_s=8.5), sequence(250, arrived_s=10.0)
     timely, answered = sequence(100, arrived_s=9.5), sequence(50)
-    assert scheduler.order([late, long, timely], [], now_s=10.0) == [timely, late, long]
-    plan = scheduler.plan([late, timely], now_s=10.0)
+    assert scheduler.order([late, long, timely], [], 100, now_s=10.0) == [timely, late, long]
+    plan = scheduler.plan([late, timely], 100, now_s=10.0)
     assert [piece.sequence for piece in plan] == [timely]
     urgent = sequence(100, arrived_s=8.5, priority=1)
-    assert scheduler.order([timely, urgent], [], now_s=10.0) == [urgent, timely]
+    assert scheduler.order([timely, urgent], [], 100, now_s=10.0) == [urgent, timely]
     answered.unanswered = False  # type: ignore[misc]
-    assert scheduler.order([answered, timely], [], now_s=10.0) == [answered, timely]
+    assert scheduler.order([answered, timely], [], 100, now_s=10.0) == [answered, timely]
 
 
 def test_a_late_prompt_is_not_put_off_for_ever() -> None:
-    scheduler = Scheduler(100, costs(r1=0.01, r100=1.0), targets=Targets(ttft_s=2.0))
+    scheduler = Scheduler(costs(r1=0.01, r100=1.0), targets=Targets(ttft_s=2.0))
     late, timely = sequence(100, arrived_s=0.0), sequence(100, arrived_s=7.9)
-    assert scheduler.order([late, timely], [], now_s=7.9) == [timely, late]
-    assert scheduler.order([late, timely], [], now_s=8.1) == [late, timely]
+    assert scheduler.order([late, timely], [], 100, now_s=7.9) == [timely, late]
+    assert scheduler.order([late, timely], [], 100, now_s=8.1) == [late, timely]
 
 
 def test_goodput_is_the_share_within_both_targets() -> None:
@@ -187,7 +187,7 @@ def test_a_step_is_within_its_bounds(
         known.learn(rows, seconds)
     running = [sequence(length, min(done, length - 1)) for length, done in states]
     targets = Targets(target_s, target_s)
-    plan = Scheduler(chunk, known, stall_free=stall_free, targets=targets).plan(running)
+    plan = Scheduler(known, stall_free=stall_free, targets=targets).plan(running, chunk)
     assert sum(piece.tokens for piece in plan) <= chunk
     assert all(1 <= piece.tokens <= piece.sequence.todo for piece in plan)
     assert len({id(piece.sequence) for piece in plan}) == len(plan)

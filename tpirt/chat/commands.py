@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tpirt.chat import saved, settings
 from tpirt.chat.session import Session
-from tpirt.chat.status import peers_table, stats_table, times_tables
+from tpirt.chat.status import peers_table, recoveries_table, stats_table, times_tables
 from tpirt.errors import RequestError
 from tpirt.terminal import definitions
 
@@ -56,7 +56,7 @@ async def _help(session: Session, _: str) -> None:
 
 
 async def _reset(session: Session, _: str) -> None:
-    session.talk.reset()
+    session.begin()
     session.engine.reset()
     session.console.note("A new conversation begins.")
 
@@ -86,6 +86,7 @@ async def _stats(session: Session, _: str) -> None:
     ranks = await session.engine.stats()
     width = session.console.width
     session.console.say(*stats_table(ranks, width), *times_tables(ranks, width))
+    session.console.say(*recoveries_table(session.engine.recoveries, width))
     if session.timing is not None:
         session.console.say(f"last answer: {session.timing.tokens} tokens, {session.timing}")
     session.console.say(session.engine.explain_drafts(), session.engine.explain_cache())
@@ -112,7 +113,7 @@ async def _load(session: Session, name: str) -> None:
     if session.is_base:
         raise RequestError("a base model continues texts; it has no conversation to load")
     found = saved.load(Path(name))
-    session.talk.reset()
+    session.begin()
     session.talk.system = found.system
     session.talk.turns.extend(found.messages)
     session.console.note(

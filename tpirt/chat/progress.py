@@ -17,7 +17,7 @@ from rich.text import Text
 
 from tpirt.printable import printable_line
 from tpirt.terminal import is_capable, unfiltered, wants_color, width, wrap
-from tpirt.types import RECONNECTED, Progress
+from tpirt.types import LOST, RECONNECTED, RESUMED, Progress
 from tpirt.units import format_bytes
 
 _PATIENCE_S = 1.0  # shorter stages are not shown
@@ -35,8 +35,8 @@ class ConsoleProgress:
     """Shows progress reports; a :data:`tpirt.types.ProgressCallback` and a context manager.
 
     On a terminal, stages longer than a second have bars, one per ``detail``. They vanish when all
-    have ended, or with :meth:`close`. Elsewhere there is a plain line every few seconds. That peers
-    were connected again is a line that stays. Thread-safe.
+    have ended, or with :meth:`close`. Elsewhere there is a plain line every few seconds. What a
+    loss of peers brings are lines that stay. Thread-safe.
 
     Args:
         quiet: show nothing.
@@ -63,8 +63,8 @@ class ConsoleProgress:
         """Show a report."""
         if self._show is None:
             return
-        if progress.stage == RECONNECTED:
-            self._show.note(_reconnected(progress))
+        if progress.stage in _NOTES:
+            self._show.note(_NOTES[progress.stage](progress))
         else:
             self._show.update(progress)
 
@@ -278,6 +278,13 @@ def _write_line(stream: TextIO, line: str) -> None:
 def _reconnected(progress: Progress) -> str:
     peers = f"{progress.total} peer" + "s" * (progress.total != 1)
     return f"reconnected to {peers}" + (f"; {progress.detail}" if progress.detail else "")
+
+
+_NOTES: dict[str, Callable[[Progress], str]] = {
+    LOST: lambda progress: f"{progress.detail}; reconnecting",
+    RECONNECTED: _reconnected,
+    RESUMED: lambda progress: f"going on {progress.detail}",
+}
 
 
 def _title(progress: Progress) -> str:

@@ -32,6 +32,7 @@ from prompt_toolkit.shortcuts import CompleteStyle
 from tpirt.chat import settings
 from tpirt.chat.commands import COMMANDS
 from tpirt.chat.reader import PROMPT
+from tpirt.chat.state import state_folder
 from tpirt.terminal import unfiltered, wants_color
 
 
@@ -124,9 +125,8 @@ def history_file() -> Path | None:
 
     None without a home directory.
     """
-    given = Path(os.environ.get("XDG_STATE_HOME", ""))
-    state = given if given.is_absolute() else Path(os.path.expanduser("~/.local/state"))
-    return state / "tpirt" / "history" if state.is_absolute() else None
+    state = state_folder()
+    return None if state is None else state / "history"
 
 
 def open_history(path: Path | None) -> History:

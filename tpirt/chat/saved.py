@@ -1,11 +1,16 @@
-"""Conversations as JSON files: ``{"version": 1, "system": ..., "messages": [...]}``."""
+"""Conversations as JSON files: ``{"version": 1, "system": ..., "messages": [...]}``.
+
+A journal (:mod:`tpirt.chat.journal`) has the same in lines, the first without messages, and each
+message in a line of its own, or in several.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +26,21 @@ _ROLES = ("user", "assistant")
 
 @dataclass(frozen=True)
 class SavedConversation:
-    """A file's content: the system message, and the turns of user and assistant in pairs."""
+    """A file's content.
+
+    Attributes:
+        system: the system message.
+        messages: the turns of user and assistant, in pairs.
+        model: name of the model; empty if unknown.
+        unanswered: the user's last message, if there is no answer to it.
+        cut: whether the last answer ended with the program.
+    """
 
     system: str | None
     messages: Sequence[Message]
+    model: str = ""
+    unanswered: str = ""
+    cut: bool = False
 
 
 def save(path: Path, conversation: SavedConversation) -> None:
@@ -62,7 +78,10 @@ def load(path: Path) -> SavedConversation:
             raise RequestError(f"{path}: not a regular file")
         if path.stat().st_size > _MOST_BYTES:
             raise RequestError(f"{path}: not a saved conversation: too large")
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        data = path.read_bytes()
+        if (head := _journal_head(data)) is not None:
+            return _journalled(head, data.split(b"\n")[1:-1])  # without a torn one
+        content = json.loads(data.decode("utf-8-sig"))
     except OSError as exc:
         raise RequestError(f"{path}: cannot be read: {exc.strerror}") from exc
     except (ValueError, RecursionError) as exc:
@@ -85,6 +104,58 @@ def _checked(content: Any) -> SavedConversation:
     if not isinstance(entries, list) or len(entries) % 2:
         raise ValueError("messages: expected a list of alternating user and assistant messages")
     return SavedConversation(system, [_message(*entry) for entry in enumerate(entries)])
+
+
+def _journal_head(data: bytes) -> dict[str, Any] | None:
+    """The first line of a journal; None if it is something else."""
+    first, newline, _ = data.partition(b"\n")
+    if newline and first.startswith(b'{"version"'):
+        with contextlib.suppress(ValueError):
+            head = json.loads(first)
+            return head if isinstance(head, dict) and "messages" not in head else None
+    return None
+
+
+def _journalled(head: dict[str, Any], lines: Iterable[bytes]) -> SavedConversation:
+    """Read the whole lines of a journal.
+
+    Raises:
+        ValueError: it is not a journal.
+    """
+    system, model = _checked({**head, "messages": []}).system, str(head.get("model", ""))
+    turns: list[Message] = []
+    asked, answer, ended = "", "", True
+    for number, line in enumerate(lines, start=2):
+        try:
+            entry = json.loads(line)
+        except ValueError:  # torn by a crash, before the conversation was resumed
+            continue
+        match entry:
+            case {"role": "user", "content": str(text)}:
+                turns += _pair(asked, answer)
+                asked, answer, ended = text, "", False
+            case {"role": "assistant", "content": str(text)} if asked:
+                answer += text
+            case {"end": bool(kept)}:
+                answer, ended = answer if kept else "", True
+                asked = asked if kept else ""
+            case {"system": str() | None as system}:
+                pass
+            case _:
+                raise ValueError(f"line {number}: expected a message, got {line[:80]!r}")
+    turns += _pair(asked, answer)
+    unfinished = bool(asked) and not ended
+    return SavedConversation(
+        system,
+        turns,
+        model,
+        unanswered=asked if unfinished and not answer else "",
+        cut=unfinished and bool(answer),
+    )
+
+
+def _pair(asked: str, answer: str) -> list[Message]:
+    return [Message("user", asked), Message("assistant", answer)] if asked and answer else []
 
 
 def _message(index: int, entry: Any) -> Message:

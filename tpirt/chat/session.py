@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from tpirt.chat.base_model import Continuation
 from tpirt.chat.console import Console
 from tpirt.chat.interrupts import Interrupts
+from tpirt.chat.journal import Journal
 from tpirt.chat.progress import ConsoleProgress
+from tpirt.chat.saved import SavedConversation
 from tpirt.chat.status import Timing
 from tpirt.engine import Conversation, Engine
 from tpirt.errors import LogitsError, MemoryLimitError, PeerLostError, RequestError, TpirtError
@@ -33,6 +35,8 @@ class ChatOptions:
         parse_special: read control tokens within messages as control tokens.
         model_name: for the banner; by default the model's type.
         progress: for prefills; by default a new one. Its ``quiet`` applies to the chat, too.
+        journal: has the conversation written down as it goes; None for none.
+        resumed: the conversation to go on with.
     """
 
     params: SamplingParams
@@ -42,6 +46,8 @@ class ChatOptions:
     parse_special: bool = False
     model_name: str | None = None
     progress: ConsoleProgress | None = None
+    journal: Journal | None = None
+    resumed: SavedConversation | None = None
 
 
 class Session:
@@ -61,6 +67,9 @@ class Session:
             if self.is_base
             else Conversation(engine, options.system, parse_special=options.parse_special)
         )
+        self.journal = None if self.is_base else options.journal
+        if options.resumed is not None and not self.is_base:
+            self.talk.turns.extend(options.resumed.messages)
         self.timing: Timing | None = None  # of the last answer
         self.leaving = False
         self._told_broken = False
@@ -91,6 +100,12 @@ class Session:
         if not self.leaving:
             self._show_status(stop.pressed > 0)
 
+    def begin(self) -> None:
+        """Begin a new conversation; the system message stays."""
+        self.talk.reset()
+        if self.journal is not None:
+            self.journal.close()
+
     def complain(self, error: TpirtError) -> None:
         """Show an error of an answer with advice, and what of the answer is kept."""
         if self._kept:
@@ -105,8 +120,12 @@ class Session:
             self.console.complain(error)
             self.console.note(
                 "No answers without this peer. Each message tries to reach it again: start it "
-                "first (local ones start with tpirt: /exit). /save FILE keeps the conversation "
-                "for /load FILE."
+                "first (local ones start with tpirt: /exit). "
+                + (
+                    "`tpirt chat --resume` takes this conversation up."
+                    if self.journal is not None
+                    else "/save FILE keeps the conversation for /load FILE."
+                )
             )
 
     @property
@@ -124,6 +143,9 @@ class Session:
         assert self.timing is not None
         self.progress(Progress("waiting for the first token", 0, 0))
         ids: list[int] = []
+        turns = len(self.talk.turns)
+        if self.journal is not None:
+            self.journal.ask(self.talk.system, self.talk.turns, text)
         try:
             async with aclosing(self.talk.send(text, self.params, self.progress)) as tokens:
                 async for token in tokens:
@@ -132,6 +154,8 @@ class Session:
                     self.timing.count()
                     ids.append(token.id)
                     self.console.stream(token.text)
+                    if self.journal is not None:
+                        self.journal.say(token.text)
                     self.timing.finish_reason = token.finish_reason
         except (RequestError, MemoryLimitError) as exc:
             if not self.talk.turns:
@@ -141,6 +165,8 @@ class Session:
             self._kept = bool(ids) and not self.is_base and not isinstance(exc, LogitsError)
             raise
         finally:
+            if self.journal is not None:
+                self.journal.end(kept=len(self.talk.turns) > turns)
             self.progress.close()
             self.console.end_line()
             if unknown := self.engine.tokenizer.unknown(ids):

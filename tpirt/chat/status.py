@@ -10,7 +10,7 @@ from statistics import median
 from tpirt.engine.token_times import token_times
 from tpirt.planning import Deployment
 from tpirt.terminal import table
-from tpirt.types import RankStats, StepTimes, TokenTimes
+from tpirt.types import RankStats, Recovery, StepTimes, TokenTimes
 from tpirt.units import format_bytes
 
 Row = tuple[str, ...]
@@ -127,6 +127,20 @@ def _what_gated(decoded: Sequence[TokenTimes]) -> str:
     )
     (what, times), *_ = found.most_common(1)
     return f"longest wait: {what}, in {times} of {len(decoded)} tokens"
+
+
+def recoveries_table(losses: Sequence[Recovery], columns: int | None = None) -> list[str]:
+    """One line per peer that was lost: who takes part since, and where the time went."""
+    if not losses:
+        return []
+    rows: list[Row] = [("lost", "since then", "noticing", "forming", "replaying", "sent")]
+    for loss in losses:
+        times = (loss.noticing_ms, loss.forming_ms, loss.replaying_ms)
+        seconds = [f"{ms / 1e3:.1f} s" for ms in times]
+        rows.append(
+            (loss.peer_id, loss.change or "it is back", *seconds, format_bytes(loss.sent_bytes))
+        )
+    return ["", "lost peers:", *table(rows, left=2, columns=columns)]
 
 
 def peers_table(plan: Deployment, lost_rank: int | None, columns: int | None = None) -> list[str]:

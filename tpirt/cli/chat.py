@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tpirt.cli.options import (
     Commands,
@@ -18,6 +22,11 @@ from tpirt.cli.options import (
     sampling_params,
 )
 from tpirt.errors import RequestError
+
+if TYPE_CHECKING:
+    from tpirt.chat.journal import Journal
+    from tpirt.chat.progress import ConsoleProgress
+    from tpirt.chat.saved import SavedConversation
 
 
 def add_command(commands: Commands) -> None:
@@ -43,6 +52,18 @@ def add_command(commands: Commands) -> None:
         "message, unless its writer pauses for an answer)",
     )
     add_special_tokens_option(parser)
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="ID",
+        help="go on with a conversation of an earlier chat, the latest by default",
+    )
+    parser.add_argument(
+        "--no-journal",
+        action="store_true",
+        help="do not write the conversation to this device's disk as it goes",
+    )
     parser.set_defaults(run=_run)
 
 
@@ -51,24 +72,67 @@ def _run(arguments: argparse.Namespace) -> None:
 
     if arguments.prompt == "":
         raise RequestError("the prompt is empty: give at least one character of text")
-    run_async(_chat(arguments))
+    if arguments.resume is None:
+        run_async(_chat(arguments))
+        return
+    from tpirt.chat.journal import find, journal_folder
+
+    run_async(_chat(arguments, find(journal_folder(), arguments.resume)))
 
 
-async def _chat(arguments: argparse.Namespace) -> None:
+async def _chat(
+    arguments: argparse.Namespace, resumed: tuple[Path, SavedConversation] | None = None
+) -> None:
     from tpirt.chat.progress import ConsoleProgress
     from tpirt.chat.repl import ChatOptions, run_chat
 
-    with ConsoleProgress(quiet=arguments.quiet) as progress:
+    with ConsoleProgress(quiet=arguments.quiet) as progress, ExitStack() as stack:
         async with connected(arguments, progress, arguments.context) as engine:
+            journal = _journal(arguments, engine.name, progress)
+            system, talk = arguments.system, None
+            if resumed is not None:
+                path, talk = resumed
+                system = talk.system if system is None else system
+                if journal is not None:
+                    journal.resume(path, talk.system)
+                for line in resumption(path.stem, talk, engine.name):
+                    progress.note(f"tpirt: {line}")
+            if journal is not None:
+                stack.callback(journal.close)
             defaults = engine.defaults
             answers = engine.tokenizer.has_chat_template  # a base model would not end by itself
             chat = ChatOptions(
                 params=sampling_params(arguments, defaults.chat if answers else defaults.sampling),
-                system=arguments.system,
+                system=system,
                 prompt=arguments.prompt,
                 each_line=arguments.each_line,
                 parse_special=arguments.special_tokens,
                 model_name=engine.name,
                 progress=progress,
+                journal=journal,
+                resumed=talk,
             )
             await run_chat(engine, chat)
+
+
+def _journal(
+    arguments: argparse.Namespace, model: str, progress: ConsoleProgress
+) -> Journal | None:
+    from tpirt.chat.journal import Journal, journal_folder
+
+    folder = journal_folder()
+    once = arguments.prompt is not None and arguments.resume is None
+    if arguments.no_journal or once or folder is None:
+        return None
+    return Journal(folder, model, progress.note)
+
+
+def resumption(name: str, talk: SavedConversation, model: str) -> Iterator[str]:
+    """What a user should know of a conversation that goes on."""
+    yield f"resuming conversation {name}: {len(talk.messages)} messages"
+    if talk.model and talk.model != model:
+        yield f"it was with {talk.model}; {model} goes on with it"
+    if talk.unanswered:
+        yield f"the last message was not answered: {talk.unanswered}"
+    if talk.cut:
+        yield "the last answer was cut short; what there is of it is kept"

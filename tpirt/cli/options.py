@@ -80,6 +80,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="worker peers to use; this process is rank 0 and computes too "
         f"(default port {DEFAULT_PORT})",
     )
+    where.add_argument(
+        "--spares",
+        type=_addresses,
+        default=(),
+        metavar="HOST[:PORT],...",
+        help="peers that take the places of those of --peers that do not answer or are lost",
+    )
     add_ratio_option(where)
     memory = parser.add_argument_group("memory and cores")
     memory.add_argument(
@@ -351,6 +358,7 @@ async def connected(
             engine_options(arguments, context),
             local=arguments.local,
             peers=arguments.peers,
+            spares=arguments.spares,
             progress=progress,
             on_plan=on_plan,
         ) as engine:

@@ -1,31 +1,61 @@
-"""The master's connection to the peers of a deployment: a group, and another one after a loss."""
+"""The master's connection to its peers: a group, and another one after a loss.
+
+A start and a loss are the same: ask who is there, plan, provide slices, form a group.
+:mod:`tpirt.planning.lineup` decides who takes part.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
 from tpirt.cancellation import finish
 from tpirt.cluster.group import Group, engine_closed
 from tpirt.cluster.provision import distribute
-from tpirt.cluster.roster import return_to
+from tpirt.cluster.roster import HELLO_TIMEOUT_S, Answer, profiles, reach
 from tpirt.cluster.slice_maker import SliceMaker
-from tpirt.errors import PeerLostError, TpirtError
-from tpirt.planning import Deployment
+from tpirt.errors import ConfigError, MemoryLimitError, PeerBusyError, PeerLostError, TpirtError
+from tpirt.planning import Deployment, PeerProfile
+from tpirt.planning.lineup import Places, line_up
+from tpirt.protocol.messages import HelloReply
 from tpirt.refusals import refused_memory
+from tpirt.sharding.format import WeightFormat
 from tpirt.transport.base import PeerClient
-from tpirt.types import Progress, ProgressCallback
+from tpirt.types import LOST, Progress, ProgressCallback, Recovery
 from tpirt.weights.store import SliceStore
+
+_RETURN_S = 5.0  # for a lost peer to come back
+_MOST_FAILURES = 2  # of one peer while a group is formed again; then it is left out
+
+PlanGroup = Callable[[Places, Sequence[PeerProfile], Deployment | None], Deployment]
+
+
+def _do_nothing(*_: object) -> None:
+    pass
+
+
+def _always() -> bool:
+    return True
 
 
 class Connection:
-    """Forms a deployment's group, and another one of the same peers when one was lost."""
+    """Forms a group of peers, and another one when one was lost.
+
+    Attributes:
+        on_plan: called with the first plan, before weights are loaded.
+        on_broken: called when a group breaks.
+        recoveries: how losses were survived, oldest first.
+    """
 
     def __init__(
         self,
-        clients: Sequence[PeerClient],
-        deployment: Deployment,
-        makers: Sequence[SliceMaker],
+        peers: Sequence[PeerClient],
+        spares: Sequence[PeerClient],
+        plan: PlanGroup,
+        maker: Callable[[WeightFormat], SliceMaker],
+        this_peer: Callable[[], PeerProfile],
         store: SliceStore,
         master: int,
         timeout_s: float,
@@ -33,22 +63,33 @@ class Connection:
         """Use the clients, whose owner closes them; call :meth:`form` first.
 
         Args:
-            clients: of the workers, by rank.
-            deployment: the plan.
-            makers: of every rank's slice.
+            peers: the workers that the user asked for, by rank.
+            spares: those that may take their places.
+            plan: see :func:`tpirt.planning.lineup.next_deployment`.
+            maker: makes slices of the model in a format.
+            this_peer: the profile of this process.
             store: this machine's slices.
             master: the number by which workers recognise this master.
-            timeout_s: longest silence of a peer; also how long a peer may take to come back.
+            timeout_s: longest silence of a peer.
         """
-        self._clients = clients
-        self._deployment = deployment
-        self._makers = makers
+        self.on_plan: Callable[[Deployment], None] = _do_nothing
+        self.on_broken: Callable[[], None] = _do_nothing
+        self.recoveries: list[Recovery] = []
+        self._peers = peers
+        self._spares = spares
+        self._plan = plan
+        self._maker = maker
+        self._makers: dict[WeightFormat, SliceMaker] = {}
+        self._this_peer = this_peer
         self._store = store
         self._master = master
         self._timeout_s = timeout_s
+        self._clients = {client.peer_id: client for client in (*peers, *spares)}
+        self._places: Places = {}  # of the current group
+        self._deployment: Deployment | None = None
         self._group: Group | None = None
         self._failure: PeerLostError | None = None  # of the last reconnect
-        self._reconnecting: asyncio.Task[None] | None = None
+        self._reconnecting: asyncio.Task[Recovery] | None = None
         self._closed = False
 
     @property
@@ -58,36 +99,34 @@ class Connection:
         return self._group
 
     @property
+    def deployment(self) -> Deployment:
+        """The plan of the latest group; another one may follow a loss."""
+        assert self._deployment is not None
+        return self._deployment
+
+    @property
     def broken(self) -> TpirtError | None:
         """Why the group is broken, and stayed so at the last attempt; None if it is not."""
         return self._failure or self.group.broken
 
     async def form(self, progress: ProgressCallback) -> None:
-        """Provide every rank with its slice, and form a group.
+        """Reach the peers, or spares in their places; plan, provide slices and form a group.
 
         If it fails or is cancelled, the workers are released.
 
-        Raises: as :func:`~tpirt.cluster.provision.distribute` and :meth:`Group.form`.
+        Raises: as :meth:`tpirt.engine.Engine.connect`.
         """
-        clients, timeout_s = self._clients, self._timeout_s
-        with refused_memory("preparing slices"):
-            manifests = await distribute(
-                self._makers, self._deployment.partition, self._store, clients, timeout_s, progress
-            )
-        stored = self._store.find(manifests[0].slice_id)
-        assert stored is not None
-        group = Group(clients, self._master, timeout_s, progress)
-        try:
-            await group.form(self._deployment, manifests, stored, self._store)
-        except BaseException:
-            await finish(group.aclose())
-            raise
-        self._group = group
+        await self._form_with_patience(
+            self._peers, HELLO_TIMEOUT_S, lambda: len(self._peers), progress
+        )
 
-    async def reconnect(self, progress: ProgressCallback) -> None:
-        """Replace a group that lost a peer by another one of the same peers, which knows no tokens.
+    async def reconnect(
+        self, progress: ProgressCallback, fewer: Callable[[], bool] = _always
+    ) -> Recovery:
+        """Replace a group that lost a peer by another one, which knows no tokens.
 
-        A restarted peer is provided with its slice if it has lost that, too. If this fails or is
+        Of the same peers where they come back; else spares, or peers that were lost before, take
+        their places; else, if ``fewer()``, the others go on by another plan. If this fails or is
         cancelled, the old group stays, closed and broken; another call tries again.
 
         Raises:
@@ -96,9 +135,9 @@ class Connection:
         """
         if self._closed:
             raise engine_closed()
-        task = self._reconnecting = asyncio.create_task(self._reconnect(progress))
+        task = self._reconnecting = asyncio.create_task(self._reconnect(progress, fewer))
         try:
-            await finish(task, task.cancel)
+            return await finish(task, task.cancel)
         except asyncio.CancelledError:
             caller = asyncio.current_task()
             if caller is not None and caller.cancelling():
@@ -114,18 +153,153 @@ class Connection:
         if self._group is not None:
             await self._group.aclose()
 
-    async def _reconnect(self, progress: ProgressCallback) -> None:
-        loss = self.group.broken
+    # -- a loss ------------------------------------------------------------------------------
+
+    async def _reconnect(self, progress: ProgressCallback, fewer: Callable[[], bool]) -> Recovery:
+        loss, began_s = self.group.broken, self.group.broken_s
         assert isinstance(loss, PeerLostError)
-        progress(Progress("reconnecting", 0, len(self._clients), "peers"))
+        members = [self._clients[peer] for peer in self._places.values()]
+        progress(Progress(LOST, 0, len(members), "peers", str(loss)))
+        progress(Progress("reconnecting", 0, len(members), "peers"))
         await self.group.released()
         await finish(self.group.aclose())
+        before = self._places
         try:
-            await return_to(self._clients, self._master, self._timeout_s)
-            await self.form(progress)
+            sent = await self._form_with_patience(
+                members,
+                min(_RETURN_S, self._timeout_s),
+                lambda: 0 if fewer() else len(self._places),
+                progress,
+            )
         except TpirtError as exc:
             self._failure = PeerLostError(
                 f"{loss}; reconnecting failed: {exc}", rank=loss.rank, peer_id=loss.peer_id
             )
             raise self._failure from exc
         self._failure = None
+        recovery = Recovery(
+            peer_id=loss.peer_id,
+            change=_change(before, self._places),
+            peers=len(self._places),
+            noticing_ms=(loss.silent_s or 0.0) * 1e3,
+            forming_ms=(time.perf_counter() - began_s) * 1e3,
+            sent_bytes=sent,
+        )
+        self.recoveries.append(recovery)
+        return recovery
+
+    # -- forming -----------------------------------------------------------------------------
+
+    async def _form_with_patience(
+        self,
+        members: Sequence[PeerClient],
+        patience_s: float,
+        least: Callable[[], int],
+        progress: ProgressCallback,
+    ) -> int:
+        """Form a group of those who are there; a peer that fails meanwhile is left out.
+
+        Args:
+            members: they have ``patience_s`` to answer.
+            patience_s: see ``members``.
+            least: how many workers it takes.
+            progress: see :meth:`form`.
+
+        Returns:
+            The bytes of weights that were sent.
+        """
+        failures: Counter[str] = Counter()
+        left_out: dict[PeerClient, Answer] = {}
+        failure: TpirtError | None = None
+        while True:
+            needed = [client for client in members if client not in left_out]
+            answers = await self._reach(needed, patience_s) | left_out
+            try:
+                return await self._form(answers, least(), progress)
+            except TpirtError as exc:
+                client = self._clients.get(exc.peer_id)
+                if client is None or client in left_out:
+                    raise exc if failure is None or self._group else failure from exc
+                failure = exc
+                failures[exc.peer_id] += 1
+                passing = isinstance(exc, (PeerLostError, PeerBusyError))
+                if not passing or failures[exc.peer_id] >= _MOST_FAILURES:
+                    left_out[client] = exc
+                patience_s = min(patience_s, _RETURN_S)
+
+    async def _reach(
+        self, needed: Sequence[PeerClient], patience_s: float
+    ) -> dict[PeerClient, Answer]:
+        others = [client for client in self._clients.values() if client not in needed]
+        busy_s = 0.0 if self._group is None else self._timeout_s
+        return await reach(needed, others, len(self._peers), self._master, patience_s, busy_s)
+
+    async def _form(
+        self, answers: Mapping[PeerClient, Answer], least: int, progress: ProgressCallback
+    ) -> int:
+        """Form a group of at least ``least`` of those who answered; returns the bytes sent."""
+        asked = [client.peer_id for client in self._peers]
+        present, missing = {}, []
+        for peer, client in self._clients.items():
+            answer = answers[client]
+            if isinstance(answer, HelloReply):
+                present[peer] = answer
+            elif peer in (self._places.values() or asked):
+                missing.append(answer)
+        places = line_up(asked, self._places, list(present))
+        if len(places) < least:
+            raise missing[0]
+        clients = [self._clients[peer] for peer in places.values()]
+        try:
+            workers = [(client, present[client.peer_id]) for client in clients]
+            peers = profiles(workers, self._this_peer())
+            deployment = self._plan(places, peers, self._deployment)
+        except (ConfigError, MemoryLimitError) as exc:
+            if not missing:
+                raise
+            raise type(exc)(f"{missing[0]}; without it: {exc}") from exc
+        if self._group is None:
+            self.on_plan(deployment)
+        return await self._provide(clients, places, deployment, progress)
+
+    async def _provide(
+        self,
+        clients: Sequence[PeerClient],
+        places: Places,
+        deployment: Deployment,
+        progress: ProgressCallback,
+    ) -> int:
+        makers = [self._maker_of(rank.form) for rank in deployment.ranks]
+        with refused_memory("preparing slices"):
+            manifests, sent = await distribute(
+                makers, deployment.partition, self._store, clients, self._timeout_s, progress
+            )
+        stored = self._store.find(manifests[0].slice_id)
+        assert stored is not None
+        group = Group(clients, self._master, self._timeout_s, progress, self._tell_broken)
+        try:
+            await group.form(deployment, manifests, stored, self._store)
+        except BaseException:
+            await finish(group.aclose())
+            raise
+        self._group, self._deployment, self._places = group, deployment, places
+        return sent
+
+    def _tell_broken(self) -> None:
+        self.on_broken()
+
+    def _maker_of(self, form: WeightFormat) -> SliceMaker:
+        if form not in self._makers:
+            self._makers[form] = self._maker(form)
+        return self._makers[form]
+
+
+def _change(before: Places, after: Places) -> str:
+    """Say who takes part that did not, and who does no more."""
+    gone = [peer for peer in before.values() if peer not in after.values()]
+    new = [peer for peer in after.values() if peer not in before.values()]
+    if gone and new:
+        return f"{', '.join(new)} in place of {', '.join(gone)}"
+    if gone:
+        return f"by another plan, without {', '.join(gone)}"
+    return f"with {', '.join(new)} again" if new else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -30,6 +31,7 @@ from tpirt.protocol.messages import (
     DropSpilled,
     Failure,
     FreeSlot,
+    Leaving,
     Loading,
     Ready,
     RestoreSlot,
@@ -64,15 +66,18 @@ class Group:
         master: int,
         timeout_s: float,
         progress: ProgressCallback,
+        on_broken: Callable[[], None],
     ):
         """Use the clients, whose owner closes them; :meth:`form` opens the sessions.
 
-        ``master`` is the number by which workers recognise the master of an earlier group.
+        ``master`` is the number by which workers recognise the master of an earlier group;
+        ``on_broken`` is called when the group breaks.
         """
         self._clients = clients
         self._master = master
         self._timeout_s = timeout_s
         self._progress = progress
+        self._on_broken = on_broken
         self._session = secrets.randbits(63)
         self._links = LinkSet(0)
         self._runtime: RankRuntime | None = None
@@ -84,6 +89,7 @@ class Group:
         self._draining: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._broken: TpirtError | None = None
+        self._broken_s = 0.0
         self._closed = False
 
     @property
@@ -101,6 +107,11 @@ class Group:
     def broken(self) -> TpirtError | None:
         """Why the group is broken; None if it is not."""
         return self._broken
+
+    @property
+    def broken_s(self) -> float:
+        """When it broke, by ``time.perf_counter``."""
+        return self._broken_s
 
     @property
     def policy(self) -> CollectivePolicy | None:
@@ -329,6 +340,8 @@ class Group:
                 self._progress(Progress("loading weights", done, total, detail=detail))
             case Failure() as failure:
                 self._take_failure(link, failure)
+            case Leaving():
+                link.give_up(PeerLostError(f"peer {link.peer_id}: left: it was told to end"))
             case body:
                 raise TransportError(
                     f"peer {link.peer_id}: {type(body).__name__} to a master; refused"
@@ -358,9 +371,11 @@ class Group:
         if self._broken is not None:
             return
         self._broken = exc
+        self._broken_s = time.perf_counter()
         if self._current is not None:
             self._current.abort(exc)
         self._closing = asyncio.get_running_loop().create_task(self._release())
+        self._on_broken()
 
     async def _release(self) -> None:
         """Release the workers for another master, after fetching their traces."""
@@ -387,6 +402,15 @@ class Group:
         self, rank: int, client: PeerClient, deployment: Deployment, manifest: Manifest
     ) -> Ready:
         """Open a worker's session and wait until its weights are loaded."""
+        try:
+            return await self._open_on(rank, client, deployment, manifest)
+        except TpirtError as exc:
+            exc.peer_id = exc.peer_id or client.peer_id
+            raise
+
+    async def _open_on(
+        self, rank: int, client: PeerClient, deployment: Deployment, manifest: Manifest
+    ) -> Ready:
         limits = deployment.limits[rank]
         linked = len(self._clients) > 1 and deployment.collectives.algorithm is not Algorithm.STAR
         link = Link(await client.open_session(), rank, self._timeout_s, self)
@@ -410,6 +434,7 @@ class Group:
                 addresses=("", *(c.address for c in self._clients)) if linked else (),
                 master=self._master,
                 kv_bits=limits.kv_bits,
+                host_name=deployment.peers[0].host_name,
             )
         )
         if not isinstance(reply.body, Ready):

@@ -18,7 +18,7 @@ from typing import TypeVar
 from tpirt.cancellation import in_thread
 from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.collectives.context import StepAborted
-from tpirt.errors import PeerLostError, StoreError
+from tpirt.errors import CheckpointError, PeerLostError, StoreError, TpirtError
 from tpirt.protocol.messages import (
     InventoryReply,
     InventoryRequest,
@@ -328,35 +328,43 @@ async def distribute(
     clients: Sequence[PeerClient],
     timeout_s: float,
     progress: ProgressCallback,
-) -> list[Manifest]:
+) -> tuple[list[Manifest], int]:
     """Provide every rank with its slice: rank 0 in ``store``, workers in their own stores.
 
     ``makers[r]`` makes rank ``r``'s slice in the format of its CPU. A cancelled call stops reading
     before it raises, and leaves no partial slice.
 
     Returns:
-        The manifest of every rank's slice, by rank.
+        The manifest of every rank's slice, by rank, and the bytes of weights that were sent.
 
     Raises:
         CheckpointError, StoreError, PeerLostError: the slice could not be made or kept.
     """
     await _stoppable(makers[0].checkpoint.hash_content, progress=progress)
     await _stoppable(write_slice, makers[0], partition, 0, store, progress=progress)
+    sent = 0
     # In turn, because parallel writes would compete for the disk.
     for rank, client in enumerate(clients, start=1):
         maker, shard = makers[rank], partition.shards[rank]
-        manifest = await in_thread(_known_manifest, maker, shard, store)
-        if manifest is not None:
-            asked = InventoryRequest(slice_id=manifest.slice_id)
-            if (await _inventory(client, asked, timeout_s)).whole:
-                await in_thread(maker.made, manifest, store)
-                continue
         try:
-            await send_slice(maker, partition, rank, store, client, progress, timeout_s)
-        except PeerLostError as exc:
-            exc.rank, exc.peer_id = rank, client.peer_id
+            manifest = await in_thread(_known_manifest, maker, shard, store)
+            if manifest is not None:
+                asked = InventoryRequest(slice_id=manifest.slice_id)
+                if (await _inventory(client, asked, timeout_s)).whole:
+                    await in_thread(maker.made, manifest, store)
+                    continue
+            sent += await send_slice(maker, partition, rank, store, client, progress, timeout_s)
+        except CheckpointError:
+            raise  # of this machine
+        except TpirtError as exc:
+            exc.peer_id = exc.peer_id or client.peer_id
+            if isinstance(exc, PeerLostError):
+                exc.rank = rank
             raise
-    return [maker.manifest(shard) for maker, shard in zip(makers, partition.shards, strict=True)]
+    manifests = [
+        maker.manifest(shard) for maker, shard in zip(makers, partition.shards, strict=True)
+    ]
+    return manifests, sent
 
 
 def _known_manifest(maker: SliceMaker, shard: Shard, store: SliceStore) -> Manifest | None:

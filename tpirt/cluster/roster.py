@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 
+from tpirt.cancellation import finish
 from tpirt.cluster.machine import (
     available_bytes,
     base_bytes,
@@ -15,7 +17,7 @@ from tpirt.cluster.machine import (
     resident_bytes,
 )
 from tpirt.collectives.cost_model import Machine
-from tpirt.errors import HandshakeError, PeerBusyError
+from tpirt.errors import HandshakeError, PeerBusyError, PeerUnreachableError, TpirtError
 from tpirt.planning import PeerProfile
 from tpirt.protocol.messages import (
     PROTOCOL_VERSION,
@@ -27,8 +29,9 @@ from tpirt.protocol.messages import (
 from tpirt.transport.base import PeerClient
 from tpirt.version import __version__
 
-_HELLO_TIMEOUT_S = 20.0  # of a busy machine; one that is not there is noticed sooner
+HELLO_TIMEOUT_S = 20.0  # of a busy machine; one that is not there is noticed sooner
 _RETRY_S = 0.25
+_SOON_S = 1.0  # for the needed peers to answer where others could take their places
 
 
 def this_peer(threads: int) -> PeerProfile:
@@ -47,18 +50,18 @@ def this_peer(threads: int) -> PeerProfile:
     )
 
 
-async def profile_peers(
-    clients: Sequence[PeerClient], threads: int, master: int
+Answer = HelloReply | TpirtError
+
+
+def profiles(
+    workers: Sequence[tuple[PeerClient, HelloReply]], master: PeerProfile
 ) -> list[PeerProfile]:
-    """Request the profile of every worker; entry 0 is this process, whose number is ``master``.
+    """The profile of every rank, from the workers' answers, by rank.
 
     Raises:
-        PeerUnreachableError: no answer at an address.
-        HandshakeError: a peer has another protocol version, serves another master, or is given
-            under two addresses.
+        HandshakeError: a worker is given under two addresses.
     """
-    replies = await asyncio.gather(*(hello(client, master) for client in clients))
-    _check_distinct(clients, replies)
+    _check_distinct(workers)
     others = [
         PeerProfile(
             rank,
@@ -73,9 +76,9 @@ async def profile_peers(
             host_name=reply.host_name,
             version=reply.tpirt_version,
         )
-        for rank, (client, reply) in enumerate(zip(clients, replies, strict=True), start=1)
+        for rank, (client, reply) in enumerate(workers, start=1)
     ]
-    return [this_peer(threads), *others]
+    return [master, *others]
 
 
 def machines(peers: Sequence[PeerProfile]) -> list[Machine]:
@@ -89,34 +92,85 @@ def machines(peers: Sequence[PeerProfile]) -> list[Machine]:
     ]
 
 
-async def return_to(clients: Sequence[PeerClient], master: int, patience_s: float) -> None:
-    """Say Hello to every worker again over a new connection: the old one may lead nowhere.
+async def reach(
+    needed: Sequence[PeerClient],
+    others: Sequence[PeerClient],
+    places: int,
+    master: int,
+    patience_s: float,
+    busy_s: float = 0.0,
+) -> dict[PeerClient, Answer]:
+    """Say Hello to all peers at once, over new connections: an old one may lead nowhere.
 
-    A worker that serves another master, and one that does not answer, have ``patience_s``.
+    Args:
+        needed: these have ``patience_s`` to answer.
+        others: these may take the places of ``needed`` ones.
+        places: how many peers are wanted; if as many have answered, the rest have a second.
+        master: this master's number.
+        patience_s: see ``needed``.
+        busy_s: how long a peer that serves another master is asked again.
 
-    Raises: as :func:`profile_peers`.
+    Returns:
+        The answers, or why there is none.
     """
+    began_s = _now_s()
+    until_s = began_s + max(patience_s, busy_s)
+    tasks = {
+        peer: asyncio.create_task(_greet(peer, master, patience_s, began_s + busy_s))
+        for peer in (*needed, *others)
+    }
+    try:
+        soon_s = began_s + min(patience_s, _SOON_S)
+        while not _enough(tasks, needed, places, soon=_now_s() < soon_s):
+            left_s = (soon_s if _now_s() < soon_s else until_s) - _now_s()
+            pending = [task for task in tasks.values() if not task.done()]
+            if not pending or left_s <= 0:
+                break
+            await asyncio.wait(pending, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        return {peer: _result(peer, task) for peer, task in tasks.items()}
+    finally:
+        for task in tasks.values():
+            task.cancel()
+        await asyncio.gather(*tasks.values(), return_exceptions=True)
 
-    async def greet(client: PeerClient) -> None:
-        await client.aclose()
-        until_s = asyncio.get_running_loop().time() + patience_s
-        while True:
-            try:
-                await hello(client, master, min(patience_s, _HELLO_TIMEOUT_S))
-            except PeerBusyError:
-                if asyncio.get_running_loop().time() > until_s:
-                    raise
-                await asyncio.sleep(_RETRY_S)
-            else:
-                return
 
-    answers = await asyncio.gather(*map(greet, clients), return_exceptions=True)
-    for answer in answers:
-        if answer is not None:
-            raise answer
+def _enough(
+    tasks: Mapping[PeerClient, asyncio.Task[Answer]],
+    needed: Sequence[PeerClient],
+    places: int,
+    *,
+    soon: bool,
+) -> bool:
+    """Whether waiting for more answers would change nothing, or not be worth it."""
+    ended = {peer: task.result() for peer, task in tasks.items() if task.done()}
+    here = {peer for peer, answer in ended.items() if isinstance(answer, HelloReply)}
+    if len(here.intersection(needed)) >= places:
+        return True
+    if soon:
+        return False
+    return len(here) >= places or all(peer in ended for peer in needed)
 
 
-async def hello(client: PeerClient, master: int, timeout_s: float = _HELLO_TIMEOUT_S) -> HelloReply:
+def _result(peer: PeerClient, task: asyncio.Task[Answer]) -> Answer:
+    if task.done():
+        return task.result()
+    return PeerUnreachableError(f"peer {peer.peer_id}: no answer")
+
+
+async def _greet(client: PeerClient, master: int, patience_s: float, busy_until_s: float) -> Answer:
+    await finish(client.aclose())
+    while True:
+        try:
+            return await hello(client, master, patience_s)
+        except PeerBusyError as exc:
+            if _now_s() >= busy_until_s:
+                return exc
+            await asyncio.sleep(_RETRY_S)
+        except TpirtError as exc:
+            return exc
+
+
+async def hello(client: PeerClient, master: int, timeout_s: float = HELLO_TIMEOUT_S) -> HelloReply:
     """Say Hello to a peer, as the master whose number is ``master``.
 
     Raises:
@@ -135,7 +189,12 @@ async def hello(client: PeerClient, master: int, timeout_s: float = _HELLO_TIMEO
             f"{PROTOCOL_VERSION}); update tpirt on {older}"
         )
     if reply.busy:
-        raise PeerBusyError(f"peer {client.peer_id}: serves another master now; try later")
+        since = time.strftime("%H:%M", time.localtime(time.time() - reply.busy_s))
+        name = reply.busy_with or "another master"
+        raise PeerBusyError(
+            f"peer {client.peer_id}: is busy with {name} since {since}; try later, or end the chat "
+            "there"
+        )
     return reply
 
 
@@ -152,11 +211,15 @@ def other_versions(peers: Sequence[PeerProfile]) -> list[str]:
     ]
 
 
-def _check_distinct(clients: Sequence[PeerClient], replies: Sequence[HelloReply]) -> None:
+def _check_distinct(workers: Sequence[tuple[PeerClient, HelloReply]]) -> None:
     seen: dict[int, str] = {}
-    for client, reply in zip(clients, replies, strict=True):
+    for client, reply in workers:
         other = seen.setdefault(reply.process, client.peer_id)
         if reply.process and other != client.peer_id:
             raise HandshakeError(
                 f"peer {client.peer_id}: is the same process as {other}; give one of the addresses"
             )
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()

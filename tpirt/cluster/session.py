@@ -8,6 +8,7 @@ of its step is running on this rank.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ from tpirt.protocol.messages import (
     DropSpilled,
     Failure,
     FreeSlot,
+    Leaving,
     Loading,
     MeasureLink,
     Ready,
@@ -47,6 +49,7 @@ from tpirt.types import Progress
 _T = TypeVar("_T")
 
 SETUP_S = 5.0  # for a caller to send Setup
+_FAREWELL_S = 0.5
 _REPORT_S = 0.25  # between two reports of a loading worker
 _MOST_QUEUED = 64
 _QUEUED_FRAMES = 2  # of the largest size: a master sends one step at a time
@@ -78,6 +81,8 @@ class WorkerSession:
         self._queue: asyncio.Queue[Incoming | None] = asyncio.Queue()
         self.left = asyncio.Event()  # set by the worker after the session is cleaned up
         self.master = 0  # the master's number; 0 if it has none
+        self.host_name = ""  # the master's
+        self._began_s = _now_s()
         self._queued_bytes = 0
         self._idle_since_s: float | None = None  # None while it loads or a step runs
         self._prepared: Prepared | None = None
@@ -96,6 +101,11 @@ class WorkerSession:
         """Seconds since the last step ended; 0 while one runs or the weights are loaded."""
         return 0.0 if self._idle_since_s is None else _now_s() - self._idle_since_s
 
+    @property
+    def age_s(self) -> float:
+        """Seconds since it began."""
+        return _now_s() - self._began_s
+
     def is_of(self, master: int) -> bool:
         """Whether this is an earlier session of ``master``."""
         return master != 0 and master == self.master
@@ -106,6 +116,12 @@ class WorkerSession:
             self.link.give_up(PeerLostError(f"{self.link.peer_id} came back with a new session"))
         else:
             self.link.give_up(TransportError("the session was not used, and another master came"))
+
+    async def say_leaving(self) -> None:
+        """Tell the master that this process is about to end."""
+        with contextlib.suppress(TpirtError, TimeoutError):
+            async with asyncio.timeout(_FAREWELL_S):
+                await self.link.notify(Leaving())
 
     async def leaving(self, patience_s: float) -> bool:
         """Wait up to ``patience_s`` for the master to leave; returns :attr:`lost`."""

@@ -25,6 +25,7 @@ from tpirt.collectives.links import LinkSet
 from tpirt.config import ModelConfig
 from tpirt.errors import (
     HandshakeError,
+    PeerBusyError,
     PeerError,
     PeerLostError,
     StoreError,
@@ -59,6 +60,7 @@ _MOST_WAITING = 8  # masters whose Setup is valid, until the session before thei
 _MOST_QUESTIONS = 8  # about the store, each of up to 4 MiB
 _QUESTIONS_AT_ONCE = 2
 _UNUSED_S = 900.0  # without a step, after which a session gives way to another master
+_MOST_NAME = 64  # characters
 _TIMEOUT_MS = range(10, 86_400_001)
 
 
@@ -122,6 +124,11 @@ class Worker:
             # The call's own end may cancel this task in the middle of it.
             await finish(self._leave(session))
 
+    async def leave(self) -> None:
+        """Tell the master, if there is one, that this process is about to end."""
+        if self._session is not None:
+            await self._session.say_leaving()
+
     async def link(self, channel: Channel) -> None:
         """See :class:`tpirt.transport.base.PeerService`."""
         await self._board.serve(channel)
@@ -172,6 +179,7 @@ class Worker:
         return await session.leaving(_GOODBYE_S)
 
     def _hello(self, busy: bool) -> HelloReply:
+        session = self._session if busy else None
         return HelloReply(
             protocol_version=PROTOCOL_VERSION,
             tpirt_version=__version__,
@@ -185,6 +193,8 @@ class Worker:
             bfloat16=has_bfloat16(),
             busy=busy,
             process=self._process,
+            busy_with=session.host_name if session else "",
+            busy_s=int(session.age_s) if session else 0,
         )
 
     async def _serve(self, session: WorkerSession) -> None:
@@ -194,18 +204,19 @@ class Worker:
         incoming, setup = request
         try:
             _check_setup(setup)
-            await self._claim(session, setup.master)
+            await self._claim(session, setup)
         except TpirtError as exc:
             await session.refuse(incoming, exc)
             raise
         self._log(f"serving {session.link.peer_id}")
         await session.serve(incoming, setup, self._prepare)
 
-    async def _claim(self, session: WorkerSession, master: int) -> None:
+    async def _claim(self, session: WorkerSession, setup: Setup) -> None:
         """Make ``session`` the one that is served; wait for one whose master has left."""
+        master = setup.master
         while (current := self._session) is not None:
             if not await self._is_free_for(master):
-                raise HandshakeError(f"it serves {current.link.peer_id} already")
+                raise PeerBusyError(f"it serves {current.link.peer_id} already")
             if self._waiting >= _MOST_WAITING:
                 raise HandshakeError("other masters wait for it already; try again later")
             current.give_way(master)
@@ -219,6 +230,7 @@ class Worker:
                 self._waiting -= 1
         self._session = session
         session.master = master
+        session.host_name = setup.host_name[:_MOST_NAME]
 
     async def _prepare(self, setup: Setup, master: Link) -> Prepared:
         config = ModelConfig.from_json(setup.model_config)

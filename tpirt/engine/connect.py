@@ -13,6 +13,7 @@ from contextlib import (
     nullcontext,
 )
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from tpirt.cancellation import finish
 from tpirt.cluster.connection import Connection
 from tpirt.cluster.launcher import LocalPeers
 from tpirt.cluster.machine import default_threads, set_up_allocator
-from tpirt.cluster.roster import profile_peers
+from tpirt.cluster.roster import this_peer
 from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.cluster.tracing import TRACE_SPANS
 from tpirt.engine.model import Model, open_model
@@ -29,7 +30,8 @@ from tpirt.engine.options import EngineOptions
 from tpirt.engine.trace_file import TraceFile
 from tpirt.errors import ConfigError
 from tpirt.ops.native.library import load_async
-from tpirt.planning import Deployment, plan
+from tpirt.planning import Deployment, PeerProfile
+from tpirt.planning.lineup import next_deployment
 from tpirt.refusals import allow_open_files
 from tpirt.sharding.partition import make_partition
 from tpirt.transport.base import PeerClient
@@ -47,31 +49,40 @@ async def connected(
     options: EngineOptions,
     local: int,
     peers: Sequence[str | PeerClient],
+    spares: Sequence[str | PeerClient],
     progress: ProgressCallback,
     on_plan: PlanCallback | None,
     reserved_bytes: int = 0,
-) -> AsyncIterator[tuple[Model, Connection, Deployment]]:
+) -> AsyncIterator[tuple[Model, Connection]]:
     """Connect as :meth:`tpirt.Engine.connect` does, which has the arguments and errors.
 
     ``reserved_bytes`` is what this process holds already, and counts towards its limit.
     """
-    _check_ranks(local, peers)
-    allow_open_files(_OPEN_FILES + _OPEN_FILES_PER_RANK * max(local, len(peers)))
+    _check_ranks(local, peers, spares)
+    allow_open_files(_OPEN_FILES + _OPEN_FILES_PER_RANK * max(local, len(peers) + len(spares)))
     async with _prepared(path, options, local, progress) as host:
         # Before processes are started that could not be used.
         make_partition(host.model.config, len(peers) + 1 if peers else local, options.ratio)
         async with (
             _clients(host, local, peers) as clients,
-            _formed(host, clients, on_plan, reserved_bytes) as (connection, deployment),
+            _clients(host, 1, spares) as others,
+            _formed(host, clients, others, on_plan, reserved_bytes) as connection,
         ):
-            yield host.model, connection, deployment
+            yield host.model, connection
 
 
-def _check_ranks(local: int, peers: Sequence[str | PeerClient]) -> None:
+def _check_ranks(
+    local: int, peers: Sequence[str | PeerClient], spares: Sequence[str | PeerClient]
+) -> None:
     if local < 1:
         raise ConfigError(f"local {local}: expected at least 1 rank")
     if peers and local != 1:
         raise ConfigError("local and peers exclude each other: give one of them")
+    if spares and not peers:
+        raise ConfigError("spares take the places of peers: give peers, too")
+    for spare in spares:
+        if spare in peers:
+            raise ConfigError(f"spare {spare}: is one of the peers; give another one")
 
 
 def trace_file(options: EngineOptions) -> AbstractContextManager[TraceFile | None]:
@@ -134,23 +145,32 @@ async def _clients(
 async def _formed(
     host: _Host,
     clients: Sequence[PeerClient],
+    spares: Sequence[PeerClient],
     on_plan: PlanCallback | None,
     reserved_bytes: int,
-) -> AsyncIterator[tuple[Connection, Deployment]]:
+) -> AsyncIterator[Connection]:
     """Plan, provide every rank with its slice, and form the group, which is closed on leaving."""
     model, options = host.model, host.options
-    master = secrets.randbits(63)
-    profiles = await profile_peers(clients, host.threads, master)
-    profiles[0] = replace(profiles[0], reserved_bytes=reserved_bytes)
     spans = 0 if options.trace is None else TRACE_SPANS
-    deployment = plan(model.config, profiles, options, trace_spans=spans)
+
+    def this_rank() -> PeerProfile:
+        return replace(this_peer(host.threads), reserved_bytes=reserved_bytes)
+
+    connection = Connection(
+        clients,
+        spares,
+        partial(next_deployment, model.config, options, trace_spans=spans),
+        partial(SliceMaker, model.checkpoint, model.config),
+        this_rank,
+        host.store,
+        secrets.randbits(63),
+        options.timeout_s,
+    )
     if on_plan is not None:
-        on_plan(deployment)
-    makers = [SliceMaker(model.checkpoint, model.config, r.form) for r in deployment.ranks]
-    connection = Connection(clients, deployment, makers, host.store, master, options.timeout_s)
+        connection.on_plan = on_plan
     await connection.form(host.progress)
     try:
-        yield connection, deployment
+        yield connection
     finally:
         await finish(connection.aclose())
 

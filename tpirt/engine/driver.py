@@ -41,23 +41,27 @@ from tpirt.errors import (
 )
 from tpirt.planning import Deployment
 from tpirt.refusals import refused_memory
-from tpirt.types import RECONNECTED, Progress
+from tpirt.types import LOST, RECONNECTED, RESUMED, Progress, ProgressCallback, Recovery
+from tpirt.units import format_bytes
 
 _Any = Sequence[Any]
 
+_MOST_LOSSES = 4  # in a row, with nothing in between
+_RETRY_S, _LATEST_RETRY_S = 2.0, 60.0  # to form a group again while there are no sequences
 _LEAST_SHARED = 32  # ids, for which a sequence waits until another one has computed them
 
 
 class Driver:
     """Computes sequences, many in one step.
 
-    A sequence that fails or is left does not affect the others. If a peer is lost, the same peers
-    are connected again, and every sequence is computed again from its ids.
+    A sequence that fails or is left does not affect the others. If a peer is lost, another group is
+    formed, and every sequence is computed again from its ids. Without sequences, a group is formed
+    of the same peers or spares only: a new plan costs more than may be needed.
 
     Args:
-        connection: the group, and another one after a loss.
-        deployment: the plan, for memory.
+        connection: the group and its plan, and others after a loss.
         embed: ids to hidden states, (T, H).
+        progress: told what happens while there are no sequences.
         sequences: the most that run at once; others wait.
         waiting: the most that wait.
         spill_bytes: the most that sequences which no request uses take on each rank's disk.
@@ -71,8 +75,8 @@ class Driver:
     def __init__(
         self,
         connection: Connection,
-        deployment: Deployment,
         embed: Callable[[Ids[int]], torch.Tensor],
+        progress: ProgressCallback,
         *,
         sequences: int,
         waiting: int,
@@ -82,27 +86,24 @@ class Driver:
         drafter: Drafter | None,
     ):
         self._connection = connection
-        self._deployment = deployment
         self._embed = embed
+        self._progress = progress
         self._most = self._most_now = sequences
         self._most_waiting = waiting
-        config = deployment.config
+        config = self._deployment.config
         trained = config.max_position_embeddings if config.rope.kind == "dynamic" else None
         sharing = Sharing(trained)
         self._slots = Slots(sharing)
         self._costs = StepCosts()
         self._spiller = Spiller(
             connection,
-            deployment,
             self._slots,
             self._costs,
             most_bytes=spill_bytes,
             sharing=sharing,
             wake=self._start,
         )
-        self._scheduler = Scheduler(
-            deployment.chunk_tokens, self._costs, stall_free=stall_free, targets=targets
-        )
+        self._scheduler = Scheduler(self._costs, stall_free=stall_free, targets=targets)
         self.goodput = Goodput(targets)
         self._drafts: DraftController | None = None
         if drafter is not None:
@@ -110,16 +111,17 @@ class Driver:
                 drafter,
                 self._costs,
                 config.vocab_size,
-                deployment.chunk_tokens,
                 connection.group.exact_rows,
-                min(MOST_GUESSES, deployment.logits_tokens - 1),
                 trained,
             )
         self._waiting: list[_Any] = []
         self._running: list[_Any] = []  # admitted, in that order
         self._pieces: list[Piece] = []  # of the step under way
         self._forget = False  # reset() was called, and the memory is not free yet
-        self._recovering = False  # a peer was lost, and nothing came out since
+        self._losses = 0  # of peers, since something came out
+        self._recovery: Recovery | None = None  # until something comes out
+        self._mended_s = 0.0  # when the last group was formed again
+        self._mending = _Backoff(self._start)
         self._abandoned = False  # the task was cancelled to end a step that nobody wants
         self._closed = False
         self._first_step = 1
@@ -127,6 +129,7 @@ class Driver:
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._step_over = asyncio.Event()
+        connection.on_broken = self._start
 
     @property
     def cached_tokens(self) -> int:
@@ -205,6 +208,7 @@ class Driver:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         self._spiller.close()
+        self._mending.reset()
         self._end_all(engine_closed())
 
     # -- the readers' side -------------------------------------------------------------------
@@ -222,9 +226,18 @@ class Driver:
     def _group(self) -> Group:
         return self._connection.group
 
+    @property
+    def _deployment(self) -> Deployment:
+        return self._connection.deployment
+
+    @property
+    def _to_mend(self) -> bool:
+        """Whether to form another group although there are no sequences."""
+        return isinstance(self._group.broken, PeerLostError) and self._mending.due
+
     async def _run(self) -> None:
         try:
-            while self._waiting or self._running or self._forget or self._spiller.overdue:
+            while self._waiting or self._running or self._overdue:
                 try:
                     await self._turn()
                 except asyncio.CancelledError:
@@ -233,7 +246,7 @@ class Driver:
                     task = asyncio.current_task()
                     assert task is not None
                     task.uncancel()
-                    self._recovering = False
+                    self._losses = 0
                 finally:
                     self._pieces, self._abandoned = [], False
                     self._step_over.set()
@@ -243,19 +256,27 @@ class Driver:
         except Exception as exc:
             self._end_all(exc)
 
+    @property
+    def _overdue(self) -> bool:
+        """Whether there is something to do without sequences."""
+        return self._forget or self._spiller.overdue or self._to_mend
+
     async def _turn(self) -> None:
         """Run one step, if there is one to run."""
         self._wake.clear()
         await self._tidy()
-        if not (self._waiting or self._running):
-            return
-        if (broken := self._group.broken) is not None:
+        busy = bool(self._waiting or self._running)
+        if (broken := self._group.broken) is not None and (busy or self._to_mend):
             await self._recover(broken)
             return
+        if not busy:
+            return
         await self._admit_all()
-        pieces = self._scheduler.plan(self._running, time.perf_counter())
+        chunk = self._deployment.chunk_tokens
+        pieces = self._scheduler.plan(self._running, chunk, time.perf_counter())
         if self._drafts is not None:
-            pieces = await self._drafts.extend(pieces)
+            most = min(MOST_GUESSES, self._deployment.logits_tokens - 1)
+            pieces = await self._drafts.extend(pieces, chunk, most)
         if pieces:
             segments = [piece.segment() for piece in pieces]
             if await self._make_room(segments):
@@ -290,8 +311,8 @@ class Driver:
     async def _admit_all(self) -> None:
         if self._full:  # before those that wait are sorted
             return
-        now_s = time.perf_counter()
-        for sequence in self._scheduler.order(self._waiting, self._running, now_s):
+        chunk, now_s = self._deployment.chunk_tokens, time.perf_counter()
+        for sequence in self._scheduler.order(self._waiting, self._running, chunk, now_s):
             if self._full:
                 return
             place = self._place(sequence, copy=True)
@@ -449,6 +470,7 @@ class Driver:
                 continue
             if isinstance(piece.sequence, Scoring):
                 piece.sequence.take(own)
+                self._came_out()
             else:
                 drawing.append((piece, own))
         tokens = 0
@@ -481,13 +503,41 @@ class Driver:
             answer.end(exc)
         except Exception as exc:  # of its parameters: the others go on
             answer.end(exc)
-        self._recovering = False
+        self._came_out()
         return len(drawn)
 
     # -- losses ------------------------------------------------------------------------------
 
     async def _recover(self, broken: Exception) -> None:
-        """Connect again after a loss, once until something comes out; else end all sequences."""
+        """Form another group after a loss, and begin all sequences again; else end them."""
+        tokens = self._begin_again()
+        self._losses += 1
+        if self._losses > _MOST_LOSSES or not isinstance(broken, PeerLostError):
+            self._end_all(broken)
+            return
+        self._step_over.clear()
+        self._pieces = [Piece(sequence, 1) for sequence in self._waiting]
+        try:
+            recovery = await self._connection.reconnect(self._report, lambda: bool(self._waiting))
+        except TpirtError as exc:
+            self._mending.later()
+            self._end_all(exc)
+            return
+        self._mending.reset()
+        self._fitting = None
+        self._first_step = self._group.next_step
+        self._recovery = recovery if self._waiting else None
+        self._mended_s = time.perf_counter()
+        recovery.replayed_tokens = tokens
+        words = [recovery.change, f"computing {tokens} tokens again" if tokens else ""]
+        words.append(f"sent {format_bytes(recovery.sent_bytes)}" if recovery.sent_bytes else "")
+        detail = "; ".join(filter(None, words))
+        self._report(Progress(RECONNECTED, recovery.peers, recovery.peers, "peers", detail))
+        if not self._waiting:
+            self._losses = 0
+
+    def _begin_again(self) -> int:
+        """All keys and values are lost; returns how many tokens have to be computed again."""
         for sequence in self._waiting:
             sequence.computed = self._place(sequence, copy=True).shared
         self._slots.clear()
@@ -497,32 +547,61 @@ class Driver:
         tokens = sum(sequence.computed for sequence in self._waiting)
         for sequence in self._waiting:
             sequence.restart()
-        again, self._recovering = self._recovering, True
-        if again or not isinstance(broken, PeerLostError):
-            self._end_all(broken)
+        return tokens
+
+    def _came_out(self) -> None:
+        """A request has got something: what was lost is made good."""
+        self._losses = 0
+        if self._recovery is None:
             return
-        self._step_over.clear()
-        self._pieces = [Piece(sequence, 1) for sequence in self._waiting]
-        try:
-            await self._connection.reconnect(self._report)
-        except TpirtError as exc:
-            self._end_all(exc)
-            return
-        self._first_step = self._group.next_step
-        peers = len(self._deployment.ranks) - 1
-        detail = f"computing {tokens} tokens again" if tokens else ""
-        self._report(Progress(RECONNECTED, peers, peers, "peers", detail))
+        recovery, self._recovery = self._recovery, None
+        recovery.replaying_ms = (time.perf_counter() - self._mended_s) * 1e3
+        self._report(Progress(RESUMED, 1, 1, "", recovery.explain()))
 
     def _report(self, report: Progress) -> None:
-        for sequence in [*self._running, *self._waiting]:
+        sequences = [*self._running, *self._waiting]
+        if not sequences and report.stage in (LOST, RECONNECTED):
+            self._progress(report)
+        for sequence in sequences:
             _tell(sequence, report)
 
     def _end_all(self, exc: Exception) -> None:
         """End all sequences; what follows begins afresh."""
-        self._recovering = False
+        self._losses = 0
         for sequence in [*self._running, *self._waiting]:
             sequence.end(exc)
         self._waiting.clear()
+
+
+class _Backoff:
+    """When to try again, later each time; calls ``wake`` then."""
+
+    def __init__(self, wake: Callable[[], None]):
+        self._wake = wake
+        self._wait_s = _RETRY_S
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time."""
+        return self._timer is None
+
+    def later(self) -> None:
+        """It failed: wait for longer than the last time."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(self._wait_s, self._on_time)
+        self._wait_s = min(2 * self._wait_s, _LATEST_RETRY_S)
+
+    def reset(self) -> None:
+        """It succeeded, or is not wanted any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._wait_s = None, _RETRY_S
+
+    def _on_time(self) -> None:
+        self._timer = None
+        self._wake()
 
 
 def _rest(sequence: _Any, place: Place | None = None, least: int = 0) -> Segment:

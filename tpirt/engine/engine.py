@@ -43,6 +43,7 @@ from tpirt.types import (
     Message,
     ProgressCallback,
     RankStats,
+    Recovery,
     SamplingParams,
     Token,
     ignore_progress,
@@ -59,22 +60,21 @@ class Engine:
         self,
         model: Model,
         connection: Connection,
-        deployment: Deployment,
         options: EngineOptions,
         drafter: Drafter | None,
+        progress: ProgressCallback,
     ):
         self.config = model.config
         self.tokenizer = model.tokenizer
         self.defaults = model.defaults
-        self.deployment = deployment
         self._is_draft_asked = options.draft != AUTO_DRAFT
         self._checkpoint = model.checkpoint
         self._embedding = model.embedding
         self._connection = connection
         self._driver = Driver(
             connection,
-            deployment,
             self.embed,
+            progress,
             sequences=options.sequences,
             waiting=options.waiting,
             spill_bytes=options.spill_bytes,
@@ -92,6 +92,7 @@ class Engine:
         *,
         local: int = 1,
         peers: Sequence[str | PeerClient] = (),
+        spares: Sequence[str | PeerClient] = (),
         progress: ProgressCallback = ignore_progress,
         on_plan: PlanCallback | None = None,
     ) -> AsyncIterator[Engine]:
@@ -106,7 +107,9 @@ class Engine:
             local: number of ranks on this machine; ``local - 1`` worker processes are started.
             peers: running workers instead, as addresses ``host:port`` or clients of another
                 transport than gRPC, which are closed on leaving, also with an error.
-            progress: called with progress reports, also from other threads.
+            spares: running workers that take the places of peers that are lost, or do not answer.
+            progress: called with progress reports, also from other threads; later with what
+                happens while there is no request.
             on_plan: called with the plan before any weights are loaded.
 
         Raises:
@@ -129,16 +132,18 @@ class Engine:
         """
         options = options or EngineOptions()
         async with AsyncExitStack() as stack:
-            for peer in peers:
+            for peer in (*peers, *spares):
                 if not isinstance(peer, str):
                     stack.push_async_callback(peer.aclose)
             trace = stack.enter_context(trace_file(options))
             small = await _opened_draft(stack, options, local, peers, progress)
             reserved = 0 if small is None else small._held_bytes
-            connecting = connected(model, options, local, peers, progress, on_plan, reserved)
-            opened, connection, deployment = await stack.enter_async_context(connecting)
+            connecting = connected(
+                model, options, local, peers, spares, progress, on_plan, reserved
+            )
+            opened, connection = await stack.enter_async_context(connecting)
             drafter = _drafter(options, small, opened)
-            engine = cls(opened, connection, deployment, options, drafter)
+            engine = cls(opened, connection, options, drafter, progress)
             stack.push_async_callback(engine._driver.aclose)
             if trace is not None:
                 saved = trace.saved(lambda: connection.group.trace(), engine.name)
@@ -149,6 +154,16 @@ class Engine:
     def name(self) -> str:
         """The model's name: that of its directory, or on the Hub."""
         return model_name(self._checkpoint.path)
+
+    @property
+    def deployment(self) -> Deployment:
+        """The plan; another one may follow the loss of a peer."""
+        return self._connection.deployment
+
+    @property
+    def recoveries(self) -> Sequence[Recovery]:
+        """The losses of peers that were survived, oldest first."""
+        return self._connection.recoveries
 
     @property
     def peers(self) -> Sequence[PeerProfile]:
@@ -330,6 +345,7 @@ class Engine:
         times: list[float] = []
         tokens: list[Token] = []
         answer = self._answer(ids, params, progress)
+        earlier = len(self.recoveries)
         self._driver.add(answer)
         try:
             async for token in answer:
@@ -353,6 +369,7 @@ class Engine:
             guesses=answer.guesses,
             right_guesses=answer.right_guesses,
             in_time=targets.met(answer.ttft_s, answer.tpot_s) if targets else None,
+            recoveries=list(self.recoveries[earlier:]),
         )
 
     async def _stats_of(self, answer: Answer) -> list[RankStats]:

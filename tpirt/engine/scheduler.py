@@ -77,22 +77,13 @@ class Scheduler:
     """Chooses from sequences; changes none.
 
     Args:
-        chunk_tokens: most rows of a step.
         costs: how long steps take.
         stall_free: whether a prompt may only slow answers down by a factor of 2 a step; else it is
             computed as fast as it can be.
         targets: for answers; that for the time per token replaces the factor.
     """
 
-    def __init__(
-        self,
-        chunk_tokens: int,
-        costs: StepCosts,
-        *,
-        stall_free: bool = True,
-        targets: Targets = NO_TARGETS,
-    ):
-        self._chunk_tokens = chunk_tokens
+    def __init__(self, costs: StepCosts, *, stall_free: bool = True, targets: Targets = NO_TARGETS):
         self._costs = costs
         self._stall_free = stall_free
         self._targets = targets
@@ -101,6 +92,7 @@ class Scheduler:
         self,
         waiting: Iterable[Sequence[Any]],
         running: Iterable[Sequence[Any]],
+        chunk_tokens: int,
         now_s: float = 0.0,
     ) -> list[Sequence[Any]]:
         """The order in which waiting sequences are admitted.
@@ -115,7 +107,7 @@ class Scheduler:
             keys[sequence] = (
                 not sequence.again,
                 -sequence.priority,
-                self._late(sequence, now_s),
+                self._late(sequence, chunk_tokens, now_s),
                 places[sequence.user],
                 arrival,
             )
@@ -133,16 +125,18 @@ class Scheduler:
             return True
         return joint_s <= target_s
 
-    def plan(self, running: Items[Sequence[Any]], now_s: float = 0.0) -> list[Piece]:
-        """The next step; empty if all sequences wait for their readers."""
+    def plan(
+        self, running: Items[Sequence[Any]], chunk_tokens: int, now_s: float = 0.0
+    ) -> list[Piece]:
+        """The next step of at most ``chunk_tokens``; empty if all sequences wait for readers."""
         ready = [sequence for sequence in running if not sequence.paused]
         prompts = [sequence for sequence in ready if sequence.todo > 1]  # in order of admission
-        prompts.sort(key=lambda sequence: self._late(sequence, now_s))
+        prompts.sort(key=lambda sequence: self._late(sequence, chunk_tokens, now_s))
         answers = [sequence for sequence in ready if sequence.todo == 1]
         answers.sort(key=lambda sequence: sequence.turn)  # if not all fit, the others are next
-        most = max(1, self._chunk_tokens - bool(prompts))
+        most = max(1, chunk_tokens - bool(prompts))
         pieces = [Piece(sequence, 1) for sequence in answers[:most]]
-        room = self._room(len(pieces))
+        room = self._room(len(pieces), chunk_tokens)
         for sequence in prompts:
             tokens = min(sequence.todo, room)
             if tokens:
@@ -150,16 +144,16 @@ class Scheduler:
             room -= tokens
         return pieces
 
-    def _room(self, answers: int) -> int:
+    def _room(self, answers: int, chunk_tokens: int) -> int:
         """How many rows of prompts go with those of ``answers`` answers; at least 1 if any fits."""
-        most = self._chunk_tokens - answers
+        most = chunk_tokens - answers
         alone_s = self._costs.seconds(answers)
         if not answers or not most or alone_s is None:
             return most
         longest_s = self._longest_s(alone_s)
         if longest_s is None:
             return most
-        within = self._costs.rows_within(longest_s, self._chunk_tokens)
+        within = self._costs.rows_within(longest_s, chunk_tokens)
         return max(1, within - answers)
 
     def _longest_s(self, alone_s: float) -> float | None:
@@ -169,11 +163,11 @@ class Scheduler:
             return target_s
         return _STRETCH * alone_s if self._stall_free else None
 
-    def _late(self, sequence: Sequence[Any], now_s: float) -> bool:
+    def _late(self, sequence: Sequence[Any], chunk_tokens: int, now_s: float) -> bool:
         """Whether its first token cannot be in time any more."""
         target_s = self._targets.ttft_s
         if target_s is None or not sequence.unanswered:
             return False
         waited_s = now_s - sequence.arrived_s
-        needed_s = self._costs.prompt_seconds(sequence.todo, self._chunk_tokens) or 0.0
+        needed_s = self._costs.prompt_seconds(sequence.todo, chunk_tokens) or 0.0
         return waited_s + needed_s > target_s and waited_s <= _PATIENCE * target_s

@@ -16,7 +16,6 @@ from tpirt.cluster.group import Group
 from tpirt.engine.slots import Place, Sharing, Slots, common_prefix
 from tpirt.engine.step_costs import StepCosts
 from tpirt.errors import TpirtError
-from tpirt.planning import Deployment
 from tpirt.units import format_bytes
 
 LIFE_S = 3600.0
@@ -50,7 +49,7 @@ class SpilledSequences:
     """
 
     def __init__(self, most_tokens: int, sharing: Sharing):
-        self._most_tokens = most_tokens
+        self.most_tokens = most_tokens
         self._sharing = sharing
         self._all: dict[int, Spilled] = {}
 
@@ -74,7 +73,7 @@ class SpilledSequences:
 
     def takes(self, ids: Ids[int]) -> bool:
         """Whether a sequence may go to disk at all."""
-        return _LEAST_TOKENS <= len(ids) <= self._most_tokens
+        return _LEAST_TOKENS <= len(ids) <= self.most_tokens
 
     def add(self, spilled: Spilled) -> None:
         """A sequence was written."""
@@ -93,7 +92,7 @@ class SpilledSequences:
         """What to delete before ``ids`` are spilled: prefixes of them, and the oldest for room."""
         prefixes = [each for each in self._all.values() if _begins(ids, each.ids)]
         others = [each for each in self._all.values() if each not in prefixes]
-        room = self._most_tokens - len(ids)
+        room = self.most_tokens - len(ids)
         while len(others) >= _MOST_SEQUENCES or sum(len(each.ids) for each in others) > room:
             prefixes.append(others.pop(0))
         return [each.handle for each in prefixes]
@@ -122,8 +121,7 @@ class Spiller:
     Nothing here raises because of a disk: what cannot be written or read is computed again.
 
     Args:
-        connection: the group.
-        deployment: the plan, for sizes.
+        connection: the group and its plan.
         slots: those in memory.
         costs: how long steps take.
         most_bytes: on the disk of each rank.
@@ -134,7 +132,6 @@ class Spiller:
     def __init__(
         self,
         connection: Connection,
-        deployment: Deployment,
         slots: Slots,
         costs: StepCosts,
         *,
@@ -143,8 +140,7 @@ class Spiller:
         wake: Callable[[], None],
     ):
         self._connection = connection
-        self._chunk_tokens = deployment.chunk_tokens
-        self._token_bytes = deployment.kv_token_bytes
+        self._most_bytes = most_bytes
         self._slots = slots
         self._costs = costs
         self._wake = wake
@@ -224,14 +220,21 @@ class Spiller:
     def _group(self) -> Group:
         return self._connection.group
 
+    @property
+    def _token_bytes(self) -> int:
+        return self._connection.deployment.kv_token_bytes
+
     def _pays(self, tokens: int, instead_of: int) -> bool:
         """Whether reading ``tokens`` is quicker than computing ``instead_of``."""
-        computing_s = self._costs.prompt_seconds(instead_of, self._chunk_tokens)
+        computing_s = self._costs.prompt_seconds(
+            instead_of, self._connection.deployment.chunk_tokens
+        )
         reading_s = self._moves.seconds(tokens)
         return computing_s is None or reading_s is None or reading_s < computing_s
 
     async def _spill(self, slot: int) -> None:
         kept = self._slots.remove(slot)
+        self._spilled.most_tokens = self._most_bytes // self._token_bytes
         if not self._spilled.takes(kept.ids):
             self._dropped += 1
             await free(self._group, slot)

@@ -118,6 +118,7 @@ async def _run(options: PeerOptions, stop: asyncio.Event) -> None:
         if options.until_stdin_closes:
             _watch_stdin(stop)
         await stop.wait()
+        await worker.leave()
     finally:
         await server.aclose()
 

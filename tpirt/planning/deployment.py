@@ -199,6 +199,7 @@ def plan(
     peers: Sequence[PeerProfile],
     options: PlanOptions,
     *,
+    like: Deployment | None = None,
     trace_spans: int = 0,
 ) -> Deployment:
     """Plan a deployment.
@@ -207,6 +208,7 @@ def plan(
         config: the model.
         peers: the processes, by rank.
         options: the user's options.
+        like: a deployment whose numbers are kept: dtype and quantization.
         trace_spans: maximum spans per lane of a trace; 0 for no trace.
 
     Raises:
@@ -216,7 +218,7 @@ def plan(
     """
     context = _context_length(config, options)
     partition = make_partition(config, len(peers), options.ratio)
-    dtype = choose_dtype(config, options.dtype, peers)
+    dtype = like.dtype if like else choose_dtype(config, options.dtype, peers)
     longest = options.chunk_tokens or context
     budgets = [
         MemoryBudget.of(
@@ -231,8 +233,10 @@ def plan(
             peers, partition.shards, memory_limits(peers, options.memory_bytes), strict=True
         )
     ]
-    quant = choose_quant(options.quantize, budgets)
-    dtype = choose_dtype(config, options.dtype, peers, quantized=quant.spec != AS_THEY_ARE)
+    quant = like.quant if like else choose_quant(options.quantize, budgets)
+    if like is None:
+        quantized = quant.spec != AS_THEY_ARE
+        dtype = choose_dtype(config, options.dtype, peers, quantized=quantized)
     budgets = [budget.stored(WeightFormat(dtype.weights, quant.spec)) for budget in budgets]
     chunk = options.chunk_tokens or min(budget.chunk_tokens() for budget in budgets)
     chunk = min(chunk, context)

@@ -83,6 +83,7 @@ class Link:
         self._last_id = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._received = self._sent = 0
+        self._frame_s = 0.0  # when the last whole frame came
         self._timer: asyncio.TimerHandle | None = None
         self.silence(timeout_s)
 
@@ -254,6 +255,7 @@ class Link:
 
     def on_frame(self, frame: Frame) -> None:
         """See :class:`tpirt.transport.base.Receiver`."""
+        self._frame_s = self._loop.time()
         for part, waiter in enumerate(self._waiters):  # nearly always: just what is expected
             if waiter is not None and waiter.head == frame.head and not waiter.future.done():
                 order = _order(frame.header)
@@ -401,6 +403,7 @@ class Link:
         """Add the rank to a lost peer's error: channels do not know ranks."""
         if isinstance(exc, PeerLostError):
             exc.rank, exc.peer_id = self.rank, self.peer_id
+            exc.silent_s = self._loop.time() - max(self._heard_s, self._frame_s)
         return exc
 
     def _release(self, exc: Exception) -> None:

@@ -26,7 +26,7 @@ from tpirt.printable import printable_line
 from tpirt.protocol.pb import tpirt_pb2 as pb
 from tpirt.types import RankStats, StepTimes
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 
 _T = TypeVar("_T")
 
@@ -52,6 +52,8 @@ class HelloReply:
     bfloat16: bool
     busy: bool
     process: int
+    busy_with: str = ""
+    busy_s: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Setup:
     addresses: tuple[str, ...]
     master: int = 0
     kv_bits: int | None = None
+    host_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -223,6 +226,11 @@ class Trace:
 
 
 @dataclass(frozen=True)
+class Leaving:
+    pass
+
+
+@dataclass(frozen=True)
 class Probe:
     pass
 
@@ -267,6 +275,7 @@ _PROTO: dict[type, type[ProtoMessage]] = {
     RestoreSlot: pb.RestoreSlot,
     DropSpilled: pb.DropSpilled,
     Done: pb.Done,
+    Leaving: pb.Leaving,
     StatsRequest: pb.StatsRequest,
     RankStats: pb.Stats,
     StepTimes: pb.StepTimes,

@@ -69,10 +69,8 @@ class DraftController:
         drafter: makes guesses.
         costs: how long steps take.
         vocab_size: of the model.
-        most_rows: of a step.
         exact_rows: up to which a row's bits do not depend on the others; guesses add no more rows
             than that, unless there are more anyway.
-        most_guesses: for one answer.
         most_length: of a sequence with guesses; None for no limit.
     """
 
@@ -81,9 +79,7 @@ class DraftController:
         drafter: Drafter,
         costs: StepCosts,
         vocab_size: int,
-        most_rows: int,
         exact_rows: int,
-        most_guesses: int = MOST_GUESSES,
         most_length: int | None = None,
     ):
         self.stats = DraftStats()
@@ -91,9 +87,7 @@ class DraftController:
         self._costs = costs
         self._vocab_size = vocab_size
         self._failure: Exception | None = None  # of the drafter, which is asked no more
-        self._most_rows = most_rows
         self._exact_rows = exact_rows
-        self._most = most_guesses
         self._most_length = most_length
         self._rates: dict[str, _Rate] = {}
         self._drafting_s = 0.0  # of the latest step
@@ -102,16 +96,24 @@ class DraftController:
         self._predicted = (0.0, 0.0)  # its tokens and seconds
         self._token_s = 0.0  # a token takes without guesses, in the latest step
 
-    async def extend(self, pieces: Items[Piece]) -> list[Piece]:
-        """The pieces, those of answers under way with guesses where these pay."""
+    async def extend(
+        self, pieces: Items[Piece], most_rows: int, most_guesses: int = MOST_GUESSES
+    ) -> list[Piece]:
+        """The pieces, those of answers under way with guesses where these pay.
+
+        Args:
+            pieces: of the step.
+            most_rows: of a step.
+            most_guesses: for one answer.
+        """
         rows = sum(piece.tokens for piece in pieces)
         drafted = {
             index: answer
             for index, piece in enumerate(pieces)
             if (answer := _drafted(piece)) is not None
         }
-        exact = min(self._exact_rows, self._most_rows)
-        room = (exact if rows <= exact else self._most_rows) - rows
+        exact = min(self._exact_rows, most_rows)
+        room = (exact if rows <= exact else most_rows) - rows
         if (
             self._failure is not None
             or not drafted
@@ -120,7 +122,7 @@ class DraftController:
         ):
             return list(pieces)
         answers = list(drafted.values())
-        most = [min(self._most, room, self._most_guesses(answer)) for answer in answers]
+        most = [min(most_guesses, room, self._most_guesses(answer)) for answer in answers]
         prospects = self._drafter.prospects(max(most))
         if prospects is None:
             guesses = await self._propose(answers, most)

@@ -44,7 +44,7 @@ class HelloRequest(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., tpirt_version: _Optional[str] = ..., master: _Optional[int] = ...) -> None: ...
 
 class HelloReply(_message.Message):
-    __slots__ = ("protocol_version", "tpirt_version", "host_name", "host_id", "memory_bytes", "available_bytes", "base_bytes", "threads", "cores", "bfloat16", "busy", "process")
+    __slots__ = ("protocol_version", "tpirt_version", "host_name", "host_id", "memory_bytes", "available_bytes", "base_bytes", "threads", "cores", "bfloat16", "busy", "process", "busy_with", "busy_s")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     TPIRT_VERSION_FIELD_NUMBER: _ClassVar[int]
     HOST_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +57,8 @@ class HelloReply(_message.Message):
     BFLOAT16_FIELD_NUMBER: _ClassVar[int]
     BUSY_FIELD_NUMBER: _ClassVar[int]
     PROCESS_FIELD_NUMBER: _ClassVar[int]
+    BUSY_WITH_FIELD_NUMBER: _ClassVar[int]
+    BUSY_S_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     tpirt_version: str
     host_name: str
@@ -69,7 +71,9 @@ class HelloReply(_message.Message):
     bfloat16: bool
     busy: bool
     process: int
-    def __init__(self, protocol_version: _Optional[int] = ..., tpirt_version: _Optional[str] = ..., host_name: _Optional[str] = ..., host_id: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., available_bytes: _Optional[int] = ..., base_bytes: _Optional[int] = ..., threads: _Optional[int] = ..., cores: _Optional[int] = ..., bfloat16: _Optional[bool] = ..., busy: _Optional[bool] = ..., process: _Optional[int] = ...) -> None: ...
+    busy_with: str
+    busy_s: int
+    def __init__(self, protocol_version: _Optional[int] = ..., tpirt_version: _Optional[str] = ..., host_name: _Optional[str] = ..., host_id: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., available_bytes: _Optional[int] = ..., base_bytes: _Optional[int] = ..., threads: _Optional[int] = ..., cores: _Optional[int] = ..., bfloat16: _Optional[bool] = ..., busy: _Optional[bool] = ..., process: _Optional[int] = ..., busy_with: _Optional[str] = ..., busy_s: _Optional[int] = ...) -> None: ...
 
 class InventoryRequest(_message.Message):
     __slots__ = ("slice_id", "order")
@@ -108,7 +112,7 @@ class PutUnitsReply(_message.Message):
     def __init__(self, bytes_written: _Optional[int] = ...) -> None: ...
 
 class Message(_message.Message):
-    __slots__ = ("setup", "loading", "ready", "step", "abort", "step_ended", "failure", "free_slot", "stats_request", "stats", "clock_request", "clock", "trace_request", "trace", "join_link", "joined", "probe", "measure_link", "link_quality", "spill_slot", "restore_slot", "drop_spilled", "done")
+    __slots__ = ("setup", "loading", "ready", "step", "abort", "step_ended", "failure", "free_slot", "stats_request", "stats", "clock_request", "clock", "trace_request", "trace", "join_link", "joined", "probe", "measure_link", "link_quality", "spill_slot", "restore_slot", "drop_spilled", "done", "leaving")
     SETUP_FIELD_NUMBER: _ClassVar[int]
     LOADING_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -132,6 +136,7 @@ class Message(_message.Message):
     RESTORE_SLOT_FIELD_NUMBER: _ClassVar[int]
     DROP_SPILLED_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
     setup: Setup
     loading: Loading
     ready: Ready
@@ -155,10 +160,11 @@ class Message(_message.Message):
     restore_slot: RestoreSlot
     drop_spilled: DropSpilled
     done: Done
-    def __init__(self, setup: _Optional[_Union[Setup, _Mapping]] = ..., loading: _Optional[_Union[Loading, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., step_ended: _Optional[_Union[StepEnded, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., free_slot: _Optional[_Union[FreeSlot, _Mapping]] = ..., stats_request: _Optional[_Union[StatsRequest, _Mapping]] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ..., clock_request: _Optional[_Union[ClockRequest, _Mapping]] = ..., clock: _Optional[_Union[Clock, _Mapping]] = ..., trace_request: _Optional[_Union[TraceRequest, _Mapping]] = ..., trace: _Optional[_Union[Trace, _Mapping]] = ..., join_link: _Optional[_Union[JoinLink, _Mapping]] = ..., joined: _Optional[_Union[Joined, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., measure_link: _Optional[_Union[MeasureLink, _Mapping]] = ..., link_quality: _Optional[_Union[LinkQuality, _Mapping]] = ..., spill_slot: _Optional[_Union[SpillSlot, _Mapping]] = ..., restore_slot: _Optional[_Union[RestoreSlot, _Mapping]] = ..., drop_spilled: _Optional[_Union[DropSpilled, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ...) -> None: ...
+    leaving: Leaving
+    def __init__(self, setup: _Optional[_Union[Setup, _Mapping]] = ..., loading: _Optional[_Union[Loading, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., step_ended: _Optional[_Union[StepEnded, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., free_slot: _Optional[_Union[FreeSlot, _Mapping]] = ..., stats_request: _Optional[_Union[StatsRequest, _Mapping]] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ..., clock_request: _Optional[_Union[ClockRequest, _Mapping]] = ..., clock: _Optional[_Union[Clock, _Mapping]] = ..., trace_request: _Optional[_Union[TraceRequest, _Mapping]] = ..., trace: _Optional[_Union[Trace, _Mapping]] = ..., join_link: _Optional[_Union[JoinLink, _Mapping]] = ..., joined: _Optional[_Union[Joined, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., measure_link: _Optional[_Union[MeasureLink, _Mapping]] = ..., link_quality: _Optional[_Union[LinkQuality, _Mapping]] = ..., spill_slot: _Optional[_Union[SpillSlot, _Mapping]] = ..., restore_slot: _Optional[_Union[RestoreSlot, _Mapping]] = ..., drop_spilled: _Optional[_Union[DropSpilled, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ...) -> None: ...
 
 class Setup(_message.Message):
-    __slots__ = ("protocol_version", "model_fingerprint", "model_config", "slice_id", "rank", "world_size", "window_blocks", "memory_bytes", "chunk_tokens", "timeout_ms", "trace_spans", "session", "addresses", "master", "kv_bits")
+    __slots__ = ("protocol_version", "model_fingerprint", "model_config", "slice_id", "rank", "world_size", "window_blocks", "memory_bytes", "chunk_tokens", "timeout_ms", "trace_spans", "session", "addresses", "master", "kv_bits", "host_name")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     MODEL_CONFIG_FIELD_NUMBER: _ClassVar[int]
@@ -174,6 +180,7 @@ class Setup(_message.Message):
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     MASTER_FIELD_NUMBER: _ClassVar[int]
     KV_BITS_FIELD_NUMBER: _ClassVar[int]
+    HOST_NAME_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     model_fingerprint: str
     model_config: str
@@ -189,7 +196,8 @@ class Setup(_message.Message):
     addresses: _containers.RepeatedScalarFieldContainer[str]
     master: int
     kv_bits: int
-    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., model_config: _Optional[str] = ..., slice_id: _Optional[str] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., window_blocks: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., trace_spans: _Optional[int] = ..., session: _Optional[int] = ..., addresses: _Optional[_Iterable[str]] = ..., master: _Optional[int] = ..., kv_bits: _Optional[int] = ...) -> None: ...
+    host_name: str
+    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., model_config: _Optional[str] = ..., slice_id: _Optional[str] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., window_blocks: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., trace_spans: _Optional[int] = ..., session: _Optional[int] = ..., addresses: _Optional[_Iterable[str]] = ..., master: _Optional[int] = ..., kv_bits: _Optional[int] = ..., host_name: _Optional[str] = ...) -> None: ...
 
 class Loading(_message.Message):
     __slots__ = ("done_bytes", "total_bytes")
@@ -272,6 +280,10 @@ class Abort(_message.Message):
     STEP_FIELD_NUMBER: _ClassVar[int]
     step: int
     def __init__(self, step: _Optional[int] = ...) -> None: ...
+
+class Leaving(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class StepEnded(_message.Message):
     __slots__ = ("step",)

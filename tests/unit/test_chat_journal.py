@@ -1,0 +1,146 @@
+"""Journals: what was displayed is on disk, whatever ends the program."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tpirt.chat.journal import Journal, find
+from tpirt.chat.saved import SavedConversation, load
+from tpirt.errors import RequestError
+from tpirt.types import Message
+
+HELLO = [Message("user", "héllo\n"), Message("assistant", "hi there")]
+MORE = [Message("user", "and?"), Message("assistant", "no more")]
+
+
+@pytest.fixture
+def notes() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def journal(tmp_path: Path, notes: list[str]) -> Iterator[Journal]:
+    journal = Journal(tmp_path / "talks", "tiny", notes.append)
+    yield journal
+    journal.close()
+
+
+def hold(journal: Journal, system: str | None, before: list[Message], turn: list[Message]) -> None:
+    journal.ask(system, before, turn[0].content)
+    for piece in (turn[1].content[:3], "", turn[1].content[3:]):
+        journal.say(piece)
+    journal.end(kept=True)
+
+
+def only(folder: Path) -> Path:
+    (path,) = (folder / "talks").iterdir()
+    return path
+
+
+def test_round_trip(tmp_path: Path, journal: Journal) -> None:
+    assert not (tmp_path / "talks").exists()
+    hold(journal, "Be brief.", [], HELLO)
+    hold(journal, "Be briefer.", HELLO, MORE)
+    path = only(tmp_path)
+    assert load(path) == SavedConversation("Be briefer.", HELLO + MORE, "tiny")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+def test_every_prefix_of_the_file_is_a_conversation(tmp_path: Path, journal: Journal) -> None:
+    """A crash can end the file anywhere."""
+    hold(journal, None, [], HELLO)
+    head = only(tmp_path).read_bytes().index(b"\n") + 1
+    hold(journal, None, HELLO, MORE)
+    content = only(tmp_path).read_bytes()
+    torn = tmp_path / "torn.jsonl"
+    seen = set()
+    for end in range(head, len(content) + 1):
+        torn.write_bytes(content[:end])
+        found = load(torn)
+        assert found.messages[:2] in ([], HELLO) or found.cut
+        seen.add((len(found.messages), found.unanswered, found.cut))
+    assert seen == {
+        (0, "", False),
+        (0, HELLO[0].content, False),
+        (2, "", True),
+        (2, "", False),
+        (2, MORE[0].content, False),
+        (4, "", True),
+        (4, "", False),
+    }
+
+
+def test_a_torn_file_is_gone_on_with(tmp_path: Path, journal: Journal) -> None:
+    hold(journal, None, [], HELLO)
+    journal.ask(None, HELLO, "lost")
+    journal.close()
+    path = only(tmp_path)
+    path.write_bytes(path.read_bytes()[:-5])
+    found = load(path)
+    journal.resume(path, found.system)
+    hold(journal, None, list(found.messages), MORE)
+    assert load(path).messages == HELLO + MORE
+
+
+def test_an_answer_that_is_not_kept(tmp_path: Path, journal: Journal) -> None:
+    journal.ask(None, [], "a")
+    journal.say("nan")
+    journal.end(kept=False)
+    hold(journal, None, [], HELLO)
+    assert load(only(tmp_path)) == SavedConversation(None, HELLO, "tiny")
+
+
+def test_another_conversation_is_another_file(tmp_path: Path, journal: Journal) -> None:
+    hold(journal, None, [], HELLO)
+    first = only(tmp_path)
+    journal.close()
+    hold(journal, None, HELLO, MORE)  # as after /load
+    os.utime(first, (1, 1))
+    path, talk = find(tmp_path / "talks", "")
+    assert path != first
+    assert talk.messages == HELLO + MORE
+    assert find(tmp_path / "talks", first.stem) == (first, load(first))
+    with pytest.raises(RequestError, match=rf"'x'; the latest are {path.stem}, {first.stem}"):
+        find(tmp_path / "talks", "x")
+    with pytest.raises(RequestError, match=r"no conversation to resume in .*empty"):
+        find(tmp_path / "empty", "")
+
+
+def test_two_chats_do_not_share_a_file(tmp_path: Path, journal: Journal) -> None:
+    hold(journal, None, [], HELLO)
+    other = Journal(tmp_path, "tiny", lambda _: None)
+    with pytest.raises(RequestError, match="another chat goes on with it"):
+        other.resume(only(tmp_path), None)
+
+
+def test_a_disk_that_refuses_is_told_once(
+    journal: Journal, notes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    for _ in range(2):
+        hold(journal, None, [], HELLO)
+    assert notes == ["this conversation is not journalled any more: No space left on device"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"version": 2}\n', "version: expected 1"),
+        ('{"version": 1}\n{"role": "robot", "content": ""}\n', "line 2: expected a message"),
+        ('{"version": 1}\n[1]\n', "line 2"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, content: str, words: str) -> None:
+    path = tmp_path / "talk.jsonl"
+    path.write_text(content)
+    with pytest.raises(RequestError, match=f"not a saved conversation: .*{words}"):
+        load(path)

@@ -19,6 +19,7 @@ class Client:
     """A client of a peer that does not answer."""
 
     peer_id = address = "nowhere"
+    certificate = None
 
     def __init__(self) -> None:
         self.closed = 0

@@ -126,6 +126,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="longest silence of a peer before it counts as lost, in seconds "
         f"(default {DEFAULT_TIMEOUT_S:g})",
     )
+    add_trust_options(network)
     reports = parser.add_argument_group("reports")
     reports.add_argument("--quiet", action="store_true", help="no plan and no progress on stderr")
     reports.add_argument(
@@ -135,6 +136,27 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--trace",
         metavar="FILE",
         help="write a trace of disk, compute and network of all ranks, for ui.perfetto.dev",
+    )
+
+
+def add_identity_option(group: Group) -> None:
+    """Add ``--identity``."""
+    group.add_argument(
+        "--identity",
+        metavar="DIR",
+        help="folder of this user's keys and certificates (default $TPIRT_IDENTITY, or "
+        "~/.config/tpirt)",
+    )
+
+
+def add_trust_options(group: Group) -> None:
+    """Add ``--identity`` and ``--insecure``."""
+    add_identity_option(group)
+    group.add_argument(
+        "--insecure",
+        action="store_true",
+        help="beyond this device, use neither encryption nor authentication: anyone on the network "
+        "can read along and take part; also TPIRT_INSECURE=1",
     )
 
 
@@ -284,6 +306,8 @@ def engine_options(arguments: argparse.Namespace, context: int | None = None) ->
         store_limit_bytes=arguments.store_limit,
         spill_bytes=arguments.spill,
         timeout_s=arguments.timeout,
+        identity=arguments.identity,
+        insecure=arguments.insecure,
         trace=arguments.trace,
         context=context,
         draft=getattr(arguments, "draft", NO_DRAFT),
@@ -404,24 +428,29 @@ def _addresses(text: str) -> tuple[str, ...]:
     return addresses
 
 
-def address(text: str, lowest_port: int = 1) -> Address:
+def address(text: str, lowest_port: int = 1, default_port: int = DEFAULT_PORT) -> Address:
     """Argument type of ``HOST[:PORT]``."""
     try:
-        return Address.parse(text, lowest_port)
+        return Address.parse(text, lowest_port, default_port)
     except ConfigError as exc:
         raise argparse.ArgumentTypeError(str(exc)) from exc
 
 
 def _seconds(text: str) -> float:
+    return seconds(text, "seconds")
+
+
+def seconds(text: str, unit: str) -> float:
+    """Argument type of a time."""
     try:
-        seconds = float(text)
+        found = float(text)
     except ValueError:
-        seconds = 0.0
-    if not 0 < seconds <= 86_400:
+        found = 0.0
+    if not 0 < found <= 86_400:
         raise argparse.ArgumentTypeError(
-            f"{text!r}: expected a number of seconds above 0, at most 86400"
+            f"{text!r}: expected a number of {unit} above 0, at most 86400"
         )
-    return seconds
+    return found
 
 
 def size(text: str) -> int:

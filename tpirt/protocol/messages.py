@@ -26,7 +26,7 @@ from tpirt.printable import printable_line
 from tpirt.protocol.pb import tpirt_pb2 as pb
 from tpirt.types import RankStats, StepTimes
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 
 _T = TypeVar("_T")
 
@@ -81,6 +81,16 @@ class PutUnitsReply:
 
 
 @dataclass(frozen=True)
+class RenewRequest:
+    certificate: bytes = b""
+
+
+@dataclass(frozen=True)
+class RenewReply:
+    request: bytes = b""
+
+
+@dataclass(frozen=True)
 class Setup:
     protocol_version: int
     model_fingerprint: str
@@ -112,6 +122,7 @@ class LinkState:
     rank: int
     carrier: str = ""
     reason: str = ""
+    seal: str = ""
 
 
 @dataclass(frozen=True)
@@ -252,6 +263,8 @@ _PROTO: dict[type, type[ProtoMessage]] = {
     InventoryReply: pb.InventoryReply,
     UnitChunk: pb.UnitChunk,
     PutUnitsReply: pb.PutUnitsReply,
+    RenewRequest: pb.RenewRequest,
+    RenewReply: pb.RenewReply,
     Setup: pb.Setup,
     Loading: pb.Loading,
     Ready: pb.Ready,

@@ -20,6 +20,8 @@
 #                     a space in it is written as "\ "
 #   PEER_OPTION       goes to "tpirt peer": --memory SIZE, --threads N, --store DIR
 #
+# Each host has joined the master's cluster before (tpirt peer --join, see the README).
+#
 # ssh must get in without asking (a key, and a host key already known): try "ssh HOST true".
 #   --ssh-config FILE  goes to ssh as -F FILE
 # Exit code: 2 for a wrong command line or hosts file, 3 for a peer that failed or ended.

@@ -4,10 +4,13 @@
 # Makes this device a peer: it waits at HOST:PORT for a master that gives it its part of a model.
 # The first start makes .venv and installs what is needed. Ctrl-C ends it.
 #
-#   HOST:PORT   where to listen (default: port 50051 of all addresses of this device). Anyone who can
-#               connect can use the peer: give an address of a network that you trust, such as
-#               192.168.1.20, or 127.0.0.1 for this device only. PORT + 1000 is used as well.
-#   ...         everything after it goes to "tpirt peer": --memory SIZE, --threads N, --store DIR
+# Once, it has to join the master's cluster: run "tpirt cluster invite" there, and give here the --join
+# option that it shows.
+#
+#   HOST:PORT   where to listen (default: port 50051 of all addresses of this device; 127.0.0.1 for this
+#               device only, which needs no certificate). PORT + 1000 is used as well.
+#   ...         everything after it goes to "tpirt peer": --join HOST:PORT/CODE, --memory SIZE,
+#               --threads N, --store DIR
 set -euo pipefail
 # shellcheck source=scripts/_env.sh
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/_env.sh"

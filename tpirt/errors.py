@@ -60,6 +60,10 @@ class HandshakeError(TransportError):
     """A peer with another protocol version or another model."""
 
 
+class IdentityError(HandshakeError):
+    """A certificate that is missing, damaged, expired, revoked or of another cluster."""
+
+
 class PeerBusyError(HandshakeError):
     """A peer that serves another master."""
 

@@ -26,6 +26,7 @@ from bench.net.relay import LoopbackBackend, RelayBackend
 from bench.net.shares import Share, ShareGroup, remove_leftovers
 from bench.net.spec import LinkError, NoRightsError, Topology
 from bench.net.tunnels import Forwarded, TunnelBackend
+from tpirt.identity.trust import INSECURE
 
 _T = TypeVar("_T")
 
@@ -75,7 +76,11 @@ class Device:
         self._processes: list[subprocess.Popen[Any]] = []
 
     def popen(self, command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
-        """Start a command; it is ended with the network. ``options`` are those of ``Popen``."""
+        """Start a command; it is ended with the network. ``options`` are those of ``Popen``.
+
+        Peers serve without certificates, unless ``env`` says otherwise.
+        """
+        options.setdefault("env", {**os.environ, INSECURE: "1"})
         with _signals_held():
             process = subprocess.Popen(
                 command, preexec_fn=self._enter, start_new_session=True, **options

@@ -21,15 +21,18 @@ from tpirt.errors import (
     TpirtError,
     TransportError,
 )
+from tpirt.identity.names import PEER
+from tpirt.identity.trust import Trust
 from tpirt.transport import address, tickets
 from tpirt.transport import grpc as transport
 from tpirt.transport.address import Address, Endpoint
-from tpirt.transport.base import Channel
+from tpirt.transport.base import Carrier, Channel
 from tpirt.transport.frame import Frame, Kind
 from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
 from tpirt.transport.grpc_channel import GrpcChannel
 
 TIMEOUT_S = 10.0
+ANYONE = Trust(PEER, insecure=True)
 MIB = 1 << 20
 
 
@@ -147,7 +150,7 @@ async def test_a_peer_listens_on_every_address_of_a_name(monkeypatch: pytest.Mon
     hosts = ["::1", "127.0.0.1", "127.0.1.1"]
     name(monkeypatch, "192.0.2.1", *hosts)  # the first one is not this machine's
     service = Service()
-    server = GrpcPeerServer(service)
+    server = GrpcPeerServer(service, trust=ANYONE)
     port = await server.start("kitchen", 0)
     assert server.hosts == hosts
     for host in hosts:
@@ -175,7 +178,7 @@ async def test_a_port_that_is_taken_on_one_address_is_not_listened_on(
 )
 async def test_an_address_of_nobody_here_is_not_listened_on(host: str, why: str) -> None:
     with pytest.raises(TransportError, match=f"cannot listen on {host}:1: {why}"):
-        await GrpcPeerServer(Service()).start(host, 1)
+        await GrpcPeerServer(Service(), trust=ANYONE).start(host, 1)
 
 
 # -- uploads -----------------------------------------------------------------------------------
@@ -374,7 +377,7 @@ async def test_a_caller_that_stays_on_the_call_need_not_speak_soon() -> None:
         call = channel.stream_stream("/tpirt.v1.Peer/Session")()
         await call.write(b"")
         session = await service.sessions.get()
-        assert session.carrier == ("grpc", "the caller did not connect")
+        assert session.carrier == Carrier("grpc", "the caller did not connect")
         session.start(Inbox())
         for part in Frame.of(Kind.MESSAGE, b"hello").parts():
             await call.write(part)

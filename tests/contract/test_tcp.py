@@ -16,12 +16,12 @@ import uvloop
 from tpirt.errors import PeerLostError, StoreError, TpirtError, TransportError
 from tpirt.transport import tickets
 from tpirt.transport.address import Address, Endpoint, resolve
-from tpirt.transport.base import Channel
+from tpirt.transport.base import Carrier, Channel
 from tpirt.transport.frame import Frame, Kind
 from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
 from tpirt.transport.memory import MemoryChannel, memory_pair
 from tpirt.transport.tcp import TcpChannel
-from tpirt.transport.tickets import PORT_OFFSET, TcpListener
+from tpirt.transport.tickets import PORT_OFFSET, Connection, TcpListener
 
 TIMEOUT_S = 15.0
 FALLBACK_S = 3.0  # the patience of 2 s, on a busy machine
@@ -124,7 +124,7 @@ async def connected_ends() -> AsyncIterator[Ends]:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 << 10)
         end.setblocking(False)
     call, other = memory_pair("worker", "master")
-    channel = TcpChannel(mine, call)
+    channel = TcpChannel(Connection(mine, None), call)
     yield channel, theirs, other
     await channel.aclose()
     theirs.close()
@@ -156,15 +156,15 @@ async def test_sessions_and_links_have_one_and_it_lies_where_firewalls_can_be_to
     listening: list[int] = []
     original = TcpListener.offer
 
-    def noting(self: TcpListener) -> tuple[str, asyncio.Future[socket.socket]]:
+    def noting(self: TcpListener, cipher: str) -> tuple[str, asyncio.Future[Connection]]:
         listening.append(self.port)
-        return original(self)
+        return original(self, cipher)
 
     monkeypatch.setattr(TcpListener, "offer", noting)
     async with server_of(echo, host) as (name, port):
         client = GrpcPeerClient(f"{name}:{port}")
         for channel in (await client.open_session(), await client.open_link()):
-            assert channel.carrier == ("tcp", "")
+            assert channel.carrier == Carrier("tcp")
             await check_echo(channel)
         assert abs(listening[0] - port) == PORT_OFFSET or port + PORT_OFFSET > 65535
         await client.aclose()
@@ -174,8 +174,8 @@ def offer_port(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
     """Have servers send their callers somewhere else."""
     original = TcpListener.offer
 
-    def misleading(self: TcpListener) -> tuple[str, asyncio.Future[socket.socket]]:
-        offer, expected = original(self)
+    def misleading(self: TcpListener, cipher: str) -> tuple[str, asyncio.Future[Connection]]:
+        offer, expected = original(self, cipher)
         offset, _, ticket = offer.partition(":")
         return f"{port - self.port + int(offset)}:{ticket}", expected
 
@@ -187,7 +187,7 @@ async def test_frames_take_the_call_where_the_port_is_shut(monkeypatch: pytest.M
         shut = taken.getsockname()[1]
     offer_port(monkeypatch, shut)
     async with session_with(echo) as channel:
-        assert channel.carrier == ("grpc", f"port {shut}: connection refused")
+        assert channel.carrier == Carrier("grpc", f"port {shut}: connection refused")
         await check_echo(channel)
 
 
@@ -231,7 +231,7 @@ async def test_an_offer_that_is_none_is_left_alone(
     offer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = TcpListener.offer
-    monkeypatch.setattr(TcpListener, "offer", lambda self: (offer, original(self)[1]))
+    monkeypatch.setattr(TcpListener, "offer", lambda self, cipher: (offer, original(self)[1]))
     async with session_with(echo) as channel:
         assert channel.carrier.kind == "grpc"
         await check_echo(channel)
@@ -250,9 +250,9 @@ async def test_every_address_of_a_host_is_tried(monkeypatch: pytest.MonkeyPatch)
             return [Endpoint(socket.AF_INET, where) for where in found]
 
         monkeypatch.setattr(tickets, "resolve", addresses)
-        connection = await tickets.connect(PEER, offer)
+        connection, _ = await tickets.connect(PEER, offer)
         assert connection.getpeername()[1] == listener.port
-        (await expected).close()
+        (await expected).socket.close()
         connection.close()
     await listener.aclose()
 
@@ -277,8 +277,8 @@ async def test_strangers_are_turned_away_and_a_ticket_lets_in_one() -> None:
     assert await answer_to(listener.port, b"GET / HTTP/1.1\r\n\r\n") == b""
     assert await answer_to(listener.port, b"") == b""  # after some patience
     assert not expected.done()
-    connection = await tickets.connect(PEER, offer)
-    (await asyncio.wait_for(expected, TIMEOUT_S)).close()
+    connection, _ = await tickets.connect(PEER, offer)
+    (await asyncio.wait_for(expected, TIMEOUT_S)).socket.close()
     connection.close()
     assert await answer_to(listener.port, ticket) == b""
     await listener.aclose()
@@ -314,8 +314,8 @@ async def test_silent_connections_take_a_bounded_number_of_descriptors() -> None
         during = await descriptors_of_server()
         assert 32 < during - before <= 66
     offer, expected = listener.offer()  # they have gone; the next caller gets in
-    connection = await tickets.connect(PEER, offer)
-    (await expected).close()
+    connection, _ = await tickets.connect(PEER, offer)
+    (await expected).socket.close()
     connection.close()
     await listener.aclose()
 
@@ -328,7 +328,7 @@ async def test_an_offer_can_be_withdrawn_before_and_after_it_was_taken() -> None
     with pytest.raises(OSError, match="port"):
         await tickets.connect(PEER, offer)
     offer, expected = listener.offer()
-    taken = await tickets.connect(PEER, offer)
+    taken, _ = await tickets.connect(PEER, offer)
     await asyncio.wait_for(asyncio.shield(expected), TIMEOUT_S)
     listener.withdraw(expected)
     assert await asyncio.wait_for(loop.sock_recv(taken, 1), TIMEOUT_S) == b""
@@ -411,7 +411,7 @@ async def test_a_reset_is_told_once_to_receiver_and_senders(ends: Ends) -> None:
 async def test_both_send_at_once_through_small_buffers(ends: Ends) -> None:
     channel, there, _ = ends
     call, _other = memory_pair("master", "worker")
-    other = TcpChannel(there, call)
+    other = TcpChannel(Connection(there, None), call)
     inboxes = Inbox(channel), Inbox(other)
     data = os.urandom(8 << 20)
     await asyncio.gather(channel.send(numbered(1, data)), other.send(numbered(1, data)))

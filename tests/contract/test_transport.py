@@ -494,9 +494,9 @@ async def test_a_busy_machine_opens_a_pair(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(ranks, "OPEN_S", 10.0)
     offer = TcpListener.offer
 
-    def late(listener: TcpListener) -> Any:
+    def late(listener: TcpListener, cipher: str) -> Any:
         time.sleep(0.1)
-        return offer(listener)
+        return offer(listener, cipher)
 
     monkeypatch.setattr(TcpListener, "offer", late)
     async with over_sockets("tcp") as (mine, theirs):

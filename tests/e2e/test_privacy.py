@@ -5,9 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-import socket
 import struct
-import threading
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -19,7 +17,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from safetensors.torch import load_file
 
 import tpirt
-from bench.net.relay import adjoining_servers
+from tests.support.tap import Tap
 from tpirt.cluster.worker import Worker
 from tpirt.config import ModelConfig
 from tpirt.engine import Engine, EngineOptions
@@ -37,7 +35,6 @@ from tpirt.testing.processes import (
 )
 from tpirt.transport.base import Channel
 from tpirt.transport.frame import Frame, Header
-from tpirt.transport.tickets import PORT_OFFSET
 from tpirt.types import Message, SamplingParams
 from tpirt.weights.store import SliceStore
 
@@ -123,54 +120,6 @@ def test_search_finds_what_is_there() -> None:
 
 
 # -- on the wire -----------------------------------------------------------------------------
-
-
-class Tap:
-    """A proxy on loopback, of both of a peer's ports, that keeps every byte of both directions."""
-
-    def __init__(self, target: str):
-        host, _, port = target.rpartition(":")
-        self._listeners = adjoining_servers()
-        self.address = f"127.0.0.1:{self._listeners[0].getsockname()[1]}"
-        self.there = bytearray()  # from the master to the worker
-        self.back = bytearray()
-        self.taken = 0  # connections
-        self._threads = [
-            threading.Thread(target=self._serve, args=(listener, (host, int(port) + offset)))
-            for listener, offset in zip(self._listeners, (0, PORT_OFFSET), strict=True)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def _serve(self, listener: socket.socket, target: tuple[str, int]) -> None:
-        pumps = []
-        with suppress(OSError):
-            while True:
-                master, _ = listener.accept()
-                worker = socket.create_connection(target)
-                self.taken += 1
-                for source, sink, kept in (
-                    (master, worker, self.there),
-                    (worker, master, self.back),
-                ):
-                    pumps.append(threading.Thread(target=self._pump, args=(source, sink, kept)))
-                    pumps[-1].start()
-        for pump in pumps:
-            pump.join()
-
-    def _pump(self, source: socket.socket, sink: socket.socket, kept: bytearray) -> None:
-        with source, suppress(OSError):
-            while data := source.recv(1 << 16):
-                kept += data
-                sink.sendall(data)
-            sink.shutdown(socket.SHUT_WR)
-
-    def close(self) -> None:
-        for listener, thread in zip(self._listeners, self._threads, strict=True):
-            listener.shutdown(socket.SHUT_RDWR)
-            listener.close()
-            thread.join(10)
-            assert not thread.is_alive()
 
 
 def secrets_of(model: Path) -> list[str]:
@@ -420,7 +369,9 @@ ALLOWED = {
     },
     "Loading": {"done_bytes", "total_bytes"},
     "Ready": {"weights_bytes", "resident_bytes", "links"},
-    "LinkState": {"rank", "carrier", "reason"},
+    "LinkState": {"rank", "carrier", "reason", "seal"},
+    "RenewRequest": {"certificate"},
+    "RenewReply": {"request"},
     "JoinLink": {"session", "rank"},
     "Joined": set(),
     "Step": {"segments", "prefill", "collective"},
@@ -496,6 +447,9 @@ TEXTS = {
     "Setup.addresses",  # of the other workers
     "LinkState.carrier",  # from worker to master: tcp or grpc
     "LinkState.reason",  # from worker to master: why another one cannot be reached
+    "LinkState.seal",  # from worker to master: a cipher
+    "RenewRequest.certificate",  # the worker's own
+    "RenewReply.request",  # from worker to master: a public key
     "TraceRequest.lane",  # disk, compute, network or steps
     "Trace.lane",
     "Trace.names",  # from worker to master: blocks and collectives
@@ -519,7 +473,7 @@ def test_every_field_is_on_the_allow_list() -> None:
     assert set(pb.DESCRIPTOR.enum_types_by_name) == {"CommDtype", "Algorithm"}
     (service,) = pb.DESCRIPTOR.services_by_name.values()
     methods = {method.name for method in service.methods}
-    assert methods == {"Hello", "Inventory", "PutUnits", "Session", "Link"}
+    assert methods == {"Hello", "Inventory", "PutUnits", "Renew", "Session", "Link"}
 
 
 def test_every_text_field_is_on_the_allow_list() -> None:

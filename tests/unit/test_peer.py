@@ -95,9 +95,9 @@ def test_command_keeps_its_exit_code_when_standard_error_is_gone(
         ("127.0.0.1", ["127.0.0.1"], ""),
         ("localhost", ["::1", "127.0.0.1"], ""),
         ("raspberry", ["127.0.1.1"], "raspberry is 127.0.1.1 on this device"),
-        ("raspberry", ["127.0.1.1", "192.168.1.7"], "anyone who can connect to raspberry:1"),
-        ("0.0.0.0", ["::"], "anyone who can connect to 0.0.0.0:1"),
-        ("fe80::1%eth0", ["fe80::1%eth0"], "anyone who can connect to [fe80::1%eth0]:1"),
+        ("raspberry", ["127.0.1.1", "192.168.1.7"], "INSECURE: raspberry:1 is served"),
+        ("0.0.0.0", ["::"], "INSECURE: 0.0.0.0:1 is served"),
+        ("fe80::1%eth0", ["fe80::1%eth0"], "INSECURE: [fe80::1%eth0]:1 is served"),
     ],
 )
 def test_who_can_connect_is_said(host: str, hosts: list[str], expected: str) -> None:

@@ -24,6 +24,7 @@ class Client:
 
     def __init__(self, address: str, worker: Worker, **changes: Any):
         self.peer_id = self.address = address
+        self.certificate = None
         self._worker = worker
         self._changes = changes
 

@@ -133,6 +133,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="longest silence of a peer before it counts as lost, in seconds "
         f"(default {DEFAULT_TIMEOUT_S:g})",
     )
+    add_trust_options(network)
     reports = parser.add_argument_group("reports")
     reports.add_argument("--quiet", action="store_true", help="no plan and no progress on stderr")
     reports.add_argument(
@@ -142,6 +143,27 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--trace",
         metavar="FILE",
         help="write a trace of disk, compute and network of all ranks, for ui.perfetto.dev",
+    )
+
+
+def add_identity_option(group: Group) -> None:
+    """Add ``--identity``."""
+    group.add_argument(
+        "--identity",
+        metavar="DIR",
+        help="folder of this user's keys and certificates (default $TPIRT_IDENTITY, or "
+        "~/.config/tpirt)",
+    )
+
+
+def add_trust_options(group: Group) -> None:
+    """Add ``--identity`` and ``--insecure``."""
+    add_identity_option(group)
+    group.add_argument(
+        "--insecure",
+        action="store_true",
+        help="beyond this device, use neither encryption nor authentication: anyone on the network "
+        "can read along and take part; also TPIRT_INSECURE=1",
     )
 
 
@@ -329,6 +351,8 @@ def engine_options(arguments: argparse.Namespace, context: int | None = None) ->
         store_limit_bytes=arguments.store_limit,
         spill_bytes=arguments.spill,
         timeout_s=arguments.timeout,
+        identity=arguments.identity,
+        insecure=arguments.insecure,
         trace=arguments.trace,
         context=context,
         **{name: value for name, value in given.items() if value is not None},
@@ -450,32 +474,33 @@ def _addresses(text: str) -> tuple[str, ...]:
     return addresses
 
 
-def address(text: str, lowest_port: int = 1) -> Address:
+def address(text: str, lowest_port: int = 1, default_port: int = DEFAULT_PORT) -> Address:
     """Argument type of ``HOST[:PORT]``."""
     try:
-        return Address.parse(text, lowest_port)
+        return Address.parse(text, lowest_port, default_port)
     except ConfigError as exc:
         raise argparse.ArgumentTypeError(str(exc)) from exc
 
 
 def _seconds(text: str) -> float:
-    return _number(text, "seconds", 86_400)
+    return number(text, "seconds", 86_400)
 
 
 def _milliseconds(text: str) -> float:
-    return _number(text, "milliseconds", 86_400_000) / 1e3
+    return number(text, "milliseconds", 86_400_000) / 1e3
 
 
-def _number(text: str, of: str, most: int) -> float:
+def number(text: str, of: str, most: int) -> float:
+    """Argument type of a number above 0."""
     try:
-        number = float(text)
+        found = float(text)
     except ValueError:
-        number = 0.0
-    if not 0 < number <= most:
+        found = 0.0
+    if not 0 < found <= most:
         raise argparse.ArgumentTypeError(
             f"{text!r}: expected a number of {of} above 0, at most {most}"
         )
-    return number
+    return found
 
 
 def size(text: str) -> int:

@@ -8,6 +8,7 @@ from tpirt.cli.options import (
     Commands,
     add_parser,
     add_process_options,
+    add_trust_options,
     address,
     run_async,
     size,
@@ -21,7 +22,14 @@ def add_command(commands: Commands) -> None:
         commands,
         "peer",
         "run a worker peer, which serves one master at a time",
-        "tpirt peer --memory 2G\n  tpirt peer --listen 192.168.1.7:50051",
+        "tpirt peer --join 192.168.1.5:50050/4821-0937\n  tpirt peer --memory 2G\n"
+        "  tpirt peer --listen 192.168.1.7:50051",
+    )
+    parser.add_argument(
+        "--join",
+        metavar="HOST:PORT/CODE",
+        help="first get a certificate of the cluster whose master shows this code (`tpirt cluster "
+        "invite` there); needed once",
     )
     parser.add_argument(
         "--listen",
@@ -35,6 +43,7 @@ def add_command(commands: Commands) -> None:
         "--memory", type=size, metavar="SIZE", help="maximum memory of this process, such as 900M"
     )
     add_process_options(parser)
+    add_trust_options(parser)
     parser.add_argument(
         "--until-stdin-closes",
         action="store_true",
@@ -48,10 +57,13 @@ def _run(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
     from tpirt.cluster.machine import default_threads
+    from tpirt.identity.names import PEER
+    from tpirt.identity.trust import Trust
     from tpirt.peer.process import PeerOptions, run_peer
     from tpirt.weights.store import SliceStore, default_store
 
     host, port = arguments.listen
+    trust = Trust(PEER, arguments.identity, insecure=arguments.insecure)
     options = PeerOptions(
         host=host,
         port=port,
@@ -62,5 +74,6 @@ def _run(arguments: argparse.Namespace) -> None:
         ),
         until_stdin_closes=arguments.until_stdin_closes,
         quiet=arguments.quiet,
+        trust=trust,
     )
-    run_async(run_peer(options))
+    run_async(run_peer(options, arguments.join))

@@ -13,6 +13,7 @@ from tpirt.errors import TpirtError, TransportError
 from tpirt.planning import CollectiveOptions
 from tpirt.protocol.link import Link
 from tpirt.protocol.messages import LinkQuality, LinkState, MeasureLink
+from tpirt.transport.base import Carrier
 from tpirt.types import Progress, ProgressCallback
 
 _WORTH_HIDING_S = 4e-3
@@ -30,7 +31,7 @@ class LinkMatrix:
     Attributes:
         world_size: number of ranks.
         latency_s, bytes_per_s: of each measured pair.
-        carriers: carrier of each link, ``tcp``, or ``grpc`` and the reason.
+        carriers: what carries each link.
         failures: links between workers that could not be opened or measured, one line each.
         complete: whether every pair of ranks has a link.
     """
@@ -38,17 +39,25 @@ class LinkMatrix:
     world_size: int
     latency_s: Mapping[Pair, float]
     bytes_per_s: Mapping[Pair, float]
-    carriers: Mapping[Pair, tuple[str, str]]
+    carriers: Mapping[Pair, Carrier]
     failures: Sequence[str] = ()
     complete: bool = True
 
     def detours(self) -> list[str]:
         """Links over gRPC and the reasons, one line each."""
         return [
-            f"link {i}-{j}: over grpc" + (f" ({reason})" if reason else "")
-            for (i, j), (kind, reason) in sorted(self.carriers.items())
-            if kind == "grpc"
+            f"link {i}-{j}: over grpc" + (f" ({carrier.reason})" if carrier.reason else "")
+            for (i, j), carrier in sorted(self.carriers.items())
+            if carrier.kind == "grpc"
         ]
+
+    def seals(self) -> list[str]:
+        """What protects the links beyond loopback, one line for each way."""
+        pairs: dict[str, list[str]] = {}
+        for (i, j), carrier in sorted(self.carriers.items()):
+            if carrier.seal:
+                pairs.setdefault(carrier.seal, []).append(f"{i}-{j}")
+        return [f"links {', '.join(pairs[seal])}: {_protection(seal)}" for seal in pairs]
 
 
 async def survey_links(
@@ -69,15 +78,13 @@ async def survey_links(
     ranks = sorted(links.others)
     pairs = [(i, j) for j in ranks for i in range(j)]
     found: dict[Pair, LinkQuality] = {}
-    carriers: dict[Pair, tuple[str, str]] = {
-        (0, rank): (links[rank].channel.carrier.kind, links[rank].channel.carrier.reason)
-        for rank in ranks
-    }
+    carriers = {(0, rank): links[rank].channel.carrier for rank in ranks}
     failures = _failures(states)
     linked = len(ranks) == 1 or all(len(states[rank]) == len(ranks) - 1 for rank in ranks)
     for rank in ranks:
         for state in states[rank]:
-            carriers[min(rank, state.rank), max(rank, state.rank)] = (state.carrier, state.reason)
+            pair = min(rank, state.rank), max(rank, state.rank)
+            carriers[pair] = Carrier(state.carrier, state.reason, state.seal)
     wanted = pairs if linked and not failures else [(0, rank) for rank in ranks]
     for number, (i, j) in enumerate(wanted, start=1):
         try:
@@ -107,6 +114,15 @@ async def _quality(link: Link, other: int) -> LinkQuality:
             f"peer {link.peer_id}: expected LinkQuality, got {type(answer).__name__}; refused"
         )
     return answer
+
+
+def _protection(seal: str) -> str:
+    """Describe what protects a link, and what that costs this machine."""
+    from tpirt.transport.sealing import costs  # only where it is in use already
+
+    if seal not in costs():
+        return f"protected by {seal}"
+    return f"sealed, {seal}, {costs()[seal] * 1e6:.1f} us per 16 KiB on each side"
 
 
 def _failures(states: Mapping[int, Sequence[LinkState]]) -> list[str]:
@@ -183,7 +199,7 @@ class CollectivePolicy:
     def explain(self, chunk_tokens: int) -> list[str]:
         """Describe measurements and choices, one per line."""
         sizes = {"one token": self._nbytes(1), f"{chunk_tokens} tokens": self._nbytes(chunk_tokens)}
-        lines = [*self._links.detours(), *self._chooser.explain(sizes)]
+        lines = [*self._links.detours(), *self._links.seals(), *self._chooser.explain(sizes)]
         if self._fixed is not None:
             lines.append(f"used: {self._fixed.value} ({self._shortfall or 'as requested'})")
         return [*lines, f"on the wire: {self._comm_dtype.value}"]

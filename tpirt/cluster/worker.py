@@ -17,6 +17,7 @@ from tpirt.cluster.machine import (
     resident_bytes,
 )
 from tpirt.cluster.rank import RankRuntime, frame_limit
+from tpirt.cluster.renewal import Renewal
 from tpirt.cluster.session import Prepared, WorkerSession
 from tpirt.cluster.tracing import TRACE_SPANS
 from tpirt.cluster.uploads import Uploads
@@ -32,6 +33,7 @@ from tpirt.errors import (
     TpirtError,
     TransportError,
 )
+from tpirt.identity.trust import Trust
 from tpirt.planning import KV_BITS, Limits
 from tpirt.protocol.link import Link
 from tpirt.protocol.messages import (
@@ -41,6 +43,7 @@ from tpirt.protocol.messages import (
     InventoryReply,
     InventoryRequest,
     PutUnitsReply,
+    RenewRequest,
     Setup,
     decode_call,
     encode_call,
@@ -68,7 +71,8 @@ class Worker:
     """See :class:`tpirt.transport.base.PeerService`.
 
     ``memory_bytes`` is the peer's own limit; a master may ask for less, never for more.
-    ``connect`` opens links to other workers; without it, sums go through the master.
+    ``connect`` opens links to other workers; without it, sums go through the master. ``trust`` is
+    what the peer proves; a master can replace its certificate.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class Worker:
         threads: int,
         log: Log,
         connect: Connect | None = None,
+        trust: Trust | None = None,
     ):
         self._host_name = host_name
         self._process = secrets.randbits(64)
@@ -87,6 +92,7 @@ class Worker:
         self._threads = threads
         self._log = log
         self._connect = connect
+        self._renewal = Renewal(trust) if trust is not None else None
         self._board = Switchboard()
         self._session: WorkerSession | None = None
         self._waiting = 0  # masters whose session begins when this one has ended
@@ -102,6 +108,9 @@ class Worker:
             return encode_call(self._hello(busy=not await self._is_free_for(asked.master)))
         if method == "Inventory":
             return encode_call(await self._answered(request))
+        if method == "Renew" and self._renewal is not None:
+            asked_for = decode_call(RenewRequest, request, "caller")
+            return encode_call(await in_thread(self._renewal.answer, asked_for))
         raise TransportError(f"unknown method {method}")
 
     async def receive(self, method: str, chunks: AsyncIterator[bytes]) -> bytes:

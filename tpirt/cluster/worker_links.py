@@ -195,7 +195,7 @@ class WorkerLinks:
         link.silence(self._timeout_s)
         self._links.add(link)
         carrier = link.channel.carrier
-        return LinkState(rank, carrier.kind, carrier.reason)
+        return LinkState(rank, carrier.kind, carrier.reason, carrier.seal)
 
     async def _open(self, session: int, address: str) -> Link:
         if self._connect is None:

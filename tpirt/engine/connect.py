@@ -22,6 +22,7 @@ from tpirt.cancellation import finish
 from tpirt.cluster.connection import Connection
 from tpirt.cluster.launcher import LocalPeers
 from tpirt.cluster.machine import default_threads, set_up_allocator
+from tpirt.cluster.renewal import keep_up
 from tpirt.cluster.roster import this_peer
 from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.cluster.tracing import TRACE_SPANS
@@ -29,6 +30,8 @@ from tpirt.engine.model import Model, open_model
 from tpirt.engine.options import EngineOptions
 from tpirt.engine.trace_file import TraceFile
 from tpirt.errors import ConfigError
+from tpirt.identity.names import MASTER
+from tpirt.identity.trust import LOCAL, Trust
 from tpirt.ops.native.library import load_async
 from tpirt.planning import Deployment, PeerProfile
 from tpirt.planning.lineup import next_deployment
@@ -124,18 +127,21 @@ async def _clients(
 
     Those made here are closed here.
     """
+    options = host.options
     async with AsyncExitStack() as stack:
         if local > 1:
             host.progress(Progress("starting peers", 0, local - 1, "peers"))
             started = LocalPeers(local - 1, host.threads, host.store)
             peers = (await stack.enter_async_context(started)).addresses
             host.progress(Progress("starting peers", local - 1, local - 1, "peers"))
+        # Our own workers are on loopback, where nothing is proved.
+        trust = LOCAL if local > 1 else Trust(MASTER, options.identity, insecure=options.insecure)
         clients: list[PeerClient] = []
         for peer in peers:
             if isinstance(peer, str):
                 from tpirt.transport.grpc import GrpcPeerClient  # 8 MiB, not needed by one rank
 
-                peer = GrpcPeerClient(peer)
+                peer = GrpcPeerClient(peer, trust)
                 stack.push_async_callback(peer.aclose)
             clients.append(peer)
         yield clients
@@ -169,6 +175,7 @@ async def _formed(
     if on_plan is not None:
         connection.on_plan = on_plan
     await connection.form(host.progress)
+    await keep_up(clients, Trust(MASTER, options.identity, insecure=options.insecure))
     try:
         yield connection
     finally:

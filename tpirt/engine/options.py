@@ -44,6 +44,10 @@ class EngineOptions(PlanOptions):
             same tokenizer, which the master keeps in memory beside its rank; or a drafter of your
             own. Guesses change no token, and are only verified where that pays.
         timeout_s: longest silence of a peer before it counts as lost, in seconds.
+        identity: folder of this user's identities, by default ``~/.config/tpirt``; beyond loopback
+            peers are used by the cluster's certificate in it.
+        insecure: use peers beyond loopback without encryption and authentication, which they must
+            have been told, too.
         trace: file for a trace of all ranks, written when the engine closes; see
             :mod:`tpirt.engine.trace_file`.
 
@@ -63,6 +67,8 @@ class EngineOptions(PlanOptions):
     tpot_target_s: float | None = None
     draft: str | Path | Drafter = AUTO_DRAFT
     timeout_s: float = DEFAULT_TIMEOUT_S
+    identity: str | Path | None = None
+    insecure: bool = False
     trace: str | Path | None = None
 
     def __post_init__(self) -> None:

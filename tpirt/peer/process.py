@@ -25,6 +25,7 @@ from tpirt.cluster.machine import (
 )
 from tpirt.cluster.worker import Worker
 from tpirt.errors import MemoryLimitError
+from tpirt.identity.trust import Trust
 from tpirt.ops.native.library import load_async
 from tpirt.peer.logs import logged
 from tpirt.planning import more_memory
@@ -32,6 +33,7 @@ from tpirt.planning.memory import SLACK_BYTES
 from tpirt.refusals import raise_open_files
 from tpirt.transport.address import Address
 from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
+from tpirt.transport.tls import insecure_notice
 from tpirt.units import format_bytes
 from tpirt.weights.store import SliceStore
 
@@ -50,21 +52,29 @@ class PeerOptions:
     store: SliceStore
     until_stdin_closes: bool
     quiet: bool
+    trust: Trust
 
 
-async def run_peer(options: PeerOptions) -> None:
+async def run_peer(options: PeerOptions, invitation: str | None = None) -> None:
     """Listen and serve until a signal, or until standard input closes.
+
+    With an ``invitation``, ``HOST:PORT/CODE``, join its cluster first.
 
     Prints one line with the address once it listens, then logs one line per event on standard
     error.
 
     Raises:
         TransportError: the address cannot be listened on.
+        IdentityError: it needs a certificate, and there is none.
         MemoryLimitError: the process itself needs more than its limit.
     """
     set_up_allocator()
     stop = asyncio.Event()
     with logged(logging.WARNING if options.quiet else logging.INFO):
+        if invitation is not None:
+            from tpirt.cluster.membership import join_cluster  # 17 MB, needed once
+
+            await join_cluster(options.trust, invitation, host_name(), options.port)
         if await _has_loaded(stop):
             await _run(options, stop)
 
@@ -104,16 +114,19 @@ async def _run(options: PeerOptions, stop: asyncio.Event) -> None:
         options.memory_bytes,
         options.threads,
         log,
-        GrpcPeerClient,
+        lambda address: GrpcPeerClient(address, options.trust),
+        options.trust,
     )
-    server = GrpcPeerServer(worker, _most_connections())
+    server = GrpcPeerServer(worker, _most_connections(), options.trust)
     port = await server.start(options.host, options.port)
     try:
         _check_memory(options.memory_bytes)
         address = Address(options.host, port)
         with contextlib.suppress(OSError):  # nobody reads it
             print(f"{READY_PREFIX}{address} (store {options.store.root})", flush=True)
-        if warning := _warning(address, server.hosts):
+        if server.is_protected and (identity := options.trust.identity):
+            _log.info(f"{identity.certificate.name} serves the masters of its cluster only")
+        elif warning := _warning(address, server.hosts):
             _log.warning(f"warning: {warning}")
         if options.until_stdin_closes:
             _watch_stdin(stop)
@@ -138,13 +151,10 @@ def _warning(address: Address, hosts: Sequence[str]) -> str:
 
     Args:
         address: as given by the user.
-        hosts: the addresses that this stands for.
+        hosts: the addresses that this stands for, without TLS.
     """
     if not all(map(is_loopback, hosts)):
-        return (
-            f"anyone who can connect to {address} can use this peer and see what it computes: "
-            "there is no authentication yet; listen only on networks that you trust"
-        )
+        return insecure_notice(f"{address} is served")
     if is_loopback(address.host):
         return ""
     return (

@@ -83,6 +83,16 @@ class PutUnitsReply:
 
 
 @dataclass(frozen=True)
+class RenewRequest:
+    certificate: bytes = b""
+
+
+@dataclass(frozen=True)
+class RenewReply:
+    request: bytes = b""
+
+
+@dataclass(frozen=True)
 class Setup:
     protocol_version: int
     model_fingerprint: str
@@ -115,6 +125,7 @@ class LinkState:
     rank: int
     carrier: str = ""
     reason: str = ""
+    seal: str = ""
 
 
 @dataclass(frozen=True)
@@ -260,6 +271,8 @@ _PROTO: dict[type, type[ProtoMessage]] = {
     InventoryReply: pb.InventoryReply,
     UnitChunk: pb.UnitChunk,
     PutUnitsReply: pb.PutUnitsReply,
+    RenewRequest: pb.RenewRequest,
+    RenewReply: pb.RenewReply,
     Setup: pb.Setup,
     Loading: pb.Loading,
     Ready: pb.Ready,

@@ -13,6 +13,7 @@ from tpirt.cluster.worker import Worker
 from tpirt.engine import Engine, EngineOptions
 from tpirt.engine.connect import PlanCallback
 from tpirt.errors import PeerUnreachableError, TpirtError
+from tpirt.identity.certificates import Certificate
 from tpirt.transport.base import Channel, PeerService
 from tpirt.transport.memory import memory_pair
 from tpirt.types import ProgressCallback, ignore_progress
@@ -57,6 +58,7 @@ class MemoryPeerClient:
     ):
         self.address = f"memory:{rank}"
         self.peer_id = self.address
+        self.certificate: Certificate | None = None
         self.session_errors: list[TpirtError] = []
         self._service = service
         self._rank = rank

@@ -7,6 +7,7 @@ whatever else this machine is configured for.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import re
 import socket
 from typing import Any, NamedTuple
@@ -30,14 +31,14 @@ class Address(NamedTuple):
     port: int
 
     @classmethod
-    def parse(cls, text: str, lowest_port: int = 1) -> Address:
+    def parse(cls, text: str, lowest_port: int = 1, default_port: int = DEFAULT_PORT) -> Address:
         """Read ``HOST``, ``HOST:PORT``, ``[IPv6]`` or ``[IPv6]:PORT``.
 
         Raises:
             ConfigError: it is none of these.
         """
         found = _BRACKETED.fullmatch(text) or _PLAIN.fullmatch(text)
-        port = int(found[2] or DEFAULT_PORT) if found else -1
+        port = int(found[2] or default_port) if found else -1
         if found is None or not lowest_port <= port <= 65535:
             raise ConfigError(
                 f"{text!r}: expected HOST or HOST:PORT with a port from {lowest_port} to 65535, "
@@ -65,6 +66,11 @@ class Endpoint(NamedTuple):
     def host(self) -> str:
         """The address in digits, with its zone."""
         return socket.getnameinfo(self.where, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine reaches it."""
+        return ipaddress.ip_address(self.where[0].partition("%")[0]).is_loopback
 
     def at(self, port: int) -> Endpoint:
         """The same host's other port."""

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from tpirt.errors import TpirtError
 from tpirt.transport.frame import Frame
 
+if TYPE_CHECKING:
+    from tpirt.identity.certificates import Certificate
+
 
 class Carrier(NamedTuple):
-    """The way frames travel, and the reason why nothing better carries them."""
+    """The way frames travel, the reason why nothing better carries them, and what seals them."""
 
-    kind: Literal["tcp", "grpc", "memory"]
+    kind: str  # tcp, grpc or memory
     reason: str = ""
+    seal: str = ""  # a cipher, or TLS; empty in the clear
 
 
 class Receiver(Protocol):
@@ -97,7 +101,7 @@ class PeerService(Protocol):
     """
 
     async def answer(self, method: str, request: bytes) -> bytes:
-        """Answer a request: ``Hello`` or ``Inventory``."""
+        """Answer a request: ``Hello``, ``Inventory`` or ``Renew``."""
 
     async def receive(self, method: str, chunks: AsyncIterator[bytes]) -> bytes:
         """Take an upload: ``PutUnits``."""
@@ -110,10 +114,15 @@ class PeerService(Protocol):
 
 
 class PeerClient(Protocol):
-    """A way to one peer."""
+    """A way to one peer.
+
+    Attributes:
+        certificate: what it has shown; None before the first call, and where nothing is proved.
+    """
 
     peer_id: str
     address: str
+    certificate: Certificate | None
 
     async def call(self, method: str, request: bytes, timeout_s: float) -> bytes:
         """Make one request.

@@ -11,10 +11,11 @@ import contextlib
 import errno
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 # Its environment variables have to be set before gRPC is loaded.
 from tpirt.transport.grpc_channel import (  # isort: skip
+    CONNECT_S,
     ERRORS,
     OPTIONS,
     RETRY_S,
@@ -30,16 +31,37 @@ from tpirt.transport.grpc_channel import (  # isort: skip
 import grpc
 import grpc.aio
 
-from tpirt.errors import PeerError, PeerLostError, StoreError, TpirtError, TransportError
+from tpirt.errors import (
+    IdentityError,
+    PeerError,
+    PeerLostError,
+    StoreError,
+    TpirtError,
+    TransportError,
+)
+from tpirt.identity.names import MASTER, PEER
+from tpirt.identity.trust import INSECURE, Trust
 from tpirt.transport.address import Address, Endpoint, resolve
 from tpirt.transport.backlog import Backlog
-from tpirt.transport.base import Carrier, Channel, PeerService
+from tpirt.transport.base import Channel, PeerService
 from tpirt.transport.tcp import TcpChannel
 from tpirt.transport.tickets import TcpListener, connect
+from tpirt.transport.tls import (
+    caller,
+    client_credentials,
+    meet,
+    refusal_to_listen,
+    server_credentials,
+    speaks_tls,
+)
+
+if TYPE_CHECKING:
+    from tpirt.identity.certificates import Certificate
 
 _T = TypeVar("_T")
 _SERVICE = "tpirt.v1.Peer"
 _OFFER = "tpirt-tcp"  # metadata of an answer: where frames may go; see tpirt.transport.tickets
+_CIPHER = "tpirt-cipher"  # metadata of a protected call: what the caller would seal frames with
 _REFUSAL = "tpirt-refusal-bin"  # metadata of an answer: why an upload is refused
 _HEARD_S = 5.0  # for an uploader to hear that it is refused
 _OFFER_S = 2.0  # for it to come
@@ -52,38 +74,77 @@ _LEAVE_S = 10.0  # for a session to end by itself: threads that read or compute 
 class GrpcPeerClient:
     """See :class:`tpirt.transport.base.PeerClient`."""
 
-    def __init__(self, address: str):
+    def __init__(self, address: str, trust: Trust | None = None):
         """Connect to ``HOST[:PORT]`` at the first call.
+
+        Without ``trust``, this user's as a master.
 
         Raises:
             ConfigError: not an address.
         """
         self._address = Address.parse(address)
         self.address = self.peer_id = str(self._address)
+        self.certificate: Certificate | None = None
+        self._trust = trust or Trust(MASTER)
         self._connection: grpc.aio.Channel | None = None
+        self._connecting = asyncio.Lock()
         self._calls: list[Channel] = []
 
-    @property
-    def _channel(self) -> grpc.aio.Channel:
-        """The connection, made at the first call."""
-        if self._connection is None:
-            self._connection = grpc.aio.insecure_channel(self._address.uri, options=OPTIONS)
-        return self._connection
+    async def _channel(self) -> grpc.aio.Channel:
+        """The connection, made at the first call.
+
+        Raises:
+            AioRpcError: nobody answers.
+            IdentityError: not a peer of this cluster.
+        """
+        async with self._connecting:
+            if self._connection is None:
+                self.certificate = await self._meet()
+                self._connection = self._connect()
+            return self._connection
+
+    async def _meet(self) -> Certificate | None:
+        """Find out who answers; a peer that was met once stays the one that is meant."""
+        try:
+            certificate = await meet(self._address, self._trust)
+        except TimeoutError:
+            raise _unavailable("no SETTINGS within the time") from None
+        except OSError as exc:
+            raise _unavailable(exc.strerror or str(exc)) from exc
+        before = self.certificate
+        if before is not None and (certificate is None or certificate.subject != before.subject):
+            raise IdentityError(
+                f"peer {self.peer_id}: another device answers there now; {before.name} was met "
+                "before"
+            )
+        return certificate
+
+    def _connect(self) -> grpc.aio.Channel:
+        uri, identity = self._address.uri, self._trust.identity
+        if self.certificate is None or identity is None:
+            return grpc.aio.insecure_channel(uri, options=OPTIONS)
+        pinned = ("grpc.ssl_target_name_override", self.certificate.subject.own_host)
+        return grpc.aio.secure_channel(
+            uri, client_credentials(identity), options=(*OPTIONS, pinned)
+        )
 
     async def call(self, method: str, request: bytes, timeout_s: float) -> bytes:
         """See :class:`tpirt.transport.base.PeerClient`."""
-        call = self._channel.unary_unary(f"/{_SERVICE}/{method}")
         loop = asyncio.get_running_loop()
         started = loop.time()
         while True:
             left = timeout_s - (loop.time() - started)
             try:
+                channel = await self._channel()
+                call = channel.unary_unary(f"/{_SERVICE}/{method}")
                 reply: bytes = await call(request, timeout=max(left, RETRY_S))
             except grpc.aio.AioRpcError as exc:
                 if exc.code() is grpc.StatusCode.FAILED_PRECONDITION:
                     raise PeerError(f"peer {self.peer_id}: {details_of(exc)}") from exc
                 refused = exc.code() is grpc.StatusCode.UNAVAILABLE and not is_foreign(exc)
                 if not refused or loop.time() - started > min(_PATIENCE_S, timeout_s):
+                    if refused and self.certificate is None and await speaks_tls(self._address):
+                        raise IdentityError(self._unprotected()) from exc
                     raise unreachable(self._address, exc, timeout_s) from exc
                 await asyncio.sleep(RETRY_S)
             else:
@@ -91,7 +152,11 @@ class GrpcPeerClient:
 
     async def upload(self, method: str, chunks: AsyncIterator[bytes], timeout_s: float) -> bytes:
         """See :class:`tpirt.transport.base.PeerClient`."""
-        call = self._channel.stream_unary(f"/{_SERVICE}/{method}")()
+        try:
+            channel = await self._channel()
+        except grpc.aio.AioRpcError as exc:
+            raise lost(self.peer_id, details_of(exc)) from exc
+        call = channel.stream_unary(f"/{_SERVICE}/{method}")()
 
         async def timely(operation: Awaitable[_T]) -> _T:
             try:
@@ -145,8 +210,15 @@ class GrpcPeerClient:
 
     async def _open(self, method: str) -> Channel:
         """Make a call, and the connection for its frames if there can be one."""
-        call = self._channel.stream_stream(f"/{_SERVICE}/{method}")()
-        channel = GrpcChannel(self.peer_id, call)
+        try:
+            connection = await self._channel()
+        except grpc.aio.AioRpcError as exc:
+            raise unreachable(self._address, exc, CONNECT_S) from exc
+        protected = self.certificate is not None
+        call = connection.stream_stream(f"/{_SERVICE}/{method}")(
+            metadata=((_CIPHER, await _cipher()),) if protected else None
+        )
+        channel = GrpcChannel(self.peer_id, call, protected=protected)
         self._calls.append(channel)
         try:
             async with asyncio.timeout(_OFFER_S):
@@ -155,14 +227,23 @@ class GrpcPeerClient:
             return channel  # its reader will learn why
         try:
             if offer:
-                connected = TcpChannel(await connect(self._address, str(offer)), channel)
+                admitted = await connect(self._address, str(offer), sealed=protected)
+                connected = TcpChannel(admitted, channel)
                 self._calls.append(connected)
                 return connected
-            channel.carrier = Carrier("grpc", "the peer offers no TCP port")
+            why = "the peer offers no TCP port"
         except (OSError, ValueError) as exc:
-            channel.carrier = Carrier("grpc", str(exc))
+            why = str(exc)
+        channel.carrier = channel.carrier._replace(reason=why)
         await channel.stay()
         return channel
+
+    def _unprotected(self) -> str:
+        return f"peer {self.peer_id}: it uses TLS, and this device does not; " + (
+            f"leave out --insecure (and {INSECURE}=1) here"
+            if self._trust.insecure
+            else "run `tpirt cluster init` here and invite it (`tpirt cluster invite`)"
+        )
 
 
 class GrpcPeerServer:
@@ -170,10 +251,21 @@ class GrpcPeerServer:
 
     Attributes:
         hosts: these addresses, in digits; empty before :meth:`start`.
+        is_protected: whether it uses TLS, as it does beyond loopback.
     """
 
-    def __init__(self, service: PeerService, most_connections: int = 1024):
-        """Serve ``service``; ``most_connections`` of gRPC's are open at a time."""
+    def __init__(
+        self,
+        service: PeerService,
+        most_connections: int = 1024,
+        trust: Trust | None = None,
+    ):
+        """Serve ``service``; ``most_connections`` of gRPC's are open at a time.
+
+        Without ``trust``, with this user's identity as a peer where one is needed.
+        """
+        self.is_protected = False
+        self._trust = trust or Trust(PEER)
         self.hosts: list[str] = []
         self._service = service
         self._running: set[asyncio.Task[Any]] = set()  # handlers, and what ends their connections
@@ -190,10 +282,17 @@ class GrpcPeerServer:
         Raises:
             TransportError: the host is unknown or not this machine, or the port is in use on one
                 of its addresses.
+            IdentityError: beyond loopback, and without a certificate that was not waived.
         """
         address = Address(host, port)
         try:
-            endpoints = self._bind(await resolve(address, listening=True))
+            wanted = await resolve(address, listening=True)
+            beyond = not all(endpoint.is_loopback for endpoint in wanted)
+            if beyond and not self._trust.insecure:
+                if await asyncio.to_thread(lambda: self._trust.identity) is None:
+                    raise IdentityError(refusal_to_listen(address))
+                self.is_protected = True
+            endpoints = self._bind(wanted)
         except OSError as exc:
             raise TransportError(
                 f"cannot listen on {address}: {_why_not(exc)}; choose another address or port"
@@ -210,13 +309,18 @@ class GrpcPeerServer:
         Raises:
             OSError: it has none of them, or the port is in use on one.
         """
+        credentials = server_credentials(self._trust) if self.is_protected else None
         bound: list[Endpoint] = []
         foreign: OSError | None = None  # a name may have an address that this machine has not now
         for endpoint in endpoints:
             wanted = endpoint.at(bound[0].where[1]) if bound else endpoint
             address = Address(wanted.host, wanted.where[1])
             try:
-                bound.append(wanted.at(self._server.add_insecure_port(str(address))))
+                if credentials is None:
+                    port = self._server.add_insecure_port(str(address))
+                else:
+                    port = self._server.add_secure_port(str(address), credentials)
+                bound.append(wanted.at(port))
             except RuntimeError:
                 exc = _bind_error(wanted)
                 if exc.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
@@ -240,7 +344,8 @@ class GrpcPeerServer:
     def _handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         def answer(method: str) -> grpc.RpcMethodHandler[Any, Any]:
             async def handle(request: bytes, context: Any) -> bytes | None:
-                return await self._guarded(lambda: self._service.answer(method, request), context)
+                work = lambda: self._service.answer(method, request)  # noqa: E731
+                return await self._guarded(work, context)
 
             return grpc.unary_unary_rpc_method_handler(handle)
 
@@ -258,23 +363,28 @@ class GrpcPeerServer:
             await self._stream(f"master {_address(context)}", context, self._service.session)
 
         async def link(_: Any, context: Any) -> None:
-            await self._stream(_address(context), context, self._service.link)
+            await self._stream(_address(context), context, self._service.link, PEER)
 
         return {
             "Hello": answer("Hello"),
             "Inventory": answer("Inventory"),
+            "Renew": answer("Renew"),
             "PutUnits": grpc.stream_unary_rpc_method_handler(put_units),
             "Session": grpc.stream_stream_rpc_method_handler(session),
             "Link": grpc.stream_stream_rpc_method_handler(link),
         }
 
     async def _stream(
-        self, caller: str, context: Any, serve: Callable[[Channel], Awaitable[None]]
+        self,
+        peer_id: str,
+        context: Any,
+        serve: Callable[[Channel], Awaitable[None]],
+        role: str = MASTER,
     ) -> None:
-        call = GrpcChannel(caller, context)
+        call = GrpcChannel(peer_id, context, protected=self.is_protected)
 
         async def work() -> None:
-            channel = await self._silent.wait(caller, self._accept(call, context))
+            channel = await self._silent.wait(peer_id, self._accept(call, context))
             try:
                 await serve(channel)
             finally:
@@ -282,7 +392,7 @@ class GrpcPeerServer:
                     self._track(asyncio.create_task(channel.leave()))
 
         try:
-            await self._guarded(work, context)
+            await self._guarded(work, context, role)
         finally:
             await call.aclose()
 
@@ -295,9 +405,9 @@ class GrpcPeerServer:
         """
         if self._listener is None:
             await context.send_initial_metadata(())
-            call.carrier = Carrier("grpc", "no TCP port is free here")
+            call.carrier = call.carrier._replace(reason="no TCP port is free here")
             return call
-        offer, connected = self._listener.offer()
+        offer, connected = self._listener.offer(await self._agree(call, context))
         spoken = call.first()
         try:
             await context.send_initial_metadata(((_OFFER, offer),))
@@ -317,25 +427,57 @@ class GrpcPeerServer:
             )
         if spoken.cancelled() or spoken.exception() or spoken.result() is grpc.aio.EOF:
             raise PeerLostError(f"peer {call.peer_id}: its call ended before it said anything")
-        call.carrier = Carrier("grpc", "the caller did not connect")
+        call.carrier = call.carrier._replace(reason="the caller did not connect")
         return call
+
+    async def _agree(self, call: GrpcChannel, context: Any) -> str:
+        """The cipher of a protected call's connection; empty in the clear.
+
+        Raises:
+            TransportError: the caller names none that is known.
+        """
+        if not self.is_protected:
+            return ""
+        from tpirt.transport.sealing import agreed
+
+        wanted = str(dict(context.invocation_metadata() or ()).get(_CIPHER, ""))
+        try:
+            return await asyncio.to_thread(agreed, wanted)
+        except ValueError as exc:
+            raise TransportError(f"peer {call.peer_id}: {exc}") from None
 
     def _track(self, task: asyncio.Task[Any]) -> None:
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
-    async def _guarded(self, work: Callable[[], Awaitable[_T]], context: Any) -> _T | None:
-        """Run a handler; an error of our tree becomes an RPC status with its message."""
+    async def _guarded(
+        self, work: Callable[[], Awaitable[_T]], context: Any, role: str = MASTER
+    ) -> _T | None:
+        """Run a handler for a caller in a role; an error of our tree becomes an RPC status."""
         task = asyncio.current_task()
         assert task is not None
         self._track(task)
         try:
+            if self.is_protected and caller(context).role != role:
+                raise IdentityError(f"only a {role} of its cluster may ask for this")
             return await work()
         except PeerLostError:
             return None  # the master left: nobody is there to be told
         except TpirtError as exc:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(exc))
             return None
+
+
+async def _cipher() -> str:
+    from tpirt.transport.sealing import fastest  # 15 MB, not needed on loopback
+
+    return await asyncio.to_thread(fastest)
+
+
+def _unavailable(details: str) -> grpc.aio.AioRpcError:
+    """What gRPC would raise."""
+    none = grpc.aio.Metadata()
+    return grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, none, none, details)
 
 
 def _bind_error(endpoint: Endpoint) -> OSError:

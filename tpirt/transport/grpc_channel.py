@@ -99,8 +99,8 @@ class GrpcChannel(StreamChannel):
     ``write`` coroutines, and the client's has ``cancel``.
     """
 
-    def __init__(self, peer_id: str, call: Any):
-        super().__init__(peer_id, Carrier("grpc"))
+    def __init__(self, peer_id: str, call: Any, *, protected: bool = False):
+        super().__init__(peer_id, Carrier("grpc", seal="TLS" if protected else ""))
         self._call = call
         self._ahead: asyncio.Task[Any] | None = None
         self._reading: asyncio.Task[None] | None = None

@@ -11,12 +11,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tpirt.errors import PeerLostError, TpirtError
 from tpirt.transport.base import Carrier, Channel
 from tpirt.transport.frame import Frame
 from tpirt.transport.stream import Buffer, StreamChannel, closed
+from tpirt.transport.tickets import Connection
 
 _PORTION_BYTES = 128 << 10  # of a large frame: what is worth waking up for
 _LAST_WORDS_S = 0.5  # between the end of a call and that of its connection, in either order
@@ -25,13 +26,20 @@ _LAST_WORDS_S = 0.5  # between the end of a call and that of its connection, in 
 class TcpChannel(StreamChannel):
     """A connection and its call. See :class:`tpirt.transport.base.Channel`."""
 
-    def __init__(self, connection: socket.socket, call: Channel, *, served: bool = False):
+    def __init__(self, connection: Connection, call: Channel, *, served: bool = False):
         """Take over a connected, non-blocking socket; nothing more is sent on ``call``.
 
         ``served`` is true on the side that answered the call: it calls :meth:`leave` at last.
         """
         super().__init__(call.peer_id, Carrier("tcp"))
-        self._socket = connection
+        self._socket = connection.socket
+        self._sendmsg: Callable[[Sequence[Buffer]], int] = connection.socket.sendmsg
+        if connection.seal is not None:
+            from tpirt.transport.sealing import SealedReader, SealedWriter
+
+            self.carrier = Carrier("tcp", seal=connection.seal.cipher)
+            self._sendmsg = SealedWriter(connection.socket, connection.seal).sendmsg
+            self._reader = SealedReader(call.peer_id, connection.seal)
         self._call = call
         self._served = served
         self._loop = asyncio.get_running_loop()
@@ -110,7 +118,7 @@ class TcpChannel(StreamChannel):
 
     def _write(self, parts: Sequence[Buffer]) -> int:
         try:
-            count = self._socket.sendmsg(parts)
+            count = self._sendmsg(parts)
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError:

@@ -4,28 +4,57 @@ The side that answers a call offers ``offset:ticket``: its port relative to gRPC
 bytes. The caller connects, shows the ticket, gets a byte of welcome and returns it. A ticket admits
 one connection. Only after the third message do both sides know that the connection is used; on a
 slow link the caller may give up before the welcome has come.
+
+In a protected call the offer also has a secret and a cipher (:mod:`tpirt.transport.sealing`), and
+the bytes of welcome are the first sealed record of each direction. So a ticket that was seen on its
+way admits nobody.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import secrets
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import TYPE_CHECKING, NamedTuple
 
+from tpirt.errors import TransportError
 from tpirt.transport.address import Address, Endpoint, resolve
+from tpirt.transport.reach import race, reach
+
+if TYPE_CHECKING:
+    from tpirt.transport.sealing import Seal
 
 PORT_OFFSET = 1000  # from gRPC's port to ours where that one is free, so that firewalls can be told
 
 _TICKET_BYTES = 16
+SECRET_BYTES = 32
+OVERHEAD_BYTES = 20  # of a sealed record
 _WELCOME = b"\x06"
 _PATIENCE_S = 2.0  # with a port that may be shut: firewalls drop packets silently
-_NEXT_ADDRESS_S = 0.25  # before a host's next address is tried too
 _UNADMITTED = 64  # connections at a time that have not shown a ticket: each takes a descriptor
+
+
+class Connection(NamedTuple):
+    """A connection that was admitted; ``seal`` is None where frames go in the clear."""
+
+    socket: socket.socket
+    seal: Seal | None
+
+
+class _Expected(NamedTuple):
+    """An offer: who waits for its connection, and what seals it."""
+
+    connected: asyncio.Future[Connection]
+    secret: bytes
+    cipher: str
+
+    def seal(self, ticket: bytes) -> Seal | None:
+        """Begin to seal a connection that shows the ticket."""
+        return _seal(self.secret, ticket, self.cipher, served=True)
 
 
 class TcpListener:
@@ -35,7 +64,7 @@ class TcpListener:
         """Accept connections on sockets of one port; ``port`` is gRPC's."""
         self._listeners = listeners
         self._offset = self.port - port
-        self._expected: dict[bytes, asyncio.Future[socket.socket]] = {}
+        self._expected: dict[bytes, _Expected] = {}
         self._loop = asyncio.get_running_loop()
         self._admitting: dict[asyncio.Task[None], None] = {}  # the oldest first
         self._accepting = [asyncio.create_task(self._accept(each)) for each in listeners]
@@ -54,18 +83,24 @@ class TcpListener:
         port: int = self._listeners[0].getsockname()[1]
         return port
 
-    def offer(self) -> tuple[str, asyncio.Future[socket.socket]]:
-        """Make a ticket; returns the offer, and a future of the connection."""
+    def offer(self, cipher: str = "") -> tuple[str, asyncio.Future[Connection]]:
+        """Make a ticket; returns the offer, and a future of the connection.
+
+        ``cipher`` seals it, by a secret that is part of the offer.
+        """
         ticket = secrets.token_bytes(_TICKET_BYTES)
-        expected = self._expected[ticket] = self._loop.create_future()
-        expected.add_done_callback(lambda _: self._expected.pop(ticket, None))
-        return f"{self._offset}:{ticket.hex()}", expected
+        secret = secrets.token_bytes(SECRET_BYTES) if cipher else b""
+        connected: asyncio.Future[Connection] = self._loop.create_future()
+        self._expected[ticket] = _Expected(connected, secret, cipher)
+        connected.add_done_callback(lambda _: self._expected.pop(ticket, None))
+        sealed = f":{secret.hex()}:{cipher}" if cipher else ""
+        return f"{self._offset}:{ticket.hex()}{sealed}", connected
 
     @staticmethod
-    def withdraw(expected: asyncio.Future[socket.socket]) -> None:
+    def withdraw(connected: asyncio.Future[Connection]) -> None:
         """Accept no connection on this offer any more; close the one that came."""
-        if not expected.cancel() and not expected.cancelled():
-            expected.result().close()
+        if not connected.cancel() and not connected.cancelled():
+            connected.result().socket.close()
 
     async def aclose(self) -> None:
         """Stop listening."""
@@ -93,18 +128,19 @@ class TcpListener:
             await asyncio.sleep(0)  # a flood of connections must not starve the loop
 
     async def _admit(self, connection: socket.socket) -> None:
-        """Accept a connection that shows a ticket soon; close any other."""
+        """Accept a connection that shows a ticket soon, and knows its secret; close any other."""
         try:
             _set_up(connection)
             async with asyncio.timeout(_PATIENCE_S):
-                expected = self._expected.pop(await _read(connection, _TICKET_BYTES), None)
-                if expected is None or expected.done():
+                ticket = await _read(connection, _TICKET_BYTES)
+                if (expected := self._expected.get(ticket)) is None:
                     raise ConnectionRefusedError
-                await self._loop.sock_sendall(connection, _WELCOME)
-                await _expect_welcome(connection)
-            if expected.done():  # withdrawn meanwhile
+                seal = expected.seal(ticket)
+                await self._loop.sock_sendall(connection, _sealed(seal))
+                await _expect_welcome(connection, seal)
+            if expected.connected.done():  # withdrawn meanwhile, or another one was sooner
                 raise ConnectionRefusedError
-            expected.set_result(connection)
+            expected.connected.set_result(Connection(connection, seal))
         except (OSError, asyncio.CancelledError):
             connection.close()
 
@@ -120,18 +156,28 @@ def _listen(endpoints: Sequence[Endpoint], port: int) -> list[socket.socket]:
     return listeners
 
 
-async def connect(address: Address, offer: str) -> socket.socket:
+async def connect(address: Address, offer: str, *, sealed: bool = False) -> Connection:
     """Connect to the port in an :meth:`TcpListener.offer` of the peer at ``address``.
+
+    Only the peer that gRPC has reached knows the ticket, so all addresses of a name are tried.
 
     Raises:
         OSError: no connection, or the ticket is not known there; the message says which.
-        ValueError: not an offer.
+        ValueError: not an offer, or one in the clear where it has to be ``sealed``.
     """
-    offset, _, ticket = offer.partition(":")
-    port = address.port + int(offset)
+    offset, shown, secret, cipher = (offer + "::").split(":")[:4]
+    port, ticket = address.port + int(offset), bytes.fromhex(shown)
+    key = bytes.fromhex(secret)
+    if sealed and not cipher:
+        raise ValueError("the peer offers a connection in the clear")
+    _seal(key, ticket, cipher, served=False)  # a ValueError before anything is tried
+
+    async def attempt(endpoint: Endpoint) -> Connection:
+        return await _try(endpoint, ticket, _seal(key, ticket, cipher, served=False))
+
     try:
         async with asyncio.timeout(_PATIENCE_S):
-            return await _connect(await resolve(Address(address.host, port)), bytes.fromhex(ticket))
+            return await race(await resolve(Address(address.host, port)), attempt)
     except TimeoutError:
         raise OSError(f"port {port}: no answer within {_PATIENCE_S:g} s") from None
     except (OSError, OverflowError) as exc:
@@ -140,61 +186,35 @@ async def connect(address: Address, offer: str) -> socket.socket:
         raise OSError(f"port {port}: {why}") from exc
 
 
-async def _connect(left: list[Endpoint], ticket: bytes) -> socket.socket:
-    """Try a host's addresses in order, each a little after the one before; the first to succeed.
-
-    Only the peer that gRPC has reached knows the ticket.
-    """
-    trying: set[asyncio.Task[socket.socket]] = set()
-    failure: BaseException | None = None
-    try:
-        while left or trying:
-            if left:
-                trying.add(asyncio.create_task(_try(left.pop(0), ticket)))
-            done, trying = await asyncio.wait(
-                trying,
-                timeout=_NEXT_ADDRESS_S if left else None,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            for task in done:
-                failure = task.exception()
-                if failure is None:
-                    return task.result()
-    finally:
-        for task in trying:
-            task.cancel()
-        await asyncio.gather(*trying, return_exceptions=True)
-    raise failure or OSError("the host has no address")
-
-
-async def _try(endpoint: Endpoint, ticket: bytes) -> socket.socket:
+async def _try(endpoint: Endpoint, ticket: bytes, seal: Seal | None) -> Connection:
     loop = asyncio.get_running_loop()
-    connection = socket.socket(endpoint.family, socket.SOCK_STREAM)
+    connection = await reach(endpoint)
     try:
         _set_up(connection)
-        await _reach(connection, endpoint)
         await loop.sock_sendall(connection, ticket)
-        await _expect_welcome(connection)
-        await loop.sock_sendall(connection, _WELCOME)
+        await _expect_welcome(connection, seal)
+        await loop.sock_sendall(connection, _sealed(seal))
     except BaseException:
         connection.close()
         raise
-    return connection
+    return Connection(connection, seal)
 
 
-async def _reach(connection: socket.socket, endpoint: Endpoint) -> None:
-    """Connect a socket, as ``loop.sock_connect``, which loses an IPv6 zone in uvloop."""
-    code = connection.connect_ex(endpoint.where)
-    if code == errno.EINPROGRESS:
-        loop, connected = asyncio.get_running_loop(), asyncio.Event()
-        loop.add_writer(connection.fileno(), connected.set)
-        try:
-            await connected.wait()
-        finally:
-            loop.remove_writer(connection.fileno())
-        code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if code:
-        raise OSError(code, os.strerror(code))
+def _seal(secret: bytes, ticket: bytes, cipher: str, *, served: bool) -> Seal | None:
+    """What seals a connection; None without a cipher.
+
+    Raises:
+        ValueError: not a secret, or no such cipher.
+    """
+    if not cipher:
+        return None
+    from tpirt.transport.sealing import Seal  # 15 MB, not needed on loopback
+
+    return Seal(secret, ticket, cipher, served=served)
+
+
+def _sealed(seal: Seal | None) -> bytes | bytearray:
+    return seal.seal(_WELCOME) if seal else _WELCOME
 
 
 def _set_up(connection: socket.socket) -> None:
@@ -203,8 +223,15 @@ def _set_up(connection: socket.socket) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-async def _expect_welcome(connection: socket.socket) -> None:
-    if await _read(connection, len(_WELCOME)) != _WELCOME:
+async def _expect_welcome(connection: socket.socket, seal: Seal | None) -> None:
+    try:
+        if seal:
+            said = seal.open(await _read(connection, len(_WELCOME) + OVERHEAD_BYTES))
+        else:
+            said = await _read(connection, len(_WELCOME))
+    except TransportError as exc:
+        raise ConnectionRefusedError(f"it does not know the secret: {exc}") from exc
+    if said != _WELCOME:
         raise ConnectionRefusedError("another service answers there")
 
 

@@ -111,6 +111,18 @@ class PutUnitsReply(_message.Message):
     bytes_written: int
     def __init__(self, bytes_written: _Optional[int] = ...) -> None: ...
 
+class RenewRequest(_message.Message):
+    __slots__ = ("certificate",)
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    certificate: bytes
+    def __init__(self, certificate: _Optional[bytes] = ...) -> None: ...
+
+class RenewReply(_message.Message):
+    __slots__ = ("request",)
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    request: bytes
+    def __init__(self, request: _Optional[bytes] = ...) -> None: ...
+
 class Message(_message.Message):
     __slots__ = ("setup", "loading", "ready", "step", "abort", "step_ended", "failure", "free_slot", "stats_request", "stats", "clock_request", "clock", "trace_request", "trace", "join_link", "joined", "probe", "measure_link", "link_quality", "spill_slot", "restore_slot", "drop_spilled", "done", "leaving")
     SETUP_FIELD_NUMBER: _ClassVar[int]
@@ -218,14 +230,16 @@ class Ready(_message.Message):
     def __init__(self, weights_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkState, _Mapping]]] = ...) -> None: ...
 
 class LinkState(_message.Message):
-    __slots__ = ("rank", "carrier", "reason")
+    __slots__ = ("rank", "carrier", "reason", "seal")
     RANK_FIELD_NUMBER: _ClassVar[int]
     CARRIER_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    SEAL_FIELD_NUMBER: _ClassVar[int]
     rank: int
     carrier: str
     reason: str
-    def __init__(self, rank: _Optional[int] = ..., carrier: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    seal: str
+    def __init__(self, rank: _Optional[int] = ..., carrier: _Optional[str] = ..., reason: _Optional[str] = ..., seal: _Optional[str] = ...) -> None: ...
 
 class JoinLink(_message.Message):
     __slots__ = ("session", "rank")

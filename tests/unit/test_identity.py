@@ -1,0 +1,147 @@
+"""Identities on disk: where they are kept, what is refused, and what is replaced in time."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from tpirt.errors import IdentityError
+from tpirt.identity.certificates import Authority, Certificate, Identity, new_request
+from tpirt.identity.folder import config_folder
+from tpirt.identity.names import MASTER, PEER, Subject, random_id
+from tpirt.identity.trust import AUTHORITY_FILE, IDENTITY_FILE, REGISTRY_FILE, Trust
+from tpirt.testing.identities import MadeCluster
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> MadeCluster:
+    return MadeCluster(tmp_path / "master")
+
+
+def test_where_they_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TPIRT_IDENTITY")
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert config_folder() == tmp_path / ".config" / "tpirt"
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
+    assert config_folder() == tmp_path / "xdg" / "tpirt"
+    monkeypatch.setenv("TPIRT_IDENTITY", str(tmp_path / "own"))
+    assert config_folder() == tmp_path / "own"
+    assert config_folder("given") == Path("given")
+
+
+def test_without_a_home_directory_it_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TPIRT_IDENTITY", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(IdentityError, match="give --identity DIR, or set TPIRT_IDENTITY or XDG"):
+        config_folder()
+    assert Trust(PEER).identity is None  # enough for loopback
+
+
+def test_files_are_private(cluster: MadeCluster, tmp_path: Path) -> None:
+    cluster.peer(tmp_path / "peer")
+    folders = [cluster.folder / MASTER, tmp_path / "peer" / PEER]
+    files = [path for folder in folders for path in folder.iterdir()]
+    assert {path.name for path in files} == {AUTHORITY_FILE, IDENTITY_FILE, REGISTRY_FILE}
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+    assert {folder.stat().st_mode & 0o777 for folder in folders} == {0o700}
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", bytes(1000), b"-----BEGIN CERTIFICATE-----"])
+def test_damaged_files_are_named(content: bytes, cluster: MadeCluster, tmp_path: Path) -> None:
+    for name, load in (
+        (IDENTITY_FILE, Identity.load),
+        (AUTHORITY_FILE, Authority.load),
+        (REGISTRY_FILE, lambda _: cluster.master.registry.members()),
+    ):
+        path = cluster.folder / MASTER / name
+        path.write_bytes(content)
+        with pytest.raises(IdentityError, match=name):
+            load(path)
+
+
+def test_a_key_must_fit_its_certificate(cluster: MadeCluster, tmp_path: Path) -> None:
+    identity = cluster.peer(tmp_path / "peer").identity
+    assert identity is not None
+    for key, authority, why in (
+        (new_request()[0], identity.authority, "of another key"),
+        (identity.key, Authority.create("other").pem, "of another authority"),
+    ):
+        path = tmp_path / "mixed.pem"
+        Identity(path, key, identity.certificate, authority).save()
+        with pytest.raises(IdentityError, match=why):
+            Identity.load(path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [],
+        ["localhost"],
+        ["peer.0123456789abcdef.tpirt.internal"],
+        ["0123456789abcdef.king.0123456789abcdef.tpirt.internal"],
+        ["0123456789abcdef.peer.0123456789abcdef.tpirt.internal.evil.example"],
+        ["0123456789abcdef.peer.0123456789abcdef_tpirt.internal"],
+        [f"{each * 16}.peer.0123456789abcdef.tpirt.internal" for each in "ab"],
+    ],
+)
+def test_names_that_prove_nothing(names: list[str]) -> None:
+    with pytest.raises(IdentityError):
+        Subject.of(names)
+
+
+def test_what_is_asked_for_beside_the_key_is_not_signed(cluster: MadeCluster) -> None:
+    """Names come from the master alone."""
+    authority = Authority.load(cluster.folder / MASTER / AUTHORITY_FILE)
+    assert authority is not None
+    _, request = new_request()
+    identity = random_id()
+    issued = authority.issue(request, PEER, "kit\x1b[2Jchen", identity)
+    assert issued.subject == (PEER, authority.cluster, identity)
+    assert issued.name == "kit?[2Jchen"
+    assert Certificate.read(issued.pem).subject == issued.subject
+    for damaged in (b"", request[:100], request.replace(b"A", b"B")):
+        with pytest.raises(IdentityError, match="certificate request"):
+            authority.issue(damaged, PEER, "kitchen", identity)
+
+
+def test_the_masters_own_certificate_is_replaced_in_time(cluster: MadeCluster) -> None:
+    authority = Authority.load(cluster.folder / MASTER / AUTHORITY_FILE)
+    before = cluster.master.identity
+    assert authority is not None
+    assert before is not None
+    key, request = new_request()
+    name, identity = before.certificate.name, before.subject.identity
+    due = authority.issue(request, MASTER, name, identity, timedelta(days=29))
+    Identity(before.path, key, due, authority.pem).save()
+    after = Trust(MASTER, cluster.folder).identity
+    assert after is not None
+    assert after.subject == before.subject
+    assert not after.certificate.is_due
+    assert after.key != key
+
+
+def test_a_device_is_found_by_name_or_identity(cluster: MadeCluster, tmp_path: Path) -> None:
+    cluster.peer(tmp_path / "a", "pi")
+    cluster.peer(tmp_path / "b", "pi")
+    registry = cluster.master.registry
+    first, second = registry.members()
+    assert (first.name, second.name) == ("pi", "pi-2")
+    assert registry.find(second.identity) == second
+    with pytest.raises(IdentityError, match="no device named 'attic'; known: pi, pi-2"):
+        registry.find("attic")
+    registry.met(second.identity, "192.168.1.7:50051")
+    assert registry.find("pi-2").address == "192.168.1.7:50051"
+    assert not registry.find("pi").address
+
+
+def test_insecure_by_the_environment(cluster: MadeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, insecure in (("1", True), ("0", False), ("", False)):
+        monkeypatch.setenv("TPIRT_INSECURE", value)
+        trust = Trust(MASTER, cluster.folder)
+        assert trust.insecure is insecure
+        assert (trust.identity is None) is insecure

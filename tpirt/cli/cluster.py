@@ -1,0 +1,177 @@
+"""``tpirt cluster``: make a cluster, invite devices into it, list and revoke their certificates."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from tpirt.cli.options import Commands, add_identity_option, add_parser, address, number, run_async
+from tpirt.errors import IdentityError, TpirtError
+from tpirt.transport.address import Address
+
+if TYPE_CHECKING:
+    from tpirt.identity.registry import Member
+    from tpirt.identity.trust import Trust
+    from tpirt.transport.address import Endpoint
+
+_JOIN_PORT = 50050
+
+
+def add_command(commands: Commands) -> None:
+    """Add ``cluster`` and its actions."""
+    parser = add_parser(
+        commands,
+        "cluster",
+        "make a cluster of devices that trust each other; run on its master",
+        "tpirt cluster init\n  tpirt cluster invite\n  tpirt cluster list\n"
+        "  tpirt cluster revoke kitchen",
+    )
+    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
+
+    def add(name: str, run: object, text: str) -> argparse.ArgumentParser:
+        action: argparse.ArgumentParser = actions.add_parser(name, help=text, description=text)
+        add_identity_option(action)
+        action.set_defaults(run=run)
+        return action
+
+    init = add("init", _init, "make a cluster whose master is this device")
+    init.add_argument("--name", help="of the cluster (default: this device's host name)")
+    invite = add("invite", _invite, "show a code by which one device can join, and wait for it")
+    invite.add_argument("--name", help="of the device (default: its host name)")
+    invite.add_argument(
+        "--listen",
+        type=lambda text: address(text, lowest_port=0, default_port=_JOIN_PORT),
+        default=Address("0.0.0.0", _JOIN_PORT),
+        metavar="HOST[:PORT]",
+        help=f"where the device connects (default: all addresses, port {_JOIN_PORT})",
+    )
+    invite.add_argument(
+        "--minutes",
+        type=lambda text: number(text, "minutes", 86_400),
+        default=10.0,
+        metavar="N",
+        help="how long the code is good for (default 10)",
+    )
+    add("list", _list, "list devices: name, identity, days left, address, revoked or not")
+    revoke = add("revoke", _revoke, "refuse a device from now on")
+    revoke.add_argument("device", metavar="NAME", help="name or identity, as listed")
+    rotate = add("rotate", _rotate, "replace keys and certificates: of all devices, or of one")
+    rotate.add_argument("device", nargs="?", metavar="NAME", help="name or identity, as listed")
+
+
+def _trust(arguments: argparse.Namespace) -> Trust:
+    from tpirt.identity.names import MASTER
+    from tpirt.identity.trust import Trust
+
+    return Trust(MASTER, arguments.identity)
+
+
+def _init(arguments: argparse.Namespace) -> None:
+    from tpirt.cluster.machine import host_name
+    from tpirt.cluster.membership import found
+
+    trust = _trust(arguments)
+    identity = found(trust, arguments.name or host_name())
+    print(
+        f"cluster {identity.certificate.name}: keys in {trust.folder}; keep a copy of that folder "
+        "in a safe place\nnext: tpirt cluster invite"
+    )
+
+
+def _invite(arguments: argparse.Namespace) -> None:
+    from tpirt.cluster import membership  # before SIGINT can interrupt the import
+
+    membership.authority_of(_trust(arguments))
+    run_async(_invited(arguments))
+
+
+async def _invited(arguments: argparse.Namespace) -> None:
+    from tpirt.cluster.membership import issuer
+    from tpirt.identity.join import new_code
+    from tpirt.transport.joining import Invitation
+
+    members: list[Member] = []
+    code = new_code()
+    invitation = Invitation(code, issuer(_trust(arguments), arguments.name, members.append))
+    bound = await invitation.listen(arguments.listen)
+    print(f"On the device that is to join, within {arguments.minutes:g} minutes:\n")
+    for where in _reached_at(bound):
+        print(f"  tpirt peer --join {where}/{code}")
+    print(flush=True)
+    await invitation.joined(60 * arguments.minutes)
+    print(f"{members[0].name} has joined ({members[0].identity})")
+
+
+def _reached_at(bound: list[Endpoint]) -> list[Address]:
+    """Where others reach what listens on ``bound``, the likeliest first."""
+    import ipaddress
+
+    import psutil
+
+    first, port = bound[0], bound[0].where[1]
+    if not ipaddress.ip_address(first.host.partition("%")[0]).is_unspecified:
+        return [Address(first.host, port)]
+    found = [each.address for some in psutil.net_if_addrs().values() for each in some]
+    hosts = []
+    for each in found:
+        try:
+            parsed = ipaddress.IPv4Address(each)
+        except ValueError:
+            continue
+        if not parsed.is_loopback:
+            hosts.append(each)
+    return [Address(host, port) for host in hosts[:4] or ["127.0.0.1"]]
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    from tpirt.cluster.membership import authority_of, days_left
+
+    trust = _trust(arguments)
+    print(f"cluster {authority_of(trust).name}")
+    for each in trust.registry.members():
+        state = f"revoked {each.revoked[:10]}" if each.revoked else f"{days_left(each)} days left"
+        print(f"{each.name}  {each.identity}  {state}  {each.address or 'not met yet'}")
+
+
+def _revoke(arguments: argparse.Namespace) -> None:
+    member = _trust(arguments).registry.revoke(arguments.device)
+    print(f"{member.name} ({member.identity}) is refused from now on")
+
+
+def _rotate(arguments: argparse.Namespace) -> None:
+    from tpirt.cluster import membership, renewal  # noqa: F401 - before SIGINT can interrupt it
+    from tpirt.transport import grpc  # noqa: F401
+
+    run_async(_rotated(arguments))
+
+
+async def _rotated(arguments: argparse.Namespace) -> None:
+    from tpirt.cluster.membership import authority_of
+    from tpirt.cluster.renewal import renew
+    from tpirt.identity.trust import IDENTITY_FILE
+    from tpirt.transport.grpc import GrpcPeerClient
+
+    trust = _trust(arguments)
+    authority, registry = authority_of(trust), trust.registry
+    chosen = [registry.find(arguments.device)] if arguments.device else registry.members()
+    if not arguments.device and (own := trust.identity) is not None:
+        path = trust.folder / IDENTITY_FILE
+        trust.replace(authority.issue_own(path, own.subject.identity))
+        print("master: replaced")
+    failed = []
+    for member in chosen:
+        if member.revoked:
+            continue
+        try:
+            if not member.address:
+                raise IdentityError("its address is not known yet; use it once with --peers")
+            client = GrpcPeerClient(member.address, trust)
+            try:
+                until = (await renew(client, trust)).expires
+            finally:
+                await client.aclose()
+            print(f"{member.name}: replaced, until {until:%Y-%m-%d}")
+        except TpirtError as exc:
+            failed.append(f"{member.name}: {exc}")
+    if failed:
+        raise IdentityError("not replaced: " + "; ".join(failed))

@@ -1,0 +1,114 @@
+"""Making a cluster, inviting a device, and joining: what is done on either device's disk."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from tpirt.errors import IdentityError
+from tpirt.identity.certificates import Authority, Certificate, Identity, new_request
+from tpirt.identity.join import JoinReply, JoinRequest
+from tpirt.identity.names import PEER, random_id
+from tpirt.identity.registry import Member
+from tpirt.identity.trust import AUTHORITY_FILE, IDENTITY_FILE, Trust
+from tpirt.transport.address import Address
+from tpirt.transport.joining import join
+
+_log = logging.getLogger("tpirt.peer")
+
+
+def found(trust: Trust, name: str) -> Identity:
+    """Make a cluster whose master is this device.
+
+    Raises:
+        IdentityError: it is the master of one already, or its files cannot be written.
+    """
+    path = trust.folder / AUTHORITY_FILE
+    if (existing := Authority.load(path)) is not None:
+        raise IdentityError(
+            f"this device is the master of cluster {existing.name} already; to give it and all its "
+            f"certificates up, remove {trust.folder}"
+        )
+    authority = Authority.create(name)
+    authority.save(path)
+    identity = authority.issue_own(trust.folder / IDENTITY_FILE, random_id())
+    identity.save()
+    return identity
+
+
+def authority_of(trust: Trust) -> Authority:
+    """The authority of the cluster whose master is this device.
+
+    Raises:
+        IdentityError: it is not the master of one.
+    """
+    if (authority := Authority.load(trust.folder / AUTHORITY_FILE)) is None:
+        raise IdentityError(
+            f"this device is not the master of a cluster ({trust.folder / AUTHORITY_FILE} is "
+            "missing); make one with `tpirt cluster init`"
+        )
+    return authority
+
+
+def issuer(
+    trust: Trust, name: str | None, joined: Callable[[Member], None]
+) -> Callable[[JoinRequest, str], JoinReply]:
+    """Return what answers a device that knows the code; ``joined`` is called with what it became.
+
+    ``name`` is its name, by default what it calls itself.
+    """
+    authority = authority_of(trust)
+
+    def issue(request: JoinRequest, host: str) -> JoinReply:
+        certificate = authority.issue(
+            request.request.encode(), PEER, name or request.name, random_id()
+        )
+        address = str(Address(host, request.port)) if 0 < request.port < 65536 else ""
+        joined(trust.registry.add(certificate, address))
+        return JoinReply(certificate.pem.decode(), authority.pem.decode(), authority.name)
+
+    return issue
+
+
+async def join_cluster(trust: Trust, where: str, name: str, port: int) -> None:
+    """Get this device a certificate; an earlier one, of any cluster, is replaced.
+
+    Args:
+        trust: of this device, as a peer.
+        where: ``HOST:PORT/CODE``, as the master shows it.
+        name: what to call this device.
+        port: where it serves.
+
+    Raises:
+        ConfigError: not a host and port.
+        IdentityError, PeerUnreachableError: it failed.
+    """
+    address, slash, code = where.rpartition("/")
+    if not slash:
+        raise IdentityError(f"{where!r}: expected HOST:PORT/CODE, as `tpirt cluster invite` shows")
+    key, request = new_request()
+    path = trust.folder / IDENTITY_FILE
+
+    def keep(reply: JoinReply) -> None:
+        certificate = Certificate.read(reply.certificate.encode())
+        authority = reply.authority.encode()
+        certificate.check(key, authority)
+        if certificate.subject.role != PEER:
+            raise IdentityError(f"a certificate of a {certificate.subject.role}")
+        trust.replace(Identity(path, key, certificate, authority))
+        _log.info(
+            f"joined cluster {reply.cluster} as {certificate.name}, until "
+            f"{certificate.expires:%Y-%m-%d} ({path})"
+        )
+
+    await join(Address.parse(address), code, JoinRequest(name, port, request.decode()), keep)
+
+
+def days_left(member: Member) -> int:
+    """Days until a certificate ends, 0 if it has."""
+    try:
+        end = datetime.strptime(member.expires, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    except ValueError:
+        return 0
+    return max(0, (end - datetime.now(UTC)).days)

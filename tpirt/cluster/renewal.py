@@ -1,0 +1,92 @@
+"""A device's next key and certificate, over the connection that the present one protects."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from tpirt.errors import IdentityError, TpirtError
+from tpirt.identity.names import PEER
+from tpirt.identity.trust import AUTHORITY_FILE, Trust
+from tpirt.protocol.messages import RenewReply, RenewRequest, decode_call, encode_call
+
+if TYPE_CHECKING:
+    from tpirt.identity.certificates import Certificate
+    from tpirt.transport.base import PeerClient
+
+_PATIENCE_S = 20.0
+_log = logging.getLogger("tpirt.cluster")
+
+
+class Renewal:
+    """The peer's side: makes a key, whose private half stays here, and takes its certificate."""
+
+    def __init__(self, trust: Trust):
+        self._trust = trust
+        self._key = b""  # of the request that was answered last
+
+    def answer(self, asked: RenewRequest) -> RenewReply:
+        """Answer with a certificate request; or take the certificate.
+
+        Raises:
+            IdentityError: it is not the one that was requested, or cannot be kept.
+        """
+        from tpirt.identity.certificates import Certificate, Identity, new_request
+
+        identity = self._trust.identity
+        if identity is None:
+            raise IdentityError("it has no certificate that could be replaced")
+        if not asked.certificate:
+            self._key, request = new_request()
+            return RenewReply(request=request)
+        certificate = Certificate.read(asked.certificate)
+        certificate.check(self._key, identity.authority)
+        if certificate.subject != identity.subject:
+            raise IdentityError("the next certificate is of another device")
+        self._trust.replace(Identity(identity.path, self._key, certificate, identity.authority))
+        return RenewReply()
+
+
+async def renew(client: PeerClient, trust: Trust) -> Certificate:
+    """Have a peer replace its key and certificate; it keeps its identity.
+
+    Raises:
+        IdentityError: this device has no authority, or the peer refuses.
+        PeerError, PeerUnreachableError: it cannot, or does not answer.
+    """
+    from tpirt.identity.certificates import Authority
+
+    authority = await asyncio.to_thread(Authority.load, trust.folder / AUTHORITY_FILE)
+    if authority is None:
+        raise IdentityError(f"{trust.folder}: no authority; make one with `tpirt cluster init`")
+
+    async def ask(request: RenewRequest) -> RenewReply:
+        answer = await client.call("Renew", encode_call(request), _PATIENCE_S)
+        return decode_call(RenewReply, answer, client.peer_id)
+
+    request = (await ask(RenewRequest())).request
+    if (shown := client.certificate) is None:
+        raise IdentityError(f"peer {client.peer_id}: it shows no certificate")
+    certificate = authority.issue(request, PEER, shown.name, shown.subject.identity)
+    await ask(RenewRequest(certificate=certificate.pem))
+    await asyncio.to_thread(trust.registry.renewed, certificate)
+    return certificate
+
+
+async def keep_up(clients: Iterable[PeerClient], trust: Trust) -> None:
+    """Record where peers were met, and replace certificates that end soon.
+
+    What fails is logged: they are good for some days more.
+    """
+    for client in clients:
+        if (shown := client.certificate) is None:
+            continue
+        try:
+            await asyncio.to_thread(trust.registry.met, shown.subject.identity, client.address)
+            if shown.is_due:
+                until = (await renew(client, trust)).expires
+                _log.info(f"peer {client.peer_id}: new certificate, until {until:%Y-%m-%d}")
+        except TpirtError as exc:
+            _log.warning(f"peer {client.peer_id}: its certificate was not replaced: {exc}")

@@ -1,0 +1,162 @@
+"""The master's register of the certificates that it issued: a readable file.
+
+Only devices that are in it and not revoked are used. A device keeps its identity when its key and
+certificate are replaced.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tpirt.errors import IdentityError
+from tpirt.identity.certificates import Certificate
+from tpirt.identity.folder import read, write_private
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Member:
+    """A device that was given a certificate.
+
+    ``address`` is where it was met last, empty if that is not known; ``revoked`` is a date, empty
+    if it is not.
+    """
+
+    name: str
+    identity: str
+    joined: str
+    expires: str
+    address: str = ""
+    revoked: str = ""
+
+
+class Registry:
+    """The register in one file."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def members(self) -> list[Member]:
+        """All devices, in the order in which they joined.
+
+        Raises:
+            IdentityError: the file is damaged.
+        """
+        if (data := read(self._path)) is None:
+            return []
+        try:
+            found = json.loads(data)
+            if found["format"] != _FORMAT:
+                raise ValueError
+            known = {field.name for field in fields(Member)}
+            return [
+                Member(**{name: str(value) for name, value in each.items() if name in known})
+                for each in found["members"]
+            ]
+        except (ValueError, TypeError, KeyError, AttributeError) as exc:
+            raise IdentityError(
+                f"{self._path}: not a register of members; restore it from a copy"
+            ) from exc
+
+    def find(self, name: str) -> Member:
+        """Find a device by its name or identity.
+
+        Raises:
+            IdentityError: there is none.
+        """
+        members = self.members()
+        for each in members:
+            if name in (each.name, each.identity):
+                return each
+        names = ", ".join(each.name for each in members) or "no device has joined yet"
+        raise IdentityError(f"no device named {name!r}; known: {names}")
+
+    def check(self, certificate: Certificate) -> Member:
+        """Find the device of a certificate.
+
+        Raises:
+            IdentityError: it is not in the register, or revoked.
+        """
+        identity = certificate.subject.identity
+        for each in self.members():
+            if each.identity == identity:
+                if each.revoked:
+                    raise IdentityError(
+                        f"the certificate of {each.name} was revoked on {each.revoked[:10]}; "
+                        "invite it again with `tpirt cluster invite`"
+                    )
+                return each
+        raise IdentityError(
+            f"its certificate ({certificate.name}, {identity}) is not in {self._path}; invite it "
+            "again with `tpirt cluster invite`"
+        )
+
+    def add(self, certificate: Certificate, address: str) -> Member:
+        """Record a new device; a name that is taken gets a number."""
+        with self._changing() as members:
+            taken = {each.name for each in members}
+            name, number = certificate.name, 1
+            while name in taken:
+                number += 1
+                name = f"{certificate.name}-{number}"
+            member = Member(
+                name,
+                certificate.subject.identity,
+                joined=_now(),
+                expires=_date(certificate.expires),
+                address=address,
+            )
+            members.append(member)
+        return member
+
+    def revoke(self, name: str) -> Member:
+        """Refuse a device from now on.
+
+        Raises:
+            IdentityError: there is none of that name.
+        """
+        return self._change(self.find(name).identity, lambda each: replace(each, revoked=_now()))
+
+    def renewed(self, certificate: Certificate) -> Member:
+        """Record a device's next certificate."""
+        expires = _date(certificate.expires)
+        return self._change(
+            certificate.subject.identity, lambda each: replace(each, expires=expires)
+        )
+
+    def met(self, identity: str, address: str) -> None:
+        """Record where a device was met."""
+        if any(each.identity == identity and each.address != address for each in self.members()):
+            self._change(identity, lambda each: replace(each, address=address))
+
+    def _change(self, identity: str, change: Callable[[Member], Member]) -> Member:
+        with self._changing() as members:
+            for number, each in enumerate(members):
+                if each.identity == identity:
+                    members[number] = change(each)
+                    return members[number]
+        raise IdentityError(f"{self._path}: no device {identity}")
+
+    @contextmanager
+    def _changing(self) -> Iterator[list[Member]]:
+        """Change the list; others who change it meanwhile would be undone, which is rare."""
+        members = self.members()
+        yield members
+        text = json.dumps(
+            {"format": _FORMAT, "members": [asdict(each) for each in members]}, indent=2
+        )
+        write_private(self._path, text.encode() + b"\n")
+
+
+def _now() -> str:
+    return _date(datetime.now(UTC))
+
+
+def _date(when: datetime) -> str:
+    return when.strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,102 @@
+"""What a process proves of itself, and whom it believes.
+
+The rule for all of tpirt: on loopback nothing is proved or encrypted. Beyond it, both sides have a
+certificate of one cluster, or both are told ``--insecure``.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tpirt.errors import IdentityError
+from tpirt.identity.folder import config_folder
+from tpirt.identity.names import MASTER
+
+if TYPE_CHECKING:
+    from tpirt.identity.certificates import Certificate, Identity
+    from tpirt.identity.registry import Registry
+
+INSECURE = "TPIRT_INSECURE"
+IDENTITY_FILE, AUTHORITY_FILE, REGISTRY_FILE = "identity.pem", "authority.pem", "members.json"
+
+
+class Trust:
+    """The identity of a process in a role; read when first needed, for it takes 15 MB."""
+
+    def __init__(self, role: str, folder: str | Path | None = None, *, insecure: bool = False):
+        """Use the identity for ``role`` in ``folder``, by default this user's.
+
+        ``insecure`` uses none, beyond loopback as well; so does ``TPIRT_INSECURE=1``.
+        """
+        self.role = role
+        self.insecure = insecure or os.environ.get(INSECURE, "0") not in ("", "0")
+        self._given = folder
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are.
+
+        Raises:
+            IdentityError: there is no home directory, and no folder is given.
+        """
+        return config_folder(self._given) / self.role
+
+    @cached_property
+    def identity(self) -> Identity | None:
+        """What this process proves; None if it has nothing to prove.
+
+        Raises:
+            IdentityError: it has a damaged one.
+        """
+        if self.insecure:
+            return None
+        try:
+            path = self.folder / IDENTITY_FILE
+        except IdentityError:
+            return None
+        if not path.exists():
+            return None
+        from tpirt.identity.certificates import Authority, Identity
+
+        identity = Identity.load(path)
+        if identity is not None and self.role == MASTER and identity.certificate.is_due:
+            authority = Authority.load(self.folder / AUTHORITY_FILE)
+            if authority is not None:
+                identity = authority.issue_own(path, identity.subject.identity)
+                identity.save()
+        return identity
+
+    def replace(self, identity: Identity) -> None:
+        """Prove another identity from now on, which is written to the disk first."""
+        identity.save()
+        self.__dict__["identity"] = identity
+
+    @property
+    def registry(self) -> Registry:
+        """The master's register."""
+        from tpirt.identity.registry import Registry
+
+        return Registry(self.folder / REGISTRY_FILE)
+
+    def check(self, certificate: Certificate) -> None:
+        """Check that a peer whose certificate TLS has verified is still welcome.
+
+        Raises:
+            IdentityError: this master did not issue it, or has revoked it.
+        """
+        if self.role == MASTER:
+            self.registry.check(certificate)
+
+
+class _Local(Trust):
+    """For processes of one machine: they prove nothing, and trust nobody beyond loopback."""
+
+    @property
+    def identity(self) -> None:
+        """Nothing to prove."""
+
+
+LOCAL = _Local(MASTER)

@@ -1,0 +1,234 @@
+"""Invitations: a port on the master, open until a device has joined by the right code.
+
+Anyone can connect. So connections are few and short, and three wrong codes end the invitation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable
+
+from tpirt.errors import IdentityError, PeerUnreachableError, TransportError
+from tpirt.identity.join import (
+    MESSAGE_BYTES,
+    MOST_TRIES,
+    OVER,
+    WRONG_CODE,
+    DeviceExchange,
+    JoinReply,
+    JoinRequest,
+    MasterExchange,
+    WrongCodeError,
+    read_code,
+)
+from tpirt.transport.address import Address, Endpoint, resolve
+from tpirt.transport.backlog import Backlog
+from tpirt.transport.reach import race, reach
+
+DEFAULT_JOIN_PORT = 50050
+
+Issue = Callable[[JoinRequest, str], JoinReply]
+
+_PLACES = 16  # callers at a time; the oldest of the host that has most of them gives way
+_PATIENCE_S = 10.0  # with one of them
+_LENGTH_BYTES = 2
+
+
+class Invitation:
+    """Waits for one device.
+
+    Attributes:
+        address: where, once it listens.
+    """
+
+    def __init__(self, code: str, issue: Issue):
+        """Wait for a device that knows ``code``.
+
+        Args:
+            code: as :func:`~tpirt.identity.join.new_code` draws it.
+            issue: makes the certificate for a request from a host; called in a thread.
+        """
+        self._code = read_code(code)
+        self._issue = issue
+        self._tries = MOST_TRIES
+        self._used = False
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._callers = Backlog(_PLACES)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._listeners: list[socket.socket] = []
+
+    async def listen(self, address: Address) -> list[Endpoint]:
+        """Listen; returns the addresses in digits.
+
+        Raises:
+            TransportError: that is not possible.
+        """
+        try:
+            bound = []
+            for endpoint in await resolve(address, listening=True):
+                self._listeners.append(endpoint.listen())
+                bound.append(endpoint.at(self._listeners[-1].getsockname()[1]))
+        except OSError as exc:
+            self.close()
+            raise TransportError(
+                f"cannot listen on {address}: {exc.strerror}; choose another with --listen"
+            ) from exc
+        return bound
+
+    async def joined(self, patience_s: float) -> None:
+        """Wait until a device has joined.
+
+        Raises:
+            IdentityError: nobody did in time, or there were too many wrong codes.
+        """
+        accepting = [asyncio.create_task(self._accept(each)) for each in self._listeners]
+        try:
+            async with asyncio.timeout(patience_s):
+                await asyncio.shield(self._ended)
+        except TimeoutError:
+            raise IdentityError(
+                f"no device has joined within {patience_s / 60:g} minutes; the code is void"
+            ) from None
+        finally:
+            for task in (*accepting, *self._tasks):
+                task.cancel()
+            await asyncio.gather(*accepting, *self._tasks, return_exceptions=True)
+            self.close()
+
+    def close(self) -> None:
+        """Stop listening."""
+        for listener in self._listeners:
+            listener.close()
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, where = await loop.sock_accept(listener)
+            except OSError:  # no descriptor left, or the caller has gone already
+                await asyncio.sleep(1.0)
+                continue
+            connection.setblocking(False)
+            task = asyncio.create_task(self._serve(connection, where[0].partition("%")[0]))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, connection: socket.socket, host: str) -> None:
+        """Give a caller its few seconds."""
+        with connection, contextlib.suppress(IdentityError, TransportError, OSError):
+            await self._callers.wait(f"{host}:", self._exchange(connection, host))
+
+    async def _exchange(self, connection: socket.socket, host: str) -> None:
+        async with asyncio.timeout(_PATIENCE_S):
+            exchange = MasterExchange(self._code)
+            await _send(connection, exchange.answer(await _receive(connection)))
+            proof = await _receive(connection)
+            if self._used or not self._tries:
+                await _send(connection, OVER)
+                return
+            try:
+                request = exchange.confirmed(proof)
+            except WrongCodeError:
+                self._tries -= 1
+                await _send(connection, WRONG_CODE)
+                if not self._tries:
+                    self._end(IdentityError(f"{MOST_TRIES} wrong codes; the code is void"))
+                return
+            self._used = True
+        await self._welcome(connection, exchange, request, host)
+
+    async def _welcome(
+        self,
+        connection: socket.socket,
+        exchange: MasterExchange,
+        request: JoinRequest,
+        host: str,
+    ) -> None:
+        """Give a device that knows the code its certificate; the code is void, whatever follows."""
+        failure: IdentityError | None = None
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                reply = await asyncio.to_thread(self._issue, request, host)
+                await _send(connection, exchange.reply(reply))
+                if not exchange.kept(await _receive(connection)):
+                    raise IdentityError("the device did not say that it has kept it")
+        except (OSError, TimeoutError, IdentityError) as exc:
+            why = str(exc) or "it said nothing more"
+            failure = IdentityError(
+                f"a device at {host} had the right code, but did not finish: {why}; invite it again"
+            )
+        self._end(failure)
+
+    def _end(self, failure: IdentityError | None) -> None:
+        if self._ended.done():
+            return
+        if failure is None:
+            self._ended.set_result(None)
+        else:
+            self._ended.set_exception(failure)
+
+
+async def join(
+    address: Address, code: str, request: JoinRequest, keep: Callable[[JoinReply], None]
+) -> None:
+    """Join by a code.
+
+    Args:
+        address: of the invitation.
+        code: as somebody typed it.
+        request: what to ask for.
+        keep: writes what comes to the disk; called in a thread.
+
+    Raises:
+        PeerUnreachableError: nobody invites there.
+        IdentityError: the code is wrong, or the invitation over; as ``keep`` raises.
+    """
+    exchange = DeviceExchange(read_code(code))
+    try:
+        async with asyncio.timeout(_PATIENCE_S):
+            connection = await race(await resolve(address), reach)
+            with connection:
+                await _send(connection, exchange.hello())
+                answer = await _receive(connection)
+                await _send(connection, exchange.request(answer, request))
+                reply = exchange.accept(await _receive(connection))
+                await asyncio.to_thread(keep, reply)
+                await _send(connection, exchange.kept())
+    except IdentityError as exc:
+        raise type(exc)(f"cannot join at {address}: {exc}") from exc
+    except (OSError, TimeoutError) as exc:
+        why = getattr(exc, "strerror", None) or str(exc) or "no answer"
+        raise PeerUnreachableError(
+            f"cannot join at {address}: {str(why).lower()}; is `tpirt cluster invite` running "
+            "there, and does its firewall let this device in?"
+        ) from exc
+
+
+async def _send(connection: socket.socket, message: bytes) -> None:
+    framed = len(message).to_bytes(_LENGTH_BYTES, "little") + message
+    await asyncio.get_running_loop().sock_sendall(connection, framed)
+
+
+async def _receive(connection: socket.socket) -> bytes:
+    """Read one message.
+
+    Raises:
+        IdentityError: it is too long.
+        ConnectionResetError: the other side has hung up.
+    """
+    size = int.from_bytes(await _read(connection, _LENGTH_BYTES), "little")
+    if size > MESSAGE_BYTES:
+        raise IdentityError(f"a message of {size} bytes, expected at most {MESSAGE_BYTES}")
+    return await _read(connection, size)
+
+
+async def _read(connection: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        more = await asyncio.get_running_loop().sock_recv(connection, count - len(data))
+        if not more:
+            raise ConnectionResetError("the other side hung up")
+        data += more
+    return data

@@ -1,0 +1,201 @@
+"""Mutual TLS for gRPC: the credentials, who answers at an address, and who calls.
+
+gRPC says neither which certificate it met nor why a handshake failed. So a client makes one
+handshake of its own first, and then has gRPC accept that one certificate's name only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+
+from tpirt.errors import IdentityError
+from tpirt.identity.names import MASTER, PEER, Subject, role_host
+from tpirt.identity.trust import INSECURE, Trust
+from tpirt.transport.address import Address, Endpoint, resolve
+from tpirt.transport.grpc_channel import CONNECT_S
+from tpirt.transport.reach import race, reach
+
+if TYPE_CHECKING:
+    from tpirt.identity.certificates import Certificate, Identity
+
+_log = logging.getLogger("tpirt.tls")
+
+_EXPIRED, _NOT_YET, _OTHER_NAME = 10, 9, 62  # OpenSSL's X509_V_ERR_...
+_SPOKEN_BYTES = 9  # a server's first HTTP/2 frame: it has accepted our certificate
+
+
+def server_credentials(trust: Trust) -> grpc.ServerCredentials:
+    """A peer's credentials; a new certificate is used from the next connection on."""
+    served: list[Identity | None] = [None]
+
+    def latest() -> grpc.ServerCertificateConfiguration | None:
+        identity = trust.identity
+        assert identity is not None
+        if identity is served[0]:
+            return None
+        served[0] = identity
+        return grpc.ssl_server_certificate_configuration(
+            [(identity.key, identity.certificate.pem)], identity.authority
+        )
+
+    return grpc.dynamic_ssl_server_credentials(latest(), latest, True)
+
+
+def client_credentials(identity: Identity) -> grpc.ChannelCredentials:
+    """The credentials of a master, or of a worker towards another."""
+    return grpc.ssl_channel_credentials(identity.authority, identity.key, identity.certificate.pem)
+
+
+def caller(context: Any) -> Subject:
+    """Who calls, as TLS has verified it.
+
+    Raises:
+        IdentityError: a certificate of the cluster that names nobody.
+    """
+    names = context.auth_context().get("x509_subject_alternative_name", ())
+    return Subject.of(name.decode(errors="replace") for name in names)
+
+
+async def meet(address: Address, trust: Trust) -> Certificate | None:
+    """Find out who answers at an address; None if what follows is not encrypted.
+
+    Raises:
+        OSError: nobody answers; as of ``getaddrinfo`` and ``connect``.
+        TimeoutError: it neither speaks nor hangs up.
+        IdentityError: it is not a peer of this cluster, or one that is not welcome any more.
+    """
+    endpoints = await resolve(address)
+    on_loopback = all(endpoint.is_loopback for endpoint in endpoints)
+    if trust.insecure:
+        if trust.role == MASTER and not on_loopback:
+            _log.warning(insecure_notice(f"peer {address} is used"))
+        return None
+    identity = await asyncio.to_thread(lambda: trust.identity)
+    if identity is None:
+        if on_loopback:
+            return None
+        raise IdentityError(_no_identity(address, trust))
+    async with asyncio.timeout(CONNECT_S):
+        try:
+            return await _handshake(address, endpoints, trust, identity)
+        except (ssl.SSLError, ConnectionResetError, BrokenPipeError, EOFError) as exc:
+            if on_loopback and not isinstance(exc, ssl.SSLCertVerificationError):
+                return None
+            raise IdentityError(f"peer {address}: {_why(exc, identity)}") from exc
+
+
+async def speaks_tls(address: Address) -> bool:
+    """Whether a TLS server answers, whoever it is."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            connection = await race(await resolve(address), reach)
+            _, writer = await asyncio.open_connection(
+                sock=connection, ssl=context, server_hostname="peer"
+            )
+            writer.close()
+    except (OSError, TimeoutError):  # an SSLError is an OSError
+        return False
+    return True
+
+
+async def _handshake(
+    address: Address, endpoints: Sequence[Endpoint], trust: Trust, identity: Identity
+) -> Certificate:
+    """Make a handshake, check whom it shows, and wait until the other side has accepted us."""
+    from tpirt.identity.certificates import Certificate
+
+    connection = await race(endpoints, reach)
+    try:
+        reader, writer = await asyncio.open_connection(
+            sock=connection,
+            ssl=_context(identity),
+            server_hostname=role_host(PEER, identity.subject.cluster),
+        )
+    except BaseException:
+        connection.close()
+        raise
+    try:
+        shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        certificate = Certificate.read(shown)
+        try:
+            trust.check(certificate)
+        except IdentityError as exc:
+            raise IdentityError(f"peer {address}: {exc}") from exc
+        await reader.readexactly(_SPOKEN_BYTES)
+        return certificate
+    finally:
+        writer.close()
+
+
+def _context(identity: Identity) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_cert_chain(identity.path)
+    context.load_verify_locations(cadata=identity.authority.decode())
+    context.set_alpn_protocols(["h2"])
+    return context
+
+
+def _why(exc: Exception, identity: Identity) -> str:
+    """Say why a handshake failed, and what to do."""
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        if exc.verify_code == _EXPIRED:
+            return (
+                "its certificate has expired, or this machine's clock is wrong; join it again "
+                "(`tpirt cluster invite`)"
+            )
+        if exc.verify_code == _NOT_YET:
+            return "its certificate is not valid yet; is this machine's clock right?"
+        if exc.verify_code == _OTHER_NAME:
+            return "its certificate is not that of a peer of this cluster"
+        return "its certificate is of another cluster; join it to this one (`tpirt cluster invite`)"
+    if isinstance(exc, ssl.SSLError):
+        return (
+            "what answers there does not use TLS. A peer that was started with --insecure? Start "
+            f"it without, or use --insecure here, too (or {INSECURE}=1). Another service? Check "
+            "the port"
+        )
+    expires = identity.certificate.expires
+    return (
+        "it hung up when it saw this device's certificate, which is valid until "
+        f"{expires:%Y-%m-%d}; is the clock of both devices right, and the peer not full?"
+    )
+
+
+def _no_identity(address: Address, trust: Trust) -> str:
+    if trust.role == MASTER:
+        way = "make a cluster (`tpirt cluster init`) and invite the peer (`tpirt cluster invite`)"
+    else:
+        way = "join this device to the cluster (`tpirt peer --join`)"
+    return (
+        f"peer {address}: this device has no certificate, and beyond loopback nothing goes "
+        f"unprotected; {way}, or use --insecure on both sides, which encrypts nothing (or "
+        f"{INSECURE}=1)"
+    )
+
+
+def refusal_to_listen(address: Address) -> str:
+    """What to say to a peer that may not listen beyond loopback."""
+    return (
+        f"cannot listen on {address}: beyond this device a peer needs a certificate of a cluster. "
+        "Join one: run `tpirt cluster invite` on the master and type here what it prints (tpirt "
+        "peer --join ...). Or listen for this device only: --listen 127.0.0.1. Or serve everyone "
+        "without encryption: --insecure"
+    )
+
+
+def insecure_notice(what: str) -> str:
+    """What to shout about a connection that nothing protects."""
+    return (
+        f"INSECURE: {what} without encryption or authentication; anyone on the network can read "
+        "along, pretend to be a peer, or use one"
+    )

@@ -188,9 +188,20 @@ async def test_slices_of_the_former_format_are_named_and_made_anew(
         assert "older tpirt" not in caplog.text  # those of another plan are not remade
     async with memory_engine(model, 2, store=tmp_path, quantize="int4") as engine:
         assert (await engine.complete(PROMPT, PARAMS)).token_ids == expected
-    assert caplog.text.count("written by an older tpirt and is remade") == 1
+    assert caplog.text.count("written by an older tpirt and are remade") == 1
     assert len(store.slices()) == 3
     assert store.unusable() == []
+
+
+def test_slices_that_are_split_again_are_named_in_one_line(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    split = ["split", "--model", str(model), "--world-size", "3", "--out", str(tmp_path / "out")]
+    assert main(split) == 0
+    for folder in whole_slices(tmp_path / "out"):
+        spoil(folder, "older manifest")
+    assert main(split) == 0
+    assert caplog.text.count("written by an older tpirt and are remade") == 1
 
 
 async def test_foreign_content_of_a_store_is_passed_by(model: Path, tmp_path: Path) -> None:

@@ -160,10 +160,11 @@ def write_slice(
     if found is not None:
         return found
     spec = maker.spec(shard)
-    if any(each.is_remade_as(spec) for each in store.unusable()):
+    # One line for all ranks, whose slices are as old as that of the first.
+    if rank == 0 and any(each.is_remade_as(spec) for each in store.unusable()):
         _log.warning(
-            "%s: a slice of %s was written by an older tpirt and is remade; "
-            "`tpirt store rm --unusable` removes the old one",
+            "%s: slices of %s were written by an older tpirt and are remade; "
+            "`tpirt store rm --unusable` removes the old ones",
             *(store.root, spec.model),
         )
     known = store.known(spec)

@@ -39,7 +39,7 @@ from tpirt.ops.quant import SCHEMES
 Shape = tuple[int, int]
 
 SHAPES: list[Shape] = [(2048, 2048), (3072, 2048), (16384, 2048), (2048, 8192), (28672, 4096)]
-_FORMATS = ("int4", "int8", "bf16", "f16")
+_FORMATS = ("int4", "nl4", "int8", "bf16", "f16")
 _GLUE_ROWS = (1, 8)
 
 _FEWEST_CALLS = 5

@@ -39,6 +39,9 @@ def test_every_kernel_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
         *(("int4", "scalar", rows) for rows in (1, 16)),
         ("int4", "dense-bfloat16", 16),
         ("int4", "dense-float32", 16),
+        *(("nl4", "scalar", rows) for rows in (1, 16)),
+        ("nl4", "dense-bfloat16", 16),
+        ("nl4", "dense-float32", 16),
         *(("int8", "scalar", rows) for rows in (1, 16)),
         ("int8", "dense-bfloat16", 16),
         ("int8", "dense-float32", 16),
@@ -51,6 +54,7 @@ def test_every_kernel_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     count = 64 * 96
     assert weights == {
         "int4": count // 2 + count // 16,
+        "nl4": count // 2 + count // 16,
         "int8": count + 4 * 64,
         "bf16": 2 * count,
         "f16": 2 * count,
@@ -65,7 +69,7 @@ def test_every_kernel_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
 def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--formats", "int3"])
-    assert "expected int4, int8, bf16, f16" in capsys.readouterr().err
+    assert "expected int4, nl4, int8, bf16, f16" in capsys.readouterr().err
     if load().path is not None:
         with pytest.raises(ConfigError, match="--sets: expected"):
             main(["--sets", "mmx", "--memory", "1M", "--threads", "1"])

@@ -1,6 +1,6 @@
 """Products of quantized and 16-bit matrices in C: time, and the rate at which weights are read.
 
-    python -m bench.kernels --threads 1,2 --json kernels.json
+    python -m bench.kernels --minutes 10 --json kernels.json
 
 The shapes are those of a block of the ``bench-1.1b`` model, and one that is larger. Matrices of one
 shape lie in memory one after another, 512 MiB of them, and are multiplied by turns, as a decoded
@@ -12,12 +12,15 @@ same threads. A ratio of 1 is as fast as memory.
 torch's products with matrices dequantized piece by piece, which is how long prompts may be
 computed; their weights are read once, too. What lies between products is in a table of its own.
 
-Times are medians over calls. Several rows of input that would take too long (plain C) are left out.
+Times are medians over calls. One run measures every format, shape and set of instructions that is
+here, and shares its minutes out evenly: fewer mean fewer calls of each. Several rows of input that
+would take too long (plain C) are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -39,12 +42,12 @@ from tpirt.ops.quant import SCHEMES
 Shape = tuple[int, int]
 
 SHAPES: list[Shape] = [(2048, 2048), (3072, 2048), (16384, 2048), (2048, 8192), (28672, 4096)]
-_FORMATS = ("int4", "int8", "bf16", "f16")
+_FORMATS = ("int4", "nl4", "int8", "bf16", "f16")
 _GLUE_ROWS = (1, 8)
 
-_FEWEST_CALLS = 5
-_PATIENCE = 10  # times the time that one measurement should take
-_LONGEST_S = 2.0  # a call that is expected to take longer is left out
+_FEWEST_CALLS = 4
+_PATIENCE = 4  # times its share of the run that a measurement may take, or is left out
+_LEAST_S = 0.1  # or this long
 
 
 @dataclass(frozen=True)
@@ -94,22 +97,36 @@ class Times:
     best: float
 
 
-@dataclass(frozen=True)
-class Clock:
-    """Calls a function until it has run for long enough."""
+def timed(call: Callable[[], object], seconds: float) -> Times:
+    """Call a function a few times at least, for about as many seconds."""
+    began = now = time.perf_counter()
+    call()  # starts threads, fills the caches that are meant to be full
+    taken: list[float] = []
+    while len(taken) < _FEWEST_CALLS or now - began < seconds:
+        before = time.perf_counter()
+        call()
+        now = time.perf_counter()
+        taken.append(now - before)
+    return Times(statistics.median(taken), min(taken))
 
-    seconds: float
 
-    def __call__(self, call: Callable[[], object]) -> Times:
-        call()  # starts threads, fills the caches that are meant to be full
-        taken: list[float] = []
-        while sum(taken) < self.seconds or len(taken) < _FEWEST_CALLS:
-            began = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - began)
-            if sum(taken) > _PATIENCE * self.seconds:
-                break
-        return Times(statistics.median(taken), min(taken))
+class Budget:
+    """Time for some parts of a run: each gets an even share of what is left."""
+
+    def __init__(self, seconds: float, parts: int):
+        self._end = time.monotonic() + seconds
+        self._left = parts
+
+    def share(self) -> float:
+        """Seconds for the next part."""
+        left = max(0.0, self._end - time.monotonic())
+        self._left -= 1
+        return left / (self._left + 1)
+
+
+def fits(expected_s: float, share_s: float) -> bool:
+    """Whether a call that takes so long can be measured in about its share of the run."""
+    return expected_s * (_FEWEST_CALLS + 1) <= max(_LEAST_S, _PATIENCE * share_s)
 
 
 @dataclass(frozen=True)
@@ -119,33 +136,36 @@ class Place:
     functions: NativeFunctions
     threads: int
     weights: Weights
-    clock: Clock
 
     def read_rate(self) -> float:
         """Bytes per second that the threads read from memory."""
-        times = self.clock(lambda: self.functions.read(self.weights.memory))
+        times = timed(lambda: self.functions.read(self.weights.memory), 0)
         return len(self.weights.memory) / times.median
 
 
 def measure_products(
     place: Place,
-    shape: tuple[int, int],
-    formats: Sequence[str],
+    shape: Shape,
+    format: str,
     sets: Sequence[str],
     rows: Sequence[int],
+    seconds: float,
 ) -> Iterator[Product]:
-    """Measure all kernels for one shape; leaves out what would take too long."""
+    """Measure all kernels for one shape and format; leaves out what would take too long."""
+    make = tile_kernels if format in SCHEMES else half_kernels
+    kernels = make(place.functions, place.weights, format, *shape, sets)
+    budget = Budget(seconds, 1 + len(kernels) * len(rows))
     read_rate = place.read_rate()
-    for format in formats:
-        make = tile_kernels if format in SCHEMES else half_kernels
-        for kernel in make(place.functions, place.weights, format, *shape, sets):
-            expected_s = 0.0  # of a row
-            for number in rows:
-                if number < kernel.fewest_rows or expected_s * number > _LONGEST_S:
-                    continue
-                times = place.clock(kernel.prepare(torch.randn(number, shape[1])))
-                expected_s = times.best / number
-                yield product(kernel, place.threads, shape, number, times, read_rate)
+    budget.share()
+    for kernel in kernels:
+        expected_s = 0.0  # of a row
+        for number in rows:
+            share_s = budget.share()
+            if number < kernel.fewest_rows or not fits(expected_s * number, share_s):
+                continue
+            times = timed(kernel.prepare(torch.randn(number, shape[1])), share_s)
+            expected_s = times.best / number
+            yield product(kernel, place.threads, shape, number, times, read_rate)
 
 
 def product(
@@ -175,22 +195,28 @@ def product(
     )
 
 
-def measure_glue(place: Place, sets: Sequence[str], rows: Sequence[int]) -> Iterator[Glue]:
+def measure_glue(
+    place: Place, sets: Sequence[str], rows: Sequence[int], seconds: float
+) -> Iterator[Glue]:
     """Measure what lies between products, as far as the library has it."""
-    for name in sets:
-        chosen = place.functions.sets()[name]
-        for number in rows:
-            for function, width, call in between(place.functions, chosen, number):
-                times = place.clock(call)
-                yield Glue(
-                    function,
-                    name,
-                    place.threads,
-                    number,
-                    width,
-                    times.median * 1e6,
-                    times.best * 1e6,
-                )
+    calls = [
+        (name, number, *each)
+        for name in sets
+        for number in rows
+        for each in between(place.functions, place.functions.sets()[name], number)
+    ]
+    budget = Budget(seconds, len(calls))
+    for name, number, function, width, call in calls:
+        times = timed(call, budget.share())
+        yield Glue(
+            function,
+            name,
+            place.threads,
+            number,
+            width,
+            times.median * 1e6,
+            times.best * 1e6,
+        )
 
 
 def show_product(row: Product) -> None:
@@ -216,12 +242,15 @@ def main(argv: Sequence[str]) -> int:
     """Parse arguments, measure, print."""
     arguments = _parse(argv)
     library = arguments.library or _used_library()
-    weights, clock = Weights(arguments.memory), Clock(arguments.seconds)
+    weights = Weights(arguments.memory)
     record = Record("kernels", argv, arguments)
     about = record.environment
     print(f"{about.cpu}: {' '.join(about.cpu_flags)}; tpirt {(about.commit or 'unknown')[:10]}")
     products: list[Product] = []
     glue: list[Glue] = []
+    cases = list(itertools.product(arguments.shapes, arguments.formats))
+    # What lies between products is a part like a shape in a format.
+    budget = Budget(60 * arguments.minutes, len(arguments.threads) * (len(cases) + 1))
     threads_before = torch.get_num_threads()
     print(
         "format kernel          thr       N x K     rows        ms    GB/s  Gwgt/s    read  ratio"
@@ -229,17 +258,18 @@ def main(argv: Sequence[str]) -> int:
     for threads in arguments.threads:
         torch.set_num_threads(threads)
         with NativeFunctions(library, threads) as functions:
-            place = Place(functions, threads, weights, clock)
+            place = Place(functions, threads, weights)
             sets = _chosen_sets(functions, arguments.sets)
-            for shape in arguments.shapes:
-                for row in measure_products(place, shape, arguments.formats, sets, arguments.rows):
+            for case in cases:
+                for row in measure_products(place, *case, sets, arguments.rows, budget.share()):
                     products.append(row)
                     show_product(row)
     print("function kernel         thr rows  width        us")
     for threads in arguments.threads:
         with NativeFunctions(library, threads) as functions:
-            place = Place(functions, threads, weights, clock)
-            for between in measure_glue(place, _chosen_sets(functions, arguments.sets), _GLUE_ROWS):
+            place = Place(functions, threads, weights)
+            sets = _chosen_sets(functions, arguments.sets)
+            for between in measure_glue(place, sets, _GLUE_ROWS, budget.share()):
                 glue.append(between)
                 show_glue(between)
     torch.set_num_threads(threads_before)
@@ -299,7 +329,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--memory", type=size, default=512 << 20, metavar="SIZE", help="of matrices to go through"
     )
     parser.add_argument(
-        "--seconds", type=float, default=0.1, metavar="S", help="that one measurement should take"
+        "--minutes", type=float, default=10.0, metavar="M", help="for the whole run (default 10)"
     )
     parser.add_argument("--library", type=Path, metavar="FILE", help="default: what tpirt uses")
     add_json_option(parser)

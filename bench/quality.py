@@ -60,6 +60,8 @@ SETTINGS = (
     ("int8", "auto"),
     ("int4", "float32"),
     ("int4", "auto"),
+    ("nl4", "float32"),
+    ("nl4", "auto"),
 )
 
 _END = "<|endoftext|>"

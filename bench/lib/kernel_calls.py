@@ -142,12 +142,13 @@ def between(functions: NativeFunctions, chosen: int, rows: int) -> Iterator[tupl
     library, pool, to = functions.library, functions.pool, rounded.pointers
     for width in (_HIDDEN, _INTERMEDIATE):
         shape = (rows, width)
-        yield "round", width, lambda s=shape: library.tp_round(chosen, pool, x.data_ptr(), *s, *to)
+        arguments = (chosen, pool, x.data_ptr(), *shape, *to)
+        yield "round", width, lambda a=arguments, _keep=(x, rounded): library.tp_round(*a)
     out = torch.empty(rows, _INTERMEDIATE)
     norm = (chosen, pool, x.data_ptr(), weight.data_ptr(), _EPS, rows, _HIDDEN, out.data_ptr())
-    yield "norm", _HIDDEN, lambda: library.tp_norm(*norm)
+    yield "norm", _HIDDEN, lambda _keep=(x, weight, out): library.tp_norm(*norm)
     gate = (chosen, pool, x.data_ptr(), rows, _INTERMEDIATE, out.data_ptr())
-    yield "gate", _INTERMEDIATE, lambda: library.tp_gate(*gate)
+    yield "gate", _INTERMEDIATE, lambda _keep=(x, out): library.tp_gate(*gate)
     for past in _CONTEXTS:
         yield "attend", past, _attend(functions, chosen, rows, past)
 

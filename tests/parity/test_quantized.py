@@ -31,7 +31,7 @@ from tpirt.testing.models import make_model
 from tpirt.types import SamplingParams
 
 PROMPT = [(37 * i + 11) % 256 for i in range(70)]
-HOW = ["int8", "int4"]
+HOW = ["int8", "int4", "nl4"]
 SENSITIVE = re.compile(r"v_proj|layers\.0\.mlp\.down_proj")  # in 8 bits also with int4
 
 
@@ -100,6 +100,7 @@ async def test_logits_are_those_of_the_rounded_weights(
         nightly("int4", "float32", 0),
         ("int4", "bfloat16", 0),
         nightly("int4", "bfloat16", 1),
+        ("nl4", "bfloat16", 0),
     ],
 )
 async def test_streamed_equals_resident_bit_for_bit(

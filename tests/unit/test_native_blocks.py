@@ -83,7 +83,7 @@ def random_matrix(kind: str, rows: int, inputs: int) -> QuantMatrix | torch.Tens
 
 @needs_native
 @pytest.mark.parametrize("second", ["none", "int8", "int4"])
-@pytest.mark.parametrize("first", ["none", "int8", "int4"])
+@pytest.mark.parametrize("first", ["none", "int8", "int4", "nl4"])
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_an_mlp_in_one_call_has_the_bits_of_single_operations(
     first: str, second: str, tokens: int

@@ -26,13 +26,21 @@ from tpirt.ops import (
 from tpirt.ops.buffers import ALIGN, page_buffer
 from tpirt.ops.native.bindings import native_kernels
 from tpirt.ops.plain_kernels import PLAIN_KERNELS
-from tpirt.ops.quant import AS_THEY_ARE, Int4, Int8, QuantSpec, Scheme
+from tpirt.ops.quant import AS_THEY_ARE, Codebook, Int4, Int8, QuantSpec, Scheme
 from tpirt.ops.quant_kernels import DENSE, KERNELS
 from tpirt.ops.quant_linear import ROWS_UNIT, KernelChoice, QuantMatrix, dequantize, linear
 from tpirt.ops.quant_probe import choose_by_time, probe_kernels
 from tpirt.ops.quant_regions import matrix_regions, regions_nbytes, view_regions
 from tpirt.ops.quant_rounding import Workspace, int4_tiles, rows_at_once
-from tpirt.ops.quant_words import LARGEST_SCALE, on_grid, split_words, to_words
+from tpirt.ops.quant_words import (
+    LARGEST_SCALE,
+    on_codebook_grid,
+    on_grid,
+    split_codebook_words,
+    split_words,
+    to_codebook_words,
+    to_words,
+)
 from tpirt.ops.tiles import (
     pack_bytes,
     pack_groups,
@@ -43,7 +51,8 @@ from tpirt.ops.tiles import (
 )
 from tpirt.testing.processes import run_python
 
-SPECS: list[Scheme] = [Int8(), Int4()]
+MXFP4 = (-12, -8, -6, -4, -3, -2, -1, 0, 0, 1, 2, 3, 4, 6, 8, 12)
+SPECS: list[Scheme] = [Int8(), Int4(), Codebook()]
 EXACT = KernelChoice((), "dense-float32")
 BFLOAT16 = KernelChoice((), "dense-bfloat16")
 NATIVE = KernelChoice((), "native")
@@ -112,7 +121,11 @@ def values_of(matrix: QuantMatrix) -> torch.Tensor:
     else:
         words = matrix.scales.transpose(1, 2).reshape(len(levels), -1, 1).int() & 0xFFFF
         scale = torch.exp2((words >> 11) - 27.0) * (1 + (words >> 7 & 15) / 16)
-        offset = ((words & 127) - 64 - 8 * 12).float() * (1 / 12)
+        if isinstance(matrix.spec, Codebook):
+            levels = torch.tensor(matrix.spec.levels)[levels]
+            offset = 2.0 * ((words & 127) - 64)
+        else:
+            offset = ((words & 127) - 64 - 8 * 12).float() * (1 / 12)
         values = ((levels.view(len(levels), -1, 32) + offset) * scale).flatten(1)
     return values[: matrix.out_features, : matrix.in_features]
 
@@ -166,7 +179,8 @@ def threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("text", "spec"), [("none", AS_THEY_ARE), ("int8", Int8()), ("int4", Int4())]
+    ("text", "spec"),
+    [("none", AS_THEY_ARE), ("int8", Int8()), ("int4", Int4()), ("nl4", Codebook())],
 )
 def test_spec_is_parsed_and_printed(text: str, spec: QuantSpec) -> None:
     assert QuantSpec.parse(text) == spec
@@ -175,7 +189,7 @@ def test_spec_is_parsed_and_printed(text: str, spec: QuantSpec) -> None:
 
 @pytest.mark.parametrize("text", ["", "4", "INT4", "int4:", "int4:64", "int8:32"])
 def test_other_words_are_refused_by_name(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"quantize .*expected none, int8, int4"):
+    with pytest.raises(ConfigError, match=r"quantize .*expected none, int8, int4, nl4"):
         QuantSpec.parse(text)
 
 
@@ -264,7 +278,36 @@ def test_scales_are_kept_to_3_percent_and_zero_points_to_a_24th(scale: float, ze
     torch.testing.assert_close(read * (offset + 8), kept[1], rtol=1e-5, atol=1e-6 * scale)
 
 
+def test_every_codebook_word_is_read_as_documented_and_written_back() -> None:
+    words = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)
+    scale, offset = split_codebook_words(words)
+    assert torch.equal(scale, split_words(words)[0])
+    assert torch.equal(offset, 2.0 * ((words.int() & 127) - 64))
+    assert torch.equal(to_codebook_words(scale, offset), words)
+    kept_scale, kept_offset = on_codebook_grid(scale, offset)
+    assert torch.equal(kept_scale, scale)
+    assert torch.equal(kept_offset, offset)
+
+
 # Rounding
+
+
+@pytest.mark.parametrize("native", WAYS)
+def test_uneven_levels_lose_less(native: bool) -> None:
+    w = random(64, 512)
+    even = group_errors(rounded(Int4(), w, native), w).sum()
+    # Squared. Measured 0.93 in C and by torch.
+    assert group_errors(rounded(Codebook(), w, native), w).sum() < 0.96 * even
+
+
+@pytest.mark.parametrize("native", WAYS)
+def test_weights_in_mxfp4_are_kept_exactly(native: bool) -> None:
+    """Its levels in halves; a scale is a power of 2."""
+    codes = torch.randint(0, 16, (20, 4, 32), generator=torch.Generator().manual_seed(0))
+    codes[..., 0], codes[..., 1] = 0, 15
+    scales = 2.0 ** torch.arange(-6, -2).view(4, 1)
+    w = (torch.tensor(MXFP4)[codes] / 2 * scales).flatten(1)
+    assert torch.equal(rounded(Codebook(MXFP4), w, native), w)
 
 
 def test_int8_is_the_nearest_of_255_levels() -> None:

@@ -232,8 +232,9 @@ def add_format_options(group: Group) -> None:
         "--quantize",
         default="none",
         metavar="HOW",
-        help="quantize weights: int8 or int4; auto (where the peers are known) takes the first of "
-        "none, int8 and int4 that fits their memory (default none)",
+        help="quantize weights: int8, int4 or nl4 (int4 with unequal steps: closer, slower); "
+        "auto (where the peers are known) takes the first of none, int8 and int4 that fits their "
+        "memory (default none)",
     )
 
 

@@ -8,6 +8,8 @@ groups. Codes are in the order of :mod:`tpirt.ops.tiles`, the same on every CPU.
 - int4, a scale and a zero point per 32 inputs of an output channel: ``w ~ s * (q - 8 + t / 12)``, q
   in 0..15. ``codes`` uint8 (Np / 16, G, 256), ``scales`` int16 (Np / 16, G, 16): words of
   :mod:`tpirt.ops.quant_words`. 4.5 bits a weight.
+- nl4, the same with 16 levels at unequal distances: ``w ~ s * (levels[q] + o)``, levels
+  in -127..127, o even.
 
 A tile needs nothing from outside of it, so any rectangle of groups can be cut out of a matrix in
 4 bits without a change of its numbers.
@@ -25,9 +27,16 @@ import torch
 from tpirt.errors import ConfigError
 from tpirt.ops.buffers import Region, round_up
 from tpirt.ops.native.bindings import available_kernels, native_kernels
+from tpirt.ops.quant_codebook import IQ4_NL
 from tpirt.ops.quant_rounding import Workspace, check_weights, int4_tiles, round_int8
 from tpirt.ops.quant_units import Int4Units, Int8Units, MatrixUnits
-from tpirt.ops.quant_words import split_words, to_words
+from tpirt.ops.quant_words import (
+    on_codebook_grid,
+    split_codebook_words,
+    split_words,
+    to_codebook_words,
+    to_words,
+)
 from tpirt.ops.tiles import (
     TILE_INPUTS,
     TILE_ROWS,
@@ -54,7 +63,7 @@ class QuantSpec:
 
     @staticmethod
     def parse(text: str) -> QuantSpec:
-        """Parse ``none``, ``int8`` or ``int4``.
+        """Parse ``none``, ``int8``, ``int4`` or ``nl4``.
 
         Raises:
             ConfigError: anything else.
@@ -90,6 +99,11 @@ class QuantSpec:
 
 class Scheme(QuantSpec, ABC):
     """Stores a matrix as codes and scales."""
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The 16 levels that codes are indices of; none if codes are numbers."""
+        return ()
 
     def padded_in_features(self, in_features: int) -> int:
         return round_up(in_features, TILE_INPUTS)
@@ -203,7 +217,7 @@ class Int8(Scheme):
         """The codes, exact in bfloat16 too; scales are applied to the product."""
         native = available_kernels()
         if native is not None:
-            return native.dense(8, *_blocks(matrix, start, stop), space)
+            return native.dense(matrix.native, start // TILE_ROWS, -(-stop // TILE_ROWS), space)
         return unpack_bytes(matrix.codes[start // TILE_ROWS : stop // TILE_ROWS]).to(space.dtype)
 
     def output_scales(self, scales: torch.Tensor) -> torch.Tensor | None:
@@ -258,9 +272,9 @@ class Int4(Scheme):
         if native is not None:
             x = space.take("x", torch.float32, *w.shape).copy_(w)
             check_weights(x)
-            native.fit4(x, codes, scales[first : first + len(codes)])
+            native.fit4(x, self.levels, codes, scales[first : first + len(codes)])
             return
-        for columns, levels, words in int4_tiles(w, rows, space):
+        for columns, levels, words in int4_tiles(w, rows, space, levels=self.levels):
             groups = slice(columns.start // TILE_INPUTS, columns.stop // TILE_INPUTS)
             pack_nibbles(levels.t(), codes[:, groups])
             packed = words.view(len(words), -1, TILE_ROWS).transpose(0, 1)
@@ -273,12 +287,20 @@ class Int4(Scheme):
     def rows(self, matrix: QuantMatrix, start: int, stop: int, space: torch.Tensor) -> torch.Tensor:
         native = available_kernels()
         if native is not None:
-            return native.dense(4, *_blocks(matrix, start, stop), space)
+            return native.dense(matrix.native, start // TILE_ROWS, -(-stop // TILE_ROWS), space)
         blocks = slice(start // TILE_ROWS, stop // TILE_ROWS)
-        scale, offset = split_words(unpack_groups(matrix.scales[blocks]))
+        scale, offset = self._split(unpack_groups(matrix.scales[blocks]))
         codes = unpack_nibbles(matrix.codes[blocks])
-        levels = codes.view(len(codes), -1, TILE_INPUTS).float()
+        levels = self._levels_of(codes.view(len(codes), -1, TILE_INPUTS))
         return levels.add_(offset.unsqueeze(2)).mul_(scale.unsqueeze(2)).flatten(1).to(space.dtype)
+
+    def _split(self, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales and offsets: a weight is ``scale * (level + offset)``."""
+        return split_words(words)
+
+    def _levels_of(self, codes: torch.Tensor) -> torch.Tensor:
+        """What codes stand for, float32."""
+        return codes.float()
 
     def column_step(self, start: int, step: int) -> int:
         """Whole groups; a shard that begins within a group has groups of its own."""
@@ -294,26 +316,42 @@ class Int4(Scheme):
         return Int4Units(codes, scales)
 
     def even_scales(self, region: Region, rows: int, std: float) -> torch.Tensor:
-        scale = torch.full((1,), std / _even_deviation(16))
-        # Codes 0..15 stand for -7.5..7.5 scales.
-        word = to_words(scale, scale / 2)
+        word = self._even_word(std)
         scales = torch.zeros(region.shape, dtype=region.dtype)
         by_row = scales.transpose(1, 2)  # (blocks, 16, groups)
         by_row[: rows // TILE_ROWS] = word
         by_row[rows // TILE_ROWS :, : rows % TILE_ROWS] = word
         return scales
 
+    def _even_word(self, std: float) -> torch.Tensor:
+        """The word of codes drawn evenly."""
+        scale = torch.full((1,), std / _even_deviation(16))
+        # Codes 0..15 stand for -7.5..7.5 scales.
+        return to_words(scale, scale / 2)
+
+
+@dataclass(frozen=True)
+class Codebook(Int4):
+    """4 bits, a scale and an offset per 32 inputs, and levels at unequal distances."""
+
+    kind = "nl4"
+    levels: tuple[int, ...] = IQ4_NL
+
+    def _split(self, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return split_codebook_words(words)
+
+    def _levels_of(self, codes: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(self.levels, dtype=torch.float32)[codes.int()]
+
+    def _even_word(self, std: float) -> torch.Tensor:
+        levels = torch.tensor(self.levels, dtype=torch.float32)
+        scale = std / levels.std(correction=0, keepdim=True)
+        return to_codebook_words(*on_codebook_grid(scale, -levels.mean(0, keepdim=True)))
+
 
 def _tiles(out_features: int, in_features: int) -> tuple[int, int]:
     """Rows with padding, and groups."""
     return round_up(out_features, TILE_ROWS), -(-in_features // TILE_INPUTS)
-
-
-def _blocks(matrix: QuantMatrix, start: int, stop: int) -> tuple[tuple[int, int], int, int]:
-    """Addresses of rows ``start`` to ``stop``, blocks of 16 rows, groups."""
-    first, count = start // TILE_ROWS, (stop - start) // TILE_ROWS
-    addresses = matrix.codes[first].data_ptr(), matrix.scales[first].data_ptr()
-    return addresses, count, matrix.codes.shape[1]
 
 
 def _even_deviation(levels: int) -> float:
@@ -324,4 +362,9 @@ def _even_deviation(levels: int) -> float:
 AS_THEY_ARE = QuantSpec()
 
 # By the value of ``--quantize``.
-SCHEMES: dict[str, QuantSpec] = {"none": AS_THEY_ARE, "int8": Int8(), "int4": Int4()}
+SCHEMES: dict[str, QuantSpec] = {
+    "none": AS_THEY_ARE,
+    "int8": Int8(),
+    "int4": Int4(),
+    "nl4": Codebook(),
+}

@@ -73,7 +73,8 @@ class QuantMatrix:
     @cached_property
     def native(self) -> Matrix:
         """The matrix as the kernels in C take it, without a bias."""
-        return Matrix.of_tiles(self.codes, self.scales, self.out_features, self.in_features)
+        shape = self.out_features, self.in_features
+        return Matrix.of_tiles(self.codes, self.scales, *shape, self.spec.levels)
 
     def part(self, start: int, stop: int) -> QuantMatrix:
         """Rows ``start``, a multiple of ``ROWS_UNIT``, to ``stop``: views."""

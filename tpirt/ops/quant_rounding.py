@@ -11,12 +11,13 @@ reused.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from tpirt.errors import CheckpointError
 from tpirt.ops.buffers import round_up
+from tpirt.ops.quant_codebook import round_to_levels
 from tpirt.ops.quant_words import LARGEST_SCALE, on_grid, to_words
 from tpirt.ops.tiles import TILE_INPUTS
 
@@ -89,7 +90,12 @@ def rows_at_once(in_features: int) -> int:
 
 
 def int4_tiles(
-    w: torch.Tensor, padded: int, space: Workspace, *, refine: bool = True
+    w: torch.Tensor,
+    padded: int,
+    space: Workspace,
+    *,
+    levels: Sequence[int] = (),
+    refine: bool = True,
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Round output channels to 16 levels per 32 inputs, ``w ~ (q - 8) s + z``, some at a time.
 
@@ -112,6 +118,7 @@ def int4_tiles(
         padded: rows with padding, whose codes and words are 0. A short last group is padded with
             its mean.
         space: scratch memory.
+        levels: 16 of a codebook to round to (:func:`~tpirt.ops.quant_codebook.round_to_levels`).
         refine: False for the baseline.
 
     Yields:
@@ -136,7 +143,11 @@ def int4_tiles(
             # The mean stays inside the group's range and hardly moves the fit.
             x[len(part) :] = x[width - TILE_INPUTS : len(part)].mean(0)
         check_weights(x)
-        codes, words = _round_groups(x.view(width // TILE_INPUTS, TILE_INPUTS, rows), space, refine)
+        by_group = x.view(width // TILE_INPUTS, TILE_INPUTS, rows)
+        if levels:
+            codes, words = round_to_levels(by_group, levels)
+        else:
+            codes, words = _round_groups(by_group, space, refine)
         codes[..., len(w) :] = 0
         words[..., len(w) :] = 0
         yield slice(start, start + width), codes.view(width, rows), words

@@ -1,10 +1,13 @@
-"""The scale and zero point of 32 weights in 4 bits, in one word of 16 bits.
+"""The scale and offset of 32 weights in 4 bits, in one word of 16 bits.
 
 From the top: 5 bits of exponent e, 4 of mantissa m, 7 of offset o. A weight with code q in 0..15 is
 ``s * (q - 8 + t / 12)`` with ``s = 2^(e - 27) * (1 + m / 16)`` and ``t = o - 64``: scales from 7e-9
 to 31, to within 3%; zero points, the value of code 8, within 5.3 scales of 0, to within a
 twenty-fourth of a scale. The codes are chosen for the stored scale and zero point, so its rounding
 costs little: docs/quantization.md.
+
+With a codebook, a weight whose code stands for level l, an integer from -127 to 127, is
+``s * (l + 2 * (o - 64))``.
 """
 
 from __future__ import annotations
@@ -35,6 +38,25 @@ def split_words(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and offset, float32, of words: a weight is ``scale * (q + offset)``."""
     bits = words.to(torch.int32) & 0xFFFF
     return _scale(bits >> 7), ((bits & 127) - 160).float().mul_(1 / _STEPS)
+
+
+def on_codebook_grid(
+    scale: torch.Tensor, offset: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round scales, and offsets in units of them, float32, to what a codebook's word can hold."""
+    stored = _scale(_scale_field(scale))
+    return stored, (offset * (scale / stored) / 2).round_().clamp_(-64, 63).mul_(2)
+
+
+def to_codebook_words(scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """The words, int16, of what :func:`on_codebook_grid` returned."""
+    return (_scale_field(scale) << 7).add_((offset / 2).to(torch.int32).add_(64)).to(torch.int16)
+
+
+def split_codebook_words(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and offset, float32, of a codebook's words: a weight is ``scale * (l + offset)``."""
+    bits = words.to(torch.int32) & 0xFFFF
+    return _scale(bits >> 7), ((bits & 127) - 64).float().mul_(2)
 
 
 def _scale_field(scale: torch.Tensor) -> torch.Tensor:

@@ -267,7 +267,7 @@ def plan_model(
     if options.quantize == AUTO:
         raise ConfigError(
             "quantize 'auto' depends on the memory of the peers, which is not known here: "
-            "expected none, int8 or int4"
+            "expected none, int8, int4 or nl4"
         )
     unbounded = replace(peer, memory_bytes=None, available_bytes=None, base_bytes=PROCESS_BYTES)
     peers = [replace(unbounded, rank=rank) for rank in range(world_size)]

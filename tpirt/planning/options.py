@@ -59,9 +59,9 @@ class PlanOptions:
         memory_bytes: maximum resident memory of each rank's process; by default a share of the
             free memory.
         dtype: ``auto``, ``float32`` or ``bfloat16``.
-        quantize: quantization of the projections: ``none``, ``int8`` or ``int4``, with which the
-            LM head and a few others have 8 bits. ``auto`` is the first of none, int8 and int4 with
-            which every rank keeps all weights in memory; int4 if none does.
+        quantize: quantization of the projections: ``none``, ``int8``, ``int4`` or ``nl4``; with the
+            last two the LM head and a few others have 8 bits. ``auto`` is the first of none, int8
+            and int4 with which every rank keeps all weights in memory; int4 if none does.
         kv: how keys and values are cached: ``int8``, or ``auto``: in the dtype.
         collective: all-reduce algorithm: ``star``, ``one-shot``, ``two-shot``, or ``auto``, which
             depends on measured links.

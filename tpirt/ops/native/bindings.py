@@ -6,7 +6,8 @@ Axes: T tokens, N rows, Np N rounded up to 16, K inputs, Kp K rounded up to 32, 
 from __future__ import annotations
 
 import ctypes
-from ctypes import byref, c_float, c_int, c_long, c_void_p
+from collections.abc import Sequence
+from ctypes import byref, c_char_p, c_float, c_int, c_int8, c_long, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,15 +32,16 @@ _SIGNATURES = {
     "tp_layers": [c_int, c_void_p, c_void_p, c_long, c_void_p],
     "tp_head_scratch": [c_void_p],
     "tp_head": [c_int, c_void_p, c_void_p],
-    "tp_fit4": [c_int, c_void_p, c_long, c_long, c_void_p, c_void_p],
-    "tp_dense": [c_int, c_void_p, c_int, c_void_p, c_void_p, c_long, c_long, c_void_p, c_int],
+    "tp_fit4": [c_int, c_void_p, c_long, c_long, c_char_p, c_void_p, c_void_p],
+    "tp_dense": [c_int, c_void_p, c_void_p, c_long, c_long, c_void_p, c_int],
     "tp_narrow": [c_int, c_void_p, c_void_p, c_long, c_void_p],
     "tp_pool_free": [c_void_p],
 }
 
 
 # As ``native.h`` numbers them; the dtype of a matrix in 4 bits is that of its codes.
-_KINDS = {torch.uint8: 0, torch.int8: 1, torch.bfloat16: 2, torch.float16: 3}
+_KINDS = {torch.uint8: 0, torch.int8: 2, torch.bfloat16: 3, torch.float16: 4}
+_CODEBOOK = 1
 
 
 def _fields(kind: type, names: str) -> list[tuple[str, type]]:
@@ -64,14 +66,27 @@ class Matrix(ctypes.Structure):
         *_fields(c_void_p, "codes scales bias"),
         *_fields(c_long, "rows inputs blocks groups"),
         ("kind", c_int),
+        ("levels", c_int8 * 16),
     )
 
     @classmethod
-    def of_tiles(cls, codes: torch.Tensor, scales: torch.Tensor, rows: int, inputs: int) -> Matrix:
-        """A matrix (N, K) in 8 (int8) or 4 bits, as :mod:`tpirt.ops.quant` keeps it."""
+    def of_tiles(
+        cls,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        rows: int,
+        inputs: int,
+        levels: Sequence[int] = (),
+    ) -> Matrix:
+        """A matrix (N, K) in 8 (int8) or 4 bits, as :mod:`tpirt.ops.quant` keeps it.
+
+        Args:
+            levels: 16 of a codebook, if codes are indices of them.
+        """
         blocks, groups, _ = codes.shape
-        kind = _KINDS[codes.dtype]
-        return cls(codes.data_ptr(), scales.data_ptr(), None, rows, inputs, blocks, groups, kind)
+        kind = _CODEBOOK if levels else _KINDS[codes.dtype]
+        places = codes.data_ptr(), scales.data_ptr(), None
+        return cls(*places, rows, inputs, blocks, groups, kind, (c_int8 * 16)(*levels))
 
     @classmethod
     def of_rows(cls, weight: torch.Tensor) -> Matrix:
@@ -314,25 +329,26 @@ class NativeKernels:
         block.scratch = scratch(self._library.tp_head_scratch(byref(block))).data_ptr()
         self._library.tp_head(self._set, self._pool, byref(block))
 
-    def fit4(self, w: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
+    def fit4(
+        self, w: torch.Tensor, levels: Sequence[int], codes: torch.Tensor, scales: torch.Tensor
+    ) -> None:
         """Round weights to 4 bits, in the calling thread only.
 
         Args:
             w: (n, K) float32, contiguous and finite.
+            levels: 16 of a codebook, ascending; none for equal steps.
             codes, scales: contiguous, of n rows; overwritten.
         """
+        book = bytes(level & 255 for level in levels) or None
         self._library.tp_fit4(
-            self._set, w.data_ptr(), *w.shape, codes.data_ptr(), scales.data_ptr()
+            self._set, w.data_ptr(), *w.shape, book, codes.data_ptr(), scales.data_ptr()
         )
 
-    def dense(
-        self, bits: int, matrix: tuple[int, int], blocks: int, groups: int, out: torch.Tensor
-    ) -> torch.Tensor:
-        """Dequantize blocks of 16 rows.
+    def dense(self, matrix: Matrix, first: int, last: int, out: torch.Tensor) -> torch.Tensor:
+        """Dequantize some blocks of 16 rows; 8 bits without scales.
 
         Args:
-            bits: 4 or 8; 8 without scales.
-            matrix: addresses of the first block's codes and scales.
+            first, last: the first block, and the one after the last.
             out: float32 or bfloat16, at least 16 blocks x Kp elements; overwritten.
 
         Returns:
@@ -340,9 +356,10 @@ class NativeKernels:
         """
         half = out.dtype is torch.bfloat16
         self._library.tp_dense(
-            self._set, self._pool, bits, *matrix, blocks, groups, out.data_ptr(), half
+            self._set, self._pool, byref(matrix), first, last, out.data_ptr(), half
         )
-        return out[: 16 * blocks * 32 * groups].view(16 * blocks, 32 * groups)
+        rows, width = 16 * (last - first), 32 * matrix.groups
+        return out[: rows * width].view(rows, width)
 
     def narrow(self, weight: torch.Tensor, out: torch.Tensor) -> None:
         """Round float16 to bfloat16; both contiguous."""

@@ -67,6 +67,34 @@ static inline float add_lanes(float *lanes)
     return lanes[0];
 }
 
+/* In units of the scale, codes stand for ``level + (offset - ZERO) * STEP``. */
+#define Q4_ZERO 160
+#define Q4_STEP (1 / 12.0f)
+#define NL4_ZERO 64
+#define NL4_STEP 2.0f
+
+/* The levels of 16 codes, in units of the scale, as fits use them: 0 to 15, or a codebook's. */
+typedef struct {
+    int uneven; /* a codebook */
+    float first, last, flat; /* flat: the level for weights that are all equal */
+    float edges[LEVELS - 1], rises[LEVELS - 1]; /* between neighbours */
+} level_table;
+
+static level_table table_of(const int8_t *levels)
+{
+    if (!levels) return (level_table){.last = 15, .flat = 8};
+    level_table t = {.uneven = 1, .first = levels[0], .last = levels[LEVELS - 1], .flat = NAN};
+    for (int i = 0; i < LEVELS; i++) {
+        /* Offsets are even, so that with an even level zeros stay zeros. */
+        if (!(levels[i] % 2) && !(fabsf(t.flat) < fabsf((float)levels[i]))) t.flat = levels[i];
+        if (!i) continue;
+        t.edges[i - 1] = (levels[i - 1] + levels[i]) * 0.5f;
+        t.rises[i - 1] = (float)(levels[i] - levels[i - 1]);
+    }
+    if (isnan(t.flat)) t.flat = levels[LEVELS / 2];
+    return t;
+}
+
 #include "scalar.inc"
 #if defined(__x86_64__)
 #include "avx2.inc"
@@ -140,8 +168,9 @@ static void rows(void *arg, long first, long last)
     const matrix *m = p->m;
     const long ldo = p->ldo;
     switch (m->kind) {
-    case Q4: s->q4(m->codes, m->scales, p->r, p->tokens, first, last, p->out, ldo); break;
-    case Q8: s->q8(m->codes, m->scales, p->r, p->tokens, first, last, p->out, ldo); break;
+    case Q4:
+    case NL4: s->q4(m, p->r, p->tokens, first, last, p->out, ldo); break;
+    case Q8: s->q8(m, p->r, p->tokens, first, last, p->out, ldo); break;
     case BF16: s->bf16(m->codes, p->x, p->tokens, m->inputs, first, last, p->out, ldo); break;
     case F16: s->f16(m->codes, p->x, p->tokens, m->inputs, first, last, p->out, ldo); break;
     }
@@ -164,7 +193,7 @@ static void multiply(const kernel_set *set, pool *p, const matrix *m, const floa
     product a = {set, m, x, r, tokens, out, ldo};
     if (m->kind < BF16)
         pool_run(p, rows, &a, m->blocks,
-                 piece(p, m->blocks, m->groups * (m->kind == Q4 ? Q4_TILE : Q8_TILE)));
+                 piece(p, m->blocks, m->groups * (m->kind == Q8 ? Q8_TILE : Q4_TILE)));
     else
         pool_run(p, rows, &a, m->rows, piece(p, m->rows, m->inputs * 2) / 4 * 4 + 4);
     if (m->bias)
@@ -239,38 +268,37 @@ void tp_product(int set, pool *p, const matrix *m, const float *x, const int8_t 
     multiply(SETS[set], p, m, x, &r, tokens, out, columns(m));
 }
 
-void tp_fit4(int set, const float *w, long rows, long inputs, uint8_t *codes, uint16_t *scales)
+void tp_fit4(int set, const float *w, long rows, long inputs, const int8_t *levels, uint8_t *codes,
+             uint16_t *scales)
 {
     const long groups = (inputs + GROUP - 1) / GROUP;
     for (long r = 0; r < rows; r += TILE_ROWS) {
         const long held = rows - r < TILE_ROWS ? rows - r : TILE_ROWS, block = r / TILE_ROWS;
-        SETS[set]->fit4(w + r * inputs, held, inputs, codes + block * groups * Q4_TILE,
+        SETS[set]->fit4(w + r * inputs, held, inputs, levels, codes + block * groups * Q4_TILE,
                         scales + block * groups * TILE_ROWS);
     }
 }
 
 typedef struct {
     const kernel_set *set;
-    const void *codes;
-    const uint16_t *scales;
-    long groups;
+    const matrix *m;
+    long start; /* the first block */
     uint8_t *out;
-    int bits, half;
+    int half;
 } densing;
 
 static void dense_blocks(void *arg, long first, long last)
 {
     const densing *d = arg;
-    uint8_t *out = d->out + first * TILE_ROWS * d->groups * GROUP * (d->half ? 2 : 4);
-    if (d->bits == 4) d->set->dense4(d->codes, d->scales, d->groups, first, last, out, d->half);
-    else d->set->dense8(d->codes, d->groups, first, last, out, d->half);
+    uint8_t *out = d->out + first * TILE_ROWS * d->m->groups * GROUP * (d->half ? 2 : 4);
+    if (d->m->kind == Q8) d->set->dense8(d->m, d->start + first, d->start + last, out, d->half);
+    else d->set->dense4(d->m, d->start + first, d->start + last, out, d->half);
 }
 
-void tp_dense(int set, pool *p, int bits, const void *codes, const uint16_t *scales, long blocks,
-              long groups, void *out, int half)
+void tp_dense(int set, pool *p, const matrix *m, long first, long last, void *out, int half)
 {
-    densing d = {SETS[set], codes, scales, groups, out, bits, half};
-    pool_run(p, dense_blocks, &d, blocks, 1);
+    densing d = {SETS[set], m, first, out, half};
+    pool_run(p, dense_blocks, &d, last - first, 1);
 }
 
 typedef struct {

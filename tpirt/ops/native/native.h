@@ -8,7 +8,9 @@
  *   is one vector of 16 rows whose four neighbouring inputs are summed by one instruction.
  *   scales uint16 (N / 16, G, 16): exponent (5 bits), mantissa (4), offset (7), from the top.
  *     scale  s = 2^(exponent - 27) * (1 + mantissa / 16)
- *     weight   = s * (code - 8 + (offset - 64) / 12)
+ *     weight   = s * (code - 8 + (offset - 64) / 12)           Q4, affine
+ *              = s * (levels[code] + 2 * (offset - 64))        NL4, a codebook of 16 levels
+ *   Levels are ascending integers from -127 to 127.
  * 8 bits.  codes int8 (N / 16, G, 8, 16, 4): byte (j, r, i) is the code of input 4 j + i.
  *   scales float (N).   weight = scale * code
  * 16 bits. bfloat16 or float16 (N, K), as in a checkpoint; any K.
@@ -22,7 +24,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { TILE_ROWS = 16, GROUP = 32, Q4_TILE = 256, Q8_TILE = 512 };
+enum { TILE_ROWS = 16, GROUP = 32, Q4_TILE = 256, Q8_TILE = 512, LEVELS = 16 };
 
 /* Rounded inputs of T tokens. */
 typedef struct {
@@ -46,7 +48,7 @@ typedef struct {
     float eps;
 } attention;
 
-enum { Q4, Q8, BF16, F16 }; /* how weights are kept */
+enum { Q4, NL4, Q8, BF16, F16 }; /* how weights are kept */
 
 /* A matrix, and the bias of its product or NULL. Products have ``blocks`` x 16 columns:
  * what is beyond column N is padding. */
@@ -55,6 +57,7 @@ typedef struct {
     const float *bias;
     long rows, inputs, blocks, groups; /* N, K, N / 16 and K / 32, rounded up */
     int kind;
+    int8_t levels[LEVELS]; /* of NL4 */
 } matrix;
 
 /* The keys and values of a sequence in a layer, as ``attention`` has them. */
@@ -122,22 +125,23 @@ typedef struct {
     const char *name;
     /* Round x (T, K) float32 per 32 inputs; K need not be a multiple, the rest is 0. */
     void (*round)(const float *x, long tokens, long inputs, int8_t *q, float *scale, float *sum);
-    /* out (T, ldo) float32 of blocks of 16 rows. */
-    void (*q4)(const uint8_t *codes, const uint16_t *scales, const rounded *x, long tokens,
-               long first, long last, float *out, long ldo);
-    void (*q8)(const int8_t *codes, const float *scales, const rounded *x, long tokens,
-               long first, long last, float *out, long ldo);
+    /* out (T, ldo) float32 of blocks of 16 rows; q4 of both forms of 4 bits. */
+    void (*q4)(const matrix *m, const rounded *x, long tokens, long first, long last, float *out,
+               long ldo);
+    void (*q8)(const matrix *m, const rounded *x, long tokens, long first, long last, float *out,
+               long ldo);
     /* Single rows of (N, K) bfloat16 or float16 with x (T, K) float32. */
     void (*bf16)(const uint16_t *w, const float *x, long tokens, long inputs, long first,
                  long last, float *out, long ldo);
     void (*f16)(const uint16_t *w, const float *x, long tokens, long inputs, long first,
                 long last, float *out, long ldo);
-    /* Round w (rows <= 16, inputs) to a block of 4-bit tiles; padding rows are 0. */
-    void (*fit4)(const float *w, long rows, long inputs, uint8_t *codes, uint16_t *scales);
+    /* Round w (rows <= 16, inputs) to a block of 4-bit tiles, of a codebook where ``levels`` are not
+     * NULL; padding rows are 0. */
+    void (*fit4)(const float *w, long rows, long inputs, const int8_t *levels, uint8_t *codes,
+                 uint16_t *scales);
     /* Blocks of tiles to (rows, K), float32 or (half) bfloat16; 8 bits without scales. */
-    void (*dense4)(const uint8_t *codes, const uint16_t *scales, long groups, long first, long last,
-                   void *out, int half);
-    void (*dense8)(const int8_t *codes, long groups, long first, long last, void *out, int half);
+    void (*dense4)(const matrix *m, long first, long last, void *out, int half);
+    void (*dense8)(const matrix *m, long first, long last, void *out, int half);
     /* n float16 to bfloat16. */
     void (*narrow)(const uint16_t *w, long n, uint16_t *out);
     /* x / rms(x) * weight of rows (T, n), and silu(gate) * up of rows (T, 2 n). */

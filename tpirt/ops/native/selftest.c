@@ -167,20 +167,40 @@ static void draw_4bit(weights_4bit *w, uint64_t *seed)
     for (int i = 0; i < 8; i++) w->scales[i] = (uint16_t)(i % 2 ? 0xffff - i : i);
 }
 
-static int check_q4(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
+/* Of both forms; the levels of a codebook are any. */
+static matrix matrix_4bit(const weights_4bit *w, int kind, uint64_t *seed)
 {
-    weights_4bit w;
+    matrix m = {.codes = w->codes, .scales = w->scales, .groups = GROUPS, .kind = kind};
+    for (int i = 0; i < LEVELS; i++)
+        m.levels[i] = (int8_t)(i == 0 ? -127 : i == LEVELS - 1 ? 127 : (int)(draw(seed) % 255) - 127);
+    return m;
+}
+
+typedef void product_8bit(const matrix *m, const rounded *x, long tokens, long first, long last,
+                          float *out, long ldo);
+
+static int check_product(product_8bit *ours, product_8bit *plain, const matrix *m, uint64_t *seed)
+{
     inputs_8bit x;
     outputs out;
-    draw_4bit(&w, &seed);
-    draw_rounded(&x, &seed);
+    draw_rounded(&x, seed);
     const rounded r = {x.q, x.scale, x.sum, GROUPS};
     for (long tokens = 1; tokens <= TOKENS; tokens++) {
         clear(&out);
         for (int i = 0; i < 2; i++)
-            (i ? plain : ours)->q4(w.codes, w.scales, &r, tokens, tokens % 2, BLOCKS, out.of[i],
-                                        LDO);
+            (i ? plain : ours)(m, &r, tokens, tokens % 2, BLOCKS, out.of[i], LDO);
         if (!same_outputs(&out)) return 0;
+    }
+    return 1;
+}
+
+static int check_q4(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
+{
+    weights_4bit w;
+    draw_4bit(&w, &seed);
+    for (int kind = Q4; kind <= NL4; kind++) {
+        const matrix m = matrix_4bit(&w, kind, &seed);
+        if (!check_product(ours->q4, plain->q4, &m, &seed)) return 0;
     }
     return 1;
 }
@@ -195,20 +215,11 @@ static int check_q8(const kernel_set *ours, const kernel_set *plain, uint64_t se
 {
     int8_t codes[BLOCKS * GROUPS * Q8_TILE];
     float scales[ROWS];
-    inputs_8bit x;
-    outputs out;
     draw_8bit(codes, &seed);
     for (int i = 0; i < ROWS; i++) scales[i] = draw_float(i % 5 * 25 - 100, &seed);
     scales[ROWS - 1] = 0;
-    draw_rounded(&x, &seed);
-    const rounded r = {x.q, x.scale, x.sum, GROUPS};
-    for (long tokens = 1; tokens <= TOKENS; tokens++) {
-        clear(&out);
-        for (int i = 0; i < 2; i++)
-            (i ? plain : ours)->q8(codes, scales, &r, tokens, tokens % 2, BLOCKS, out.of[i], LDO);
-        if (!same_outputs(&out)) return 0;
-    }
-    return 1;
+    const matrix m = {.codes = codes, .scales = scales, .groups = GROUPS, .kind = Q8};
+    return check_product(ours->q8, plain->q8, &m, &seed);
 }
 
 typedef void product_16bit(const uint16_t *w, const float *x, long tokens, long inputs, long first,
@@ -251,6 +262,9 @@ static int check_f16(const kernel_set *ours, const kernel_set *plain, uint64_t s
     return check_16bit(ours->f16, plain->f16, w, seed);
 }
 
+static const int8_t UNEVEN[LEVELS] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                      1,    13,   25,  38,  53,  69,  89,  113};
+
 /* Weights of all magnitudes, rows of zeros, and single ones that stand out. */
 static int check_fit4(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
 {
@@ -264,8 +278,9 @@ static int check_fit4(const kernel_set *ours, const kernel_set *plain, uint64_t 
             if (i % 47 == 0) w[i] *= 20;
             if (i / inputs == 3) w[i] = i % 2 ? 0 : -0.0f;
         }
+        const int8_t *levels = rows % 2 ? UNEVEN : NULL;
         for (int i = 0; i < 2; i++)
-            (i ? plain : ours)->fit4(w, rows, inputs, out[i].codes, out[i].scales);
+            (i ? plain : ours)->fit4(w, rows, inputs, levels, out[i].codes, out[i].scales);
         if (memcmp(&out[0], &out[1], sizeof out[0])) return 0;
     }
     return 1;
@@ -279,16 +294,26 @@ static int same_matrices(const matrices *out, int half)
     return same(out->of[0], out->of[1], ROWS * INPUTS);
 }
 
+typedef void dense(const matrix *m, long first, long last, void *out, int half);
+
+static int same_dense(dense *ours, dense *plain, const matrix *m)
+{
+    matrices out;
+    for (int half = 0; half < 2; half++) {
+        memset(&out, 0, sizeof out);
+        for (int i = 0; i < 2; i++) (i ? plain : ours)(m, half, BLOCKS, out.of[i], half);
+        if (!same_matrices(&out, half)) return 0;
+    }
+    return 1;
+}
+
 static int check_dense4(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
 {
     weights_4bit w;
-    matrices out;
     draw_4bit(&w, &seed);
-    for (int half = 0; half < 2; half++) {
-        memset(&out, 0, sizeof out);
-        for (int i = 0; i < 2; i++)
-            (i ? plain : ours)->dense4(w.codes, w.scales, GROUPS, half, BLOCKS, out.of[i], half);
-        if (!same_matrices(&out, half)) return 0;
+    for (int kind = Q4; kind <= NL4; kind++) {
+        const matrix m = matrix_4bit(&w, kind, &seed);
+        if (!same_dense(ours->dense4, plain->dense4, &m)) return 0;
     }
     return 1;
 }
@@ -305,15 +330,9 @@ static int check_narrow(const kernel_set *ours, const kernel_set *plain, uint64_
 static int check_dense8(const kernel_set *ours, const kernel_set *plain, uint64_t seed)
 {
     int8_t codes[BLOCKS * GROUPS * Q8_TILE];
-    matrices out;
     draw_8bit(codes, &seed);
-    for (int half = 0; half < 2; half++) {
-        memset(&out, 0, sizeof out);
-        for (int i = 0; i < 2; i++)
-            (i ? plain : ours)->dense8(codes, GROUPS, half, BLOCKS, out.of[i], half);
-        if (!same_matrices(&out, half)) return 0;
-    }
-    return 1;
+    const matrix m = {.codes = codes, .groups = GROUPS, .kind = Q8};
+    return same_dense(ours->dense8, plain->dense8, &m);
 }
 
 enum { DIM = 32, QUERIES = 5, KEYS = 2, PAST = 70, NEW = 3, CAPACITY = PAST + NEW + 2 };

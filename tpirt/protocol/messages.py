@@ -107,6 +107,7 @@ class Setup:
     addresses: tuple[str, ...]
     master: int = 0
     kv_bits: int | None = None
+    identities: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,8 @@ class Seal:
         self.cipher = cipher
         info = b"tpirt sealed frames 1, " + cipher.encode()
         keys = HKDF(SHA256(), 2 * _KEY_BYTES, salt=ticket, info=info).derive(secret)
-        ours, theirs = map(_CIPHERS[cipher], (keys[:_KEY_BYTES], keys[_KEY_BYTES:]))
+        kind = _CIPHERS[cipher]
+        ours, theirs = kind(keys[:_KEY_BYTES]), kind(keys[_KEY_BYTES:])
         if served:
             ours, theirs = theirs, ours
         self._encrypt_into, self._decrypt_into = ours.encrypt_into, theirs.decrypt_into
@@ -261,7 +262,7 @@ def _nonce(number: int) -> bytes:
 def _skipped(views: Sequence[Buffer], count: int) -> list[Buffer]:
     """Leave out the first ``count`` bytes."""
     left: list[Buffer] = []
-    for view in map(memoryview, views):
-        left.append(view[count:])
+    for view in views:
+        left.append(memoryview(view)[count:])
         count = max(0, count - len(view))
     return left

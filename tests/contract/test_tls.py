@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -245,6 +247,28 @@ async def test_another_device_at_the_address_is_noticed(
         await client.call("Hello", b"", TIMEOUT_S)
     await client.aclose()
     await server.aclose()
+
+
+async def test_strangers_do_not_keep_a_master_out(cluster: MadeCluster, tmp_path: Path) -> None:
+    """Silent ones, ones that stop within their hello, ones that speak HTTP/2, and ones with TLS."""
+    hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
+    said = [b"", hello, hello + bytes(2000), b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(100)]
+    outsider = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    outsider.check_hostname, outsider.verify_mode = False, ssl.CERT_NONE
+    async with serving(cluster.peer(tmp_path / "peer")) as address:
+        port = int(address.rpartition(":")[2])
+        writers = []
+        for number in range(100):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(said[number % len(said)])
+            writers.append(writer)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=outsider)
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        with contextlib.suppress(OSError):  # a reset, or an alert
+            assert await asyncio.wait_for(reader.read(), TIMEOUT_S) == b""
+        assert await ask(address, cluster.master) == b"Hello"
+        for each in (*writers, writer):
+            each.close()
 
 
 # -- replacing certificates --------------------------------------------------------------------

@@ -3,7 +3,8 @@
     python -m bench.allreduce --devices 2,4,8 --latency 1,5 --rate 300
 
 tpirt's algorithms run over tpirt's own transport, between processes in namespaces of their own;
-torch.distributed's gloo runs beside them over the same links. All ranks begin a round together; it
+the same sealed, as between devices of a cluster, and torch.distributed's gloo run beside them over
+the same links. All ranks begin a round together; it
 takes from when the last has begun to when the last has the sum. Each algorithm has the floor of
 its own hops, gloo the least of them.
 
@@ -20,12 +21,14 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import IO
 
-from bench.lib.allreduce_rank import GLOO, Answer, Order
+from bench.lib.allreduce_rank import GLOO, SEALED, Answer, Order
 from bench.lib.command import end_like_a_command, tell, values
 from bench.lib.record import Record, add_json_option
 from bench.net import floor
@@ -36,6 +39,10 @@ from bench.net.relay import RelayBackend
 from bench.net.spec import Link, LinkError, uniform
 from tpirt.batch import Algorithm, CommDtype
 from tpirt.cli.options import count
+from tpirt.identity.folder import VARIABLE as IDENTITY
+from tpirt.identity.trust import INSECURE
+from tpirt.testing.identities import MadeCluster
+from tpirt.transport.address import Address
 from tpirt.units import format_bytes, parse_bytes
 
 _TPIRT = "tpirt"
@@ -43,6 +50,7 @@ _TRIAL_ROUNDS = 5
 _PERIOD = 1.3  # of rounds without pause
 _PAUSE_S = 1e-3
 _LEAST_ROUNDS = 20
+_APART = 10  # between the ports of those with TLS and those without
 
 
 @dataclass(frozen=True)
@@ -96,20 +104,28 @@ class Ranks:
 
 
 @contextmanager
-def started(contender: str, network: Network) -> Iterator[Ranks]:
-    """Start one process on each device; they end with the network."""
+def started(contender: str, network: Network, cluster: Path | None = None) -> Iterator[Ranks]:
+    """Start one process on each device; they end with the network.
+
+    With a ``cluster``, the folder of its keys, they use TLS.
+    """
     processes = []
+    keys = {IDENTITY: str(cluster), INSECURE: ""} if cluster else {INSECURE: "1"}
     for device in network.devices:
         others = range(len(network.devices))
-        addresses = [network.reach(device.index, other) for other in others]
+        addresses = [_beside(network.reach(device.index, other), cluster) for other in others]
         command = [sys.executable, "-m", "bench.lib.allreduce_rank", contender, str(device.index)]
         processes.append(
             device.popen(
-                [*command, device.listen, ",".join(addresses)],
+                [*command, _beside(device.listen, cluster), ",".join(addresses)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                env={**os.environ, "GLOO_SOCKET_IFNAME": INTERFACE if device.namespace else "lo"},
+                env={
+                    **os.environ,
+                    **keys,
+                    "GLOO_SOCKET_IFNAME": INTERFACE if device.namespace else "lo",
+                },
             )
         )
     yield Ranks(processes)
@@ -174,7 +190,12 @@ def sweep(arguments: argparse.Namespace) -> Iterator[Row]:
             links = [Link()]
         with emulate(uniform(links[0], devices), backend=arguments.backend) as network:
             show_network(network)
-            with started(_TPIRT, network) as ours, _gloo(network) as gloo:
+            with (
+                tempfile.TemporaryDirectory() as keys,
+                started(_TPIRT, network) as ours,
+                _sealed(network, Path(keys)) as sealed,
+                _gloo(network) as gloo,
+            ):
                 for link in links:
                     network.change(uniform(link, devices))
                     for nbytes in arguments.sizes:
@@ -187,9 +208,31 @@ def sweep(arguments: argparse.Namespace) -> Iterator[Row]:
                                 comm_dtype=arguments.comm_dtype,
                             )
                             yield measure(network, ours, name, link, order, arguments.seconds)
+                            if sealed is not None:
+                                label = f"{name} {SEALED}"
+                                yield measure(
+                                    network, sealed, label, link, order, arguments.seconds
+                                )
                         if gloo is not None:
                             order = Order(nbytes, arguments.rounds)
                             yield measure(network, gloo, GLOO, link, order, arguments.seconds)
+
+
+@contextmanager
+def _sealed(network: Network, folder: Path) -> Iterator[Ranks | None]:
+    """The same with TLS, all peers with one certificate; None on relays, which lead to one port."""
+    if isinstance(network.backend, RelayBackend):
+        yield None
+    else:
+        MadeCluster(folder).peer(folder)
+        with started(SEALED, network, folder) as ranks:
+            yield ranks
+
+
+def _beside(address: str, cluster: Path | None) -> str:
+    """Another port of the same device for those with TLS."""
+    host, port = Address.parse(address)
+    return str(Address(host, port + _APART)) if cluster else address
 
 
 @contextmanager
@@ -206,7 +249,7 @@ def _gloo(network: Network) -> Iterator[Ranks | None]:
 def show(rows: Sequence[Row]) -> None:
     """Print the table for people."""
     print(
-        "devices   link ms     size   contender   median ms      p95    floor   ratio"
+        "devices   link ms     size   contender         median ms      p95    floor   ratio"
         "   gloo   CPU us/msg   on cores ms"
     )
     for row in rows:
@@ -221,7 +264,7 @@ def show(rows: Sequence[Row]) -> None:
         cpu = "-" if row.cpu_us_per_message is None else f"{row.cpu_us_per_message:.0f}"
         print(
             f"{row.devices:7d} {row.latency_ms:9g} {format_bytes(row.nbytes):>8}   "
-            f"{row.contender:9} {row.median_ms:11.3f} {row.p95_ms:8.3f} {row.floor_ms:8.3f} "
+            f"{row.contender:15} {row.median_ms:11.3f} {row.p95_ms:8.3f} {row.floor_ms:8.3f} "
             f"{_ratio(row):>7} {gloo:>6} {cpu:>12} {row.on_cores_ms:13.3f}"
         )
 

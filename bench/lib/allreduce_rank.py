@@ -8,6 +8,7 @@ Each line of standard input is an order, the same on all ranks; each is answered
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import json
 import sys
@@ -33,13 +34,16 @@ from tpirt.collectives.algorithms import GroupCommunicator
 from tpirt.collectives.context import StepContext
 from tpirt.collectives.links import LinkSet
 from tpirt.errors import PeerUnreachableError, TpirtError, TransportError
+from tpirt.identity.names import PEER
+from tpirt.identity.trust import Trust
 from tpirt.ops.buffers import tensor_bytes
 from tpirt.protocol.link import Incoming, Link
-from tpirt.transport.address import Address
+from tpirt.transport.address import Address, Endpoint
 from tpirt.transport.base import Channel
 from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
 
 GLOO = "gloo"
+SEALED = "sealed"
 GLOO_PORT = 29500
 TIMEOUT_S = 60.0
 _WARM_UP = 20
@@ -223,7 +227,8 @@ async def _await_session(
     stack.push_async_callback(server.aclose)
     stack.callback(service.done.set)
     links.add(_started(await service.master, 0))
-    workers = WorkerLinks(links, GrpcPeerClient, service.board, TIMEOUT_S, _FRAME_LIMIT)
+    connect = functools.partial(GrpcPeerClient, trust=Trust(PEER))
+    workers = WorkerLinks(links, connect, service.board, TIMEOUT_S, _FRAME_LIMIT)
     stack.push_async_callback(workers.aclose)
     workers.form(_SESSION, addresses)
     for state in await workers.formed():
@@ -243,6 +248,8 @@ def _started(channel: Channel, rank: int) -> Link:
 async def serve(contender: str, rank: int, listen: str, addresses: list[str]) -> None:
     """Meet the others, then carry out orders until there are no more."""
     meet = gloo_ranks if contender == GLOO else tpirt_ranks
+    if contender == SEALED:  # on loopback, too, which stands for a network here
+        Endpoint.is_loopback = False  # type: ignore[assignment, method-assign]
     loop = asyncio.get_running_loop()
     async with meet(rank, listen, addresses) as summing:
         print("ready", flush=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,9 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from tpirt.cluster.renewal import Renewal, keep_up, renew
+from tpirt.cluster.worker_links import Switchboard, WorkerLinks
+from tpirt.collectives.links import LinkSet
 from tpirt.errors import IdentityError, PeerError, TpirtError, TransportError
 from tpirt.identity.names import MASTER, PEER
 from tpirt.identity.trust import IDENTITY_FILE, Trust
+from tpirt.protocol.messages import JoinLink, RenewRequest, decode, decode_call, encode_call
 from tpirt.testing.identities import MadeCluster
 from tpirt.transport import tickets
 from tpirt.transport.address import Endpoint
@@ -240,6 +246,148 @@ async def test_another_device_at_the_address_is_noticed(
     with pytest.raises(IdentityError, match="another device answers there now; first was met"):
         await client.call("Hello", b"", TIMEOUT_S)
     await client.aclose()
+    await server.aclose()
+
+
+async def test_strangers_do_not_keep_a_master_out(cluster: MadeCluster, tmp_path: Path) -> None:
+    """Silent ones, ones that stop within their hello, ones that speak HTTP/2, and ones with TLS."""
+    hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
+    said = [b"", hello, hello + bytes(2000), b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(100)]
+    outsider = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    outsider.check_hostname, outsider.verify_mode = False, ssl.CERT_NONE
+    async with serving(cluster.peer(tmp_path / "peer")) as address:
+        port = int(address.rpartition(":")[2])
+        writers = []
+        for number in range(100):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(said[number % len(said)])
+            writers.append(writer)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=outsider)
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        with contextlib.suppress(OSError):  # a reset, or an alert
+            assert await asyncio.wait_for(reader.read(), TIMEOUT_S) == b""
+        assert await ask(address, cluster.master) == b"Hello"
+        for each in (*writers, writer):
+            each.close()
+
+
+# -- replacing certificates --------------------------------------------------------------------
+
+
+class Renewing(Service):
+    """A peer that also takes a new certificate."""
+
+    def __init__(self, trust: Trust):
+        self._renewal = Renewal(trust)
+
+    async def answer(self, method: str, request: bytes) -> bytes:
+        if method != "Renew":
+            return await super().answer(method, request)
+        return encode_call(self._renewal.answer(decode_call(RenewRequest, request, "caller")))
+
+
+@asynccontextmanager
+async def renewing(trust: Trust) -> AsyncIterator[str]:
+    server = GrpcPeerServer(Renewing(trust), trust=trust)
+    port = await server.start("127.0.0.1", 0)
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.aclose()
+
+
+async def test_a_certificate_that_ends_soon_is_replaced_and_used_at_once(
+    cluster: MadeCluster, tmp_path: Path
+) -> None:
+    peer = cluster.peer(tmp_path / "peer", valid=timedelta(days=29))
+    before = peer.identity
+    assert before is not None
+    async with renewing(peer) as address:
+        client = GrpcPeerClient(address, cluster.master)
+        await client.call("Hello", b"", TIMEOUT_S)
+        await keep_up([client], cluster.master)
+        await client.aclose()
+        assert await client.call("Hello", b"", TIMEOUT_S) == b"Hello"
+        assert client.certificate is not None
+        assert not client.certificate.is_due
+        assert client.certificate.subject == before.subject
+        await client.aclose()
+    stored = Trust(PEER, tmp_path / "peer").identity
+    assert stored is not None
+    assert stored.certificate.serial == client.certificate.serial
+    assert stored.key != before.key
+    (member,) = cluster.master.registry.members()
+    assert (member.identity, member.address) == (before.subject.identity, address)
+    assert member.expires == f"{client.certificate.expires:%Y-%m-%dT%H:%M:%SZ}"
+
+
+async def test_only_the_certificate_that_was_asked_for_is_taken(
+    cluster: MadeCluster, tmp_path: Path
+) -> None:
+    peer = cluster.peer(tmp_path / "peer")
+    others = [
+        cluster.identity(tmp_path / "other.pem", PEER),
+        MadeCluster(tmp_path / "stranger").identity(tmp_path / "stranger.pem", PEER),
+    ]
+    async with renewing(peer) as address:
+        client = GrpcPeerClient(address, cluster.master)
+        for offered in (*(each.certificate.pem for each in others), b"nonsense"):
+            for request in (RenewRequest(), RenewRequest(certificate=offered)):
+                answer = client.call("Renew", encode_call(request), TIMEOUT_S)
+                if not request.certificate:
+                    await answer
+                    continue
+                with pytest.raises(PeerError, match="certificate"):
+                    await answer
+        before = peer.identity
+        assert await renew(client, cluster.master)
+        assert peer.identity is not before
+        await client.aclose()
+
+
+# -- links between workers ---------------------------------------------------------------------
+
+
+async def test_a_session_is_named_to_the_device_that_the_master_has_met(
+    cluster: MadeCluster, tmp_path: Path
+) -> None:
+    """Any other of the cluster, a revoked one say, learns nothing at its address."""
+    first, second = (cluster.peer(tmp_path / name, name) for name in ("first", "second"))
+    assert first.identity is not None
+    heard: asyncio.Queue[Frame] = asyncio.Queue()
+
+    class Listening(Service):
+        async def link(self, channel: Channel) -> None:
+            ended = asyncio.Event()
+
+            class Receiver:
+                def on_frame(self, frame: Frame) -> None:
+                    heard.put_nowait(frame)
+
+                def on_lost(self, exc: TpirtError) -> None:
+                    ended.set()
+
+            channel.start(Receiver())
+            await ended.wait()
+
+    def connect(where: str) -> GrpcPeerClient:
+        return GrpcPeerClient(where, second)
+
+    server = GrpcPeerServer(Listening(), trust=first)
+    address = f"127.0.0.1:{await server.start('127.0.0.1', 0)}"
+    for expected in ("0" * 16, first.identity.subject.identity):
+        links = WorkerLinks(LinkSet(2), connect, Switchboard(), 1.0, 1 << 16)
+        opening = asyncio.create_task(links._open(4711, address, expected))
+        if expected == "0" * 16:
+            with pytest.raises(TransportError, match="not the device that the master has met"):
+                await opening
+            assert heard.empty()
+        else:
+            joining = decode((await asyncio.wait_for(heard.get(), TIMEOUT_S)).message, "worker")
+            assert joining == JoinLink(4711, 2)
+            opening.cancel()
+            await asyncio.gather(opening, return_exceptions=True)
+        await links.aclose()
     await server.aclose()
 
 

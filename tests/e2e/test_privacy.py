@@ -365,6 +365,7 @@ ALLOWED = {
         "kv_bits",
         "host_name",
         "addresses",
+        "identities",
         "master",
     },
     "Loading": {"done_bytes", "total_bytes"},
@@ -445,6 +446,7 @@ TEXTS = {
     "Setup.model_config",  # shapes and options of the model
     "Setup.slice_id",
     "Setup.addresses",  # of the other workers
+    "Setup.identities",  # random numbers of the other workers
     "LinkState.carrier",  # from worker to master: tcp or grpc
     "LinkState.reason",  # from worker to master: why another one cannot be reached
     "LinkState.seal",  # from worker to master: a cipher
@@ -581,7 +583,7 @@ def test_only_the_transport_opens_connections(model: Path, tmp_path: Path) -> No
         name: [line.split()[:2] for line in file.read_text().splitlines()]
         for name, file in seen.items()
     }
-    assert ["socket.connect", "tpirt.transport.tickets"] in uses["master"]
+    assert ["socket.connect", "tpirt.transport.reach"] in uses["master"]
     assert ["socket.bind", "tpirt.transport.address"] in uses["worker"]
     for _, module in [*uses["master"], *uses["worker"]]:
         assert module.startswith("tpirt.transport.")

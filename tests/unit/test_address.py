@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import socket
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from tpirt.errors import ConfigError
-from tpirt.transport.address import DEFAULT_PORT, Address, Endpoint, resolve
+from tpirt.transport.address import DEFAULT_PORT, Address, Endpoint, own_hosts, resolve
 
 
 @pytest.mark.parametrize(
@@ -68,3 +70,36 @@ async def test_all_addresses_of_this_machine_are_those_of_both_protocols() -> No
         if endpoint.family is socket.AF_INET6:
             socket.create_connection(("::1", port)).close()
     assert Endpoint(socket.AF_INET, ("127.0.0.1", 1)).host == "127.0.0.1"
+
+
+def test_this_machines_addresses_come_with_that_of_the_default_route_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def found(**interfaces: str) -> list[str]:
+        monkeypatch.setattr(
+            psutil,
+            "net_if_addrs",
+            lambda: {
+                name: [SimpleNamespace(family=socket.AF_INET, address=host)]
+                for name, host in interfaces.items()
+            },
+        )
+        return own_hosts()
+
+    class Routed(socket.socket):
+        def connect(self, where: object) -> None:
+            if not route:
+                raise OSError("no route")
+
+        def getsockname(self) -> tuple[str, int]:
+            return route, 1
+
+    monkeypatch.setattr(socket, "socket", Routed)
+    route = "192.168.1.5"
+    assert found(lo="127.0.0.1", bridge="172.17.0.1", wlan="192.168.1.5") == [
+        "192.168.1.5",
+        "172.17.0.1",
+    ]
+    route = ""
+    assert found(lo="127.0.0.1", bridge="172.17.0.1") == ["172.17.0.1"]
+    assert found(lo="127.0.0.1") == ["127.0.0.1"]

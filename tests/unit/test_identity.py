@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -137,6 +138,17 @@ def test_a_device_is_found_by_name_or_identity(cluster: MadeCluster, tmp_path: P
     registry.met(second.identity, "192.168.1.7:50051")
     assert registry.find("pi-2").address == "192.168.1.7:50051"
     assert not registry.find("pi").address
+
+
+def test_changes_at_the_same_time_are_all_kept(cluster: MadeCluster, tmp_path: Path) -> None:
+    certificates = [
+        cluster.identity(tmp_path / f"{number}.pem", PEER).certificate for number in range(8)
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda each: cluster.master.registry.add(each, ""), certificates))
+    members = cluster.master.registry.members()
+    assert {each.identity for each in members} == {c.subject.identity for c in certificates}
+    assert len({each.name for each in members}) == 8
 
 
 def test_insecure_by_the_environment(cluster: MadeCluster, monkeypatch: pytest.MonkeyPatch) -> None:

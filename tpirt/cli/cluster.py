@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tpirt.transport.address import Endpoint
 
 _JOIN_PORT = 50050
+_MOST_SHOWN = 4  # addresses of this device
 
 
 def add_command(commands: Commands) -> None:
@@ -63,7 +64,9 @@ def _trust(arguments: argparse.Namespace) -> Trust:
     from tpirt.identity.names import MASTER
     from tpirt.identity.trust import Trust
 
-    return Trust(MASTER, arguments.identity)
+    trust = Trust(MASTER, arguments.identity)
+    trust.insecure = False  # whatever the environment says: this is about certificates
+    return trust
 
 
 def _init(arguments: argparse.Namespace) -> None:
@@ -104,23 +107,11 @@ async def _invited(arguments: argparse.Namespace) -> None:
 
 def _reached_at(bound: list[Endpoint]) -> list[Address]:
     """Where others reach what listens on ``bound``, the likeliest first."""
-    import ipaddress
+    from tpirt.transport.address import own_hosts
 
-    import psutil
-
-    first, port = bound[0], bound[0].where[1]
-    if not ipaddress.ip_address(first.host.partition("%")[0]).is_unspecified:
-        return [Address(first.host, port)]
-    found = [each.address for some in psutil.net_if_addrs().values() for each in some]
-    hosts = []
-    for each in found:
-        try:
-            parsed = ipaddress.IPv4Address(each)
-        except ValueError:
-            continue
-        if not parsed.is_loopback:
-            hosts.append(each)
-    return [Address(host, port) for host in hosts[:4] or ["127.0.0.1"]]
+    (first, *_), port = bound, bound[0].where[1]
+    hosts = own_hosts()[:_MOST_SHOWN] if first.is_any else [first.host]
+    return [Address(host, port) for host in hosts]
 
 
 def _list(arguments: argparse.Namespace) -> None:

@@ -432,6 +432,7 @@ class Group:
                 trace_spans=limits.trace_spans,
                 session=self._session,
                 addresses=("", *(c.address for c in self._clients)) if linked else (),
+                identities=("", *map(_identity, self._clients)) if linked else (),
                 master=self._master,
                 kv_bits=limits.kv_bits,
                 host_name=deployment.peers[0].host_name,
@@ -535,3 +536,8 @@ def engine_closed() -> RequestError:
 def _unexpected(link: Link, expected: str, got: Incoming) -> TransportError:
     kind: Any = type(got.body).__name__
     return TransportError(f"peer {link.peer_id}: expected {expected}, got {kind}; refused")
+
+
+def _identity(client: PeerClient) -> str:
+    """Which device was met; empty where nothing is proved."""
+    return client.certificate.subject.identity if client.certificate else ""

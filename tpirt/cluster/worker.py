@@ -265,7 +265,7 @@ class Worker:
         links.add(master)
         workers = WorkerLinks(links, self._connect, self._board, setup.timeout_ms / 1e3, limit)
         # Links first: all workers are at this point, and how long a runtime takes differs.
-        workers.form(setup.session, setup.addresses)
+        workers.form(setup.session, setup.addresses, setup.identities)
         try:
             runtime = await RankRuntime.open(
                 config, stored, setup.world_size, links, limits, self._store
@@ -289,11 +289,12 @@ def _check_setup(setup: Setup) -> None:
         and setup.chunk_tokens
         and setup.timeout_ms in _TIMEOUT_MS
         and len(setup.addresses) in (0, setup.world_size)
+        and len(setup.identities) in (0, len(setup.addresses))
     ):
         raise TransportError(
             f"invalid Setup message: rank {setup.rank} of {setup.world_size}, chunks of "
             f"{setup.chunk_tokens} tokens, timeout {setup.timeout_ms} ms, "
-            f"{len(setup.addresses)} addresses"
+            f"{len(setup.addresses)} addresses, {len(setup.identities)} identities"
         )
     if setup.kv_bits not in KV_BITS.values():
         raise TransportError(f"invalid Setup message: a KV cache of {setup.kv_bits} bits")

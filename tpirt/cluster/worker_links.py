@@ -148,16 +148,19 @@ class WorkerLinks:
         self._callers: list[_Caller] = []
         self._forming: list[asyncio.Task[LinkState]] = []
 
-    def form(self, session: int, addresses: Sequence[str]) -> None:
+    def form(self, session: int, addresses: Sequence[str], identities: Sequence[str] = ()) -> None:
         """Begin to open or await a link to every other worker, at the same time.
 
         Args:
             session: number that the master drew.
             addresses: of all ranks, the master's first.
+            identities: which device has to answer there, if the master knows.
         """
         for rank, address in enumerate(addresses):
             if rank not in (0, self._links.rank):
-                self._forming.append(asyncio.create_task(self._form(session, rank, address)))
+                expected = identities[rank] if identities else ""
+                forming = self._form(session, rank, address, expected)
+                self._forming.append(asyncio.create_task(forming))
 
     async def formed(self) -> tuple[LinkState, ...]:
         """Wait until every link is there or has failed; returns how each turned out.
@@ -177,7 +180,7 @@ class WorkerLinks:
         await asyncio.gather(*(link.aclose() for link in self._opened))
         await asyncio.gather(*(client.aclose() for client in self._clients))
 
-    async def _form(self, session: int, rank: int, address: str) -> LinkState:
+    async def _form(self, session: int, rank: int, address: str, expected: str) -> LinkState:
         loop = asyncio.get_running_loop()
         until_s = loop.time() + PATIENCE_S
         try:
@@ -185,7 +188,7 @@ class WorkerLinks:
                 if rank > self._links.rank:
                     link = await self._accept(session, rank)
                 else:
-                    link = await self._open(session, address)
+                    link = await self._open(session, address, expected)
         except (TimeoutError, TpirtError):
             # Always as late as the latest: how soon an address fails tells what is there.
             await asyncio.sleep(until_s - loop.time())
@@ -197,13 +200,16 @@ class WorkerLinks:
         carrier = link.channel.carrier
         return LinkState(rank, carrier.kind, carrier.reason, carrier.seal)
 
-    async def _open(self, session: int, address: str) -> Link:
+    async def _open(self, session: int, address: str, expected: str) -> Link:
         if self._connect is None:
             raise TransportError(f"peer {address}: this worker opens no links")
         client = self._connect(address)
         self._clients.append(client)
         link = Link(await client.open_link(), 0, PATIENCE_S, _Peer())
         self._opened.append(link)
+        met = client.certificate
+        if expected and (met is None or met.subject.identity != expected):
+            raise TransportError(f"peer {address}: not the device that the master has met there")
         link.start()
         await link.request(JoinLink(session, self._links.rank))
         return link

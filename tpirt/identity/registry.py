@@ -7,6 +7,7 @@ certificate are replaced.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -16,8 +17,10 @@ from pathlib import Path
 from tpirt.errors import IdentityError
 from tpirt.identity.certificates import Certificate
 from tpirt.identity.folder import read, write_private
+from tpirt.locks import Lock, lock
 
 _FORMAT = 1
+_PATIENCE_S, _RETRY_S = 5.0, 0.01
 
 
 @dataclass(frozen=True)
@@ -145,13 +148,27 @@ class Registry:
 
     @contextmanager
     def _changing(self) -> Iterator[list[Member]]:
-        """Change the list; others who change it meanwhile would be undone, which is rare."""
-        members = self.members()
-        yield members
-        text = json.dumps(
-            {"format": _FORMAT, "members": [asdict(each) for each in members]}, indent=2
-        )
-        write_private(self._path, text.encode() + b"\n")
+        """Change the list while no other process does.
+
+        Raises:
+            IdentityError: another one does not finish, or the file cannot be written.
+        """
+        held = self._locked()
+        try:
+            members = self.members()
+            yield members
+            content = {"format": _FORMAT, "members": [asdict(each) for each in members]}
+            write_private(self._path, json.dumps(content, indent=2).encode() + b"\n")
+        finally:
+            held.release()
+
+    def _locked(self) -> Lock:
+        until_s = time.monotonic() + _PATIENCE_S
+        while (held := lock(self._path.parent)) is None:
+            if time.monotonic() > until_s:
+                raise IdentityError(f"{self._path}: another tpirt has been changing it; try again")
+            time.sleep(_RETRY_S)
+        return held
 
 
 def _now() -> str:

@@ -110,6 +110,7 @@ class Setup:
     master: int = 0
     kv_bits: int | None = None
     host_name: str = ""
+    identities: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

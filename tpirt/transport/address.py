@@ -7,11 +7,14 @@ whatever else this machine is configured for.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import re
 import socket
 from typing import Any, NamedTuple
 from urllib.parse import quote
+
+import psutil
 
 from tpirt.errors import ConfigError
 
@@ -72,6 +75,11 @@ class Endpoint(NamedTuple):
         """Whether only this machine reaches it."""
         return ipaddress.ip_address(self.where[0].partition("%")[0]).is_loopback
 
+    @property
+    def is_any(self) -> bool:
+        """Whether it stands for all addresses of this machine."""
+        return ipaddress.ip_address(self.where[0].partition("%")[0]).is_unspecified
+
     def at(self, port: int) -> Endpoint:
         """The same host's other port."""
         host, _, *rest = self.where
@@ -109,3 +117,18 @@ async def resolve(address: Address, *, listening: bool = False) -> list[Endpoint
     # Not the loop's: that of uvloop loses the zone.
     found = await asyncio.to_thread(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(Endpoint(family, where) for family, _, _, _, where in found))
+
+
+def own_hosts() -> list[str]:
+    """This machine's IPv4 addresses in its networks, that of the default route first.
+
+    Loopback's if there is no other.
+    """
+    hosts = []
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing: the system only chooses a route
+        hosts.append(probe.getsockname()[0])
+    for addresses in psutil.net_if_addrs().values():
+        hosts += [each.address for each in addresses if each.family is socket.AF_INET]
+    beyond = [host for host in hosts if not ipaddress.ip_address(host).is_loopback]
+    return list(dict.fromkeys(beyond)) or ["127.0.0.1"]

@@ -89,18 +89,18 @@ class Seal:
         info = b"tpirt sealed frames 1, " + cipher.encode()
         keys = HKDF(SHA256(), 2 * _KEY_BYTES, salt=ticket, info=info).derive(secret)
         kind = _CIPHERS[cipher]
-        self._ciphers = [kind(keys[:_KEY_BYTES]), kind(keys[_KEY_BYTES:])]
-        self._ours = int(served)
+        ours, theirs = kind(keys[:_KEY_BYTES]), kind(keys[_KEY_BYTES:])
+        if served:
+            ours, theirs = theirs, ours
+        self._encrypt_into, self._decrypt_into = ours.encrypt_into, theirs.decrypt_into
         self._sealed = self._opened = 0  # records
 
-    def seal(self, plain: bytes) -> bytearray:
-        """Make the next record."""
+    def seal_into(self, plain: bytes, space: memoryview) -> memoryview:
+        """Make the next record, in ``space``; returns it."""
         size = len(plain) + _TAG_BYTES
-        record = bytearray(_LENGTH.size + size)
-        _LENGTH.pack_into(record, 0, size)
-        view = memoryview(record)
-        cipher = self._ciphers[self._ours]
-        cipher.encrypt_into(_nonce(self._sealed), plain, view[:4], view[4:])
+        _LENGTH.pack_into(space, 0, size)
+        record = space[: _LENGTH.size + size]
+        self._encrypt_into(_nonce(self._sealed), plain, record[:4], record[4:])
         self._sealed += 1
         return record
 
@@ -110,14 +110,17 @@ class Seal:
         Raises:
             TransportError: it is not the one that the other side sealed.
         """
-        cipher = self._ciphers[1 - self._ours]
         try:
-            cipher.decrypt_into(_nonce(self._opened), record[4:], record[:4], plain)
+            self._decrypt_into(_nonce(self._opened), record[4:], record[:4], plain)
         except InvalidTag:
             raise TransportError(
                 "a sealed record does not verify; it was damaged or tampered with on its way"
             ) from None
         self._opened += 1
+
+    def seal(self, plain: bytes) -> bytes:
+        """Make the next record."""
+        return bytes(self.seal_into(plain, memoryview(bytearray(len(plain) + OVERHEAD_BYTES))))
 
     def open(self, record: bytes) -> bytes:
         """Verify and decrypt the next record. Raises as :meth:`open_into`."""
@@ -132,7 +135,8 @@ class SealedWriter:
     def __init__(self, connection: socket.socket, seal: Seal):
         self._connection = connection
         self._seal = seal
-        self._rest = memoryview(b"")  # of a record that is not sent yet
+        self._memory = memoryview(bytearray(RECORD_BYTES + OVERHEAD_BYTES))  # of one record
+        self._rest = self._memory[:0]  # of a record that is not sent yet
         self._plain = 0  # bytes in that record
 
     def sendmsg(self, parts: Sequence[Buffer]) -> int:
@@ -145,13 +149,12 @@ class SealedWriter:
             OSError: as of a socket; nothing more can be sent.
         """
         done = 0
-        views = [memoryview(part) for part in parts]
         while True:
             if not self._rest:
-                plain = cut(_skipped(views, done), RECORD_BYTES)
+                plain = cut(_skipped(parts, done) if done else parts, RECORD_BYTES)
                 if not plain:
                     return done
-                self._rest, self._plain = memoryview(self._seal.seal(plain)), len(plain)
+                self._rest, self._plain = self._seal.seal_into(plain, self._memory), len(plain)
             try:
                 self._rest = self._rest[self._connection.send(self._rest) :]
             except (BlockingIOError, InterruptedError):
@@ -203,16 +206,8 @@ class SealedReader(FrameReader):
             TransportError: also a record that does not verify, or is larger than records are.
         """
         while (frame := super().next()) is None:
-            if not self._plain and not self._open():
+            if not (self._move_on() if self._plain else self._open()):
                 return None
-            if self._plain:
-                space = super().space()
-                count = min(len(space), len(self._plain))
-                if not count:  # closed
-                    return None
-                space[:count] = self._plain[:count]
-                super().filled(count)
-                self._plain = self._plain[count:]
         return frame
 
     def _size(self) -> int:
@@ -221,25 +216,26 @@ class SealedReader(FrameReader):
         Raises:
             TransportError: no record has it.
         """
-        (size,) = _LENGTH.unpack_from(self._memory, self._first)
+        size: int = _LENGTH.unpack_from(self._memory, self._first)[0]
         if not _TAG_BYTES < size <= RECORD_BYTES + _TAG_BYTES:
             raise TransportError(
                 f"peer {self._peer_id}: a sealed record of {size} bytes, expected "
                 f"{_TAG_BYTES + 1} to {RECORD_BYTES + _TAG_BYTES}"
             )
-        return _LENGTH.size + int(size)
+        return _LENGTH.size + size
 
     def _open(self) -> bool:
         """Open the record at the start, into the frame that is being read if it fits there."""
         there = self._end - self._first
         if there < _LENGTH.size or there < (size := self._size()):
             return False
+        record = self._memory[self._first : self._first + size]
         count = size - OVERHEAD_BYTES
         space = super().space()
         fits = len(space) >= count
         plain = space[:count] if fits else memoryview(bytearray(count))
         try:
-            self._seal.open_into(self._memory[self._first : self._first + size], plain)
+            self._seal.open_into(record, plain)
         except TransportError as exc:
             raise TransportError(f"peer {self._peer_id}: {exc}") from None
         self._first += size
@@ -249,15 +245,24 @@ class SealedReader(FrameReader):
             self._plain = plain
         return True
 
+    def _move_on(self) -> bool:
+        """Move on what has been opened and did not fit; False if there is no room at all."""
+        space = super().space()
+        count = min(len(space), len(self._plain))
+        space[:count] = self._plain[:count]
+        super().filled(count)
+        self._plain = self._plain[count:]
+        return count > 0
+
 
 def _nonce(number: int) -> bytes:
     return number.to_bytes(12, "big")
 
 
-def _skipped(views: Sequence[memoryview], count: int) -> list[memoryview]:
+def _skipped(views: Sequence[Buffer], count: int) -> list[Buffer]:
     """Leave out the first ``count`` bytes."""
-    left = []
+    left: list[Buffer] = []
     for view in views:
-        left.append(view[count:])
+        left.append(memoryview(view)[count:])
         count = max(0, count - len(view))
     return left

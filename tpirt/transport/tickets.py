@@ -213,7 +213,7 @@ def _seal(secret: bytes, ticket: bytes, cipher: str, *, served: bool) -> Seal | 
     return Seal(secret, ticket, cipher, served=served)
 
 
-def _sealed(seal: Seal | None) -> bytes | bytearray:
+def _sealed(seal: Seal | None) -> bytes:
     return seal.seal(_WELCOME) if seal else _WELCOME
 
 

@@ -176,7 +176,7 @@ class Message(_message.Message):
     def __init__(self, setup: _Optional[_Union[Setup, _Mapping]] = ..., loading: _Optional[_Union[Loading, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., step_ended: _Optional[_Union[StepEnded, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., free_slot: _Optional[_Union[FreeSlot, _Mapping]] = ..., stats_request: _Optional[_Union[StatsRequest, _Mapping]] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ..., clock_request: _Optional[_Union[ClockRequest, _Mapping]] = ..., clock: _Optional[_Union[Clock, _Mapping]] = ..., trace_request: _Optional[_Union[TraceRequest, _Mapping]] = ..., trace: _Optional[_Union[Trace, _Mapping]] = ..., join_link: _Optional[_Union[JoinLink, _Mapping]] = ..., joined: _Optional[_Union[Joined, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., measure_link: _Optional[_Union[MeasureLink, _Mapping]] = ..., link_quality: _Optional[_Union[LinkQuality, _Mapping]] = ..., spill_slot: _Optional[_Union[SpillSlot, _Mapping]] = ..., restore_slot: _Optional[_Union[RestoreSlot, _Mapping]] = ..., drop_spilled: _Optional[_Union[DropSpilled, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ...) -> None: ...
 
 class Setup(_message.Message):
-    __slots__ = ("protocol_version", "model_fingerprint", "model_config", "slice_id", "rank", "world_size", "window_blocks", "memory_bytes", "chunk_tokens", "timeout_ms", "trace_spans", "session", "addresses", "master", "kv_bits", "host_name")
+    __slots__ = ("protocol_version", "model_fingerprint", "model_config", "slice_id", "rank", "world_size", "window_blocks", "memory_bytes", "chunk_tokens", "timeout_ms", "trace_spans", "session", "addresses", "master", "identities", "kv_bits", "host_name")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     MODEL_CONFIG_FIELD_NUMBER: _ClassVar[int]
@@ -191,6 +191,7 @@ class Setup(_message.Message):
     SESSION_FIELD_NUMBER: _ClassVar[int]
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     MASTER_FIELD_NUMBER: _ClassVar[int]
+    IDENTITIES_FIELD_NUMBER: _ClassVar[int]
     KV_BITS_FIELD_NUMBER: _ClassVar[int]
     HOST_NAME_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
@@ -207,9 +208,10 @@ class Setup(_message.Message):
     session: int
     addresses: _containers.RepeatedScalarFieldContainer[str]
     master: int
+    identities: _containers.RepeatedScalarFieldContainer[str]
     kv_bits: int
     host_name: str
-    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., model_config: _Optional[str] = ..., slice_id: _Optional[str] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., window_blocks: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., trace_spans: _Optional[int] = ..., session: _Optional[int] = ..., addresses: _Optional[_Iterable[str]] = ..., master: _Optional[int] = ..., kv_bits: _Optional[int] = ..., host_name: _Optional[str] = ...) -> None: ...
+    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., model_config: _Optional[str] = ..., slice_id: _Optional[str] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., window_blocks: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., trace_spans: _Optional[int] = ..., session: _Optional[int] = ..., addresses: _Optional[_Iterable[str]] = ..., master: _Optional[int] = ..., identities: _Optional[_Iterable[str]] = ..., kv_bits: _Optional[int] = ..., host_name: _Optional[str] = ...) -> None: ...
 
 class Loading(_message.Message):
     __slots__ = ("done_bytes", "total_bytes")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpirt.engine.drafts.base import Guess
+from tpirt.engine.drafts.base import Drafter, Guess
 from tpirt.engine.drafts.controller import DraftController
 from tpirt.engine.drafts.suffix import SuffixDrafter, SuffixIndex
 from tpirt.engine.sampler import Sampler
@@ -34,10 +34,26 @@ def answer(ids: list[int]) -> Answer:
 
 def costs(flat: bool) -> StepCosts:
     """A row more costs nothing, or as much as the first."""
+    return known_costs({rows: 1.0 if flat else float(rows) for rows in (1, 2, 4, 8, 17)})
+
+
+def known_costs(seconds: dict[int, float]) -> StepCosts:
+    """Costs by rows, measured often enough to be sure of."""
     known = StepCosts()
-    for rows in (1, 4, 8, 17):
-        known.learn(rows, 1.0 if flat else float(rows))
+    for rows, each in seconds.items():
+        for _ in range(3):
+            known.learn(rows, each)
     return known
+
+
+def controlled(
+    drafter: Drafter,
+    costs: StepCosts,
+    vocab_size: int = 1000,
+    output_costs: StepCosts | None = None,
+) -> DraftController:
+    """A controller of steps of up to 64 rows, 8 of which have the bits of one."""
+    return DraftController(drafter, costs, output_costs or StepCosts(), vocab_size, 64, 8)
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60))
@@ -78,7 +94,7 @@ async def test_guesses_are_verified_where_they_pay(
 ) -> None:
     prompt = [1, 2, 3]
     drafter = KnownAnswers({tuple(prompt): list(range(100))}, hit_rate, told=True)
-    controller = DraftController(drafter, costs(flat), 1000, 64, 8)
+    controller = controlled(drafter, costs(flat))
     (piece,) = await controller.extend([Piece(answer(prompt), 1)])
     assert len(piece.guesses) == verified
     assert piece.segment().tokens == piece.segment().num_logits == 1 + verified
@@ -88,7 +104,7 @@ async def test_guesses_are_verified_where_they_pay(
 async def test_rows_are_dealt_to_the_likeliest_guesses_within_the_steps_rows() -> None:
     sure, unsure = answer([1]), answer([2])
     drafter = Fixed({sure: 0.95, unsure: 0.3})
-    controller = DraftController(drafter, costs(flat=True), 1000, 64, 8)
+    controller = controlled(drafter, costs(flat=True))
     first, second = await controller.extend([Piece(sure, 1), Piece(unsure, 1)])
     assert len(first.guesses) > len(second.guesses)
     assert 2 + len(first.guesses) + len(second.guesses) == 8
@@ -97,7 +113,7 @@ async def test_rows_are_dealt_to_the_likeliest_guesses_within_the_steps_rows() -
 async def test_wrong_guesses_turn_themselves_off_and_right_ones_on_again() -> None:
     """A first guess is compared even while none is verified, so that nothing is lost by that."""
     asked = answer([1])
-    controller = DraftController(Fixed({asked: 0.9}), costs_of_a_disk(), 1000, 64, 8)
+    controller = controlled(Fixed({asked: 0.9}), costs_of_a_disk())
     for _ in range(60):
         (piece,) = await controller.extend([Piece(asked, 1)])
         controller.learn(piece, [99])
@@ -110,10 +126,7 @@ async def test_wrong_guesses_turn_themselves_off_and_right_ones_on_again() -> No
 
 
 def costs_of_a_disk() -> StepCosts:
-    known = StepCosts()
-    for rows in (1, 2, 4, 8):
-        known.learn(rows, 1.0 + 0.06 * rows)
-    return known
+    return known_costs({rows: 1.0 + 0.06 * rows for rows in (1, 2, 4, 8)})
 
 
 class Fixed:
@@ -141,11 +154,42 @@ async def test_a_drafter_that_fails_or_knows_no_bounds_harms_nobody(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     asked = answer([1])
-    controller = DraftController(Fixed({asked: 0.9}), costs(flat=True), 7, 64, 8)
+    controller = controlled(Fixed({asked: 0.9}), costs(flat=True), 7)
     (piece,) = await controller.extend([Piece(asked, 1)])
     assert piece.guesses == ()  # 7 is no token of 7
-    failing = DraftController(Fixed({}), costs(flat=True), 1000, 64, 8)
+    failing = controlled(Fixed({}), costs(flat=True))
     for _ in range(2):
         assert await failing.extend([Piece(asked, 1)]) == [Piece(asked, 1)]
     assert "the drafter failed" in failing.explain()
     assert len(caplog.records) == 1
+
+
+async def test_no_guess_is_verified_before_a_step_without_is_known() -> None:
+    """What a prompt's step took says nothing of a token's, and a group's first steps are slow."""
+    asked = answer([1])
+    known = known_costs({64: 5.0})
+    controller = controlled(Fixed({asked: 0.9}), known)
+    sizes = []
+    for _ in range(9):
+        (piece,) = await controller.extend([Piece(asked, 1)])
+        rows = piece.segment().tokens
+        sizes.append(rows)
+        known.learn(rows, 4.0 if len(sizes) == 1 else 1.0 + 0.01 * rows)
+    # Then as many as were tried, and as many again.
+    assert sizes[:4] == [1, 1, 1, 2]
+    assert sizes[4:6] == [4, 8]
+
+
+async def test_logits_of_a_row_are_not_free() -> None:
+    asked = answer([1])
+    outputs = known_costs({rows: float(rows) for rows in (1, 2, 4, 8)})
+    controller = controlled(Fixed({asked: 0.8}), costs(flat=True), output_costs=outputs)
+    (piece,) = await controller.extend([Piece(asked, 1)])
+    assert len(piece.guesses) == 2  # of 7 if they were free
+
+
+async def test_a_step_without_guesses_is_measured_again() -> None:
+    asked = answer([1])
+    controller = controlled(Fixed({asked: 0.9}), costs(flat=True))
+    sizes = [len((await controller.extend([Piece(asked, 1)]))[0].guesses) for _ in range(258)]
+    assert sizes == [7] * 256 + [0, 7]

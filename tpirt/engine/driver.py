@@ -85,7 +85,7 @@ class Driver:
         trained = config.max_position_embeddings if config.rope.kind == "dynamic" else None
         sharing = Sharing(trained)
         self._slots = Slots(sharing)
-        self._costs = StepCosts()
+        self._costs, self._output_costs = StepCosts(), StepCosts()
         self._spiller = Spiller(
             connection,
             deployment,
@@ -101,6 +101,7 @@ class Driver:
             self._drafts = DraftController(
                 drafter,
                 self._costs,
+                self._output_costs,
                 config.vocab_size,
                 deployment.chunk_tokens,
                 connection.group.exact_rows,
@@ -399,12 +400,15 @@ class Driver:
                 _end(pieces, exc)
         else:
             counts = [segment.num_logits for segment in segments]
+            computed_s = time.perf_counter()
+            self._costs.learn(len(ids), computed_s - began_s)
             self._advance(pieces, number)
             tokens = await self._hand_on(pieces, torch.split(out, counts))
-            took_s = time.perf_counter() - began_s
-            self._costs.learn(len(ids), took_s)
+            ended_s = time.perf_counter()
+            if len(out):
+                self._output_costs.learn(len(out), ended_s - computed_s)
             if self._drafts is not None:
-                self._drafts.learn_step(pieces, tokens, took_s)
+                self._drafts.learn_step(pieces, tokens, ended_s - began_s)
 
     async def _relieve(self, pieces: list[Piece], exc: MemoryLimitError) -> None:
         """Memory was refused: free what can be, or give up the youngest; alone, one fails."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from itertools import takewhile
+from typing import NamedTuple
 
 from tpirt.engine.drafts.base import Drafter, Guess
 from tpirt.engine.scheduler import Piece
@@ -22,7 +23,9 @@ _log = logging.getLogger(__name__)
 
 MOST_GUESSES = 16  # for an answer; more are hardly ever all right
 _LEAST_GAIN = 1.05  # expected tokens per second with guesses to those without
-_RETRY_STEPS = 256  # where guesses do not pay, some are tried again after so many steps
+# Where guesses do not pay, one is tried again after so many steps; where they do, a step without
+# any is measured.
+_RETRY_STEPS = 256
 _PRIOR_WEIGHT, _KEPT = 2.0, 0.98  # of a kind's prior, in guesses; of earlier guesses, a guess
 
 
@@ -45,7 +48,7 @@ class DraftStats:
     Attributes:
         steps: those with guesses.
         guesses, right: that were verified, and that were right.
-        seconds: that these steps took.
+        seconds: that these steps took, and making the guesses.
         saved_s: time that their tokens would have taken one by one, minus what they took.
         predicted_s, predicted_saved_s: what was expected of the two when guesses were chosen.
         tested, hit: number of guesses whose answer is known, and of right ones, by kind.
@@ -62,12 +65,22 @@ class DraftStats:
     hit: dict[str, int] = field(default_factory=dict)
 
 
+class _Base(NamedTuple):
+    """A step without guesses: rows, those with logits, answers; and how many rows may be added."""
+
+    rows: int
+    outputs: int
+    answers: int
+    room: int
+
+
 class DraftController:
     """Adds guesses to the pieces of a step, where they pay.
 
     Args:
         drafter: makes guesses.
         costs: how long steps take.
+        output_costs: how long logits and sampling take, by rows whose logits are computed.
         vocab_size: of the model.
         most_rows: of a step.
         exact_rows: up to which a row's bits do not depend on the others; guesses add no more rows
@@ -80,6 +93,7 @@ class DraftController:
         self,
         drafter: Drafter,
         costs: StepCosts,
+        output_costs: StepCosts,
         vocab_size: int,
         most_rows: int,
         exact_rows: int,
@@ -89,6 +103,7 @@ class DraftController:
         self.stats = DraftStats()
         self._drafter = drafter
         self._costs = costs
+        self._output_costs = output_costs
         self._vocab_size = vocab_size
         self._failure: Exception | None = None  # of the drafter, which is asked no more
         self._most_rows = most_rows
@@ -98,6 +113,7 @@ class DraftController:
         self._rates: dict[str, _Rate] = {}
         self._drafting_s = 0.0  # of the latest step
         self._idle_steps = 0  # since guesses were last verified
+        self._busy_steps = 0  # since a step had no guesses
         self._gain: float | None = None  # expected of the latest step
         self._predicted = (0.0, 0.0)  # its tokens and seconds
         self._token_s = 0.0  # a token takes without guesses, in the latest step
@@ -110,32 +126,46 @@ class DraftController:
             for index, piece in enumerate(pieces)
             if (answer := _drafted(piece)) is not None
         }
-        exact = min(self._exact_rows, self._most_rows)
-        room = (exact if rows <= exact else self._most_rows) - rows
+        room = self._room(rows)
         if (
             self._failure is not None
             or not drafted
             or room <= 0
             or self._costs.seconds(rows) is None
         ):
+            self._busy_steps = 0
             return list(pieces)
         answers = list(drafted.values())
         most = [min(self._most, room, self._most_guesses(answer)) for answer in answers]
+        outputs = sum(piece.segment().num_logits for piece in pieces)
+        base = _Base(rows, outputs, len(answers), room)
         prospects = self._drafter.prospects(max(most))
         if prospects is None:
             guesses = await self._propose(answers, most)
-            counts = self._choose(guesses, rows, room)
+            counts = self._choose(guesses, base)
         else:
-            most = self._choose([prospects[:number] for number in most], rows, room)
+            most = self._choose([prospects[:number] for number in most], base)
             guesses = await self._propose(answers, most)
             counts = list(map(len, guesses))
         self._idle_steps = 0 if any(counts) else self._idle_steps + 1
+        self._busy_steps = self._busy_steps + 1 if any(counts) else 0
         extended = list(pieces)
         for index, found, count in zip(drafted, guesses, counts, strict=True):
             if found:
                 verified = tuple(found[:count])
                 extended[index] = replace(pieces[index], guesses=verified, first_guess=found[0])
         return extended
+
+    def _room(self, rows: int) -> int:
+        """How many guesses a step of ``rows`` rows may verify.
+
+        Sizes that were not measured are tried in steps of twice as many: what they are expected to
+        take is a guess, too.
+        """
+        if rows > self._exact_rows:
+            return self._most_rows - rows
+        most = min(self._exact_rows, self._most_rows)
+        return min(most, 2 * self._costs.most_tried(most)) - rows
 
     async def _propose(self, answers: Items[Answer], most: Items[int]) -> list[list[Guess]]:
         began_s = time.perf_counter()
@@ -177,9 +207,10 @@ class DraftController:
             return
         stats = self.stats
         stats.steps += 1
+        seconds += self._drafting_s
         stats.seconds += seconds
         predicted, predicted_s = self._predicted
-        stats.saved_s += self._token_s * tokens - seconds - self._drafting_s
+        stats.saved_s += self._token_s * tokens - seconds
         stats.predicted_s += predicted_s
         stats.predicted_saved_s += self._token_s * predicted - predicted_s
 
@@ -214,16 +245,17 @@ class DraftController:
 
     # -- the choice --------------------------------------------------------------------------
 
-    def _choose(self, guesses: Items[Items[Guess]], rows: int, room: int) -> list[int]:
-        """How many guesses of each answer are verified, in addition to ``rows`` rows.
+    def _choose(self, guesses: Items[Items[Guess]], base: _Base) -> list[int]:
+        """How many guesses of each answer are verified, in addition to the rows of ``base``.
 
         The likeliest guesses of all answers are added one by one; the number with the most expected
         tokens per second is taken.
         """
-        base_s = self._costs.seconds(rows)
-        assert base_s is not None
         counts, best = [0] * len(guesses), [0] * len(guesses)
-        expected = float(len(guesses))
+        if base.rows <= self._exact_rows and not self._costs.is_sure(base.rows):
+            return best  # nothing is known to compare with
+        base_s = self._seconds(base, 0)
+        expected = float(base.answers)
         best_rate = base_rate = expected / base_s
         self._token_s = base_s / expected
         self._predicted = (expected, base_s)
@@ -232,14 +264,13 @@ class DraftController:
             if chain:
                 heappush(heap, (-self._share(chain[0]), index))
         added = 0
-        while heap and added < room:
+        while heap and added < base.room:
             likely, index = heappop(heap)
             expected -= likely
             added += 1
             counts[index] += 1
-            step_s = self._costs.seconds(rows + added)
-            assert step_s is not None
-            rate = expected / (step_s + self._drafter.seconds(max(counts)))
+            step_s = self._seconds(base, added) + self._drafter.seconds(max(counts))
+            rate = expected / step_s
             if rate > best_rate:
                 best, best_rate = list(counts), rate
                 self._predicted = (expected, step_s)
@@ -248,10 +279,15 @@ class DraftController:
                 heappush(heap, (likely * self._share(chain[counts[index]]), index))
         self._gain = best_rate / base_rate
         if self._gain >= _LEAST_GAIN:
-            return best
+            return best if self._busy_steps < _RETRY_STEPS else [0] * len(guesses)
         if self._idle_steps >= _RETRY_STEPS and added:
             return [min(1, len(chain)) for chain in guesses]
         return [0] * len(guesses)
+
+    def _seconds(self, base: _Base, guesses: int) -> float:
+        step_s = self._costs.seconds(base.rows + guesses)
+        assert step_s is not None
+        return step_s + (self._output_costs.seconds(base.outputs + guesses) or 0.0)
 
     def _share(self, guess: Guess) -> float:
         rate = self._rate(guess)

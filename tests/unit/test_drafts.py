@@ -118,7 +118,7 @@ async def test_wrong_guesses_turn_themselves_off_and_right_ones_on_again() -> No
         (piece,) = await controller.extend([Piece(asked, 1)])
         controller.learn(piece, [99])
     assert piece.guesses == ()
-    assert piece.first_guess is not None
+    assert piece.first_guesses
     for _ in range(60):
         (piece,) = await controller.extend([Piece(asked, 1)])
         controller.learn(piece, [*piece.guessed, 1] if piece.guesses else [7])
@@ -143,7 +143,11 @@ class Fixed:
 
     async def propose(self, answers: list[Answer], most: int) -> list[list[Guess]]:
         return [
-            [Guess(7, f"{self._priors[answer]}", self._priors[answer])] * most for answer in answers
+            [
+                Guess(7, depth - 1, f"{self._priors[answer]}", self._priors[answer])
+                for depth in range(most)
+            ]
+            for answer in answers
         ]
 
     def forget(self, answer: Answer) -> None:

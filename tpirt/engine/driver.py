@@ -394,6 +394,7 @@ class Driver:
             number = group.next_step
             out = await group.step(hidden, segments, any(piece.prefill for piece in pieces))
         except MemoryLimitError as exc:
+            _fail_step(pieces)
             await self._relieve(pieces, exc)
         except TpirtError as exc:
             if group.broken is None:  # else the next turn connects again
@@ -421,10 +422,11 @@ class Driver:
 
     def _advance(self, pieces: list[Piece], step: int) -> None:
         for piece in pieces:
-            sequence, ids, prefill = piece.sequence, piece.ids, piece.prefill
+            sequence, prefill = piece.sequence, piece.prefill
             assert sequence.slot is not None
-            self._slots.extend(sequence.slot, ids, len(sequence.ids))
-            sequence.advance(len(ids), step)
+            end, kept = sequence.computed + piece.tokens, piece.tokens + len(sequence.keep)
+            self._slots.extend(sequence.slot, sequence.ids[end - kept : end], len(sequence.ids))
+            sequence.advance(piece.tokens, step)
             if prefill:
                 _tell(sequence, sequence.prompt_progress())
 
@@ -457,8 +459,9 @@ class Driver:
         drawn: list[int] = []
         try:
             with self._group.sampling(answer.sampled), refused_memory("sampling"):
-                drawn = answer.draw(logits, piece.guessed)
-            self._slots.extend(answer.slot, drawn[:-1], len(answer.ids))
+                drawn = answer.draw(logits, piece.guessed, piece.parents)
+            in_place = len(drawn) - 1 - len(answer.keep)
+            self._slots.extend(answer.slot, drawn[:in_place], len(answer.ids))
             if self._drafts is not None:
                 self._drafts.learn(piece, drawn)
         except LogitsError as exc:
@@ -543,6 +546,11 @@ def _together(
         rows += len(own)
     if group:
         yield group
+
+
+def _fail_step(pieces: Iterable[Piece]) -> None:
+    for piece in pieces:
+        piece.sequence.fail_step()
 
 
 def _end(pieces: Iterable[Piece], exc: Exception) -> None:

@@ -51,6 +51,6 @@ class KnownAnswers:
         following = known[answer.sampled : answer.sampled + most]
         right = (self._random.random() < self._hit_rate for _ in following)
         return [
-            Guess(token if ok else token ^ 1, "known", self._prior)
-            for token, ok in zip(following, right, strict=False)
+            Guess(token if ok else token ^ 1, depth - 1, "known", self._prior)
+            for depth, (token, ok) in enumerate(zip(following, right, strict=False))
         ]

@@ -13,11 +13,13 @@ class Guess(NamedTuple):
 
     Attributes:
         token: its id.
+        parent: index of an earlier guess, which it follows; -1: it follows the answer.
         kind: guesses of one kind are right about equally often; how often is learnt.
         prior: how often, before anything is known.
     """
 
     token: int
+    parent: int
     kind: str
     prior: float
 
@@ -34,7 +36,10 @@ class Drafter(Protocol):
         ...
 
     async def propose(self, answers: Items[Answer], most: int) -> list[list[Guess]]:
-        """Guess up to ``most`` tokens that follow each answer's ids, each given the ones before."""
+        """Guess up to ``most`` tokens after each answer's ids: a tree, the likelier ones first.
+
+        A guess's prior is given that its parent is right.
+        """
         ...
 
     def forget(self, answer: Answer) -> None:

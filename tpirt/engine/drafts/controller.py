@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
-from itertools import takewhile
 from typing import NamedTuple
 
 from tpirt.engine.drafts.base import Drafter, Guess
@@ -140,20 +140,22 @@ class DraftController:
         outputs = sum(piece.segment().num_logits for piece in pieces)
         base = _Base(rows, outputs, len(answers), room)
         prospects = self._drafter.prospects(max(most))
-        if prospects is None:
-            guesses = await self._propose(answers, most)
-            counts = self._choose(guesses, base)
-        else:
-            most = self._choose([prospects[:number] for number in most], base)
-            guesses = await self._propose(answers, most)
-            counts = list(map(len, guesses))
-        self._idle_steps = 0 if any(counts) else self._idle_steps + 1
-        self._busy_steps = self._busy_steps + 1 if any(counts) else 0
+        if prospects is not None:
+            likely = self._choose(
+                [prospects[:number] for number in most], base, self._drafter.seconds
+            )
+            most = list(map(len, likely))
+        guesses = await self._propose(answers, most)
+        spent_s = self._drafting_s
+        chosen = self._choose(guesses, base, lambda _: spent_s)
+        busy = any(chosen)
+        self._idle_steps = 0 if busy else self._idle_steps + 1
+        self._busy_steps = self._busy_steps + 1 if busy else 0
         extended = list(pieces)
-        for index, found, count in zip(drafted, guesses, counts, strict=True):
-            if found:
-                verified = tuple(found[:count])
-                extended[index] = replace(pieces[index], guesses=verified, first_guess=found[0])
+        for index, found, picked in zip(drafted, guesses, chosen, strict=True):
+            first = tuple(guess for guess in found if guess.parent < 0)
+            verified = _subtree(found, picked)
+            extended[index] = replace(pieces[index], guesses=verified, first_guesses=first)
         return extended
 
     def _room(self, rows: int) -> int:
@@ -167,36 +169,48 @@ class DraftController:
         most = min(self._exact_rows, self._most_rows)
         return min(most, 2 * self._costs.most_tried(most)) - rows
 
-    async def _propose(self, answers: Items[Answer], most: Items[int]) -> list[list[Guess]]:
+    async def _propose(self, answers: Items[Answer], most: Items[int]) -> list[tuple[Guess, ...]]:
         began_s = time.perf_counter()
+        self._drafting_s = 0.0
         if not any(most):
-            return [[] for _ in answers]
+            return [() for _ in answers]
         try:
             proposed = await self._drafter.propose(answers, max(most))
-            known = [list(takewhile(self._is_known, found)) for found in proposed]
-            guesses = [found[:number] for found, number in zip(known, most, strict=True)]
+            guesses = [
+                self._known(found)[:number] for found, number in zip(proposed, most, strict=True)
+            ]
         except Exception as exc:  # anybody's drafter; no answer depends on it
             _log.warning("no more drafts: the drafter failed", exc_info=exc)
             self._failure = exc
-            return [[] for _ in answers]
+            return [() for _ in answers]
         self._drafting_s = time.perf_counter() - began_s
         return guesses
 
-    def _is_known(self, guess: Guess) -> bool:
-        return 0 <= guess.token < self._vocab_size
+    def _known(self, guesses: Items[Guess]) -> tuple[Guess, ...]:
+        """Those of the vocabulary, as long as their parents are."""
+        known: list[int] = []
+        for index, guess in enumerate(guesses):
+            if 0 <= guess.token < self._vocab_size and (guess.parent < 0 or guess.parent in known):
+                known.append(index)
+        return _subtree(guesses, known)
 
     def learn(self, piece: Piece, drawn: Items[int]) -> None:
         """Account for the tokens that were drawn for a piece, one after each right guess.
 
-        The first guess is compared even if it was not verified: that costs nothing.
+        Guesses of the next token are compared even if none was verified: that costs nothing.
         """
-        tested = piece.guesses or (() if piece.first_guess is None else (piece.first_guess,))
         stats = self.stats
-        for guess, token in zip(tested, drawn, strict=False):
-            right = guess.token == token
-            self._rate(guess).learn(right)
-            stats.tested[guess.kind] = stats.tested.get(guess.kind, 0) + 1
-            stats.hit[guess.kind] = stats.hit.get(guess.kind, 0) + right
+        tested, parent = piece.guesses or piece.first_guesses, -1
+        for token in drawn:
+            before, parent = parent, len(tested)
+            for index, guess in enumerate(tested):
+                if guess.parent != before:
+                    continue
+                right = guess.token == token
+                parent = index if right else parent
+                self._rate(guess).learn(right)
+                stats.tested[guess.kind] = stats.tested.get(guess.kind, 0) + 1
+                stats.hit[guess.kind] = stats.hit.get(guess.kind, 0) + right
         if piece.guesses:
             stats.guesses += len(piece.guesses)
             stats.right += len(drawn) - 1
@@ -245,44 +259,63 @@ class DraftController:
 
     # -- the choice --------------------------------------------------------------------------
 
-    def _choose(self, guesses: Items[Items[Guess]], base: _Base) -> list[int]:
-        """How many guesses of each answer are verified, in addition to the rows of ``base``.
+    def _choose(
+        self, guesses: Items[Items[Guess]], base: _Base, drafting_s: Callable[[int], float]
+    ) -> list[list[int]]:
+        """Which guesses of each answer are verified, in addition to the rows of ``base``.
 
-        The likeliest guesses of all answers are added one by one; the number with the most expected
-        tokens per second is taken.
+        The likeliest guesses of all answers are added one by one, none before its parent; those
+        with the most expected tokens per second are taken. To guess down to a depth takes
+        ``drafting_s``.
         """
-        counts, best = [0] * len(guesses), [0] * len(guesses)
+        nothing: list[list[int]] = [[] for _ in guesses]
         if base.rows <= self._exact_rows and not self._costs.is_sure(base.rows):
-            return best  # nothing is known to compare with
+            return nothing  # there is nothing to compare with
         base_s = self._seconds(base, 0)
         expected = float(base.answers)
-        best_rate = base_rate = expected / base_s
+        best_rate = base_rate = expected / (base_s + drafting_s(0))
         self._token_s = base_s / expected
         self._predicted = (expected, base_s)
-        heap: list[tuple[float, int]] = []
-        for index, chain in enumerate(guesses):
-            if chain:
-                heappush(heap, (-self._share(chain[0]), index))
-        added = 0
-        while heap and added < base.room:
-            likely, index = heappop(heap)
-            expected -= likely
-            added += 1
-            counts[index] += 1
-            step_s = self._seconds(base, added) + self._drafter.seconds(max(counts))
-            rate = expected / step_s
-            if rate > best_rate:
-                best, best_rate = list(counts), rate
+        order: list[tuple[int, int]] = []
+        best = deepest = 0
+        for likely, answer, index, depth in self._likeliest(guesses):
+            if len(order) == base.room:
+                break
+            order.append((answer, index))
+            expected += likely
+            deepest = max(deepest, depth)
+            step_s = self._seconds(base, len(order)) + drafting_s(deepest)
+            if expected / step_s > best_rate:
+                best, best_rate = len(order), expected / step_s
                 self._predicted = (expected, step_s)
-            chain = guesses[index]
-            if counts[index] < len(chain):
-                heappush(heap, (likely * self._share(chain[counts[index]]), index))
         self._gain = best_rate / base_rate
-        if self._gain >= _LEAST_GAIN:
-            return best if self._busy_steps < _RETRY_STEPS else [0] * len(guesses)
-        if self._idle_steps >= _RETRY_STEPS and added:
-            return [min(1, len(chain)) for chain in guesses]
-        return [0] * len(guesses)
+        if self._gain < _LEAST_GAIN:
+            best = int(self._idle_steps >= _RETRY_STEPS)
+        elif self._busy_steps >= _RETRY_STEPS:
+            best = 0
+        for answer, index in order[:best]:
+            nothing[answer].append(index)
+        return nothing
+
+    def _likeliest(self, guesses: Items[Items[Guess]]) -> Iterator[tuple[float, int, int, int]]:
+        """How likely each guess is, with its answer, index and depth; the likeliest first."""
+        heap: list[tuple[float, int, int, int]] = []
+        children: dict[tuple[int, int], list[int]] = {}
+        for answer, tree in enumerate(guesses):
+            for index, guess in enumerate(tree):
+                children.setdefault((answer, guess.parent), []).append(index)
+
+        def add(answer: int, parent: int, likely: float, depth: int) -> None:
+            for index in children.get((answer, parent), ()):
+                share = self._share(guesses[answer][index])
+                heappush(heap, (-likely * share, answer, index, depth))
+
+        for answer in range(len(guesses)):
+            add(answer, -1, 1.0, 1)
+        while heap:
+            unlikely, answer, index, depth = heappop(heap)
+            yield -unlikely, answer, index, depth
+            add(answer, index, -unlikely, depth + 1)
 
     def _seconds(self, base: _Base, guesses: int) -> float:
         step_s = self._costs.seconds(base.rows + guesses)
@@ -307,3 +340,11 @@ def _drafted(piece: Piece) -> Answer | None:
     if isinstance(sequence, Answer) and sequence.todo == 1 and not sequence.ended:
         return sequence
     return None
+
+
+def _subtree(guesses: Items[Guess], chosen: Items[int]) -> tuple[Guess, ...]:
+    """The chosen guesses, which include their parents, in the order of all."""
+    numbers = {-1: -1} | {index: number for number, index in enumerate(sorted(chosen))}
+    return tuple(
+        guesses[index]._replace(parent=numbers[guesses[index].parent]) for index in sorted(chosen)
+    )

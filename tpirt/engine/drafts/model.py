@@ -70,4 +70,4 @@ class ModelDrafter:
 
 
 def _guess(token: int, depth: int) -> Guess:
-    return Guess(token, f"model {depth}", _PRIOR)
+    return Guess(token, depth - 1, f"model {depth}", _PRIOR)

@@ -89,10 +89,10 @@ class SuffixDrafter:
         if not length:
             return []
         following = list(islice(text.ids, place, place + most))
-        return [_guess(token, length + index) for index, token in enumerate(following)]
+        return [_guess(token, index - 1, length + index) for index, token in enumerate(following)]
 
 
-def _guess(token: int, matched: int) -> Guess:
+def _guess(token: int, parent: int, matched: int) -> Guess:
     """A guess after ``matched`` tokens: if the guesses before were right, the match is longer."""
     level = max(known for known in _PRIORS if known <= matched)
-    return Guess(token, f"suffix {level}", _PRIORS[level])
+    return Guess(token, parent, f"suffix {level}", _PRIORS[level])

@@ -122,6 +122,9 @@ class Bushes:
     def seconds(self, depth: int) -> float:
         return 0.0
 
+    def learn(self, ids: Sequence[int], logits: torch.Tensor) -> None:
+        pass
+
     def forget(self, answer: Answer) -> None:
         pass
 

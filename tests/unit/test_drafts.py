@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,7 +64,7 @@ def test_the_longest_match_is_found(ids: list[int]) -> None:
     """Against a search over all places, but for matches of which there are very many."""
     index = SuffixIndex()
     index.extend(ids)
-    length, place = index.find()
+    length, place = next(iter(index.find()), (0, 0))
 
     def matched(at: int) -> int:
         common = 0
@@ -76,7 +79,7 @@ def test_the_longest_match_is_found(ids: list[int]) -> None:
 
 
 async def test_guesses_are_what_followed() -> None:
-    drafter = SuffixDrafter()
+    drafter = SuffixDrafter(20)
     asked = answer([1, 2, 3, 4, 5, 6, 9, 2, 3, 4])
     (found,) = await drafter.propose([asked], 4)
     assert [guess.token for guess in found] == [5, 6, 9, 2]
@@ -150,6 +153,9 @@ class Fixed:
             for answer in answers
         ]
 
+    def learn(self, ids: list[int], logits: torch.Tensor) -> None:
+        pass
+
     def forget(self, answer: Answer) -> None:
         pass
 
@@ -197,3 +203,51 @@ async def test_a_step_without_guesses_is_measured_again() -> None:
     controller = controlled(Fixed({asked: 0.9}), costs(flat=True))
     sizes = [len((await controller.extend([Piece(asked, 1)]))[0].guesses) for _ in range(258)]
     assert sizes == [7] * 256 + [0, 7]
+
+
+async def test_matches_that_went_on_otherwise_are_branches() -> None:
+    asked = answer([1, 2, 3, 8, 9, 1, 2, 3, 5, 6, 1, 2, 3])
+    (found,) = await SuffixDrafter(20).propose([asked], 2)
+    assert [(guess.token, guess.parent) for guess in found] == [(5, -1), (6, 0), (8, -1), (9, 2)]
+    assert found[2].kind == "suffix 3 else"
+
+
+async def test_the_likeliest_successors_are_guessed_where_nothing_matches() -> None:
+    drafter = SuffixDrafter(8)
+    logits = torch.zeros(2, 8)
+    logits[0, [4, 5, 6]] = torch.tensor([3.0, 2.0, 1.0])  # after 3
+    logits[1, [7, 1, 2]] = torch.tensor([3.0, 2.0, 1.0])  # after 4
+    drafter.learn([3, 4], logits)
+    (found,) = await drafter.propose([answer([1, 2, 3])], 2)
+    assert [(guess.token, guess.parent) for guess in found] == [
+        *((4, -1), (5, -1), (6, -1)),
+        *((7, 0), (1, 0)),
+    ]
+    (found,) = await drafter.propose([answer([3, 4, 1, 2, 3])], 1)
+    assert [guess.kind for guess in found] == [
+        *("suffix 1", "successor 1, rank 2", "successor 1, rank 3"),
+    ]
+
+
+async def test_guesses_of_a_tree_are_counted_along_the_path_that_was_drawn() -> None:
+    asked = answer([1])
+    controller = controlled(Tree(), costs(flat=True))
+    (piece,) = await controller.extend([Piece(asked, 1)])
+    assert [(guess.token, guess.parent) for guess in piece.guesses] == Tree.NODES
+    assert piece.segment().parents == (1, 2, 1, 3)
+    controller.learn(piece, [5, 6, 9])
+    assert controller.stats.right == 2
+    assert controller.stats.tested == {"4": 1, "5": 1, "6": 1}
+    assert controller.stats.hit == {"4": 0, "5": 1, "6": 1}
+
+
+class Tree(Fixed):
+    """Four guesses: 4 or 5, then 6 after 5 and 7 after 4."""
+
+    NODES: ClassVar = [(4, -1), (5, -1), (6, 1), (7, 0)]
+
+    def __init__(self) -> None:
+        super().__init__({})
+
+    async def propose(self, answers: list[Answer], most: int) -> list[list[Guess]]:
+        return [[Guess(token, parent, str(token), 0.5) for token, parent in self.NODES]]

@@ -459,6 +459,8 @@ class Driver:
         drawn: list[int] = []
         try:
             with self._group.sampling(answer.sampled), refused_memory("sampling"):
+                if self._drafts is not None:
+                    self._drafts.see(piece, logits)
                 drawn = answer.draw(logits, piece.guessed, piece.parents)
             in_place = len(drawn) - 1 - len(answer.keep)
             self._slots.extend(answer.slot, drawn[:in_place], len(answer.ids))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from tpirt.engine.drafts.base import Guess
 from tpirt.engine.sequence import Answer
 
@@ -42,6 +44,9 @@ class KnownAnswers:
     async def propose(self, answers: Sequence[Answer], most: int) -> list[list[Guess]]:
         """See :class:`tpirt.engine.drafts.base.Drafter`."""
         return [self._guess(answer, most) for answer in answers]
+
+    def learn(self, ids: Sequence[int], logits: torch.Tensor) -> None:
+        """See :class:`tpirt.engine.drafts.base.Drafter`."""
 
     def forget(self, answer: Answer) -> None:
         """See :class:`tpirt.engine.drafts.base.Drafter`."""

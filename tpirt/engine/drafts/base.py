@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from typing import NamedTuple, Protocol
 
+import torch
+
 from tpirt.engine.sequence import Answer
 
 
@@ -36,10 +38,14 @@ class Drafter(Protocol):
         ...
 
     async def propose(self, answers: Items[Answer], most: int) -> list[list[Guess]]:
-        """Guess up to ``most`` tokens after each answer's ids: a tree, the likelier ones first.
+        """Guess what follows each answer's ids: trees up to ``most`` deep, parents before children.
 
-        A guess's prior is given that its parent is right.
+        A guess's prior is that of it being right if its parent is.
         """
+        ...
+
+    def learn(self, ids: Items[int], logits: torch.Tensor) -> None:
+        """Take notice of the model's logits (T, V) after some ids of an answer, or guesses."""
         ...
 
     def forget(self, answer: Answer) -> None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from typing import NamedTuple
 
+import torch
+
 from tpirt.engine.drafts.base import Drafter, Guess
 from tpirt.engine.scheduler import Piece
 from tpirt.engine.sequence import Answer
@@ -66,12 +68,18 @@ class DraftStats:
 
 
 class _Base(NamedTuple):
-    """A step without guesses: rows, those with logits, answers; and how many rows may be added."""
+    """A step without guesses.
+
+    Attributes:
+        rows, outputs: those of the step, and those whose logits are computed.
+        room: how many guesses may be added.
+        most: how many of each answer.
+    """
 
     rows: int
     outputs: int
-    answers: int
     room: int
+    most: list[int]
 
 
 class DraftController:
@@ -138,12 +146,10 @@ class DraftController:
         answers = list(drafted.values())
         most = [min(self._most, room, self._most_guesses(answer)) for answer in answers]
         outputs = sum(piece.segment().num_logits for piece in pieces)
-        base = _Base(rows, outputs, len(answers), room)
+        base = _Base(rows, outputs, room, most)
         prospects = self._drafter.prospects(max(most))
         if prospects is not None:
-            likely = self._choose(
-                [prospects[:number] for number in most], base, self._drafter.seconds
-            )
+            likely = self._choose([prospects] * len(answers), base, self._drafter.seconds)
             most = list(map(len, likely))
         guesses = await self._propose(answers, most)
         spent_s = self._drafting_s
@@ -176,15 +182,16 @@ class DraftController:
             return [() for _ in answers]
         try:
             proposed = await self._drafter.propose(answers, max(most))
-            guesses = [
-                self._known(found)[:number] for found, number in zip(proposed, most, strict=True)
-            ]
+            guesses = list(map(self._known, proposed))
         except Exception as exc:  # anybody's drafter; no answer depends on it
-            _log.warning("no more drafts: the drafter failed", exc_info=exc)
-            self._failure = exc
+            self._give_up(exc)
             return [() for _ in answers]
         self._drafting_s = time.perf_counter() - began_s
         return guesses
+
+    def _give_up(self, exc: Exception) -> None:
+        _log.warning("no more drafts: the drafter failed", exc_info=exc)
+        self._failure = exc
 
     def _known(self, guesses: Items[Guess]) -> tuple[Guess, ...]:
         """Those of the vocabulary, as long as their parents are."""
@@ -193,6 +200,14 @@ class DraftController:
             if 0 <= guess.token < self._vocab_size and (guess.parent < 0 or guess.parent in known):
                 known.append(index)
         return _subtree(guesses, known)
+
+    def see(self, piece: Piece, logits: torch.Tensor) -> None:
+        """Show the drafter the logits (T, V) after a piece's last id and each guess."""
+        if self._failure is None:
+            try:
+                self._drafter.learn([piece.sequence.ids[-1], *piece.guessed], logits)
+            except Exception as exc:
+                self._give_up(exc)
 
     def learn(self, piece: Piece, drawn: Items[int]) -> None:
         """Account for the tokens that were drawn for a piece, one after each right guess.
@@ -269,10 +284,11 @@ class DraftController:
         ``drafting_s``.
         """
         nothing: list[list[int]] = [[] for _ in guesses]
+        left = list(base.most)
         if base.rows <= self._exact_rows and not self._costs.is_sure(base.rows):
             return nothing  # there is nothing to compare with
         base_s = self._seconds(base, 0)
-        expected = float(base.answers)
+        expected = float(len(base.most))
         best_rate = base_rate = expected / (base_s + drafting_s(0))
         self._token_s = base_s / expected
         self._predicted = (expected, base_s)
@@ -281,6 +297,9 @@ class DraftController:
         for likely, answer, index, depth in self._likeliest(guesses):
             if len(order) == base.room:
                 break
+            if not left[answer]:
+                continue
+            left[answer] -= 1
             order.append((answer, index))
             expected += likely
             deepest = max(deepest, depth)

@@ -8,6 +8,8 @@ from collections.abc import Sequence as Items
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING
 
+import torch
+
 from tpirt.engine.drafts.base import Guess
 from tpirt.engine.sequence import Answer
 from tpirt.errors import RequestError
@@ -52,6 +54,9 @@ class ModelDrafter:
             change = took_s - self._guess_s
             self._guess_s += change * (_SMOOTHING if self._guess_s else 1)
         return found
+
+    def learn(self, ids: Items[int], logits: torch.Tensor) -> None:
+        """See :class:`Drafter`."""
 
     def forget(self, answer: Answer) -> None:
         """See :class:`Drafter`."""

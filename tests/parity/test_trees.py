@@ -14,10 +14,12 @@ import torch
 from tests.support.nightly import nightly_but
 from tests.support.steps import take_free_rows
 from tpirt.batch import Batch, Segment
+from tpirt.cluster.group import Group
 from tpirt.engine.drafts.base import Guess
+from tpirt.engine.driver import Driver
 from tpirt.engine.scheduler import Piece
 from tpirt.engine.sequence import Answer
-from tpirt.errors import TransportError
+from tpirt.errors import MemoryLimitError, TransportError
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.decoders import DecoderGroup, decoder_group
 from tpirt.testing.models import make_model
@@ -203,6 +205,37 @@ async def test_sampled_answers_are_those_without_guesses(
         assert stats is not None
         assert stats.right > 40
     assert kept > 10
+
+
+async def test_tokens_are_computed_again_if_the_step_that_keeps_them_fails(
+    model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All ranks have moved them, or some have: they agree only on the positions before."""
+    take_free_rows(monkeypatch)
+    prompt, params = tuple(PROMPT[:8]), SamplingParams(max_tokens=30, temperature=0)
+    options = {"quantize": "int4", "dtype": "bfloat16", "store": tmp_path}
+    async with memory_engine(model, 2, draft="none", **options) as engine:
+        answers = {prompt: (await engine.complete(prompt, params)).token_ids}
+    step, failed = Group.step, 0
+
+    async def failing(group: Group, hidden: Any, segments: Sequence[Segment], prefill: bool) -> Any:
+        nonlocal failed
+        failed += bool(segments[0].keep)
+        if segments[0].keep and failed % 2:  # none has moved them
+            raise MemoryLimitError("refused")
+        out = await step(group, hidden, segments, prefill)
+        if segments[0].keep:
+            raise MemoryLimitError("refused")
+        return out
+
+    async def relieve(*_: Any) -> None:
+        pass
+
+    monkeypatch.setattr(Group, "step", failing)
+    monkeypatch.setattr(Driver, "_relieve", relieve)
+    async with memory_engine(model, 2, draft=Bushes(answers), **options) as engine:
+        assert (await engine.complete(prompt, params)).token_ids == answers[prompt]
+    assert failed > 1
 
 
 async def test_a_step_with_an_impossible_tree_is_refused(model: Path) -> None:

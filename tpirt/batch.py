@@ -21,6 +21,8 @@ _K = TypeVar("_K")
 # Elements that share a scale in int8. Scales are 3% more bytes and limit the effect of outliers.
 SCALE_BLOCK = 128
 
+MOST_TREE_ROWS = 64  # of a segment with a tree; C has room for a path of so many
+
 
 class Algorithm(Enum):
     """All-reduce algorithms for R ranks and partials of n bytes. Values are those of the option.
@@ -87,6 +89,10 @@ class Segment:
         rope_length: sequence length for dynamic rope scaling.
         source: another sequence's slot, whose first ``position`` positions are copied first; None
             if the slot has them.
+        parents: of the last tokens, if they are a tree of guesses: how many rows before each of
+            them its parent is. Without, each token follows the one before.
+        keep: which of the last step's tokens are kept, if that had a tree: they are cached at
+            ``position - len(keep)`` plus these, ascending, and are moved together first.
     """
 
     slot: int
@@ -95,6 +101,26 @@ class Segment:
     num_logits: int
     rope_length: int
     source: int | None = None
+    parents: tuple[int, ...] = ()
+    keep: tuple[int, ...] = ()
+
+    @property
+    def depths(self) -> list[int]:
+        """How many positions after ``position`` each token is."""
+        first = self.tokens - len(self.parents)
+        depths = list(range(first))
+        for row, back in enumerate(self.parents, first):
+            depths.append(depths[row - back] + 1)
+        return depths
+
+    def follows(self) -> torch.Tensor:
+        """Whether each token (row) is after or at another one (column) of its path, (T, T)."""
+        seen = torch.eye(self.tokens, dtype=torch.bool)
+        first = self.tokens - len(self.parents)
+        for row in range(1, self.tokens):
+            back = self.parents[row - first] if row >= first else 1
+            seen[row] |= seen[row - back]
+        return seen
 
     @property
     def end(self) -> int:
@@ -163,11 +189,13 @@ class Batch:
     def micro_batches(self) -> tuple[Batch, ...]:
         """The batch itself, or two micro-batches if the collective has ``micro_batches``.
 
-        The first one has ``tokens // 2`` rows; a segment across the cut is split.
+        The first one has ``tokens // 2`` rows; a segment across the cut is split, but not a tree.
         """
         if not self.collective.micro_batches or self.tokens < 2:
             return (self,)
-        cut = self.tokens // 2
+        cut = self._cut(self.tokens // 2)
+        if not 0 < cut < self.tokens:
+            return (self,)
         first: list[Segment] = []
         second: list[Segment] = []
         for segment, rows in zip(self.segments, self.rows, strict=True):
@@ -180,3 +208,10 @@ class Batch:
                 first.append(before)
                 second.append(after)
         return tuple(replace(self, segments=tuple(segments)) for segments in (first, second))
+
+    def _cut(self, row: int) -> int:
+        """The first row of the second micro-batch: ``row``, or the next that is not in a tree."""
+        for segment, rows in zip(self.segments, self.rows, strict=True):
+            if segment.parents and row in rows[1:]:
+                return rows.stop
+        return row

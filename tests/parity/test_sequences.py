@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.nightly import nightly_but
+from tests.support.steps import take_free_rows
 from tpirt.engine import Engine
 from tpirt.engine.model import BUNDLED_MODEL
 from tpirt.errors import CheckpointError, ConfigError, QueueFullError
@@ -102,8 +103,10 @@ async def test_answers_are_those_given_alone(
     world_size: int,
     window: int | None,
     draft: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Random schedules: up to 16 at once, prompts that come in the middle, some left early."""
+    take_free_rows(monkeypatch)
     chosen: Any = KnownAnswers(alone, 0.8) if draft == "right" else draft
     options = {"store": store, "window": window, "draft": chosen, "sequences": 5}
     async with connected(model, world_size, **options) as engine:
@@ -156,9 +159,13 @@ async def test_more_requests_than_may_wait_are_refused(
 
 
 async def test_a_small_model_guesses(
-    model: Path, tmp_path: Path, alone: dict[tuple[int, ...], list[int]]
+    model: Path,
+    tmp_path: Path,
+    alone: dict[tuple[int, ...], list[int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The model itself is always right; another one hardly ever. Neither changes a token."""
+    take_free_rows(monkeypatch)
     other = make_model(tmp_path / "small", "llama", seed=5)
     for draft, right in ((model, True), (other, False)):
         async with connected(model, 2, draft=draft) as engine:

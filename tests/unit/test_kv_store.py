@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,12 +126,10 @@ def test_a_fork_shares_the_prefix_and_diverges(kv: KVStore) -> None:
 
 def test_keep_closes_the_gaps_of_a_path(kv: KVStore) -> None:
     feed(kv, segment(0, 0, 40))
-    kv.keep(0, 30, [31, 34, 39])
+    kv.prepare([replace(segment(0, 33, 2), keep=(1, 4, 9))])
     assert kv.length(0) == 33
     kept = torch.cat([rows(1, 0, 30, 0), *(rows(1, at, 1, 0) for at in (31, 34, 39))], 1)
     assert torch.equal(held(kv, 0), stored(kv, kept))
-    kv.keep(0, 30, [])
-    assert torch.equal(held(kv, 0), stored(kv, rows(1, 0, 30, 0)))
 
 
 def test_memory_is_given_back(kv: KVStore, token_bytes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -199,10 +200,25 @@ def test_a_step_is_within_its_bounds(
 
 def test_costs_between_and_beyond_what_is_known() -> None:
     known = costs(r1=1.0, r5=3.0)
-    assert [known.seconds(rows) for rows in (1, 3, 5, 10)] == [1.0, 2.0, 3.0, 6.0]
+    assert [known.seconds(rows) for rows in (1, 3, 5, 9, 32)] == [1.0, 2.0, 3.0, 5.0, 17.0]
     assert StepCosts().seconds(1) is None
     assert known.rows_within(2.0, 64) == 3
     assert known.rows_within(0.5, 64) == 0
     for _ in range(5):
         known.learn(1, 2.0)  # the latest count
     assert known.seconds(1) == 2.0
+
+
+def test_costs_of_few_steps_are_the_least_seen_and_grow_with_rows() -> None:
+    known = StepCosts()
+    for seconds in (9.0, 1.0):
+        known.learn(1, seconds)
+    assert known.seconds(1) == 1.0  # the first was slow
+    assert known.seconds(9) == 1.5
+    assert not known.is_sure(1)
+    known.learn(1, 1.2)
+    assert known.is_sure(1)
+    assert known.seconds(1) == 1.2
+    known.learn(4, 0.8)
+    assert known.seconds(4) == known.seconds(1) == pytest.approx(1.1)  # three steps and one
+    assert (known.most_tried(3), known.most_tried(16)) == (1, 4)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 
-from tpirt.batch import Batch, Segment
+from tpirt.batch import MOST_TREE_ROWS, Batch, Segment
 from tpirt.cancellation import finish, in_thread
 from tpirt.cluster.kernels import choose_kernels
 from tpirt.cluster.machine import (
@@ -180,6 +181,7 @@ class RankRuntime:
                 raise TransportError(
                     f"step of {segment.tokens} tokens: results of {segment.num_logits} are wanted"
                 )
+            _validate_tree(segment, cached)
             if not 0 <= segment.position <= cached:
                 raise TransportError(
                     f"step at position {segment.position}: expected 0 to {cached}, which are cached"
@@ -379,3 +381,31 @@ class RankRuntime:
                 "or shorten the conversation"
             ) from exc
         self._reserved = reserved
+
+
+def _validate_tree(segment: Segment, cached: int) -> None:
+    """Validate a segment's tree of guesses, and what it keeps of the last one.
+
+    Raises:
+        TransportError: out of range; names what.
+    """
+    parents, keep = segment.parents, segment.keep
+    first = segment.tokens - len(parents)
+    if parents and not (
+        segment.tokens <= MOST_TREE_ROWS
+        and first >= 1
+        and all(1 <= back <= row for row, back in enumerate(parents, first))
+    ):
+        raise TransportError(
+            f"step with a tree of {segment.tokens} tokens and parents {parents}: expected at most "
+            f"{MOST_TREE_ROWS} tokens, each parent before its child"
+        )
+    if not keep:
+        return
+    start = segment.position - len(keep)
+    ascending = all(low < high for low, high in pairwise(keep))
+    if segment.source is not None or start < 0 or not ascending or start + keep[-1] >= cached:
+        raise TransportError(
+            f"step that keeps {keep} from position {start} on: expected ascending numbers of the "
+            f"{cached} cached positions"
+        )

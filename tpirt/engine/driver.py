@@ -94,7 +94,7 @@ class Driver:
         trained = config.max_position_embeddings if config.rope.kind == "dynamic" else None
         sharing = Sharing(trained)
         self._slots = Slots(sharing)
-        self._costs = StepCosts()
+        self._costs, self._output_costs = StepCosts(), StepCosts()
         self._spiller = Spiller(
             connection,
             self._slots,
@@ -110,6 +110,7 @@ class Driver:
             self._drafts = DraftController(
                 drafter,
                 self._costs,
+                self._output_costs,
                 config.vocab_size,
                 connection.group.exact_rows,
                 trained,
@@ -431,18 +432,22 @@ class Driver:
             number = group.next_step
             out = await group.step(hidden, segments, any(piece.prefill for piece in pieces))
         except MemoryLimitError as exc:
+            _fail_step(pieces)
             await self._relieve(pieces, exc)
         except TpirtError as exc:
             if group.broken is None:  # else the next turn connects again
                 _end(pieces, exc)
         else:
             counts = [segment.num_logits for segment in segments]
+            computed_s = time.perf_counter()
+            self._costs.learn(len(ids), computed_s - began_s)
             self._advance(pieces, number)
             tokens = await self._hand_on(pieces, torch.split(out, counts))
-            took_s = time.perf_counter() - began_s
-            self._costs.learn(len(ids), took_s)
+            ended_s = time.perf_counter()
+            if len(out):
+                self._output_costs.learn(len(out), ended_s - computed_s)
             if self._drafts is not None:
-                self._drafts.learn_step(pieces, tokens, took_s)
+                self._drafts.learn_step(pieces, tokens, ended_s - began_s)
 
     async def _relieve(self, pieces: list[Piece], exc: MemoryLimitError) -> None:
         """Memory was refused: free what can be, or give up the youngest; alone, one fails."""
@@ -455,10 +460,11 @@ class Driver:
 
     def _advance(self, pieces: list[Piece], step: int) -> None:
         for piece in pieces:
-            sequence, ids, prefill = piece.sequence, piece.ids, piece.prefill
+            sequence, prefill = piece.sequence, piece.prefill
             assert sequence.slot is not None
-            self._slots.extend(sequence.slot, ids, len(sequence.ids))
-            sequence.advance(len(ids), step)
+            end, kept = sequence.computed + piece.tokens, piece.tokens + len(sequence.keep)
+            self._slots.extend(sequence.slot, sequence.ids[end - kept : end], len(sequence.ids))
+            sequence.advance(piece.tokens, step)
             if prefill:
                 _tell(sequence, sequence.prompt_progress())
 
@@ -492,10 +498,13 @@ class Driver:
         drawn: list[int] = []
         try:
             with self._group.sampling(answer.sampled), refused_memory("sampling"):
-                drawn = answer.draw(logits, piece.guessed)
+                if self._drafts is not None:
+                    self._drafts.see(piece, logits)
+                drawn = answer.draw(logits, piece.guessed, piece.parents)
             if answer.ended:
                 self.goodput.count(answer.ttft_s, answer.tpot_s)
-            self._slots.extend(answer.slot, drawn[:-1], len(answer.ids))
+            in_place = len(drawn) - 1 - len(answer.keep)
+            self._slots.extend(answer.slot, drawn[:in_place], len(answer.ids))
             if self._drafts is not None:
                 self._drafts.learn(piece, drawn)
         except LogitsError as exc:
@@ -637,6 +646,11 @@ def _together(
         rows += len(own)
     if group:
         yield group
+
+
+def _fail_step(pieces: Iterable[Piece]) -> None:
+    for piece in pieces:
+        piece.sequence.fail_step()
 
 
 def _end(pieces: Iterable[Piece], exc: Exception) -> None:

@@ -526,5 +526,5 @@ def _drafter(options: EngineOptions, small: Engine | None, model: Model) -> Draf
             )
         return ModelDrafter(small)
     if isinstance(options.draft, (str, Path)):
-        return None if options.draft == NO_DRAFT else SuffixDrafter()
+        return None if options.draft == NO_DRAFT else SuffixDrafter(model.config.vocab_size)
     return options.draft

@@ -32,14 +32,14 @@ class Piece:
     Attributes:
         sequence: the sequence.
         tokens: number of ids from ``computed`` on.
-        guesses: ids that may follow them, to be verified.
-        first_guess: the first that there was, verified or not.
+        guesses: those that are verified: what may follow the ids.
+        first_guesses: those for the next token, verified or not.
     """
 
     sequence: Sequence[Any]
     tokens: int
     guesses: tuple[Guess, ...] = ()
-    first_guess: Guess | None = None
+    first_guesses: tuple[Guess, ...] = ()
 
     @property
     def ids(self) -> list[int]:
@@ -53,6 +53,11 @@ class Piece:
         return [guess.token for guess in self.guesses]
 
     @property
+    def parents(self) -> list[int]:
+        """The guess that each guess follows, by index; -1: the last id."""
+        return [guess.parent for guess in self.guesses]
+
+    @property
     def prefill(self) -> bool:
         """Whether these are ids of a prompt, for statistics."""
         return self.tokens > 1 or self.sequence.prefilling
@@ -63,6 +68,7 @@ class Piece:
         assert sequence.slot is not None
         end = sequence.computed + self.tokens
         wanted = min(self.tokens, max(0, end - sequence.first_wanted))
+        backs = tuple(index - parent for index, parent in enumerate(self.parents))
         return Segment(
             slot=sequence.slot,
             position=sequence.computed,
@@ -70,6 +76,8 @@ class Piece:
             num_logits=wanted + len(self.guesses),
             rope_length=len(sequence.ids) + len(self.guesses),
             source=sequence.source,
+            parents=backs if any(back > 1 for back in backs) else (),
+            keep=sequence.keep,
         )
 
 

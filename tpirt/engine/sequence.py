@@ -29,6 +29,8 @@ class Sequence(ABC, Generic[_T]):
         computed: number of leading ids whose keys and values every rank holds.
         slot: where they are; None until it is admitted.
         source: the slot that the first ``computed`` positions are still to be copied from.
+        keep: of the last step's tree of guesses, those that are the last computed ids, where others
+            lie between them: see :class:`tpirt.batch.Segment`.
         user: on whose behalf it runs; users take turns.
         priority: higher ones are admitted first.
         arrived_s: when it was made, by ``time.perf_counter``.
@@ -51,6 +53,7 @@ class Sequence(ABC, Generic[_T]):
         self.computed = 0
         self.slot: int | None = None
         self.source: int | None = None
+        self.keep: tuple[int, ...] = ()
         self.user = user
         self.priority = priority
         self.arrived_s = time.perf_counter()
@@ -106,7 +109,7 @@ class Sequence(ABC, Generic[_T]):
     def advance(self, tokens: int, step: int) -> None:
         """Account for a step that computed some ids."""
         self.computed += tokens
-        self.source = None
+        self.source, self.keep = None, ()
         self.turn = step
         self.steps.append(step)
 
@@ -120,7 +123,13 @@ class Sequence(ABC, Generic[_T]):
     def restart(self) -> None:
         """Begin again from the first id: its keys and values are gone."""
         self.again = self.again or self.computed > 0
+        self.keep = ()
         self.computed, self.slot, self.source, self.turn = 0, None, None, 0
+
+    def fail_step(self) -> None:
+        """Account for a step that failed: some ranks may have moved what it was to keep."""
+        self.computed -= len(self.keep)
+        self.keep = ()
 
     def put(self, result: _T) -> None:
         """Hand a result to the reader."""
@@ -208,7 +217,9 @@ class Answer(Sequence[Token]):
         """How many guesses can be of use."""
         return self._writer.left - 1
 
-    def draw(self, logits: torch.Tensor, guesses: Ids[int] = ()) -> list[int]:
+    def draw(
+        self, logits: torch.Tensor, guesses: Ids[int] = (), parents: Ids[int] = ()
+    ) -> list[int]:
         """Draw the next token, and one more after each guess that it equals.
 
         Each is drawn from the model's logits as without guesses: these change no token.
@@ -216,6 +227,7 @@ class Answer(Sequence[Token]):
         Args:
             logits: (1 + guesses, V) float32, after the last id and each guess; overwritten.
             guesses: ids whose keys and values are computed, too.
+            parents: the guess that each of them follows, by index; -1: the last id.
 
         Returns:
             The ids drawn, at least one; all but the last equal guesses.
@@ -223,23 +235,29 @@ class Answer(Sequence[Token]):
         Raises:
             LogitsError: the model computed NaN or infinity.
         """
+        following = {pair: guess for guess, pair in enumerate(zip(parents, guesses, strict=True))}
         drawn: list[int] = []
         self._last_s = time.perf_counter()
         if self.unanswered:
             self._first_s = self._last_s
-        for row in logits:
-            token = self._writer.push(self._sampler.next(row, self.ids))
+        path: list[int] = []
+        right: int | None = -1
+        while right is not None:
+            token = self._writer.push(self._sampler.next(logits[right + 1], self.ids))
             self.ids.append(token.id)
             drawn.append(token.id)
             self.put(token)
             if token.finish_reason is not None:
                 self.end()
                 break
-            if len(drawn) > len(guesses) or token.id != guesses[len(drawn) - 1]:
-                break
-        self.computed += len(drawn) - 1
+            right = following.get((right, token.id))
+            if right is not None:
+                path.append(right)
+        in_place = sum(at == guess for at, guess in enumerate(path))
+        self.keep = tuple(guess - in_place for guess in path[in_place:])
+        self.computed += len(path)
         self.guesses += len(guesses)
-        self.right_guesses += len(drawn) - 1
+        self.right_guesses += len(path)
         return drawn
 
 

@@ -6,9 +6,13 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from statistics import median
 
+from tpirt.model.products import FEW_ROWS
+
 # Rows that are told apart; few of them cost nearly the same, and many in proportion.
 _SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 _KEPT = 9  # latest steps of a size; an odd number, so that the median is one of them
+_SURE = 3  # steps of a size, of which the median is taken; of fewer the least: first ones are slow
+_ROW_SHARE = 1 / 16  # that a row adds to the time of the first, until it is known
 
 
 class StepCosts:
@@ -16,19 +20,18 @@ class StepCosts:
 
     def __init__(self) -> None:
         self._steps: dict[int, deque[tuple[int, float]]] = {}
-        self._known: list[tuple[int, float]] = []  # rows and seconds, ascending
+        self._known: list[tuple[float, float]] = []  # rows and seconds, ascending
 
     def learn(self, rows: int, seconds: float) -> None:
         """Account for a step of ``rows`` rows."""
-        size = _SIZES[min(bisect_left(_SIZES, rows), len(_SIZES) - 1)]
-        self._steps.setdefault(size, deque(maxlen=_KEPT)).append((rows, seconds))
-        self._known = sorted(map(_middle, self._steps.values()))
+        self._steps.setdefault(_size(rows), deque(maxlen=_KEPT)).append((rows, seconds))
+        self._known = _ascending([self._steps[size] for size in sorted(self._steps)])
 
     def seconds(self, rows: int) -> float | None:
         """The expected seconds of a step; None before the first one.
 
-        Between two known sizes they grow in a straight line; below all as for the smallest; beyond
-        all in proportion to rows.
+        Between two known sizes they grow in a straight line; below all as for the smallest. Beyond
+        all, a few rows go on in the line through those that are known, and many grow in proportion.
         """
         if not self._known:
             return None
@@ -36,10 +39,21 @@ class StepCosts:
         if index == 0:
             return self._known[0][1]
         low, low_s = self._known[index - 1]
-        if index == len(self._known):
-            return low_s * rows / low
-        high, high_s = self._known[index]
-        return low_s + (high_s - low_s) * (rows - low) / (high - low)
+        if index < len(self._known):
+            high, high_s = self._known[index]
+            return low_s + (high_s - low_s) * (rows - low) / (high - low)
+        least, least_s = self._known[0]
+        row_s = (low_s - least_s) / (low - least) if low > least else least_s * _ROW_SHARE
+        few = max(low, min(rows, FEW_ROWS))
+        return (low_s + row_s * (few - low)) * max(1.0, rows / few)
+
+    def is_sure(self, rows: int) -> bool:
+        """Whether so many steps of about this size are known that the first ones do not matter."""
+        return len(self._steps.get(_size(rows), ())) >= _SURE
+
+    def most_tried(self, limit: int) -> int:
+        """The most rows, up to ``limit``, of a size that is known; 0 if none is."""
+        return int(max((rows for rows, _ in self._known if rows <= limit), default=0))
 
     def prompt_seconds(self, rows: int, chunk: int) -> float | None:
         """The expected seconds of ``rows`` rows in steps of at most ``chunk``; None as above."""
@@ -58,5 +72,23 @@ class StepCosts:
         return within
 
 
-def _middle(steps: deque[tuple[int, float]]) -> tuple[int, float]:
-    return round(median(rows for rows, _ in steps)), median(seconds for _, seconds in steps)
+def _size(rows: int) -> int:
+    return _SIZES[min(bisect_left(_SIZES, rows), len(_SIZES) - 1)]
+
+
+def _ascending(sizes: list[deque[tuple[int, float]]]) -> list[tuple[float, float]]:
+    """The rows and seconds of each size, none less than those of a smaller one.
+
+    Sizes that contradict this share their mean, by number of steps.
+    """
+    pools: list[tuple[float, int, list[float]]] = []  # seconds, steps, rows of the sizes
+    for steps in sizes:
+        times = [seconds for _, seconds in steps]
+        own_s = median(times) if len(times) >= _SURE else min(times)
+        count, rows = len(times), [median(rows for rows, _ in steps)]
+        while pools and pools[-1][0] > own_s:
+            other_s, others, other_rows = pools.pop()
+            own_s = (own_s * count + other_s * others) / (count + others)
+            count, rows = count + others, other_rows + rows
+        pools.append((own_s, count, rows))
+    return [(rows, seconds) for seconds, _, group in pools for rows in group]

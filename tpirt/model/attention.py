@@ -6,7 +6,7 @@ Axes: T tokens, Q local query heads, K local KV heads, D head_dim.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -30,13 +30,14 @@ class Turn:
     Attributes:
         cos, sin: (T, D) float32; see :class:`tpirt.ops.rope.RotaryEmbedding`.
         dtype: of the heads.
-        sequences: see :meth:`Heads.sequences`.
+        sequences, parents: see :meth:`Heads.sequences`.
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
     dtype: torch.dtype
     sequences: ctypes.Array[SequenceRows] | None = None
+    parents: list[torch.Tensor | None] = field(default_factory=list)
 
     @cached_property
     def cast(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,16 +150,20 @@ class Heads:
     def sequences(self, batch: Batch, turn: Turn) -> ctypes.Array[SequenceRows]:
         """The sequences of a step's rows, made once for all of its layers."""
         if turn.sequences is None:
+            turn.parents = [_parents(segment) for segment in batch.segments]
             turn.sequences = (SequenceRows * len(batch.segments))(
                 *(
                     SequenceRows(
                         ctypes.addressof(self._kv.rooms(segment)),
                         turn.cos[rows.start].data_ptr(),
                         turn.sin[rows.start].data_ptr(),
+                        None if parents is None else parents.data_ptr(),
                         segment.tokens,
                         segment.position,
                     )
-                    for segment, rows in zip(batch.segments, batch.rows, strict=True)
+                    for segment, rows, parents in zip(
+                        batch.segments, batch.rows, turn.parents, strict=True
+                    )
                 )
             )
         return turn.sequences
@@ -203,28 +208,34 @@ class Heads:
         window = self._config.sliding_windows[layer]
         if len(batch.segments) == 1 and batch.num_logits == batch.tokens:  # a decoded token
             cached = self._kv.append(layer, batch.segments[0], k, v)
-            return self._over(q, cached, window)
+            return self._over(q, cached, batch.segments[0], window)
         outs = []
         for segment, rows in zip(batch.segments, batch.rows, strict=True):
             own = slice(rows.start, rows.stop)
             cached = self._kv.append(layer, segment, k[:, own], v[:, own])
             first = self._first_wanted(segment, rows, layer)
             if first < rows.stop:
-                outs.append(self._over(q[:, first : rows.stop], cached, window))
+                outs.append(self._over(q[:, first : rows.stop], cached, segment, window))
         if len(outs) == 1:
             return outs[0]
         return torch.cat(outs, dim=1) if outs else q[:, :0]
 
-    def _over(self, q: torch.Tensor, cached: Cached, window: int | None) -> torch.Tensor:
-        """Attend with q (Q, T, D), the newest positions', over what the window sees."""
+    def _over(
+        self, q: torch.Tensor, cached: Cached, segment: Segment, window: int | None
+    ) -> torch.Tensor:
+        """Attend with q (Q, T, D), a segment's last rows, over what the window sees."""
         seen = cached.length if window is None else min(window - 1 + q.shape[1], cached.length)
+        mask = None
+        if segment.parents:
+            seen = cached.length
+            mask = tree_mask(segment, window)[-q.shape[1] :]
         cached = cached.positions(cached.length - seen, cached.length)
         outs, first = [], 0
         for heads, keys, values in cached.pieces(self._dtype):
             groups = self._groups[heads]
             queries = q[first : first + sum(groups)]
             first += sum(groups)
-            outs.append(attention(queries, keys, values, groups, window))
+            outs.append(attention(queries, keys, values, groups, window, mask))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _first_wanted(self, segment: Segment, rows: range, layer: int) -> int:
@@ -247,3 +258,21 @@ def _group_sizes(config: ModelConfig, shard: Shard) -> list[int]:
     for head in range(*shard.q_heads):
         sizes[head // group - shard.kv_heads.start] += 1
     return sizes
+
+
+def tree_mask(segment: Segment, window: int | None) -> torch.Tensor:
+    """Which positions, cached ones and the rows of the segment, each of its rows sees: (T, S)."""
+    rows = torch.tensor(segment.depths).add_(segment.position)
+    mask = torch.cat((torch.ones(segment.tokens, segment.position), segment.follows()), 1).bool()
+    if window is None:
+        return mask
+    keys = torch.cat((torch.arange(segment.position), rows))
+    return mask & (keys > rows.unsqueeze(1) - window)
+
+
+def _parents(segment: Segment) -> torch.Tensor | None:
+    """For C: how many rows before each row of a tree its parent is."""
+    if not segment.parents:
+        return None
+    before = segment.tokens - len(segment.parents)
+    return torch.tensor([1] * before + list(segment.parents), dtype=torch.int32)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -217,13 +217,16 @@ class KVStore:
     def prepare(self, segments: Iterable[Segment]) -> None:
         """Drop each sequence's positions from its segment on, and make room for the segment.
 
-        A segment with a source begins with a copy of the source's first positions.
+        A segment with a source begins with a copy of the source's first positions; one that keeps
+        rows of a tree, with moving these together.
         """
         for segment in segments:
             if segment.source is not None:
                 self.fork(segment.source, segment.slot, segment.position, room=segment.end)
             slot = self._opened(segment.slot)
             assert segment.position <= slot.length
+            if segment.keep:
+                _move_together(slot, segment)
             dropped, slot.length = slot.length - segment.position, segment.position
             self._fit(slot, segment.end, shrink=dropped > 0)
 
@@ -279,20 +282,6 @@ class KVStore:
         copy = self._slots[target] = _Slot(origin.layers, length=length)
         self._move(copy, grown_capacity(0, max(length, room)))
 
-    def keep(self, slot: int, start: int, indices: Sequence[int]) -> None:
-        """Keep only ``indices``, ascending, of the positions from ``start`` on, without gaps.
-
-        For a verified tree of drafts, ``indices`` is the accepted path.
-        """
-        found = self._slots[slot]
-        end = start + len(indices)
-        assert all(start <= index < found.length for index in indices)
-        chosen = torch.tensor(indices, dtype=torch.int64)
-        for layer in found.layers:
-            for rows in layer.tensors:
-                rows[:, start:end] = rows[:, chosen]
-        self.truncate(slot, end)
-
     def free(self, slot: int) -> None:
         """Drop a sequence and release its memory; does nothing for an unused slot."""
         self._slots.pop(slot, None)
@@ -321,6 +310,19 @@ class KVStore:
         for old, new in zip(layer.tensors, copy.tensors, strict=True):
             new[:, :length] = old[:, :length]
         return copy
+
+
+def _move_together(slot: _Slot, segment: Segment) -> None:
+    """Move what a segment keeps of a tree to the positions before it.
+
+    If the step fails on another rank before this, its own path is where it was: both agree only on
+    the positions before the path.
+    """
+    start = segment.position - len(segment.keep)
+    chosen = torch.tensor(segment.keep).add_(start)
+    for layer in slot.layers:
+        for rows in layer.tensors:
+            rows[:, start : segment.position] = rows[:, chosen]
 
 
 def grown_capacity(current: int, tokens: int, *, shrink: bool = False) -> int:

@@ -42,6 +42,7 @@ def attention(
     v: torch.Tensor,
     groups: list[int],
     window: int | None,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of the last T of S positions, ``softmax(q k^T / sqrt(D)) v``.
 
@@ -52,11 +53,14 @@ def attention(
         k: (K, S, D), keys of all positions; ``v`` likewise.
         groups: number of query heads per KV head, length K, summing to Q.
         window: a query sees itself and the ``window - 1`` positions before it; None for all.
+        mask: what each query sees instead, (T, S); for a few queries.
 
     Returns:
         (Q, T, D).
     """
     tokens, past = q.shape[1], k.shape[1] - q.shape[1]
+    if mask is not None:
+        return _grouped(q, k, v, groups, mask)
     if tokens == 1:
         seen = k.shape[1] if window is None else min(window, k.shape[1])
         return _grouped(q, k[:, -seen:], v[:, -seen:], groups, None)

@@ -78,6 +78,8 @@ class RotaryEmbedding:
 
     def _angles(self, segment: Segment) -> torch.Tensor:
         positions = torch.arange(segment.position, segment.end, dtype=torch.float32)
+        if segment.parents:
+            positions = positions[segment.depths]
         frequencies = self._frequencies
         if self._dynamic:
             frequencies = inverse_frequencies(self._config, segment.rope_length)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from tpirt.engine.drafts.base import Guess
 from tpirt.engine.sequence import Answer
 
@@ -43,6 +45,9 @@ class KnownAnswers:
         """See :class:`tpirt.engine.drafts.base.Drafter`."""
         return [self._guess(answer, most) for answer in answers]
 
+    def learn(self, ids: Sequence[int], logits: torch.Tensor) -> None:
+        """See :class:`tpirt.engine.drafts.base.Drafter`."""
+
     def forget(self, answer: Answer) -> None:
         """See :class:`tpirt.engine.drafts.base.Drafter`."""
 
@@ -51,6 +56,6 @@ class KnownAnswers:
         following = known[answer.sampled : answer.sampled + most]
         right = (self._random.random() < self._hit_rate for _ in following)
         return [
-            Guess(token if ok else token ^ 1, "known", self._prior)
-            for token, ok in zip(following, right, strict=False)
+            Guess(token if ok else token ^ 1, depth - 1, "known", self._prior)
+            for depth, (token, ok) in enumerate(zip(following, right, strict=False))
         ]

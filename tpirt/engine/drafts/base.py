@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from typing import NamedTuple, Protocol
 
+import torch
+
 from tpirt.engine.sequence import Answer
 
 
@@ -13,11 +15,13 @@ class Guess(NamedTuple):
 
     Attributes:
         token: its id.
+        parent: index of an earlier guess, which it follows; -1: it follows the answer.
         kind: guesses of one kind are right about equally often; how often is learnt.
         prior: how often, before anything is known.
     """
 
     token: int
+    parent: int
     kind: str
     prior: float
 
@@ -34,7 +38,14 @@ class Drafter(Protocol):
         ...
 
     async def propose(self, answers: Items[Answer], most: int) -> list[list[Guess]]:
-        """Guess up to ``most`` tokens that follow each answer's ids, each given the ones before."""
+        """Guess what follows each answer's ids: trees up to ``most`` deep, parents before children.
+
+        A guess's prior is that of it being right if its parent is.
+        """
+        ...
+
+    def learn(self, ids: Items[int], logits: torch.Tensor) -> None:
+        """Take notice of the model's logits (T, V) after some ids of an answer, or guesses."""
         ...
 
     def forget(self, answer: Answer) -> None:

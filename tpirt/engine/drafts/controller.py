@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
-from itertools import takewhile
+from typing import NamedTuple
+
+import torch
 
 from tpirt.engine.drafts.base import Drafter, Guess
 from tpirt.engine.scheduler import Piece
@@ -22,7 +25,9 @@ _log = logging.getLogger(__name__)
 
 MOST_GUESSES = 16  # for an answer; more are hardly ever all right
 _LEAST_GAIN = 1.05  # expected tokens per second with guesses to those without
-_RETRY_STEPS = 256  # where guesses do not pay, some are tried again after so many steps
+# Where guesses do not pay, one is tried again after so many steps; where they do, a step without
+# any is measured.
+_RETRY_STEPS = 256
 _PRIOR_WEIGHT, _KEPT = 2.0, 0.98  # of a kind's prior, in guesses; of earlier guesses, a guess
 
 
@@ -45,7 +50,7 @@ class DraftStats:
     Attributes:
         steps: those with guesses.
         guesses, right: that were verified, and that were right.
-        seconds: that these steps took.
+        seconds: that these steps took, and making the guesses.
         saved_s: time that their tokens would have taken one by one, minus what they took.
         predicted_s, predicted_saved_s: what was expected of the two when guesses were chosen.
         tested, hit: number of guesses whose answer is known, and of right ones, by kind.
@@ -62,12 +67,28 @@ class DraftStats:
     hit: dict[str, int] = field(default_factory=dict)
 
 
+class _Base(NamedTuple):
+    """A step without guesses.
+
+    Attributes:
+        rows, outputs: those of the step, and those whose logits are computed.
+        room: how many guesses may be added.
+        most: how many of each answer.
+    """
+
+    rows: int
+    outputs: int
+    room: int
+    most: list[int]
+
+
 class DraftController:
     """Adds guesses to the pieces of a step, where they pay.
 
     Args:
         drafter: makes guesses.
         costs: how long steps take.
+        output_costs: how long logits and sampling take, by rows whose logits are computed.
         vocab_size: of the model.
         exact_rows: up to which a row's bits do not depend on the others; guesses add no more rows
             than that, unless there are more anyway.
@@ -78,6 +99,7 @@ class DraftController:
         self,
         drafter: Drafter,
         costs: StepCosts,
+        output_costs: StepCosts,
         vocab_size: int,
         exact_rows: int,
         most_length: int | None = None,
@@ -85,6 +107,7 @@ class DraftController:
         self.stats = DraftStats()
         self._drafter = drafter
         self._costs = costs
+        self._output_costs = output_costs
         self._vocab_size = vocab_size
         self._failure: Exception | None = None  # of the drafter, which is asked no more
         self._exact_rows = exact_rows
@@ -92,6 +115,7 @@ class DraftController:
         self._rates: dict[str, _Rate] = {}
         self._drafting_s = 0.0  # of the latest step
         self._idle_steps = 0  # since guesses were last verified
+        self._busy_steps = 0  # since a step had no guesses
         self._gain: float | None = None  # expected of the latest step
         self._predicted = (0.0, 0.0)  # its tokens and seconds
         self._token_s = 0.0  # a token takes without guesses, in the latest step
@@ -112,63 +136,98 @@ class DraftController:
             for index, piece in enumerate(pieces)
             if (answer := _drafted(piece)) is not None
         }
-        exact = min(self._exact_rows, most_rows)
-        room = (exact if rows <= exact else most_rows) - rows
+        room = self._room(rows, most_rows)
         if (
             self._failure is not None
             or not drafted
             or room <= 0
             or self._costs.seconds(rows) is None
         ):
+            self._busy_steps = 0
             return list(pieces)
         answers = list(drafted.values())
         most = [min(most_guesses, room, self._most_guesses(answer)) for answer in answers]
+        outputs = sum(piece.segment().num_logits for piece in pieces)
+        base = _Base(rows, outputs, room, most)
         prospects = self._drafter.prospects(max(most))
-        if prospects is None:
-            guesses = await self._propose(answers, most)
-            counts = self._choose(guesses, rows, room)
-        else:
-            most = self._choose([prospects[:number] for number in most], rows, room)
-            guesses = await self._propose(answers, most)
-            counts = list(map(len, guesses))
-        self._idle_steps = 0 if any(counts) else self._idle_steps + 1
+        if prospects is not None:
+            likely = self._choose([prospects] * len(answers), base, self._drafter.seconds)
+            most = list(map(len, likely))
+        guesses = await self._propose(answers, most)
+        spent_s = self._drafting_s
+        chosen = self._choose(guesses, base, lambda _: spent_s)
+        busy = any(chosen)
+        self._idle_steps = 0 if busy else self._idle_steps + 1
+        self._busy_steps = self._busy_steps + 1 if busy else 0
         extended = list(pieces)
-        for index, found, count in zip(drafted, guesses, counts, strict=True):
-            if found:
-                verified = tuple(found[:count])
-                extended[index] = replace(pieces[index], guesses=verified, first_guess=found[0])
+        for index, found, picked in zip(drafted, guesses, chosen, strict=True):
+            first = tuple(guess for guess in found if guess.parent < 0)
+            verified = _subtree(found, picked)
+            extended[index] = replace(pieces[index], guesses=verified, first_guesses=first)
         return extended
 
-    async def _propose(self, answers: Items[Answer], most: Items[int]) -> list[list[Guess]]:
+    def _room(self, rows: int, most_rows: int) -> int:
+        """How many guesses a step of ``rows`` rows may verify.
+
+        Sizes that were not measured are tried in steps of twice as many: what they are expected to
+        take is a guess, too.
+        """
+        if rows > self._exact_rows:
+            return most_rows - rows
+        most = min(self._exact_rows, most_rows)
+        return min(most, 2 * self._costs.most_tried(most)) - rows
+
+    async def _propose(self, answers: Items[Answer], most: Items[int]) -> list[tuple[Guess, ...]]:
         began_s = time.perf_counter()
+        self._drafting_s = 0.0
         if not any(most):
-            return [[] for _ in answers]
+            return [() for _ in answers]
         try:
             proposed = await self._drafter.propose(answers, max(most))
-            known = [list(takewhile(self._is_known, found)) for found in proposed]
-            guesses = [found[:number] for found, number in zip(known, most, strict=True)]
+            guesses = list(map(self._known, proposed))
         except Exception as exc:  # anybody's drafter; no answer depends on it
-            _log.warning("no more drafts: the drafter failed", exc_info=exc)
-            self._failure = exc
-            return [[] for _ in answers]
+            self._give_up(exc)
+            return [() for _ in answers]
         self._drafting_s = time.perf_counter() - began_s
         return guesses
 
-    def _is_known(self, guess: Guess) -> bool:
-        return 0 <= guess.token < self._vocab_size
+    def _give_up(self, exc: Exception) -> None:
+        _log.warning("no more drafts: the drafter failed", exc_info=exc)
+        self._failure = exc
+
+    def _known(self, guesses: Items[Guess]) -> tuple[Guess, ...]:
+        """Those of the vocabulary, as long as their parents are."""
+        known: list[int] = []
+        for index, guess in enumerate(guesses):
+            if 0 <= guess.token < self._vocab_size and (guess.parent < 0 or guess.parent in known):
+                known.append(index)
+        return _subtree(guesses, known)
+
+    def see(self, piece: Piece, logits: torch.Tensor) -> None:
+        """Show the drafter the logits (T, V) after a piece's last id and each guess."""
+        if self._failure is None:
+            try:
+                self._drafter.learn([piece.sequence.ids[-1], *piece.guessed], logits)
+            except Exception as exc:
+                self._give_up(exc)
 
     def learn(self, piece: Piece, drawn: Items[int]) -> None:
         """Account for the tokens that were drawn for a piece, one after each right guess.
 
-        The first guess is compared even if it was not verified: that costs nothing.
+        Guesses of the next token are compared even if none was verified: that costs nothing.
         """
-        tested = piece.guesses or (() if piece.first_guess is None else (piece.first_guess,))
         stats = self.stats
-        for guess, token in zip(tested, drawn, strict=False):
-            right = guess.token == token
-            self._rate(guess).learn(right)
-            stats.tested[guess.kind] = stats.tested.get(guess.kind, 0) + 1
-            stats.hit[guess.kind] = stats.hit.get(guess.kind, 0) + right
+        tested, parent = piece.guesses or piece.first_guesses, -1
+        for token in drawn:
+            before, parent = parent, len(tested)
+            for index, guess in enumerate(tested):
+                if guess.parent != before:
+                    continue
+                right = guess.token == token
+                parent = index if right else parent
+                self._rate(guess).learn(right)
+                stats.tested[guess.kind] = stats.tested.get(guess.kind, 0) + 1
+                stats.hit[guess.kind] = stats.hit.get(guess.kind, 0) + right
         if piece.guesses:
             stats.guesses += len(piece.guesses)
             stats.right += len(drawn) - 1
@@ -179,9 +238,10 @@ class DraftController:
             return
         stats = self.stats
         stats.steps += 1
+        seconds += self._drafting_s
         stats.seconds += seconds
         predicted, predicted_s = self._predicted
-        stats.saved_s += self._token_s * tokens - seconds - self._drafting_s
+        stats.saved_s += self._token_s * tokens - seconds
         stats.predicted_s += predicted_s
         stats.predicted_saved_s += self._token_s * predicted - predicted_s
 
@@ -223,44 +283,72 @@ class DraftController:
 
     # -- the choice --------------------------------------------------------------------------
 
-    def _choose(self, guesses: Items[Items[Guess]], rows: int, room: int) -> list[int]:
-        """How many guesses of each answer are verified, in addition to ``rows`` rows.
+    def _choose(
+        self, guesses: Items[Items[Guess]], base: _Base, drafting_s: Callable[[int], float]
+    ) -> list[list[int]]:
+        """Which guesses of each answer are verified, in addition to the rows of ``base``.
 
-        The likeliest guesses of all answers are added one by one; the number with the most expected
-        tokens per second is taken.
+        The likeliest guesses of all answers are added one by one, none before its parent; those
+        with the most expected tokens per second are taken. To guess down to a depth takes
+        ``drafting_s``.
         """
-        base_s = self._costs.seconds(rows)
-        assert base_s is not None
-        counts, best = [0] * len(guesses), [0] * len(guesses)
-        expected = float(len(guesses))
-        best_rate = base_rate = expected / base_s
+        nothing: list[list[int]] = [[] for _ in guesses]
+        left = list(base.most)
+        if base.rows <= self._exact_rows and not self._costs.is_sure(base.rows):
+            return nothing  # there is nothing to compare with
+        base_s = self._seconds(base, 0)
+        expected = float(len(base.most))
+        best_rate = base_rate = expected / (base_s + drafting_s(0))
         self._token_s = base_s / expected
         self._predicted = (expected, base_s)
-        heap: list[tuple[float, int]] = []
-        for index, chain in enumerate(guesses):
-            if chain:
-                heappush(heap, (-self._share(chain[0]), index))
-        added = 0
-        while heap and added < room:
-            likely, index = heappop(heap)
-            expected -= likely
-            added += 1
-            counts[index] += 1
-            step_s = self._costs.seconds(rows + added)
-            assert step_s is not None
-            rate = expected / (step_s + self._drafter.seconds(max(counts)))
-            if rate > best_rate:
-                best, best_rate = list(counts), rate
+        order: list[tuple[int, int]] = []
+        best = deepest = 0
+        for likely, answer, index, depth in self._likeliest(guesses):
+            if len(order) == base.room:
+                break
+            if not left[answer]:
+                continue
+            left[answer] -= 1
+            order.append((answer, index))
+            expected += likely
+            deepest = max(deepest, depth)
+            step_s = self._seconds(base, len(order)) + drafting_s(deepest)
+            if expected / step_s > best_rate:
+                best, best_rate = len(order), expected / step_s
                 self._predicted = (expected, step_s)
-            chain = guesses[index]
-            if counts[index] < len(chain):
-                heappush(heap, (likely * self._share(chain[counts[index]]), index))
         self._gain = best_rate / base_rate
-        if self._gain >= _LEAST_GAIN:
-            return best
-        if self._idle_steps >= _RETRY_STEPS and added:
-            return [min(1, len(chain)) for chain in guesses]
-        return [0] * len(guesses)
+        if self._gain < _LEAST_GAIN:
+            best = int(self._idle_steps >= _RETRY_STEPS)
+        elif self._busy_steps >= _RETRY_STEPS:
+            best = 0
+        for answer, index in order[:best]:
+            nothing[answer].append(index)
+        return nothing
+
+    def _likeliest(self, guesses: Items[Items[Guess]]) -> Iterator[tuple[float, int, int, int]]:
+        """How likely each guess is, with its answer, index and depth; the likeliest first."""
+        heap: list[tuple[float, int, int, int]] = []
+        children: dict[tuple[int, int], list[int]] = {}
+        for answer, tree in enumerate(guesses):
+            for index, guess in enumerate(tree):
+                children.setdefault((answer, guess.parent), []).append(index)
+
+        def add(answer: int, parent: int, likely: float, depth: int) -> None:
+            for index in children.get((answer, parent), ()):
+                share = self._share(guesses[answer][index])
+                heappush(heap, (-likely * share, answer, index, depth))
+
+        for answer in range(len(guesses)):
+            add(answer, -1, 1.0, 1)
+        while heap:
+            unlikely, answer, index, depth = heappop(heap)
+            yield -unlikely, answer, index, depth
+            add(answer, index, -unlikely, depth + 1)
+
+    def _seconds(self, base: _Base, guesses: int) -> float:
+        step_s = self._costs.seconds(base.rows + guesses)
+        assert step_s is not None
+        return step_s + (self._output_costs.seconds(base.outputs + guesses) or 0.0)
 
     def _share(self, guess: Guess) -> float:
         rate = self._rate(guess)
@@ -280,3 +368,11 @@ def _drafted(piece: Piece) -> Answer | None:
     if isinstance(sequence, Answer) and sequence.todo == 1 and not sequence.ended:
         return sequence
     return None
+
+
+def _subtree(guesses: Items[Guess], chosen: Items[int]) -> tuple[Guess, ...]:
+    """The chosen guesses, which include their parents, in the order of all."""
+    numbers = {-1: -1} | {index: number for number, index in enumerate(sorted(chosen))}
+    return tuple(
+        guesses[index]._replace(parent=numbers[guesses[index].parent]) for index in sorted(chosen)
+    )

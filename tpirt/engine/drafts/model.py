@@ -8,6 +8,8 @@ from collections.abc import Sequence as Items
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING
 
+import torch
+
 from tpirt.engine.drafts.base import Guess
 from tpirt.engine.sequence import Answer
 from tpirt.errors import RequestError
@@ -53,6 +55,9 @@ class ModelDrafter:
             self._guess_s += change * (_SMOOTHING if self._guess_s else 1)
         return found
 
+    def learn(self, ids: Items[int], logits: torch.Tensor) -> None:
+        """See :class:`Drafter`."""
+
     def forget(self, answer: Answer) -> None:
         """See :class:`Drafter`."""
 
@@ -70,4 +75,4 @@ class ModelDrafter:
 
 
 def _guess(token: int, depth: int) -> Guess:
-    return Guess(token, f"model {depth}", _PRIOR)
+    return Guess(token, depth - 1, f"model {depth}", _PRIOR)

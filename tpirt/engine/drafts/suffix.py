@@ -1,7 +1,7 @@
 """Guesses from the conversation itself: what followed when its last tokens occurred before.
 
-This is prompt lookup decoding, with the longest match found at any length, and with the last
-token's latest successor where nothing longer matches (as in token recycling).
+This is prompt lookup decoding, with the longest matches found at any length. Where these say
+nothing, or are unlikely, there are the likeliest successors of the last token (token recycling).
 """
 
 from __future__ import annotations
@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from itertools import islice
 
+import torch
+
 from tpirt.engine.drafts.base import Guess
+from tpirt.engine.drafts.successors import Successors
 from tpirt.engine.sequence import Answer
 
 _PLACES = 16  # latest ones that are compared
 _LONGEST = 24  # tokens that are compared
+_BRANCHES = 2  # places whose continuations are guessed
 # How often a guess after a match of so many tokens is right, until it is known.
 _PRIORS = {1: 0.2, 2: 0.4, 3: 0.55, 4: 0.65, 6: 0.75, 8: 0.8, 12: 0.85, 16: 0.9, _LONGEST: 0.9}
 
@@ -36,20 +40,18 @@ class SuffixIndex:
                     places.append(end)
                     del places[: -_PLACES - 1]
 
-    def find(self) -> tuple[int, int]:
-        """The longest match of the text's end: its length, and the place that follows it.
+    def find(self) -> list[tuple[int, int]]:
+        """Matches of the text's end: their length, and the place that follows each.
 
-        The latest of several. (0, 0) if even the last token is new.
+        The longest first, of equal ones the latest. Empty if even the last token is new.
         """
-        best = (0, 0)
         end = len(self.ids)
         for length in (2, 1):
-            for place in reversed(self._after.get(tuple(self.ids[end - length :]), ())):
-                if place < end and (common := self._common(place)) > best[0]:
-                    best = (common, place)
-            if best[0]:
-                break
-        return best
+            places = reversed(self._after.get(tuple(self.ids[end - length :]), []))
+            found = [(self._common(place), place) for place in places if place < end]
+            if found:
+                return sorted(found, key=lambda match: -match[0])
+        return []
 
     def _common(self, place: int) -> int:
         """How many ids before ``place`` are the text's last ones."""
@@ -64,7 +66,8 @@ class SuffixIndex:
 class SuffixDrafter:
     """Guesses from each answer's own prompt and text; needs no second model."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocab_size: int) -> None:
+        self._successors = Successors(vocab_size)
         self._texts: dict[Answer, SuffixIndex] = {}
 
     def prospects(self, most: int) -> None:
@@ -78,6 +81,10 @@ class SuffixDrafter:
         """See :class:`Drafter`."""
         return [self._guess(answer, most) for answer in answers]
 
+    def learn(self, ids: Items[int], logits: torch.Tensor) -> None:
+        """See :class:`Drafter`."""
+        self._successors.learn(ids, logits)
+
     def forget(self, answer: Answer) -> None:
         """See :class:`Drafter`."""
         self._texts.pop(answer, None)
@@ -85,14 +92,26 @@ class SuffixDrafter:
     def _guess(self, answer: Answer, most: int) -> list[Guess]:
         text = self._texts.setdefault(answer, SuffixIndex())
         text.extend(answer.ids[len(text.ids) :])
-        length, place = text.find()
-        if not length:
-            return []
-        following = list(islice(text.ids, place, place + most))
-        return [_guess(token, length + index) for index, token in enumerate(following)]
+        guesses: list[Guess] = []
+        numbers: dict[tuple[int, int], int] = {}  # by parent and token
+        for branch, (length, place) in enumerate(text.find()[:_BRANCHES]):
+            parent = -1
+            for matched, token in enumerate(islice(text.ids, place, place + most), length):
+                known = numbers.get((parent, token))
+                if known is None:
+                    known = numbers[parent, token] = len(guesses)
+                    guesses.append(_guess(token, parent, matched, branch > 0))
+                parent = known
+        self._successors.extend(guesses, answer.ids[-1], most)
+        return guesses
 
 
-def _guess(token: int, matched: int) -> Guess:
-    """A guess after ``matched`` tokens: if the guesses before were right, the match is longer."""
+def _guess(token: int, parent: int, matched: int, other: bool) -> Guess:
+    """A guess after ``matched`` tokens: if the guesses before were right, the match is longer.
+
+    ``other`` ones differ from what a better match suggests, or follow such a guess.
+    """
     level = max(known for known in _PRIORS if known <= matched)
-    return Guess(token, f"suffix {level}", _PRIORS[level])
+    if other:
+        return Guess(token, parent, f"suffix {level} else", _PRIORS[level] / 2)
+    return Guess(token, parent, f"suffix {level}", _PRIORS[level])

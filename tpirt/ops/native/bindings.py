@@ -53,7 +53,7 @@ class Attention(ctypes.Structure):
 
     _fields_ = (
         *_fields(c_void_p, "qkv cos sin q_norm k_norm all_keys all_values"),
-        *_fields(c_void_p, "key_scales value_scales groups out"),
+        *_fields(c_void_p, "key_scales value_scales groups parents out"),
         *_fields(c_long, "tokens past capacity queries keys dim window"),
         ("eps", c_float),
     )
@@ -154,7 +154,7 @@ class KVRoom(ctypes.Structure):
 class SequenceRows(ctypes.Structure):
     """A sequence's rows in a step; ``native.h`` explains it."""
 
-    _fields_ = (*_fields(c_void_p, "rooms cos sin"), *_fields(c_long, "tokens past"))
+    _fields_ = (*_fields(c_void_p, "rooms cos sin parents"), *_fields(c_long, "tokens past"))
 
 
 @dataclass(frozen=True)

@@ -423,6 +423,7 @@ void tp_attend_each(int set, pool *p, const attention *heads, const sequence *se
         attention a = *heads;
         a.qkv = qkv, a.out = out;
         a.cos = s->cos, a.sin = s->sin, a.tokens = s->tokens, a.past = s->past;
+        a.parents = s->parents;
         a.all_keys = room->keys, a.all_values = room->values;
         a.key_scales = room->key_scales, a.value_scales = room->value_scales;
         a.capacity = room->capacity;

@@ -24,7 +24,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { TILE_ROWS = 16, GROUP = 32, Q4_TILE = 256, Q8_TILE = 512, LEVELS = 16 };
+enum { TILE_ROWS = 16, GROUP = 32, Q4_TILE = 256, Q8_TILE = 512, LEVELS = 16, TREE = 64 };
 
 /* Rounded inputs of T tokens. */
 typedef struct {
@@ -42,6 +42,8 @@ typedef struct {
     void *all_keys, *all_values;   /* (keys, capacity, D) bfloat16; with scales int8 */
     uint16_t *key_scales, *value_scales; /* (keys, capacity) bfloat16, or NULL; x ~ scale * code */
     const int32_t *groups;         /* (keys,): query heads of each KV head */
+    const int32_t *parents; /* (T,), T <= TREE: a row follows the one so many rows before it, or, if
+                             * there is none, what is cached. NULL: each follows the one before */
     float *out;                    /* (T, queries, D) */
     long tokens, past, capacity, queries, keys, dim;
     long window; /* a token sees itself and window - 1 before it; 0: all */
@@ -68,10 +70,11 @@ typedef struct {
 } kv_room;
 
 /* A sequence's rows in a step: where each layer has its keys and values, the rotation of its first
- * row, the number of rows, and of positions before them. */
+ * row, how they follow each other, the number of rows, and of positions before them. */
 typedef struct {
     const kv_room *rooms;
     const float *cos, *sin;
+    const int32_t *parents;
     long tokens, past;
 } sequence;
 

@@ -335,7 +335,7 @@ static int check_dense8(const kernel_set *ours, const kernel_set *plain, uint64_
     return same_dense(ours->dense8, plain->dense8, &m);
 }
 
-enum { DIM = 32, QUERIES = 5, KEYS = 2, PAST = 70, NEW = 3, CAPACITY = PAST + NEW + 2 };
+enum { DIM = 32, QUERIES = 5, KEYS = 2, PAST = 70, NEW = 4, CAPACITY = PAST + NEW + 2 };
 enum { HEADS = QUERIES + 2 * KEYS, CACHE = KEYS * CAPACITY * DIM };
 
 /* What attention reads and writes, for one set. */
@@ -364,16 +364,17 @@ static void draw_attention(attention_data data[2], uint64_t *seed)
     data[1] = data[0];
 }
 
-/* Without a norm of queries and a window, and with both; in bfloat16, then in int8. */
-enum { VARIANTS = 4 };
+/* Without a norm of queries and a window, and with both; in bfloat16, then in int8; then as a tree. */
+enum { VARIANTS = 8 };
 static attention attention_of(attention_data *data, const float *tables, int variant)
 {
-    static const int32_t groups[KEYS] = {2, 3};
+    static const int32_t groups[KEYS] = {2, 3}, parents[NEW] = {1, 1, 2, 2};
     attention a = {0};
     a.qkv = data->qkv, a.out = data->out, a.all_keys = data->keys, a.all_values = data->values;
     a.cos = tables, a.sin = tables + NEW * DIM, a.groups = groups;
     const int both = variant % 2;
-    if (variant / 2) a.key_scales = data->key_scales, a.value_scales = data->value_scales;
+    if (variant / 4) a.parents = parents;
+    if (variant / 2 % 2) a.key_scales = data->key_scales, a.value_scales = data->value_scales;
     a.q_norm = both ? tables : NULL, a.k_norm = both ? tables + DIM : NULL;
     a.tokens = NEW, a.past = PAST, a.capacity = CAPACITY, a.dim = DIM;
     a.queries = QUERIES, a.keys = KEYS, a.window = both ? 40 : 0, a.eps = 1e-6f;

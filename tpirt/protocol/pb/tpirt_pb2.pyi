@@ -266,20 +266,24 @@ class Step(_message.Message):
     def __init__(self, segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., prefill: _Optional[bool] = ..., collective: _Optional[_Union[Collective, _Mapping]] = ...) -> None: ...
 
 class Segment(_message.Message):
-    __slots__ = ("slot", "position", "tokens", "num_logits", "rope_length", "source")
+    __slots__ = ("slot", "position", "tokens", "num_logits", "rope_length", "source", "parents", "keep")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_LOGITS_FIELD_NUMBER: _ClassVar[int]
     ROPE_LENGTH_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
+    PARENTS_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
     slot: int
     position: int
     tokens: int
     num_logits: int
     rope_length: int
     source: int
-    def __init__(self, slot: _Optional[int] = ..., position: _Optional[int] = ..., tokens: _Optional[int] = ..., num_logits: _Optional[int] = ..., rope_length: _Optional[int] = ..., source: _Optional[int] = ...) -> None: ...
+    parents: _containers.RepeatedScalarFieldContainer[int]
+    keep: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, slot: _Optional[int] = ..., position: _Optional[int] = ..., tokens: _Optional[int] = ..., num_logits: _Optional[int] = ..., rope_length: _Optional[int] = ..., source: _Optional[int] = ..., parents: _Optional[_Iterable[int]] = ..., keep: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Collective(_message.Message):
     __slots__ = ("algorithm", "comm_dtype", "micro_batches")

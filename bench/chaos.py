@@ -447,7 +447,8 @@ class Chaos:
                 if not killed:
                     outcome.wrong.append(f"peer {number} ended")
             elif peer.base is None:
-                peer.base = peer.figures()
+                if "waiting" in peer.log:  # it has served
+                    peer.base = peer.figures()
             elif not self._wait(lambda peer=peer: _within(peer), _SLACK_S):
                 outcome.wrong.append(f"peer {number}: {peer.figures()}, {peer.base} before")
 

@@ -399,6 +399,7 @@ ALLOWED = {
         "restore_slot",
         "drop_spilled",
         "done",
+        "leaving",
     },
     "Setup": {
         "protocol_version",
@@ -499,6 +500,8 @@ TEXTS = {
     "TraceRequest.lane",  # disk, compute, network or steps
     "Trace.lane",
     "Trace.names",  # from worker to master: blocks and collectives
+    "Setup.host_name",  # of the master's machine
+    "HelloReply.busy_with",  # the same, to another master
     "Failure.kind",
     "Failure.message",  # from worker to master
 }

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 
-from tpirt.cancellation import finish
 from tpirt.cluster.machine import (
     available_bytes,
     base_bytes,
@@ -100,7 +99,7 @@ async def reach(
     patience_s: float,
     busy_s: float = 0.0,
 ) -> dict[PeerClient, Answer]:
-    """Say Hello to all peers at once, over new connections: an old one may lead nowhere.
+    """Say Hello to all peers at once.
 
     Args:
         needed: these have ``patience_s`` to answer.
@@ -158,7 +157,6 @@ def _result(peer: PeerClient, task: asyncio.Task[Answer]) -> Answer:
 
 
 async def _greet(client: PeerClient, master: int, patience_s: float, busy_until_s: float) -> Answer:
-    await finish(client.aclose())
     while True:
         try:
             return await hello(client, master, patience_s)

@@ -30,6 +30,7 @@ from tpirt.version import __version__
 
 HELLO_TIMEOUT_S = 20.0  # of a busy machine; one that is not there is noticed sooner
 _RETRY_S = 0.25
+_SAY_S = 1.0  # for a client whose peer does not answer to say why
 _SOON_S = 1.0  # for the needed peers to answer where others could take their places
 
 
@@ -113,7 +114,7 @@ async def reach(
         The answers, or why there is none.
     """
     began_s = _now_s()
-    until_s = began_s + max(patience_s, busy_s)
+    until_s = began_s + max(patience_s, busy_s) + _SAY_S
     tasks = {
         peer: asyncio.create_task(_greet(peer, master, patience_s, began_s + busy_s))
         for peer in (*needed, *others)

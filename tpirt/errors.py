@@ -36,6 +36,10 @@ class StoreError(TpirtError):
     """A slice store that cannot be written, or whose files do not match the manifest."""
 
 
+class DamagedSliceError(StoreError):
+    """A stored slice whose bytes have changed; it is used no more, and made again."""
+
+
 class MemoryLimitError(TpirtError):
     """A memory limit or window that is too small; the message has the required size."""
 

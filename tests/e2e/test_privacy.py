@@ -348,6 +348,7 @@ ALLOWED = {
         "restore_slot",
         "drop_spilled",
         "done",
+        "leaving",
     },
     "Setup": {
         "protocol_version",
@@ -464,6 +465,8 @@ TEXTS = {
     "TraceRequest.lane",  # disk, compute, network or steps
     "Trace.lane",
     "Trace.names",  # from worker to master: blocks and collectives
+    "Setup.host_name",  # of the master's machine
+    "HelloReply.busy_with",  # the same, to another master
     "Failure.kind",
     "Failure.message",  # from worker to master
 }

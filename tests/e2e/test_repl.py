@@ -190,11 +190,33 @@ def test_ctrl_c_during_a_prefill(start: Start, peer: str, tmp_path: Path) -> Non
     leave(chat, "/exit\r")
 
 
-def test_a_peer_dies_during_an_answer(start: Start, tmp_path: Path) -> None:
+def test_a_peer_dies_during_an_answer(start: Start) -> None:
     chat = start("--local", "2", *ENDLESS)
     chat.expect(READY)
     chat.send("go\r")
     chat.expect(ANSWER)
+    (worker,) = workers(chat.pid)
+    worker.kill()
+    chat.expect(r"peer ([^\s:]+:\d+): connection lost")
+    peer = chat.match[1]
+    chat.expect(f"reconnected to 0 peers; by another plan, without {peer}")
+    chat.expect(r"going on after [\d.]+ s: [\d.]+ s to notice, [\d.]+ s to form")
+    chat.expect(ANSWER)
+    chat.send(CTRL_C)
+    chat.expect(r"\[stopped\]")
+    chat.send("/stats\r")
+    chat.expect(f"lost peers:\\s+lost +since then.*{peer} ")
+    leave(chat)
+
+
+def test_a_peer_dies_and_there_is_no_other_plan(start: Start, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    chat = start("--local", "2", "--store", str(store), *ENDLESS)
+    chat.expect(READY)
+    chat.send("go\r")
+    chat.expect(ANSWER)
+    store.rename(tmp_path / "moved")
+    store.touch()  # nothing can be written there
     (worker,) = workers(chat.pid)
     worker.kill()
     chat.expect("the answer so far is kept")
@@ -208,6 +230,12 @@ def test_a_peer_dies_during_an_answer(start: Start, tmp_path: Path) -> None:
     chat.send(f"/save {tmp_path / 'talk.json'}\r")
     chat.expect("2 messages saved")
     leave(chat)
+    again = start("--max-tokens", "7", "--resume")
+    again.expect("resuming conversation .*: 2 messages")
+    again.expect(READY)
+    again.send("and?\r")
+    again.expect("cut at 7 tokens")
+    leave(again)
     assert json.loads((tmp_path / "talk.json").read_text())["messages"][0]["content"] == "go"
 
 
@@ -312,12 +340,19 @@ def answering(command: list[str], environment: dict[str, str]) -> Iterator[subpr
         yield process
 
 
-def test_a_lost_peer_ends_a_script(answering: subprocess.Popen[bytes]) -> None:
-    (worker,) = workers(answering.pid)
-    worker.kill()
-    _, errors = answering.communicate(timeout=60)
-    assert answering.returncode == 3
-    assert b"connection lost" in errors
+def test_a_lost_peer_does_not_end_a_script(command: list[str], environment: dict[str, str]) -> None:
+    arguments = [*command, "--quiet", "--local", "2", "--each-line", "--max-tokens", "300"]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with killed_at_exit(start_python(*arguments, env=environment, **pipes)) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"go\n")
+        process.stdin.flush()
+        assert process.stdout.read(10) == ANSWER.encode()
+        (worker,) = workers(process.pid)
+        worker.kill()
+        rest, errors = process.communicate(timeout=60)
+    assert (rest.strip(), process.returncode) == (b"!" * 290, 0), errors
 
 
 def test_ctrl_c_ends_a_script(answering: subprocess.Popen[bytes]) -> None:

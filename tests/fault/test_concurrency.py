@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from tests.support.nightly import nightly_but
+from tests.support.plans import allow_one_plan
 from tpirt.batch import Algorithm
 from tpirt.engine import Engine, EngineOptions
 from tpirt.errors import PeerLostError, RequestError
@@ -277,9 +278,10 @@ async def lose(engine: Engine, victim: PeerProcess) -> None:
 
 
 async def test_a_broken_engine_releases_healthy_workers_and_names_the_lost_one(
-    wide: Path, store: Path, tmp_path: Path
+    wide: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever of three dies in one-shot, where the others' links show it too, maybe sooner."""
+    allow_one_plan(monkeypatch)
     with ExitStack() as stack:
         others = [stack.enter_context(PeerProcess(tmp_path / f"other{i}")) for i in range(2)]
         stack.enter_context(patch.object(transport, "_PATIENCE_S", 0.2))  # with the victim

@@ -272,10 +272,8 @@ def test_command_ends_clean_when_it_is_interrupted_while_it_generates(
         _, err = master.communicate(timeout=20)
         assert survivors(workers) == []
     assert "Traceback" not in err
-    if stage == "worker dies":
-        assert master.returncode == 3, err
-        assert err.startswith("tpirt: error: peer ")
-        assert err.count("\n") == 1
+    if stage == "worker dies":  # this process goes on alone
+        assert (master.returncode, err) == (0, "")
     elif stage == "Ctrl-C":
         assert (master.returncode, err) == (130, "tpirt: interrupted\n")
 

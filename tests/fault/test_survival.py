@@ -219,12 +219,35 @@ async def test_a_spare_that_cannot_take_the_place_is_left_out(
 ) -> None:
     """Its disk is full."""
     *two, full = peers(3)
-    (full.store / "slices").mkdir(exist_ok=True)
     with PeerProcess(tmp_path / "small", "--store-limit", "1K") as small:
         async with connected(model, tmp_path / "store", two, spares=[small, full]) as engine:
             at = {5: lambda: two[0].signal(signal.SIGKILL)}
             assert await answer(engine, Notes(), at) == expected
             assert engine.peers[1].peer_id == full.address
+
+
+@pytest.mark.parametrize("whose", ["master", "peer"])
+async def test_a_damaged_slice_is_replaced(
+    model: Path, peers: Peers, tmp_path: Path, expected: list[int], whose: str
+) -> None:
+    """Its bytes have changed on disk, which shows when it is read for the next group."""
+    store = tmp_path / "store"
+    *two, spare = peers(3)
+    async with connected(model, store, two, spares=[spare]) as engine:
+        files = [*(store if whose == "master" else two[1].store).glob("*/*.mlp.safetensors")]
+        for file in files:
+            damage(file)
+        at = {5: partial(two[0].signal, signal.SIGTERM)}
+        assert await answer(engine, Notes(), at) == expected
+        assert engine.world_size == 3
+        assert files
+
+
+def damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 4
+    file.unlink()  # it may be linked, and mapped
+    file.write_bytes(content)
 
 
 async def test_a_spare_is_used_at_the_start(model: Path, peers: Peers, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from tpirt.cluster import roster
 from tpirt.cluster.roster import hello, other_versions, profiles, this_peer
 from tpirt.cluster.worker import Worker
-from tpirt.errors import HandshakeError
+from tpirt.errors import HandshakeError, PeerUnreachableError
 from tpirt.planning import PeerProfile
 from tpirt.protocol.messages import PROTOCOL_VERSION, HelloReply, decode_call, encode_call
 from tpirt.transport.base import Channel
@@ -101,3 +103,52 @@ async def test_another_protocol_is_refused_and_who_is_older_is_said(
         f"peer a:1: runs tpirt 9.9 (protocol {theirs}), this is tpirt {__version__} "
         f"(protocol {PROTOCOL_VERSION}); update tpirt on {older}"
     )
+
+
+class Late(Client):
+    """Answers once it is told to."""
+
+    def __init__(self, address: str, worker: Worker):
+        super().__init__(address, worker)
+        self.here = asyncio.Event()
+
+    async def call(self, method: str, request: bytes, timeout_s: float) -> bytes:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.here.wait()
+        except TimeoutError:
+            raise PeerUnreachableError(f"peer {self.peer_id}: silent") from None
+        return await super().call(method, request, timeout_s)
+
+
+async def test_spares_are_not_waited_for_and_replace_those_that_are_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roster, "_SOON_S", 0.2)
+    needed = [Late(f"needed{i}:1", worker(tmp_path)) for i in range(2)]
+    spare = Late("spare:1", worker(tmp_path))
+
+    async def ask() -> list[bool]:
+        answers = await roster.reach(needed, [spare], 2, 7, patience_s=20.0)
+        return [isinstance(answers[peer], HelloReply) for peer in (*needed, spare)]
+
+    async with asyncio.timeout(10):
+        for peer in needed:
+            peer.here.set()
+        assert await ask() == [True, True, False]
+        needed[1].here.clear()
+        spare.here.set()
+        assert await ask() == [True, False, True]
+
+
+async def test_a_needed_peer_has_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roster, "_SOON_S", 0.1)
+    late = Late("late:1", worker(tmp_path))
+    asking = asyncio.ensure_future(roster.reach([late], [], 1, 7, patience_s=20.0))
+    await asyncio.sleep(0.2)
+    assert not asking.done()
+    late.here.set()
+    assert isinstance((await asking)[late], HelloReply)
+    late.here.clear()
+    answers = await roster.reach([late], [], 1, 7, patience_s=0.1)
+    assert "silent" in str(answers[late])

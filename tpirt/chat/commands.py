@@ -86,7 +86,8 @@ async def _stats(session: Session, _: str) -> None:
     ranks = await session.engine.stats()
     width = session.console.width
     session.console.say(*stats_table(ranks, width), *times_tables(ranks, width))
-    session.console.say(*recoveries_table(session.engine.recoveries, width))
+    if losses := session.engine.recoveries:
+        session.console.say(*recoveries_table(losses, width))
     if session.timing is not None:
         session.console.say(f"last answer: {session.timing.tokens} tokens, {session.timing}")
     session.console.say(session.engine.explain_drafts(), session.engine.explain_cache())

@@ -61,7 +61,7 @@ class TerminalModes:
             # wrapper script, has stopped. Stopped by changing modes in the background now, this
             # process would stop once more, below, after it was continued.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
-            reader.suspend(stop)
+            reader.aside(stop)
 
         def stop() -> None:
             during = _get()

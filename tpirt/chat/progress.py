@@ -46,6 +46,7 @@ class ConsoleProgress:
     Attributes:
         before: called before something is shown, also from other threads, to end a line that the
             terminal is within.
+        aside: calls what shows a line that stays; where a prompt is shown, shows it again after.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class ConsoleProgress:
         stream = stream or sys.stderr
         self.quiet = quiet
         self.before: Callable[[], None] = _do_nothing
+        self.aside: Callable[[Callable[[], None]], None] = lambda show: show()
         self._show: _Bars | _Lines | None = None
         if not quiet:
             kind = _Bars if is_capable(stream) else _Lines
@@ -64,14 +66,14 @@ class ConsoleProgress:
         if self._show is None:
             return
         if progress.stage in _NOTES:
-            self._show.note(_NOTES[progress.stage](progress))
+            self.note(_NOTES[progress.stage](progress))
         else:
             self._show.update(progress)
 
     def note(self, text: str) -> None:
         """Print a line that stays."""
-        if self._show is not None:
-            self._show.note(text)
+        if (show := self._show) is not None:
+            self.aside(lambda: show.note(text))
 
     def close(self) -> None:
         """Clear the screen's progress; nothing is written until the next report."""

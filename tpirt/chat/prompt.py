@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -68,13 +69,16 @@ class PromptReader:
         if self._session.app.is_running:
             self._session.app.exit(exception=KeyboardInterrupt())
 
-    def suspend(self, stop: Callable[[], None]) -> None:
-        """See :class:`Reader`."""
-        if self._session.app.is_running:
-            with set_app(self._session.app):
-                run_in_terminal(stop)
+    def aside(self, work: Callable[[], None]) -> None:
+        """See :class:`Reader`; also from other threads."""
+        app = self._session.app
+        if not app.is_running or app.loop is None:
+            work()
+        elif asyncio._get_running_loop() is not app.loop:
+            app.loop.call_soon_threadsafe(self.aside, work)
         else:
-            stop()
+            with set_app(app):
+                run_in_terminal(work)
 
     def release(self) -> None:
         """See :class:`Reader`."""

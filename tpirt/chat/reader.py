@@ -31,8 +31,8 @@ class Reader(Protocol):
         """Handle a SIGINT during :meth:`read`."""
         ...
 
-    def suspend(self, stop: Callable[[], None]) -> None:
-        """Handle a SIGTSTP: call ``stop``, and show the prompt again if it is waited for."""
+    def aside(self, work: Callable[[], None]) -> None:
+        """Call ``work``, and show the prompt again if it is waited for: SIGTSTP, or a note."""
         ...
 
     def release(self) -> None:
@@ -91,9 +91,9 @@ class PlainReader:
         """See :class:`Reader`; the terminal has dropped the typed text itself."""
         self._prompt(f"\n({LEAVE_HINT})\n{PROMPT}")
 
-    def suspend(self, stop: Callable[[], None]) -> None:
+    def aside(self, work: Callable[[], None]) -> None:
         """See :class:`Reader`."""
-        stop()
+        work()
         if self._reading:
             self._prompt(PROMPT)
 

@@ -49,6 +49,7 @@ async def _talk(session: Session) -> None:
     interrupts = Interrupts()
     modes = TerminalModes()
     reader = _terminal_reader()
+    session.progress.aside = reader.aside
     around = nullcontext if isinstance(reader, PlainReader) else modes.echo_off
     with interrupts.installed(), modes.guarded(reader):
         while not session.leaving:

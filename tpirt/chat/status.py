@@ -131,8 +131,6 @@ def _what_gated(decoded: Sequence[TokenTimes]) -> str:
 
 def recoveries_table(losses: Sequence[Recovery], columns: int | None = None) -> list[str]:
     """One line per peer that was lost: who takes part since, and where the time went."""
-    if not losses:
-        return []
     rows: list[Row] = [("lost", "since then", "noticing", "forming", "replaying", "sent")]
     for loss in losses:
         times = (loss.noticing_ms, loss.forming_ms, loss.replaying_ms)

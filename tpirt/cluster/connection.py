@@ -16,7 +16,14 @@ from tpirt.cluster.group import Group, engine_closed
 from tpirt.cluster.provision import distribute
 from tpirt.cluster.roster import HELLO_TIMEOUT_S, Answer, profiles, reach
 from tpirt.cluster.slice_maker import SliceMaker
-from tpirt.errors import ConfigError, MemoryLimitError, PeerBusyError, PeerLostError, TpirtError
+from tpirt.errors import (
+    ConfigError,
+    DamagedSliceError,
+    MemoryLimitError,
+    PeerBusyError,
+    PeerLostError,
+    TpirtError,
+)
 from tpirt.planning import Deployment, PeerProfile
 from tpirt.planning.lineup import Places, line_up
 from tpirt.protocol.messages import HelloReply
@@ -28,6 +35,8 @@ from tpirt.weights.store import SliceStore
 
 _RETURN_S = 5.0  # for a lost peer to come back
 _MOST_FAILURES = 2  # of one peer while a group is formed again; then it is left out
+
+_PASSING = (PeerLostError, PeerBusyError, DamagedSliceError)
 
 PlanGroup = Callable[[Places, Sequence[PeerProfile], Deployment | None], Deployment]
 
@@ -90,6 +99,7 @@ class Connection:
         self._group: Group | None = None
         self._failure: PeerLostError | None = None  # of the last reconnect
         self._reconnecting: asyncio.Task[Recovery] | None = None
+        self._reached = False  # whether the clients may be connected
         self._closed = False
 
     @property
@@ -217,19 +227,25 @@ class Connection:
             try:
                 return await self._form(answers, least(), progress)
             except TpirtError as exc:
-                client = self._clients.get(exc.peer_id)
-                if client is None or client in left_out:
+                client, failures[exc.peer_id] = (
+                    self._clients.get(exc.peer_id),
+                    failures[exc.peer_id] + 1,
+                )
+                again = failures[exc.peer_id] < _MOST_FAILURES
+                if client is not None and client not in left_out:
+                    if not (again and isinstance(exc, _PASSING)):
+                        left_out[client] = exc
+                elif not (again and isinstance(exc, DamagedSliceError)):  # of this machine
                     raise exc if failure is None or self._group else failure from exc
                 failure = exc
-                failures[exc.peer_id] += 1
-                passing = isinstance(exc, (PeerLostError, PeerBusyError))
-                if not passing or failures[exc.peer_id] >= _MOST_FAILURES:
-                    left_out[client] = exc
                 patience_s = min(patience_s, _RETURN_S)
 
     async def _reach(
         self, needed: Sequence[PeerClient], patience_s: float
     ) -> dict[PeerClient, Answer]:
+        if self._reached:  # an old connection may lead nowhere
+            await finish(asyncio.gather(*(client.aclose() for client in self._clients.values())))
+        self._reached = True
         others = [client for client in self._clients.values() if client not in needed]
         busy_s = 0.0 if self._group is None else self._timeout_s
         return await reach(needed, others, len(self._peers), self._master, patience_s, busy_s)

@@ -19,7 +19,7 @@ from tpirt.cluster.roster import machines
 from tpirt.cluster.tracing import RankTrace, Tracer
 from tpirt.collectives.context import StepAborted, StepContext
 from tpirt.collectives.links import LinkSet
-from tpirt.errors import PeerLostError, RequestError, TpirtError, TransportError
+from tpirt.errors import DamagedSliceError, PeerLostError, RequestError, TpirtError, TransportError
 from tpirt.model.kv_store import KVNeed
 from tpirt.ops.buffers import tensor_bytes
 from tpirt.planning import Deployment
@@ -364,6 +364,8 @@ class Group:
                 error = PeerLostError(words, rank=error.rank, peer_id=lost)
             # Our own link to that rank shows soon if the rank is lost, or only a link.
             asyncio.get_running_loop().call_later(_HINT_S, step.abort, error)
+        elif isinstance(error, DamagedSliceError):
+            self._break(PeerLostError(str(error), rank=link.rank, peer_id=link.peer_id))
         else:
             step.abort(error)
 
@@ -413,7 +415,8 @@ class Group:
     ) -> Ready:
         limits = deployment.limits[rank]
         linked = len(self._clients) > 1 and deployment.collectives.algorithm is not Algorithm.STAR
-        link = Link(await client.open_session(), rank, self._timeout_s, self)
+        channel = await client.open_session()
+        link = Link(channel, rank, self._timeout_s, self, suspicious=True)
         link.channel.frame_limit = frame_limit(deployment.config, limits)
         link.start()
         self._links.add(link)
@@ -476,6 +479,8 @@ class Group:
             step.abort(reason)
             if isinstance(exc, (PeerLostError, TransportError)):
                 self._break(exc)
+            elif isinstance(exc, DamagedSliceError):
+                self._break(PeerLostError(str(exc), rank=0, peer_id="master"))
             self._draining = asyncio.get_running_loop().create_task(self._drain(step.number))
             raise
         assert out is not None

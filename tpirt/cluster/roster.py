@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 
-from tpirt.cancellation import finish
 from tpirt.cluster.machine import (
     available_bytes,
     base_bytes,
@@ -31,6 +30,7 @@ from tpirt.version import __version__
 
 HELLO_TIMEOUT_S = 20.0  # of a busy machine; one that is not there is noticed sooner
 _RETRY_S = 0.25
+_SAY_S = 1.0  # for a client whose peer does not answer to say why
 _SOON_S = 1.0  # for the needed peers to answer where others could take their places
 
 
@@ -100,7 +100,7 @@ async def reach(
     patience_s: float,
     busy_s: float = 0.0,
 ) -> dict[PeerClient, Answer]:
-    """Say Hello to all peers at once, over new connections: an old one may lead nowhere.
+    """Say Hello to all peers at once.
 
     Args:
         needed: these have ``patience_s`` to answer.
@@ -114,7 +114,7 @@ async def reach(
         The answers, or why there is none.
     """
     began_s = _now_s()
-    until_s = began_s + max(patience_s, busy_s)
+    until_s = began_s + max(patience_s, busy_s) + _SAY_S
     tasks = {
         peer: asyncio.create_task(_greet(peer, master, patience_s, began_s + busy_s))
         for peer in (*needed, *others)
@@ -158,7 +158,6 @@ def _result(peer: PeerClient, task: asyncio.Task[Answer]) -> Answer:
 
 
 async def _greet(client: PeerClient, master: int, patience_s: float, busy_until_s: float) -> Answer:
-    await finish(client.aclose())
     while True:
         try:
             return await hello(client, master, patience_s)

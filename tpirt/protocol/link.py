@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from tpirt.errors import PeerLostError, TpirtError, TransportError
 from tpirt.protocol.messages import Failure, Probe, decode, encode
+from tpirt.protocol.suspicion import Suspicion
 from tpirt.transport.base import Channel
 from tpirt.transport.frame import Frame, Header, Kind
 
@@ -64,12 +65,24 @@ class Link:
         lost: why the link is lost; None if it is not.
     """
 
-    def __init__(self, channel: Channel, rank: int, timeout_s: float, handler: Handler):
-        """Take over a channel; :meth:`start` begins to read."""
+    def __init__(
+        self,
+        channel: Channel,
+        rank: int,
+        timeout_s: float,
+        handler: Handler,
+        *,
+        suspicious: bool = False,
+    ):
+        """Take over a channel; :meth:`start` begins to read.
+
+        ``suspicious``: give the other side up before the timeout if it used to be punctual.
+        """
         self.rank = rank
         self.channel = channel
         self.lost: TpirtError | None = None
         self._handler = handler
+        self._suspicious = suspicious
         self._loop = asyncio.get_running_loop()
         self._step = 0
         self._parts = 0  # of the step at hand; 0 when it is over
@@ -83,7 +96,6 @@ class Link:
         self._last_id = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._received = self._sent = 0
-        self._frame_s = 0.0  # when the last whole frame came
         self._timer: asyncio.TimerHandle | None = None
         self.silence(timeout_s)
 
@@ -96,6 +108,7 @@ class Link:
         """Set the longest silence before the other side counts as lost."""
         self._timeout_s = timeout_s
         self._interval_s = min(HEARTBEAT_S, timeout_s / 4)
+        self._suspicion = Suspicion(self._interval_s, timeout_s)
         self._begin_to_listen()
         if self._timer is not None:  # the next heartbeat may be due sooner than was planned
             self._schedule()
@@ -255,7 +268,7 @@ class Link:
 
     def on_frame(self, frame: Frame) -> None:
         """See :class:`tpirt.transport.base.Receiver`."""
-        self._frame_s = self._loop.time()
+        before_s, self._frame_s = self._frame_s, self._loop.time()
         for part, waiter in enumerate(self._waiters):  # nearly always: just what is expected
             if waiter is not None and waiter.head == frame.head and not waiter.future.done():
                 order = _order(frame.header)
@@ -267,7 +280,7 @@ class Link:
         if self.lost is not None:
             return
         try:
-            self._sort(frame)
+            self._sort(frame, self._frame_s - before_s)
         except TransportError as exc:
             self._broken(exc)
 
@@ -275,13 +288,13 @@ class Link:
         """See :class:`tpirt.transport.base.Receiver`."""
         self._broken(exc)
 
-    def _sort(self, frame: Frame) -> None:
+    def _sort(self, frame: Frame, gap_s: float) -> None:
         header = frame.header
         match header.kind:
             case Kind.PARTIAL | Kind.REDUCED:
                 self._take_tensor(header, frame)
             case Kind.HEARTBEAT:
-                pass
+                self._suspicion.heard(gap_s)
             case Kind.REPLY:
                 future = self._requests.get(header.seq)
                 incoming = Incoming(decode(frame.message, self.peer_id), frame, header.seq)
@@ -348,15 +361,16 @@ class Link:
         now = self._ticked_s
         if received != self._received or paused_s > 2 * self._interval_s:
             self._heard_s = now  # our own pause says nothing of the other side
-        if paused_s > self._timeout_s:
+        limit_s = self._suspicion.limit_s if self._suspicious else self._timeout_s
+        if paused_s > limit_s:
             # It heard nothing either, and may have given us up, with no way to tell us (a firewall
             # forgot the connection). If it has not, its next heartbeat is due now.
-            self._heard_s = now - self._timeout_s + 2 * self._interval_s
-        if now - self._heard_s > self._timeout_s:
+            self._heard_s = now - limit_s + 2 * self._interval_s
+        if now - self._heard_s > limit_s:
             self._broken(
                 PeerLostError(
-                    f"peer {self.peer_id}: said nothing for {self._timeout_s:g} s; it hangs, or "
-                    "its link does"
+                    f"peer {self.peer_id}: said nothing for {limit_s:g} s; it hangs, or its link "
+                    "does"
                 )
             )
             return
@@ -366,7 +380,7 @@ class Link:
         self._schedule()
 
     def _begin_to_listen(self) -> None:
-        self._heard_s = self._ticked_s = self._loop.time()
+        self._heard_s = self._ticked_s = self._frame_s = self._loop.time()
         self._ticked_wall_s = time.time()
 
     def _since_tick_s(self) -> float:

@@ -27,7 +27,7 @@ import torch
 import xxhash
 
 from tpirt.cache_folder import cache_folder, home_cache
-from tpirt.errors import StoreError
+from tpirt.errors import DamagedSliceError, StoreError
 from tpirt.locks import Lock, lock, try_lock
 from tpirt.ops.buffers import page_buffer, tensor_bytes
 from tpirt.sharding.units import Unit
@@ -70,14 +70,18 @@ class StoredSlice:
     def check(self, index: int, content: memoryview) -> None:
         """Compare a block file's content with the manifest's checksum, at memory speed.
 
+        A slice that has changed loses its manifest, so that nothing finds it any more.
+
         Raises:
-            StoreError: it has changed since it was written.
+            DamagedSliceError: it has changed since it was written.
         """
         expected, got = self.manifest.blocks[index].xxh3_128, xxhash.xxh3_128_hexdigest(content)
         if got != expected:
-            raise StoreError(
+            with contextlib.suppress(OSError):
+                (self.path / MANIFEST).unlink()
+            raise DamagedSliceError(
                 f"{self.block_path(index)}: expected checksum {expected}, got {got}: its bytes "
-                f"have changed since they were written; delete {self.path}; it will be recreated"
+                f"have changed since they were written; {self.path} will be recreated"
             )
 
     def hold(self) -> Lock:

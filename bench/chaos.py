@@ -54,6 +54,7 @@ _KINDS = (
     *("bit flip", "truncate", "disk full", "freeze all"),
 )
 _MORE_RSS = 96 << 20
+_CLOSING_S = 60.0  # for TCP to give up what a cut link has left half open
 
 
 @dataclass(frozen=True)
@@ -449,7 +450,7 @@ class Chaos:
             elif peer.base is None:
                 if "waiting" in peer.log:  # it has served
                     peer.base = peer.figures()
-            elif not self._wait(lambda peer=peer: _within(peer), _SLACK_S):
+            elif not self._wait(lambda peer=peer: _within(peer), _CLOSING_S):
                 outcome.wrong.append(f"peer {number}: {peer.figures()}, {peer.base} before")
 
     def _wait(self, condition: Callable[[], bool], patience_s: float) -> bool:

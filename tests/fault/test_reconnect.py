@@ -13,14 +13,21 @@ import pytest
 
 from tests.support.plans import allow_one_plan
 from tpirt.cluster.worker import Worker
-from tpirt.engine import Engine, EngineOptions
+from tpirt.engine import Engine, EngineOptions, driver
 from tpirt.errors import PeerLostError, PeerUnreachableError, RequestError, TpirtError
 from tpirt.testing.cluster import MemoryPeerClient, memory_engine
 from tpirt.testing.faults import Fault, FaultyChannel
 from tpirt.testing.processes import PeerProcess, killed_at_exit, start_cli, wait_for
 from tpirt.transport.base import Channel
 from tpirt.transport.memory import MemoryChannel
-from tpirt.types import RECONNECTED, Progress, SamplingParams
+from tpirt.types import (
+    LOST,
+    RECONNECTED,
+    Progress,
+    ProgressCallback,
+    SamplingParams,
+    ignore_progress,
+)
 from tpirt.weights.store import SliceStore
 
 Peers = Callable[[int], list[PeerProcess]]
@@ -143,14 +150,20 @@ def expected(model: Path, store: Path) -> list[list[int]]:
 
 @asynccontextmanager
 async def connected(
-    model: Path, store: Path, timeout_s: float = TIMEOUT_S
+    model: Path,
+    store: Path,
+    timeout_s: float = TIMEOUT_S,
+    progress: ProgressCallback = ignore_progress,
 ) -> AsyncIterator[tuple[Engine, list[Peer]]]:
     peers: list[Peer] = []
     peers += [Peer(rank, store, peers) for rank in (1, 2)]
     options = EngineOptions(
         threads=1, dtype="float32", store=store, chunk_tokens=16, timeout_s=timeout_s
     )
-    async with asyncio.timeout(25), Engine.connect(model, options, peers=peers) as engine:
+    async with (
+        asyncio.timeout(25),
+        Engine.connect(model, options, peers=peers, progress=progress) as engine,
+    ):
         yield engine, peers
 
 
@@ -185,6 +198,37 @@ async def test_a_lost_peer_is_connected_again(
         assert len(await engine.stats()) == 3
         assert [len(peer.opened) for peer in peers] == [2, 2]
         assert engine.explain()
+
+
+async def test_without_requests_it_is_tried_again_until_it_succeeds(
+    model: Path, store: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "_RETRY_S", 0.05)
+    told: list[str] = []
+    done = asyncio.Event()
+
+    def progress(progress: Progress) -> None:
+        if progress.stage in (LOST, RECONNECTED):
+            told.append(progress.stage)
+        if progress.stage == RECONNECTED:
+            done.set()
+
+    async with connected(model, store, progress=progress) as (engine, peers):
+        await engine.complete(PROMPT, PARAMS)
+        peers[1].reachable.clear()
+        for _ in range(3):
+            peers[1].asked.clear()
+            if not told:
+                peers[1].lose()
+            await peers[1].asked.wait()
+        assert engine.world_size == 3  # no other plan meanwhile
+        peers[1].reachable.set()
+        await done.wait()
+        assert engine.broken is None
+        assert told == [LOST, RECONNECTED]
+        reports = Reports()
+        await check(engine, expected, reports)
+        assert reports.reconnected == []  # it was ready
 
 
 async def test_several_losses_in_one_answer(

@@ -22,7 +22,7 @@ import torch
 import xxhash
 
 from tpirt.config import ModelConfig
-from tpirt.errors import StoreError
+from tpirt.errors import DamagedSliceError, StoreError
 from tpirt.ops.quant import Int8
 from tpirt.sharding.format import WeightFormat
 from tpirt.sharding.partition import make_partition
@@ -188,11 +188,16 @@ def test_damaged_source_is_named_and_does_not_spread(store: SliceStore) -> None:
     data = bytearray(victim.read_bytes())
     data[-9] ^= 1
     victim.write_bytes(data)
-    for wanted in (spec(0, 2), spec(0, 1)):
-        with pytest.raises(StoreError, match=r"layers\.0\.mlp.*checksum"):
-            put(store, wanted, kept=store.inventory(wanted))
-    assert store.slices() == [first]
+    wanted = spec(0, 2)
+    with pytest.raises(DamagedSliceError, match=r"layers\.0\.mlp.*checksum"):
+        put(store, wanted, kept=store.inventory(wanted))
     assert leftovers(store) == []
+    # Nothing is taken from it any more, and it is made again.
+    assert store.slices() == []
+    assert store.find(first.manifest.slice_id) is None
+    assert set(store.inventory(wanted)) == {NO_DIGEST}
+    put(store, spec(0, 1)).verify()
+    assert store.slices() == [first]
 
 
 def test_what_is_kept_must_be_there(store: SliceStore) -> None:

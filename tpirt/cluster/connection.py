@@ -169,7 +169,8 @@ class Connection:
         loss, began_s = self.group.broken, self.group.broken_s
         assert isinstance(loss, PeerLostError)
         members = [self._clients[peer] for peer in self._places.values()]
-        progress(Progress(LOST, 0, len(members), "peers", str(loss)))
+        if self._failure is None:  # else it was told at the first attempt
+            progress(Progress(LOST, 0, len(members), "peers", str(loss)))
         progress(Progress("reconnecting", 0, len(members), "peers"))
         await self.group.released()
         await finish(self.group.aclose())

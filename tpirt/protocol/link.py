@@ -96,6 +96,7 @@ class Link:
         self._last_id = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._received = self._sent = 0
+        self._frame_s = 0.0  # when the last whole frame came
         self._timer: asyncio.TimerHandle | None = None
         self.silence(timeout_s)
 
@@ -380,7 +381,8 @@ class Link:
         self._schedule()
 
     def _begin_to_listen(self) -> None:
-        self._heard_s = self._ticked_s = self._frame_s = self._loop.time()
+        self._heard_s = self._ticked_s = self._loop.time()
+        self._frame_s = self._heard_s
         self._ticked_wall_s = time.time()
 
     def _since_tick_s(self) -> float:

@@ -47,9 +47,9 @@ from tpirt.sharding.program import Layer, Program
 from tpirt.stopwatch import COMPUTE, Recorder
 from tpirt.weights.layout import Weights
 
-# Of the weights of a chain of layers, which are computed by one call: some 5 to 10 ms. An abort is
-# heard in between. Each call costs 0.1 to 0.2 ms around it, as the weights have passed the caches.
-CHAIN_BYTES = 128 << 20
+# Of the weights of a chain of layers, which are computed by one call: some 10 to 20 ms. An abort is
+# heard in between. Each call costs 0.2 to 0.3 ms around it, as the weights have passed the caches.
+CHAIN_BYTES = 256 << 20
 
 _T = TypeVar("_T")
 

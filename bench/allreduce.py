@@ -110,7 +110,7 @@ def started(contender: str, network: Network, cluster: Path | None = None) -> It
     With a ``cluster``, the folder of its keys, they use TLS.
     """
     processes = []
-    keys = {IDENTITY: str(cluster), INSECURE: ""} if cluster else {INSECURE: "1"}
+    keys = {IDENTITY: str(cluster), INSECURE: ""} if cluster else {}
     for device in network.devices:
         others = range(len(network.devices))
         addresses = [_beside(network.reach(device.index, other), cluster) for other in others]

@@ -80,7 +80,7 @@ class Device:
 
         Peers serve without certificates, unless ``env`` says otherwise.
         """
-        options.setdefault("env", {**os.environ, INSECURE: "1"})
+        options["env"] = {INSECURE: "1", **options.get("env", os.environ)}
         with _signals_held():
             process = subprocess.Popen(
                 command, preexec_fn=self._enter, start_new_session=True, **options

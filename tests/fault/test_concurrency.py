@@ -196,7 +196,7 @@ async def test_after_a_cancelled_long_prompt_the_user_may_think(
 ) -> None:
     """Frames of 8 MiB are on their way in all directions; nobody reads for the user."""
 
-    async def refused(*_: object) -> None:
+    async def refused(*_: object, sealed: bool) -> None:
         raise OSError("refused by a test")
 
     with ExitStack() as stack:

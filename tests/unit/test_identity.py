@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tpirt.errors import IdentityError
-from tpirt.identity.certificates import Authority, Certificate, Identity, new_request
+from tpirt.identity.authority import Authority
+from tpirt.identity.certificates import Certificate, Identity, new_request
 from tpirt.identity.folder import config_folder
 from tpirt.identity.names import MASTER, PEER, Subject, random_id
 from tpirt.identity.trust import AUTHORITY_FILE, IDENTITY_FILE, REGISTRY_FILE, Trust

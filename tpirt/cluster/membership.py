@@ -7,7 +7,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from tpirt.errors import IdentityError
-from tpirt.identity.certificates import Authority, Certificate, Identity, new_request
+from tpirt.identity.authority import Authority
+from tpirt.identity.certificates import Certificate, Identity, new_request
 from tpirt.identity.join import JoinReply, JoinRequest
 from tpirt.identity.names import PEER, random_id
 from tpirt.identity.registry import Member

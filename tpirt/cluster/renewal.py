@@ -56,7 +56,7 @@ async def renew(client: PeerClient, trust: Trust) -> Certificate:
         IdentityError: this device has no authority, or the peer refuses.
         PeerError, PeerUnreachableError: it cannot, or does not answer.
     """
-    from tpirt.identity.certificates import Authority
+    from tpirt.identity.authority import Authority
 
     authority = await asyncio.to_thread(Authority.load, trust.folder / AUTHORITY_FILE)
     if authority is None:

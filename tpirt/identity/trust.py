@@ -59,7 +59,8 @@ class Trust:
             return None
         if not path.exists():
             return None
-        from tpirt.identity.certificates import Authority, Identity
+        from tpirt.identity.authority import Authority
+        from tpirt.identity.certificates import Identity
 
         identity = Identity.load(path)
         if identity is not None and self.role == MASTER and identity.certificate.is_due:

@@ -125,7 +125,10 @@ async def _run(options: PeerOptions, stop: asyncio.Event) -> None:
         with contextlib.suppress(OSError):  # nobody reads it
             print(f"{READY_PREFIX}{address} (store {options.store.root})", flush=True)
         if server.is_protected and (identity := options.trust.identity):
-            _log.info(f"{identity.certificate.name} serves the masters of its cluster only")
+            _log.info(
+                f"{identity.certificate.name} serves the master of its cluster; its certificate is "
+                f"valid until {identity.certificate.expires:%Y-%m-%d}"
+            )
         elif warning := _warning(address, server.hosts):
             _log.warning(f"warning: {warning}")
         if options.until_stdin_closes:

@@ -6,7 +6,8 @@ from datetime import timedelta
 from pathlib import Path
 
 from tpirt.cluster.membership import authority_of, found
-from tpirt.identity.certificates import VALID, Identity, new_request
+from tpirt.identity.authority import VALID
+from tpirt.identity.certificates import Identity, new_request
 from tpirt.identity.names import MASTER, PEER, random_id
 from tpirt.identity.trust import IDENTITY_FILE, Trust
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import Callable
 
@@ -28,6 +29,8 @@ from tpirt.transport.backlog import Backlog
 from tpirt.transport.reach import race, reach
 
 DEFAULT_JOIN_PORT = 50050
+
+_log = logging.getLogger("tpirt.cluster")
 
 Issue = Callable[[JoinRequest, str], JoinReply]
 
@@ -111,33 +114,42 @@ class Invitation:
                 await asyncio.sleep(1.0)
                 continue
             connection.setblocking(False)
+            await asyncio.sleep(0)  # a flood of connections must not starve the loop
             task = asyncio.create_task(self._serve(connection, where[0].partition("%")[0]))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, connection: socket.socket, host: str) -> None:
-        """Give a caller its few seconds."""
+        """Give a caller its few seconds; one that knows the code is not crowded out any more."""
+        exchange = MasterExchange(self._code)
         with connection, contextlib.suppress(IdentityError, TransportError, OSError):
-            await self._callers.wait(f"{host}:", self._exchange(connection, host))
+            asking = self._asked(connection, host, exchange)
+            if (request := await self._callers.wait(f"{host}:", asking)) is not None:
+                await self._welcome(connection, exchange, request, host)
 
-    async def _exchange(self, connection: socket.socket, host: str) -> None:
+    async def _asked(
+        self, connection: socket.socket, host: str, exchange: MasterExchange
+    ) -> JoinRequest | None:
+        """What a caller asks for that knows the code; None for any other."""
         async with asyncio.timeout(_PATIENCE_S):
-            exchange = MasterExchange(self._code)
             await _send(connection, exchange.answer(await _receive(connection)))
             proof = await _receive(connection)
             if self._used or not self._tries:
                 await _send(connection, OVER)
-                return
+                return None
             try:
                 request = exchange.confirmed(proof)
             except WrongCodeError:
                 self._tries -= 1
-                await _send(connection, WRONG_CODE)
-                if not self._tries:
-                    self._end(IdentityError(f"{MOST_TRIES} wrong codes; the code is void"))
-                return
+                _log.warning(f"a device at {host} gave a wrong code; {self._tries} tries are left")
+                try:
+                    await _send(connection, WRONG_CODE)
+                finally:
+                    if not self._tries:
+                        self._end(IdentityError(f"{MOST_TRIES} wrong codes; the code is void"))
+                return None
             self._used = True
-        await self._welcome(connection, exchange, request, host)
+            return request
 
     async def _welcome(
         self,

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger("tpirt.tls")
 
 _EXPIRED, _NOT_YET, _OTHER_NAME = 10, 9, 62  # OpenSSL's X509_V_ERR_...
+_NO_TLS = (
+    "what answers there does not use TLS. A peer that was started with --insecure? Start it "
+    f"without, or use --insecure here, too (or {INSECURE}=1). Another service? Check the port"
+)
 _SPOKEN_BYTES = 9  # a server's first HTTP/2 frame: it has accepted our certificate
 
 
@@ -85,10 +89,14 @@ async def meet(address: Address, trust: Trust) -> Certificate | None:
     async with asyncio.timeout(CONNECT_S):
         try:
             return await _handshake(address, endpoints, trust, identity)
-        except (ssl.SSLError, ConnectionResetError, BrokenPipeError, EOFError) as exc:
-            if on_loopback and not isinstance(exc, ssl.SSLCertVerificationError):
+        except ssl.SSLCertVerificationError as exc:
+            raise IdentityError(f"peer {address}: {_why_not_believed(exc)}") from exc
+        except (ssl.SSLError, ConnectionResetError) as exc:
+            if on_loopback:
                 return None
-            raise IdentityError(f"peer {address}: {_why(exc, identity)}") from exc
+            if isinstance(exc, ConnectionResetError):
+                raise
+            raise IdentityError(f"peer {address}: {_NO_TLS}") from exc
 
 
 async def speaks_tls(address: Address) -> bool:
@@ -130,7 +138,10 @@ async def _handshake(
             trust.check(certificate)
         except IdentityError as exc:
             raise IdentityError(f"peer {address}: {exc}") from exc
-        await reader.readexactly(_SPOKEN_BYTES)
+        try:
+            await reader.readexactly(_SPOKEN_BYTES)
+        except (EOFError, OSError) as exc:
+            raise IdentityError(f"peer {address}: {_why_refused(identity)}") from exc
         return certificate
     finally:
         writer.close()
@@ -145,29 +156,25 @@ def _context(identity: Identity) -> ssl.SSLContext:
     return context
 
 
-def _why(exc: Exception, identity: Identity) -> str:
-    """Say why a handshake failed, and what to do."""
-    if isinstance(exc, ssl.SSLCertVerificationError):
-        if exc.verify_code == _EXPIRED:
-            return (
-                "its certificate has expired, or this machine's clock is wrong; join it again "
-                "(`tpirt cluster invite`)"
-            )
-        if exc.verify_code == _NOT_YET:
-            return "its certificate is not valid yet; is this machine's clock right?"
-        if exc.verify_code == _OTHER_NAME:
-            return "its certificate is not that of a peer of this cluster"
-        return "its certificate is of another cluster; join it to this one (`tpirt cluster invite`)"
-    if isinstance(exc, ssl.SSLError):
+def _why_not_believed(exc: ssl.SSLCertVerificationError) -> str:
+    """Say what is wrong with a peer's certificate, and what to do."""
+    if exc.verify_code == _EXPIRED:
         return (
-            "what answers there does not use TLS. A peer that was started with --insecure? Start "
-            f"it without, or use --insecure here, too (or {INSECURE}=1). Another service? Check "
-            "the port"
+            "its certificate has expired, or this machine's clock is wrong; join it again "
+            "(`tpirt cluster invite`)"
         )
-    expires = identity.certificate.expires
+    if exc.verify_code == _NOT_YET:
+        return "its certificate is not valid yet; is this machine's clock right?"
+    if exc.verify_code == _OTHER_NAME:
+        return "its certificate is not that of a peer of this cluster"
+    return "its certificate is of another cluster; join it to this one (`tpirt cluster invite`)"
+
+
+def _why_refused(identity: Identity) -> str:
+    """Say why a peer may have refused our certificate, which it does not tell."""
     return (
         "it hung up when it saw this device's certificate, which is valid until "
-        f"{expires:%Y-%m-%d}; is the clock of both devices right, and the peer not full?"
+        f"{identity.certificate.expires:%Y-%m-%d}; is the clock of both devices right?"
     )
 
 

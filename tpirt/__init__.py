@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 # the disk's reader, another program) that made small operations up to 40 times slower; sleeping
 # costs nothing measurable when alone. Read when torch is loaded, hence here.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# How many kernels oneDNN keeps, almost a MiB each; by default 1024. Those of a step are a dozen.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "24")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "24")
 
 __all__ = [
     "Completion",

@@ -38,6 +38,24 @@ def test_two_sessions_in_a_row_stay_within_a_tight_limit(tmp_path: Path) -> None
                 assert rank["peak_rss_bytes"] <= parse_bytes(limit), (session, limit)
 
 
+def test_sixteen_prompts_at_once_stay_within_a_tight_limit(tmp_path: Path) -> None:
+    """Of all lengths, so that steps have many numbers of rows; some wait for memory."""
+    model = make_model(tmp_path / "model", max_position_embeddings=2048, **SIZES)
+    limit = format_limit(tight_limit(model, world_size=1) + (8 << 20))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join("x" * (20 + 37 * number) for number in range(16)))
+    for run in range(2):  # the first one cuts the slices, which leaves some 20 MiB
+        done = run_cli(
+            *("generate", "--model", str(model), "--memory", limit, "--threads", "1"),
+            *("--store", str(tmp_path / "store"), "--prompts", str(prompts), "--max-tokens", "8"),
+        )
+        assert done.returncode == 0, (run, done.stderr)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(answers) == 16
+    peak = max(answer["ranks"][0]["peak_rss_bytes"] for answer in answers)
+    assert peak <= parse_bytes(limit), (peak >> 20, limit)
+
+
 @pytest.mark.nightly
 async def test_a_peer_keeps_to_its_limit_over_sessions_that_differ(tmp_path: Path) -> None:
     """What the allocator kept of all earlier sessions together fits the slack."""
@@ -59,9 +77,9 @@ async def test_a_peer_keeps_to_its_limit_over_sessions_that_differ(tmp_path: Pat
             assert peak <= limit, (model.name, quantize, peak >> 20)
 
 
-def tight_limit(model: Path) -> int:
-    """The least limit that is ever advised for two ranks of the model."""
+def tight_limit(model: Path, world_size: int = 2) -> int:
+    """The least limit that is ever advised for so many ranks of the model."""
     peer = PeerProfile(0, "", "", None, None, 1, 1, False)
     options = PlanOptions(dtype="float32", chunk_tokens=16)
-    deployment = plan_model(ModelConfig.from_dir(model), 2, peer, options)
+    deployment = plan_model(ModelConfig.from_dir(model), world_size, peer, options)
     return max(rank.budget.advised_bytes() for rank in deployment.ranks)

@@ -197,3 +197,36 @@ def test_memory_of_keys_and_values_goes_back_to_the_system() -> None:
     assert held["freed"] < 1.4 * sequence  # it grows by a quarter; torch's code is loaded meanwhile
     assert held["truncated"] < 0.3 * sequence
     assert held["restarted"] < held["truncated"] - 0.05 * sequence
+
+
+ROWS = """
+from tpirt.ops.nn import attention
+from tpirt.ops.plain_kernels import PLAIN_KERNELS
+from tpirt.ops.quant import Int4
+from tpirt.ops.quant_kernels import KERNELS
+from tpirt.ops.quant_probe import _probe_weight
+
+half = torch.ones(512, 512, dtype=torch.bfloat16)
+codes, _ = _probe_weight(Int4(), 512, 512, torch.bfloat16)
+
+def multiply(rows):
+    x = torch.ones(rows, 512)
+    PLAIN_KERNELS["torch-bfloat16"](x, half)
+    KERNELS["dense-bfloat16"](x, codes)
+
+def attend(rows):
+    x = torch.ones(8, rows + 100, 64, dtype=torch.bfloat16)
+    attention(x[:, 100:], x, x, [1] * 8, None)
+
+for name, work in (("products", multiply), ("attention", attend)):
+    work(256)
+    print(name, end=" ")
+    measured(lambda: [work(rows) for rows in range(65, 185)])
+"""
+
+
+def test_all_numbers_of_rows_keep_little() -> None:
+    """torch keeps compiled kernels for each one that it gets: 120 and 20 MiB for all of these."""
+    peaks = peaks_of(ROWS)
+    assert len(peaks) == 2
+    assert {name: peak >> 20 for name, peak in peaks.items() if peak >= 12 * MIB} == {}

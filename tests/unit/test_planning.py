@@ -116,8 +116,8 @@ async def test_ranks_are_local_or_peers(where: dict[str, Any], text: str) -> Non
 
 
 def test_a_peers_own_limit_bounds_its_chunks(config: ModelConfig) -> None:
-    tight = PlanOptions(memory_bytes=326 * MIB)
-    with_limit = plan(config, [profile(), profile(1, memory_bytes=326 * MIB)], PlanOptions())
+    tight = PlanOptions(memory_bytes=342 * MIB)
+    with_limit = plan(config, [profile(), profile(1, memory_bytes=342 * MIB)], PlanOptions())
     assert with_limit.chunk_tokens == plan(config, [profile(), profile(1)], tight).chunk_tokens
     assert (
         with_limit.chunk_tokens < plan(config, [profile(), profile(1)], PlanOptions()).chunk_tokens
@@ -182,7 +182,7 @@ def test_every_limit_that_is_too_low_is_named(config: ModelConfig) -> None:
 
 
 def test_too_little_free_memory_is_named(config: ModelConfig) -> None:
-    peers = [profile(available_bytes=340 * MIB)]  # of which 289 are taken unasked
+    peers = [profile(available_bytes=356 * MIB)]  # of which 302 are taken unasked
     text = refused(config, peers, PlanOptions())
     assert "free memory on its machine, raise its container's limit, or set --memory to" in text
     advised = parse_bytes(text.rpartition(" ")[2])
@@ -203,10 +203,10 @@ def test_no_limit_is_advised_that_a_machine_does_not_have(
 def test_no_limit_is_advised_for_a_context_that_a_machine_does_not_have(
     long_model: Path,
 ) -> None:
-    peers = [profile(), profile(1, available_bytes=395 * MIB, memory_bytes=336 * MIB)]
+    peers = [profile(), profile(1, available_bytes=414 * MIB, memory_bytes=352 * MIB)]
     deployment = plan(ModelConfig.from_dir(long_model), peers, PlanOptions())
     deployment.check_context(500)
-    with pytest.raises(MemoryLimitError, match=r"has 395 MiB free: end .* or shorten") as caught:
+    with pytest.raises(MemoryLimitError, match=r"has 414 MiB free: end .* or shorten") as caught:
         deployment.check_context(16_000)
     assert "to at least" not in str(caught.value)
 
@@ -215,7 +215,7 @@ def test_a_higher_limit_never_holds_less(config: ModelConfig) -> None:
     """Longer steps, which a higher limit selects, do not count while tokens are generated."""
     ranks = [
         plan(config, [profile()], PlanOptions(memory_bytes=limit * MIB)).ranks[0]
-        for limit in range(325, 400)
+        for limit in range(341, 416)
     ]
     assert len({rank.limits.chunk_tokens for rank in ranks}) > 2
     held = [
@@ -272,10 +272,10 @@ async def test_advice_for_a_long_prompt_works_at_the_first_try(
 
 def test_a_context_that_one_peer_cannot_hold_is_refused(long_model: Path) -> None:
     config = ModelConfig.from_dir(long_model)
-    peers = [profile(), profile(1, memory_bytes=336 * MIB)]
+    peers = [profile(), profile(1, memory_bytes=352 * MIB)]
     deployment = plan(config, peers, PlanOptions(memory_bytes=400 * MIB))
     deployment.check_context(500)
-    with pytest.raises(MemoryLimitError, match=r"on rank 1 \(pi1\), whose .* is 336 MiB") as caught:
+    with pytest.raises(MemoryLimitError, match=r"on rank 1 \(pi1\), whose .* is 352 MiB") as caught:
         deployment.check_context(12_000)
     common, own = map(parse_bytes, re.findall(r"to at least (\w+)", str(caught.value)))
     peers[1] = profile(1, memory_bytes=own)
@@ -291,7 +291,7 @@ async def test_a_prompt_is_refused_before_its_first_step_or_runs(long_model: Pat
         options = PlanOptions(memory_bytes=limit, chunk_tokens=64, dtype="float32")
         return plan(config, [profile()], options).ranks[0].budget.holds(len(prompt))
 
-    low, high = 328, 1024
+    low, high = 344, 1024
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle * MIB) else (middle, high)
@@ -318,7 +318,7 @@ def test_a_context_that_was_asked_for(long_model: Path) -> None:
         PlanOptions(context=0)
 
 
-@pytest.mark.parametrize("limit", [1, 350 * MIB])
+@pytest.mark.parametrize("limit", [1, 366 * MIB])
 def test_memory_for_the_whole_context_is_asked_for_at_once(long_model: Path, limit: int) -> None:
     config = ModelConfig.from_dir(long_model)
     text = refused(config, [profile()], PlanOptions(memory_bytes=limit, context=12_000))

@@ -79,15 +79,23 @@ def base_bytes() -> int:
     """Return this process's resident memory without a model.
 
     Measured at the first call, before the first session: later it would include memory that the
-    allocator keeps. torch's kernels run once before, because they keep memory.
+    allocator keeps. torch's kernels run once before, with as many rows as a prompt's, because they
+    keep memory: their code, and what they compile.
     """
     for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(16, 64, dtype=dtype)
-        x = F.silu(F.linear(x, torch.ones(64, 64, dtype=dtype)))
-        heads = x.view(1, 1, 16, 64)
-        F.scaled_dot_product_attention(heads, heads, heads, is_causal=True).float().sum().item()
+        _run_kernels(dtype)
     release_free_memory()
     return resident_bytes()
+
+
+def _run_kernels(dtype: torch.dtype) -> None:
+    """What a prompt runs, in small."""
+    x = torch.ones(128, 1024, dtype=dtype)
+    x = F.silu(F.linear(x, torch.ones(1024, 1024, dtype=dtype)))
+    F.rms_norm(x.float(), (1024,)).to(dtype)
+    heads = x.view(128, 4, 4, 64).permute(1, 2, 0, 3)
+    seen = torch.ones(128, 128, dtype=torch.bool).tril()
+    F.scaled_dot_product_attention(heads, heads, heads, attn_mask=seen).float().sum().item()
 
 
 def release_free_memory() -> None:

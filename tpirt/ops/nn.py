@@ -11,8 +11,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from tpirt.ops.buffers import round_up
+
 # Maximum elements of an attention mask: bounds a chunk's memory for any context length.
 MASK_ELEMENTS = 1 << 22
+
+# Queries and keys of attention in bfloat16 are rounded up to multiples of these.
+_TILE_ROWS, _TILE_KEYS = 32, 64
 
 # By ``ModelConfig.hidden_act``.
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -21,6 +26,18 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
+
+
+def padded_rows(rows: int) -> int:
+    """The number of rows that torch's products in bfloat16 are computed with.
+
+    oneDNN compiles kernels for every number that it has seen, for each shape of matrix, and keeps
+    them: almost a MiB each. With prompts' chunks of all lengths that was several hundred MiB.
+    """
+    for most, step in ((128, 32), (256, 64)):
+        if rows <= most:
+            return round_up(rows, step)
+    return round_up(rows, 128)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -64,7 +81,8 @@ def attention(
     if tokens == 1:
         seen = k.shape[1] if window is None else min(window, k.shape[1])
         return _grouped(q, k[:, -seen:], v[:, -seen:], groups, None)
-    piece = max(1, min(tokens, MASK_ELEMENTS // k.shape[1]))
+    piece = max(1, MASK_ELEMENTS // k.shape[1])
+    piece = min(tokens, piece // _TILE_ROWS * _TILE_ROWS or piece)
     out = torch.empty_like(q)
     for start in range(0, tokens, piece):
         stop = min(start + piece, tokens)
@@ -115,7 +133,9 @@ def _attend(
         grouped = q.view(1, kv_heads, group, dim)
         out = F.scaled_dot_product_attention(grouped, k.unsqueeze(0), v.unsqueeze(0))
         return out.reshape(q.shape)
-    grouped = q.view(kv_heads, group, tokens, dim)
+    if q.dtype is torch.bfloat16:
+        q, k, v, mask = _tiled(q, k, v, mask)
+    grouped = q.view(kv_heads, group, q.shape[1], dim)
     shape = (kv_heads, group, k.shape[1], dim)
     # expand, not repeat: keys and values are not copied per query head.
     out = F.scaled_dot_product_attention(
@@ -125,4 +145,31 @@ def _attend(
         attn_mask=mask,
         is_causal=mask is None,
     )
-    return out.reshape(q.shape)
+    return out.reshape(q.shape)[:, :tokens]
+
+
+def _tiled(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Round the numbers of queries and keys up, with keys that no query sees.
+
+    torch keeps the kernels that it compiles for the rest of each number, for ever: 0.3 MiB for each
+    length of a prompt.
+    """
+    tokens, past = q.shape[1], k.shape[1]
+    rows, seen = round_up(tokens, _TILE_ROWS), round_up(past, _TILE_KEYS)
+    if mask is None:  # causal, from the first key on: later ones are not seen
+        rows = seen
+    else:
+        mask = F.pad(mask, (0, 0, 0, rows - tokens), value=True)
+        mask = F.pad(mask, (0, seen - past), value=False)
+    return F.pad(q, (0, 0, 0, rows - tokens)), _longer(k, seen), _longer(v, seen), mask
+
+
+def _longer(x: torch.Tensor, length: int) -> torch.Tensor:
+    """``x`` (K, S, D) with more positions of any content: what follows in its buffer, or a copy."""
+    heads, positions, dim = x.shape
+    end = x.storage_offset() + (heads - 1) * x.stride(0) + (length - 1) * x.stride(1) + dim
+    if end * x.itemsize <= x.untyped_storage().nbytes():
+        return x.as_strided((heads, length, dim), x.stride())
+    return F.pad(x, (0, 0, 0, length - positions))

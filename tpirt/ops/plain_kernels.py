@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from tpirt.ops.buffers import scratch
 from tpirt.ops.native.bindings import Matrix, available_kernels, present_kernels
+from tpirt.ops.nn import padded_rows
 from tpirt.ops.quant import QuantSpec
 from tpirt.ops.quant_matrix import PIECE_BYTES
 
@@ -52,8 +53,10 @@ class TorchHalf:
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return (T, N) bfloat16."""
-        x = x.bfloat16()
-        return F.linear(x, weight) if weight.dtype is x.dtype else _by_pieces(x, weight)
+        rows = len(x)
+        x = F.pad(x.bfloat16(), (0, 0, 0, padded_rows(rows) - rows))
+        out = F.linear(x, weight) if weight.dtype is x.dtype else _by_pieces(x, weight)
+        return out[:rows]
 
 
 @dataclass(frozen=True)

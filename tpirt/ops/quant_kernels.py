@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from tpirt.dtypes import dtype_name
 from tpirt.ops.native.bindings import Rounded, available_kernels, present_kernels
+from tpirt.ops.nn import padded_rows
 from tpirt.ops.quant import Int4, Int8, QuantSpec
 from tpirt.ops.quant_matrix import QuantMatrix
 
@@ -97,7 +98,7 @@ class Dense:
         factors = matrix.spec.output_scales(matrix.scales)
         for start, piece in matrix.pieces(self.dtype):
             part = out[:, start : start + piece.shape[0]]
-            product = torch.mm(fitted, piece.t())[:, : part.shape[1]]
+            product = torch.mm(fitted, piece.t())[: len(x), : part.shape[1]]
             if factors is None:
                 part.copy_(product)
             else:
@@ -112,6 +113,8 @@ KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (NATIVE, *DENSE)
 
 
 def _fitted(x: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Convert ``x`` (T, K) to ``dtype``, zero-padded to ``width``, contiguous."""
-    x = x.to(dtype)
-    return F.pad(x, (0, width - x.shape[1])) if x.shape[1] != width else x.contiguous()
+    """Convert ``x`` (T, K) to ``dtype``, zero-padded to ``width`` and for bfloat16's rows."""
+    rows = padded_rows(len(x)) if dtype is torch.bfloat16 else len(x)
+    if x.shape != (rows, width):
+        return F.pad(x.to(dtype), (0, width - x.shape[1], 0, rows - len(x)))
+    return x.to(dtype).contiguous()

@@ -26,8 +26,10 @@ _CHUNKS = (512, 256, 128, 64, 32, 16)  # candidates for the tokens of a step
 # Resident memory of a process without a model: Python, torch, gRPC (measured).
 PROCESS_BYTES = 270 << 20
 
-# Memory of a running process that no other part accounts for: allocator slack, stacks, gRPC.
-SLACK_BYTES = 48 << 20
+# Memory of a running process that no other part accounts for: allocator slack, stacks, gRPC, 8 MiB
+# of scratch, and 20 to 25 MiB that torch's products keep once prompts of several lengths were
+# computed (55 MiB in all with 16 users).
+SLACK_BYTES = 64 << 20
 
 # Advised limits suffice for a conversation of this many tokens, or the whole context if less.
 ADVISED_CONTEXT = 2048

@@ -25,9 +25,10 @@ _log = logging.getLogger(__name__)
 
 MOST_GUESSES = 16  # for an answer; more are hardly ever all right
 _LEAST_GAIN = 1.05  # expected tokens per second with guesses to those without
-# Where guesses do not pay, one is tried again after so many steps; where they do, a step without
-# any is measured.
-_RETRY_STEPS = 256
+_RETRY_STEPS = 256  # where guesses do not pay, one is tried again after so many steps
+# Where they do, a step without any is measured after so many; twice as many each time, up to the
+# above: the first steps of a group are slow, and they are what guesses are compared with.
+_COMPARE_STEPS = 8
 _PRIOR_WEIGHT, _KEPT = 2.0, 0.98  # of a kind's prior, in guesses; of earlier guesses, a guess
 
 
@@ -122,6 +123,7 @@ class DraftController:
         self._drafting_s = 0.0  # of the latest step
         self._idle_steps = 0  # since guesses were last verified
         self._busy_steps = 0  # since a step had no guesses
+        self._compare_steps = _COMPARE_STEPS
         self._gain: float | None = None  # expected of the latest step
         self._predicted = (0.0, 0.0)  # its tokens and seconds
         self._token_s = 0.0  # a token takes without guesses, in the latest step
@@ -310,7 +312,8 @@ class DraftController:
         self._gain = best_rate / base_rate
         if self._gain < _LEAST_GAIN:
             best = int(self._idle_steps >= _RETRY_STEPS)
-        elif self._busy_steps >= _RETRY_STEPS:
+        elif self._busy_steps >= self._compare_steps:
+            self._compare_steps = min(2 * self._compare_steps, _RETRY_STEPS)
             best = 0
         for answer, index in order[:best]:
             nothing[answer].append(index)

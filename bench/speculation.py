@@ -7,9 +7,10 @@
     python -m bench.speculation --model DIR --draft DIR  # with a small model of its tokenizer, too
 
 Without ``--hit-rates`` a trained model answers chats, edits texts and summarises them, with
-``--draft auto``, ``--draft none`` and a small model, if one is given. With it, any model answers a prompt of arbitrary ids, and
-guesses are *emulated*: they are the tokens that it generated without drafts, each replaced by a
-wrong one so often that the rest has the hit rate. What guesses would cost to make is not in it.
+``--draft auto``, ``--draft none`` and a small model, if one is given. With it, any model answers a
+prompt of arbitrary ids, and guesses are *emulated*: they are the tokens that it generated without
+drafts, each replaced by a wrong one so often that the rest has the hit rate. What guesses would
+cost to make is not in it.
 
 In a round, the model is connected once in every way, and all answers are generated; the order is
 reversed from round to round. ``gain`` is the time of a token without drafts to that with them, both

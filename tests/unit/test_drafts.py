@@ -122,7 +122,6 @@ async def test_wrong_guesses_turn_themselves_off_and_right_ones_on_again() -> No
         (piece,) = await controller.extend([Piece(asked, 1)])
         controller.learn(piece, [99])
     assert piece.guesses == ()
-    assert piece.first_guesses
     for _ in range(60):
         (piece,) = await controller.extend([Piece(asked, 1)])
         controller.learn(piece, [*piece.guessed, 1] if piece.guesses else [7])
@@ -197,6 +196,16 @@ async def test_logits_of_a_row_are_not_free() -> None:
     controller = controlled(Fixed({asked: 0.8}), costs(flat=True), output_costs=outputs)
     (piece,) = await controller.extend([Piece(asked, 1)])
     assert len(piece.guesses) == 2  # of 7 if they were free
+
+
+async def test_where_nothing_pays_guesses_are_looked_for_in_each_eighth_step() -> None:
+    asked = answer([1])
+    controller = controlled(Fixed({asked: 0.0}), costs(flat=False))
+    looked = []
+    for _ in range(56):
+        (piece,) = await controller.extend([Piece(asked, 1)])
+        looked.append(bool(piece.first_guesses))
+    assert looked == [*[True] * 33, *([False] * 7 + [True]) * 2, *[False] * 7]
 
 
 async def test_a_step_without_guesses_is_measured_again() -> None:

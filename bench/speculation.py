@@ -3,11 +3,14 @@
     python -m bench.speculation                      # suffix drafts on texts of three kinds
     python -m bench.speculation --model DIR --quantize int4 --hit-rates 0,0.6,0.7,0.8,0.9
     python -m bench.speculation --model DIR --hit-rates 0,0.8 --link 5ms/300mbit --quantize int4
+    python -m bench.speculation --window 2           # streamed
+    python -m bench.speculation --model DIR --draft DIR  # with a small model of its tokenizer, too
 
 Without ``--hit-rates`` a trained model answers chats, edits texts and summarises them, with
-``--draft auto`` and ``--draft none``. With it, any model answers a prompt of arbitrary ids, and
-guesses are *emulated*: they are the tokens that it generated without drafts, each replaced by a
-wrong one so often that the rest has the hit rate. What guesses would cost to make is not in it.
+``--draft auto``, ``--draft none`` and a small model, if one is given. With it, any model answers a
+prompt of arbitrary ids, and guesses are *emulated*: they are the tokens that it generated without
+drafts, each replaced by a wrong one so often that the rest has the hit rate. What guesses would
+cost to make is not in it.
 
 In a round, the model is connected once in every way, and all answers are generated; the order is
 reversed from round to round. ``gain`` is the time of a token without drafts to that with them, both
@@ -230,7 +233,10 @@ def chosen_ways(arguments: argparse.Namespace) -> list[Way]:
     """Without drafts first, then what is compared with that."""
     none = Way(NONE, {"draft": NONE})
     if arguments.hit_rates is None:
-        return [none, Way("auto", {"draft": "auto"})]
+        ways = [none, Way("auto", {"draft": "auto"})]
+        if arguments.draft is not None:
+            ways.append(Way("model", {"draft": str(arguments.draft)}))
+        return ways
     return [
         none,
         *(Way(f"emulated {rate:g}", {"hit_rate": rate}) for rate in arguments.hit_rates),
@@ -314,6 +320,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--hit-rates", type=values(_share), metavar="SHARE,...", help="emulate guesses, any model"
     )
+    parser.add_argument("--draft", type=Path, metavar="DIR", help="a small model that guesses")
     parser.add_argument("--prompt-tokens", type=count, default=64, metavar="N", help="emulated")
     parser.add_argument("--tokens", type=count, default=128, metavar="N", help="of an answer")
     parser.add_argument(

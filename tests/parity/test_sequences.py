@@ -173,7 +173,7 @@ async def test_a_small_model_guesses(
             for prompt, answer in zip(PROMPTS[3:], await asyncio.gather(*requests), strict=False):
                 assert answer.token_ids == alone[prompt]
                 if right:
-                    assert answer.right_guesses == answer.guesses > 0
+                    assert answer.right_guesses > 0
         assert engine.explain_drafts().startswith("drafts: ")
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tpirt.engine import Engine, EngineOptions
 from tpirt.engine.drafts.base import Drafter, Guess
 from tpirt.engine.drafts.controller import DraftController
+from tpirt.engine.drafts.model import ModelDrafter
 from tpirt.engine.drafts.suffix import SuffixDrafter, SuffixIndex
 from tpirt.engine.sampler import Sampler
 from tpirt.engine.scheduler import Piece
@@ -124,7 +125,6 @@ async def test_wrong_guesses_turn_themselves_off_and_right_ones_on_again() -> No
         (piece,) = await controller.extend([Piece(asked, 1)], 64)
         controller.learn(piece, [99])
     assert piece.guesses == ()
-    assert piece.first_guesses
     for _ in range(60):
         (piece,) = await controller.extend([Piece(asked, 1)], 64)
         controller.learn(piece, [*piece.guessed, 1] if piece.guesses else [7])
@@ -215,11 +215,21 @@ async def test_logits_of_a_row_are_not_free() -> None:
     assert len(piece.guesses) == 2  # of 7 if they were free
 
 
+async def test_where_nothing_pays_guesses_are_looked_for_in_each_eighth_step() -> None:
+    asked = answer([1])
+    controller = controlled(Fixed({asked: 0.0}), costs(flat=False))
+    looked = []
+    for _ in range(56):
+        (piece,) = await controller.extend([Piece(asked, 1)])
+        looked.append(bool(piece.first_guesses))
+    assert looked == [*[True] * 33, *([False] * 7 + [True]) * 2, *[False] * 7]
+
+
 async def test_a_step_without_guesses_is_measured_again() -> None:
     asked = answer([1])
     controller = controlled(Fixed({asked: 0.9}), costs(flat=True))
-    sizes = [len((await controller.extend([Piece(asked, 1)], 64))[0].guesses) for _ in range(258)]
-    assert sizes == [7] * 256 + [0, 7]
+    sizes = [len((await controller.extend([Piece(asked, 1)], 64))[0].guesses) for _ in range(60)]
+    assert sizes == [*[7] * 8, 0, *[7] * 16, 0, *[7] * 32, 0, 7]
 
 
 async def test_matches_that_went_on_otherwise_are_branches() -> None:
@@ -268,3 +278,33 @@ class Tree(Fixed):
 
     async def propose(self, answers: list[Answer], most: int) -> list[list[Guess]]:
         return [[Guess(token, parent, str(token), 0.5) for token, parent in self.NODES]]
+
+
+class Small:
+    """A small model of four tokens: after each token, the next one is likely."""
+
+    context_length = 100
+
+    async def draw(self, ids: list[int], sampler: Sampler, most: int) -> None:
+        token = ids[-1]
+        for _ in range(most):
+            logits = torch.zeros(4)
+            logits[(token + 1) % 4] = 2.0
+            logits[(token + 2) % 4] = 1.0
+            logits[(token + 3) % 4] = 0.5
+            token = sampler.next(logits, [])
+
+
+async def test_a_small_models_likely_tokens_are_branches_of_its_own_choice() -> None:
+    drafter = ModelDrafter(Small())  # type: ignore[arg-type]
+    (found,) = await drafter.propose([answer([3])], 2)
+    assert [(guess.token, guess.parent) for guess in found] == [
+        *((0, -1), (1, -1), (2, -1)),
+        *((1, 0), (2, 0), (3, 0)),
+    ]
+    assert [guess.kind for guess in found[:2]] == ["model 50%", "model 20%"]
+    # What is to be expected before it is asked again.
+    assert [guess.kind for guess in drafter.prospects(3)] == ["model 50%"] * 3
+    assert drafter.seconds(2) > 0
+    (nothing,) = await drafter.propose([answer([3] * 99)], 2)
+    assert nothing == []

@@ -321,6 +321,7 @@ class Engine:
         progress: ProgressCallback,
         user: str = "",
         priority: int = 0,
+        sampler: Sampler | None = None,
     ) -> Answer:
         params = params or self.defaults.sampling
         check_params(params)
@@ -331,7 +332,8 @@ class Engine:
         self._check(ids)
         limit = self._most_tokens(params, len(ids))
         writer = Writer(self.tokenizer, ids, params, self.defaults.eos_ids, limit)
-        return Answer(ids, Sampler(params), writer, progress, user=user, priority=priority)
+        drawing = sampler or Sampler(params)
+        return Answer(ids, drawing, writer, progress, user=user, priority=priority)
 
     async def complete(
         self,
@@ -371,6 +373,17 @@ class Engine:
             in_time=targets.met(answer.ttft_s, answer.tpot_s) if targets else None,
             recoveries=list(self.recoveries[earlier:]),
         )
+
+    async def draw(self, ids: Sequence[int], sampler: Sampler, most: int) -> None:
+        """Have ``sampler`` draw up to ``most`` tokens after ``ids``; raises as :meth:`generate`."""
+        params = SamplingParams(max_tokens=most)
+        answer = self._answer(list(ids), params, ignore_progress, sampler=sampler)
+        self._driver.add(answer)
+        try:
+            async for _ in answer:
+                pass
+        finally:
+            await self._driver.leave(answer)
 
     async def _stats_of(self, answer: Answer) -> list[RankStats]:
         """Each rank's figures since the answer's first step, with the steps that it was in."""

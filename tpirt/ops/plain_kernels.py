@@ -54,7 +54,9 @@ class TorchHalf:
     def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return (T, N) bfloat16."""
         rows = len(x)
-        x = F.pad(x.bfloat16(), (0, 0, 0, padded_rows(rows) - rows))
+        x = x.bfloat16()
+        if missing := padded_rows(rows) - rows:
+            x = F.pad(x, (0, 0, 0, missing))
         out = F.linear(x, weight) if weight.dtype is x.dtype else _by_pieces(x, weight)
         return out[:rows]
 

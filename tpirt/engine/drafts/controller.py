@@ -25,9 +25,13 @@ _log = logging.getLogger(__name__)
 
 MOST_GUESSES = 16  # for an answer; more are hardly ever all right
 _LEAST_GAIN = 1.05  # expected tokens per second with guesses to those without
-# Where guesses do not pay, one is tried again after so many steps; where they do, a step without
-# any is measured.
-_RETRY_STEPS = 256
+_RETRY_STEPS = 256  # where guesses do not pay, one is tried again after so many steps
+# Where they do, a step without any is measured after so many; twice as many each time, up to the
+# above: the first steps of a group are slow, and they are what guesses are compared with.
+_COMPARE_STEPS = 8
+# Looking for guesses takes 0.2 ms, a tenth of a small model's step: after so many steps that
+# verified none, only each eighth is looked at.
+_REST_STEPS, _LOOK_STEPS = 32, 8
 _PRIOR_WEIGHT, _KEPT = 2.0, 0.98  # of a kind's prior, in guesses; of earlier guesses, a guess
 
 
@@ -116,6 +120,8 @@ class DraftController:
         self._drafting_s = 0.0  # of the latest step
         self._idle_steps = 0  # since guesses were last verified
         self._busy_steps = 0  # since a step had no guesses
+        self._compare_steps = _COMPARE_STEPS
+        self._looking = False  # for guesses, in the latest step
         self._gain: float | None = None  # expected of the latest step
         self._predicted = (0.0, 0.0)  # its tokens and seconds
         self._token_s = 0.0  # a token takes without guesses, in the latest step
@@ -137,8 +143,13 @@ class DraftController:
             if (answer := _drafted(piece)) is not None
         }
         room = self._room(rows, most_rows)
+        idle = self._idle_steps
+        self._looking = idle < _REST_STEPS or idle % _LOOK_STEPS == 0
+        if not self._looking:
+            self._idle_steps += 1
         if (
-            self._failure is not None
+            not self._looking
+            or self._failure is not None
             or not drafted
             or room <= 0
             or self._costs.seconds(rows) is None
@@ -205,7 +216,7 @@ class DraftController:
 
     def see(self, piece: Piece, logits: torch.Tensor) -> None:
         """Show the drafter the logits (T, V) after a piece's last id and each guess."""
-        if self._failure is None:
+        if self._failure is None and self._looking:
             try:
                 self._drafter.learn([piece.sequence.ids[-1], *piece.guessed], logits)
             except Exception as exc:
@@ -319,7 +330,8 @@ class DraftController:
         self._gain = best_rate / base_rate
         if self._gain < _LEAST_GAIN:
             best = int(self._idle_steps >= _RETRY_STEPS)
-        elif self._busy_steps >= _RETRY_STEPS:
+        elif self._busy_steps >= self._compare_steps:
+            self._compare_steps = min(2 * self._compare_steps, _RETRY_STEPS)
             best = 0
         for answer, index in order[:best]:
             nothing[answer].append(index)

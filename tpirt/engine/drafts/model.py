@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence as Items
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
 
 from tpirt.engine.drafts.base import Guess
+from tpirt.engine.sampler import Sampler, check_finite
 from tpirt.engine.sequence import Answer
 from tpirt.errors import RequestError
 from tpirt.types import SamplingParams
@@ -18,15 +19,19 @@ from tpirt.types import SamplingParams
 if TYPE_CHECKING:
     from tpirt.engine.engine import Engine
 
-_PRIOR = 0.7
-_SMOOTHING = 0.2  # weight of the latest time
+_PRIOR = 0.7  # of its likeliest token
+_SMOOTHING = 0.2  # weight of the latest time, and of the latest probability
+_BRANCHES = 3  # tokens that are guessed at each position
+_LEVELS = (0.95, 0.85, 0.7, 0.5, 0.35, 0.2, 0.1, 0.05, 0.0)  # probabilities that are told apart
+
+_Position = list[tuple[int, float]]  # the likeliest tokens, with their probabilities
 
 
 class ModelDrafter:
-    """Has a small model go on greedily.
+    """Has a small model go on greedily; the next likely tokens at each position are branches.
 
-    Its keys and values stay between calls, as those of any request: what was rejected is dropped,
-    and only what is new is computed.
+    How often a guess is right is learnt by its probability. Keys and values stay between calls, as
+    those of any request: what was rejected is dropped, and only what is new is computed.
 
     Args:
         engine: of the small model; its owner closes it.
@@ -34,11 +39,13 @@ class ModelDrafter:
 
     def __init__(self, engine: Engine):
         self._engine = engine
-        self._guess_s = 0.0  # a guess takes
+        self._guess_s = 0.0  # a token takes
+        self._likely: list[float] = []  # the likeliest token, by depth
 
     def prospects(self, most: int) -> list[Guess]:
         """See :class:`Drafter`."""
-        return [_guess(-1, depth) for depth in range(most)]
+        likely = self._likely or [_PRIOR]
+        return [_guess(-1, depth - 1, likely[min(depth, len(likely) - 1)]) for depth in range(most)]
 
     def seconds(self, depth: int) -> float:
         """See :class:`Drafter`."""
@@ -48,12 +55,12 @@ class ModelDrafter:
         """See :class:`Drafter`."""
         began_s = time.perf_counter()
         found = await asyncio.gather(*(self._continue(answer.ids, most) for answer in answers))
-        longest = max(map(len, found))
-        if longest:
+        if longest := max(map(len, found)):
             took_s = (time.perf_counter() - began_s) / longest
-            change = took_s - self._guess_s
-            self._guess_s += change * (_SMOOTHING if self._guess_s else 1)
-        return found
+            self._guess_s = _smoothed(self._guess_s or took_s, took_s)
+        for positions in found:
+            self._learn([position[0][1] for position in positions])
+        return list(map(_tree, found))
 
     def learn(self, ids: Items[int], logits: torch.Tensor) -> None:
         """See :class:`Drafter`."""
@@ -61,18 +68,52 @@ class ModelDrafter:
     def forget(self, answer: Answer) -> None:
         """See :class:`Drafter`."""
 
-    async def _continue(self, ids: Items[int], most: int) -> list[Guess]:
-        if len(ids) + most > self._engine.context_length:
-            return []
-        params = SamplingParams(max_tokens=most)
-        guesses: list[Guess] = []
-        # Too many at once, or ids that the small model lacks: that answer goes without guesses.
-        with suppress(RequestError):
-            async with aclosing(self._engine.generate(list(ids), params)) as tokens:
-                async for token in tokens:
-                    guesses.append(_guess(token.id, len(guesses)))
-        return guesses
+    async def _continue(self, ids: Items[int], most: int) -> list[_Position]:
+        watcher = _Watcher()
+        if len(ids) + most <= self._engine.context_length:
+            # Too many at once, or ids that it lacks: that answer goes without guesses.
+            with suppress(RequestError):
+                await self._engine.draw(ids, watcher, most)
+        return watcher.positions
+
+    def _learn(self, likely: list[float]) -> None:
+        for depth, probability in enumerate(likely):
+            if depth < len(self._likely):
+                self._likely[depth] = _smoothed(self._likely[depth], probability)
+            else:
+                self._likely.append(probability)
 
 
-def _guess(token: int, depth: int) -> Guess:
-    return Guess(token, depth - 1, f"model {depth}", _PRIOR)
+class _Watcher(Sampler):
+    """Takes the likeliest token, and remembers the next ones."""
+
+    def __init__(self) -> None:
+        super().__init__(SamplingParams(temperature=0))
+        self.positions: list[_Position] = []
+
+    def next(self, logits: torch.Tensor, history: Items[int]) -> int:
+        """See :class:`Sampler`."""
+        check_finite(logits)
+        found = logits.softmax(-1).topk(min(_BRANCHES, len(logits)))
+        tokens = found.indices.tolist()
+        self.positions.append(list(zip(tokens, found.values.tolist(), strict=True)))
+        return int(tokens[0])
+
+
+def _tree(positions: Items[_Position]) -> list[Guess]:
+    guesses: list[Guess] = []
+    parent = -1
+    for position in positions:
+        first = len(guesses)
+        guesses += [_guess(token, parent, probability) for token, probability in position]
+        parent = first
+    return guesses
+
+
+def _guess(token: int, parent: int, probability: float) -> Guess:
+    level = next(level for level in _LEVELS if probability >= level)
+    return Guess(token, parent, f"model {level:.0%}", probability)
+
+
+def _smoothed(before: float, latest: float) -> float:
+    return before + _SMOOTHING * (latest - before)

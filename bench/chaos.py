@@ -446,7 +446,9 @@ class Chaos:
                     f.peer == number and f.kind in ("kill", "restarts") for f in outcome.faults
                 )
                 if not killed:
-                    outcome.wrong.append(f"peer {number} ended")
+                    code = peer.process and peer.process.poll()
+                    said = peer.log.splitlines()[-3:]
+                    outcome.wrong.append(f"peer {number} ended with {code}: {said}")
             elif peer.base is None:
                 if "waiting" in peer.log:  # it has served
                     peer.base = peer.figures()

@@ -27,6 +27,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -296,6 +297,7 @@ class Chaos:
         self._base: dict[str, int] | None = None
         self._master = self._start_master()
         self._faults = Faults(network, peers, self._master)
+        self._hands = ThreadPoolExecutor(2 * 3)  # a beginning and an end of each fault
 
     def _start_master(self) -> subprocess.Popen[Any]:
         master = self._network.devices[0].popen(
@@ -319,6 +321,7 @@ class Chaos:
         """End the master."""
         assert self._master.stdin is not None
         self._master.stdin.close()
+        self._hands.shutdown()
 
     def run(self, seed: int, prompts: list[list[int]], expected: list[list[int]]) -> Outcome:
         """Run one round."""
@@ -355,22 +358,29 @@ class Chaos:
         """Has each fault begin after its phase is reached, and end after its time."""
         waiting = list(faults)
         timers: list[threading.Timer] = []
+        under_way: list[Future[None]] = []
+
+        def later(seconds: float, work: Callable[[Fault], None], fault: Fault) -> None:
+            # Not in the timer's thread: a peer ends with the thread that started it.
+            timer = threading.Timer(
+                seconds, lambda: under_way.append(self._hands.submit(work, fault))
+            )
+            timers.append(timer)
+            timer.start()
 
         def reached(phase: str) -> None:
             for fault in [each for each in waiting if each.phase == phase]:
                 waiting.remove(fault)
-                begin = threading.Timer(fault.after_s, self._faults.begin, [fault])
-                lasts_s = fault.after_s + fault.lasts_s
-                end = threading.Timer(lasts_s, self._faults.end, [fault])
-                timers.extend((begin, end))
-                begin.start()
-                end.start()
+                later(fault.after_s, self._faults.begin, fault)
+                later(fault.after_s + fault.lasts_s, self._faults.end, fault)
 
         try:
             yield reached
         finally:
             for timer in timers:
                 timer.join()
+            for work in under_way:
+                work.result()
 
     def _follow(
         self, outcome: Outcome, expected: list[list[int]], reached: Callable[[str], None]
@@ -446,7 +456,9 @@ class Chaos:
                     f.peer == number and f.kind in ("kill", "restarts") for f in outcome.faults
                 )
                 if not killed:
-                    outcome.wrong.append(f"peer {number} ended")
+                    code = peer.process and peer.process.poll()
+                    said = peer.log.splitlines()[-3:]
+                    outcome.wrong.append(f"peer {number} ended with {code}: {said}")
             elif peer.base is None:
                 if "waiting" in peer.log:  # it has served
                     peer.base = peer.figures()

@@ -228,16 +228,16 @@ class Connection:
             try:
                 return await self._form(answers, least(), progress)
             except TpirtError as exc:
-                client, failures[exc.peer_id] = (
-                    self._clients.get(exc.peer_id),
-                    failures[exc.peer_id] + 1,
-                )
-                again = failures[exc.peer_id] < _MOST_FAILURES
+                failures[exc.peer_id] += 1
+                last = failures[exc.peer_id] >= _MOST_FAILURES or not isinstance(exc, _PASSING)
+                client = self._clients.get(exc.peer_id)
                 if client is not None and client not in left_out:
-                    if not (again and isinstance(exc, _PASSING)):
+                    if last:
                         left_out[client] = exc
-                elif not (again and isinstance(exc, DamagedSliceError)):  # of this machine
-                    raise exc if failure is None or self._group else failure from exc
+                elif last or not isinstance(exc, DamagedSliceError):  # this machine's is made again
+                    if failure is not None and self._group is None:
+                        raise failure from exc
+                    raise
                 failure = exc
                 patience_s = min(patience_s, _RETURN_S)
 

@@ -220,7 +220,7 @@ async def test_where_nothing_pays_guesses_are_looked_for_in_each_eighth_step() -
     controller = controlled(Fixed({asked: 0.0}), costs(flat=False))
     looked = []
     for _ in range(56):
-        (piece,) = await controller.extend([Piece(asked, 1)])
+        (piece,) = await controller.extend([Piece(asked, 1)], 64)
         looked.append(bool(piece.first_guesses))
     assert looked == [*[True] * 33, *([False] * 7 + [True]) * 2, *[False] * 7]
 

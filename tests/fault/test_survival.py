@@ -188,6 +188,7 @@ async def test_a_frozen_peer_is_replaced_and_ends_its_session_when_it_goes_on(
         assert engine.peers[1].peer_id == frozen.address
 
 
+@pytest.mark.nightly  # tests/fault/test_replan.py counts the same bytes without a loss
 async def test_bytes_sent_for_another_plan_are_those_of_the_units_lacked(
     model: Path, tmp_path: Path, expected: list[int]
 ) -> None:

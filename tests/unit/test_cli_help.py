@@ -6,7 +6,7 @@ import pytest
 
 from tpirt.cli.main import main
 
-COMMANDS = ("chat", "generate", "peer", "split", "synth", "info", "eval", "store")
+COMMANDS = ("chat", "generate", "peer", "peers", "split", "synth", "info", "eval", "store")
 
 
 def run(*arguments: str) -> int:

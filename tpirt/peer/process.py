@@ -25,16 +25,19 @@ from tpirt.cluster.machine import (
 )
 from tpirt.cluster.worker import Worker
 from tpirt.errors import MemoryLimitError
+from tpirt.identity.names import random_id
 from tpirt.identity.trust import Trust
 from tpirt.ops.native.library import load_async
 from tpirt.peer.logs import logged
 from tpirt.planning import more_memory
 from tpirt.planning.memory import SLACK_BYTES
+from tpirt.protocol.messages import PROTOCOL_VERSION
 from tpirt.refusals import raise_open_files
 from tpirt.transport.address import Address
 from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
 from tpirt.transport.tls import insecure_notice
 from tpirt.units import format_bytes
+from tpirt.version import __version__
 from tpirt.weights.store import SliceStore
 
 _MOST_CONNECTIONS = 1024
@@ -53,6 +56,7 @@ class PeerOptions:
     until_stdin_closes: bool
     quiet: bool
     trust: Trust
+    announce: bool = True
 
 
 async def run_peer(options: PeerOptions, invitation: str | None = None) -> None:
@@ -130,10 +134,32 @@ async def _run(options: PeerOptions, stop: asyncio.Event) -> None:
             _log.warning(f"warning: {warning}")
         if options.until_stdin_closes:
             _watch_stdin(stop)
-        await stop.wait()
+        announcing = _announcing(options, server.hosts, port)
+        try:
+            await stop.wait()
+        finally:
+            announcing.cancel()
+            await asyncio.gather(announcing, return_exceptions=True)
         await worker.leave()
     finally:
         await server.aclose()
+
+
+def _announcing(options: PeerOptions, hosts: Sequence[str], port: int) -> asyncio.Task[None]:
+    """Announce the peer to its network, if that reaches it and the user wants it."""
+    if not options.announce or all(map(is_loopback, hosts)):
+        return asyncio.create_task(asyncio.sleep(0))
+    from tpirt.transport.mdns import Announcer, Notice
+
+    identity = options.trust.identity
+    notice = Notice(
+        label=identity.subject.identity if identity else random_id(),
+        name=identity.certificate.name if identity else host_name(),
+        cluster=identity.subject.cluster if identity else "",
+        version=__version__,
+        protocol=str(PROTOCOL_VERSION),
+    )
+    return asyncio.create_task(Announcer(notice, hosts, port, _log.warning).run())
 
 
 def _check_memory(limit: int | None) -> None:

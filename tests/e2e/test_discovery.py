@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from zeroconf import DNSAddress, DNSOutgoing, DNSPointer, DNSRecord, DNSService, DNSText
 
 from bench.net.namespace import INTERFACE
 from tests.support.lan import LanDevice, lan
 from tpirt.cluster.discovery import NONE, OURS
 from tpirt.testing.models import make_model
+from tpirt.transport.mdns import SERVICE
 
 NAME = socket.gethostname()
+HOSTILE = (b"name=\x1b[31mkitchen\n\r" + b"x" * 200, b"version=\xff\x00", b"protocol")
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +109,10 @@ def test_devices_are_found_told_apart_and_used(devices: list[LanDevice], model: 
     assert "another device answers there" in lost["reason"]
     assert lost["met"]
     assert lost["certificate_ends"]
+    for device in (second, stranger):
+        device.stop()
+    swap(first, second)
+    master.ip("neighbour", "flush", "all")
 
 
 def swap(first: LanDevice, second: LanDevice) -> None:
@@ -112,3 +122,96 @@ def swap(first: LanDevice, second: LanDevice) -> None:
     first.address, second.address = second.address, first.address
     for device in (first, second):
         device.ip("address", "add", f"{device.address}/24", "dev", INTERFACE)
+
+
+def test_hostile_announcements(devices: list[LanDevice]) -> None:
+    """Thousands of names, control characters and another service's: the device is still found."""
+    master, first, _, stranger = devices
+    serve(first)
+    with shouting(stranger, list(hostile_packets())):
+        code, out, err = master.run("peers", "--seconds", "2")
+    assert code == 0, err
+    assert re.search(rf"^{NAME} .* this cluster +free$", out, re.MULTILINE), out
+    assert re.search(r"\d+ more announcements were not looked at", err), err
+    assert "?[31mkitchen??" in out
+    assert len(out.splitlines()) < 2 * 64 + 8
+    assert all(char.isprintable() or char == "\n" for char in out + err)
+    first.stop()
+
+
+def hostile_packets() -> Iterator[bytes]:
+    """Announcements as raw packets: each of a name, some with all that belongs to a peer."""
+    for number in range(3_000):
+        yield announcement(f"{number:016x}", complete=number % 4 == 0)
+    for label in ("\x1b[2J", "kitchen", "0" * 63, "../../etc"):
+        yield announcement(label, complete=True)
+
+
+def announcement(label: str, complete: bool) -> bytes:
+    name = f"{label}.{SERVICE}"
+    out = DNSOutgoing(0x8400)
+    records: list[DNSRecord] = [DNSPointer(SERVICE, 12, 1, 60, name)]
+    if complete:
+        text = b"".join(bytes([len(each)]) + each for each in HOSTILE)
+        records += [
+            DNSService(name, 33, 1, 60, 0, 0, 9, f"{label}.local."),
+            DNSText(name, 16, 1, 60, text),
+            DNSAddress(f"{label}.local.", 1, 1, 60, socket.inet_aton("10.0.0.4")),
+        ]
+    for record in records:
+        out.add_answer_at_time(record, 0)
+    (packet,) = out.packets()
+    return packet
+
+
+@contextmanager
+def shouting(device: LanDevice, packets: list[bytes]) -> Iterator[None]:
+    """Multicast packets, all of them again and again, from a device."""
+    ended = threading.Event()
+
+    def shout() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
+            out.setsockopt(
+                socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(device.address)
+            )
+            out.bind(("", 5353))
+            for packet in itertools.cycle(packets):
+                out.sendto(packet, ("224.0.0.251", 5353))
+                if ended.wait(0.0005):
+                    return
+
+    thread = threading.Thread(target=device.namespace.run, args=(shout,))
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_without_a_network(tmp_path: Path) -> None:
+    """One line, not an error."""
+    with lan(1, tmp_path) as (device,):
+        device.ip("address", "flush", "dev", INTERFACE)
+        code, out, err = device.run("peers", "--seconds", "1")
+        assert (code, out) == (0, "no device was found\n")
+        assert "the network cannot be searched (mDNS): this device has no network" in err
+        peer = serve(device, "--insecure")
+        assert peer.stderr is not None
+        while "not announced" not in (line := peer.stderr.readline()):
+            assert line
+        assert line == (
+            "not announced on the network: this device has no network; masters need its address\n"
+        )
+
+
+def test_a_peer_that_does_not_announce_itself(devices: list[LanDevice]) -> None:
+    """It is found where it was met last; what nobody met is not."""
+    master, first, _, stranger = devices
+    serve(first, "--no-announce")
+    serve(stranger, "--insecure", "--no-announce")
+    found = listed(master, "peers", "--seconds", "1")
+    assert found[NAME, OURS]["state"] == "free"
+    assert (NAME, NONE) not in found
+    first.stop()
+    stranger.stop()

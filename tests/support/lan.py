@@ -74,6 +74,7 @@ class LanDevice:
             with suppress(ProcessLookupError):
                 process.send_signal(signal.SIGKILL)
             process.communicate()
+        self._processes.clear()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tpirt.engine import Engine, EngineOptions
     from tpirt.planning import Deployment
 
-DISCOVER_S = 3.0
+_DISCOVER_S = 2.0
 _LEAST_OPEN_FILES = 32
 Commands = Any  # argparse's subparsers object, which has no public type
 Group = argparse._ActionsContainer  # a parser, or a group of its options
@@ -420,7 +420,7 @@ async def discovered(arguments: argparse.Namespace, progress: ConsoleProgress) -
     from tpirt.identity.trust import Trust
 
     trust = Trust(MASTER, arguments.identity, insecure=arguments.insecure)
-    found, notes = await search(trust, DISCOVER_S, progress, strangers=True)
+    found, notes = await search(trust, _DISCOVER_S, progress, strangers=True)
     for line in [*describe_choice(found), *notes]:
         progress.note(f"tpirt: {line}")
     if not any(not each.reason for each in found):

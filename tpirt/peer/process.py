@@ -35,6 +35,7 @@ from tpirt.protocol.messages import PROTOCOL_VERSION
 from tpirt.refusals import raise_open_files
 from tpirt.transport.address import Address
 from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
+from tpirt.transport.mdns import Announcer, Notice
 from tpirt.transport.tls import insecure_notice
 from tpirt.units import format_bytes
 from tpirt.version import __version__
@@ -124,6 +125,7 @@ async def _run(options: PeerOptions, stop: asyncio.Event) -> None:
     server = GrpcPeerServer(worker, _most_connections(), options.trust)
     port = await server.start(options.host, options.port)
     try:
+        announcer = _announcer(options, server.hosts, port)
         _check_memory(options.memory_bytes)
         address = Address(options.host, port)
         with contextlib.suppress(OSError):  # nobody reads it
@@ -134,23 +136,17 @@ async def _run(options: PeerOptions, stop: asyncio.Event) -> None:
             _log.warning(f"warning: {warning}")
         if options.until_stdin_closes:
             _watch_stdin(stop)
-        announcing = _announcing(options, server.hosts, port)
-        try:
+        async with announcer.running() if announcer else contextlib.nullcontext():
             await stop.wait()
-        finally:
-            announcing.cancel()
-            await asyncio.gather(announcing, return_exceptions=True)
         await worker.leave()
     finally:
         await server.aclose()
 
 
-def _announcing(options: PeerOptions, hosts: Sequence[str], port: int) -> asyncio.Task[None]:
-    """Announce the peer to its network, if that reaches it and the user wants it."""
+def _announcer(options: PeerOptions, hosts: Sequence[str], port: int) -> Announcer | None:
+    """What announces the peer to its network, if that reaches it and the user wants it."""
     if not options.announce or all(map(is_loopback, hosts)):
-        return asyncio.create_task(asyncio.sleep(0))
-    from tpirt.transport.mdns import Announcer, Notice
-
+        return None
     identity = options.trust.identity
     notice = Notice(
         label=identity.subject.identity if identity else random_id(),
@@ -159,7 +155,7 @@ def _announcing(options: PeerOptions, hosts: Sequence[str], port: int) -> asynci
         version=__version__,
         protocol=str(PROTOCOL_VERSION),
     )
-    return asyncio.create_task(Announcer(notice, hosts, port, _log.warning).run())
+    return Announcer(notice, hosts, port, _log.warning)
 
 
 def _check_memory(limit: int | None) -> None:

@@ -70,7 +70,8 @@ async def find(device: Device, trust: Trust) -> Found:
         return await race([Address(each.host, place.port) for each in endpoints], answering)
 
     async def elsewhere() -> Found:
-        return await race(list(await device.locate(device.identity)), answering)
+        found = await device.locate(device.identity)
+        return await race([*found, *device.places], known)  # it may be starting just now
 
     attempts: list[Callable[[], Awaitable[Found]]] = [
         *(partial(known, place) for place in device.places),

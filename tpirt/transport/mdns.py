@@ -12,7 +12,8 @@ import ipaddress
 import logging
 import re
 import socket
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -74,9 +75,20 @@ class Announcer:
         self._port = port
         self._log = log
         self._zeroconf: AsyncZeroconf | None = None
+        # Now: its 3 MB belong to what the process takes before it holds anything of a model.
+        import zeroconf.asyncio  # noqa: F401
 
-    async def run(self) -> None:
-        """Announce until cancelled; then say goodbye."""
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Announce within the block; then say goodbye."""
+        task = asyncio.create_task(self._run())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _run(self) -> None:
         announced: Sequence[_Own] | None = None
         try:
             while True:

@@ -215,3 +215,19 @@ def test_a_peer_that_does_not_announce_itself(devices: list[LanDevice]) -> None:
     assert (NAME, NONE) not in found
     first.stop()
     stranger.stop()
+
+
+def test_mdns_port_in_use(tmp_path: Path) -> None:
+    """By a service that shares it with nobody."""
+    with lan(1, tmp_path) as (device,):
+        owner = device.namespace.run(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        with owner:
+            owner.bind(("", 5353))
+            code, out, err = device.run("peers", "--seconds", "1")
+            assert (code, out) == (0, "no device was found\n")
+            assert err == ("tpirt: the network cannot be searched (mDNS): Address already in use\n")
+            peer = serve(device, "--insecure")
+            assert peer.stderr is not None
+            while "not announced" not in (line := peer.stderr.readline()):
+                assert line
+            assert "not announced on the network: Address already in use" in line

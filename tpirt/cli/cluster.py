@@ -109,7 +109,7 @@ async def _invited(arguments: argparse.Namespace) -> None:
         print(f"  tpirt peer --join {where}/{code}")
     print(flush=True)
     await invitation.joined(60 * arguments.minutes)
-    print(f"{members[0].name} has joined ({members[0].identity})")
+    print(f"{members[0].name} has joined ({members[0].identity})\nnext: tpirt chat --discover")
 
 
 def _reached_at(bound: list[Endpoint]) -> list[Address]:

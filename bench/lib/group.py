@@ -131,7 +131,7 @@ class Group:
         try:
             self._start(places[0], ["bench.lib.master"])
             for place in places[1:]:
-                command = ["tpirt", "peer", "--until-stdin-closes", "--quiet"]
+                command = ["tpirt", "peer", "--until-stdin-closes", "--quiet", "--no-announce"]
                 self._start(place, [*command, "--listen", place.listen, *peer_options])
             for process in self._processes[1:]:
                 words = _stream(process.stdout).readline().split()

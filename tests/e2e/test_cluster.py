@@ -65,7 +65,7 @@ class Devices:
     def peer(self, name: str, *options: str) -> Iterator[str]:
         """Serve beyond loopback, at a port whose neighbour is free; yields the address."""
         port = _two_free_ports(self.host)
-        listen = ("peer", "--listen", f"{self.host}:{port}", "--threads", "1")
+        listen = ("peer", "--listen", f"{self.host}:{port}", "--threads", "1", "--no-announce")
         process = self.start(name, *listen, "--store", str(self.root / f"{name}.store"), *options)
         with killed_at_exit(process):
             assert process.stdout is not None

@@ -374,6 +374,9 @@ ALLOWED = {
     "LinkState": {"rank", "carrier", "reason", "seal"},
     "RenewRequest": {"certificate"},
     "RenewReply": {"request"},
+    "StatusRequest": set(),
+    "StatusReply": {"disk_free_bytes", "load", "models", "last_error", "last_error_s"},
+    "StoredModel": {"name", "slices", "bytes"},
     "JoinLink": {"session", "rank"},
     "Joined": set(),
     "Step": {"segments", "prefill", "collective"},
@@ -461,6 +464,8 @@ TEXTS = {
     "LinkState.reason",  # from worker to master: why another one cannot be reached
     "LinkState.seal",  # from worker to master: a cipher
     "RenewRequest.certificate",  # the worker's own
+    "StatusReply.last_error",  # from worker to master: why a session ended
+    "StoredModel.name",  # from worker to master: of a model's folder
     "RenewReply.request",  # from worker to master: a public key
     "TraceRequest.lane",  # disk, compute, network or steps
     "Trace.lane",

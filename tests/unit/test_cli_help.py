@@ -6,7 +6,10 @@ import pytest
 
 from tpirt.cli.main import main
 
-COMMANDS = ("chat", "generate", "peer", "cluster", "split", "synth", "info", "eval", "store")
+COMMANDS = (
+    *("chat", "generate", "peer", "peers", "cluster"),
+    *("split", "synth", "info", "eval", "store"),
+)
 
 
 def run(*arguments: str) -> int:

@@ -25,7 +25,7 @@ _FIRST_LINE_S, _NEXT_LINE_S = 3.0, 5.0
 _MOST_BARS = 8
 _RATE_COLUMNS, _BAR_COLUMNS = 60, 92  # from this width on, rates and bars are shown
 
-_AT_ONCE = ("peers",)  # these are not done one after another: there is no rate
+_AT_ONCE = ("peers", "seconds")  # these are not done one after another: there is no rate
 
 _Clock = Callable[[], float]
 _Key = tuple[str, str]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tpirt.cli import last_run
 from tpirt.cli.options import (
     Commands,
     add_context_option,
@@ -21,7 +24,7 @@ from tpirt.cli.options import (
     run_async,
     sampling_params,
 )
-from tpirt.errors import RequestError
+from tpirt.errors import IdentityError, RequestError
 
 if TYPE_CHECKING:
     from tpirt.chat.journal import Journal
@@ -64,30 +67,46 @@ def add_command(commands: Commands) -> None:
         action="store_true",
         help="do not write the conversation to this device's disk as it goes",
     )
-    parser.set_defaults(run=_run)
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="do not take up the model and options of the last chat, as one without --model, "
+        "--local, --peers and --discover does",
+    )
+    last_run.mark(parser)
+    parser.set_defaults(run=partial(_run, parser))
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     import tpirt.chat  # noqa: F401  # before the event loop: see run_async
 
     if arguments.prompt == "":
         raise RequestError("the prompt is empty: give at least one character of text")
+    if (last := last_run.take_up(parser, arguments)) and not arguments.quiet:
+        print(f"tpirt: as last time: {last}; --fresh goes without", file=sys.stderr)
+    began = partial(last_run.remember, parser, arguments)
     if arguments.resume is None:
-        run_async(_chat(arguments))
+        run_async(_chat(arguments, began))
         return
     from tpirt.chat.journal import find, journal_folder
 
-    run_async(_chat(arguments, find(journal_folder(), arguments.resume)))
+    run_async(_chat(arguments, began, find(journal_folder(), arguments.resume)))
 
 
 async def _chat(
-    arguments: argparse.Namespace, resumed: tuple[Path, SavedConversation] | None = None
+    arguments: argparse.Namespace,
+    began: Callable[[], None],
+    resumed: tuple[Path, SavedConversation] | None = None,
 ) -> None:
     from tpirt.chat.progress import ConsoleProgress
     from tpirt.chat.repl import ChatOptions, run_chat
 
     with ConsoleProgress(quiet=arguments.quiet) as progress, ExitStack() as stack:
         async with connected(arguments, progress, arguments.context) as engine:
+            try:
+                began()
+            except IdentityError as exc:
+                progress.note(f"tpirt: this run is not remembered: {exc}")
             journal = _journal(arguments, engine.name, progress)
             system, talk = arguments.system, None
             if resumed is not None:

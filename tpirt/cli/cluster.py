@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from tpirt.cli.options import Commands, add_identity_option, add_parser, address, number, run_async
+from tpirt.cli.options import (
+    Commands,
+    add_identity_option,
+    add_parser,
+    add_search_options,
+    address,
+    number,
+    run_async,
+)
 from tpirt.errors import IdentityError, TpirtError
 from tpirt.transport.address import Address
 
@@ -24,7 +32,7 @@ def add_command(commands: Commands) -> None:
         commands,
         "cluster",
         "make a cluster of devices that trust each other; run on its master",
-        "tpirt cluster init\n  tpirt cluster invite\n  tpirt cluster list\n"
+        "tpirt cluster init\n  tpirt cluster invite\n  tpirt cluster status\n"
         "  tpirt cluster revoke kitchen",
     )
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
@@ -53,6 +61,8 @@ def add_command(commands: Commands) -> None:
         metavar="N",
         help="how long the code is good for (default 10)",
     )
+    status = add("status", _status, "show what each device has and does, or why it does not answer")
+    add_search_options(status)
     add("list", _list, "list devices: name, identity, days left, address, revoked or not")
     revoke = add("revoke", _revoke, "refuse a device from now on")
     revoke.add_argument("device", metavar="NAME", help="name or identity, as listed")
@@ -102,7 +112,7 @@ async def _invited(arguments: argparse.Namespace) -> None:
         print(f"  tpirt peer --join {where}/{code}")
     print(flush=True)
     await invitation.joined(60 * arguments.minutes)
-    print(f"{members[0].name} has joined ({members[0].identity})")
+    print(f"{members[0].name} has joined ({members[0].identity})\nnext: tpirt chat --discover")
 
 
 def _reached_at(bound: list[Endpoint]) -> list[Address]:
@@ -112,6 +122,21 @@ def _reached_at(bound: list[Endpoint]) -> list[Address]:
     (first, *_), port = bound, bound[0].where[1]
     hosts = own_hosts()[:_MOST_SHOWN] if first.is_any else [first.host]
     return [Address(host, port) for host in hosts]
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    from tpirt.cluster import discovery, membership  # noqa: F401 - before SIGINT can interrupt the import
+    from tpirt.transport import grpc  # noqa: F401
+
+    membership.authority_of(_trust(arguments))
+    run_async(_shown(arguments))
+
+
+async def _shown(arguments: argparse.Namespace) -> None:
+    from tpirt.cli.devices import show_status, surveyed
+
+    found, notes = await surveyed(arguments, _trust(arguments), strangers=False)
+    show_status(found, notes, json_wanted=arguments.json)
 
 
 def _list(arguments: argparse.Namespace) -> None:
@@ -137,10 +162,10 @@ def _rotate(arguments: argparse.Namespace) -> None:
 
 
 async def _rotated(arguments: argparse.Namespace) -> None:
+    from tpirt.cluster.discovery import client_of
     from tpirt.cluster.membership import authority_of
     from tpirt.cluster.renewal import renew
     from tpirt.identity.trust import IDENTITY_FILE
-    from tpirt.transport.grpc import GrpcPeerClient
 
     trust = _trust(arguments)
     authority, registry = authority_of(trust), trust.registry
@@ -154,9 +179,7 @@ async def _rotated(arguments: argparse.Namespace) -> None:
         if member.revoked:
             continue
         try:
-            if not member.address:
-                raise IdentityError("its address is not known yet; use it once with --peers")
-            client = GrpcPeerClient(member.address, trust)
+            client = client_of(member.identity, trust)
             try:
                 until = (await renew(client, trust)).expires
             finally:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpirt.cli.sigint import interruptible
-from tpirt.errors import ConfigError
+from tpirt.errors import ConfigError, PeerUnreachableError
 from tpirt.transport.address import DEFAULT_PORT, Address
 from tpirt.types import DEFAULT_TIMEOUT_S, SamplingParams
 from tpirt.units import parse_bytes
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tpirt.engine import Engine, EngineOptions
     from tpirt.planning import Deployment
 
+_DISCOVER_S = 2.0
 _LEAST_OPEN_FILES = 32
 Commands = Any  # argparse's subparsers object, which has no public type
 Group = argparse._ActionsContainer  # a parser, or a group of its options
@@ -77,8 +78,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         type=_addresses,
         default=(),
         metavar="HOST[:PORT],...",
-        help="worker peers to use; this process is rank 0 and computes too "
-        f"(default port {DEFAULT_PORT})",
+        help="worker peers to use, by address or by their names in the cluster; this process is "
+        f"rank 0 and computes too (default port {DEFAULT_PORT})",
+    )
+    ranks.add_argument(
+        "--discover",
+        action="store_true",
+        help="use the devices of the cluster that are found and free, and say which",
     )
     where.add_argument(
         "--spares",
@@ -101,7 +107,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     memory.add_argument(
         "--spill",
         type=spill_size,
-        default="4G",
+        default=4 << 30,
         metavar="SIZE",
         help="most that each rank writes to its disk of conversations that memory is too short for "
         "while others run (default 4G); none: compute them again",
@@ -154,6 +160,18 @@ def add_identity_option(group: Group) -> None:
         help="folder of this user's keys and certificates (default $TPIRT_IDENTITY, or "
         "~/.config/tpirt)",
     )
+
+
+def add_search_options(group: Group) -> None:
+    """Add ``--seconds`` and ``--json`` of commands that look for devices."""
+    group.add_argument(
+        "--seconds",
+        type=lambda text: number(text, "seconds", 60),
+        default=3.0,
+        metavar="S",
+        help="how long to listen for devices that announce themselves (default 3)",
+    )
+    group.add_argument("--json", action="store_true", help="print JSON")
 
 
 def add_trust_options(group: Group) -> None:
@@ -377,18 +395,41 @@ async def connected(
         progress.close()  # end its line before the table
         _show_plan(arguments, plan)
 
+    peers = await discovered(arguments, progress) if arguments.discover else arguments.peers
     with noted(progress):
         async with Engine.connect(
             arguments.model,
             engine_options(arguments, context),
             local=arguments.local,
-            peers=arguments.peers,
+            peers=peers,
             spares=arguments.spares,
             progress=progress,
             on_plan=on_plan,
         ) as engine:
             _tell(arguments, engine)
             yield engine
+
+
+async def discovered(arguments: argparse.Namespace, progress: ConsoleProgress) -> tuple[str, ...]:
+    """Find the peers that can be used now; say which, and why not the others.
+
+    Raises:
+        PeerUnreachableError: there is none.
+    """
+    from tpirt.cli.devices import describe_choice, search
+    from tpirt.identity.names import MASTER
+    from tpirt.identity.trust import Trust
+
+    trust = Trust(MASTER, arguments.identity, insecure=arguments.insecure)
+    found, notes = await search(trust, _DISCOVER_S, progress, strangers=True)
+    for line in [*describe_choice(found), *notes]:
+        progress.note(f"tpirt: {line}")
+    if not any(not each.reason for each in found):
+        raise PeerUnreachableError(
+            "no peer that can be used was found; `tpirt peers` shows what there is, --peers names "
+            "them, and without --discover this device computes alone"
+        )
+    return tuple(each.peer for each in found if not each.reason)
 
 
 @contextmanager

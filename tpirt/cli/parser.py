@@ -83,7 +83,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 def build_parser() -> argparse.ArgumentParser:
     """Create the parser with all commands."""
-    from tpirt.cli import chat, cluster, evaluate, generate, info, peer, split, store, synth
+    from tpirt.cli import chat, cluster, evaluate, generate, info, peer, peers, split, store, synth
 
     parser = Parser(
         prog="tpirt",
@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tpirt {__version__}")
     parser.set_defaults(run=lambda _: _no_command(parser))
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for module in (chat, generate, peer, cluster, split, synth, info, evaluate, store):
+    for module in (chat, generate, peer, peers, cluster, split, synth, info, evaluate, store):
         module.add_command(commands)
     return parser
 

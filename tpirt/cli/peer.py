@@ -45,6 +45,11 @@ def add_command(commands: Commands) -> None:
     add_process_options(parser)
     add_trust_options(parser)
     parser.add_argument(
+        "--no-announce",
+        action="store_true",
+        help="do not announce this peer by mDNS, by which `tpirt peers` and --discover find it",
+    )
+    parser.add_argument(
         "--until-stdin-closes",
         action="store_true",
         help="exit when standard input closes, such as at the end of the parent process",
@@ -75,5 +80,6 @@ def _run(arguments: argparse.Namespace) -> None:
         until_stdin_closes=arguments.until_stdin_closes,
         quiet=arguments.quiet,
         trust=trust,
+        announce=not arguments.no_announce,
     )
     run_async(run_peer(options, arguments.join))

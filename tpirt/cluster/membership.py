@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -65,6 +66,8 @@ def issuer(
         certificate = authority.issue(
             request.request.encode(), PEER, name or request.name, random_id()
         )
+        mapped = getattr(ipaddress.ip_address(host), "ipv4_mapped", None)  # of a socket for both
+        host = str(mapped or host)
         address = str(Address(host, request.port)) if 0 < request.port < 65536 else ""
         joined(trust.registry.add(certificate, address))
         return JoinReply(certificate.pem.decode(), authority.pem.decode(), authority.name)

@@ -177,6 +177,22 @@ async def hello(client: PeerClient, master: int, timeout_s: float = HELLO_TIMEOU
         PeerBusyError: it serves another master.
         HandshakeError: it has another protocol version.
     """
+    reply = await ask(client, master, timeout_s)
+    if reply.busy:
+        raise PeerBusyError(
+            f"peer {client.peer_id}: is {busy(reply)}; try later, or end the chat there"
+        )
+    return reply
+
+
+def busy(reply: HelloReply) -> str:
+    """With whom a peer is busy, and since when."""
+    since = time.strftime("%H:%M", time.localtime(time.time() - reply.busy_s))
+    return f"busy with {reply.busy_with or 'another master'} since {since}"
+
+
+async def ask(client: PeerClient, master: int, timeout_s: float) -> HelloReply:
+    """As :func:`hello`, also while it serves another master."""
     request = encode_call(HelloRequest(PROTOCOL_VERSION, __version__, master))
     answer = await client.call("Hello", request, timeout_s)
     reply = decode_call(HelloReply, answer, client.peer_id)
@@ -186,13 +202,6 @@ async def hello(client: PeerClient, master: int, timeout_s: float = HELLO_TIMEOU
             f"peer {client.peer_id}: runs tpirt {reply.tpirt_version} (protocol "
             f"{reply.protocol_version}), this is tpirt {__version__} (protocol "
             f"{PROTOCOL_VERSION}); update tpirt on {older}"
-        )
-    if reply.busy:
-        since = time.strftime("%H:%M", time.localtime(time.time() - reply.busy_s))
-        name = reply.busy_with or "another master"
-        raise PeerBusyError(
-            f"peer {client.peer_id}: is busy with {name} since {since}; try later, or end the chat "
-            "there"
         )
     return reply
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import TypeVar
 
 from tpirt.cancellation import finish, in_thread
+from tpirt.cluster.condition import Condition
 from tpirt.cluster.machine import (
     available_bytes,
     base_bytes,
@@ -55,6 +58,7 @@ from tpirt.weights.manifest import SliceOrder
 from tpirt.weights.store import SliceStore
 
 Log = Callable[[str], None]
+_T = TypeVar("_T")
 
 _GOODBYE_S = 1.0  # from a master's end until the news of it is here
 _LEAVING_S = 20.0  # for a session whose master is gone to let go of threads and memory
@@ -88,6 +92,7 @@ class Worker:
         self._host_name = host_name
         self._process = secrets.randbits(64)
         self._store = store
+        self._condition = Condition(store)
         self._memory_bytes = memory_bytes
         self._threads = threads
         self._log = log
@@ -107,10 +112,12 @@ class Worker:
             asked = decode_call(HelloRequest, request, "caller")
             return encode_call(self._hello(busy=not await self._is_free_for(asked.master)))
         if method == "Inventory":
-            return encode_call(await self._answered(request))
+            return encode_call(await self._asked(partial(self._inventory, request)))
         if method == "Renew" and self._renewal is not None:
             asked_for = decode_call(RenewRequest, request, "caller")
             return encode_call(await in_thread(self._renewal.answer, asked_for))
+        if method == "Status":
+            return encode_call(await self._asked(self._condition.report))
         raise TransportError(f"unknown method {method}")
 
     async def receive(self, method: str, chunks: AsyncIterator[bytes]) -> bytes:
@@ -127,6 +134,7 @@ class Worker:
         except PeerLostError:
             pass  # the ordinary end: the master left
         except TpirtError as exc:
+            self._condition.failed(exc)
             self._log(f"session ended: {exc}")
             raise
         finally:
@@ -152,19 +160,19 @@ class Worker:
                 session.left.set()
                 self._log("waiting for a master")
 
-    async def _answered(self, request: bytes) -> InventoryReply:
+    async def _asked(self, answer: Callable[[], _T]) -> _T:
         """Answer a question about the store; a few at a time, for each takes memory."""
         if self._asking >= _MOST_QUESTIONS:
             raise PeerError("it has too many questions to answer; try again later")
         self._asking += 1
         try:
             async with self._questions:
-                asked = decode_call(InventoryRequest, request, "caller")
-                return await in_thread(self._inventory, asked)
+                return await in_thread(answer)
         finally:
             self._asking -= 1
 
-    def _inventory(self, asked: InventoryRequest) -> InventoryReply:
+    def _inventory(self, request: bytes) -> InventoryReply:
+        asked = decode_call(InventoryRequest, request, "caller")
         if asked.order:
             order = SliceOrder.from_json(asked.order)
             held = self._store.inventory(order.spec, order.digests)

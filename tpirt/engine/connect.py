@@ -20,6 +20,7 @@ import torch
 
 from tpirt.cancellation import finish
 from tpirt.cluster.connection import Connection
+from tpirt.cluster.discovery import client_of
 from tpirt.cluster.launcher import LocalPeers
 from tpirt.cluster.machine import default_threads, set_up_allocator
 from tpirt.cluster.renewal import keep_up
@@ -139,9 +140,7 @@ async def _clients(
         clients: list[PeerClient] = []
         for peer in peers:
             if isinstance(peer, str):
-                from tpirt.transport.grpc import GrpcPeerClient  # 8 MiB, not needed by one rank
-
-                peer = GrpcPeerClient(peer, trust)
+                peer = await asyncio.to_thread(client_of, peer, trust)
                 stack.push_async_callback(peer.aclose)
             clients.append(peer)
         yield clients

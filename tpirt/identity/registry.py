@@ -27,8 +27,8 @@ _PATIENCE_S, _RETRY_S = 5.0, 0.01
 class Member:
     """A device that was given a certificate.
 
-    ``address`` is where it was met last, empty if that is not known; ``revoked`` is a date, empty
-    if it is not.
+    ``address`` is where it was met last and ``met`` when, empty if that is not known; ``revoked``
+    is a date, empty if it is not.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Member:
     expires: str
     address: str = ""
     revoked: str = ""
+    met: str = ""
 
 
 class Registry:
@@ -134,9 +135,9 @@ class Registry:
         )
 
     def met(self, identity: str, address: str) -> None:
-        """Record where a device was met."""
-        if any(each.identity == identity and each.address != address for each in self.members()):
-            self._change(identity, lambda each: replace(each, address=address))
+        """Record where a device was met, now."""
+        if any(each.identity == identity for each in self.members()):
+            self._change(identity, lambda each: replace(each, address=address, met=_now()))
 
     def _change(self, identity: str, change: Callable[[Member], Member]) -> Member:
         with self._changing() as members:

@@ -25,16 +25,20 @@ from tpirt.cluster.machine import (
 )
 from tpirt.cluster.worker import Worker
 from tpirt.errors import MemoryLimitError
+from tpirt.identity.names import random_id
 from tpirt.identity.trust import Trust
 from tpirt.ops.native.library import load_async
 from tpirt.peer.logs import logged
 from tpirt.planning import more_memory
 from tpirt.planning.memory import SLACK_BYTES
+from tpirt.protocol.messages import PROTOCOL_VERSION
 from tpirt.refusals import raise_open_files
 from tpirt.transport.address import Address
 from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
+from tpirt.transport.mdns import Announcer, Notice
 from tpirt.transport.tls import insecure_notice
 from tpirt.units import format_bytes
+from tpirt.version import __version__
 from tpirt.weights.store import SliceStore
 
 _MOST_CONNECTIONS = 1024
@@ -53,6 +57,7 @@ class PeerOptions:
     until_stdin_closes: bool
     quiet: bool
     trust: Trust
+    announce: bool = True
 
 
 async def run_peer(options: PeerOptions, invitation: str | None = None) -> None:
@@ -120,6 +125,7 @@ async def _run(options: PeerOptions, stop: asyncio.Event) -> None:
     server = GrpcPeerServer(worker, _most_connections(), options.trust)
     port = await server.start(options.host, options.port)
     try:
+        announcer = _announcer(options, server.hosts, port)
         _check_memory(options.memory_bytes)
         address = Address(options.host, port)
         with contextlib.suppress(OSError):  # nobody reads it
@@ -133,10 +139,26 @@ async def _run(options: PeerOptions, stop: asyncio.Event) -> None:
             _log.warning(f"warning: {warning}")
         if options.until_stdin_closes:
             _watch_stdin(stop)
-        await stop.wait()
+        async with announcer.running() if announcer else contextlib.nullcontext():
+            await stop.wait()
         await worker.leave()
     finally:
         await server.aclose()
+
+
+def _announcer(options: PeerOptions, hosts: Sequence[str], port: int) -> Announcer | None:
+    """What announces the peer to its network, if that reaches it and the user wants it."""
+    if not options.announce or all(map(is_loopback, hosts)):
+        return None
+    identity = options.trust.identity
+    notice = Notice(
+        label=identity.subject.identity if identity else random_id(),
+        name=identity.certificate.name if identity else host_name(),
+        cluster=identity.subject.cluster if identity else "",
+        version=__version__,
+        protocol=str(PROTOCOL_VERSION),
+    )
+    return Announcer(notice, hosts, port, _log.warning)
 
 
 def _check_memory(limit: int | None) -> None:

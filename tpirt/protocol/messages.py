@@ -93,6 +93,27 @@ class RenewReply:
 
 
 @dataclass(frozen=True)
+class StatusRequest:
+    pass
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    name: str
+    slices: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class StatusReply:
+    disk_free_bytes: int
+    load: float
+    models: tuple[StoredModel, ...] = ()
+    last_error: str = ""
+    last_error_s: int = 0
+
+
+@dataclass(frozen=True)
 class Setup:
     protocol_version: int
     model_fingerprint: str
@@ -274,6 +295,9 @@ _PROTO: dict[type, type[ProtoMessage]] = {
     PutUnitsReply: pb.PutUnitsReply,
     RenewRequest: pb.RenewRequest,
     RenewReply: pb.RenewReply,
+    StatusRequest: pb.StatusRequest,
+    StoredModel: pb.StoredModel,
+    StatusReply: pb.StatusReply,
     Setup: pb.Setup,
     Loading: pb.Loading,
     Ready: pb.Ready,

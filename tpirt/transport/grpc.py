@@ -41,9 +41,10 @@ from tpirt.errors import (
 )
 from tpirt.identity.names import MASTER, PEER
 from tpirt.identity.trust import INSECURE, Trust
-from tpirt.transport.address import Address, Endpoint, resolve
+from tpirt.transport.address import DEFAULT_PORT, Address, Endpoint, resolve
 from tpirt.transport.backlog import Backlog
 from tpirt.transport.base import Channel, PeerService
+from tpirt.transport.finding import Device, find
 from tpirt.transport.tcp import TcpChannel
 from tpirt.transport.tickets import TcpListener, connect
 from tpirt.transport.tls import (
@@ -74,16 +75,22 @@ _LEAVE_S = 10.0  # for a session to end by itself: threads that read or compute 
 class GrpcPeerClient:
     """See :class:`tpirt.transport.base.PeerClient`."""
 
-    def __init__(self, address: str, trust: Trust | None = None):
-        """Connect to ``HOST[:PORT]`` at the first call.
+    def __init__(self, peer: str | Device, trust: Trust | None = None):
+        """Connect to ``HOST[:PORT]``, or to a device wherever it is, at the first call.
 
         Without ``trust``, this user's as a master.
 
         Raises:
             ConfigError: not an address.
         """
-        self._address = Address.parse(address)
-        self.address = self.peer_id = str(self._address)
+        self._device = peer if isinstance(peer, Device) else None
+        if isinstance(peer, str):
+            self._address = Address.parse(peer)
+            self.peer_id = str(self._address)
+        else:
+            self._address = peer.places[0] if peer.places else Address(peer.name, DEFAULT_PORT)
+            self.peer_id = peer.name
+        self.address = str(self._address)
         self.certificate: Certificate | None = None
         self._trust = trust or Trust(MASTER)
         self._connection: grpc.aio.Channel | None = None
@@ -96,6 +103,7 @@ class GrpcPeerClient:
         Raises:
             AioRpcError: nobody answers.
             IdentityError: not a peer of this cluster.
+            PeerUnreachableError: a device that was looked for is nowhere.
         """
         async with self._connecting:
             if self._connection is None:
@@ -105,6 +113,10 @@ class GrpcPeerClient:
 
     async def _meet(self) -> Certificate | None:
         """Find out who answers; a peer that was met once stays the one that is meant."""
+        if self._device is not None:
+            self._address, found = await find(self._device, self._trust)
+            self.address = str(self._address)
+            return found
         try:
             certificate = await meet(self._address, self._trust)
         except TimeoutError:
@@ -369,6 +381,7 @@ class GrpcPeerServer:
             "Hello": answer("Hello"),
             "Inventory": answer("Inventory"),
             "Renew": answer("Renew"),
+            "Status": answer("Status"),
             "PutUnits": grpc.stream_unary_rpc_method_handler(put_units),
             "Session": grpc.stream_stream_rpc_method_handler(session),
             "Link": grpc.stream_stream_rpc_method_handler(link),

@@ -12,15 +12,16 @@ from typing import Any, TypeVar
 from tpirt.transport.address import Endpoint
 
 _T = TypeVar("_T")
+_Place = TypeVar("_Place")
 _NEXT_ADDRESS_S = 0.25  # before a host's next address is tried too
 
 
-async def race(endpoints: Sequence[Endpoint], attempt: Callable[[Endpoint], Awaitable[_T]]) -> _T:
+async def race(places: Sequence[_Place], attempt: Callable[[_Place], Awaitable[_T]]) -> _T:
     """Try a host's addresses in order, each a little after the one before; the first to succeed.
 
     Raises: what the last attempt that failed has raised.
     """
-    left = list(endpoints)
+    left = list(places)
     trying: set[asyncio.Future[_T]] = set()
     failure: BaseException | None = None
     try:

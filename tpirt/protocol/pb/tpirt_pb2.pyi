@@ -123,6 +123,34 @@ class RenewReply(_message.Message):
     request: bytes
     def __init__(self, request: _Optional[bytes] = ...) -> None: ...
 
+class StatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatusReply(_message.Message):
+    __slots__ = ("disk_free_bytes", "load", "models", "last_error", "last_error_s")
+    DISK_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    LAST_ERROR_FIELD_NUMBER: _ClassVar[int]
+    LAST_ERROR_S_FIELD_NUMBER: _ClassVar[int]
+    disk_free_bytes: int
+    load: float
+    models: _containers.RepeatedCompositeFieldContainer[StoredModel]
+    last_error: str
+    last_error_s: int
+    def __init__(self, disk_free_bytes: _Optional[int] = ..., load: _Optional[float] = ..., models: _Optional[_Iterable[_Union[StoredModel, _Mapping]]] = ..., last_error: _Optional[str] = ..., last_error_s: _Optional[int] = ...) -> None: ...
+
+class StoredModel(_message.Message):
+    __slots__ = ("name", "slices", "bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SLICES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    slices: int
+    bytes: int
+    def __init__(self, name: _Optional[str] = ..., slices: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+
 class Message(_message.Message):
     __slots__ = ("setup", "loading", "ready", "step", "abort", "step_ended", "failure", "free_slot", "stats_request", "stats", "clock_request", "clock", "trace_request", "trace", "join_link", "joined", "probe", "measure_link", "link_quality", "spill_slot", "restore_slot", "drop_spilled", "done", "leaving")
     SETUP_FIELD_NUMBER: _ClassVar[int]

@@ -492,7 +492,7 @@ def test_every_field_is_on_the_allow_list() -> None:
     assert set(pb.DESCRIPTOR.enum_types_by_name) == {"CommDtype", "Algorithm"}
     (service,) = pb.DESCRIPTOR.services_by_name.values()
     methods = {method.name for method in service.methods}
-    assert methods == {"Hello", "Inventory", "PutUnits", "Renew", "Session", "Link"}
+    assert methods == {"Hello", "Inventory", "PutUnits", "Renew", "Status", "Session", "Link"}
 
 
 def test_every_text_field_is_on_the_allow_list() -> None:

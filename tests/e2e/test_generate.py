@@ -111,30 +111,31 @@ def test_each_line_of_a_file_is_answered_in_order(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Another one's mistake changes nothing, and targets are reported."""
-    texts = ["Hello", "Zwölf 🦊", "x" * 600, "Hello", "abc"]
-    alone = [generate("--prompt", text, "--max-tokens", "5") for text in [*texts[:2], texts[4]]]
+    texts = ["Hello", "Zwölf\x0c\x85\u2028 🦊", "x" * 600, "", "Hello", "abc"]
+    alone = [generate("--prompt", text, "--max-tokens", "5") for text in [*texts[:2], texts[5]]]
     file = tmp_path / "prompts.txt"
-    file.write_text("\n".join(texts) + "\n", encoding="utf-8")
+    file.write_bytes(("\r\n".join(texts) + "\n\n").encode())
     command = ("generate", "--model", str(model), "--store", str(store), "--threads", "1")
     options = ("--dtype", "float32", "--max-tokens", "5", "--sequences", "2")
     targets = ("--ttft-target", "60000", "--tpot-target", "0.0001")
     assert main([*command, *options, *targets, "--prompts", str(file)]) == 2
     captured = capsys.readouterr()
-    first, second, failed, again, last = map(json.loads, captured.out.splitlines())
+    first, second, failed, empty, again, last = map(json.loads, captured.out.splitlines())
     assert [first["text"], second["text"], last["text"]] == [each["text"] for each in alone]
     assert again["token_ids"] == first["token_ids"]
     assert "the prompt has 600 tokens" in failed["error"]
+    assert "the prompt is empty" in empty["error"]
     assert not any(answer["in_time"] for answer in (first, second, again, last))
     assert alone[0]["in_time"] is None
     assert "TTFT 60000 ms met by 4 of 4, TPOT 0.0001 ms met by 0 of 4; goodput 0.0%" in captured.err
-    assert "1 of 5 prompts have no answer" in captured.err
+    assert "2 of 6 prompts have no answer" in captured.err
 
 
 @pytest.mark.parametrize(
     ("content", "error"),
     [
         (b"", "prompts.txt: no prompts: give at least one line"),
-        (b"a\n\nb\n", "the prompt in line 2 is empty"),
+        (b"\r\n\n", "prompts.txt: no prompts: give at least one line"),
         (b"\xff\n", "prompts.txt: not UTF-8 text (byte 0)"),
     ],
 )

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tpirt.chat.journal import find
+from tpirt.chat.journal import Journal, find
+from tpirt.chat.saved import load
 from tpirt.testing.processes import PeerProcess, killed_at_exit, start_cli
 
 Peers = Callable[[int], list[PeerProcess]]
@@ -53,19 +54,35 @@ def test_a_chat_goes_on_after_a_crash(
         chat.send_signal(signal.SIGKILL)
         shown += chat.stdout.buffer.read()
     (file,) = folder.iterdir()
-    _, kept = find(folder, "")
+    kept = load(find(folder, ""))
     (question, answer) = kept.messages
     assert question.content == "hello there"
     assert kept.cut
     assert shown.decode("utf-8", "replace").rstrip("\ufffd") in answer.content
     limit = ("--max-tokens", "4")
     talk(arguments, environment, *addresses, *limit, "--resume", typed="and now?\n")
-    _, after = find(folder, file.stem)
+    after = load(find(folder, file.stem))
     assert after.messages[:2] == kept.messages
     assert [message.content for message in after.messages[2:3]] == ["and now?"]
     assert len(after.messages) == 4
     assert not after.cut
     assert len(list(folder.iterdir())) == 1
+
+
+def test_a_conversation_that_another_chat_has_is_refused_before_a_model_is_loaded(
+    arguments: list[str], environment: dict[str, str], tmp_path: Path
+) -> None:
+    talk(arguments, environment, "--max-tokens", "4", typed="hi\n")
+    (file,) = (tmp_path / "state" / "tpirt" / "conversations").iterdir()
+    nowhere = ("--model", str(tmp_path / "nowhere"), "--resume")
+    journal = Journal(file.parent, print)
+    journal.resume(file)
+    done = start_cli(*arguments, *nowhere, env=environment)
+    with killed_at_exit(done) as chat:
+        _, errors = chat.communicate(timeout=60)
+    journal.close()
+    assert chat.returncode == 2
+    assert "another chat goes on with it" in errors
 
 
 def test_no_journal(arguments: list[str], environment: dict[str, str], tmp_path: Path) -> None:

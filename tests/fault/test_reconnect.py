@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.plans import allow_one_plan
 from tpirt.cluster.worker import Worker
 from tpirt.engine import Engine, EngineOptions, driver
+from tpirt.engine.sequence import Answer
 from tpirt.errors import PeerLostError, PeerUnreachableError, RequestError, TpirtError
 from tpirt.testing.cluster import MemoryPeerClient, memory_engine
+from tpirt.testing.drafters import KnownAnswers
 from tpirt.testing.faults import Fault, FaultyChannel
 from tpirt.testing.processes import PeerProcess, killed_at_exit, start_cli, wait_for
 from tpirt.transport.base import Channel
@@ -154,11 +159,12 @@ async def connected(
     store: Path,
     timeout_s: float = TIMEOUT_S,
     progress: ProgressCallback = ignore_progress,
+    **more: Any,
 ) -> AsyncIterator[tuple[Engine, list[Peer]]]:
     peers: list[Peer] = []
     peers += [Peer(rank, store, peers) for rank in (1, 2)]
     options = EngineOptions(
-        threads=1, dtype="float32", store=store, chunk_tokens=16, timeout_s=timeout_s
+        threads=1, dtype="float32", store=store, chunk_tokens=16, timeout_s=timeout_s, **more
     )
     async with (
         asyncio.timeout(25),
@@ -229,6 +235,83 @@ async def test_without_requests_it_is_tried_again_until_it_succeeds(
         reports = Reports()
         await check(engine, expected, reports)
         assert reports.reconnected == []  # it was ready
+
+
+class Flaps:
+    """Remembers when a group was formed again, and breaks it so many times."""
+
+    def __init__(self, losses: int):
+        self.left = losses
+        self.formed_s: list[float] = []
+        self.done = asyncio.Event()
+        self.lose: Callable[[], None] = lambda: None
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.stage == RECONNECTED:
+            self.formed_s.append(time.monotonic())
+            self.left -= 1
+            if self.left < 0:
+                self.done.set()
+            else:
+                self.lose()
+
+
+async def test_a_peer_that_breaks_again_and_again_is_tried_ever_later(
+    model: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "_RETRY_S", 0.1)
+    flaps = Flaps(4)
+    async with connected(model, store, progress=flaps) as (_, peers):
+        flaps.lose = peers[0].lose
+        peers[0].lose()
+        await flaps.done.wait()
+    pauses = [later - sooner for sooner, later in pairwise(flaps.formed_s)]
+    assert all(pause >= 0.1 * 2**number for number, pause in enumerate(pauses))
+
+
+@pytest.mark.parametrize("use", ["it answers", "it lives for a while"])
+async def test_a_group_that_is_of_use_is_formed_again_at_once(
+    model: Path, store: Path, monkeypatch: pytest.MonkeyPatch, use: str
+) -> None:
+    flaps = Flaps(0)
+    async with connected(model, store, progress=flaps) as (engine, peers):
+        monkeypatch.setattr(driver, "_RETRY_S", 0.0)
+        if use == "it lives for a while":
+            monkeypatch.setattr(driver, "_LATEST_RETRY_S", 0.0)
+        for _ in range(3):
+            engine._driver._mending._wait_s = 1000.0
+            peers[0].lose()
+            await flaps.done.wait()
+            flaps.done.clear()
+            if use == "it answers":
+                await engine.complete(PROMPT, PARAMS)
+
+
+async def test_an_answer_is_forgotten_by_the_drafter_however_it_ends(
+    model: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Drafter(KnownAnswers):
+        forgotten = 0
+
+        def forget(self, answer: Answer) -> None:
+            self.forgotten += 1
+
+    drafter = Drafter({}, 1.0)
+    async with connected(model, store, draft=drafter) as (engine, peers):
+        await engine.complete(PROMPT, PARAMS)
+        assert drafter.forgotten == 1
+        async with aclosing(engine.generate(PROMPT, PARAMS)) as answer:
+            await anext(answer)
+        assert drafter.forgotten == 2
+        allow_one_plan(monkeypatch)
+        peers[1].reachable.clear()
+        async with aclosing(engine.generate(PROMPT, PARAMS)) as answer:
+            await anext(answer)
+            peers[1].lose()
+            with pytest.raises(PeerLostError):
+                _ = [token async for token in answer]
+        assert drafter.forgotten == 3
+        peers[1].reachable.set()
 
 
 async def test_several_losses_in_one_answer(

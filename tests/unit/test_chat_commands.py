@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import json
 import re
 import sys
 from collections.abc import AsyncIterator
@@ -16,6 +17,7 @@ import pytest
 from tpirt.chat.commands import COMMANDS, run_command
 from tpirt.chat.console import Console
 from tpirt.chat.interrupts import Interrupts
+from tpirt.chat.journal import Journal
 from tpirt.chat.progress import ConsoleProgress
 from tpirt.chat.repl import run_chat
 from tpirt.chat.session import ChatOptions, Session
@@ -351,3 +353,25 @@ def test_every_field_can_be_set() -> None:
     assert {field.name for field in fields(SamplingParams)} == set(NAMES)
     for name in NAMES:
         assert change(SamplingParams(), name, shown(SamplingParams(), name)) == SamplingParams()
+
+
+async def test_what_is_displayed_is_in_the_journal(engine: Engine, tmp_path: Path) -> None:
+    """Also the last piece before the terminal goes away."""
+
+    class Gone(Console):
+        shown = ""
+
+        def stream(self, text: str) -> None:
+            self.shown += text
+            raise BrokenPipeError
+
+    console = Gone(io.StringIO(), io.StringIO())
+    journal = Journal(tmp_path / "talks", print)
+    options = ChatOptions(SamplingParams(max_tokens=4), journal=journal)
+    with contextlib.closing(journal), pytest.raises(BrokenPipeError):
+        await Session(engine, options, console).answer("hi", Interrupts())
+    (file,) = (tmp_path / "talks").iterdir()
+    said = [json.loads(line) for line in file.read_text().splitlines()]
+    pieces = [entry["content"] for entry in said if entry.get("role") == "assistant"]
+    assert console.shown
+    assert "".join(pieces) == console.shown

@@ -7,6 +7,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tpirt.chat.journal import Journal, find
@@ -25,7 +26,7 @@ def notes() -> list[str]:
 
 @pytest.fixture
 def journal(tmp_path: Path, notes: list[str]) -> Iterator[Journal]:
-    journal = Journal(tmp_path / "talks", "tiny", notes.append)
+    journal = Journal(tmp_path / "talks", notes.append, "tiny")
     yield journal
     journal.close()
 
@@ -82,8 +83,7 @@ def test_a_torn_file_is_gone_on_with(tmp_path: Path, journal: Journal) -> None:
     journal.close()
     path = only(tmp_path)
     path.write_bytes(path.read_bytes()[:-5])
-    found = load(path)
-    journal.resume(path, found.system)
+    found = journal.resume(path)
     hold(journal, None, list(found.messages), MORE)
     assert load(path).messages == HELLO + MORE
 
@@ -102,10 +102,10 @@ def test_another_conversation_is_another_file(tmp_path: Path, journal: Journal) 
     journal.close()
     hold(journal, None, HELLO, MORE)  # as after /load
     os.utime(first, (1, 1))
-    path, talk = find(tmp_path / "talks", "")
+    path = find(tmp_path / "talks", "")
     assert path != first
-    assert talk.messages == HELLO + MORE
-    assert find(tmp_path / "talks", first.stem) == (first, load(first))
+    assert load(path).messages == HELLO + MORE
+    assert find(tmp_path / "talks", first.stem) == first
     with pytest.raises(RequestError, match=rf"'x'; the latest are {path.stem}, {first.stem}"):
         find(tmp_path / "talks", "x")
     with pytest.raises(RequestError, match=r"no conversation to resume in .*empty"):
@@ -114,9 +114,60 @@ def test_another_conversation_is_another_file(tmp_path: Path, journal: Journal) 
 
 def test_two_chats_do_not_share_a_file(tmp_path: Path, journal: Journal) -> None:
     hold(journal, None, [], HELLO)
-    other = Journal(tmp_path, "tiny", lambda _: None)
+    other = Journal(tmp_path, lambda _: None)
     with pytest.raises(RequestError, match="another chat goes on with it"):
-        other.resume(only(tmp_path), None)
+        other.resume(only(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        [Message("user", ""), Message("assistant", "you said nothing")],
+        [Message("user", "go"), Message("assistant", "")],
+        [Message("user", ""), Message("assistant", "")],
+    ],
+)
+@pytest.mark.parametrize("loaded", [False, True])
+def test_empty_messages_are_kept(
+    tmp_path: Path, journal: Journal, turn: list[Message], loaded: bool
+) -> None:
+    """``loaded`` ones were in a file that /load read."""
+    if loaded:
+        hold(journal, None, turn, MORE)
+    else:
+        hold(journal, None, [], turn)
+        hold(journal, None, turn, MORE)
+    found = load(only(tmp_path))
+    assert (found.messages, found.cut) == (turn + MORE, False)
+
+
+@pytest.mark.parametrize("function", ["pread", "write"])
+def test_a_file_that_cannot_be_gone_on_with_is_let_go(
+    tmp_path: Path, journal: Journal, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    def broken(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    hold(journal, None, [], HELLO)
+    journal.close()
+    path = only(tmp_path)
+    path.write_bytes(path.read_bytes()[:-1])
+    opened = psutil.Process().num_fds()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, function, broken)
+        with pytest.raises(RequestError, match="cannot be written: Input/output error"):
+            journal.resume(path)
+    assert psutil.Process().num_fds() == opened
+    assert Journal(tmp_path, lambda _: None).resume(path).messages == HELLO
+
+
+def test_a_write_that_takes_a_part_is_gone_on_with(
+    tmp_path: Path, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:7]))
+    hold(journal, "Be brief.", [], HELLO)
+    assert load(only(tmp_path)) == SavedConversation("Be brief.", HELLO, "tiny")
 
 
 def test_a_disk_that_refuses_is_told_once(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tpirt import Engine, EngineOptions, TpirtError
-from tpirt.errors import PeerUnreachableError
+from tpirt.errors import ConfigError, PeerUnreachableError
 from tpirt.transport.base import Channel
 
 
@@ -59,6 +59,24 @@ async def test_clients_are_closed_whatever_fails(tmp_path: Path, wrong: Any) -> 
         async with Engine.connect(options=options, peers=[client], **wrong):
             raise AssertionError
     assert client.closed
+
+
+@pytest.mark.parametrize(
+    ("peers", "spares", "error"),
+    [
+        (["h", "h"], [], "'h:50051': listed twice"),
+        (["h", "h:50051"], [], "'h:50051': listed twice"),
+        (["h"], ["s:1", "s:1"], "'s:1': listed twice"),
+        (["h"], ["h:50051"], "spare h:50051: is one of the peers"),
+        ([Client(), Client()], [], "'nowhere': listed twice"),
+    ],
+)
+async def test_a_peer_that_is_listed_twice_is_refused(
+    peers: list[Any], spares: list[str], error: str
+) -> None:
+    with pytest.raises(ConfigError, match=error):
+        async with Engine.connect(peers=peers, spares=spares):
+            raise AssertionError
 
 
 ALONE = """

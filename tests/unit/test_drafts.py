@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ class Fixed:
     def __init__(self, priors: dict[Answer, float]):
         self._priors = priors
 
-    def prospects(self, most: int) -> None:
+    def prospects(self, most: int) -> Any:
         pass
 
     def seconds(self, depth: int) -> float:
@@ -175,6 +176,62 @@ async def test_a_drafter_that_fails_or_knows_no_bounds_harms_nobody(
         assert await failing.extend([Piece(asked, 1)], 64) == [Piece(asked, 1)]
     assert "the drafter failed" in failing.explain()
     assert len(caplog.records) == 1
+
+
+class Failing(Fixed):
+    """Its method ``fails`` raises."""
+
+    def __init__(self, asked: Answer, fails: str):
+        super().__init__({asked: 0.9})
+
+        def fail(*_: object) -> None:
+            raise ZeroDivisionError
+
+        setattr(self, fails, fail)
+
+    def prospects(self, most: int) -> Any:
+        return [Guess(0, depth - 1, "likely", 0.9) for depth in range(most)]
+
+
+@pytest.mark.parametrize("fails", ["prospects", "seconds", "propose", "learn", "forget"])
+async def test_whatever_fails_in_a_drafter_ends_nothing_but_guesses(
+    caplog: pytest.LogCaptureFixture, fails: str
+) -> None:
+    asked = answer([1])
+    controller = controlled(Failing(asked, fails), costs(flat=True))
+    for _ in range(2):
+        (piece,) = await controller.extend([Piece(asked, 1)], 64)
+        controller.see(piece, torch.zeros(1 + len(piece.guesses), 8))
+        controller.forget(asked)
+    (piece,) = await controller.extend([Piece(asked, 1)], 64)
+    assert piece.guesses == ()
+    assert "the drafter failed" in controller.explain()
+    assert len(caplog.records) == 1
+
+
+async def test_a_drafter_that_leaves_an_answer_out_has_failed() -> None:
+    class Short(Fixed):
+        async def propose(self, answers: list[Answer], most: int) -> list[list[Guess]]:
+            return []
+
+    asked = answer([1])
+    controller = controlled(Short({asked: 0.9}), costs(flat=True))
+    assert await controller.extend([Piece(asked, 1)], 64) == [Piece(asked, 1)]
+    assert "the drafter failed" in controller.explain()
+
+
+async def test_an_answer_that_is_left_while_it_is_guessed_is_forgotten() -> None:
+    class Slow(SuffixDrafter):
+        async def propose(self, answers: Items[Answer], most: int) -> list[list[Guess]]:
+            for answer in answers:
+                answer.end()
+                controller.forget(answer)
+            return await super().propose(answers, most)
+
+    drafter = Slow(1000)
+    controller = controlled(drafter, costs(flat=True))
+    await controller.extend([Piece(answer([1]), 1)], 64)
+    assert drafter._texts == {}
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from tpirt.cli.options import add_engine_options
+from tpirt.cluster import spill_disk
+from tpirt.cluster.spill_disk import SpillDisk
 from tpirt.engine.slots import Sharing
 from tpirt.engine.spilling import Spilled, SpilledSequences
 from tpirt.engine.step_costs import StepCosts
@@ -112,6 +116,31 @@ def test_the_limit_of_the_store_is_kept(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"needs 960 B, the store has .* of its limit"):
         files.write(2, layers(None, 5, 1))
     files.close()
+
+
+async def test_a_disk_that_recovers_after_the_session_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer lives on: what its sessions leave would stay locked."""
+    recovers, closed = threading.Event(), threading.Event()
+
+    class Files(KVFiles):
+        def close(self) -> None:
+            super().close()
+            closed.set()
+
+    monkeypatch.setattr(spill_disk, "KVFiles", Files)
+    monkeypatch.setattr(KVFiles, "read", lambda *_: recovers.wait(20))
+    disk = SpillDisk(SliceStore(tmp_path))
+    await disk.write(1, layers(None, 5, 1))
+    monkeypatch.setattr(spill_disk, "SPILL_TIMEOUT_S", 0.05)
+    with pytest.raises(StoreError, match="has not answered"):
+        await disk.read(1, layers(None, 5, 1))
+    await disk.aclose()
+    assert list((tmp_path / "kv").iterdir()) != []
+    recovers.set()
+    assert await asyncio.to_thread(closed.wait, 20)
+    assert list((tmp_path / "kv").iterdir()) == []
 
 
 # -- the option ------------------------------------------------------------------------------

@@ -34,24 +34,26 @@ class Journal:
 
     Args:
         folder: of the conversations' files.
-        model: name of the model.
         note: shows a line to the user.
+
+    Attributes:
+        model: name of the model, for the heads of files.
     """
 
-    def __init__(self, folder: Path, model: str, note: Callable[[str], None]):
+    def __init__(self, folder: Path, note: Callable[[str], None], model: str = ""):
         self._folder = folder
-        self._model = model
+        self.model = model
         self._note = note
         self._file: int | None = None
         self._lock: Lock | None = None
         self._system: str | None = None
         self._failed = False
 
-    def resume(self, path: Path, system: str | None) -> None:
-        """Append to a file that exists.
+    def resume(self, path: Path) -> SavedConversation:
+        """Go on with a file that exists; nobody else does until :meth:`close`.
 
         Raises:
-            RequestError: it cannot be written, or another chat writes it.
+            RequestError: it cannot be read or written, or another chat writes it.
         """
         held = lock(path)
         if held is None:
@@ -59,15 +61,13 @@ class Journal:
                 f"conversation {path.stem}: another chat goes on with it; end that first"
             )
         try:
-            file = os.open(path, os.O_RDWR | os.O_APPEND)
-        except OSError as exc:
+            talk = load(path)
+            self._file = _opened(path)
+        except BaseException:
             held.release()
-            raise RequestError(f"{path}: cannot be written: {exc.strerror}") from exc
-        self._lock = held
-        size = os.fstat(file).st_size
-        if size and os.pread(file, 1, size - 1) != b"\n":  # torn
-            os.write(file, b"\n")
-        self._file, self._system = file, system
+            raise
+        self._lock, self._system = held, talk.system
+        return talk
 
     def ask(self, system: str | None, turns: Sequence[Message], text: str) -> None:
         """Note a message of the user; ``turns`` are those before."""
@@ -111,7 +111,7 @@ class Journal:
             self._fail(exc)
             return
         self._lock = lock(self._folder / name)
-        self._write({"version": VERSION, "system": system, "model": self._model})
+        self._write({"version": VERSION, "system": system, "model": self.model})
         for message in turns:
             self._write(asdict(message))
 
@@ -120,7 +120,7 @@ class Journal:
             return
         line = json.dumps(entry, ensure_ascii=False) + "\n"
         try:
-            os.write(self._file, line.encode("utf-8", "replace"))
+            _append(self._file, line.encode("utf-8", "replace"))
         except OSError as exc:
             self.close()
             self._fail(exc)
@@ -136,11 +136,11 @@ def journal_folder() -> Path | None:
     return None if state is None else state / "conversations"
 
 
-def find(folder: Path | None, name: str) -> tuple[Path, SavedConversation]:
-    """The conversation called ``name``; the latest one if that is empty.
+def find(folder: Path | None, name: str) -> Path:
+    """The file of the conversation called ``name``; of the latest one if that is empty.
 
     Raises:
-        RequestError: there is none, or it cannot be read; lists what there is.
+        RequestError: there is none; lists what there is.
     """
     known = sorted(folder.glob(f"*{_SUFFIX}"), key=_changed_s) if folder is not None else []
     if not known:
@@ -149,7 +149,33 @@ def find(folder: Path | None, name: str) -> tuple[Path, SavedConversation]:
     if not named:
         latest = ", ".join(path.stem for path in reversed(known[-_MOST_LISTED:]))
         raise RequestError(f"no conversation {name!r}; the latest are {latest}")
-    return named[-1], load(named[-1])
+    return named[-1]
+
+
+def _opened(path: Path) -> int:
+    """Open a journal to append to it, after the end of a line that was torn.
+
+    Raises:
+        RequestError: it cannot be written.
+    """
+    try:
+        file = os.open(path, os.O_RDWR | os.O_APPEND)
+        try:
+            size = os.fstat(file).st_size
+            if size and os.pread(file, 1, size - 1) != b"\n":
+                _append(file, b"\n")
+        except BaseException:
+            os.close(file)
+            raise
+    except OSError as exc:
+        raise RequestError(f"{path}: cannot be written: {exc.strerror}") from exc
+    return file
+
+
+def _append(file: int, data: bytes) -> None:
+    """Write all of it: a disk that is nearly full takes a part, and refuses the rest."""
+    while data:
+        data = data[os.write(file, data) :]
 
 
 def _changed_s(path: Path) -> float:

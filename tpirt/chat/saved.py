@@ -124,7 +124,9 @@ def _journalled(head: dict[str, Any], lines: Iterable[bytes]) -> SavedConversati
     """
     system, model = _checked({**head, "messages": []}).system, str(head.get("model", ""))
     turns: list[Message] = []
-    asked, answer, ended = "", "", True
+    asked: str | None = None
+    answer: str | None = None
+    ended = True
     for number, line in enumerate(lines, start=2):
         try:
             entry = json.loads(line)
@@ -133,29 +135,30 @@ def _journalled(head: dict[str, Any], lines: Iterable[bytes]) -> SavedConversati
         match entry:
             case {"role": "user", "content": str(text)}:
                 turns += _pair(asked, answer)
-                asked, answer, ended = text, "", False
-            case {"role": "assistant", "content": str(text)} if asked:
-                answer += text
+                asked, answer, ended = text, None, False
+            case {"role": "assistant", "content": str(text)} if asked is not None:
+                answer = (answer or "") + text
             case {"end": bool(kept)}:
-                answer, ended = answer if kept else "", True
-                asked = asked if kept else ""
+                answer, ended = (answer or "") if kept else None, True
+                asked = asked if kept else None
             case {"system": str() | None as system}:
                 pass
             case _:
                 raise ValueError(f"line {number}: expected a message, got {line[:80]!r}")
     turns += _pair(asked, answer)
-    unfinished = bool(asked) and not ended
     return SavedConversation(
         system,
         turns,
         model,
-        unanswered=asked if unfinished and not answer else "",
-        cut=unfinished and bool(answer),
+        unanswered=asked or "" if answer is None else "",
+        cut=answer is not None and not ended,
     )
 
 
-def _pair(asked: str, answer: str) -> list[Message]:
-    return [Message("user", asked), Message("assistant", answer)] if asked and answer else []
+def _pair(asked: str | None, answer: str | None) -> list[Message]:
+    if asked is None or answer is None:
+        return []
+    return [Message("user", asked), Message("assistant", answer)]
 
 
 def _message(index: int, entry: Any) -> Message:

@@ -153,9 +153,9 @@ class Session:
                         self.progress.close()
                     self.timing.count()
                     ids.append(token.id)
-                    self.console.stream(token.text)
-                    if self.journal is not None:
+                    if self.journal is not None:  # first: all that was displayed is on disk
                         self.journal.say(token.text)
+                    self.console.stream(token.text)
                     self.timing.finish_reason = token.finish_reason
         except (RequestError, MemoryLimitError) as exc:
             if not self.talk.turns:

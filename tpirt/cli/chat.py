@@ -85,39 +85,31 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
     if (last := last_run.take_up(parser, arguments)) and not arguments.quiet:
         print(f"tpirt: as last time: {last}; --fresh goes without", file=sys.stderr)
     began = partial(last_run.remember, parser, arguments)
-    if arguments.resume is None:
-        run_async(_chat(arguments, began))
-        return
-    from tpirt.chat.journal import find, journal_folder
-
-    run_async(_chat(arguments, began, find(journal_folder(), arguments.resume)))
+    run_async(_chat(arguments, began))
 
 
-async def _chat(
-    arguments: argparse.Namespace,
-    began: Callable[[], None],
-    resumed: tuple[Path, SavedConversation] | None = None,
-) -> None:
+async def _chat(arguments: argparse.Namespace, began: Callable[[], None]) -> None:
     from tpirt.chat.progress import ConsoleProgress
     from tpirt.chat.repl import ChatOptions, run_chat
 
     with ConsoleProgress(quiet=arguments.quiet) as progress, ExitStack() as stack:
+        journal = _journal(arguments, progress)
+        if journal is not None:
+            stack.callback(journal.close)
+        resumed = _resumed(arguments.resume, journal)  # before a model is loaded for nothing
         async with connected(arguments, progress, arguments.context) as engine:
             try:
                 began()
             except IdentityError as exc:
                 progress.note(f"tpirt: this run is not remembered: {exc}")
-            journal = _journal(arguments, engine.name, progress)
             system, talk = arguments.system, None
             if resumed is not None:
                 path, talk = resumed
                 system = talk.system if system is None else system
-                if journal is not None:
-                    journal.resume(path, talk.system)
                 for line in resumption(path.stem, talk, engine.name):
                     progress.note(f"tpirt: {line}")
             if journal is not None:
-                stack.callback(journal.close)
+                journal.model = engine.name
             defaults = engine.defaults
             answers = engine.tokenizer.has_chat_template  # a base model would not end by itself
             chat = ChatOptions(
@@ -134,16 +126,25 @@ async def _chat(
             await run_chat(engine, chat)
 
 
-def _journal(
-    arguments: argparse.Namespace, model: str, progress: ConsoleProgress
-) -> Journal | None:
+def _journal(arguments: argparse.Namespace, progress: ConsoleProgress) -> Journal | None:
     from tpirt.chat.journal import Journal, journal_folder
 
     folder = journal_folder()
     once = arguments.prompt is not None and arguments.resume is None
     if arguments.no_journal or once or folder is None:
         return None
-    return Journal(folder, model, progress.note)
+    return Journal(folder, progress.note)
+
+
+def _resumed(name: str | None, journal: Journal | None) -> tuple[Path, SavedConversation] | None:
+    """The conversation to go on with, which the journal holds from now on."""
+    from tpirt.chat.journal import find, journal_folder
+    from tpirt.chat.saved import load
+
+    if name is None:
+        return None
+    path = find(journal_folder(), name)
+    return path, load(path) if journal is None else journal.resume(path)
 
 
 def resumption(name: str, talk: SavedConversation, model: str) -> Iterator[str]:

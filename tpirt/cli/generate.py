@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from tpirt.chat.progress import ConsoleProgress
     from tpirt.engine.engine import Engine, Prompt
 
+_EMPTY = "the prompt is empty: give at least one character of text"
+
 
 def add_command(commands: Commands) -> None:
     """Add ``generate`` and its options."""
@@ -69,11 +71,10 @@ def _run(arguments: argparse.Namespace) -> None:
 
     texts = _prompts(arguments)
     sampling_params(arguments, SamplingParams())  # fail before loading
-    prompts = [_conversation(arguments, text) for text in texts]
     if arguments.prompts is None:
-        run_async(_generate(arguments, prompts[0]))
+        run_async(_generate(arguments, _conversation(arguments, texts[0])))
     else:
-        run_async(_generate_all(arguments, prompts))
+        run_async(_generate_all(arguments, texts))
 
 
 def _conversation(arguments: argparse.Namespace, text: str) -> Prompt:
@@ -85,18 +86,28 @@ def _conversation(arguments: argparse.Namespace, text: str) -> Prompt:
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
     if arguments.prompts is not None:
-        texts = _read(arguments.prompts).splitlines()
-    elif arguments.prompt_file is not None:
-        texts = [_read(arguments.prompt_file)]
+        texts = _lines(_read(arguments.prompts))
+        if not texts:
+            raise RequestError(f"{arguments.prompts}: no prompts: give at least one line")
+        return texts
+    if arguments.prompt_file is not None:
+        text = _read(arguments.prompt_file)
     else:
-        texts = [_read("-") if arguments.prompt == "-" else arguments.prompt]
-    for number, text in enumerate(texts, start=1):
-        if not text:
-            where = f" in line {number}" if arguments.prompts is not None else ""
-            raise RequestError(f"the prompt{where} is empty: give at least one character of text")
-    if not texts:
-        raise RequestError(f"{arguments.prompts}: no prompts: give at least one line")
-    return texts
+        text = _read("-") if arguments.prompt == "-" else arguments.prompt
+    if not text:
+        raise RequestError(_EMPTY)
+    return [text]
+
+
+def _lines(text: str) -> list[str]:
+    """Lines as editors count them, without empty ones at the end.
+
+    ``str.splitlines`` also divides at form feeds and the like, which are text.
+    """
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
 
 
 def _read(source: str) -> str:
@@ -129,7 +140,7 @@ async def _generate(arguments: argparse.Namespace, prompt: Prompt) -> None:
                     print(f"tpirt: {note}", file=sys.stderr)
 
 
-async def _generate_all(arguments: argparse.Namespace, prompts: Sequence[Prompt]) -> None:
+async def _generate_all(arguments: argparse.Namespace, texts: Sequence[str]) -> None:
     """Print a line for each prompt as soon as those before have theirs."""
     from tpirt.chat.progress import ConsoleProgress
     from tpirt.engine import EngineOptions
@@ -140,7 +151,10 @@ async def _generate_all(arguments: argparse.Namespace, prompts: Sequence[Prompt]
             params = sampling_params(arguments, engine.defaults.sampling)
             running = asyncio.Semaphore(arguments.sequences or EngineOptions.sequences)
 
-            async def answer(prompt: Prompt) -> dict[str, Any]:
+            async def answer(text: str) -> dict[str, Any]:
+                if not text:
+                    return {"error": _EMPTY}
+                prompt = _conversation(arguments, text)
                 async with running:
                     try:
                         ids = engine.encode(prompt, parse_special=arguments.special_tokens)
@@ -150,7 +164,7 @@ async def _generate_all(arguments: argparse.Namespace, prompts: Sequence[Prompt]
                             raise  # it is not this prompt's fault
                         return {"error": str(exc)}
 
-            tasks = [asyncio.create_task(answer(prompt)) for prompt in prompts]
+            tasks = [asyncio.create_task(answer(text)) for text in texts]
             try:
                 for number, task in enumerate(tasks):
                     progress(Progress("answers", number, len(tasks), "prompts"))
@@ -166,7 +180,7 @@ async def _generate_all(arguments: argparse.Namespace, prompts: Sequence[Prompt]
                 print(f"tpirt: {engine.goodput.explain()}", file=sys.stderr)
     if failed:
         raise RequestError(
-            f"{failed} of {len(prompts)} prompts have no answer; their lines have an error instead"
+            f"{failed} of {len(texts)} prompts have no answer; their lines have an error instead"
         )
 
 

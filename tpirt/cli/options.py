@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tpirt.cli.sigint import interruptible
 from tpirt.errors import ConfigError, PeerUnreachableError
-from tpirt.transport.address import DEFAULT_PORT, Address
+from tpirt.transport.address import DEFAULT_PORT, Address, check_distinct
 from tpirt.types import DEFAULT_TIMEOUT_S, SamplingParams
 from tpirt.units import parse_bytes
 
@@ -227,8 +227,8 @@ def add_target_options(group: Group) -> None:
         type=_milliseconds,
         dest="tpot_target_s",
         metavar="MS",
-        help="the longest that a further token should take on average, in ms: so long may steps "
-        "with prompts be, and more requests wait if they would exceed it",
+        help="the longest that a further token should take on average, in ms: steps that "
+        "compute prompts are kept shorter, and requests wait where they would exceed it",
     )
 
 
@@ -510,9 +510,10 @@ def _ratio(text: str) -> tuple[float, ...]:
 
 def _addresses(text: str) -> tuple[str, ...]:
     addresses = tuple(str(address(part.strip())) for part in text.split(","))
-    for each in addresses:
-        if addresses.count(each) > 1:
-            raise argparse.ArgumentTypeError(f"{each!r}: listed twice")
+    try:
+        check_distinct(addresses)
+    except ConfigError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc
     return addresses
 
 

@@ -48,13 +48,30 @@ class SpillDisk:
             await self._call(self._files.drop, handles)
 
     async def aclose(self) -> None:
-        """See :meth:`KVFiles.close`; what a disk that hangs has is left to the next session."""
+        """See :meth:`KVFiles.close`; while the disk hangs, that is left until its call ends."""
+        if self._is_busy:
+            assert self._last is not None
+            self._last.add_done_callback(lambda _: self._begin(self._files.close))
+            return
         with contextlib.suppress(StoreError):
             await self._call(self._files.close)
 
+    @property
+    def _is_busy(self) -> bool:
+        return self._last is not None and not self._last.done()
+
     async def _call(self, function: Callable[..., None], *args: Any) -> None:
-        if self._last is not None and not self._last.done():
+        if self._is_busy:
             raise StoreError(f"{self._path}: its disk hangs; nothing is spilled to it")
+        ended = self._begin(function, *args)
+        done, _ = await finish(asyncio.wait({ended}, timeout=SPILL_TIMEOUT_S))
+        if not done:
+            raise StoreError(
+                f"{self._path}: its disk has not answered for {SPILL_TIMEOUT_S:g} s; check it"
+            )
+        ended.result()
+
+    def _begin(self, function: Callable[..., None], *args: Any) -> asyncio.Future[None]:
         loop = asyncio.get_running_loop()
         self._last = ended = loop.create_future()
         ended.add_done_callback(asyncio.Future.exception)  # retrieved, whoever waits
@@ -69,12 +86,7 @@ class SpillDisk:
                 loop.call_soon_threadsafe(_settle, ended, error)
 
         threading.Thread(target=run, name="tpirt-spill", daemon=True).start()
-        done, _ = await finish(asyncio.wait({ended}, timeout=SPILL_TIMEOUT_S))
-        if not done:
-            raise StoreError(
-                f"{self._path}: its disk has not answered for {SPILL_TIMEOUT_S:g} s; check it"
-            )
-        ended.result()
+        return ended
 
 
 def _settle(ended: asyncio.Future[None], error: Exception | None) -> None:

@@ -38,6 +38,7 @@ from tpirt.planning import Deployment, PeerProfile
 from tpirt.planning.lineup import next_deployment
 from tpirt.refusals import allow_open_files
 from tpirt.sharding.partition import make_partition
+from tpirt.transport.address import Address, check_distinct
 from tpirt.transport.base import PeerClient
 from tpirt.types import Progress, ProgressCallback
 from tpirt.weights.store import SliceStore, default_store
@@ -84,9 +85,17 @@ def _check_ranks(
         raise ConfigError("local and peers exclude each other: give one of them")
     if spares and not peers:
         raise ConfigError("spares take the places of peers: give peers, too")
-    for spare in spares:
-        if spare in peers:
+    asked, others = _addresses(peers), _addresses(spares)
+    check_distinct(asked)
+    check_distinct(others)
+    for spare in others:
+        if spare in asked:
             raise ConfigError(f"spare {spare}: is one of the peers; give another one")
+
+
+def _addresses(peers: Sequence[str | PeerClient]) -> list[str]:
+    """Their addresses in full: ``pi`` and ``pi:50051`` are the same peer."""
+    return [str(Address.parse(peer)) if isinstance(peer, str) else peer.peer_id for peer in peers]
 
 
 def trace_file(options: EngineOptions) -> AbstractContextManager[TraceFile | None]:

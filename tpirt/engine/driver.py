@@ -186,6 +186,8 @@ class Driver:
         block; others go on.
         """
         sequence.end()
+        if self._drafts is not None and isinstance(sequence, Answer):
+            self._drafts.forget(sequence)
         if sequence in self._waiting:
             self._waiting.remove(sequence)
         self._wake.set()
@@ -291,8 +293,6 @@ class Driver:
         self._waiting = [sequence for sequence in self._waiting if not sequence.ended]
         for sequence in [s for s in self._running if s.ended]:
             self._running.remove(sequence)
-            if self._drafts is not None and isinstance(sequence, Answer):
-                self._drafts.forget(sequence)
             self._most_now = min(self._most, self._most_now + 1)
             if sequence.slot is not None and self._slots.release(sequence.slot):
                 await self._free(sequence.slot)
@@ -521,6 +521,8 @@ class Driver:
         """Form another group after a loss, and begin all sequences again; else end them."""
         tokens = self._begin_again()
         self._losses += 1
+        if self._group.broken_s - self._mended_s > _LATEST_RETRY_S:
+            self._mending.reset()
         if self._losses > _MOST_LOSSES or not isinstance(broken, PeerLostError):
             self._end_all(broken)
             return
@@ -532,7 +534,7 @@ class Driver:
             self._mending.later()
             self._end_all(exc)
             return
-        self._mending.reset()
+        self._mending.later()  # a group can break as soon as it is formed, again and again
         self._fitting = None
         self._first_step = self._group.next_step
         self._recovery = recovery if self._waiting else None
@@ -547,13 +549,15 @@ class Driver:
 
     def _begin_again(self) -> int:
         """All keys and values are lost; returns how many tokens have to be computed again."""
+        tokens = sum(sequence.computed for sequence in self._running)
         for sequence in self._waiting:
-            sequence.computed = self._place(sequence, copy=True).shared
+            shared = self._place(sequence, copy=True).shared
+            sequence.again = sequence.again or shared > 0
+            tokens += shared
         self._slots.clear()
         self._spiller.forget()
         self._waiting[:0] = self._running
         self._running.clear()
-        tokens = sum(sequence.computed for sequence in self._waiting)
         for sequence in self._waiting:
             sequence.restart()
         return tokens
@@ -561,6 +565,7 @@ class Driver:
     def _came_out(self) -> None:
         """A request has got something: what was lost is made good."""
         self._losses = 0
+        self._mending.reset()
         if self._recovery is None:
             return
         recovery, self._recovery = self._recovery, None
@@ -596,14 +601,14 @@ class _Backoff:
         return self._timer is None
 
     def later(self) -> None:
-        """It failed: wait for longer than the last time."""
+        """It was tried: wait for longer than the last time."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer = asyncio.get_running_loop().call_later(self._wait_s, self._on_time)
         self._wait_s = min(2 * self._wait_s, _LATEST_RETRY_S)
 
     def reset(self) -> None:
-        """It succeeded, or is not wanted any more."""
+        """It was of use, or is not wanted any more."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer, self._wait_s = None, _RETRY_S

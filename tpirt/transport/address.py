@@ -11,6 +11,8 @@ import contextlib
 import ipaddress
 import re
 import socket
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -57,6 +59,17 @@ class Address(NamedTuple):
     def uri(self) -> str:
         """Write it for gRPC, which takes ``unix:50051`` for a file."""
         return f"dns:///{quote(str(self), safe='[]:')}"
+
+
+def check_distinct(addresses: Sequence[str]) -> None:
+    """Check that no address, written in full, is there twice.
+
+    Raises:
+        ConfigError: one is.
+    """
+    for address, times in Counter(addresses).items():
+        if times > 1:
+            raise ConfigError(f"{address!r}: listed twice")
 
 
 class Endpoint(NamedTuple):

@@ -160,11 +160,7 @@ class DraftController:
         most = [min(most_guesses, room, self._most_guesses(answer)) for answer in answers]
         outputs = sum(piece.segment().num_logits for piece in pieces)
         base = _Base(rows, outputs, room, most)
-        prospects = self._drafter.prospects(max(most))
-        if prospects is not None:
-            likely = self._choose([prospects] * len(answers), base, self._drafter.seconds)
-            most = list(map(len, likely))
-        guesses = await self._propose(answers, most)
+        guesses = await self._guess(answers, base)
         spent_s = self._drafting_s
         chosen = self._choose(guesses, base, lambda _: spent_s)
         busy = any(chosen)
@@ -188,21 +184,34 @@ class DraftController:
         most = min(self._exact_rows, most_rows)
         return min(most, 2 * self._costs.most_tried(most)) - rows
 
-    async def _propose(self, answers: Items[Answer], most: Items[int]) -> list[tuple[Guess, ...]]:
-        began_s = time.perf_counter()
+    async def _guess(self, answers: Items[Answer], base: _Base) -> list[tuple[Guess, ...]]:
+        """What the drafter guesses; nothing if it fails, for no answer depends on it."""
         self._drafting_s = 0.0
-        if not any(most):
-            return [() for _ in answers]
+        nothing: list[tuple[Guess, ...]] = [() for _ in answers]
         try:
-            proposed = await self._drafter.propose(answers, max(most))
-            guesses = list(map(self._known, proposed))
-        except Exception as exc:  # anybody's drafter; no answer depends on it
+            most = max(base.most)
+            prospects = self._drafter.prospects(most)
+            if prospects is not None:
+                likely = self._choose([prospects] * len(answers), base, self._drafter.seconds)
+                most = max(map(len, likely))
+            if most <= 0:
+                return nothing
+            began_s = time.perf_counter()
+            proposed = await self._drafter.propose(answers, most)
+            guesses = [self._known(each) for _, each in zip(answers, proposed, strict=True)]
+        except Exception as exc:
             self._give_up(exc)
-            return [() for _ in answers]
+            return nothing
+        finally:
+            for answer in answers:
+                if answer.ended:  # and was forgotten before the drafter had seen it
+                    self.forget(answer)
         self._drafting_s = time.perf_counter() - began_s
         return guesses
 
     def _give_up(self, exc: Exception) -> None:
+        if self._failure is not None:
+            return
         _log.warning("no more drafts: the drafter failed", exc_info=exc)
         self._failure = exc
 
@@ -258,7 +267,10 @@ class DraftController:
 
     def forget(self, answer: Answer) -> None:
         """An answer has ended."""
-        self._drafter.forget(answer)
+        try:
+            self._drafter.forget(answer)
+        except Exception as exc:
+            self._give_up(exc)
 
     @property
     def obstacle(self) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -139,6 +140,14 @@ def test_a_device_is_found_by_name_or_identity(cluster: MadeCluster, tmp_path: P
     registry.met(second.identity, "192.168.1.7:50051")
     assert registry.find("pi-2").address == "192.168.1.7:50051"
     assert not registry.find("pi").address
+
+
+def test_a_second_revocation_keeps_the_date(cluster: MadeCluster, tmp_path: Path) -> None:
+    cluster.peer(tmp_path / "peer")
+    registry = cluster.master.registry
+    registry._change(registry.find("kitchen").identity, lambda each: replace(each, revoked="2020"))
+    assert registry.revoke("kitchen").revoked == "2020"
+    assert registry.find("kitchen").revoked == "2020"
 
 
 def test_changes_at_the_same_time_are_all_kept(cluster: MadeCluster, tmp_path: Path) -> None:

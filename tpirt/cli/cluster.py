@@ -144,21 +144,26 @@ async def _rotated(arguments: argparse.Namespace) -> None:
 
     trust = _trust(arguments)
     authority, registry = authority_of(trust), trust.registry
-    chosen = [registry.find(arguments.device)] if arguments.device else registry.members()
+    chosen = [each for each in registry.members() if not each.revoked]
+    if arguments.device:
+        chosen = [registry.find(arguments.device)]
+        if date := chosen[0].revoked[:10]:
+            raise IdentityError(
+                f"{chosen[0].name} was revoked on {date}, so its certificate is not replaced; "
+                "invite it again with `tpirt cluster invite`"
+            )
     if not arguments.device and (own := trust.identity) is not None:
         path = trust.folder / IDENTITY_FILE
         trust.replace(authority.issue_own(path, own.subject.identity))
         print("master: replaced")
     failed = []
     for member in chosen:
-        if member.revoked:
-            continue
         try:
             if not member.address:
                 raise IdentityError("its address is not known yet; use it once with --peers")
             client = GrpcPeerClient(member.address, trust)
             try:
-                until = (await renew(client, trust)).expires
+                until = (await renew(client, trust, member)).expires
             finally:
                 await client.aclose()
             print(f"{member.name}: replaced, until {until:%Y-%m-%d}")

@@ -119,12 +119,14 @@ class Registry:
         return member
 
     def revoke(self, name: str) -> Member:
-        """Refuse a device from now on.
+        """Refuse a device from now on; one that is refused already keeps its date.
 
         Raises:
             IdentityError: there is none of that name.
         """
-        return self._change(self.find(name).identity, lambda each: replace(each, revoked=_now()))
+        return self._change(
+            self.find(name).identity, lambda each: replace(each, revoked=each.revoked or _now())
+        )
 
     def renewed(self, certificate: Certificate) -> Member:
         """Record a device's next certificate."""
@@ -133,10 +135,16 @@ class Registry:
             certificate.subject.identity, lambda each: replace(each, expires=expires)
         )
 
-    def met(self, identity: str, address: str) -> None:
-        """Record where a device was met."""
-        if any(each.identity == identity and each.address != address for each in self.members()):
-            self._change(identity, lambda each: replace(each, address=address))
+    def met(self, identity: str, address: str) -> Member:
+        """Record where a device was met.
+
+        Raises:
+            IdentityError: there is none of that identity.
+        """
+        for each in self.members():
+            if (each.identity, each.address) == (identity, address):
+                return each
+        return self._change(identity, lambda each: replace(each, address=address))
 
     def _change(self, identity: str, change: Callable[[Member], Member]) -> Member:
         with self._changing() as members:

@@ -151,13 +151,11 @@ def test_a_second_revocation_keeps_the_date(cluster: MadeCluster, tmp_path: Path
 
 
 def test_changes_at_the_same_time_are_all_kept(cluster: MadeCluster, tmp_path: Path) -> None:
-    certificates = [
-        cluster.identity(tmp_path / f"{number}.pem", PEER).certificate for number in range(8)
-    ]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda each: cluster.master.registry.add(each, ""), certificates))
+        peers = list(pool.map(lambda number: cluster.peer(tmp_path / str(number)), range(8)))
     members = cluster.master.registry.members()
-    assert {each.identity for each in members} == {c.subject.identity for c in certificates}
+    names = {each.identity.subject.identity: each.identity.certificate.name for each in peers}
+    assert {each.identity: each.name for each in members} == names
     assert len({each.name for each in members}) == 8
 
 

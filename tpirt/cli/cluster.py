@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 
 from tpirt.cli.options import Commands, add_identity_option, add_parser, address, number, run_async
 from tpirt.errors import IdentityError, TpirtError
-from tpirt.transport.address import Address
+from tpirt.transport.address import DEFAULT_JOIN_PORT, Address
 
 if TYPE_CHECKING:
     from tpirt.identity.registry import Member
     from tpirt.identity.trust import Trust
     from tpirt.transport.address import Endpoint
 
-_JOIN_PORT = 50050
 _MOST_SHOWN = 4  # addresses of this device
 
 
@@ -41,10 +40,10 @@ def add_command(commands: Commands) -> None:
     invite.add_argument("--name", help="of the device (default: its host name)")
     invite.add_argument(
         "--listen",
-        type=lambda text: address(text, lowest_port=0, default_port=_JOIN_PORT),
-        default=Address("0.0.0.0", _JOIN_PORT),
+        type=lambda text: address(text, lowest_port=0, default_port=DEFAULT_JOIN_PORT),
+        default=Address("0.0.0.0", DEFAULT_JOIN_PORT),
         metavar="HOST[:PORT]",
-        help=f"where the device connects (default: all addresses, port {_JOIN_PORT})",
+        help=f"where the device connects (default: all addresses, port {DEFAULT_JOIN_PORT})",
     )
     invite.add_argument(
         "--minutes",

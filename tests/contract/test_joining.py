@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,13 +13,14 @@ import pytest
 
 from tpirt.cluster.membership import issuer, join_cluster
 from tpirt.errors import IdentityError, PeerUnreachableError
-from tpirt.identity.join import DeviceExchange, JoinRequest, read_code
+from tpirt.identity.certificates import new_request
+from tpirt.identity.join import DeviceExchange, JoinReply, JoinRequest, read_code
 from tpirt.identity.names import PEER
 from tpirt.identity.registry import Member
 from tpirt.identity.trust import Trust
 from tpirt.testing.identities import MadeCluster
 from tpirt.transport import joining
-from tpirt.transport.address import Address
+from tpirt.transport.address import Address, Endpoint
 from tpirt.transport.joining import Invitation
 
 CODE, WRONG = "4821-0937", "4821-0938"
@@ -52,11 +54,14 @@ def cluster(tmp_path: Path) -> MadeCluster:
 
 @asynccontextmanager
 async def inviting(
-    cluster: MadeCluster, patience_s: float = 60.0, name: str | None = None
+    cluster: MadeCluster,
+    patience_s: float = 60.0,
+    name: str | None = None,
+    host: str = "127.0.0.1",
 ) -> AsyncIterator[Open]:
     joined: list[Member] = []
     invitation = Invitation(CODE, issuer(cluster.master, name, joined.append))
-    (endpoint,) = await invitation.listen(Address("127.0.0.1", 0))
+    (endpoint,) = await invitation.listen(Address(host, 0))
     ended = asyncio.ensure_future(invitation.joined(patience_s))
     try:
         yield Open(Address("127.0.0.1", endpoint.where[1]), joined, ended)
@@ -89,14 +94,90 @@ async def test_a_device_joins_and_keeps_its_own_key(cluster: MadeCluster, tmp_pa
 
 
 async def test_names_are_told_apart_and_printable(cluster: MadeCluster, tmp_path: Path) -> None:
-    for number, name in enumerate(("pi", "pi", "\x1b[31mpi\n" + "x" * 100)):
+    long, certified = "\x1b[31mpi\n" + "x" * 100, []
+    for number, name in enumerate(("pi", "pi", long, long)):
         async with inviting(cluster) as invitation:
-            await invitation.join(tmp_path / str(number), name=name)
+            identity = (await invitation.join(tmp_path / str(number), name=name)).identity
             await asyncio.wait_for(invitation.ended, TIMEOUT_S)
+        assert identity is not None
+        certified.append(identity.certificate.name)
     names = [each.name for each in cluster.master.registry.members()]
+    assert names == certified  # also in the log of either side
     assert names[:2] == ["pi", "pi-2"]
     assert names[2].startswith("?[31mpi?xxx")
+    assert names[3] == names[2][:62] + "-2"
     assert len(names[2]) == 64
+
+
+async def test_a_caller_of_the_default_listener_is_known_by_its_own_address(
+    cluster: MadeCluster, tmp_path: Path
+) -> None:
+    """Not as ``::ffff:127.0.0.1``, and with the zone of a link-local one."""
+    async with inviting(cluster, host="0.0.0.0") as invitation:
+        await invitation.join(tmp_path / "peer")
+        await asyncio.wait_for(invitation.ended, TIMEOUT_S)
+    assert invitation.joined[0].address == "127.0.0.1:50051"
+    number, name = socket.if_nameindex()[0]
+    assert Endpoint(socket.AF_INET6, ("fe80::1", 1, 0, number)).host == f"fe80::1%{name}"
+
+
+async def test_a_device_that_does_not_finish_is_not_registered(
+    cluster: MadeCluster, tmp_path: Path
+) -> None:
+    _, request = new_request()
+    async with inviting(cluster) as invitation:
+        reader, writer, exchange, answer = await open_exchange(invitation.where)
+        writer.write(framed(exchange.request(answer, JoinRequest("kitchen", 1, request.decode()))))
+        await reader.readexactly(100)  # of the certificate
+        assert cluster.master.registry.find("kitchen")
+        writer.close()
+        with pytest.raises(IdentityError, match="did not finish"):
+            await asyncio.wait_for(invitation.ended, TIMEOUT_S)
+    assert not cluster.master.registry.members()
+    assert not invitation.joined
+    async with inviting(cluster) as invitation:
+        await invitation.join(tmp_path / "peer")
+        await asyncio.wait_for(invitation.ended, TIMEOUT_S)
+    assert invitation.joined[0].name == "kitchen"
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["deadline", "interrupted"])
+async def test_the_end_of_the_invitation_while_a_device_joins(
+    left: bool, cluster: MadeCluster, tmp_path: Path
+) -> None:
+    """The device has its time after the deadline; after an interruption it is not registered."""
+    asked, go = asyncio.Event(), asyncio.Event()
+    issue = issuer(cluster.master, None, lambda _: None)
+
+    @asynccontextmanager
+    async def slowly(request: JoinRequest, host: str) -> AsyncIterator[JoinReply]:
+        async with issue(request, host) as reply:
+            asked.set()
+            await go.wait()
+            yield reply
+
+    invitation = Invitation(CODE, slowly)
+    (endpoint,) = await invitation.listen(Address("127.0.0.1", 0))
+    accepting = asyncio.create_task(invitation._accept(invitation._listeners[0]))
+    where = f"127.0.0.1:{endpoint.where[1]}/{CODE}"
+    device = asyncio.create_task(join_cluster(Trust(PEER, tmp_path), where, "kitchen", 50_051))
+    await asyncio.wait_for(asked.wait(), TIMEOUT_S)
+    accepting.cancel()
+    ended = asyncio.create_task(invitation.joined(0.0))
+    for _ in range(5):  # the deadline passes
+        await asyncio.sleep(0)
+    if left:
+        ended.cancel()
+    else:
+        go.set()
+    results = await asyncio.gather(ended, device, return_exceptions=True)
+    if left:
+        assert isinstance(results[0], asyncio.CancelledError)
+        assert isinstance(results[1], PeerUnreachableError)
+        assert not cluster.master.registry.members()
+    else:
+        assert results == [None, None]
+        assert cluster.master.registry.find("kitchen")
 
 
 async def test_the_master_may_choose_the_name(cluster: MadeCluster, tmp_path: Path) -> None:

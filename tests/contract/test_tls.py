@@ -305,7 +305,7 @@ async def test_a_certificate_that_ends_soon_is_replaced_and_used_at_once(
     async with renewing(peer) as address:
         client = GrpcPeerClient(address, cluster.master)
         await client.call("Hello", b"", TIMEOUT_S)
-        await keep_up([client], cluster.master)
+        await keep_up(cluster.master, [client])
         await client.aclose()
         assert await client.call("Hello", b"", TIMEOUT_S) == b"Hello"
         assert client.certificate is not None
@@ -340,9 +340,25 @@ async def test_only_the_certificate_that_was_asked_for_is_taken(
                 with pytest.raises(PeerError, match="certificate"):
                     await answer
         before = peer.identity
-        assert await renew(client, cluster.master)
+        (member,) = cluster.master.registry.members()
+        assert await renew(client, cluster.master, member)
         assert peer.identity is not before
         await client.aclose()
+
+
+async def test_another_device_at_the_address_keeps_its_certificate(
+    cluster: MadeCluster, tmp_path: Path
+) -> None:
+    """It is asked nothing: the address that the register has may be somebody else's by now."""
+    peer = cluster.peer(tmp_path / "peer", "attic")
+    cluster.peer(tmp_path / "other", "kitchen")
+    kitchen, before = cluster.master.registry.find("kitchen"), peer.identity
+    async with serving(peer) as address:  # which would answer with nonsense
+        client = GrpcPeerClient(address, cluster.master)
+        with pytest.raises(IdentityError, match=r"attic \(.*\) answers there, expected kitchen \("):
+            await renew(client, cluster.master, kitchen)
+        await client.aclose()
+    assert peer.identity is before
 
 
 # -- links between workers ---------------------------------------------------------------------

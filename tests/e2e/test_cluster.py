@@ -159,6 +159,9 @@ def test_from_nothing_to_an_answer_and_what_a_wiretap_sees(model: Path, tmp_path
         assert code == 2
         assert f"the certificate of {name} was revoked" in err
         assert "revoked" in devices.good("master", "cluster", "list")
+        code, out, err = devices.run("master", "cluster", "rotate", name)
+        assert (code, out) == (2, "")
+        assert f"{name} was revoked on 20" in err
 
     with devices.peer("kitchen"):  # the certificate is kept
         pass

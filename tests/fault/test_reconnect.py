@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -16,14 +16,15 @@ import pytest
 
 from tests.support.plans import allow_one_plan
 from tpirt.cluster.worker import Worker
-from tpirt.engine import Engine, EngineOptions, driver
+from tpirt.engine import Engine, EngineOptions, connect, driver
 from tpirt.engine.sequence import Answer
 from tpirt.errors import PeerLostError, PeerUnreachableError, RequestError, TpirtError
+from tpirt.identity.trust import Trust
 from tpirt.testing.cluster import MemoryPeerClient, memory_engine
 from tpirt.testing.drafters import KnownAnswers
 from tpirt.testing.faults import Fault, FaultyChannel
 from tpirt.testing.processes import PeerProcess, killed_at_exit, start_cli, wait_for
-from tpirt.transport.base import Channel
+from tpirt.transport.base import Channel, PeerClient
 from tpirt.transport.memory import MemoryChannel
 from tpirt.types import (
     LOST,
@@ -48,11 +49,13 @@ class Forgetful(FaultyChannel):
 
     def __init__(self, inner: Channel):
         super().__init__(inner, Fault.SILENCE, kind="none")
+        self.closed = False
 
     def forget(self) -> None:
         self.fired.set()
 
     async def aclose(self) -> None:
+        self.closed = True
         if not self.fired.is_set():
             await super().aclose()
 
@@ -336,6 +339,32 @@ async def test_losses_while_all_logits_are_computed(
         peers[0].lose()
         assert await engine.loss(PROMPT) == loss
         await check(engine, expected)
+
+
+async def test_certificates_are_kept_up_in_every_group(
+    model: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of spares too; and what fails meanwhile leaves no group behind."""
+    groups: list[list[str]] = []
+
+    async def keep_up(_: Trust, clients: Sequence[PeerClient]) -> None:
+        groups.append([client.peer_id for client in clients])
+        if len(groups) == 1:
+            raise KeyError("a bug")
+
+    monkeypatch.setattr(connect, "keep_up", keep_up)
+    peer, spare = (Peer(rank, store, []) for rank in (1, 2))
+    peer.reachable.clear()
+    options = EngineOptions(threads=1, dtype="float32", store=store)
+    async with asyncio.timeout(25):
+        with pytest.raises(KeyError):
+            async with Engine.connect(model, options, peers=[peer], spares=[spare]):
+                pass
+        assert spare.opened[0][0].closed
+        async with Engine.connect(model, options, peers=[peer], spares=[spare]) as engine:
+            spare.lose()
+            await engine.complete(PROMPT, PARAMS)
+    assert groups == 3 * [[spare.peer_id]]
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["with its slice", "without its slice"])

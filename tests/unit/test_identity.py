@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -141,14 +142,20 @@ def test_a_device_is_found_by_name_or_identity(cluster: MadeCluster, tmp_path: P
     assert not registry.find("pi").address
 
 
+def test_a_second_revocation_keeps_the_date(cluster: MadeCluster, tmp_path: Path) -> None:
+    cluster.peer(tmp_path / "peer")
+    registry = cluster.master.registry
+    registry._change(registry.find("kitchen").identity, lambda each: replace(each, revoked="2020"))
+    assert registry.revoke("kitchen").revoked == "2020"
+    assert registry.find("kitchen").revoked == "2020"
+
+
 def test_changes_at_the_same_time_are_all_kept(cluster: MadeCluster, tmp_path: Path) -> None:
-    certificates = [
-        cluster.identity(tmp_path / f"{number}.pem", PEER).certificate for number in range(8)
-    ]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda each: cluster.master.registry.add(each, ""), certificates))
+        peers = list(pool.map(lambda number: cluster.peer(tmp_path / str(number)), range(8)))
     members = cluster.master.registry.members()
-    assert {each.identity for each in members} == {c.subject.identity for c in certificates}
+    names = {each.identity.subject.identity: each.identity.certificate.name for each in peers}
+    assert {each.identity: each.name for each in members} == names
     assert len({each.name for each in members}) == 8
 
 

@@ -15,14 +15,13 @@ from tpirt.cli.options import (
     run_async,
 )
 from tpirt.errors import IdentityError, TpirtError
-from tpirt.transport.address import Address
+from tpirt.transport.address import DEFAULT_JOIN_PORT, Address
 
 if TYPE_CHECKING:
     from tpirt.identity.registry import Member
     from tpirt.identity.trust import Trust
     from tpirt.transport.address import Endpoint
 
-_JOIN_PORT = 50050
 _MOST_SHOWN = 4  # addresses of this device
 
 
@@ -49,10 +48,10 @@ def add_command(commands: Commands) -> None:
     invite.add_argument("--name", help="of the device (default: its host name)")
     invite.add_argument(
         "--listen",
-        type=lambda text: address(text, lowest_port=0, default_port=_JOIN_PORT),
-        default=Address("0.0.0.0", _JOIN_PORT),
+        type=lambda text: address(text, lowest_port=0, default_port=DEFAULT_JOIN_PORT),
+        default=Address("0.0.0.0", DEFAULT_JOIN_PORT),
         metavar="HOST[:PORT]",
-        help=f"where the device connects (default: all addresses, port {_JOIN_PORT})",
+        help=f"where the device connects (default: all addresses, port {DEFAULT_JOIN_PORT})",
     )
     invite.add_argument(
         "--minutes",
@@ -169,19 +168,24 @@ async def _rotated(arguments: argparse.Namespace) -> None:
 
     trust = _trust(arguments)
     authority, registry = authority_of(trust), trust.registry
-    chosen = [registry.find(arguments.device)] if arguments.device else registry.members()
+    chosen = [each for each in registry.members() if not each.revoked]
+    if arguments.device:
+        chosen = [registry.find(arguments.device)]
+        if date := chosen[0].revoked[:10]:
+            raise IdentityError(
+                f"{chosen[0].name} was revoked on {date}, so its certificate is not replaced; "
+                "invite it again with `tpirt cluster invite`"
+            )
     if not arguments.device and (own := trust.identity) is not None:
         path = trust.folder / IDENTITY_FILE
         trust.replace(authority.issue_own(path, own.subject.identity))
         print("master: replaced")
     failed = []
     for member in chosen:
-        if member.revoked:
-            continue
         try:
             client = client_of(member.identity, trust)
             try:
-                until = (await renew(client, trust)).expires
+                until = (await renew(client, trust, member)).expires
             finally:
                 await client.aclose()
             print(f"{member.name}: replaced, until {until:%Y-%m-%d}")

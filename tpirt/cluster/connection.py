@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from tpirt.cancellation import finish
 from tpirt.cluster.group import Group, engine_closed
@@ -45,6 +45,10 @@ def _do_nothing(*_: object) -> None:
     pass
 
 
+async def _wait_for_nothing(_: object) -> None:
+    pass
+
+
 def _always() -> bool:
     return True
 
@@ -54,6 +58,7 @@ class Connection:
 
     Attributes:
         on_plan: called with the first plan, before weights are loaded.
+        on_formed: awaited with the workers of each group; if it fails, the group is closed.
         on_broken: called when a group breaks.
         recoveries: how losses were survived, oldest first.
     """
@@ -82,6 +87,7 @@ class Connection:
             timeout_s: longest silence of a peer.
         """
         self.on_plan: Callable[[Deployment], None] = _do_nothing
+        self.on_formed: Callable[[Sequence[PeerClient]], Awaitable[None]] = _wait_for_nothing
         self.on_broken: Callable[[], None] = _do_nothing
         self.recoveries: list[Recovery] = []
         self._peers = peers
@@ -296,6 +302,7 @@ class Connection:
         group = Group(clients, self._master, self._timeout_s, progress, self._tell_broken)
         try:
             await group.form(deployment, manifests, stored, self._store)
+            await self.on_formed(clients)
         except BaseException:
             await finish(group.aclose())
             raise

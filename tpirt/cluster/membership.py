@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
+from tpirt.cancellation import finish, in_thread
 from tpirt.errors import IdentityError
 from tpirt.identity.authority import Authority
 from tpirt.identity.certificates import Certificate, Identity, new_request
@@ -15,7 +18,7 @@ from tpirt.identity.names import PEER, random_id
 from tpirt.identity.registry import Member
 from tpirt.identity.trust import AUTHORITY_FILE, IDENTITY_FILE, Trust
 from tpirt.transport.address import Address
-from tpirt.transport.joining import join
+from tpirt.transport.joining import Issue, join
 
 _log = logging.getLogger("tpirt.peer")
 
@@ -53,26 +56,36 @@ def authority_of(trust: Trust) -> Authority:
     return authority
 
 
-def issuer(
-    trust: Trust, name: str | None, joined: Callable[[Member], None]
-) -> Callable[[JoinRequest, str], JoinReply]:
+def issuer(trust: Trust, name: str | None, joined: Callable[[Member], None]) -> Issue:
     """Return what answers a device that knows the code; ``joined`` is called with what it became.
 
-    ``name`` is its name, by default what it calls itself.
+    ``name`` is its name, by default what it calls itself. It is in the register until the block
+    fails.
     """
-    authority = authority_of(trust)
+    authority, registry = authority_of(trust), trust.registry
 
-    def issue(request: JoinRequest, host: str) -> JoinReply:
-        certificate = authority.issue(
-            request.request.encode(), PEER, name or request.name, random_id()
-        )
+    def register(request: JoinRequest, host: str) -> tuple[Member, Certificate]:
+        def issue(free: str) -> Certificate:
+            return authority.issue(request.request.encode(), PEER, free, random_id())
+
         mapped = getattr(ipaddress.ip_address(host), "ipv4_mapped", None)  # of a socket for both
         host = str(mapped or host)
         address = str(Address(host, request.port)) if 0 < request.port < 65536 else ""
-        joined(trust.registry.add(certificate, address))
-        return JoinReply(certificate.pem.decode(), authority.pem.decode(), authority.name)
+        return registry.add(name or request.name, issue, address)
 
-    return issue
+    @asynccontextmanager
+    async def issued(request: JoinRequest, host: str) -> AsyncIterator[JoinReply]:
+        registering = asyncio.create_task(asyncio.to_thread(register, request, host))
+        try:
+            _, certificate = await finish(registering)
+            yield JoinReply(certificate.pem.decode(), authority.pem.decode(), authority.name)
+        except BaseException:
+            if registering.done() and not registering.exception():
+                await in_thread(registry.remove, registering.result()[0].identity)
+            raise
+        joined(registering.result()[0])
+
+    return issued
 
 
 async def join_cluster(trust: Trust, where: str, name: str, port: int) -> None:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from tpirt.errors import IdentityError, TpirtError
 from tpirt.identity.names import PEER
-from tpirt.identity.trust import AUTHORITY_FILE, Trust
+from tpirt.identity.trust import Trust
 from tpirt.protocol.messages import RenewReply, RenewRequest, decode_call, encode_call
 
 if TYPE_CHECKING:
     from tpirt.identity.certificates import Certificate
+    from tpirt.identity.registry import Member
     from tpirt.transport.base import PeerClient
 
 _PATIENCE_S = 20.0
@@ -49,44 +50,53 @@ class Renewal:
         return RenewReply()
 
 
-async def renew(client: PeerClient, trust: Trust) -> Certificate:
+async def renew(client: PeerClient, trust: Trust, member: Member) -> Certificate:
     """Have a peer replace its key and certificate; it keeps its identity.
 
     Raises:
-        IdentityError: this device has no authority, or the peer refuses.
+        IdentityError: this device has no authority, or another device than ``member`` answers.
         PeerError, PeerUnreachableError: it cannot, or does not answer.
     """
-    from tpirt.identity.authority import Authority
+    from tpirt.cluster.membership import authority_of
 
-    authority = await asyncio.to_thread(Authority.load, trust.folder / AUTHORITY_FILE)
-    if authority is None:
-        raise IdentityError(f"{trust.folder}: no authority; make one with `tpirt cluster init`")
+    authority = await asyncio.to_thread(authority_of, trust)
+    await client.connect()
+    if (shown := client.certificate) is None:
+        raise IdentityError(f"peer {client.peer_id}: it shows no certificate")
+    if (identity := shown.subject.identity) != member.identity:
+        raise IdentityError(
+            f"peer {client.peer_id}: {shown.name} ({identity}) answers there, expected "
+            f"{member.name} ({member.identity}); use {member.name} once with --peers, so that its "
+            "address becomes known"
+        )
 
     async def ask(request: RenewRequest) -> RenewReply:
         answer = await client.call("Renew", encode_call(request), _PATIENCE_S)
         return decode_call(RenewReply, answer, client.peer_id)
 
     request = (await ask(RenewRequest())).request
-    if (shown := client.certificate) is None:
-        raise IdentityError(f"peer {client.peer_id}: it shows no certificate")
-    certificate = authority.issue(request, PEER, shown.name, shown.subject.identity)
+    certificate = authority.issue(request, PEER, shown.name, identity)
     await ask(RenewRequest(certificate=certificate.pem))
     await asyncio.to_thread(trust.registry.renewed, certificate)
     return certificate
 
 
-async def keep_up(clients: Iterable[PeerClient], trust: Trust) -> None:
+async def keep_up(trust: Trust, clients: Iterable[PeerClient]) -> None:
     """Record where peers were met, and replace certificates that end soon.
 
     What fails is logged: they are good for some days more.
     """
-    for client in clients:
-        if (shown := client.certificate) is None:
-            continue
-        try:
-            await asyncio.to_thread(trust.registry.met, shown.subject.identity, client.address)
-            if shown.is_due:
-                until = (await renew(client, trust)).expires
-                _log.info(f"peer {client.peer_id}: new certificate, until {until:%Y-%m-%d}")
-        except TpirtError as exc:
-            _log.warning(f"peer {client.peer_id}: its certificate was not replaced: {exc}")
+    await asyncio.gather(*(_keep_up(trust, client) for client in clients))
+
+
+async def _keep_up(trust: Trust, client: PeerClient) -> None:
+    if (shown := client.certificate) is None:
+        return
+    try:
+        identity = shown.subject.identity
+        member = await asyncio.to_thread(trust.registry.met, identity, client.address)
+        if shown.is_due:
+            until = (await renew(client, trust, member)).expires
+            _log.info(f"peer {client.peer_id}: new certificate, until {until:%Y-%m-%d}")
+    except TpirtError as exc:
+        _log.warning(f"peer {client.peer_id}: its certificate was not replaced: {exc}")

@@ -109,6 +109,7 @@ class _Host:
 
     model: Model
     options: EngineOptions
+    trust: Trust
     store: SliceStore
     threads: int
     progress: ProgressCallback
@@ -126,7 +127,8 @@ async def _prepared(
         await load_async()  # may compile kernels: before local peers need them
         root = Path(options.store or model.store or default_store())
         store = SliceStore(root, options.store_limit_bytes)
-        yield _Host(model, options, store, threads, progress)
+        trust = Trust(MASTER, options.identity, insecure=options.insecure)
+        yield _Host(model, options, trust, store, threads, progress)
 
 
 @asynccontextmanager
@@ -137,7 +139,6 @@ async def _clients(
 
     Those made here are closed here.
     """
-    options = host.options
     async with AsyncExitStack() as stack:
         if local > 1:
             host.progress(Progress("starting peers", 0, local - 1, "peers"))
@@ -145,7 +146,7 @@ async def _clients(
             peers = (await stack.enter_async_context(started)).addresses
             host.progress(Progress("starting peers", local - 1, local - 1, "peers"))
         # Our own workers are on loopback, where nothing is proved.
-        trust = LOCAL if local > 1 else Trust(MASTER, options.identity, insecure=options.insecure)
+        trust = LOCAL if local > 1 else host.trust
         clients: list[PeerClient] = []
         for peer in peers:
             if isinstance(peer, str):
@@ -180,10 +181,10 @@ async def _formed(
         secrets.randbits(63),
         options.timeout_s,
     )
+    connection.on_formed = partial(keep_up, host.trust)
     if on_plan is not None:
         connection.on_plan = on_plan
     await connection.form(host.progress)
-    await keep_up(clients, Trust(MASTER, options.identity, insecure=options.insecure))
     try:
         yield connection
     finally:

@@ -22,15 +22,15 @@ from tpirt.identity.names import Subject
 from tpirt.printable import printable_line
 
 RENEW_BEFORE = timedelta(days=30)
+NAME_LIMIT = 64  # of an X.509 common name
 
-_NAME_LIMIT = 64  # of an X.509 common name
 _NAME = NameOID.COMMON_NAME
 UNUSABLE = (ValueError, TypeError, x509.ExtensionNotFound, x509.DuplicateExtension)
 
 
 def clean_name(text: str) -> str:
     """Make a name that others gave fit for a certificate, a table and a terminal."""
-    return printable_line(text).strip()[:_NAME_LIMIT] or "unnamed"
+    return printable_line(text).strip()[:NAME_LIMIT] or "unnamed"
 
 
 class Certificate:

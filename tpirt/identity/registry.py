@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 
 from tpirt.errors import IdentityError
-from tpirt.identity.certificates import Certificate
+from tpirt.identity.certificates import NAME_LIMIT, Certificate, clean_name
 from tpirt.identity.folder import read, write_private
 from tpirt.locks import Lock, lock
 
@@ -101,31 +102,41 @@ class Registry:
             "again with `tpirt cluster invite`"
         )
 
-    def add(self, certificate: Certificate, address: str) -> Member:
-        """Record a new device; a name that is taken gets a number."""
+    def add(
+        self, name: str, issue: Callable[[str], Certificate], address: str
+    ) -> tuple[Member, Certificate]:
+        """Record a new device, whose certificate is issued under the name that it is given.
+
+        A name that is taken gets a number.
+
+        Raises: as ``issue``.
+        """
         with self._changing() as members:
-            taken = {each.name for each in members}
-            name, number = certificate.name, 1
-            while name in taken:
-                number += 1
-                name = f"{certificate.name}-{number}"
+            certificate = issue(_free(name, {each.name for each in members}))
             member = Member(
-                name,
+                certificate.name,
                 certificate.subject.identity,
                 joined=_now(),
                 expires=_date(certificate.expires),
                 address=address,
             )
             members.append(member)
-        return member
+        return member, certificate
+
+    def remove(self, identity: str) -> None:
+        """Forget a device that did not finish joining."""
+        with self._changing() as members:
+            members[:] = [each for each in members if each.identity != identity]
 
     def revoke(self, name: str) -> Member:
-        """Refuse a device from now on.
+        """Refuse a device from now on; one that is refused already keeps its date.
 
         Raises:
             IdentityError: there is none of that name.
         """
-        return self._change(self.find(name).identity, lambda each: replace(each, revoked=_now()))
+        return self._change(
+            self.find(name).identity, lambda each: replace(each, revoked=each.revoked or _now())
+        )
 
     def renewed(self, certificate: Certificate) -> Member:
         """Record a device's next certificate."""
@@ -134,10 +145,13 @@ class Registry:
             certificate.subject.identity, lambda each: replace(each, expires=expires)
         )
 
-    def met(self, identity: str, address: str) -> None:
-        """Record where a device was met, now."""
-        if any(each.identity == identity for each in self.members()):
-            self._change(identity, lambda each: replace(each, address=address, met=_now()))
+    def met(self, identity: str, address: str) -> Member:
+        """Record where a device was met, now.
+
+        Raises:
+            IdentityError: there is none of that identity.
+        """
+        return self._change(identity, lambda each: replace(each, address=address, met=_now()))
 
     def _change(self, identity: str, change: Callable[[Member], Member]) -> Member:
         with self._changing() as members:
@@ -170,6 +184,16 @@ class Registry:
                 raise IdentityError(f"{self._path}: another tpirt has been changing it; try again")
             time.sleep(_RETRY_S)
         return held
+
+
+def _free(name: str, taken: Container[str]) -> str:
+    name = free = clean_name(name)
+    for number in count(2):
+        if free not in taken:
+            break
+        end = f"-{number}"
+        free = name[: NAME_LIMIT - len(end)] + end
+    return free
 
 
 def _now() -> str:

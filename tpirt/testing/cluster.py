@@ -68,6 +68,9 @@ class MemoryPeerClient:
         self._channels: list[Channel] = []
         self._sessions: list[asyncio.Task[None]] = []
 
+    async def connect(self) -> None:
+        """See :class:`tpirt.transport.base.PeerClient`."""
+
     async def call(self, method: str, request: bytes, timeout_s: float) -> bytes:
         """See :class:`tpirt.transport.base.PeerClient`."""
         try:

@@ -27,8 +27,10 @@ class MadeCluster:
 
     def peer(self, folder: Path, name: str = "kitchen", valid: timedelta = VALID) -> Trust:
         """Give a device an identity as a peer."""
-        certificate = self.identity(folder / PEER / IDENTITY_FILE, PEER, name, valid).certificate
-        self.master.registry.add(certificate, "")
+        path = folder / PEER / IDENTITY_FILE
+        self.master.registry.add(
+            name, lambda free: self.identity(path, PEER, free, valid).certificate, ""
+        )
         return Trust(PEER, folder)
 
     def identity(

@@ -21,6 +21,7 @@ import psutil
 from tpirt.errors import ConfigError
 
 DEFAULT_PORT = 50051
+DEFAULT_JOIN_PORT = 50050  # of an invitation
 
 _BRACKETED = re.compile(r"\[([^][\s/]+)\](?::([0-9]{1,5}))?")
 _PLAIN = re.compile(r"([^][\s/:]*[^][\s/:0-9][^][\s/:]*)(?::([0-9]{1,5}))?")  # 50051 is no host
@@ -80,8 +81,11 @@ class Endpoint(NamedTuple):
 
     @property
     def host(self) -> str:
-        """The address in digits, with its zone."""
-        return socket.getnameinfo(self.where, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
+        """The address in digits, with its zone; that of an IPv4 caller on ``::`` as IPv4."""
+        flags = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
+        host: str = socket.getnameinfo(self.where, flags)[0]
+        mapped = getattr(ipaddress.ip_address(host), "ipv4_mapped", None)
+        return str(mapped or host)
 
     @property
     def is_loopback(self) -> bool:

@@ -124,6 +124,14 @@ class PeerClient(Protocol):
     address: str
     certificate: Certificate | None
 
+    async def connect(self) -> None:
+        """Learn who answers, before anything is asked; else the first call does it.
+
+        Raises:
+            PeerUnreachableError: nobody answers.
+            IdentityError: not a peer of this cluster.
+        """
+
     async def call(self, method: str, request: bytes, timeout_s: float) -> bytes:
         """Make one request.
 

@@ -140,6 +140,10 @@ class GrpcPeerClient:
             uri, client_credentials(identity), options=(*OPTIONS, pinned)
         )
 
+    async def connect(self) -> None:
+        """See :class:`tpirt.transport.base.PeerClient`."""
+        await self._connected()
+
     async def call(self, method: str, request: bytes, timeout_s: float) -> bytes:
         """See :class:`tpirt.transport.base.PeerClient`."""
         loop = asyncio.get_running_loop()
@@ -220,12 +224,15 @@ class GrpcPeerClient:
         if connection is not None:
             await connection.close(grace=None)
 
-    async def _open(self, method: str) -> Channel:
-        """Make a call, and the connection for its frames if there can be one."""
+    async def _connected(self) -> grpc.aio.Channel:
         try:
-            connection = await self._channel()
+            return await self._channel()
         except grpc.aio.AioRpcError as exc:
             raise unreachable(self._address, exc, CONNECT_S) from exc
+
+    async def _open(self, method: str) -> Channel:
+        """Make a call, and the connection for its frames if there can be one."""
+        connection = await self._connected()
         protected = self.certificate is not None
         call = connection.stream_stream(f"/{_SERVICE}/{method}")(
             metadata=((_CIPHER, await _cipher()),) if protected else None
@@ -428,7 +435,7 @@ class GrpcPeerServer:
             done, _ = await asyncio.wait(
                 either, timeout=_SPEAK_S, return_when=asyncio.FIRST_COMPLETED
             )
-        except asyncio.CancelledError:
+        except BaseException:
             self._listener.withdraw(connected)
             raise
         if connected in done and spoken not in done:

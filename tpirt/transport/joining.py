@@ -10,6 +10,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 
 from tpirt.errors import IdentityError, PeerUnreachableError, TransportError
 from tpirt.identity.join import (
@@ -28,11 +29,9 @@ from tpirt.transport.address import Address, Endpoint, resolve
 from tpirt.transport.backlog import Backlog
 from tpirt.transport.reach import race, reach
 
-DEFAULT_JOIN_PORT = 50050
-
 _log = logging.getLogger("tpirt.cluster")
 
-Issue = Callable[[JoinRequest, str], JoinReply]
+Issue = Callable[[JoinRequest, str], AbstractAsyncContextManager[JoinReply]]
 
 _PLACES = 16  # callers at a time; the oldest of the host that has most of them gives way
 _PATIENCE_S = 10.0  # with one of them
@@ -51,7 +50,8 @@ class Invitation:
 
         Args:
             code: as :func:`~tpirt.identity.join.new_code` draws it.
-            issue: makes the certificate for a request from a host; called in a thread.
+            issue: makes the certificate for a request from a host; it is taken back if the block
+                fails, in which the device keeps it.
         """
         self._code = read_code(code)
         self._issue = issue
@@ -88,12 +88,12 @@ class Invitation:
         """
         accepting = [asyncio.create_task(self._accept(each)) for each in self._listeners]
         try:
-            async with asyncio.timeout(patience_s):
-                await asyncio.shield(self._ended)
-        except TimeoutError:
-            raise IdentityError(
-                f"no device has joined within {patience_s / 60:g} minutes; the code is void"
-            ) from None
+            await asyncio.wait({self._ended}, timeout=patience_s)
+            if not (self._ended.done() or self._used):
+                raise IdentityError(
+                    f"no device has joined within {patience_s / 60:g} minutes; the code is void"
+                )
+            await asyncio.shield(self._ended)  # the device that is being welcomed has its time
         finally:
             for task in (*accepting, *self._tasks):
                 task.cancel()
@@ -115,7 +115,8 @@ class Invitation:
                 continue
             connection.setblocking(False)
             await asyncio.sleep(0)  # a flood of connections must not starve the loop
-            task = asyncio.create_task(self._serve(connection, where[0].partition("%")[0]))
+            host = Endpoint(listener.family, where).host
+            task = asyncio.create_task(self._serve(connection, host))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -161,8 +162,7 @@ class Invitation:
         """Give a device that knows the code its certificate; the code is void, whatever follows."""
         failure: IdentityError | None = None
         try:
-            async with asyncio.timeout(_PATIENCE_S):
-                reply = await asyncio.to_thread(self._issue, request, host)
+            async with self._issue(request, host) as reply, asyncio.timeout(_PATIENCE_S):
                 await _send(connection, exchange.reply(reply))
                 if not exchange.kept(await _receive(connection)):
                     raise IdentityError("the device did not say that it has kept it")

@@ -199,7 +199,7 @@ def test_a_peer_dies_during_an_answer(start: Start) -> None:
     worker.kill()
     chat.expect(r"peer ([^\s:]+:\d+): connection lost")
     peer = chat.match[1]
-    chat.expect(f"reconnected to 0 peers; by another plan, without {peer}")
+    chat.expect(f"no peer is left; by another plan, without {peer}")
     chat.expect(r"going on after [\d.]+ s: [\d.]+ s to notice, [\d.]+ s to form")
     chat.expect(ANSWER)
     chat.send(CTRL_C)

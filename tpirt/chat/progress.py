@@ -279,7 +279,8 @@ def _write_line(stream: TextIO, line: str) -> None:
 
 def _reconnected(progress: Progress) -> str:
     peers = f"{progress.total} peer" + "s" * (progress.total != 1)
-    return f"reconnected to {peers}" + (f"; {progress.detail}" if progress.detail else "")
+    done = f"reconnected to {peers}" if progress.total else "no peer is left"
+    return done + (f"; {progress.detail}" if progress.detail else "")
 
 
 _NOTES: dict[str, Callable[[Progress], str]] = {

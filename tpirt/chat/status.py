@@ -52,7 +52,9 @@ class Timing:
             return "no token yet"
         first = f"TTFT {self.ttft_s:.2f} s"
         rate = self.tokens_per_s
-        return first if rate is None else f"{first}, {rate:.3g} tokens/s"
+        if rate is None:
+            return first
+        return f"{first}, {rate:.0f} tokens/s" if rate >= 100 else f"{first}, {rate:.3g} tokens/s"
 
 
 def stats_table(ranks: Iterable[RankStats], columns: int | None = None) -> list[str]:

@@ -109,7 +109,7 @@ async def _invited(arguments: argparse.Namespace) -> None:
     print(f"On the device that is to join, within {arguments.minutes:g} minutes:\n")
     for where in _reached_at(bound):
         print(f"  tpirt peer --join {where}/{code}")
-    print(flush=True)
+    print("\n(in a clone of tpirt: scripts/launch_peer.sh instead of tpirt peer)", flush=True)
     await invitation.joined(60 * arguments.minutes)
     print(f"{members[0].name} has joined ({members[0].identity})\nnext: tpirt chat --discover")
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 
 import pytest
 
+from tpirt.cluster.membership import found
 from tpirt.errors import IdentityError
 from tpirt.identity.authority import Authority
 from tpirt.identity.certificates import Certificate, Identity, new_request
@@ -160,8 +161,37 @@ def test_changes_at_the_same_time_are_all_kept(cluster: MadeCluster, tmp_path: P
 
 
 def test_insecure_by_the_environment(cluster: MadeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    for value, insecure in (("1", True), ("0", False), ("", False)):
+    values = [("1", True), (" ON", True), ("0", False), ("", False), (" ", False), ("off", False)]
+    for value, insecure in values:
         monkeypatch.setenv("TPIRT_INSECURE", value)
         trust = Trust(MASTER, cluster.folder)
         assert trust.insecure is insecure
         assert (trust.identity is None) is insecure
+    monkeypatch.setenv("TPIRT_INSECURE", "maybe")
+    with pytest.raises(IdentityError, match="'maybe': expected 1, or 0"):
+        Trust(MASTER, cluster.folder)
+
+
+def test_a_certificate_that_was_issued_while_the_clock_was_ahead_is_good(
+    cluster: MadeCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ahead(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Ahead:
+            return super().now(tz) + timedelta(days=1000)
+
+    monkeypatch.setattr("tpirt.identity.authority.datetime", Ahead)
+    issued = cluster.identity(tmp_path / "identity.pem", PEER).certificate
+    assert issued._parsed.not_valid_before_utc <= datetime.now(UTC) < issued.expires
+
+
+def test_half_a_cluster_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(identity: Identity) -> None:
+        raise IdentityError("no space left on the device")
+
+    trust = Trust(MASTER, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(Identity, "save", full)
+        with pytest.raises(IdentityError, match="no space"):
+            found(trust, "home")
+    assert found(trust, "home").certificate.name == "home"

@@ -14,8 +14,10 @@ from tpirt.cluster import roster
 from tpirt.cluster.roster import hello, other_versions, profiles, this_peer
 from tpirt.cluster.worker import Worker
 from tpirt.errors import HandshakeError, PeerUnreachableError
+from tpirt.identity.certificates import Certificate
 from tpirt.planning import PeerProfile
 from tpirt.protocol.messages import PROTOCOL_VERSION, HelloReply, decode_call, encode_call
+from tpirt.testing.identities import MadeCluster
 from tpirt.transport.base import Channel
 from tpirt.version import __version__
 from tpirt.weights.store import SliceStore
@@ -26,7 +28,7 @@ class Client:
 
     def __init__(self, address: str, worker: Worker, **changes: Any):
         self.peer_id = self.address = address
-        self.certificate = None
+        self.certificate: Certificate | None = None
         self._worker = worker
         self._changes = changes
 
@@ -69,6 +71,21 @@ async def test_a_peer_that_is_given_twice_is_refused(tmp_path: Path) -> None:
     one = worker(tmp_path)
     clients = [Client("kitchen:1", one), Client("attic:1", worker(tmp_path)), Client("pi:1", one)]
     with pytest.raises(HandshakeError, match="peer pi:1: is the same process as kitchen:1"):
+        await profile_peers(clients)
+
+
+async def test_an_identity_on_two_devices_is_refused(tmp_path: Path) -> None:
+    """On one device, several peers may share it."""
+    shown = MadeCluster(tmp_path / "master").peer(tmp_path / "peer").identity
+    assert shown is not None
+    clients = [
+        Client(name, worker(tmp_path), host_id=host)
+        for name, host in (("a:1", "one"), ("a:2", "one"), ("b:1", "two"))
+    ]
+    for client in clients:
+        client.certificate = shown.certificate
+    assert len(await profile_peers(clients[:2])) == 3
+    with pytest.raises(HandshakeError, match="peer b:1: has the key and certificate of a:1"):
         await profile_peers(clients)
 
 

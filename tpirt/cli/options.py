@@ -156,10 +156,17 @@ def add_identity_option(group: Group) -> None:
     """Add ``--identity``."""
     group.add_argument(
         "--identity",
+        type=_folder,
         metavar="DIR",
         help="folder of this user's keys and certificates (default $TPIRT_IDENTITY, or "
         "~/.config/tpirt)",
     )
+
+
+def _folder(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, got an empty name")
+    return text
 
 
 def add_search_options(group: Group) -> None:
@@ -250,9 +257,9 @@ def add_format_options(group: Group) -> None:
         "--quantize",
         default="none",
         metavar="HOW",
-        help="quantize weights: int8, int4 or nl4 (int4 with unequal steps: closer, slower); "
-        "auto (where the peers are known) takes the first of none, int8 and int4 that fits their "
-        "memory (default none)",
+        help="quantize weights: int8, int4 or nl4 (int4 with unequal steps: see the page on "
+        "quantization); auto (where the peers are known) takes the first of none, int8 and int4 "
+        "that fits their memory (default none)",
     )
 
 

@@ -17,7 +17,7 @@ from tpirt.identity.join import JoinReply, JoinRequest
 from tpirt.identity.names import PEER, random_id
 from tpirt.identity.registry import Member
 from tpirt.identity.trust import AUTHORITY_FILE, IDENTITY_FILE, Trust
-from tpirt.transport.address import Address
+from tpirt.transport.address import DEFAULT_JOIN_PORT, Address
 from tpirt.transport.joining import Issue, join
 
 _log = logging.getLogger("tpirt.peer")
@@ -37,8 +37,12 @@ def found(trust: Trust, name: str) -> Identity:
         )
     authority = Authority.create(name)
     authority.save(path)
-    identity = authority.issue_own(trust.folder / IDENTITY_FILE, random_id())
-    identity.save()
+    try:
+        identity = authority.issue_own(trust.folder / IDENTITY_FILE, random_id())
+        identity.save()
+    except IdentityError:
+        path.unlink()  # not half a cluster
+        raise
     return identity
 
 
@@ -101,7 +105,7 @@ async def join_cluster(trust: Trust, where: str, name: str, port: int) -> None:
         ConfigError: not a host and port.
         IdentityError, PeerUnreachableError: it failed.
     """
-    address, slash, code = where.rpartition("/")
+    host, slash, code = where.rpartition("/")
     if not slash:
         raise IdentityError(f"{where!r}: expected HOST:PORT/CODE, as `tpirt cluster invite` shows")
     key, request = new_request()
@@ -119,7 +123,12 @@ async def join_cluster(trust: Trust, where: str, name: str, port: int) -> None:
             f"{certificate.expires:%Y-%m-%d} ({path})"
         )
 
-    await join(Address.parse(address), code, JoinRequest(name, port, request.decode()), keep)
+    await join(
+        Address.parse(host, default_port=DEFAULT_JOIN_PORT),
+        code,
+        JoinRequest(name, port, request.decode()),
+        keep,
+    )
 
 
 def days_left(member: Member) -> int:

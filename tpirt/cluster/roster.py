@@ -227,6 +227,16 @@ def _check_distinct(workers: Sequence[tuple[PeerClient, HelloReply]]) -> None:
             raise HandshakeError(
                 f"peer {client.peer_id}: is the same process as {other}; give one of the addresses"
             )
+    devices: dict[str, tuple[str, str]] = {}
+    for client, reply in workers:
+        if (shown := client.certificate) is None:
+            continue
+        other, host = devices.setdefault(shown.subject.identity, (client.peer_id, reply.host_id))
+        if host != reply.host_id:
+            raise HandshakeError(
+                f"peer {client.peer_id}: has the key and certificate of {other}; each device joins "
+                "by an invitation of its own"
+            )
 
 
 def _now_s() -> float:

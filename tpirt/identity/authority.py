@@ -125,6 +125,9 @@ class Authority:
                 self._parsed.subject,
                 public,
                 valid,
+                # Not from now on: one that was issued while the clock was ahead would be good for
+                # nothing once it is right again.
+                self._parsed.not_valid_before_utc,
             )
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(digital_signature=True), critical=True)
@@ -147,8 +150,13 @@ class Authority:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, public: ec.EllipticCurvePublicKey, valid: timedelta
+    subject: x509.Name,
+    issuer: x509.Name,
+    public: ec.EllipticCurvePublicKey,
+    valid: timedelta,
+    since: datetime | None = None,
 ) -> x509.CertificateBuilder:
+    """``since``: when it becomes valid, by default some days ago."""
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()
@@ -156,7 +164,7 @@ def _builder(
         .issuer_name(issuer)
         .public_key(public)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _BACKDATED)
+        .not_valid_before(since or now - _BACKDATED)
         .not_valid_after(now + valid)
     )
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tpirt.identity.registry import Registry
 
 INSECURE = "TPIRT_INSECURE"
+_ON, _OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 IDENTITY_FILE, AUTHORITY_FILE, REGISTRY_FILE = "identity.pem", "authority.pem", "members.json"
 
 
@@ -30,9 +31,12 @@ class Trust:
         """Use the identity for ``role`` in ``folder``, by default this user's.
 
         ``insecure`` uses none, beyond loopback as well; so does ``TPIRT_INSECURE=1``.
+
+        Raises:
+            IdentityError: ``TPIRT_INSECURE`` is neither on nor off.
         """
         self.role = role
-        self.insecure = insecure or os.environ.get(INSECURE, "0") not in ("", "0")
+        self.insecure = insecure or _insecure_by_environment()
         self._given = folder
 
     @property
@@ -90,6 +94,16 @@ class Trust:
         """
         if self.role == MASTER:
             self.registry.check(certificate)
+
+
+def _insecure_by_environment() -> bool:
+    """Whether ``TPIRT_INSECURE`` is on; what is neither on nor off is refused."""
+    text = os.environ.get(INSECURE, "")
+    if (value := text.strip().lower()) in _OFF:
+        return False
+    if value not in _ON:
+        raise IdentityError(f"{INSECURE}={text!r}: expected 1, or 0 to be authenticated")
+    return True
 
 
 class _Local(Trust):

@@ -66,13 +66,13 @@ from tpirt.transport.grpc import GrpcPeerClient
 from tpirt.transport.tickets import PORT_OFFSET
 from tpirt.types import SamplingParams
 
-BOUNDS = {"rss_bytes": 256 << 20, "honest_s": 1.0, "descriptors": 8, "threads": 4}
+BOUNDS = {"rss_bytes": 256 << 20, "honest_s": 1.0, "descriptors": 8, "threads": 16}
 _PROMPT, _PARAMS = list(range(40, 64)), SamplingParams(max_tokens=6)
 _ATTACKERS = 8
 _PERIOD_S = 0.2  # between two of the honest master's questions
 _SETTLE_S = 30.0  # for what the last callers held to be given back
 _START_S = 60.0
-_BAD_LINES = ("Traceback", "Fatal", "never retrieved", "Exception in callback", "Error in")
+_BAD_LINES = ("Traceback", "Fatal", "never retrieved", "Exception in callback")
 
 
 @dataclass(frozen=True)
@@ -452,8 +452,16 @@ def verdicts(rows: Sequence[Row], log: str, growth: int) -> list[str]:
     ]
     if growth > BOUNDS["rss_bytes"]:
         wrong.append(f"{growth / 2**20:.0f} MiB more memory")
-    wrong += sorted({line[:200] for line in log.splitlines() if any(b in line for b in _BAD_LINES)})
-    return wrong
+    return wrong + tracebacks(log.splitlines())
+
+
+def tracebacks(lines: Sequence[str]) -> list[str]:
+    """What a log has that a peer should not print, the first of each kind, with what follows."""
+    found = {}
+    for number, line in enumerate(lines):
+        if any(each in line for each in _BAD_LINES):
+            found.setdefault(line[:40], "\n".join(lines[number : number + 20]))
+    return list(found.values())
 
 
 def table(rows: Sequence[Row]) -> list[str]:

@@ -72,7 +72,7 @@ _ATTACKERS = 8
 _PERIOD_S = 0.2  # between two of the honest master's questions
 _SETTLE_S = 30.0  # for what the last callers held to be given back
 _START_S = 60.0
-_BAD_LINES = ("Traceback", "Fatal", "never retrieved", "Exception in callback")
+_BAD_LINES = ("Traceback", "Fatal", "never retrieved", "Exception in callback", "excepthook")
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Row:
 def entries(peer: Identity, master: Identity) -> list[Entry]:
     """All entry points; the shares follow from what a message takes."""
     return [
-        Entry("gRPC port, raw bytes", 20, raw_bytes),
+        Entry("gRPC port, raw bytes", 23, raw_bytes),
         Entry("gRPC port, TLS without certificate", 6, without_certificate),
         Entry("second port", 14, second_port),
         Entry("join listener", 5, join_listener),
@@ -113,7 +113,7 @@ def entries(peer: Identity, master: Identity) -> list[Entry]:
         Entry("a master's: Renew", 3, calls_with(master, "Renew", allowed=True)),
         Entry("a master's: PutUnits", 3, calls_with(master, "PutUnits", allowed=True)),
         Entry("a master's: Setup", 3, setups_with(master)),
-        Entry("a master's: frames of a session", 4, frames_with(master), attackers=1),
+        Entry("a master's: frames of a session", 1, frames_with(master), attackers=1),
         Entry("a master's: sealed records", 2, records_with(master)),
     ]
 
@@ -319,6 +319,8 @@ class Watch:
         for thread in self._threads:
             thread.join()
         self._master.wait()
+        assert self._master.stdout is not None
+        self._master.stdout.close()
 
     def _listen(self) -> None:
         assert self._master.stdout is not None
@@ -410,7 +412,9 @@ async def run(messages: int, seed: int, minutes: float, folder: Path) -> dict[st
         else:
             after = before
             wrong.append(f"the peer ended with {peer.process.returncode}")
-        wrong += verdicts(rows, peer.log + invitations.log, watch.peak - watch.base)
+        wrong += verdicts(
+            rows, {"peer": peer.log, "invitation": invitations.log}, watch.peak - watch.base
+        )
         wrong += [
             f"{now - then} more {name} than before"
             for name, then, now in zip(("descriptors", "threads"), before, after, strict=True)
@@ -441,7 +445,7 @@ async def settled(peer: Peer, before: tuple[int, int]) -> tuple[int, int]:
 _HELD = ("descriptors", "threads")
 
 
-def verdicts(rows: Sequence[Row], log: str, growth: int) -> list[str]:
+def verdicts(rows: Sequence[Row], logs: dict[str, str], growth: int) -> list[str]:
     """What must not be."""
     wrong = [f"{row.entry}: {how}: {n}" for row in rows for how, n in row.tally.wrong.items()]
     wrong += [f"{row.entry}: the honest master: {row.errors[0]}" for row in rows if row.errors]
@@ -452,7 +456,9 @@ def verdicts(rows: Sequence[Row], log: str, growth: int) -> list[str]:
     ]
     if growth > BOUNDS["rss_bytes"]:
         wrong.append(f"{growth / 2**20:.0f} MiB more memory")
-    return wrong + tracebacks(log.splitlines())
+    return wrong + [
+        f"{who}: {each}" for who, log in logs.items() for each in tracebacks(log.splitlines())
+    ]
 
 
 def tracebacks(lines: Sequence[str]) -> list[str]:

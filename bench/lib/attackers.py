@@ -50,6 +50,7 @@ SERVICE = "/tpirt.v1.Peer/"
 CALLS = ("Hello", "Inventory", "Renew", "PutUnits", "Session", "Link")
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _ANSWER_S = 0.25  # for a stranger to hear something
+_AGAIN_S = 0.02
 _CALL_S = 20.0  # for an answer; one that takes longer is a hang
 _REPLY_S = 0.5  # for a reply; there is none while the rest of an announced frame is awaited
 _SETUP = 1  # number of the first request
@@ -425,12 +426,7 @@ async def _within_tls(
     """Say changed HTTP/2 in a TLS connection; one that is not ``admitted`` may hear nothing."""
     for _ in range(count):
         try:
-            reader, writer = await asyncio.wait_for(
-                asyncio.open_connection(
-                    target.address.host, target.address.port, ssl=context, server_hostname="x"
-                ),
-                _CALL_S,
-            )
+            reader, writer = await _shaken(target.address, context)
         except (OSError, TimeoutError):
             tally.add("no handshake")
             continue
@@ -445,6 +441,18 @@ async def _within_tls(
         writer.close()
         how = "closed" if not answer else "HTTP/2"
         tally.add(how, wrong=bool(answer) and not admitted)
+
+
+async def _shaken(
+    address: Address, context: ssl.SSLContext
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect with TLS; again while nobody listens, as for a moment after a nameless call."""
+    async with asyncio.timeout(_CALL_S):
+        while True:
+            try:
+                return await asyncio.open_connection(*address, ssl=context, server_hostname="x")
+            except ConnectionError:
+                await asyncio.sleep(_AGAIN_S)
 
 
 async def _heard(host: str, port: int, said: bytes) -> bytes:

@@ -35,6 +35,7 @@ from typing import Any
 
 import psutil
 
+from bench.lib.clock import Clock
 from bench.lib.command import end_like_a_command, tell
 from bench.lib.record import Record, add_json_option
 from bench.net.network import Device, Network, emulate
@@ -259,26 +260,6 @@ class Outcome:
     recoveries: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     longest_s: float = 0.0
-
-
-class Clock:
-    """Seconds without those in which this process was stopped, as others measure here, too."""
-
-    def __init__(self) -> None:
-        self._lost_s = 0.0
-        self._last_s = time.monotonic()
-        threading.Thread(target=self._tick, daemon=True).start()
-
-    def now_s(self) -> float:
-        """The time."""
-        return time.monotonic() - self._lost_s
-
-    def _tick(self) -> None:
-        while True:
-            time.sleep(0.1)
-            now = time.monotonic()
-            self._lost_s += max(0.0, now - self._last_s - 0.6)
-            self._last_s = now
 
 
 class Chaos:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -99,6 +100,53 @@ async def test_a_method_that_the_peer_does_not_know_is_another_service() -> None
     async with peer() as (client, _):
         with pytest.raises(HandshakeError, match="something else than a tpirt peer"):
             await client.call("Unknown", b"", TIMEOUT_S)
+
+
+class Heard:
+    """What comes over a channel."""
+
+    def __init__(self) -> None:
+        self.frames: asyncio.Queue[Frame] = asyncio.Queue()
+
+    def on_frame(self, frame: Frame) -> None:
+        self.frames.put_nowait(frame)
+
+    def on_lost(self, exc: TpirtError) -> None:
+        pass
+
+
+async def call_of_nameless_method(address: str) -> None:
+    """Make a call of a method whose name is not UTF-8; gRPC's clients refuse to."""
+    names = [(b":method", b"POST"), (b":scheme", b"http"), (b":path", b"/tpirt.v1.Peer/\xaf")]
+    names += [(b":authority", b"x"), (b"content-type", b"application/grpc"), (b"te", b"trailers")]
+    headers = b"".join(b"\0%c%b%c%b" % (len(n), n, len(v), v) for n, v in names)
+    settings = b"\0\0\0\4\0\0\0\0\0"
+    _, writer = await asyncio.open_connection(*address.split(":"))
+    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings)
+    writer.write(len(headers).to_bytes(3, "big") + b"\1\4\0\0\0\1" + headers)
+    await writer.drain()
+    writer.close()
+
+
+async def test_a_method_whose_name_is_no_text_ends_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It stops gRPC's server, whose calls under way go on; another one takes its port."""
+    async with peer() as (client, service):
+        channel = await client.open_session()
+        heard = Heard()
+        (await service.sessions.get()).start(heard)
+        for count in range(1, 4):
+            await call_of_nameless_method(client.address)
+            while caplog.text.count("gRPC is started again") < count:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            other = GrpcPeerClient(client.address)
+            assert await other.call("Hello", b"", TIMEOUT_S) == b"Hello:"
+            await other.aclose()
+        await channel.send(Frame.of(Kind.MESSAGE, b"still here"))
+        assert (await heard.frames.get()).message == b"still here"
+    gc.collect()  # asyncio reports a task's error when the task is gone
+    assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
 async def test_a_closed_client_connects_again() -> None:

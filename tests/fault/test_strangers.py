@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import socket
+import tracemalloc
 import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -210,6 +211,7 @@ async def test_messages_that_pile_up_are_bounded_in_bytes(held: Manifest, worker
         ({"model_config": '{"a":' + "[" * 980 + "]" * 980 + "}"}, "JSON|missing key"),
         ({"model_config": '{"vocab_size":' + "9" * 50_000 + "}"}, "JSON"),
         ({"slice_id": "../../../../etc/passwd"}, "24 hexadecimal digits"),
+        ({"slice_id": "9" * 50_000}, "slice id '9{40}': expected 24 hexadecimal digits"),
     ],
 )
 async def test_setups_that_ask_for_too_much_are_refused(
@@ -498,6 +500,18 @@ def test_an_order_costs_no_more_than_its_digests(held: Manifest) -> None:
     text = json.dumps({**order, "config": config})
     with pytest.raises(StoreError, match="digests are not those"):
         SliceOrder.from_json(text)
+
+
+def test_an_order_of_many_values_takes_no_memory(held: Manifest) -> None:
+    """4 MB of JSON could become 100 MB of lists, and keep everyone else waiting for a second."""
+    order = SliceOrder(held.spec, held.digests).to_json()
+    text = order.replace('"digests"', '"more": [' + "[]," * 100_000 + '0], "digests"')
+    tracemalloc.start()
+    with pytest.raises(StoreError, match="more than 20,000 values"):
+        SliceOrder.from_json(text)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100_000
 
 
 @pytest.mark.parametrize("depth", [300, 900, 960, 990, 100_000])

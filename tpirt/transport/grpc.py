@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -59,6 +60,8 @@ from tpirt.transport.tls import (
 if TYPE_CHECKING:
     from tpirt.identity.certificates import Certificate
 
+_log = logging.getLogger("tpirt.transport")
+
 _T = TypeVar("_T")
 _SERVICE = "tpirt.v1.Peer"
 _OFFER = "tpirt-tcp"  # metadata of an answer: where frames may go; see tpirt.transport.tickets
@@ -69,7 +72,19 @@ _OFFER_S = 2.0  # for it to come
 _PATIENCE_S = 3.0  # with a peer that is just being started
 _SPEAK_S = 5.0  # for a caller to connect, or to say that it stays on the call
 _MOST_SILENT = 32  # callers that have done neither: each may send a message of 4 MiB
+_CHECK_S = 0.25  # whether gRPC's server still runs
 _LEAVE_S = 10.0  # for a session to end by itself: threads that read or compute a block
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what asyncio reports of a server of gRPC that stops; see `_keep_serving`."""
+    exc = record.exc_info[1] if record.exc_info else None
+    if not isinstance(exc, UnicodeDecodeError) or exc.__traceback__ is None:
+        return True
+    return not exc.__traceback__.tb_frame.f_code.co_filename.endswith("aio/server.pyx.pxi")
+
+
+logging.getLogger("asyncio").addFilter(_is_news)
 
 
 class GrpcPeerClient:
@@ -290,10 +305,10 @@ class GrpcPeerServer:
         self._running: set[asyncio.Task[Any]] = set()  # handlers, and what ends their connections
         self._listener: TcpListener | None = None
         self._silent = Backlog(_MOST_SILENT)
-        self._server = grpc.aio.server(options=server_options(most_connections))
-        self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(_SERVICE, self._handlers()),)
-        )
+        self._options = server_options(most_connections)
+        self._server = self._new_server()
+        self._retired: set[grpc.aio.Server] = set()  # have stopped; calls on them may go on
+        self._keeping: asyncio.Task[None] | None = None
 
     async def start(self, host: str, port: int) -> int:
         """Listen; port 0 takes a free one. Returns the port.
@@ -317,10 +332,51 @@ class GrpcPeerServer:
                 f"cannot listen on {address}: {_why_not(exc)}; choose another address or port"
             ) from exc
         await self._server.start()
+        self._keeping = asyncio.create_task(self._keep_serving(endpoints))
         self.hosts = [endpoint.host for endpoint in endpoints]
         bound: int = endpoints[0].where[1]
         self._listener = TcpListener.beside(endpoints, bound)
         return bound
+
+    def _new_server(self) -> grpc.aio.Server:
+        server = grpc.aio.server(options=self._options)
+        server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(_SERVICE, self._handlers()),)
+        )
+        return server
+
+    async def _keep_serving(self, endpoints: Sequence[Endpoint]) -> None:
+        """Start a new server when gRPC's has stopped: a method whose name is not UTF-8 does that.
+
+        Calls under way on the old one go on.
+        """
+        while True:
+            try:
+                if not await self._server.wait_for_termination(_CHECK_S):
+                    return
+            except UnicodeDecodeError:
+                _log.warning("a caller sent a name that is no text; gRPC is started again")
+                self._retired.add(self._server)
+                self._track(asyncio.create_task(self._retire(self._server)))
+                self._server = self._new_server()
+                await self._bind_again(endpoints)
+                await self._server.start()
+
+    async def _retire(self, server: grpc.aio.Server) -> None:
+        """Release a server that has stopped once its calls have ended."""
+        with contextlib.suppress(UnicodeDecodeError):
+            await server.wait_for_termination()
+        await server.stop(grace=None)
+        self._retired.discard(server)
+
+    async def _bind_again(self, endpoints: Sequence[Endpoint]) -> None:
+        while True:
+            try:
+                self._bind(endpoints)
+            except OSError:  # the old server has not let go of the port yet
+                await asyncio.sleep(_CHECK_S)
+            else:
+                return
 
     def _bind(self, endpoints: Sequence[Endpoint]) -> list[Endpoint]:
         """Listen on one port of all addresses that this machine has; returns them with the port.
@@ -353,7 +409,11 @@ class GrpcPeerServer:
         """Stop listening and end every session, whose own ends it waits for."""
         if self._listener is not None:
             await self._listener.aclose()
-        await self._server.stop(grace=None)
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.gather(self._keeping, return_exceptions=True)
+        for server in (self._server, *self._retired):
+            await server.stop(grace=None)
         # gRPC does not; cancelled with the loop, it would print the traceback of each.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LEAVE_S):

@@ -28,6 +28,7 @@ MANIFEST = "manifest.json"
 
 # An order of 100,000 units (405 B parameters on two ranks) has 3.2 MiB.
 MAX_ORDER_BYTES = 4 << 20
+_MAX_VALUES = 20_000  # in an order's JSON: parsed, each takes 60 bytes and more
 _MAX_UNITS = 1 << 20  # of a whole model
 _MAX_VOCABULARY = 1 << 22
 
@@ -314,6 +315,8 @@ class SliceOrder:
             raise StoreError(
                 f"slice manifest of {len(text):,} bytes: expected at most {MAX_ORDER_BYTES:,}"
             )
+        if sum(map(text.count, ",[{")) > _MAX_VALUES:
+            raise StoreError(f"not a slice manifest: more than {_MAX_VALUES:,} values")
         fields = parse_fields(text)
         joined = fields.pop("digests", None)
         spec = SliceSpec.from_fields(fields)

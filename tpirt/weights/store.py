@@ -278,7 +278,7 @@ class SliceStore:
                 missing or of a wrong size.
         """
         if not _SLICE_ID.fullmatch(slice_id):
-            raise StoreError(f"slice id {slice_id!r}: expected 24 hexadecimal digits")
+            raise StoreError(f"slice id {slice_id[:40]!r}: expected 24 hexadecimal digits")
         own = self.root / slice_id
         for folder in (own, self.root, *self._folders()):
             try:

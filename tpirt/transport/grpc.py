@@ -47,6 +47,7 @@ from tpirt.transport.base import Channel, PeerService
 from tpirt.transport.tcp import TcpChannel
 from tpirt.transport.tickets import TcpListener, connect
 from tpirt.transport.tls import (
+    Met,
     caller,
     client_credentials,
     meet,
@@ -86,6 +87,7 @@ class GrpcPeerClient:
         self.address = self.peer_id = str(self._address)
         self.certificate: Certificate | None = None
         self._trust = trust or Trust(MASTER)
+        self._met = self._address  # in digits, once it was met
         self._connection: grpc.aio.Channel | None = None
         self._connecting = asyncio.Lock()
         self._calls: list[Channel] = []
@@ -99,28 +101,28 @@ class GrpcPeerClient:
         """
         async with self._connecting:
             if self._connection is None:
-                self.certificate = await self._meet()
+                self._met, self.certificate = await self._meet()
                 self._connection = self._connect()
             return self._connection
 
-    async def _meet(self) -> Certificate | None:
+    async def _meet(self) -> Met:
         """Find out who answers; a peer that was met once stays the one that is meant."""
         try:
-            certificate = await meet(self._address, self._trust)
+            met = await meet(self._address, self._trust)
         except TimeoutError:
             raise _unavailable("no SETTINGS within the time") from None
         except OSError as exc:
             raise _unavailable(exc.strerror or str(exc)) from exc
-        before = self.certificate
-        if before is not None and (certificate is None or certificate.subject != before.subject):
+        before, shown = self.certificate, met.certificate
+        if before is not None and (shown is None or shown.subject != before.subject):
             raise IdentityError(
                 f"peer {self.peer_id}: another device answers there now; {before.name} was met "
                 "before"
             )
-        return certificate
+        return met
 
     def _connect(self) -> grpc.aio.Channel:
-        uri, identity = self._address.uri, self._trust.identity
+        uri, identity = self._met.uri, self._trust.identity
         if self.certificate is None or identity is None:
             return grpc.aio.insecure_channel(uri, options=OPTIONS)
         pinned = ("grpc.ssl_target_name_override", self.certificate.subject.own_host)
@@ -234,7 +236,7 @@ class GrpcPeerClient:
             return channel  # its reader will learn why
         try:
             if offer:
-                admitted = await connect(self._address, str(offer), sealed=protected)
+                admitted = await connect(self._met, str(offer), sealed=protected)
                 connected = TcpChannel(admitted, channel)
                 self._calls.append(connected)
                 return connected

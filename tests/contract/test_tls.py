@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -246,6 +248,77 @@ async def test_another_device_at_the_address_is_noticed(
     with pytest.raises(IdentityError, match="another device answers there now; first was met"):
         await client.call("Hello", b"", TIMEOUT_S)
     await client.aclose()
+    await server.aclose()
+
+
+async def test_a_peer_that_hangs_up_when_it_starts_is_tried_again(
+    cluster: MadeCluster, tmp_path: Path
+) -> None:
+    """Nothing is wrong with anybody's certificate."""
+    peer = cluster.peer(tmp_path / "peer")
+    assert peer.identity is not None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(peer.identity.path)
+    hung_up = asyncio.Event()
+
+    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.transport.abort()
+        hung_up.set()
+
+    starting = await asyncio.start_server(hang_up, "127.0.0.1", 0, ssl=context)
+    port = starting.sockets[0].getsockname()[1]
+    asking = asyncio.create_task(ask(f"127.0.0.1:{port}", cluster.master))
+    await asyncio.wait_for(hung_up.wait(), TIMEOUT_S)
+    starting.close()
+    server = GrpcPeerServer(Service(), trust=peer)
+    await server.start("127.0.0.1", port)
+    assert await asking == b"Hello"
+    await server.aclose()
+
+
+async def test_calls_and_frames_go_to_the_address_that_was_met(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that was loopback's for a moment makes nobody else a peer in the clear."""
+    monkeypatch.setattr(Endpoint, "is_loopback", property(lambda self: self.host == "127.0.0.1"))
+    answers = ["127.0.0.1"]
+
+    def look_up(host: str, port: int, **options: int) -> list[Any]:
+        digits = (answers.pop() if answers else "192.0.2.1") if host == "pi.example" else host
+        return original(digits, port, **options)
+
+    original = socket.getaddrinfo
+    async with serving(Trust(PEER, tmp_path)) as address:
+        monkeypatch.setattr(socket, "getaddrinfo", look_up)
+        client = GrpcPeerClient(address.replace("127.0.0.1", "pi.example"), Trust(MASTER, tmp_path))
+        assert await client.call("Hello", b"", TIMEOUT_S) == b"Hello"
+        channel = await client.open_session()
+        assert channel.carrier.kind == "tcp"
+        inbox = Inbox(channel)
+        await channel.send(Frame.of(Kind.MESSAGE, b"hello"))
+        assert (await inbox.next()).message == b"hello"
+        assert not answers
+        await client.aclose()
+        with pytest.raises(IdentityError, match="this device has no certificate"):
+            await client.call("Hello", b"", TIMEOUT_S)
+
+
+async def test_an_offer_that_cannot_be_told_is_withdrawn(tmp_path: Path) -> None:
+    class Context:
+        async def send_initial_metadata(self, _: object) -> None:
+            raise RuntimeError("the call is over")
+
+    class Call:
+        def first(self) -> asyncio.Future[bytes]:
+            return asyncio.get_running_loop().create_future()
+
+    server = GrpcPeerServer(Service(), trust=Trust(PEER, tmp_path, insecure=True))
+    await server.start("127.0.0.1", 0)
+    assert server._listener is not None
+    with pytest.raises(RuntimeError):
+        await server._accept(Call(), Context())  # type: ignore[arg-type]
+    await asyncio.sleep(0)  # for the offer's callback
+    assert not server._listener._expected
     await server.aclose()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -113,7 +114,13 @@ def test_what_is_asked_for_beside_the_key_is_not_signed(cluster: MadeCluster) ->
             authority.issue(damaged, PEER, "kitchen", identity)
 
 
-def test_the_masters_own_certificate_is_replaced_in_time(cluster: MadeCluster) -> None:
+def _disk_full(_: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_the_masters_own_certificate_is_replaced_in_time(
+    cluster: MadeCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     authority = Authority.load(cluster.folder / MASTER / AUTHORITY_FILE)
     before = cluster.master.identity
     assert authority is not None
@@ -122,6 +129,13 @@ def test_the_masters_own_certificate_is_replaced_in_time(cluster: MadeCluster) -
     name, identity = before.certificate.name, before.subject.identity
     due = authority.issue(request, MASTER, name, identity, timedelta(days=29))
     Identity(before.path, key, due, authority.pem).save()
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", _disk_full)
+        kept = Trust(MASTER, cluster.folder).identity  # good for 29 days more
+    assert kept is not None
+    assert kept.key == key
+    assert "was not replaced" in caplog.text
+    assert "No space left" in caplog.text
     after = Trust(MASTER, cluster.folder).identity
     assert after is not None
     assert after.subject == before.subject

@@ -80,10 +80,10 @@ def _trust(arguments: argparse.Namespace) -> Trust:
 
 def _init(arguments: argparse.Namespace) -> None:
     from tpirt.cluster.machine import host_name
-    from tpirt.cluster.membership import found
+    from tpirt.cluster.membership import create_cluster
 
     trust = _trust(arguments)
-    identity = found(trust, arguments.name or host_name())
+    identity = create_cluster(trust, arguments.name or host_name())
     print(
         f"cluster {identity.certificate.name}: keys in {trust.folder}; keep a copy of that folder "
         "in a safe place\nnext: tpirt cluster invite"

@@ -23,8 +23,8 @@ from tpirt.transport.joining import Issue, join
 _log = logging.getLogger("tpirt.peer")
 
 
-def found(trust: Trust, name: str) -> Identity:
-    """Make a cluster whose master is this device.
+def create_cluster(trust: Trust, name: str) -> Identity:
+    """Create a cluster whose master is this device.
 
     Raises:
         IdentityError: it is the master of one already, or its files cannot be written.

@@ -74,6 +74,11 @@ class Certificate:
         return self._parsed.not_valid_after_utc
 
     @property
+    def is_valid(self) -> bool:
+        """Whether it is valid now, by this machine's clock."""
+        return self._parsed.not_valid_before_utc <= datetime.now(UTC) <= self.expires
+
+    @property
     def is_due(self) -> bool:
         """Whether it should be replaced soon."""
         return datetime.now(UTC) > self.expires - RENEW_BEFORE

@@ -6,6 +6,7 @@ certificate of one cluster, or both are told ``--insecure``.
 
 from __future__ import annotations
 
+import logging
 import os
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,8 @@ from tpirt.identity.names import MASTER
 if TYPE_CHECKING:
     from tpirt.identity.certificates import Certificate, Identity
     from tpirt.identity.registry import Registry
+
+_log = logging.getLogger("tpirt.cluster")
 
 INSECURE = "TPIRT_INSECURE"
 _ON, _OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
@@ -63,16 +66,32 @@ class Trust:
             return None
         if not path.exists():
             return None
-        from tpirt.identity.authority import Authority
         from tpirt.identity.certificates import Identity
 
         identity = Identity.load(path)
-        if identity is not None and self.role == MASTER and identity.certificate.is_due:
-            authority = Authority.load(self.folder / AUTHORITY_FILE)
-            if authority is not None:
-                identity = authority.issue_own(path, identity.subject.identity)
-                identity.save()
-        return identity
+        if identity is None or self.role != MASTER or not identity.certificate.is_due:
+            return identity
+        try:
+            return self._reissued(identity)
+        except IdentityError as exc:
+            until = f"{identity.certificate.expires:%Y-%m-%d}"
+            _log.warning(f"this device's certificate, good until {until}, was not replaced: {exc}")
+            return identity
+
+    def _reissued(self, identity: Identity) -> Identity:
+        """The master's next identity; the same one where there is no authority to issue it.
+
+        Raises:
+            IdentityError: the authority is damaged, or the disk full or read-only.
+        """
+        from tpirt.identity.authority import Authority
+
+        authority = Authority.load(self.folder / AUTHORITY_FILE)
+        if authority is None:
+            return identity
+        following = authority.issue_own(identity.path, identity.subject.identity)
+        following.save()
+        return following
 
     def replace(self, identity: Identity) -> None:
         """Prove another identity from now on, which is written to the disk first."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from pathlib import Path
 
-from tpirt.cluster.membership import authority_of, found
+from tpirt.cluster.membership import authority_of, create_cluster
 from tpirt.identity.authority import VALID
 from tpirt.identity.certificates import Identity, new_request
 from tpirt.identity.names import MASTER, PEER, random_id
@@ -23,7 +23,7 @@ class MadeCluster:
     def __init__(self, folder: Path, name: str = "home"):
         self.folder = folder
         self.master = Trust(MASTER, folder)
-        found(self.master, name)
+        create_cluster(self.master, name)
 
     def peer(self, folder: Path, name: str = "kitchen", valid: timedelta = VALID) -> Trust:
         """Give a device an identity as a peer."""

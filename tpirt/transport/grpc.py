@@ -49,6 +49,7 @@ from tpirt.transport.finding import Device, find
 from tpirt.transport.tcp import TcpChannel
 from tpirt.transport.tickets import TcpListener, connect
 from tpirt.transport.tls import (
+    Met,
     caller,
     client_credentials,
     meet,
@@ -108,6 +109,7 @@ class GrpcPeerClient:
         self.address = str(self._address)
         self.certificate: Certificate | None = None
         self._trust = trust or Trust(MASTER)
+        self._met = self._address  # in digits, once it was met
         self._connection: grpc.aio.Channel | None = None
         self._connecting = asyncio.Lock()
         self._calls: list[Channel] = []
@@ -122,32 +124,32 @@ class GrpcPeerClient:
         """
         async with self._connecting:
             if self._connection is None:
-                self.certificate = await self._meet()
+                self._met, self.certificate = await self._meet()
                 self._connection = self._connect()
             return self._connection
 
-    async def _meet(self) -> Certificate | None:
+    async def _meet(self) -> Met:
         """Find out who answers; a peer that was met once stays the one that is meant."""
         if self._device is not None:
             self._address, found = await find(self._device, self._trust)
             self.address = str(self._address)
             return found
         try:
-            certificate = await meet(self._address, self._trust)
+            met = await meet(self._address, self._trust)
         except TimeoutError:
             raise _unavailable("no SETTINGS within the time") from None
         except OSError as exc:
             raise _unavailable(exc.strerror or str(exc)) from exc
-        before = self.certificate
-        if before is not None and (certificate is None or certificate.subject != before.subject):
+        before, shown = self.certificate, met.certificate
+        if before is not None and (shown is None or shown.subject != before.subject):
             raise IdentityError(
                 f"peer {self.peer_id}: another device answers there now; {before.name} was met "
                 "before"
             )
-        return certificate
+        return met
 
     def _connect(self) -> grpc.aio.Channel:
-        uri, identity = self._address.uri, self._trust.identity
+        uri, identity = self._met.uri, self._trust.identity
         if self.certificate is None or identity is None:
             return grpc.aio.insecure_channel(uri, options=OPTIONS)
         pinned = ("grpc.ssl_target_name_override", self.certificate.subject.own_host)
@@ -261,7 +263,7 @@ class GrpcPeerClient:
             return channel  # its reader will learn why
         try:
             if offer:
-                admitted = await connect(self._address, str(offer), sealed=protected)
+                admitted = await connect(self._met, str(offer), sealed=protected)
                 connected = TcpChannel(admitted, channel)
                 self._calls.append(connected)
                 return connected

@@ -266,6 +266,10 @@ _CAUSES = {  # gRPC's and the system's words for it, ours, and what to do
     ("Socket closed", "reset by peer"): (
         "something listens there, but hangs up; is it a tpirt peer, and not full?"
     ),
+    ("hung up",): (
+        "it uses TLS, but hung up before it said anything; is it just starting, or full? If not, "
+        "is its clock right?"
+    ),
     ("imed out", "imeout"): (
         "no answer within {patience}; is it switched on, and does its firewall allow port {port}?"
     ),

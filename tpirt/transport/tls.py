@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import ssl
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
 import grpc.aio
@@ -67,8 +67,19 @@ def caller(context: Any) -> Subject:
     return Subject.of(name.decode(errors="replace") for name in names)
 
 
-async def meet(address: Address, trust: Trust) -> Certificate | None:
-    """Find out who answers at an address; None if what follows is not encrypted.
+class Met(NamedTuple):
+    """Who answers: at which of a host's addresses, in digits, and what it has shown.
+
+    All that follows goes to this address: the name may have another one when it is looked up again.
+    ``certificate`` is None if what follows is not encrypted.
+    """
+
+    address: Address
+    certificate: Certificate | None
+
+
+async def meet(address: Address, trust: Trust) -> Met:
+    """Find out who answers at an address.
 
     Raises:
         OSError: nobody answers; as of ``getaddrinfo`` and ``connect``.
@@ -77,26 +88,34 @@ async def meet(address: Address, trust: Trust) -> Certificate | None:
     """
     endpoints = await resolve(address)
     on_loopback = all(endpoint.is_loopback for endpoint in endpoints)
+    identity = await asyncio.to_thread(lambda: trust.identity)
     if trust.insecure:
         if trust.role == MASTER and not on_loopback:
             _log.warning(insecure_notice(f"peer {address} is used"))
-        return None
-    identity = await asyncio.to_thread(lambda: trust.identity)
-    if identity is None:
-        if on_loopback:
-            return None
+    elif identity is None and not on_loopback:
         raise IdentityError(_no_identity(address, trust))
     async with asyncio.timeout(CONNECT_S):
+        endpoint, connection = await race(endpoints, _reach)
+        met = Met(Address(endpoint.host, address.port), None)
+        if identity is None:
+            connection.close()
+            return met
         try:
-            return await _handshake(address, endpoints, trust, identity)
+            reader, writer = await _handshake(connection, identity)
         except ssl.SSLCertVerificationError as exc:
             raise IdentityError(f"peer {address}: {_why_not_believed(exc)}") from exc
         except (ssl.SSLError, ConnectionResetError) as exc:
             if on_loopback:
-                return None
+                return met
             if isinstance(exc, ConnectionResetError):
                 raise
             raise IdentityError(f"peer {address}: {_NO_TLS}") from exc
+        try:
+            return met._replace(certificate=await _accepted(reader, writer, trust, identity))
+        except IdentityError as exc:
+            raise IdentityError(f"peer {address}: {exc}") from exc
+        finally:
+            writer.close()
 
 
 async def speaks_tls(address: Address) -> bool:
@@ -115,15 +134,15 @@ async def speaks_tls(address: Address) -> bool:
     return True
 
 
-async def _handshake(
-    address: Address, endpoints: Sequence[Endpoint], trust: Trust, identity: Identity
-) -> Certificate:
-    """Make a handshake, check whom it shows, and wait until the other side has accepted us."""
-    from tpirt.identity.certificates import Certificate
+async def _reach(endpoint: Endpoint) -> tuple[Endpoint, socket.socket]:
+    return endpoint, await reach(endpoint)
 
-    connection = await race(endpoints, reach)
+
+async def _handshake(
+    connection: socket.socket, identity: Identity
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     try:
-        reader, writer = await asyncio.open_connection(
+        return await asyncio.open_connection(
             sock=connection,
             ssl=_context(identity),
             server_hostname=role_host(PEER, identity.subject.cluster),
@@ -131,20 +150,30 @@ async def _handshake(
     except BaseException:
         connection.close()
         raise
+
+
+async def _accepted(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, trust: Trust, identity: Identity
+) -> Certificate:
+    """Check whom a handshake has shown, and wait until the other side has accepted us.
+
+    Raises:
+        IdentityError: it is not welcome any more, or does not accept us.
+        ConnectionResetError: it hung up for another reason: it is starting, or has no place.
+    """
+    from tpirt.identity.certificates import Certificate
+
+    shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    certificate = Certificate.read(shown)
+    await asyncio.to_thread(trust.check, certificate)
     try:
-        shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
-        certificate = Certificate.read(shown)
-        try:
-            trust.check(certificate)
-        except IdentityError as exc:
-            raise IdentityError(f"peer {address}: {exc}") from exc
-        try:
-            await reader.readexactly(_SPOKEN_BYTES)
-        except (EOFError, OSError) as exc:
-            raise IdentityError(f"peer {address}: {_why_refused(identity)}") from exc
-        return certificate
-    finally:
-        writer.close()
+        await reader.readexactly(_SPOKEN_BYTES)
+    except (EOFError, OSError) as exc:
+        # gRPC sends no alert for a certificate that is out of date.
+        if isinstance(exc, ssl.SSLError) or not identity.certificate.is_valid:
+            raise IdentityError(_why_refused(identity)) from exc
+        raise ConnectionResetError("it hung up before it said anything") from exc
+    return certificate
 
 
 def _context(identity: Identity) -> ssl.SSLContext:
@@ -201,7 +230,7 @@ def refusal_to_listen(address: Address) -> str:
 
 
 def insecure_notice(what: str) -> str:
-    """What to shout about a connection that nothing protects."""
+    """The warning about a connection that nothing protects."""
     return (
         f"INSECURE: {what} without encryption or authentication; anyone on the network can read "
         "along, pretend to be a peer, or use one"

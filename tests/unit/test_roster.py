@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 
-from tpirt.cluster import roster
+from tpirt.cluster import connection, roster
 from tpirt.cluster.roster import hello, other_versions, profiles, this_peer
 from tpirt.cluster.worker import Worker
+from tpirt.engine import Engine, EngineOptions
 from tpirt.errors import HandshakeError, PeerUnreachableError
 from tpirt.identity.certificates import Certificate
 from tpirt.planning import PeerProfile
 from tpirt.protocol.messages import PROTOCOL_VERSION, HelloReply, decode_call, encode_call
+from tpirt.testing.cluster import MemoryPeerClient
 from tpirt.testing.identities import MadeCluster
+from tpirt.testing.models import make_model
 from tpirt.transport.base import Channel
 from tpirt.version import __version__
 from tpirt.weights.store import SliceStore
@@ -127,9 +130,10 @@ class Late(Client):
 
     def __init__(self, address: str, worker: Worker):
         super().__init__(address, worker)
-        self.here = asyncio.Event()
+        self.asked, self.here = asyncio.Event(), asyncio.Event()
 
     async def call(self, method: str, request: bytes, timeout_s: float) -> bytes:
+        self.asked.set()
         try:
             async with asyncio.timeout(timeout_s):
                 await self.here.wait()
@@ -139,14 +143,13 @@ class Late(Client):
 
 
 async def test_spares_are_not_waited_for_and_replace_those_that_are_late(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(roster, "_SOON_S", 0.2)
     needed = [Late(f"needed{i}:1", worker(tmp_path)) for i in range(2)]
     spare = Late("spare:1", worker(tmp_path))
 
     async def ask() -> list[bool]:
-        answers = await roster.reach(needed, [spare], 2, 7, patience_s=20.0)
+        answers = await roster.reach(needed, [spare], 2, 7, patience_s=20.0, soon_s=0.2)
         return [isinstance(answers[peer], HelloReply) for peer in (*needed, spare)]
 
     async with asyncio.timeout(10):
@@ -158,14 +161,46 @@ async def test_spares_are_not_waited_for_and_replace_those_that_are_late(
         assert await ask() == [True, False, True]
 
 
-async def test_a_needed_peer_has_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roster, "_SOON_S", 0.1)
+async def test_a_needed_peer_has_its_time(tmp_path: Path) -> None:
     late = Late("late:1", worker(tmp_path))
-    asking = asyncio.ensure_future(roster.reach([late], [], 1, 7, patience_s=20.0))
-    await asyncio.sleep(0.2)
+    asking = asyncio.ensure_future(roster.reach([late], [], 1, 7, patience_s=20.0, soon_s=0.0))
+    await late.asked.wait()
     assert not asking.done()
     late.here.set()
     assert isinstance((await asking)[late], HelloReply)
     late.here.clear()
-    answers = await roster.reach([late], [], 1, 7, patience_s=0.1)
+    answers = await roster.reach([late], [], 1, 7, patience_s=0.1, soon_s=0.0)
     assert "silent" in str(answers[late])
+
+
+async def test_a_place_that_nobody_will_take_is_given_away_at_once(tmp_path: Path) -> None:
+    """Another spare that is silent is not waited for."""
+    gone = Client("gone:1", worker(tmp_path), protocol_version=0)
+    here, silent = Client("here:1", worker(tmp_path)), Late("silent:1", worker(tmp_path))
+    async with asyncio.timeout(10):
+        answers = await roster.reach([gone], [here, silent], 1, 7, patience_s=30.0, soon_s=30.0)
+    assert isinstance(answers[here], HelloReply)
+
+
+async def test_a_peer_that_is_slow_at_the_start_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A spare would be sent gigabytes."""
+
+    class Asked(MemoryPeerClient):
+        async def call(self, method: str, request: bytes, timeout_s: float) -> bytes:
+            asyncio.get_running_loop().call_later(0.05, answered.set)
+            return await super().call(method, request, timeout_s)
+
+    class Slow(MemoryPeerClient):
+        async def call(self, method: str, request: bytes, timeout_s: float) -> bytes:
+            await answered.wait()
+            return await super().call(method, request, timeout_s)
+
+    answered = asyncio.Event()
+    monkeypatch.setattr(connection, "_SOON_S", 0.0)
+    slow, spare = Slow(worker(tmp_path), 1), Asked(worker(tmp_path), 2)
+    options = EngineOptions(dtype="float32", threads=1, store=tmp_path, draft="none")
+    model = make_model(tmp_path / "model")
+    async with Engine.connect(model, options, peers=[slow], spares=[spare]) as engine:
+        assert engine.peers[1].peer_id == slow.peer_id

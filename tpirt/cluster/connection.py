@@ -34,6 +34,7 @@ from tpirt.types import LOST, Progress, ProgressCallback, Recovery
 from tpirt.weights.store import SliceStore
 
 _RETURN_S = 5.0  # for a lost peer to come back
+_SOON_S = 1.0  # where spares could take the places of all that are lost
 _MOST_FAILURES = 2  # of one peer while a group is formed again; then it is left out
 
 _PASSING = (PeerLostError, PeerBusyError, DamagedSliceError)
@@ -254,8 +255,10 @@ class Connection:
             await finish(asyncio.gather(*(client.aclose() for client in self._clients.values())))
         self._reached = True
         others = [client for client in self._clients.values() if client not in needed]
-        busy_s = 0.0 if self._group is None else self._timeout_s
-        return await reach(needed, others, len(self._peers), self._master, patience_s, busy_s)
+        # A device that is busy at the start has its time: a spare would be sent gigabytes.
+        soon_s, busy_s = (patience_s, 0.0) if self._group is None else (_SOON_S, self._timeout_s)
+        places = len(self._peers)
+        return await reach(needed, others, places, self._master, patience_s, soon_s, busy_s)
 
     async def _form(
         self, answers: Mapping[PeerClient, Answer], least: int, progress: ProgressCallback

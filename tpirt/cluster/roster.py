@@ -31,7 +31,6 @@ from tpirt.version import __version__
 HELLO_TIMEOUT_S = 20.0  # of a busy machine; one that is not there is noticed sooner
 _RETRY_S = 0.25
 _SAY_S = 1.0  # for a client whose peer does not answer to say why
-_SOON_S = 1.0  # for the needed peers to answer where others could take their places
 
 
 def this_peer(threads: int) -> PeerProfile:
@@ -98,6 +97,7 @@ async def reach(
     places: int,
     master: int,
     patience_s: float,
+    soon_s: float,
     busy_s: float = 0.0,
 ) -> dict[PeerClient, Answer]:
     """Say Hello to all peers at once.
@@ -105,9 +105,11 @@ async def reach(
     Args:
         needed: these have ``patience_s`` to answer.
         others: these may take the places of ``needed`` ones.
-        places: how many peers are wanted; if as many have answered, the rest have a second.
+        places: how many peers are wanted.
         master: this master's number.
         patience_s: see ``needed``.
+        soon_s: how long ``needed`` ones that are silent are waited for although others could take
+            their places.
         busy_s: how long a peer that serves another master is asked again.
 
     Returns:
@@ -120,9 +122,9 @@ async def reach(
         for peer in (*needed, *others)
     }
     try:
-        soon_s = began_s + min(patience_s, _SOON_S)
-        while not _enough(tasks, needed, places, soon=_now_s() < soon_s):
-            left_s = (soon_s if _now_s() < soon_s else until_s) - _now_s()
+        soon_until_s = began_s + min(patience_s, soon_s)
+        while not _enough(tasks, needed, places, soon=_now_s() < soon_until_s):
+            left_s = (soon_until_s if _now_s() < soon_until_s else until_s) - _now_s()
             pending = [task for task in tasks.values() if not task.done()]
             if not pending or left_s <= 0:
                 break
@@ -146,9 +148,8 @@ def _enough(
     here = {peer for peer, answer in ended.items() if isinstance(answer, HelloReply)}
     if len(here.intersection(needed)) >= places:
         return True
-    if soon:
-        return False
-    return len(here) >= places or all(peer in ended for peer in needed)
+    full, settled = len(here) >= places, all(peer in ended for peer in needed)
+    return (full and settled) if soon else (full or settled)
 
 
 def _result(peer: PeerClient, task: asyncio.Task[Answer]) -> Answer:

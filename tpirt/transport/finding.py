@@ -18,9 +18,9 @@ from tpirt.transport.mdns import locate
 from tpirt.transport.reach import race
 
 if TYPE_CHECKING:
-    from tpirt.identity.certificates import Certificate
+    from tpirt.transport.tls import Met
 
-Found = tuple[Address, "Certificate"]
+Found = tuple[Address, "Met"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Device:
 
 
 async def find(device: Device, trust: Trust) -> Found:
-    """Where a device answers, and its certificate.
+    """Where a device answers, and who it has shown to be.
 
     Raises:
         PeerUnreachableError: nobody answers where it may be.
@@ -53,13 +53,14 @@ async def find(device: Device, trust: Trust) -> Found:
 
     async def answering(place: Address) -> Found:
         try:
-            certificate = await meet(place, trust)
-            if certificate is None or certificate.subject.identity != device.identity:
+            met = await meet(place, trust)
+            shown = met.certificate
+            if shown is None or shown.subject.identity != device.identity:
                 raise IdentityError(f"peer {place}: another device answers there")
         except (OSError, IdentityError) as exc:
             reasons[str(place)] = exc
             raise
-        return place, certificate
+        return place, met
 
     async def known(place: Address) -> Found:
         try:

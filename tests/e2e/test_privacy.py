@@ -154,7 +154,7 @@ def test_no_byte_between_two_processes_tells_of_the_prompt_or_the_answer(
     answer = json.loads(done.stdout)
     there, back = bytes(tap.there), bytes(tap.back)
     # The tap has seen it all: the slice, the setup, the hidden states of every token.
-    assert tap.taken == 2
+    assert tap.taken == 3  # where it is reached, gRPC, and the connection for frames
     gate = load_file(model / "model.safetensors")["model.layers.2.mlp.gate_proj.weight"].float()
     rows = [row.numpy().tobytes() for row in gate[-20:]]  # some may lie across HTTP's frames
     assert sum(row in there for row in rows) > 10

@@ -181,7 +181,7 @@ async def test_callers_at_once_for_a_night(
 @pytest.mark.parametrize(
     ("algorithm", "carrier"),
     nightly_but(
-        {(Algorithm.STAR, "grpc"), (Algorithm.ONE_SHOT, "tcp")},
+        {(Algorithm.ONE_SHOT, "tcp")},
         product(Algorithm, ("tcp", "grpc")),
         lambda case: f"{case[0].value}-{case[1]}",
     ),

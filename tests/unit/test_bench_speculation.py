@@ -77,6 +77,7 @@ def test_one_command_emulates(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert str(tmp_path) not in last
 
 
+@pytest.mark.nightly
 def test_texts_are_answered_by_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--rounds", "1", "--tokens", "30", "--dtype", "float32"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tpirt.cluster.membership import found
+from tpirt.cluster.membership import create_cluster
 from tpirt.errors import IdentityError
 from tpirt.identity.authority import Authority
 from tpirt.identity.certificates import Certificate, Identity, new_request
@@ -207,5 +207,5 @@ def test_half_a_cluster_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with monkeypatch.context() as patched:
         patched.setattr(Identity, "save", full)
         with pytest.raises(IdentityError, match="no space"):
-            found(trust, "home")
-    assert found(trust, "home").certificate.name == "home"
+            create_cluster(trust, "home")
+    assert create_cluster(trust, "home").certificate.name == "home"

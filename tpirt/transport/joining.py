@@ -27,7 +27,7 @@ from tpirt.identity.join import (
 )
 from tpirt.transport.address import Address, Endpoint, resolve
 from tpirt.transport.backlog import Backlog
-from tpirt.transport.reach import race, reach
+from tpirt.transport.reach import race, reach, read_exactly
 
 _log = logging.getLogger("tpirt.cluster")
 
@@ -230,17 +230,8 @@ async def _receive(connection: socket.socket) -> bytes:
         IdentityError: it is too long.
         ConnectionResetError: the other side has hung up.
     """
-    size = int.from_bytes(await _read(connection, _LENGTH_BYTES), "little")
+    ended = "the other side hung up"
+    size = int.from_bytes(await read_exactly(connection, _LENGTH_BYTES, ended), "little")
     if size > MESSAGE_BYTES:
         raise IdentityError(f"a message of {size} bytes, expected at most {MESSAGE_BYTES}")
-    return await _read(connection, size)
-
-
-async def _read(connection: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        more = await asyncio.get_running_loop().sock_recv(connection, count - len(data))
-        if not more:
-            raise ConnectionResetError("the other side hung up")
-        data += more
-    return data
+    return await read_exactly(connection, size, ended)

@@ -60,6 +60,22 @@ async def reach(endpoint: Endpoint) -> socket.socket:
     return connection
 
 
+async def read_exactly(connection: socket.socket, count: int, ended: str) -> bytes:
+    """Read so many bytes of a connection.
+
+    Raises:
+        ConnectionResetError: the other side hung up; says ``ended``.
+        OSError: the connection broke.
+    """
+    data = b""
+    while len(data) < count:
+        more = await asyncio.get_running_loop().sock_recv(connection, count - len(data))
+        if not more:
+            raise ConnectionResetError(ended)
+        data += more
+    return data
+
+
 async def _connected(connection: Any, code: int) -> None:
     if code == errno.EINPROGRESS:
         loop, connected = asyncio.get_running_loop(), asyncio.Event()

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tpirt.errors import TransportError
 from tpirt.transport.address import Address, Endpoint, resolve
-from tpirt.transport.reach import race, reach
+from tpirt.transport.reach import race, reach, read_exactly
 
 if TYPE_CHECKING:
     from tpirt.transport.sealing import Seal
@@ -132,7 +132,7 @@ class TcpListener:
         try:
             _set_up(connection)
             async with asyncio.timeout(_PATIENCE_S):
-                ticket = await _read(connection, _TICKET_BYTES)
+                ticket = await read_exactly(connection, _TICKET_BYTES, "it hung up")
                 if (expected := self._expected.get(ticket)) is None:
                     raise ConnectionRefusedError
                 seal = expected.seal(ticket)
@@ -224,22 +224,11 @@ def _set_up(connection: socket.socket) -> None:
 
 
 async def _expect_welcome(connection: socket.socket, seal: Seal | None) -> None:
+    size = len(_WELCOME) + (OVERHEAD_BYTES if seal else 0)
+    said = await read_exactly(connection, size, "it does not know the ticket")
     try:
-        if seal:
-            said = seal.open(await _read(connection, len(_WELCOME) + OVERHEAD_BYTES))
-        else:
-            said = await _read(connection, len(_WELCOME))
+        said = seal.open(said) if seal else said
     except TransportError as exc:
         raise ConnectionRefusedError(f"it does not know the secret: {exc}") from exc
     if said != _WELCOME:
         raise ConnectionRefusedError("another service answers there")
-
-
-async def _read(connection: socket.socket, count: int) -> bytes:
-    loop, data = asyncio.get_running_loop(), b""
-    while len(data) < count:
-        more = await loop.sock_recv(connection, count - len(data))
-        if not more:
-            raise ConnectionRefusedError("it does not know the ticket")
-        data += more
-    return data

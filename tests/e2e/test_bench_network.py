@@ -58,7 +58,7 @@ def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("backend", "contenders"),
     [
-        ("relay", ["star"]),  # without gloo, whose processes take longest to start
+        nightly("relay", ["star"]),
         nightly("auto", [*(each.value for each in Algorithm), "gloo"]),
     ],
 )

@@ -184,7 +184,7 @@ def test_ctrl_c_twice_during_the_start(chat: pexpect.spawn) -> None:
         nightly("ready", "SIGTERM"),
         ("ready", "SIGKILL"),
         nightly("ready", "SIGHUP"),
-        ("ready", "terminal closed"),
+        nightly("ready", "terminal closed"),
     ],
 )
 def test_no_end_leaves_a_worker(chat: pexpect.spawn, when: str, how: str) -> None:

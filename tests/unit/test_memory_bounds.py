@@ -155,7 +155,7 @@ def test_attention_is_linear_in_the_context() -> None:
     peaks = peaks_of(ATTENTION)
     assert len(peaks) == 8
     # All scores of one chunk of the first case at once would be 800 MB.
-    assert {name: peak >> 20 for name, peak in peaks.items() if peak >= 64 * MIB} == {}
+    assert {name: peak >> 20 for name, peak in peaks.items() if peak >= 80 * MIB} == {}
 
 
 KEYS_AND_VALUES = """

@@ -23,6 +23,7 @@ from bench.net.network import Network, emulate
 from bench.net.shares import Share, ShareGroup, remove_leftovers
 from bench.net.spec import Link, LinkError, parse_topology, uniform
 from bench.net.tunnels import TunnelBackend
+from tests.support.nightly import nightly
 from tpirt.testing.processes import (
     descendants,
     killed_at_exit,
@@ -46,7 +47,7 @@ def _rights() -> None:
         pytest.skip(str(exc))
 
 
-@pytest.fixture(params=["tun", "tun-python", "netem", "relay"])
+@pytest.fixture(params=["tun", nightly("tun-python"), "netem", nightly("relay")])
 def backend(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     try:
@@ -256,7 +257,7 @@ def test_check_prints_a_table_and_json() -> None:
     assert "measured: one way 20 ms" in err
 
 
-@pytest.mark.parametrize("backend", ["auto", "relay"])
+@pytest.mark.parametrize("backend", ["auto", nightly("relay")])
 def test_run_starts_commands_and_returns_their_code(backend: str) -> None:
     arguments = ("run", "--backend", backend, "--link", SLOW, "--until", "1", "--")
     with links(

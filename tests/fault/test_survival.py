@@ -292,3 +292,24 @@ def test_the_command_line_reports_a_loss(model: Path, peers: Peers, tmp_path: Pa
     assert answer["ranks"][1]["peer_id"] == spare.address
     for recovery in answer["recoveries"]:
         assert recovery["change"] == f"{spare.address} in place of {one[0].address}"
+
+
+@pytest.mark.nightly
+def test_many_prompts_hear_of_a_loss_once(model: Path, peers: Peers, tmp_path: Path) -> None:
+    (peer,) = peers(1)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join("a" * (90 + number) for number in range(6)), encoding="utf-8")
+    options = ("generate", "--model", str(model), "--store", str(tmp_path / "store"))
+    options += ("--dtype", "float32", "--threads", "1", "--prompts", str(prompts))
+    options += ("--sequences", "2")
+    options += ("--max-tokens", "200", "--temperature", "0")
+    plain = [json.loads(line)["token_ids"] for line in run_cli(*options).stdout.splitlines()]
+    with start_cli(*options, "--peers", peer.address) as master:
+        assert master.stdout is not None
+        first = master.stdout.readline()
+        peer.signal(signal.SIGKILL)
+        rest, errors = master.communicate(timeout=60)
+    out = first + rest
+    assert master.returncode == 0, errors
+    assert [json.loads(line)["token_ids"] for line in out.splitlines()] == plain
+    assert (errors.count("; reconnecting"), errors.count("no peer is left")) == (1, 1), errors

@@ -26,8 +26,8 @@ from tpirt.cli.options import (
     run_async,
     sampling_params,
 )
-from tpirt.errors import RequestError, TpirtError
-from tpirt.types import Message, Progress, SamplingParams
+from tpirt.errors import PeerLostError, RequestError, TpirtError, TransportError
+from tpirt.types import LOST, RECONNECTED, RESUMED, Message, Progress, SamplingParams
 
 if TYPE_CHECKING:
     from tpirt.chat.progress import ConsoleProgress
@@ -150,6 +150,13 @@ async def _generate_all(arguments: argparse.Namespace, texts: Sequence[str]) -> 
         async with connected(arguments, progress, arguments.context) as engine:
             params = sampling_params(arguments, engine.defaults.sampling)
             running = asyncio.Semaphore(arguments.sequences or EngineOptions.sequences)
+            told: set[Progress] = set()
+
+            def tell(report: Progress) -> None:
+                """Each of the requests that run hears of a loss: say it once."""
+                if report.stage in (LOST, RECONNECTED, RESUMED) and report not in told:
+                    told.add(report)
+                    progress(report)
 
             async def answer(text: str) -> dict[str, Any]:
                 if not text:
@@ -158,10 +165,10 @@ async def _generate_all(arguments: argparse.Namespace, texts: Sequence[str]) -> 
                 async with running:
                     try:
                         ids = engine.encode(prompt, parse_special=arguments.special_tokens)
-                        return asdict(await engine.complete(ids, params))
+                        return asdict(await engine.complete(ids, params, tell))
+                    except (PeerLostError, TransportError):
+                        raise  # it is not this prompt's fault
                     except TpirtError as exc:
-                        if engine.broken is not None:
-                            raise  # it is not this prompt's fault
                         return {"error": str(exc)}
 
             tasks = [asyncio.create_task(answer(text)) for text in texts]

@@ -69,12 +69,16 @@ def _keep_kernels() -> None:
                 old.unlink(missing_ok=True)
 
 
+# Long ones, in which a marker says what the loop matters for; the nightly run tries both for all.
+_BY_MARK = {"test_tls.py", "test_joining.py"}
+
+
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     name = config.getoption("--loop")
     if name is None:
-        contract = item.path.parent.name == "contract"
+        contract = item.path.parent.name == "contract" and item.path.name not in _BY_MARK
         name = "both" if contract or item.get_closest_marker("both_loops") else "uvloop"
     return LOOPS if name == "both" else {name: LOOPS[name]}
 

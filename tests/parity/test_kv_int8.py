@@ -13,16 +13,14 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.kernels import multiply_in_c
 from tpirt.batch import DEFAULT_COLLECTIVE, Segment
-from tpirt.cluster import rank
 from tpirt.cluster.collective_policy import CollectivePolicy
 from tpirt.dtypes import RUN_DTYPES
 from tpirt.model import attention as heads
 from tpirt.model import products
 from tpirt.model.products import Products
 from tpirt.ops.native.bindings import native_kernels
-from tpirt.ops.quant_kernels import NATIVE
-from tpirt.ops.quant_linear import KernelChoice
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.decoders import decoder_group
 from tpirt.testing.models import make_model
@@ -82,12 +80,7 @@ async def test_in_c_chunks_are_equal_bit_for_bit(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Products and attention in C: no row depends on another."""
-    choose = rank.choose_kernels
-
-    def in_c(*args: Any) -> dict[Any, KernelChoice]:  # whatever is faster at this moment
-        return dict.fromkeys(choose(*args), KernelChoice((), NATIVE.name, {}))
-
-    monkeypatch.setattr(rank, "choose_kernels", in_c)
+    multiply_in_c(monkeypatch)
     options = {"dtype": "bfloat16", "quantize": "int4"}
     (first, tokens), *others = [
         await run(model, chunk_tokens=chunk, **options) for chunk in (8, 3, 1)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.kernels import multiply_in_c
 from tests.support.nightly import nightly_but
 from tests.support.steps import take_free_rows
 from tpirt.batch import Batch, Segment
@@ -212,6 +213,7 @@ async def test_tokens_are_computed_again_if_the_step_that_keeps_them_fails(
 ) -> None:
     """All ranks have moved them, or some have: they agree only on the positions before."""
     take_free_rows(monkeypatch)
+    multiply_in_c(monkeypatch)
     prompt, params = tuple(PROMPT[:8]), SamplingParams(max_tokens=30, temperature=0)
     options = {"quantize": "int4", "dtype": "bfloat16", "store": tmp_path}
     async with memory_engine(model, 2, draft="none", **options) as engine:

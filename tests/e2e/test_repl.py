@@ -340,6 +340,7 @@ def answering(command: list[str], environment: dict[str, str]) -> Iterator[subpr
         yield process
 
 
+@pytest.mark.nightly  # a chat in a terminal does the same above
 def test_a_lost_peer_does_not_end_a_script(command: list[str], environment: dict[str, str]) -> None:
     arguments = [*command, "--quiet", "--local", "2", "--each-line", "--max-tokens", "300"]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)

@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -326,10 +327,12 @@ def test_scripts_fail_at_the_first_error(command: list[str], environment: dict[s
     assert done.stderr.startswith(b"tpirt: error: no command /nope")
 
 
-@pytest.fixture
-def answering(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+@contextmanager
+def chat_that_answers(
+    command: list[str], environment: dict[str, str], *options: str
+) -> Iterator[subprocess.Popen[bytes]]:
     """A chat on pipes in the middle of an answer."""
-    arguments = [*command, "--quiet", "--local", "2", "--each-line", *ENDLESS]
+    arguments = [*command, "--quiet", "--local", "2", "--each-line", *options]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with killed_at_exit(start_python(*arguments, env=environment, **pipes)) as process:
         assert process.stdin is not None
@@ -340,16 +343,16 @@ def answering(command: list[str], environment: dict[str, str]) -> Iterator[subpr
         yield process
 
 
+@pytest.fixture
+def answering(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A chat in the middle of an answer without end."""
+    with chat_that_answers(command, environment, *ENDLESS) as process:
+        yield process
+
+
 @pytest.mark.nightly  # a chat in a terminal does the same above
 def test_a_lost_peer_does_not_end_a_script(command: list[str], environment: dict[str, str]) -> None:
-    arguments = [*command, "--quiet", "--local", "2", "--each-line", "--max-tokens", "300"]
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with killed_at_exit(start_python(*arguments, env=environment, **pipes)) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(b"go\n")
-        process.stdin.flush()
-        assert process.stdout.read(10) == ANSWER.encode()
+    with chat_that_answers(command, environment, "--max-tokens", "300") as process:
         (worker,) = workers(process.pid)
         worker.kill()
         rest, errors = process.communicate(timeout=60)

@@ -23,12 +23,12 @@ import xxhash
 
 from tpirt.config import ModelConfig
 from tpirt.errors import DamagedSliceError, StoreError
+from tpirt.files import write_atomically
 from tpirt.ops.quant import Int8
 from tpirt.sharding.format import WeightFormat
 from tpirt.sharding.partition import make_partition
 from tpirt.testing.processes import killed_at_exit, run_python, start_python
 from tpirt.weights import writer as module
-from tpirt.weights.files import write_atomically
 from tpirt.weights.manifest import (
     MAX_ORDER_BYTES,
     NO_DIGEST,

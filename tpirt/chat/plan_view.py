@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TextIO
 
+from tpirt.files import nearest
 from tpirt.planning import Deployment, RankPlan, advise
 from tpirt.planning.dtype import AS_ASKED
 from tpirt.printable import printable
@@ -48,9 +49,7 @@ def show_advice(plan: Deployment, store: Path | None, out: TextIO) -> None:
 def _disk(plan: Deployment, store: Path) -> str:
     here = plan.peers[0].host_id
     slices = sum(r.budget.weights_bytes for r in plan.ranks if r.peer.host_id == here)
-    folders = (store.absolute(), *store.absolute().parents)
-    disk = next(folder for folder in folders if folder.exists())
-    free = format_bytes(shutil.disk_usage(disk).free)
+    free = format_bytes(shutil.disk_usage(nearest(store)).free)
     return f"slices take {format_bytes(slices)} of disk in {store}, where {free} are free"
 
 

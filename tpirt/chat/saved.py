@@ -9,15 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tpirt.errors import RequestError
+from tpirt.files import replace_file
 from tpirt.types import Message
-from tpirt.weights.files import sync_file
 
 VERSION = 1
 _MOST_BYTES = 64 << 20  # a larger file is not a conversation
@@ -61,7 +60,8 @@ def save(path: Path, conversation: SavedConversation) -> None:
         "messages": [asdict(message) for message in conversation.messages],
     }
     try:
-        _write(path.resolve(), json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+        text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+        replace_file(path.resolve(), text.encode(errors="replace"), 0o600)
     except OSError as exc:
         raise RequestError(f"{path}: cannot be written: {exc.strerror}") from exc
 
@@ -170,16 +170,3 @@ def _message(index: int, entry: Any) -> Message:
     if not isinstance(content, str):
         raise ValueError(f"messages[{index}].content: expected a string, got {content!r}")
     return Message(role, content)
-
-
-def _write(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(handle, "w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-            file.flush()
-            sync_file(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise

@@ -139,12 +139,12 @@ async def _shown(arguments: argparse.Namespace) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    from tpirt.cluster.membership import authority_of, days_left
+    from tpirt.cluster.membership import authority_of
 
     trust = _trust(arguments)
     print(f"cluster {authority_of(trust).name}")
     for each in trust.registry.members():
-        state = f"revoked {each.revoked[:10]}" if each.revoked else f"{days_left(each)} days left"
+        state = f"revoked {each.revoked[:10]}" if each.revoked else f"{each.days_left} days left"
         print(f"{each.name}  {each.identity}  {state}  {each.address or 'not met yet'}")
 
 

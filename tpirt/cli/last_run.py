@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tpirt.errors import ConfigError, IdentityError
+from tpirt.files import nearest
 from tpirt.units import parse_bytes
 
 FILE = "tpirt.toml"
@@ -238,8 +239,8 @@ def _is_open(arguments: argparse.Namespace, action: argparse.Action) -> bool:
 
 
 def _can_be_made(folder: Path) -> bool:
-    nearest = next(each for each in (folder, *folder.parents) if os.path.exists(each))
-    return os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK)
+    there = nearest(folder)
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def _line(text: str, name: str) -> int:

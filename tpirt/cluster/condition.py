@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Sequence
 
+from tpirt.files import nearest
 from tpirt.protocol.messages import StatusReply, StoredModel
 from tpirt.weights.store import SliceStore, StoredSlice
 
@@ -37,11 +38,8 @@ class Condition:
         )
 
     def _disk_free_bytes(self) -> int:
-        root = self._store.root.absolute()
         with contextlib.suppress(OSError):
-            return shutil.disk_usage(
-                next(each for each in (root, *root.parents) if each.exists())
-            ).free
+            return shutil.disk_usage(nearest(self._store.root)).free
         return 0
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tpirt.errors import ConfigError
+from tpirt.files import write_atomically
 from tpirt.ops.native.library import load
 from tpirt.ops.plain_kernels import PLAIN_KERNELS
 from tpirt.ops.quant import QuantSpec, Scheme
@@ -22,7 +23,6 @@ from tpirt.ops.quant_kernels import KERNELS
 from tpirt.ops.quant_linear import KernelChoice, MatrixShape
 from tpirt.ops.quant_probe import probe_kernels
 from tpirt.sharding.blocks import Block
-from tpirt.weights.files import write_atomically
 
 _FILE = "kernels.json"
 

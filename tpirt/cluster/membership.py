@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 
 from tpirt.cancellation import finish, in_thread
 from tpirt.errors import IdentityError
@@ -72,8 +70,6 @@ def issuer(trust: Trust, name: str | None, joined: Callable[[Member], None]) -> 
         def issue(free: str) -> Certificate:
             return authority.issue(request.request.encode(), PEER, free, random_id())
 
-        mapped = getattr(ipaddress.ip_address(host), "ipv4_mapped", None)  # of a socket for both
-        host = str(mapped or host)
         address = str(Address(host, request.port)) if 0 < request.port < 65536 else ""
         return registry.add(name or request.name, issue, address)
 
@@ -129,12 +125,3 @@ async def join_cluster(trust: Trust, where: str, name: str, port: int) -> None:
         JoinRequest(name, port, request.decode()),
         keep,
     )
-
-
-def days_left(member: Member) -> int:
-    """Days until a certificate ends, 0 if it has."""
-    try:
-        end = datetime.strptime(member.expires, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
-    except ValueError:
-        return 0
-    return max(0, (end - datetime.now(UTC)).days)

@@ -62,18 +62,23 @@ class Piece:
         """Whether these are ids of a prompt, for statistics."""
         return self.tokens > 1 or self.sequence.prefilling
 
+    @property
+    def num_logits(self) -> int:
+        """Number of rows whose results are wanted."""
+        end = self.sequence.computed + self.tokens
+        wanted = min(self.tokens, max(0, end - self.sequence.first_wanted))
+        return wanted + len(self.guesses)
+
     def segment(self) -> Segment:
         """The rows in the step's batch."""
         sequence = self.sequence
         assert sequence.slot is not None
-        end = sequence.computed + self.tokens
-        wanted = min(self.tokens, max(0, end - sequence.first_wanted))
         backs = tuple(index - parent for index, parent in enumerate(self.parents))
         return Segment(
             slot=sequence.slot,
             position=sequence.computed,
             tokens=self.tokens + len(self.guesses),
-            num_logits=wanted + len(self.guesses),
+            num_logits=self.num_logits,
             rope_length=len(sequence.ids) + len(self.guesses),
             source=sequence.source,
             parents=backs if any(back > 1 for back in backs) else (),

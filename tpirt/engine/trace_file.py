@@ -19,9 +19,9 @@ from typing import Any, TextIO
 
 from tpirt.cluster.tracing import ClockMap, LaneTrace, RankTrace
 from tpirt.errors import RequestError
+from tpirt.files import sync_file
 from tpirt.stopwatch import COMPUTE, DISK, LANES, NETWORK, SAMPLE, STEPS, Lane
 from tpirt.version import __version__
-from tpirt.weights.files import sync_file
 
 Traces = Callable[[], AsyncIterator[RankTrace]]
 

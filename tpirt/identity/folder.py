@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
 from pathlib import Path
 
 from tpirt.errors import IdentityError
+from tpirt.files import replace_file
 
 VARIABLE = "TPIRT_IDENTITY"
 
@@ -35,19 +34,11 @@ def write_private(path: Path, data: bytes) -> None:
     Raises:
         IdentityError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.parent.chmod(0o700)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(descriptor)
-        temporary.replace(path)
+        replace_file(path, data, 0o600)
     except OSError as exc:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise IdentityError(f"{path}: cannot be written: {exc.strerror}") from exc
 
 

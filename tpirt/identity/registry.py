@@ -21,6 +21,7 @@ from tpirt.identity.folder import read, write_private
 from tpirt.locks import Lock, lock
 
 _FORMAT = 1
+_DATE = "%Y-%m-%dT%H:%M:%SZ"
 _PATIENCE_S, _RETRY_S = 5.0, 0.01
 
 
@@ -39,6 +40,15 @@ class Member:
     address: str = ""
     revoked: str = ""
     met: str = ""
+
+    @property
+    def days_left(self) -> int:
+        """Days until the certificate ends, 0 if it has."""
+        try:
+            end = datetime.strptime(self.expires, _DATE).replace(tzinfo=UTC)
+        except ValueError:
+            return 0
+        return max(0, (end - datetime.now(UTC)).days)
 
 
 class Registry:
@@ -201,4 +211,4 @@ def _now() -> str:
 
 
 def _date(when: datetime) -> str:
-    return when.strftime("%Y-%m-%dT%H:%M:%SZ")
+    return when.strftime(_DATE)

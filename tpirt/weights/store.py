@@ -28,12 +28,12 @@ import xxhash
 
 from tpirt.cache_folder import cache_folder, home_cache
 from tpirt.errors import DamagedSliceError, StoreError
+from tpirt.files import nearest, write_atomically
 from tpirt.locks import Lock, lock, try_lock
 from tpirt.ops.buffers import page_buffer, tensor_bytes
 from tpirt.sharding.units import Unit
 from tpirt.types import Progress, ProgressCallback, ignore_progress
 from tpirt.units import format_bytes
-from tpirt.weights.files import write_atomically
 from tpirt.weights.layout import file_bytes
 from tpirt.weights.manifest import (
     FORMAT_VERSION,
@@ -260,7 +260,7 @@ class SliceStore:
     """
 
     def __init__(self, root: Path, limit_bytes: int | None = None):
-        there = next(each for each in (root, *root.absolute().parents) if os.path.exists(each))
+        there = nearest(root)
         if not there.is_dir():
             raise StoreError(f"{root}: expected a folder, but {there} is a file; give another one")
         self.root = root

@@ -17,10 +17,10 @@ import torch
 import xxhash
 
 from tpirt.errors import StoreError
+from tpirt.files import sync_file, sync_folder
 from tpirt.locks import lock
 from tpirt.ops.buffers import page_buffer, tensor_bytes
 from tpirt.sharding.units import Unit
-from tpirt.weights.files import sync_file, sync_folder
 from tpirt.weights.layout import block_header, file_bytes
 from tpirt.weights.manifest import (
     MANIFEST,

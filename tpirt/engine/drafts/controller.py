@@ -158,7 +158,7 @@ class DraftController:
             return list(pieces)
         answers = list(drafted.values())
         most = [min(most_guesses, room, self._most_guesses(answer)) for answer in answers]
-        outputs = sum(piece.segment().num_logits for piece in pieces)
+        outputs = sum(piece.num_logits for piece in pieces)
         base = _Base(rows, outputs, room, most)
         guesses = await self._guess(answers, base)
         spent_s = self._drafting_s

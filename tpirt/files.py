@@ -12,6 +12,11 @@ _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _NOT_FOR_FOLDERS = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF}
 
 
+def nearest(path: Path) -> Path:
+    """The path if it exists, else the first folder above it that does."""
+    return next(each for each in (path, *path.absolute().parents) if os.path.exists(each))
+
+
 def sync_file(descriptor: int) -> None:
     """Flush a file to disk, if its file system can.
 
@@ -50,10 +55,19 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written.
     """
+    replace_file(path, text.encode(), 0o666)
+
+
+def replace_file(path: Path, data: bytes, mode: int) -> None:
+    """As :func:`write_atomically`, with the permissions ``mode`` as far as the umask has them.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            file.write(data)
             file.flush()
             sync_file(file.fileno())
         os.replace(temporary, path)

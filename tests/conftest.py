@@ -23,7 +23,7 @@ from tpirt.testing.processes import fork_server, fork_worker
 # Two pools of threads that spin on the same cores only slow each other down.
 torch.set_num_threads(1)
 
-# Whoever runs the tests may be in a cluster.
+# The user who runs the tests may be in a cluster.
 os.environ["TPIRT_IDENTITY"] = os.path.join(os.devnull, "identity")
 
 # Under nohup SIGHUP is ignored, and whatever the tests start would inherit that.

@@ -74,7 +74,7 @@ class SpillDisk:
     def _begin(self, function: Callable[..., None], *args: Any) -> asyncio.Future[None]:
         loop = asyncio.get_running_loop()
         self._last = ended = loop.create_future()
-        ended.add_done_callback(asyncio.Future.exception)  # retrieved, whoever waits
+        ended.add_done_callback(asyncio.Future.exception)  # retrieved, even if nobody waits
 
         def run() -> None:
             error: Exception | None = None

@@ -1,7 +1,7 @@
 """How a device gets its certificate by a short code: the messages, without their transport.
 
-SPAKE2 turns the code into a strong key; whoever listens learns nothing about either, and who does
-not know the code can try one guess with each exchange. The device that joins proves first that it
+SPAKE2 turns the code into a strong key. An eavesdropper learns nothing about either, and an
+attacker can try one code with each exchange. The device that joins proves first that it
 has the key, so a wrong guess is counted before anything is answered. Then both sides use the key
 for the certificate request and the certificate. The private key never leaves the device.
 

@@ -19,7 +19,7 @@ Places = Mapping[int, str]  # worker peers by place; a place is a rank of the gr
 def line_up(asked: Sequence[str], current: Places, present: Sequence[str]) -> dict[int, str]:
     """Choose the workers of the next group; fewer than asked for if too few are present.
 
-    Those of the current group stay. The other places go to whoever else is present, the peers
+    Those of the current group stay. The other places go to other peers that are present, those
     asked for before spares. Each takes its own place if it is free, where its store has most units.
 
     Args:

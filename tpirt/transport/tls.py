@@ -119,7 +119,7 @@ async def meet(address: Address, trust: Trust) -> Met:
 
 
 async def speaks_tls(address: Address) -> bool:
-    """Whether a TLS server answers, whoever it is."""
+    """Whether any TLS server answers."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:

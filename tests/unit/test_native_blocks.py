@@ -374,6 +374,19 @@ def test_a_head_in_one_call_has_the_bits_of_single_products(
 
 
 @needs_native
+@pytest.mark.parametrize("kind", ["int8", "int4", "nl4"])
+def test_long_products_of_many_rows_have_equal_bits_in_all_sets(kind: str) -> None:
+    """Beyond what a set takes at once: 16 and 128 rows, 32 groups, one row at a time."""
+    weights = Weights({"w.weight": random_matrix(kind, 48, 33 * 32)})
+    matrix, x = native_blocks._matrix(weights, "w"), torch.randn(16 + 128 + 9, 33 * 32)
+    plain, *others = kernel_sets()
+    expected = plain.product(matrix, plain.round(x))
+    for each in others:
+        assert torch.equal(each.product(matrix, each.round(x)), expected)
+        assert torch.equal(each.product(matrix, each.round(x[-2:])), expected[-2:])
+
+
+@needs_native
 def test_a_head_with_gaps_between_its_pieces_is_not_one_call() -> None:
     ours = new_blocks(layer_config(), None, 0, Segment(0, 0, 1, 1, 1))
     assert not ours.suits_head(head_pieces("int4", 20, 64), 1)

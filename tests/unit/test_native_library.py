@@ -71,14 +71,17 @@ class Tools:
         path.chmod(0o755)
 
     def add_compiler(self, content: bytes, meanwhile: str = "") -> None:
-        """A compiler that records its runs, and does something ``meanwhile``."""
+        """A compiler that records how often it links, and does something ``meanwhile``."""
         (self.folder / "library").write_bytes(content)
         self.add(
             "cc",
-            f"""case "$*" in *-fsyntax-only*) exit 0 ;; esac
+            f"""for output; do :; done
+            case "$*" in
+            *-fsyntax-only*) exit 0 ;;
+            *" -c "*) : > "$output"; exit 0 ;;
+            esac
             echo run >> '{self.folder}/runs'
             {meanwhile}
-            for output; do :; done
             /bin/cp '{self.folder}/library' "$output" """,
         )
 
@@ -221,7 +224,7 @@ def test_float32_products_are_not_of_the_library() -> None:
 
 def test_a_changed_source_has_another_key(tmp_path: Path) -> None:
     same, other = (shutil.copytree(SOURCES, tmp_path / name) for name in ("same", "other"))
-    with open(other / "scalar.inc", "a") as file:
+    with open(other / "set_scalar.c", "a") as file:
         file.write("\n")
     assert source_key(same) == source_key()
     assert source_key(other) != source_key()
@@ -463,8 +466,9 @@ def compiled_breakable(tmp_path_factory: pytest.TempPathFactory) -> Breakable:
     options += ["-o", "kernels.so", f'-DTP_BUILD="{source_key()}"']
     renamed = [*compiler.command, "-c", *options[:-3], "-Dnative_set=real_set"]
     subprocess.run([*renamed, SOURCES / "native.c", "-o", "native.o"], cwd=folder, check=True)
-    rest = ["native.o", "breakable.c", SOURCES / "pool.c", SOURCES / "selftest.c", "-lm"]
-    subprocess.run([*compiler.command, *options, *rest], cwd=folder, check=True)
+    rest = [path for path in SOURCES.glob("*.c") if path.name != "native.c"]
+    command = [*compiler.command, *options, "native.o", "breakable.c", *rest, "-lm"]
+    subprocess.run(command, cwd=folder, check=True)
     path = keep_library(folder / "kept", (folder / "kernels.so").read_bytes())
     return Breakable(path)
 

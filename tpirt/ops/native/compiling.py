@@ -25,15 +25,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
-_UNITS = ("native.c", "pool.c", "selftest.c")
 _FLAGS = (
     *("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-strict-aliasing"),
-    *("-pthread", "-fPIC", "-shared"),
+    *("-pthread", "-fPIC"),
 )
+_MOST_AT_ONCE = 2  # compilers; each takes up to 500 MB
 # What a folder of C headers must have; a compiler without them is of no use.
 _PROBE = b"#include <math.h>\n#include <pthread.h>\n#include <string.h>\n"
 COMPILE_S = 900.0  # a small device takes a minute
@@ -69,7 +70,7 @@ class Compiler:
 @functools.cache
 def source_key(folder: Path = SOURCES) -> str:
     """Hash the sources in ``folder`` and the flags that they are compiled with."""
-    key = hashlib.sha256(repr((_UNITS, _FLAGS)).encode())
+    key = hashlib.sha256(repr(_FLAGS).encode())
     for path in sorted(folder.iterdir()):
         if path.suffix in (".c", ".h", ".inc"):
             key.update(f"\0{path.name}\0".encode() + path.read_bytes())
@@ -109,12 +110,22 @@ def compile_library(
         CancelledCompileError: ``stop`` was set meanwhile.
         OSError: there is no temporary folder that can be written to.
     """
+    build = f'-DTP_BUILD="{source_key(folder)}"'
     with _workplace() as workplace:
         target = workplace / "kernels.so"
-        command = [*compiler.command, *_FLAGS, "-s", f'-DTP_BUILD="{source_key(folder)}"']
-        command += [*(str(folder / unit) for unit in _UNITS), "-lm", "-o", str(target)]
-        try:
+
+        def compile_unit(source: Path) -> str:
+            output = str(workplace / f"{source.stem}.o")
+            command = [*compiler.command, *_FLAGS, build, "-c", str(source), "-o", output]
             _run(command, COMPILE_S, workplace, stop)
+            return output
+
+        try:
+            with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_AT_ONCE)) as executor:
+                units = sorted(folder.glob("*.c"), reverse=True)  # plain C, the longest, first
+                objects = list(executor.map(compile_unit, units))
+            link = [*compiler.command, "-pthread", "-shared", "-s", *objects, "-lm"]
+            _run([*link, "-o", str(target)], COMPILE_S, workplace, stop)
         except CompileError as exc:
             raise CompileError(f"{compiler.name}: {exc}") from None
         content = target.read_bytes() if target.is_file() else b""
@@ -249,22 +260,23 @@ def _run(
     # zig keeps what it compiles, some 10 MB: in a home directory nobody would ever remove it.
     caches = dict.fromkeys(("ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR"), str(workplace))
     environment = {**caches, **os.environ, "LC_ALL": "C", "TMPDIR": str(workplace)}
-    errors = workplace / "errors"  # not a pipe, which a process left behind would keep open
     with (
-        open(errors, "wb") as log,
+        # Not a pipe, which a process left behind would keep open.
+        tempfile.TemporaryFile(dir=workplace) as errors,
         subprocess.Popen(
             guarded,
             stdin=subprocess.PIPE,  # leaving the block closes it: what still runs is killed
             stdout=subprocess.DEVNULL,
-            stderr=log,
+            stderr=errors,
             env=environment,
             start_new_session=True,
         ) as guard,
     ):
         if not wait_until(lambda: guard.poll() is not None, limit_s, stop, notice):
             raise CompileError(f"no answer within {limit_s:g} s")
-    if guard.returncode:
-        raise CompileError(_first_error(errors.read_bytes(), guard.returncode))
+        if guard.returncode:
+            errors.seek(0)
+            raise CompileError(_first_error(errors.read(), guard.returncode))
 
 
 def _first_error(output: bytes, code: int) -> str:

@@ -36,6 +36,20 @@ static inline int cpu_runs_avx512_vnni(void)
            cpu_bit(7, 0, 1, 30) && cpu_bit(7, 0, 1, 31) && cpu_bit(7, 0, 2, 11);
 }
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* AMX with 8-bit integers, which a process must ask Linux for: ARCH_REQ_XCOMP_PERM of its tiles. */
+static inline int cpu_runs_amx(void)
+{
+    return cpu_runs_avx512_vnni() && cpu_keeps(0x600e6) && cpu_bit(7, 0, 3, 24) &&
+           cpu_bit(7, 0, 3, 25) && !syscall(SYS_arch_prctl, 0x1023, 18);
+}
+#else
+static inline int cpu_runs_amx(void) { return 0; }
+#endif
+
 #elif defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
 #undef MIN /* of sys/param.h; weights.inc has its own */

@@ -154,4 +154,24 @@ typedef struct {
     void (*attend)(const attention *a, long first, long last); /* of the KV heads */
 } kernel_set;
 
+/* Whether the compiler takes these instructions for single functions. */
+#if defined(__apple_build_version__)
+#define AVX_VNNI (__clang_major__ >= 13)
+#define AMX_INT8 0 /* no Mac has it */
+#define NEON_DOT (__clang_major__ >= 15)
+#elif defined(__clang__)
+#define AVX_VNNI (__clang_major__ >= 12)
+#define AMX_INT8 (__clang_major__ >= 13)
+#define NEON_DOT (__clang_major__ >= 16)
+#else
+#define AVX_VNNI (__GNUC__ >= 11)
+#define AMX_INT8 (__GNUC__ >= 11)
+#define NEON_DOT (__GNUC__ >= 10)
+#endif
+
+/* Each has a file of its own, set_*.c, which is empty for other CPUs. */
+extern const kernel_set scalar_set;
+extern const kernel_set avx2_set, avxvnni_set, avx512_set, amx_set;
+extern const kernel_set neon_set, dotprod_set, i8mm_set;
+
 const kernel_set *native_set(int set); /* 0: plain C; better ones follow */

@@ -1,4 +1,6 @@
 /* Plain C, for any CPU: what the others are compared with. */
+#include "set.h"
+
 #define SET(name) scalar_##name
 #define SET_NAME "scalar"
 #define TARGET
@@ -97,5 +99,4 @@ INLINE void SET(round_group)(const float *x, int8_t *q, float *scale, float *sum
 
 #define TOKENS 4
 #include "products.inc"
-#include "undefine.inc"
 #undef EACH

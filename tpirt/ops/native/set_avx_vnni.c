@@ -1,4 +1,8 @@
 /* AVX-VNNI: AVX2 with one instruction for four products, on CPUs that have no AVX-512. */
+#include "set.h"
+
+#if defined(__x86_64__) && AVX_VNNI
+
 #define SET(name) avxvnni_##name
 #define SET_NAME "avx-vnni"
 #define TARGET __attribute__((target("avx2,fma,f16c,avxvnni")))
@@ -42,4 +46,5 @@ INLINE VF avxvnni_less_128(VI dot, const float *sum)
 
 #define TOKENS 4
 #include "products.inc"
-#include "undefine.inc"
+
+#endif

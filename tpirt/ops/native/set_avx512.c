@@ -1,4 +1,8 @@
 /* AVX-512 with VNNI: a vector holds the 16 rows of a tile. */
+#include "set.h"
+
+#if defined(__x86_64__)
+
 #define SET(name) avx512_##name
 #define SET_NAME "avx512-vnni"
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
@@ -160,4 +164,9 @@ INLINE void SET(round_group)(const float *x, int8_t *q, float *scale, float *sum
 
 #define TOKENS 8
 #include "products.inc"
-#include "undefine.inc"
+
+#if AMX_INT8
+#include "amx.inc"
+#endif
+
+#endif

@@ -1,4 +1,8 @@
 /* AVX2: a vector holds 8 rows of a tile. */
+#include "set.h"
+
+#if defined(__x86_64__)
+
 #define SET(name) avx2_##name
 #define SET_NAME "avx2"
 #define TARGET __attribute__((target("avx2,fma,f16c")))
@@ -50,4 +54,5 @@ INLINE VI SET(q8_dot)(const Q8_W *w, const int8_t *x)
 
 #define TOKENS 4
 #include "products.inc"
-#include "undefine.inc"
+
+#endif

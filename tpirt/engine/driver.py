@@ -39,6 +39,7 @@ from tpirt.errors import (
     RequestError,
     TpirtError,
 )
+from tpirt.ops.buffers import join_rows, split_rows
 from tpirt.planning import Deployment
 from tpirt.refusals import refused_memory
 from tpirt.types import LOST, RECONNECTED, RESUMED, Progress, ProgressCallback, Recovery
@@ -442,7 +443,7 @@ class Driver:
             computed_s = time.perf_counter()
             self._costs.learn(len(ids), computed_s - began_s)
             self._advance(pieces, number)
-            tokens = await self._hand_on(pieces, torch.split(out, counts))
+            tokens = await self._hand_on(pieces, split_rows(out, counts))
             ended_s = time.perf_counter()
             if len(out):
                 self._output_costs.learn(len(out), ended_s - computed_s)
@@ -482,12 +483,12 @@ class Driver:
         tokens = 0
         for chosen in _together(drawing, self._deployment.logits_tokens):
             try:
-                logits = await self._group.logits(torch.cat([own for _, own in chosen]))
+                logits = await self._group.logits(join_rows([own for _, own in chosen]))
             except MemoryLimitError as exc:
                 _end([piece for piece, _ in chosen], exc)
                 continue
             counts = [len(own) for _, own in chosen]
-            for (piece, _), rows in zip(chosen, torch.split(logits, counts), strict=True):
+            for (piece, _), rows in zip(chosen, split_rows(logits, counts), strict=True):
                 tokens += self._draw(piece, rows)
         return tokens
 

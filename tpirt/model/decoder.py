@@ -38,6 +38,7 @@ from tpirt.model.kv_store import KVLayout, KVStore
 from tpirt.model.native_blocks import NativeBlocks
 from tpirt.model.pipeline import Pipeline, WeightSource
 from tpirt.model.products import FEW_ROWS, Products
+from tpirt.ops.buffers import join_rows, split_rows
 from tpirt.ops.native.bindings import Rounded
 from tpirt.ops.quant_linear import ROWS_UNIT, KernelChoice, MatrixShape
 from tpirt.ops.rope import RotaryEmbedding
@@ -49,7 +50,7 @@ from tpirt.weights.layout import Weights
 
 # Of the weights of a chain of layers, which are computed by one call: some 10 to 20 ms. An abort is
 # heard in between. Each call costs 0.2 to 0.3 ms around it, as the weights have passed the caches.
-CHAIN_BYTES = 256 << 20
+CHAIN_BYTES = 320 << 20
 
 _T = TypeVar("_T")
 
@@ -138,9 +139,9 @@ class Decoder:
             partials = [await self._run(parts[0])]
         else:
             partials = await _all(step, [self._run(part) for part in parts])
-        reduced = await self._comm.reduce(step, _joined(partials))
+        reduced = await self._comm.reduce(step, join_rows(partials))
         self.kv.commit(segments)
-        return None if reduced is None else _joined([part.hidden for part in parts]).add_(reduced)
+        return None if reduced is None else join_rows([part.hidden for part in parts]).add_(reduced)
 
     async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the final norm and the LM head, rank 0 only. If cancelled, no block is held.
@@ -185,7 +186,7 @@ class Decoder:
     def _parts(self, hidden: torch.Tensor, step: StepContext) -> list[_Part]:
         batches = step.batch.micro_batches()
         pipeline = Pipeline(self._weights, step, len(batches))
-        rows = torch.split(hidden, [batch.tokens for batch in batches])
+        rows = split_rows(hidden, [batch.tokens for batch in batches])
         return [
             _Part(
                 index,
@@ -420,8 +421,3 @@ async def _all(step: StepContext, runs: Iterable[Coroutine[Any, Any, _T]]) -> li
         if isinstance(result, BaseException):
             raise result
     return cast("list[_T]", results)
-
-
-def _joined(rows: list[torch.Tensor]) -> torch.Tensor:
-    filled = [part for part in rows if len(part)] or rows[:1]
-    return filled[0] if len(filled) == 1 else torch.cat(filled)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from tpirt.ops.buffers import scratch
+from tpirt.ops.buffers import scratch_address
 from tpirt.ops.native.library import load
 
 _SIGNATURES = {
@@ -303,13 +303,13 @@ class NativeKernels:
     def attention_block(self, block: AttentionBlock) -> None:
         """Norm, products, attention, product."""
         nbytes = self._library.tp_attention_scratch(byref(block))
-        block.scratch = scratch(nbytes).data_ptr()
+        block.scratch = scratch_address(nbytes)
         self._library.tp_attention(self._set, self._pool, byref(block))
 
     def mlp_block(self, block: MlpBlock) -> None:
         """Norm, product, activation, product; with the blocks that are ``next``."""
         nbytes = self._library.tp_mlp_scratch(byref(block))
-        block.scratch = scratch(nbytes).data_ptr()
+        block.scratch = scratch_address(nbytes)
         self._library.tp_mlp(self._set, self._pool, byref(block))
 
     def layers(self, run: LayerRun, hidden: torch.Tensor) -> None:
@@ -321,12 +321,12 @@ class NativeKernels:
         """
         layers = byref(run.layers[run.first])
         nbytes = self._library.tp_layers_scratch(layers, run.count)
-        run.attention.scratch = scratch(nbytes).data_ptr()
+        run.attention.scratch = scratch_address(nbytes)
         self._library.tp_layers(self._set, self._pool, layers, run.count, hidden.data_ptr())
 
     def head(self, block: HeadBlock) -> None:
         """Norm, and the products of all pieces."""
-        block.scratch = scratch(self._library.tp_head_scratch(byref(block))).data_ptr()
+        block.scratch = scratch_address(self._library.tp_head_scratch(byref(block)))
         self._library.tp_head(self._set, self._pool, byref(block))
 
     def fit4(

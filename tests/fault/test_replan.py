@@ -17,7 +17,7 @@ from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.cluster.worker import Worker
 from tpirt.config import ModelConfig
 from tpirt.engine import Engine, EngineOptions
-from tpirt.errors import StoreError
+from tpirt.errors import PeerLostError, StoreError
 from tpirt.ops.quant import QuantSpec
 from tpirt.protocol.messages import UnitChunk, decode_call
 from tpirt.sharding.format import WeightFormat
@@ -27,6 +27,7 @@ from tpirt.testing.models import make_model
 from tpirt.types import SamplingParams
 from tpirt.units import format_bytes
 from tpirt.weights.checkpoint import Checkpoint
+from tpirt.weights.manifest import SliceSpec
 from tpirt.weights.store import SliceStore
 
 PROMPT = list(range(10, 30))
@@ -81,15 +82,21 @@ async def connected(
         yield engine, clients
 
 
-def unit_sizes(
+def slice_spec(
     model: Path, world: int, rank: int, quantize: str, ratio: Sequence[float] | None = None
-) -> dict[str, int]:
+) -> SliceSpec:
     config = ModelConfig.from_dir(model)
     form = WeightFormat(torch.float32, QuantSpec.parse(quantize))
     with Checkpoint.open(model) as checkpoint:
-        spec = SliceMaker(checkpoint, config, form).spec(
+        return SliceMaker(checkpoint, config, form).spec(
             make_partition(config, world, ratio).shards[rank]
         )
+
+
+def unit_sizes(
+    model: Path, world: int, rank: int, quantize: str, ratio: Sequence[float] | None = None
+) -> dict[str, int]:
+    spec = slice_spec(model, world, rank, quantize, ratio)
     return {unit.key: spec.unit_bytes(number) for number, (_, unit) in enumerate(spec.places)}
 
 
@@ -124,6 +131,37 @@ async def test_bytes_sent_are_those_of_the_units_lacked(
         async with connected(wide, fresh, quantize=quantize, **options) as (engine, _):
             assert (await engine.complete(PROMPT, PARAMS)).token_ids == tokens
     assert saved > 0
+
+
+async def test_an_upload_that_was_cut_goes_on_where_it_ended(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the last whole block: a unit of the next one has come, and comes again."""
+    stores = [tmp_path / "master", tmp_path / "worker"]
+    spec = slice_spec(wide, 2, 1, "none")
+    whole, cut = 4, next(n for n, (block, _) in enumerate(spec.places) if block == 4) + 1
+    upload = CountingClient.upload
+
+    async def cut_off(self: CountingClient, method: str, chunks: Any, timeout_s: float) -> bytes:
+        async def some() -> AsyncIterator[bytes]:
+            async for data in chunks:
+                if decode_call(UnitChunk, data, "test").unit == cut:
+                    raise PeerLostError("the link went down", peer_id=self.peer_id)
+                yield data
+
+        return await upload(self, method, some(), timeout_s)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CountingClient, "upload", cut_off)
+        with pytest.raises(PeerLostError):
+            async with connected(wide, stores):
+                pass
+    async with connected(wide, stores) as (engine, (client,)):
+        places = enumerate(spec.places)
+        assert client.sent == sum(spec.unit_bytes(n) for n, (b, _) in places if b >= whole)
+        tokens = (await engine.complete(PROMPT, PARAMS)).token_ids
+    async with connected(wide, [tmp_path / "other", tmp_path / "fresh"]) as (engine, _):
+        assert (await engine.complete(PROMPT, PARAMS)).token_ids == tokens
 
 
 async def test_worker_that_becomes_another_rank_lacks_what_it_never_had(
@@ -217,6 +255,6 @@ async def test_new_slices_are_announced_with_the_stores_size_and_what_it_has_ins
 
 
 async def test_masters_store_is_bounded(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"its limit of 100 B.*--store-limit"):
+    with pytest.raises(StoreError, match=r"may have 100 B.*--store-limit"):
         async with connected(model, [tmp_path], store_limit_bytes=100):
             pytest.fail("loaded")

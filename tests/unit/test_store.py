@@ -12,6 +12,7 @@ import pwd
 import stat
 import subprocess
 import tempfile
+import time
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,9 @@ from tpirt.sharding.format import WeightFormat
 from tpirt.sharding.partition import make_partition
 from tpirt.testing.processes import killed_at_exit, run_python, start_python
 from tpirt.weights import writer as module
+from tpirt.weights.layout import file_bytes
 from tpirt.weights.manifest import (
+    MANIFEST,
     MAX_ORDER_BYTES,
     NO_DIGEST,
     Manifest,
@@ -37,6 +40,7 @@ from tpirt.weights.manifest import (
     SliceSpec,
 )
 from tpirt.weights.store import SliceStore, StoredSlice, default_store, remove_leftovers
+from tpirt.weights.unfinished import PREFIX, unfinished
 from tpirt.weights.writer import SliceWriter
 
 FORM = WeightFormat(torch.float32)
@@ -88,7 +92,9 @@ def put(
 
 
 def leftovers(store: SliceStore) -> list[str]:
-    return [path.name for path in store.root.iterdir() if path.name.startswith(".")]
+    """Hidden files, save what is whole of slices that were not finished."""
+    hidden = [path.name for path in store.root.iterdir() if path.name.startswith(".")]
+    return [name for name in hidden if not name.startswith(PREFIX)]
 
 
 @pytest.fixture
@@ -195,7 +201,8 @@ def test_damaged_source_is_named_and_does_not_spread(store: SliceStore) -> None:
     # Nothing is taken from it any more, and it is made again.
     assert store.slices() == []
     assert store.find(first.manifest.slice_id) is None
-    assert set(store.inventory(wanted)) == {NO_DIGEST}
+    held = store.inventory(wanted)
+    assert [digest != NO_DIGEST for digest in held] == [b == 0 for b, _ in wanted.places]
     put(store, spec(0, 1)).verify()
     assert store.slices() == [first]
 
@@ -229,13 +236,59 @@ def test_known_digests_serve_other_plans_too(store: SliceStore) -> None:
 
 
 @pytest.mark.parametrize("written", [0, 1, 30])
-def test_left_without_commit_leaves_nothing(store: SliceStore, written: int) -> None:
+def test_left_without_commit_is_no_slice(store: SliceStore, written: int) -> None:
     with SliceWriter(store, spec()) as writer:
         for number in writer.lacking[:written]:
             writer.put(number, content(spec(), number))
         assert store.slices() == []
     assert leftovers(store) == []
     assert store.slices() == []
+
+
+def test_whole_blocks_of_a_writer_that_ends_early_are_taken_over(store: SliceStore) -> None:
+    with SliceWriter(store, spec()) as writer:
+        first, second = [[n for n, (b, _) in enumerate(spec().places) if b == k] for k in (0, 1)]
+        for number in [*first, *second[:1]]:
+            writer.put(number, content(spec(), number))
+        writer.put(second[-1], content(spec(), second[-1]))
+    with SliceWriter(store, spec()) as writer:  # ends before a block: has nothing to keep
+        writer.put(0, content(spec(), 0))
+    (begun,) = unfinished(store.root)
+    assert len(begun[1].blocks) == 1
+    held = store.inventory(spec())
+    assert [n for n, digest in enumerate(held) if digest != NO_DIGEST] == first
+    (shown,) = store.unusable()
+    assert shown.reason.startswith("unfinished: 1 of ")
+    with SliceWriter(store, spec(), held) as writer:
+        assert writer.new_bytes == sum(map(file_bytes, spec().blocks[1:]))  # the other is a link
+        fill(writer)
+        written = writer.commit()
+    assert written.manifest.digests == put(SliceStore(store.root / "other")).manifest.digests
+    assert list(unfinished(store.root)) == []
+    written.verify()
+
+
+def test_a_few_unfinished_slices_are_kept_and_can_be_removed(store: SliceStore) -> None:
+    for number in range(6):
+        with SliceWriter(store, spec(fingerprint=f"{number}" * 32)) as writer:
+            writer.put_block(0, torch.zeros(file_bytes(spec().blocks[0]), dtype=torch.uint8))
+            writer.put_block(1, torch.zeros(file_bytes(spec().blocks[1]), dtype=torch.uint8))
+    assert len(store.unusable()) == 4
+    for each in store.unusable():
+        store.remove(each)
+    assert list(store.root.iterdir()) == []
+
+
+@pytest.mark.parametrize("record", ["", "{}\n", "no JSON\n", "[1]\n{}\n"])
+def test_a_record_that_cannot_be_read_is_no_unfinished_slice(
+    store: SliceStore, record: str
+) -> None:
+    for name in (".partial-x-1", f"{PREFIX}x-1"):
+        (store.root / name).mkdir(parents=True)
+        (store.root / name / "record.jsonl").write_text(record)
+    assert set(store.inventory(spec())) == {NO_DIGEST}
+    assert leftovers(store) == []
+    assert store.unusable() == []
 
 
 def test_error_within_leaves_nothing(store: SliceStore) -> None:
@@ -269,6 +322,16 @@ t.fill(writer)
 writer.commit()
 os._exit(1)
 """
+
+
+def test_whole_blocks_of_a_process_that_was_killed_are_taken_over(store: SliceStore) -> None:
+    code = CRASH.format(tests=str(Path(__file__).parent), root=str(store.root), point="rename")
+    assert run_python("-c", code, timeout_s=60).returncode == 9
+    assert set(store.inventory(spec())) == {NO_DIGEST}  # the record ends before the slice is one
+    code = code.replace("t.fill(writer)", "t.fill(writer), writer._finish_before(3), os._exit(9)")
+    assert run_python("-c", code, timeout_s=60).returncode == 9
+    held = store.inventory(spec())
+    assert [digest != NO_DIGEST for digest in held] == [b < 3 for b, _ in spec().places]
 
 
 @pytest.mark.parametrize("point", ["amid", "fsync", "rename"])
@@ -554,10 +617,49 @@ def test_store_limit(store: SliceStore) -> None:
     first = put(store, spec(0, 1))
     bounded = SliceStore(store.root, store.bytes_used() + 3 * nbytes() // 2)
     put(bounded, spec(1, 2))  # nothing is kept: all of it is new
-    with pytest.raises(StoreError, match=r"its limit of .*tpirt store rm.*--store-limit"):
+    with pytest.raises(StoreError, match=r"limit of .* in use.*--store-limit"):
         put(bounded, spec(0, 2, fingerprint="e" * 32))
     bounded.remove(first)
     put(bounded, spec(0, 2, fingerprint="e" * 32))
+    with pytest.raises(StoreError, match=r"may have .*--store-limit"):
+        put(SliceStore(store.root, 100), spec(0, 2, fingerprint="e" * 32))
+
+
+def aged(stored: StoredSlice, hours: float) -> StoredSlice:
+    """The same, used last so long ago."""
+    then = time.time() - 3600 * hours
+    os.utime(stored.path / MANIFEST, (then, then))
+    return stored
+
+
+def test_what_was_not_used_for_longest_gives_way_and_never_what_is_used(
+    store: SliceStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "tpirt")
+    used, oldest, older, newest = (
+        aged(put(store, spec(0, 1, fingerprint=str(hours) * 32)), hours) for hours in (4, 3, 2, 1)
+    )
+    with SliceWriter(store, spec(1, 2)) as begun:  # and something unfinished
+        begun.put_block(0, torch.zeros(file_bytes(begun.spec.blocks[0]), dtype=torch.uint8))
+        begun.put_block(1, torch.zeros(file_bytes(begun.spec.blocks[1]), dtype=torch.uint8))
+    held = aged(used, 4).hold()
+    aged(used, 4)
+    bounded = SliceStore(store.root, store.bytes_used())
+    new = put(bounded, spec(0, 1))
+    assert set(bounded.slices()) == {used, older, newest, new}
+    assert oldest not in bounded.slices()
+    assert bounded.unusable() == []
+    (message,) = [m for m in caplog.messages if "last used on" in m]
+    assert message.startswith(f"removed {oldest.path} (m, last used on 20")
+    held.release()
+
+
+def test_sources_of_a_slice_do_not_give_way_to_it(store: SliceStore) -> None:
+    old = aged(put(store, spec(0, 1)), 5)
+    bounded = SliceStore(store.root, store.bytes_used())
+    with pytest.raises(StoreError, match="in use"):
+        put(bounded, spec(0, 2), kept=bounded.inventory(spec(0, 2)))
+    assert bounded.slices() == [old]
 
 
 def test_full_disk_amid_writing(store: SliceStore, monkeypatch: pytest.MonkeyPatch) -> None:

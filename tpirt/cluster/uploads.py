@@ -43,7 +43,9 @@ class Uploads:
         self._running: list[_Upload] = []
 
     async def receive(self, messages: AsyncIterator[bytes]) -> int:
-        """Take one upload to its end; returns the bytes that came. Nothing is left of a failed one.
+        """Take one upload to its end; returns the bytes that came.
+
+        Whole blocks of one that failed are kept for the next.
 
         Raises:
             PeerError: as many as are taken at a time are under way.
@@ -156,7 +158,7 @@ class _Upload:
                 data = await anext(self._messages, None)
         except TimeoutError:
             raise TransportError(
-                "the upload stands still; nothing of it was kept, start again"
+                "the upload stands still; start again: whole blocks of it are kept"
             ) from None
         finally:
             self._waiting = None

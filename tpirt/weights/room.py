@@ -47,8 +47,12 @@ class Room:
         self._promises: set[Promise] = set()
         self._lock = threading.Lock()
 
-    def promise(self, nbytes: int) -> Promise:
+    def promise(self, nbytes: int, evict: Callable[[int], None]) -> Promise:
         """Reserve ``nbytes`` for a writer.
+
+        Args:
+            nbytes: size of what will be written.
+            evict: called with how much the store's limit is exceeded by; may remove something.
 
         Raises:
             StoreError: the disk or the store's limit has less; the message has the sizes.
@@ -57,10 +61,18 @@ class Room:
         with self._lock:
             needed = nbytes + sum(promise.nbytes for promise in self._promises)
             self._check_disk(needed)
-            self._check_limit(needed)
+            self._check_limit(needed, evict)
             promise = Promise(self, nbytes)
             self._promises.add(promise)
             return promise
+
+    def check(self, nbytes: int) -> None:
+        """Check that ``nbytes`` would fit, if nothing else had to stay. Raises as `promise`."""
+        with self._lock:
+            needed = nbytes + sum(promise.nbytes for promise in self._promises)
+            self._check_disk(needed)
+            if self._limit_bytes is not None and needed > self._limit_bytes:
+                raise self._too_large(needed)
 
     def withdraw(self, promise: Promise) -> None:
         """End a reservation."""
@@ -78,13 +90,24 @@ class Room:
                 f"and {reserve:,} of them stay free; make room or choose another --store"
             )
 
-    def _check_limit(self, needed: int) -> None:
+    def _check_limit(self, needed: int, evict: Callable[[int], None]) -> None:
         if self._limit_bytes is None:
             return
         used = self._used()
+        if used + needed > self._limit_bytes >= needed:
+            evict(used + needed - self._limit_bytes)
+            used = self._used()
+        if needed > self._limit_bytes:
+            raise self._too_large(needed)
         if used + needed > self._limit_bytes:
             raise StoreError(
-                f"{self._root}: the slice needs {format_bytes(needed)}, the store has "
-                f"{format_bytes(used)} of its limit of {format_bytes(self._limit_bytes)}; "
-                "remove slices with `tpirt store rm`, or raise --store-limit"
+                f"{self._root}: the slice needs {format_bytes(needed)}, and {format_bytes(used)} "
+                f"of the store's limit of {format_bytes(self._limit_bytes)} are in use, or were in "
+                "the last ten minutes; end other sessions, or raise --store-limit"
             )
+
+    def _too_large(self, needed: int) -> StoreError:
+        return StoreError(
+            f"{self._root}: the slice needs {format_bytes(needed)}, the store may have "
+            f"{format_bytes(self._limit_bytes or 0)}; raise --store-limit"
+        )

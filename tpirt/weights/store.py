@@ -18,7 +18,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,13 @@ from tpirt.weights.manifest import (
 )
 from tpirt.weights.reader import buffer_bytes, read_file
 from tpirt.weights.room import Promise, Room
+from tpirt.weights.unfinished import set_aside, unfinished
 from tpirt.weights.unit_bytes import BlockUnits
 
 _PARTIAL, _LOCK = ".partial-", ".lock-"
 _KNOWN = "known"
 _MOST_SLICES = 1024
+_RESTS_S = 600.0  # since its last use, after which a slice may go: others are being loaded, perhaps
 _log = logging.getLogger(__name__)
 _SLICE_ID = re.compile(r"[0-9a-f]{24}")
 
@@ -85,7 +88,7 @@ class StoredSlice:
             )
 
     def hold(self) -> Lock:
-        """Lock the slice against removal.
+        """Lock the slice against removal, and record that it is used.
 
         Raises:
             StoreError: it is being removed now.
@@ -93,7 +96,17 @@ class StoredSlice:
         held = lock(self.path / MANIFEST, shared=True)
         if held is None:
             raise StoreError(f"{self.path}: is being removed; start again")
+        with contextlib.suppress(OSError):  # not ours, or read-only
+            os.utime(self.path / MANIFEST)
         return held
+
+    @property
+    def used_s(self) -> float:
+        """When it was used last, in seconds since the epoch."""
+        try:
+            return (self.path / MANIFEST).stat().st_mtime
+        except OSError:
+            return 0.0
 
     def read_block(self, index: int) -> torch.Tensor:
         """Read and check one block file; uint8 (nbytes,), page-aligned.
@@ -304,7 +317,7 @@ class SliceStore:
         return found
 
     def unusable(self) -> list[UnusableSlice]:
-        """Slices with another format version, and damaged ones."""
+        """Slices with another format version, damaged and unfinished ones."""
         found = []
         for folder in self._folders():
             try:
@@ -312,7 +325,7 @@ class SliceStore:
             except StoreError as exc:
                 if (entry := _unusable(folder, str(exc))) is not None:
                     found.append(entry)
-        return found
+        return found + [_as_unusable(*each) for each in unfinished(self.root)]
 
     def matching(self, ids: Sequence[str]) -> list[StoredSlice | UnusableSlice]:
         """The slices whose ids begin with one of ``ids``; all slices if ``ids`` is empty.
@@ -339,7 +352,7 @@ class SliceStore:
         if held is None:
             raise StoreError(f"{stored.path}: a running session uses it; end that first")
         try:
-            (stored.path / MANIFEST).unlink()
+            (stored.path / MANIFEST).unlink(missing_ok=isinstance(stored, UnusableSlice))
             if stored.path != self.root:
                 shutil.rmtree(stored.path)
             elif isinstance(stored, StoredSlice):
@@ -366,8 +379,10 @@ class SliceStore:
         return text
 
     def index(self, spec: SliceSpec) -> UnitIndex:
-        """Index the units that ``spec`` can consist of."""
-        return UnitIndex(self.slices(), spec.space)
+        """Index the units that ``spec`` can consist of, also those of unfinished slices."""
+        remove_leftovers(self.root)
+        begun = [StoredSlice(*each) for each in unfinished(self.root)]
+        return UnitIndex([*self.slices(), *begun], spec.space)
 
     def inventory(self, spec: SliceSpec, known: Sequence[bytes] = ()) -> list[bytes]:
         """Return the digests of a slice's units in the store; NO_DIGEST for missing ones.
@@ -410,8 +425,12 @@ class SliceStore:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / f"{manifest.spec.key}.json", manifest.to_json())
 
-    def promise(self, nbytes: int) -> Promise:
-        """Reserve room for a writer.
+    def promise(self, nbytes: int, kept: Collection[Path] = ()) -> Promise:
+        """Reserve room for a writer; with a limit, slices that were not used for longest go.
+
+        Args:
+            nbytes: size of what will be written.
+            kept: folders of slices that it needs.
 
         Raises:
             StoreError: not enough room, or too many slices.
@@ -422,7 +441,28 @@ class SliceStore:
             raise StoreError(
                 f"{self.root}: has {count} slices already; remove some with `tpirt store rm`"
             )
-        return self._room.promise(nbytes)
+        return self._room.promise(nbytes, lambda excess: self._evict(excess, kept))
+
+    def _evict(self, nbytes: int, kept: Collection[Path]) -> None:
+        """Remove what nobody uses, unfinished slices first, until ``nbytes`` are free."""
+        wanted = self.bytes_used() - nbytes
+        found: list[tuple[StoredSlice | UnusableSlice, str]] = [
+            (_as_unusable(*each), f"{each[1].model}, unfinished") for each in unfinished(self.root)
+        ]
+        until_s = time.time() - _RESTS_S
+        for stored in sorted(self.slices(), key=lambda stored: stored.used_s):
+            if stored.used_s > until_s:
+                break
+            since = time.strftime("%Y-%m-%d", time.localtime(stored.used_s))
+            found.append((stored, f"{stored.manifest.model}, last used on {since}"))
+        for each, about in found:
+            if self.bytes_used() <= wanted:
+                return
+            with contextlib.suppress(StoreError):  # in use
+                if each.path not in kept:
+                    self.remove(each)
+                    limit = format_bytes(self.limit_bytes or 0)
+                    _log.info("removed %s (%s): the store's limit is %s", each.path, about, limit)
 
     def check_room(self, spec: SliceSpec, held: Sequence[bytes]) -> None:
         """Check that the blocks of a slice's missing units would fit, before any of them comes.
@@ -439,7 +479,8 @@ class SliceStore:
             return
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            self.promise(sum(file_bytes(spec.blocks[block]) for block in missing)).release()
+            needed = sum(file_bytes(spec.blocks[block]) for block in missing)
+            self._room.check(needed)
         except OSError as exc:
             raise StoreError(f"{self.root}: cannot be written: {exc.strerror}") from exc
 
@@ -503,13 +544,13 @@ class Partial:
                 return cls(path, held)
 
     def remove(self) -> None:
-        """Remove it, if it was not renamed into place; idempotent."""
+        """Remove it, if it was not renamed into place, but what is whole of it; idempotent."""
         _remove_partial(self.path)
         self.lock.release()
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove partial slices of writers that have ended, on any host.
+    """Remove partial slices of writers that have ended, on any host, but what is whole of them.
 
     A folder without a lock is one, too: locks are made before and removed after.
     """
@@ -520,11 +561,12 @@ def remove_leftovers(root: Path) -> None:
             held.release()
     for folder in root.glob(f"{_PARTIAL}*"):
         if not _lock_of(folder).exists():
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove_partial(folder)
 
 
 def _remove_partial(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
+    if not set_aside(path):
+        shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):
         _lock_of(path).unlink()
 
@@ -563,6 +605,12 @@ def _unusable(folder: Path, reason: str) -> UnusableSlice | None:
     slice_id = str(fields.get("slice_id", folder.name))
     model = str(fields.get("model", ""))
     return UnusableSlice(folder, slice_id, model, reason, outdated, fields)
+
+
+def _as_unusable(folder: Path, begun: Manifest) -> UnusableSlice:
+    done, total, size = len(begun.blocks), len(begun.spec.blocks), format_bytes(begun.nbytes)
+    reason = f"unfinished: {done} of {total} blocks, {size}, for the next start"
+    return UnusableSlice(folder, begun.spec.key, begun.model, reason, outdated=False)
 
 
 def _check_size(folder: Path, block: BlockFile) -> None:

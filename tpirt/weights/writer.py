@@ -1,7 +1,8 @@
 """Write a slice: block files assembled from stored and received units.
 
 One block is in memory at a time, with unpacked 4-bit codes: about the memory for streaming it.
-Nothing is visible before :meth:`SliceWriter.commit`.
+No slice is visible before :meth:`SliceWriter.commit`; blocks of one that ends early are taken over
+by the next one (:mod:`tpirt.weights.unfinished`).
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from tpirt.weights.store import (
     SliceStore,
     StoredSlice,
     UnitPlace,
-    remove_leftovers,
 )
+from tpirt.weights.unfinished import end_record, record_block, remove_unfinished
 from tpirt.weights.unit_bytes import BlockUnits
 
 
@@ -88,8 +89,9 @@ class SliceWriter:
         self._incoming: _Incoming | None = None
         try:
             self._root.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self._root)
-            self._promise = store.promise(self._new_bytes)
+            needed = {place.stored.path for place in self._sources.values()}
+            needed |= {stored.path for stored, _ in self._files.values()}
+            self._promise = store.promise(self._new_bytes, needed)
             try:
                 self._partial = Partial.create(self._root, spec.key)
             except BaseException:
@@ -107,7 +109,7 @@ class SliceWriter:
         self.close()
 
     def close(self) -> None:
-        """Remove the slice if it was not committed; idempotent."""
+        """End; of a slice that was not committed whole blocks are kept. Idempotent."""
         self._partial.remove()
         self._promise.release()
 
@@ -180,6 +182,7 @@ class SliceWriter:
                 file.flush()
                 sync_file(file.fileno())
             sync_folder(self._partial.path)
+            end_record(self._partial.path)
             if target.exists():
                 self._mend(target)
             else:
@@ -187,6 +190,7 @@ class SliceWriter:
             sync_folder(self._root)
         except OSError as exc:
             raise _write_error(self._root, exc) from exc
+        remove_unfinished(self._root, self.spec.key)
         return StoredSlice(target, manifest)
 
     def _mend(self, target: Path) -> None:
@@ -301,8 +305,8 @@ class SliceWriter:
                 sync_file(file.fileno())
             self._promise.keep(len(data))
         except OSError as exc:
-            raise _write_error(self._root, exc) from exc
-        self._done.append(entry)
+            raise self._refused(exc) from exc
+        self._record(entry)
 
     def _link(self, index: int, stored: StoredSlice, theirs: int) -> None:
         """Link a file of another slice; copy it if the disk has no hard links."""
@@ -318,8 +322,20 @@ class SliceWriter:
                 with open(target, "rb") as file:
                     sync_file(file.fileno())
         except OSError as exc:
-            raise _write_error(self._root, exc) from exc
+            raise self._refused(exc) from exc
+        self._record(entry)
+
+    def _record(self, entry: BlockFile) -> None:
+        try:
+            record_block(self._partial.path, self.spec, entry)
+        except OSError as exc:
+            raise self._refused(exc) from exc
         self._done.append(entry)
+
+    def _refused(self, exc: OSError) -> StoreError:
+        """The disk refused: what was written would only take its room."""
+        end_record(self._partial.path)
+        return _write_error(self._root, exc)
 
 
 def _starts(spec: SliceSpec) -> list[int]:

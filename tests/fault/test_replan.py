@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -258,3 +259,45 @@ async def test_masters_store_is_bounded(model: Path, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"may have 100 B.*--store-limit"):
         async with connected(model, [tmp_path], store_limit_bytes=100):
             pytest.fail("loaded")
+
+
+class OnAnotherHost(CountingClient):
+    """Records who is being sent a slice, and when."""
+
+    at_once: ClassVar[int] = 0
+    most: ClassVar[int] = 0
+    began_s: ClassVar[float] = 0.0
+    ended_s: ClassVar[float] = 0.0
+
+    def __init__(self, store: Path, rank: int, host: str):
+        super().__init__(store, rank)
+        self.address = f"{host}:50051"
+
+    async def upload(self, method: str, chunks: AsyncIterator[bytes], timeout_s: float) -> bytes:
+        kind = OnAnotherHost
+        kind.began_s = kind.began_s or time.monotonic()
+        kind.at_once += 1
+        kind.most = max(kind.most, kind.at_once)
+        try:
+            return await super().upload(method, chunks, timeout_s)
+        finally:
+            kind.at_once -= 1
+            kind.ended_s = time.monotonic()
+
+
+@pytest.mark.parametrize(("hosts", "at_once"), [("aaa", 1), ("abc", 3)])
+async def test_hosts_are_served_at_once_within_the_limit(
+    wide: Path, tmp_path: Path, hosts: str, at_once: int
+) -> None:
+    kind = OnAnotherHost
+    kind.most, kind.began_s = 0, 0.0
+    clients = [kind(tmp_path / f"{rank}", rank, host) for rank, host in enumerate(hosts, start=1)]
+    options = EngineOptions(
+        dtype="float32", threads=1, store=tmp_path / "0", upload_bytes_per_s=1 << 20
+    )
+    async with Engine.connect(wide, options, peers=clients):
+        pass
+    assert kind.most == at_once
+    sent = sum(client.sent for client in clients)
+    assert sent == sum(sum(unit_sizes(wide, 4, rank, "none").values()) for rank in (1, 2, 3))
+    assert kind.ended_s - kind.began_s > 0.9 * (sent - (64 << 10)) / (1 << 20)

@@ -30,10 +30,11 @@ _WHERE = ("model", "local", "peers", "discover")  # any of these given: another 
 _NAMES = (
     *_WHERE,
     *("spares", "ratio", "memory", "window", "spill", "threads", "store", "store-limit"),
+    "upload-limit",
     *("dtype", "quantize", "kv", "collective", "comm-dtype", "timeout", "context", "draft"),
 )
 _PATHS = ("model", "store", "draft")
-_SIZES = ("memory", "spill", "store-limit")
+_SIZES = ("memory", "spill", "store-limit", "upload-limit")
 _LISTS = ("peers", "spares")
 _MOST_BYTES = 64 << 10
 _HEAD = """\

@@ -139,6 +139,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="longest silence of a peer before it counts as lost, in seconds "
         f"(default {DEFAULT_TIMEOUT_S:g})",
     )
+    network.add_argument(
+        "--upload-limit",
+        type=size,
+        metavar="SIZE",
+        help="most bytes a second of slices that are sent to peers, such as 5M (default: as fast "
+        "as the network takes them)",
+    )
     add_trust_options(network)
     reports = parser.add_argument_group("reports")
     reports.add_argument("--quiet", action="store_true", help="no plan and no progress on stderr")
@@ -375,6 +382,7 @@ def engine_options(arguments: argparse.Namespace, context: int | None = None) ->
         threads=arguments.threads,
         store=arguments.store,
         store_limit_bytes=arguments.store_limit,
+        upload_bytes_per_s=arguments.upload_limit,
         spill_bytes=arguments.spill,
         timeout_s=arguments.timeout,
         identity=arguments.identity,

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from tpirt.cancellation import finish
 from tpirt.cluster.group import Group, engine_closed
-from tpirt.cluster.provision import distribute
+from tpirt.cluster.provision import Pace, distribute
 from tpirt.cluster.roster import HELLO_TIMEOUT_S, Answer, profiles, reach
 from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.errors import (
@@ -74,6 +74,7 @@ class Connection:
         store: SliceStore,
         master: int,
         timeout_s: float,
+        pace: Pace,
     ):
         """Use the clients, whose owner closes them; call :meth:`form` first.
 
@@ -86,6 +87,7 @@ class Connection:
             store: this machine's slices.
             master: the number by which workers recognise this master.
             timeout_s: longest silence of a peer.
+            pace: of what is sent of slices.
         """
         self.on_plan: Callable[[Deployment], None] = _do_nothing
         self.on_formed: Callable[[Sequence[PeerClient]], Awaitable[None]] = _wait_for_nothing
@@ -100,6 +102,7 @@ class Connection:
         self._store = store
         self._master = master
         self._timeout_s = timeout_s
+        self._pace = pace
         self._clients = {client.peer_id: client for client in (*peers, *spares)}
         self._places: Places = {}  # of the current group
         self._deployment: Deployment | None = None
@@ -298,7 +301,13 @@ class Connection:
         makers = [self._maker_of(rank.form) for rank in deployment.ranks]
         with refused_memory("preparing slices"):
             manifests, sent = await distribute(
-                makers, deployment.partition, self._store, clients, self._timeout_s, progress
+                makers,
+                deployment.partition,
+                self._store,
+                clients,
+                self._timeout_s,
+                progress,
+                self._pace,
             )
         stored = self._store.find(manifests[0].slice_id)
         assert stored is not None

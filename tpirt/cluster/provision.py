@@ -7,6 +7,7 @@ content, are written or sent.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import threading
@@ -48,6 +49,9 @@ _log = logging.getLogger(__name__)
 # Bytes of a unit per message: a link of 100 kbit/s takes five seconds for one, far less than the
 # silence after which the other side counts as lost.
 CHUNK_BYTES = 64 << 10
+_MOST_HOSTS = (
+    4  # that are sent slices at once; each takes this machine the memory of a block or two
+)
 
 
 @dataclass(frozen=True)
@@ -206,6 +210,7 @@ async def send_slice(
     client: PeerClient,
     progress: ProgressCallback,
     timeout_s: float,
+    pace: Pace,
 ) -> int:
     """Provide a worker with its slice; returns the bytes of sent units.
 
@@ -241,6 +246,7 @@ async def send_slice(
         nonlocal done
         yield encode_call(UnitChunk(order=SliceOrder(spec, order.kept).to_json()))
         while (chunk := await in_thread(chunks.next)) is not None:
+            await pace.wait(len(chunk.data))
             yield encode_call(chunk)
             done += len(chunk.data)
             progress(Progress("sending slice", done, total, detail=f"rank {rank}"))
@@ -322,6 +328,24 @@ def split_model(
     return slices
 
 
+class Pace:
+    """Bounds what all uploads send together; they take turns, a chunk each."""
+
+    def __init__(self, bytes_per_s: int | None):
+        """``bytes_per_s`` is None for no bound."""
+        self._bytes_per_s = bytes_per_s
+        self._next_s = 0.0  # when the next chunk is due
+
+    async def wait(self, nbytes: int) -> None:
+        """Wait until a chunk of so many bytes is due."""
+        if self._bytes_per_s is None:
+            return
+        now_s = asyncio.get_running_loop().time()
+        due_s = max(self._next_s, now_s)
+        self._next_s = due_s + nbytes / self._bytes_per_s
+        await asyncio.sleep(due_s - now_s)
+
+
 async def distribute(
     makers: Sequence[SliceMaker],
     partition: Partition,
@@ -329,43 +353,75 @@ async def distribute(
     clients: Sequence[PeerClient],
     timeout_s: float,
     progress: ProgressCallback,
+    pace: Pace,
 ) -> tuple[list[Manifest], int]:
     """Provide every rank with its slice: rank 0 in ``store``, workers in their own stores.
 
-    ``makers[r]`` makes rank ``r``'s slice in the format of its CPU. A cancelled call stops reading
-    before it raises, and leaves no partial slice.
+    ``makers[r]`` makes rank ``r``'s slice in the format of its CPU. Workers on several hosts are
+    served at once; those on one host in turn, as their writes would compete for its disk. A
+    cancelled call stops reading before it raises, and leaves no partial slice.
 
     Returns:
         The manifest of every rank's slice, by rank, and the bytes of weights that were sent.
 
     Raises:
-        CheckpointError, StoreError, PeerLostError: the slice could not be made or kept.
+        CheckpointError, StoreError, PeerLostError: a slice could not be made or kept; sending the
+            others has ended.
     """
     await _stoppable(makers[0].checkpoint.hash_content, progress=progress)
     await _stoppable(write_slice, makers[0], partition, 0, store, progress=progress)
-    sent = 0
-    # In turn, because parallel writes would compete for the disk.
+    hosts: dict[str, list[int]] = {}
     for rank, client in enumerate(clients, start=1):
-        maker, shard = makers[rank], partition.shards[rank]
-        try:
-            manifest = await in_thread(_known_manifest, maker, shard, store)
-            if manifest is not None:
-                asked = InventoryRequest(slice_id=manifest.slice_id)
-                if (await _inventory(client, asked, timeout_s)).whole:
-                    await in_thread(maker.made, manifest, store)
-                    continue
-            sent += await send_slice(maker, partition, rank, store, client, progress, timeout_s)
-        except CheckpointError:
-            raise  # of this machine
-        except TpirtError as exc:
-            exc.peer_id = exc.peer_id or client.peer_id
-            if isinstance(exc, PeerLostError):
-                exc.rank = rank
-            raise
+        hosts.setdefault(client.address.rpartition(":")[0], []).append(rank)
+    some = asyncio.Semaphore(_MOST_HOSTS)
+
+    async def provide(ranks: Sequence[int]) -> int:
+        sent = 0
+        for rank in ranks:
+            async with some:
+                client = clients[rank - 1]
+                sent += await _provide(
+                    makers[rank], partition, rank, store, client, progress, timeout_s, pace
+                )
+        return sent
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(provide(ranks)) for ranks in hosts.values()]
+    except BaseExceptionGroup as exc:
+        raise exc.exceptions[0] from None
     manifests = [
         maker.manifest(shard) for maker, shard in zip(makers, partition.shards, strict=True)
     ]
-    return manifests, sent
+    return manifests, sum(task.result() for task in tasks)
+
+
+async def _provide(
+    maker: SliceMaker,
+    partition: Partition,
+    rank: int,
+    store: SliceStore,
+    client: PeerClient,
+    progress: ProgressCallback,
+    timeout_s: float,
+    pace: Pace,
+) -> int:
+    """Have a worker keep its slice; returns the bytes that were sent. Raises as `distribute`."""
+    try:
+        manifest = await in_thread(_known_manifest, maker, partition.shards[rank], store)
+        if manifest is not None:
+            asked = InventoryRequest(slice_id=manifest.slice_id)
+            if (await _inventory(client, asked, timeout_s)).whole:
+                await in_thread(maker.made, manifest, store)
+                return 0
+        return await send_slice(maker, partition, rank, store, client, progress, timeout_s, pace)
+    except CheckpointError:
+        raise  # of this machine
+    except TpirtError as exc:
+        exc.peer_id = exc.peer_id or client.peer_id
+        if isinstance(exc, PeerLostError):
+            exc.rank = rank
+        raise
 
 
 def _known_manifest(maker: SliceMaker, shard: Shard, store: SliceStore) -> Manifest | None:

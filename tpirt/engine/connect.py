@@ -23,6 +23,7 @@ from tpirt.cluster.connection import Connection
 from tpirt.cluster.discovery import client_of
 from tpirt.cluster.launcher import LocalPeers
 from tpirt.cluster.machine import default_threads, set_up_allocator
+from tpirt.cluster.provision import Pace
 from tpirt.cluster.renewal import keep_up
 from tpirt.cluster.roster import this_peer
 from tpirt.cluster.slice_maker import SliceMaker
@@ -180,6 +181,7 @@ async def _formed(
         host.store,
         secrets.randbits(63),
         options.timeout_s,
+        Pace(options.upload_bytes_per_s),
     )
     connection.on_formed = partial(keep_up, host.trust)
     if on_plan is not None:

@@ -13,6 +13,7 @@ from tpirt.types import DEFAULT_TIMEOUT_S
 
 AUTO_DRAFT, SUFFIX_DRAFT, NO_DRAFT = "auto", "suffix", "none"
 OBJECTIVES = ("latency", "throughput")
+_LEAST_RATE = 16 << 10  # bytes a second: four seconds a chunk
 MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.01, 86_400.0  # peers accept no others
 
 
@@ -27,6 +28,8 @@ class EngineOptions(PlanOptions):
         store: folder of this machine's slices; by default ``~/.cache/tpirt/slices``, or the
             ``slices`` folder of a synthetic model.
         store_limit_bytes: maximum size of that folder; by default only the disk limits it.
+        upload_bytes_per_s: the most that slices sent to peers take of the network; by default
+            nothing bounds it.
         sequences: the most requests that run at once; others wait.
         waiting: the most requests that wait; more are refused.
         spill_bytes: the most that each rank writes to its own disk, in its store, of conversations
@@ -59,6 +62,7 @@ class EngineOptions(PlanOptions):
     threads: int | None = None
     store: str | Path | None = None
     store_limit_bytes: int | None = None
+    upload_bytes_per_s: int | None = None
     sequences: int = 16
     waiting: int = 256
     spill_bytes: int = 4 << 30
@@ -80,6 +84,11 @@ class EngineOptions(PlanOptions):
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"objective {self.objective!r}: expected {' or '.join(OBJECTIVES)}")
         check_range("store_limit_bytes", self.store_limit_bytes, 1 << 60)
+        if self.upload_bytes_per_s is not None and self.upload_bytes_per_s < _LEAST_RATE:
+            raise ConfigError(
+                f"upload_bytes_per_s: expected at least {_LEAST_RATE}, got {self.upload_bytes_per_s}: "
+                "peers take slower senders for lost"
+            )
         _check_target("ttft_target_s", self.ttft_target_s)
         _check_target("tpot_target_s", self.tpot_target_s)
         if not MIN_TIMEOUT_S <= self.timeout_s <= MAX_TIMEOUT_S:

@@ -49,9 +49,7 @@ _log = logging.getLogger(__name__)
 # Bytes of a unit per message: a link of 100 kbit/s takes five seconds for one, far less than the
 # silence after which the other side counts as lost.
 CHUNK_BYTES = 64 << 10
-_MOST_HOSTS = (
-    4  # that are sent slices at once; each takes this machine the memory of a block or two
-)
+_MOST_HOSTS = 4  # that are sent slices at once; each takes memory for a block or two here
 
 
 @dataclass(frozen=True)

@@ -84,10 +84,11 @@ class EngineOptions(PlanOptions):
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"objective {self.objective!r}: expected {' or '.join(OBJECTIVES)}")
         check_range("store_limit_bytes", self.store_limit_bytes, 1 << 60)
-        if self.upload_bytes_per_s is not None and self.upload_bytes_per_s < _LEAST_RATE:
+        rate = self.upload_bytes_per_s
+        if rate is not None and rate < _LEAST_RATE:
             raise ConfigError(
-                f"upload_bytes_per_s: expected at least {_LEAST_RATE}, got {self.upload_bytes_per_s}: "
-                "peers take slower senders for lost"
+                f"upload_bytes_per_s: expected at least {_LEAST_RATE}, got {rate}: peers take "
+                "slower senders for lost"
             )
         _check_target("ttft_target_s", self.ttft_target_s)
         _check_target("tpot_target_s", self.tpot_target_s)

@@ -91,6 +91,23 @@ def test_a_walk_on_a_dumb_terminal_of_forty_columns_in_latin_1(
     assert not list(filter(units.match, lines))
 
 
+def test_generate_says_how_fast_it_was_on_a_terminal(
+    model: Path, environment: dict[str, str], opened: list[pexpect.spawn], tmp_path: Path
+) -> None:
+    arguments = ["--model", str(model), "--store", str(tmp_path / "store"), "--max-tokens", "4"]
+    for quiet in ([], ["--quiet"]):
+        program = Terminal(
+            *("-m", "tpirt", "generate", *arguments, "--prompt", "go", *quiet),
+            **{"env": environment, "encoding": "utf-8", "dimensions": (40, 80), "timeout": 40},
+        )
+        opened.append(program)
+        program.expect(pexpect.EOF)
+        lines = re.sub(r"\x1b\[\d*[a-zA-Z]", "", program.before).splitlines()
+        figures = [line for line in lines if line.startswith("TTFT ")]
+        assert [line.endswith(" tokens/s") for line in figures] == [True] * (not quiet)
+        assert "" not in lines  # no line is left between the answer and what follows
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=str)
 @pytest.mark.parametrize("where", ["prompt", "answer"])
 def test_a_signal_leaves_the_terminal_as_it_was(

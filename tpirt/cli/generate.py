@@ -204,17 +204,21 @@ async def _print_answer(
 ) -> tuple[list[int], bool]:
     """Print the answer as it comes; its ids, and whether a length ended it."""
     from tpirt.chat.console import Console
+    from tpirt.chat.status import Timing
 
-    ids, cut = [], False
+    ids, cut, timing = [], False, Timing()
     console = Console(sys.stdout, sys.stderr)
     progress.before = console.end_line_on_terminal
     async with aclosing(engine.generate(prompt, params, progress)) as tokens:
         async for token in tokens:
             progress.close()
+            timing.count()
             console.stream(token.text)
             ids.append(token.id)
             cut = token.finish_reason == "length"
-    print()
+    console.stream("\n")
+    if timing.tokens and not progress.quiet:
+        console.status(str(timing))
     return ids, cut
 
 

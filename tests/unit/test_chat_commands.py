@@ -19,13 +19,15 @@ from tpirt.chat.console import Console
 from tpirt.chat.interrupts import Interrupts
 from tpirt.chat.journal import Journal
 from tpirt.chat.progress import ConsoleProgress
-from tpirt.chat.repl import run_chat
+from tpirt.chat.repl import _greet, run_chat
 from tpirt.chat.session import ChatOptions, Session
 from tpirt.chat.settings import NAMES, change, shown
 from tpirt.engine import Engine, EngineOptions
 from tpirt.errors import ConfigError, PeerLostError, RequestError
+from tpirt.planning import Deployment
 from tpirt.testing.models import make_model
 from tpirt.types import SamplingParams, Token
+from tpirt.units import format_bytes
 
 
 class Chat:
@@ -109,6 +111,7 @@ async def test_stats_and_peers(chat: Chat) -> None:
     await chat.ask("hi")
     stats = (await chat.command("/stats")).splitlines()
     assert stats[1].split()[:2] == ["0", "master"]
+    assert format_bytes(chat.session.engine.deployment.ranks[0].budget.weights_bytes) in stats[1]
     prefill, decode = (stats.index(line) for line in stats if line.endswith(":"))
     assert stats[prefill].startswith("prefill of ")
     assert stats[decode] == "a decoded token, ms (medians of 3):"
@@ -202,6 +205,18 @@ async def test_piped_text_is_one_message(
 async def test_exit(chat: Chat, line: str) -> None:
     await chat.command(line)
     assert chat.session.leaving
+
+
+@pytest.mark.parametrize(
+    ("usable", "shown"),
+    [(512, "context 512 tokens"), (99, "context 99 tokens (as memory allows; the model's is 512)")],
+)
+async def test_the_greeting_has_the_context_that_memory_allows(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch, usable: int, shown: str
+) -> None:
+    monkeypatch.setattr(Deployment, "usable_context", usable)
+    _greet(chat.session)
+    assert chat.err.getvalue().splitlines()[0].endswith(shown)
 
 
 async def test_full_context_says_what_to_do(chat: Chat) -> None:

@@ -20,7 +20,7 @@ from tpirt.collectives.cost_model import Machine
 from tpirt.config import ModelConfig
 from tpirt.engine import Engine, EngineOptions
 from tpirt.errors import ConfigError, MemoryLimitError
-from tpirt.planning import Deployment, PeerProfile, PlanOptions, advise, plan, plan_model
+from tpirt.planning import PeerProfile, PlanOptions, advise, plan, plan_model
 from tpirt.planning.memory import PROCESS_BYTES, SLACK_BYTES
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.models import make_model
@@ -345,20 +345,20 @@ def test_keys_and_values_in_int8_are_counted_as_such(long_model: Path) -> None:
         assert after.budget.advised_bytes(context) < before.budget.advised_bytes(context)
     assert any("KV cache per rank, in bfloat16" in line for line in whole.explain())
     assert any("KV cache per rank, in int8" in line for line in rounded.explain())
-    longest = [most_context(deployment) for deployment in (whole, rounded)]
+    longest = [replace(each, context_length=1 << 20).usable_context for each in (whole, rounded)]
     assert longest[1] > 1.3 * longest[0]
 
 
-def most_context(deployment: Deployment) -> int:
-    """The longest prompt that fits, to within 64 tokens."""
-    low, high = 0, 1 << 20
-    while high - low > 64:
-        middle = (low + high) // 2
-        if all(rank.budget.holds(middle) for rank in deployment.ranks):
-            low = middle
-        else:
-            high = middle
-    return low
+def test_the_usable_context_is_the_longest_that_fits(long_model: Path) -> None:
+    config = ModelConfig.from_dir(long_model)
+    assert plan(config, [profile()], PlanOptions()).usable_context == config.context_length
+    limited = plan(config, [profile()], PlanOptions(memory_bytes=366 * MIB))
+    longest = limited.usable_context
+    assert 0 < longest < config.context_length
+    limited.check_context(longest)
+    with pytest.raises(MemoryLimitError):
+        limited.check_context(longest + 1)
+    assert any(f"conversations of up to {longest} tokens" in line for line in limited.explain())
 
 
 def test_every_limit_above_the_advised_one_works(long_model: Path) -> None:

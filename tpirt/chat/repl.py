@@ -111,6 +111,7 @@ def _greet(session: Session) -> None:
         ranks = f"{engine.world_size} rank" + "s" * (engine.world_size > 1)
         parts = [options.model_name or engine.config.model_type, ranks]
         parts.append(engine.deployment.dtype.name)
-        parts.append(f"context {engine.context_length} tokens")
-        session.console.note(", ".join(parts))
+        usable, longest = engine.deployment.usable_context, engine.context_length
+        less = "" if usable == longest else f" (as memory allows; the model's is {longest})"
+        session.console.note(", ".join([*parts, f"context {usable} tokens{less}"]))
         session.console.note("/help for commands, Ctrl-C stops an answer, Ctrl-D leaves")

@@ -180,8 +180,9 @@ class Session:
         elif self.timing.finish_reason == "length":
             self.console.note(self._why_cut())
         if self.timing.tokens and not self.progress.quiet:
-            used = f"context {self.talk.used_tokens}/{self.engine.context_length}"
-            self.console.status(f"{self.timing}, {used}")
+            used = self.talk.used_tokens
+            usable = max(used, self.engine.deployment.usable_context)  # token by token, more fit
+            self.console.status(f"{self.timing}, context {used}/{usable}")
 
     def _why_cut(self) -> str:
         if self.talk.used_tokens >= self.engine.context_length:

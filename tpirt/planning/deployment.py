@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from tpirt.config import ModelConfig
 from tpirt.errors import ConfigError, MemoryLimitError
@@ -113,6 +115,15 @@ class Deployment:
         """The limits of every rank."""
         return tuple(rank.limits for rank in self.ranks)
 
+    @cached_property
+    def usable_context(self) -> int:
+        """Most tokens of a conversation that fit in every rank's memory, as a prompt would."""
+
+        def exceeds(tokens: int) -> bool:
+            return not all(rank.budget.holds(tokens) for rank in self.ranks)
+
+        return bisect_left(range(1, self.context_length + 1), True, key=exceeds)
+
     @property
     def kv_numbers(self) -> str:
         """How keys and values are cached: ``int8``, ``bfloat16``."""
@@ -171,9 +182,9 @@ class Deployment:
     def explain(self) -> list[str]:
         """Describe the plan and its reasons, one line per fact."""
         lines = [f"prompts in chunks of {self.chunk_tokens} tokens"]
-        kv = max(rank.budget.kv_bytes(self.context_length) for rank in self.ranks)
+        kv = max(rank.budget.kv_bytes(self.usable_context) for rank in self.ranks)
         lines.append(
-            f"conversations of up to {self.context_length} tokens: at most {format_bytes(kv)} of "
+            f"conversations of up to {self.usable_context} tokens: at most {format_bytes(kv)} of "
             f"KV cache per rank, in {self.kv_numbers}"
         )
         for rank in self.ranks:

@@ -102,8 +102,8 @@ class WeightStreamer:
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of all blocks, wherever they are."""
-        return sum(file.nbytes for file in self._files)
+        """Bytes of memory that all blocks take, wherever they are; as the plan counts them."""
+        return sum(self._sizes)
 
     @property
     def held_bytes(self) -> int:

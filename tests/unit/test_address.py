@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import socket
+import threading
 from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from tpirt.errors import ConfigError
+from tpirt.transport import address
 from tpirt.transport.address import DEFAULT_PORT, Address, Endpoint, own_hosts, resolve
 
 
@@ -53,6 +55,25 @@ async def test_all_addresses_of_a_host_are_found_once(monkeypatch: pytest.Monkey
     found = await resolve(Address("kitchen", 9))
     assert [endpoint.host for endpoint in found] == ["::1", "127.0.1.1"]
     assert found[0].at(7).where == ("::1", 7, 0, 0)
+
+
+async def test_a_lookup_ends_in_time_although_the_system_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answered = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answered.wait(30))
+    monkeypatch.setattr(address, "_LOOKUP_S", 0.01)
+    try:
+        with pytest.raises(socket.gaierror, match="lookup of its name took longer"):
+            await resolve(Address("kitchen", 9))
+    finally:
+        answered.set()
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 64])
+async def test_what_can_be_no_name_is_unknown(host: str) -> None:
+    with pytest.raises(socket.gaierror, match="not known"):
+        await resolve(Address(host, 9))
 
 
 async def test_the_zone_is_kept() -> None:

@@ -22,6 +22,7 @@ from tpirt.testing.cluster import MemoryPeerClient
 from tpirt.testing.identities import MadeCluster
 from tpirt.testing.models import make_model
 from tpirt.transport.base import Channel
+from tpirt.types import Progress
 from tpirt.version import __version__
 from tpirt.weights.store import SliceStore
 
@@ -162,12 +163,17 @@ async def test_spares_are_not_waited_for_and_replace_those_that_are_late(
 
 
 async def test_a_needed_peer_has_its_time(tmp_path: Path) -> None:
-    late = Late("late:1", worker(tmp_path))
-    asking = asyncio.ensure_future(roster.reach([late], [], 1, 7, patience_s=20.0, soon_s=0.0))
+    late, told = Late("late:1", worker(tmp_path)), list[Progress]()
+    asking = asyncio.ensure_future(
+        roster.reach([late], [], 1, 7, patience_s=20.0, soon_s=0.0, progress=told.append)
+    )
     await late.asked.wait()
     assert not asking.done()
+    waiting = ("waiting for peers", "late:1")
+    assert [(report.stage, report.detail, report.total) for report in told] == [(*waiting, 0)]
     late.here.set()
     assert isinstance((await asking)[late], HelloReply)
+    assert [(report.stage, report.detail, report.total) for report in told[1:]] == [(*waiting, 1)]
     late.here.clear()
     answers = await roster.reach([late], [], 1, 7, patience_s=0.1, soon_s=0.0)
     assert "silent" in str(answers[late])

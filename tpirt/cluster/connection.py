@@ -234,7 +234,7 @@ class Connection:
         failure: TpirtError | None = None
         while True:
             needed = [client for client in members if client not in left_out]
-            answers = await self._reach(needed, patience_s) | left_out
+            answers = await self._reach(needed, patience_s, progress) | left_out
             try:
                 return await self._form(answers, least(), progress)
             except TpirtError as exc:
@@ -252,7 +252,7 @@ class Connection:
                 patience_s = min(patience_s, _RETURN_S)
 
     async def _reach(
-        self, needed: Sequence[PeerClient], patience_s: float
+        self, needed: Sequence[PeerClient], patience_s: float, progress: ProgressCallback
     ) -> dict[PeerClient, Answer]:
         if self._reached:  # an old connection may lead nowhere
             await finish(asyncio.gather(*(client.aclose() for client in self._clients.values())))
@@ -261,7 +261,9 @@ class Connection:
         # A device that is busy at the start has its time: a spare would be sent gigabytes.
         soon_s, busy_s = (patience_s, 0.0) if self._group is None else (_SOON_S, self._timeout_s)
         places = len(self._peers)
-        return await reach(needed, others, places, self._master, patience_s, soon_s, busy_s)
+        return await reach(
+            needed, others, places, self._master, patience_s, soon_s, busy_s, progress
+        )
 
     async def _form(
         self, answers: Mapping[PeerClient, Answer], least: int, progress: ProgressCallback

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from tpirt.cluster.machine import (
     available_bytes,
@@ -26,6 +27,7 @@ from tpirt.protocol.messages import (
     encode_call,
 )
 from tpirt.transport.base import PeerClient
+from tpirt.types import Progress, ProgressCallback, ignore_progress
 from tpirt.version import __version__
 
 HELLO_TIMEOUT_S = 20.0  # of a busy machine; one that is not there is noticed sooner
@@ -99,6 +101,7 @@ async def reach(
     patience_s: float,
     soon_s: float,
     busy_s: float = 0.0,
+    progress: ProgressCallback = ignore_progress,
 ) -> dict[PeerClient, Answer]:
     """Say Hello to all peers at once.
 
@@ -111,16 +114,23 @@ async def reach(
         soon_s: how long ``needed`` ones that are silent are waited for although others could take
             their places.
         busy_s: how long a peer that serves another master is asked again.
+        progress: told of each peer that is waited for, and of its answer.
 
     Returns:
         The answers, or why there is none.
     """
     began_s = _now_s()
     until_s = began_s + max(patience_s, busy_s) + _SAY_S
-    tasks = {
-        peer: asyncio.create_task(_greet(peer, master, patience_s, began_s + busy_s))
-        for peer in (*needed, *others)
-    }
+
+    async def greet(peer: PeerClient) -> Answer:
+        waiting = partial(Progress, "waiting for peers", unit="peers", detail=peer.peer_id)
+        progress(waiting(0, 0))
+        try:
+            return await _greet(peer, master, patience_s, began_s + busy_s)
+        finally:
+            progress(waiting(1, 1))
+
+    tasks = {peer: asyncio.create_task(greet(peer)) for peer in (*needed, *others)}
     try:
         soon_until_s = began_s + min(patience_s, soon_s)
         while not _enough(tasks, needed, places, soon=_now_s() < soon_until_s):

@@ -13,6 +13,8 @@ import re
 import socket
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -22,6 +24,9 @@ from tpirt.errors import ConfigError
 
 DEFAULT_PORT = 50051
 DEFAULT_JOIN_PORT = 50050  # of an invitation
+
+_LOOKUP_S = 10.0  # a DNS server that is gone takes 5 s before the next one is asked
+_lookups = ThreadPoolExecutor(16, "tpirt-lookup")  # not the loop's, whose end waits for threads
 
 _BRACKETED = re.compile(r"\[([^][\s/]+)\](?::([0-9]{1,5}))?")
 _PLAIN = re.compile(r"([^][\s/:]*[^][\s/:0-9][^][\s/:]*)(?::([0-9]{1,5}))?")  # 50051 is no host
@@ -131,8 +136,17 @@ async def resolve(address: Address, *, listening: bool = False) -> list[Endpoint
     host, port = address
     if listening and host == "0.0.0.0" and socket.has_dualstack_ipv6():
         host = "::"
-    # Not the loop's: that of uvloop loses the zone.
-    found = await asyncio.to_thread(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    # Not the loop's getaddrinfo: that of uvloop loses the zone.
+    look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    try:
+        async with asyncio.timeout(_LOOKUP_S):
+            found = await asyncio.get_running_loop().run_in_executor(_lookups, look_up)
+    except TimeoutError:
+        raise socket.gaierror(
+            socket.EAI_AGAIN, f"the lookup of its name took longer than {_LOOKUP_S:g} s"
+        ) from None
+    except UnicodeError as exc:  # no host can have such a name
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known") from exc
     return list(dict.fromkeys(Endpoint(family, where) for family, _, _, _, where in found))
 
 

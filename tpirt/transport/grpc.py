@@ -176,7 +176,7 @@ class GrpcPeerClient:
                     raise PeerError(f"peer {self.peer_id}: {details_of(exc)}") from exc
                 refused = exc.code() is grpc.StatusCode.UNAVAILABLE and not is_foreign(exc)
                 if not refused or loop.time() - started > min(_PATIENCE_S, timeout_s):
-                    if refused and self.certificate is None and await speaks_tls(self._address):
+                    if refused and await self._is_protected():
                         raise IdentityError(self._unprotected()) from exc
                     raise unreachable(self._address, exc, timeout_s) from exc
                 await asyncio.sleep(RETRY_S)
@@ -273,6 +273,11 @@ class GrpcPeerClient:
         channel.carrier = channel.carrier._replace(reason=why)
         await channel.stay()
         return channel
+
+    async def _is_protected(self) -> bool:
+        """Whether what was connected to in the clear wants TLS."""
+        in_the_clear = self._connection is not None and self.certificate is None
+        return in_the_clear and await speaks_tls(self._met)
 
     def _unprotected(self) -> str:
         return f"peer {self.peer_id}: it uses TLS, and this device does not; " + (

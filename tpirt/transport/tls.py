@@ -101,7 +101,8 @@ async def meet(address: Address, trust: Trust) -> Met:
             connection.close()
             return met
         try:
-            reader, writer = await _handshake(connection, identity)
+            host = role_host(PEER, identity.subject.cluster)
+            reader, writer = await _handshake(connection, _context(identity), host)
         except ssl.SSLCertVerificationError as exc:
             raise IdentityError(f"peer {address}: {_why_not_believed(exc)}") from exc
         except (ssl.SSLError, ConnectionResetError) as exc:
@@ -125,9 +126,7 @@ async def speaks_tls(address: Address) -> bool:
     try:
         async with asyncio.timeout(CONNECT_S):
             connection = await race(await resolve(address), reach)
-            _, writer = await asyncio.open_connection(
-                sock=connection, ssl=context, server_hostname="peer"
-            )
+            _, writer = await _handshake(connection, context, "peer")
             writer.close()
     except (OSError, TimeoutError):  # an SSLError is an OSError
         return False
@@ -139,14 +138,10 @@ async def _reach(endpoint: Endpoint) -> tuple[Endpoint, socket.socket]:
 
 
 async def _handshake(
-    connection: socket.socket, identity: Identity
+    connection: socket.socket, context: ssl.SSLContext, host: str
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     try:
-        return await asyncio.open_connection(
-            sock=connection,
-            ssl=_context(identity),
-            server_hostname=role_host(PEER, identity.subject.cluster),
-        )
+        return await asyncio.open_connection(sock=connection, ssl=context, server_hostname=host)
     except BaseException:
         connection.close()
         raise

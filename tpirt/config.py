@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tpirt.errors import CheckpointError, ConfigError
+from tpirt.files import read_regular
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -359,7 +360,7 @@ def _read_json_object(file: Path) -> Mapping[str, Any]:
     if not file.parent.is_dir():
         raise CheckpointError(f"{file.parent}: expected a model directory, found no directory")
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(read_regular(file))
     except FileNotFoundError as exc:
         raise CheckpointError(
             f"{file}: no such file; a model directory has config.json, tokenizer and "

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
 from pathlib import Path
 
 _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -15,6 +16,30 @@ _NOT_FOR_FOLDERS = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF}
 def nearest(path: Path) -> Path:
     """The path if it exists, else the first folder above it that does."""
     return next(each for each in (path, *path.absolute().parents) if os.path.exists(each))
+
+
+def open_regular(path: Path) -> int:
+    """Open a regular file for reading and return its descriptor.
+
+    Raises:
+        OSError: it cannot be opened, or is something else, such as a FIFO.
+    """
+    # Without O_NONBLOCK, opening a FIFO would wait for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return descriptor
+
+
+def read_regular(path: Path, most_bytes: int = -1) -> bytes:
+    """Read a regular file, or its first ``most_bytes``.
+
+    Raises:
+        OSError: as :func:`open_regular`, or it cannot be read.
+    """
+    with open(open_regular(path), "rb") as file:
+        return file.read(most_bytes)
 
 
 def sync_file(descriptor: int) -> None:

@@ -62,7 +62,8 @@ def _lock(path: Path, *, shared: bool, without: Lock | None) -> Lock | None:
 
 def _open(path: Path, *, writable: bool) -> int:
     """Open for locking; NFS excludes others only through a file that is open for writing."""
+    flags = os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO would wait for its other end
     if writable:
         with contextlib.suppress(OSError):  # a folder, or not ours to write
-            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return os.open(path, os.O_RDWR | flags)
+    return os.open(path, os.O_RDONLY | flags)

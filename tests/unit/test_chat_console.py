@@ -346,6 +346,8 @@ def test_history_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_history_where_none_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    assert isinstance(open_history(tmp_path / "fifo"), InMemoryHistory)
     monkeypatch.setenv("XDG_STATE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert history_file() == tmp_path / ".local/state/tpirt/history"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, tzinfo
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tpirt.cluster.membership import create_cluster
+from tpirt.cluster.membership import create_cluster, issuer
 from tpirt.errors import IdentityError
 from tpirt.identity.authority import Authority
 from tpirt.identity.certificates import Certificate, Identity, new_request
@@ -67,6 +68,30 @@ def test_damaged_files_are_named(content: bytes, cluster: MadeCluster, tmp_path:
         path.write_bytes(content)
         with pytest.raises(IdentityError, match=name):
             load(path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir])
+def test_what_is_no_file_is_not_waited_for(
+    cluster: MadeCluster, make: Callable[[Path], None]
+) -> None:
+    trust = cluster.master
+    make(trust.folder / REGISTRY_FILE)
+    for use in (trust.registry.members, lambda: issuer(trust, None, lambda _: None)):
+        with pytest.raises(IdentityError, match=r"members\.json: cannot be read: not a regular"):
+            use()
+
+
+@pytest.mark.parametrize("name", [IDENTITY_FILE, AUTHORITY_FILE])
+def test_a_key_that_others_can_read_brings_a_warning(
+    name: str, cluster: MadeCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = cluster.master.folder / name
+    load = Identity.load if name == IDENTITY_FILE else Authority.load
+    for mode, warnings in ((0o600, 0), (0o644, 1), (0o644, 1)):  # once in a process
+        path.chmod(mode)
+        assert load(path) is not None
+        assert len(caplog.messages) == warnings
+    assert f"{path}: other users can read this private key; run: chmod 600 {path}" in caplog.text
 
 
 def test_a_key_must_fit_its_certificate(cluster: MadeCluster, tmp_path: Path) -> None:

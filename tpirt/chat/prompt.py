@@ -34,6 +34,7 @@ from tpirt.chat import settings
 from tpirt.chat.commands import COMMANDS
 from tpirt.chat.reader import PROMPT
 from tpirt.chat.state import state_folder
+from tpirt.files import open_regular
 from tpirt.terminal import unfiltered, wants_color
 
 
@@ -140,6 +141,7 @@ def open_history(path: Path | None) -> History:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600))
+        os.close(open_regular(path))
     except OSError:
         return InMemoryHistory()
     return _SafeHistory(path)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tpirt.errors import RequestError
-from tpirt.files import replace_file
+from tpirt.files import read_regular, replace_file
 from tpirt.types import Message
 
 VERSION = 1
@@ -74,11 +74,9 @@ def load(path: Path) -> SavedConversation:
     """
     path = Path(os.path.expanduser(path))
     try:
-        if path.exists() and not path.is_file():
-            raise RequestError(f"{path}: not a regular file")
-        if path.stat().st_size > _MOST_BYTES:
+        data = read_regular(path, _MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
             raise RequestError(f"{path}: not a saved conversation: too large")
-        data = path.read_bytes()
         if (head := _journal_head(data)) is not None:
             return _journalled(head, data.split(b"\n")[1:-1])  # without a torn one
         content = json.loads(data.decode("utf-8-sig"))

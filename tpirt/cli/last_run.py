@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tpirt.errors import ConfigError, IdentityError
-from tpirt.files import nearest
+from tpirt.files import nearest, read_regular
 from tpirt.units import parse_bytes
 
 FILE = "tpirt.toml"
@@ -144,10 +144,9 @@ class _Option:
 
 def _read(path: Path | None, actions: Mapping[str, argparse.Action]) -> dict[str, _Option]:
     try:
-        if path is None or not path.is_file():
+        if path is None or not path.exists():
             return {}
-        with open(path, "rb") as file:
-            text = file.read(_MOST_BYTES).decode()
+        text = read_regular(path, _MOST_BYTES).decode()
         tables = tomllib.loads(text)
     except OSError as exc:
         raise _broken(path, f"cannot be read: {exc.strerror}") from exc

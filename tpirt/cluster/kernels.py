@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from tpirt.errors import ConfigError
-from tpirt.files import write_atomically
+from tpirt.files import read_regular, write_atomically
 from tpirt.ops.native.library import load
 from tpirt.ops.plain_kernels import PLAIN_KERNELS
 from tpirt.ops.quant import QuantSpec, Scheme
@@ -67,7 +67,7 @@ def _machine() -> str:
 def _records(path: Path) -> dict[str, Any]:
     """What is recorded, by machine: a store may serve several, or one with other kernels in C."""
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        records = json.loads(read_regular(path))
     except (OSError, ValueError):
         return {}
     return records if isinstance(records, dict) else {}

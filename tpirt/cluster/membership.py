@@ -63,8 +63,12 @@ def issuer(trust: Trust, name: str | None, joined: Callable[[Member], None]) -> 
 
     ``name`` is its name, by default what it calls itself. It is in the register until the block
     fails.
+
+    Raises:
+        IdentityError: this device is not the master of a cluster, or its files are damaged.
     """
     authority, registry = authority_of(trust), trust.registry
+    registry.members()  # a register that cannot be read is an error before a device has come
 
     def register(request: JoinRequest, host: str) -> tuple[Member, Certificate]:
         def issue(free: str) -> Certificate:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tpirt.engine.sampler import check_params
 from tpirt.errors import CheckpointError, ConfigError
+from tpirt.files import read_regular
 from tpirt.types import DEFAULT_MAX_TOKENS, SamplingParams
 
 
@@ -108,7 +109,7 @@ def _sampling(file: Path, generation: dict[str, Any]) -> SamplingParams:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(read_regular(path).decode("utf-8-sig"))
     except FileNotFoundError:
         return {}
     except OSError as exc:

@@ -23,7 +23,7 @@ from tpirt.identity.certificates import (
     new_request,
     split_key,
 )
-from tpirt.identity.folder import read, write_private
+from tpirt.identity.folder import read_key, write_private
 from tpirt.identity.names import MASTER, PEER, Subject, random_id
 
 VALID = timedelta(days=365)
@@ -80,7 +80,7 @@ class Authority:
         Raises:
             IdentityError: the file is damaged.
         """
-        if (data := read(path)) is None:
+        if (data := read_key(path)) is None:
             return None
         try:
             return cls(*split_key(data))

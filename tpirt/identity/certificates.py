@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from tpirt.errors import IdentityError
-from tpirt.identity.folder import read, write_private
+from tpirt.identity.folder import read_key, write_private
 from tpirt.identity.names import Subject
 from tpirt.printable import printable_line
 
@@ -122,7 +122,7 @@ class Identity:
         Raises:
             IdentityError: the file is damaged.
         """
-        if (data := read(path)) is None:
+        if (data := read_key(path)) is None:
             return None
         key, rest = split_key(data)
         end = b"-----END CERTIFICATE-----\n"

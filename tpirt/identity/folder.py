@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+from functools import cache
 from pathlib import Path
+from shlex import quote
 
 from tpirt.errors import IdentityError
-from tpirt.files import replace_file
+from tpirt.files import read_regular, replace_file
 
 VARIABLE = "TPIRT_IDENTITY"
+
+_MOST_BYTES = 1 << 20
+_log = logging.getLogger("tpirt.cluster")
 
 
 def config_folder(given: str | Path | None = None) -> Path:
@@ -49,9 +56,22 @@ def read(path: Path) -> bytes | None:
         IdentityError: it cannot be read.
     """
     try:
-        with open(path, "rb") as file:
-            return file.read(1 << 20)
+        return read_regular(path, _MOST_BYTES)
     except FileNotFoundError:
         return None
     except OSError as exc:
         raise IdentityError(f"{path}: cannot be read: {exc.strerror}") from exc
+
+
+def read_key(path: Path) -> bytes | None:
+    """As :func:`read`, of a file with a private key: warns if others can read it as well."""
+    with contextlib.suppress(OSError):
+        if os.name == "posix" and path.stat().st_mode & 0o077:
+            _warn_of_readers(path)
+    return read(path)
+
+
+@cache  # once in a process
+def _warn_of_readers(path: Path) -> None:
+    command = f"chmod 600 {quote(str(path))}"
+    _log.warning(f"{path}: other users can read this private key; run: {command}")

@@ -22,6 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from tpirt.errors import TokenizerError
+from tpirt.files import read_regular
 from tpirt.types import Message
 
 
@@ -104,9 +105,11 @@ def find_chat_template(path: Path, config: Mapping[str, Any]) -> ChatTemplate | 
 def read_text(file: Path) -> str:
     """Read a UTF-8 file without its byte order mark; TokenizerError naming it where that fails."""
     try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise TokenizerError(f"{file}: cannot be read: {exc}") from exc
+        return read_regular(file).decode("utf-8-sig")
+    except OSError as exc:
+        raise TokenizerError(f"{file}: cannot be read: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise TokenizerError(f"{file}: not UTF-8 text (byte {exc.start})") from exc
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import torch
 from tpirt.config import QUANTIZED, ModelConfig
 from tpirt.dtypes import CHECKPOINT_DTYPES, dtype_name
 from tpirt.errors import CheckpointError
+from tpirt.files import read_regular
 from tpirt.ops.buffers import tensor_bytes
 from tpirt.sharding.blocks import Block
 from tpirt.sharding.partition import Shard
@@ -438,7 +439,7 @@ def _what_to_do(names: Iterable[str]) -> str:
 
 def _read_index(path: Path) -> Mapping[str, str]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_regular(path))
     except OSError as exc:
         raise read_error(path, "the index", exc) from exc
     except (ValueError, RecursionError) as exc:

@@ -23,6 +23,7 @@ import xxhash
 
 from tpirt.cache_folder import cache_folder
 from tpirt.errors import StoreError
+from tpirt.files import read_regular
 from tpirt.ops.buffers import page_buffer, tensor_bytes
 from tpirt.types import Progress, ProgressCallback
 from tpirt.weights.header import TensorInfo
@@ -128,7 +129,7 @@ def _note_path(files: Iterable[Path]) -> Path | None:
 
 def _remembered(path: Path | None, state: dict[str, list[int]]) -> str | None:
     try:
-        noted = json.loads(path.read_bytes()) if path is not None else None
+        noted = json.loads(read_regular(path)) if path is not None else None
         if noted is None or noted["files"] != state:
             return None
         digest = noted["digest"]

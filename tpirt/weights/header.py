@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from tpirt.dtypes import SAFETENSORS_DTYPES
 from tpirt.errors import CheckpointError
+from tpirt.files import open_regular
 
 MAX_HEADER_BYTES = 100_000_000
 RECOPY = "copy or download the file again"
@@ -67,16 +67,11 @@ def open_file(path: Path) -> int:
         CheckpointError: missing, unreadable, or not a regular file.
     """
     try:
-        # Without O_NONBLOCK, opening a FIFO would wait for a writer.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        return open_regular(path)
     except FileNotFoundError as exc:
         raise checkpoint_error(path, "no such file") from exc
     except OSError as exc:
         raise read_error(path, "the file", exc) from exc
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise checkpoint_error(path, "not a regular file")
-    return fd
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

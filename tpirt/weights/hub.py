@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from tpirt.errors import CheckpointError
+from tpirt.files import read_regular
 
 FILES = "config.json, *.safetensors, tokenizer.json and the other *.json and *.jinja files"
 
@@ -51,7 +52,7 @@ def _cached(name: str) -> Path:
     """The snapshot of ``main``, or else the latest one."""
     folder = _cache() / f"models--{name.replace('/', '--')}"
     try:
-        commit = (folder / "refs" / "main").read_text(encoding="ascii").strip()
+        commit = read_regular(folder / "refs" / "main").decode("ascii").strip()
         found = [folder / "snapshots" / commit]
     except (OSError, ValueError):
         found = sorted(folder.glob("snapshots/*"), key=lambda each: each.stat().st_mtime)

@@ -12,6 +12,7 @@ from typing import Any
 
 from tpirt.config import ModelConfig
 from tpirt.errors import ConfigError
+from tpirt.files import read_regular
 
 Shape = Mapping[str, Any]  # the content of a config.json
 
@@ -157,7 +158,7 @@ def _read(file: Path) -> Shape:
     if file.is_dir():
         file = file / "config.json"
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(read_regular(file))
     except FileNotFoundError as exc:
         raise ConfigError(
             f"shape {file}: neither a file nor a known shape; known: {', '.join(SHAPES)}"

@@ -29,7 +29,7 @@ import xxhash
 
 from tpirt.cache_folder import cache_folder, home_cache
 from tpirt.errors import DamagedSliceError, StoreError
-from tpirt.files import nearest, write_atomically
+from tpirt.files import nearest, read_regular, write_atomically
 from tpirt.locks import Lock, lock, try_lock
 from tpirt.ops.buffers import page_buffer, tensor_bytes
 from tpirt.sharding.units import Unit
@@ -581,7 +581,7 @@ def _same_model(manifest: Manifest, spec: SliceSpec) -> bool:
 
 def _read_manifest(folder: Path, name: str = MANIFEST) -> Manifest | None:
     try:
-        return Manifest.from_json((folder / name).read_bytes())
+        return Manifest.from_json(read_regular(folder / name))
     except OSError:
         return None
     except StoreError as exc:
@@ -593,7 +593,7 @@ def _read_manifest(folder: Path, name: str = MANIFEST) -> Manifest | None:
 def _unusable(folder: Path, reason: str) -> UnusableSlice | None:
     """Recognise a slice of any format version."""
     try:
-        fields = parse_fields((folder / MANIFEST).read_bytes())
+        fields = parse_fields(read_regular(folder / MANIFEST))
     except (OSError, StoreError):
         fields = {}
     if not _SLICE_ID.fullmatch(folder.name) and "format_version" not in fields:

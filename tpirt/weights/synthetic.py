@@ -25,6 +25,7 @@ import torch
 
 from tpirt.config import ModelConfig
 from tpirt.errors import CheckpointError
+from tpirt.files import read_regular
 from tpirt.ops.buffers import Region, tensor_bytes
 from tpirt.ops.quant import Scheme
 from tpirt.sharding.blocks import Block, StoredTensor
@@ -130,7 +131,7 @@ def read_seed(path: Path) -> int:
     """
     file = path / MARKER
     try:
-        seed = json.loads(file.read_bytes())["seed"]
+        seed = json.loads(read_regular(file))["seed"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
         raise CheckpointError(f"{file}: not readable ({exc!r}); run `tpirt synth` again") from exc
     if type(seed) is not int or seed < 0:

@@ -38,6 +38,7 @@ from tpirt.testing.processes import (
     start_python,
     wait_for,
 )
+from tpirt.types import Progress
 
 ROOT = Path(__file__).parents[2]
 
@@ -120,7 +121,9 @@ def test_is_compiled_once_into_the_cache(
 ) -> None:
     tools.add_compiler(content)
     caches = [nowhere, tmp_path / "cache"]  # the first is read-only
-    first = find_library("", caches, tmp_path)
+    told: list[Progress] = []
+    first = find_library("", caches, tmp_path, progress=told.append)
+    assert [(each.stage, each.total) for each in told] == [("compiling kernels", n) for n in (0, 1)]
     assert first.path is not None
     assert first.path.parent == caches[1]
     assert first.summary == f"kernels: {first.set_name}, compiled at the first start"
@@ -323,7 +326,9 @@ def test_one_signal_ends_a_command_that_compiles(
         (os.killpg if group else os.kill)(process.pid, number)
         err = process.communicate(timeout=DEADLINE_S)[1]
     assert process.returncode == code
-    assert err.endswith(f"compiling kernels for this machine with cc, once\n{said}")
+    before, _, after = err.partition("compiling kernels for this machine with cc, once; slow ")
+    assert before in ("", "tpirt: ", "tpirt peer: "), err
+    assert after == f"machines take about a minute\n{said}"
     wait_for(lambda: not any(psutil.pid_exists(int(pid)) for pid in pids.read_text().split()))
     wait_for(lambda: not any(temporary.glob("tpirt-*/errors")))
     held = try_lock(cache / "tpirt" / "native" / "lock")

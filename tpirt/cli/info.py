@@ -83,7 +83,7 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     window = f"window {arguments.window} blocks" if arguments.window else "all resident"
     with ConsoleProgress() as progress, noted(progress):
-        native = load()
+        native = load(progress=progress)
     print(native.summary_of(plan.dtype.name))
     print(f"memory per rank: {window}, context {context} tokens\n")
     rows = [_HEAD, *(_row(rank, context) for rank in plan.ranks)]

@@ -125,7 +125,7 @@ async def _prepared(
     model = await asyncio.to_thread(open_model, path)
     threads = options.threads or default_threads(local)
     with model.checkpoint, _compute_threads(threads):
-        await load_async()  # may compile kernels: before local peers need them
+        await load_async(progress)  # may compile kernels: before local peers need them
         root = Path(options.store or model.store or default_store())
         store = SliceStore(root, options.store_limit_bytes)
         trust = Trust(MASTER, options.identity, insecure=options.insecure)

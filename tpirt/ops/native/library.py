@@ -45,6 +45,7 @@ from tpirt.ops.native.compiling import (
     source_key,
     wait_until,
 )
+from tpirt.types import Progress, ProgressCallback, ignore_progress
 
 VARIABLE = "TPIRT_NATIVE"
 
@@ -53,6 +54,9 @@ _ADVICE = (
     f"{'xcode-select --install' if sys.platform == 'darwin' else 'apt install gcc'}, "
     "or pip install ziglang"
 )
+
+_STAGE = "compiling kernels"
+_NOTICE = "compiling kernels for this machine with %s, once; slow machines take about a minute"
 
 _log = logging.getLogger(__name__)
 
@@ -90,13 +94,16 @@ class NativeLibrary:
 _loaded: NativeLibrary | None = None
 
 
-def load(stop: threading.Event = NEVER) -> NativeLibrary:
-    """Find the library; the first call may compile it, which takes seconds.
+def load(
+    stop: threading.Event = NEVER, progress: ProgressCallback = ignore_progress
+) -> NativeLibrary:
+    """Find the library; the first call may compile it, which takes up to a minute.
 
     It logs that, and what is lost without a library.
 
     Args:
         stop: ends the compiler when it is set.
+        progress: told that a compiler runs.
 
     Raises:
         ConfigError: ``TPIRT_NATIVE`` asks for what this machine does not have.
@@ -105,17 +112,17 @@ def load(stop: threading.Event = NEVER) -> NativeLibrary:
     global _loaded
     if _loaded is None:
         wish = os.environ.get(VARIABLE, "")
-        found = find_library(wish, cache_folders(), stop=stop)
+        found = find_library(wish, cache_folders(), stop=stop, progress=progress)
         if found.note and wish != "off":
             _log.warning("%s", found.summary)
         _loaded = found
     return _loaded
 
 
-async def load_async() -> NativeLibrary:
+async def load_async(progress: ProgressCallback = ignore_progress) -> NativeLibrary:
     """Like :func:`load`, in a thread. If cancelled, it first ends the compiler, at once."""
     stop = threading.Event()
-    return await in_thread(load, stop, on_cancel=stop.set)
+    return await in_thread(load, stop, progress, on_cancel=stop.set)
 
 
 def cache_folders() -> list[Path]:
@@ -133,6 +140,7 @@ def find_library(
     beside: Path = SOURCES,
     *,
     stop: threading.Event = NEVER,
+    progress: ProgressCallback = ignore_progress,
 ) -> NativeLibrary:
     """Find a library and choose its best set of instructions.
 
@@ -141,6 +149,7 @@ def find_library(
         caches: folders for what is compiled here.
         beside: the folder of the library that pip compiled.
         stop: ends a compiler when it is set.
+        progress: told that one runs.
 
     Raises:
         ConfigError: ``wish`` cannot be fulfilled.
@@ -153,7 +162,7 @@ def find_library(
         if (path := _usable_library(folder)) is not None:
             return _with_best_set(path, origin, wish)
     try:
-        path = _compile(caches, stop)
+        path = _compile(caches, stop, progress)
     except CompileError as exc:
         if wish:
             raise ConfigError(f"{VARIABLE}={wish}: {exc}") from exc
@@ -196,7 +205,7 @@ def _with_best_set(path: Path, origin: str, wish: str) -> NativeLibrary:
     raise ConfigError(f"{VARIABLE}: {'; '.join(failed) or reason}")
 
 
-def _compile(caches: Sequence[Path], stop: threading.Event) -> Path:
+def _compile(caches: Sequence[Path], stop: threading.Event, progress: ProgressCallback) -> Path:
     """Compile into the first folder that can be written to; another process may do it meanwhile.
 
     Raises:
@@ -213,7 +222,7 @@ def _compile(caches: Sequence[Path], stop: threading.Event) -> Path:
         try:
             with _only_process(folder, stop):
                 if (path := _usable_library(folder)) is None:
-                    content = content or _compiled(found, stop)
+                    content = content or _compiled(found, stop, progress)
                     path = _kept(folder, content)
                 return path
         except OSError as exc:
@@ -222,14 +231,19 @@ def _compile(caches: Sequence[Path], stop: threading.Event) -> Path:
     raise CompileError("; ".join(reasons) or "there is no folder to keep them in")
 
 
-def _compiled(found: Iterable[Compiler], stop: threading.Event) -> bytes:
+def _compiled(
+    found: Iterable[Compiler], stop: threading.Event, progress: ProgressCallback
+) -> bytes:
     reasons = []
     for compiler in found:
-        _log.info("compiling kernels for this machine with %s, once", compiler.name)
+        _log.info(_NOTICE, compiler.name)
+        progress(Progress(_STAGE, 0, 0))
         try:
             return compile_library(compiler, stop=stop)
         except CompileError as exc:
             reasons.append(str(exc))
+        finally:
+            progress(Progress(_STAGE, 1, 1))
     raise CompileError(f"{'; '.join(reasons)} ({_ADVICE})")
 
 

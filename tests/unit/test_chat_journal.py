@@ -10,8 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tpirt.chat.journal import Journal, find
+from tpirt.chat.journal import Journal, find, journals
 from tpirt.chat.saved import SavedConversation, load
+from tpirt.cli import chat
+from tpirt.cli.main import main
 from tpirt.errors import RequestError
 from tpirt.types import Message
 
@@ -106,10 +108,45 @@ def test_another_conversation_is_another_file(tmp_path: Path, journal: Journal) 
     assert path != first
     assert load(path).messages == HELLO + MORE
     assert find(tmp_path / "talks", first.stem) == first
-    with pytest.raises(RequestError, match=rf"'x'; the latest are {path.stem}, {first.stem}"):
+    assert journals(tmp_path / "talks") == [path, first]
+    with pytest.raises(RequestError, match=r"no conversation 'x'; `tpirt chat --list` shows"):
         find(tmp_path / "talks", "x")
     with pytest.raises(RequestError, match=r"no conversation to resume in .*empty"):
         find(tmp_path / "empty", "")
+
+
+def test_an_empty_file_is_answered_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").touch()
+    for name in ("", "one"):
+        with pytest.raises(RequestError, match=r"one is empty: .*delete .*one\.jsonl, or .*--list"):
+            find(tmp_path, name)
+
+
+def test_the_list_of_conversations(
+    tmp_path: Path,
+    journal: Journal,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(chat, "_MOST_LISTED", 3)
+    monkeypatch.setattr("tpirt.chat.journal.journal_folder", lambda: tmp_path / "talks")
+    assert main(["chat", "--list"]) == 0
+    assert "there is no conversation in" in capsys.readouterr().out
+    hold(journal, None, [], HELLO)
+    journal.close()
+    hold(journal, None, [], [Message("user", "long\n" * 20), HELLO[1]])
+    latest = journals(tmp_path / "talks")[0]
+    latest.with_stem("empty").touch()
+    latest.with_stem("torn").write_text('{"version": 1, "mod')
+    for seconds, name in enumerate(("torn", "empty", latest.stem)):
+        os.utime(latest.with_stem(name), (seconds + (1 << 32),) * 2)
+    assert main(["chat", "--list"]) == 0
+    head, *rows, more = capsys.readouterr().out.splitlines()
+    assert head.split() == ["conversation", "last", "written", "model", "begins", "with"]
+    assert rows[0].startswith(latest.stem)
+    assert rows[0].endswith("tiny   " + ("long " * 20)[:37] + "...")
+    assert [row.split()[0] for row in rows[1:]] == ["empty", "torn"]
+    assert more == f"and 1 more in {tmp_path / 'talks'}"
 
 
 def test_two_chats_do_not_share_a_file(tmp_path: Path, journal: Journal) -> None:

@@ -23,8 +23,9 @@ from tpirt.errors import RequestError
 from tpirt.locks import Lock, lock
 from tpirt.types import Message
 
+LISTED = "`tpirt chat --list` shows what there is"
+
 _SUFFIX = ".jsonl"
-_MOST_LISTED = 8
 
 
 class Journal:
@@ -136,20 +137,30 @@ def journal_folder() -> Path | None:
     return None if state is None else state / "conversations"
 
 
+def journals(folder: Path | None) -> list[Path]:
+    """The files of all conversations, the latest first."""
+    found = folder.glob(f"*{_SUFFIX}") if folder is not None else []
+    return sorted(found, key=changed_s, reverse=True)
+
+
 def find(folder: Path | None, name: str) -> Path:
     """The file of the conversation called ``name``; of the latest one if that is empty.
 
     Raises:
-        RequestError: there is none; lists what there is.
+        RequestError: there is none, or nothing is in it.
     """
-    known = sorted(folder.glob(f"*{_SUFFIX}"), key=_changed_s) if folder is not None else []
+    known = journals(folder)
     if not known:
         raise RequestError(f"there is no conversation to resume in {folder}")
     named = [path for path in known if name in ("", path.stem)]
     if not named:
-        latest = ", ".join(path.stem for path in reversed(known[-_MOST_LISTED:]))
-        raise RequestError(f"no conversation {name!r}; the latest are {latest}")
-    return named[-1]
+        raise RequestError(f"no conversation {name!r}; {LISTED}")
+    if named[0].stat().st_size == 0:
+        raise RequestError(
+            f"conversation {named[0].stem} is empty: the disk was full, or the machine stopped, "
+            f"before it was written; delete {named[0]}, or go on with another one: {LISTED}"
+        )
+    return named[0]
 
 
 def _opened(path: Path) -> int:
@@ -178,7 +189,8 @@ def _append(file: int, data: bytes) -> None:
         data = data[os.write(file, data) :]
 
 
-def _changed_s(path: Path) -> float:
+def changed_s(path: Path) -> float:
+    """When a file was written last; 0 if it is gone."""
     with contextlib.suppress(OSError):
         return path.stat().st_mtime
     return 0.0

@@ -20,6 +20,7 @@ from tpirt.types import Message
 
 VERSION = 1
 _MOST_BYTES = 64 << 20  # a larger file is not a conversation
+_OUTLINE_BYTES = 1 << 20
 _ROLES = ("user", "assistant")
 
 
@@ -88,6 +89,19 @@ def load(path: Path) -> SavedConversation:
         return _checked(content)
     except ValueError as exc:
         raise RequestError(f"{path}: not a saved conversation: {exc}") from exc
+
+
+def outline(path: Path) -> tuple[str, str]:
+    """The model of a journal, and the user's first message; each empty if it is not found."""
+    model = ""
+    with contextlib.suppress(OSError, ValueError):
+        for line in read_regular(path, _OUTLINE_BYTES).split(b"\n"):
+            match json.loads(line):
+                case {"version": _, "model": str(model)}:
+                    pass
+                case {"role": "user", "content": str(text)}:
+                    return model, text
+    return model, ""
 
 
 def _checked(content: Any) -> SavedConversation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -25,11 +26,14 @@ from tpirt.cli.options import (
     sampling_params,
 )
 from tpirt.errors import IdentityError, RequestError
+from tpirt.terminal import table, width
 
 if TYPE_CHECKING:
     from tpirt.chat.journal import Journal
     from tpirt.chat.progress import ConsoleProgress
     from tpirt.chat.saved import SavedConversation
+
+_MOST_LISTED, _MOST_SHOWN = 20, 40  # conversations, and characters of the first message
 
 
 def add_command(commands: Commands) -> None:
@@ -63,6 +67,9 @@ def add_command(commands: Commands) -> None:
         help="go on with a conversation of an earlier chat, the latest by default",
     )
     parser.add_argument(
+        "--list", action="store_true", help="list the conversations of earlier chats, and exit"
+    )
+    parser.add_argument(
         "--no-journal",
         action="store_true",
         help="do not write the conversation to this device's disk as it goes",
@@ -80,6 +87,9 @@ def add_command(commands: Commands) -> None:
 def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     import tpirt.chat  # noqa: F401  # before the event loop: see run_async
 
+    if arguments.list:
+        _list_conversations()
+        return
     if arguments.prompt == "":
         raise RequestError("the prompt is empty: give at least one character of text")
     if (last := last_run.take_up(parser, arguments)) and not arguments.quiet:
@@ -106,7 +116,7 @@ async def _chat(arguments: argparse.Namespace, began: Callable[[], None]) -> Non
             if resumed is not None:
                 path, talk = resumed
                 system = talk.system if system is None else system
-                for line in resumption(path.stem, talk, engine.name):
+                for line in resumption(path, talk, engine.name, arguments.resume):
                     progress.note(f"tpirt: {line}")
             if journal is not None:
                 journal.model = engine.name
@@ -124,6 +134,31 @@ async def _chat(arguments: argparse.Namespace, began: Callable[[], None]) -> Non
                 resumed=talk,
             )
             await run_chat(engine, chat)
+
+
+def _list_conversations() -> None:
+    """Print the latest conversations: when, with which model, and how they begin."""
+    from tpirt.chat.journal import changed_s, journal_folder, journals
+    from tpirt.chat.saved import outline
+
+    folder = journal_folder()
+    found = journals(folder)
+    rows = [("conversation", "last written", "model", "begins with")]
+    for path in found[:_MOST_LISTED]:
+        model, text = outline(path)
+        written = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed_s(path)))
+        rows.append((path.stem, written, model, _first_words(text)))
+    if not found:
+        print(f"there is no conversation in {folder}")
+        return
+    print("\n".join(table(rows, left=4, columns=width(sys.stdout))))
+    if len(found) > _MOST_LISTED:
+        print(f"and {len(found) - _MOST_LISTED} more in {folder}")
+
+
+def _first_words(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."
 
 
 def _journal(arguments: argparse.Namespace, progress: ConsoleProgress) -> Journal | None:
@@ -147,9 +182,12 @@ def _resumed(name: str | None, journal: Journal | None) -> tuple[Path, SavedConv
     return path, load(path) if journal is None else journal.resume(path)
 
 
-def resumption(name: str, talk: SavedConversation, model: str) -> Iterator[str]:
-    """What a user should know of a conversation that goes on."""
-    yield f"resuming conversation {name}: {len(talk.messages)} messages"
+def resumption(path: Path, talk: SavedConversation, model: str, asked: str) -> Iterator[str]:
+    """What a user should know of a conversation that goes on; ``asked`` is the name given."""
+    from tpirt.chat.journal import LISTED, journals
+
+    others = "" if asked or len(journals(path.parent)) == 1 else f", the latest one; {LISTED}"
+    yield f"resuming conversation {path.stem}: {len(talk.messages)} messages{others}"
     if talk.model and talk.model != model:
         yield f"it was with {talk.model}; {model} goes on with it"
     if talk.unanswered:

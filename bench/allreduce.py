@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import IO
 
 from bench.lib.allreduce_rank import GLOO, SEALED, Answer, Order
-from bench.lib.command import end_like_a_command, tell, values
+from bench.lib.command import end_like_a_command, new_parser, tell, values
 from bench.lib.record import Record, add_json_option
 from bench.net import floor
 from bench.net.namespace import INTERFACE
@@ -271,11 +271,7 @@ def show(rows: Sequence[Row]) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Parse arguments, measure, print, keep."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.allreduce",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("bench.allreduce", __doc__)
     parser.add_argument("--devices", type=values(count), default=[2, 4], metavar="N,...")
     parser.add_argument(
         "--latency", type=values(float), default=[1.0, 5.0], metavar="MS,...", help="one way"

@@ -12,7 +12,6 @@ master tasks, threads, descriptors and memory, on the peers sessions, threads an
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -36,7 +35,7 @@ from typing import Any
 import psutil
 
 from bench.lib.clock import Clock
-from bench.lib.command import end_like_a_command, tell
+from bench.lib.command import end_like_a_command, new_parser, tell
 from bench.lib.record import Record, add_json_option
 from bench.net.network import Device, Network, emulate
 from bench.net.spec import parse_topology
@@ -509,11 +508,7 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
 
 def main(argv: Sequence[str]) -> int:
     """Parse arguments, run the rounds, print the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.chaos",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("bench.chaos", __doc__)
     parser.add_argument("--seeds", default="0:20", metavar="A:B", help="from A to B - 1")
     parser.add_argument("--minutes", type=float, metavar="M", help="begin no round after that")
     parser.add_argument("--verbose", action="store_true", help="tell what the master tells")

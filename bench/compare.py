@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.lib.command import end_like_a_command, tell, values
+from bench.lib.command import end_like_a_command, new_parser, tell, values
 from bench.lib.environment import git_state
 from bench.lib.record import Record, add_json_option, without_folders
 from tpirt.cli.options import count
@@ -181,11 +181,7 @@ def show(compared: Sequence[Comparison]) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Parse arguments, run, compare, print."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("bench.compare", __doc__)
     for side in ("before", "after"):
         parser.add_argument(f"--{side}", type=Path, required=True, metavar="DIR", help="a checkout")
         parser.add_argument(

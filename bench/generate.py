@@ -20,6 +20,7 @@ from bench.lib.command import (
     add_engine_options,
     end_like_a_command,
     engine_options,
+    new_parser,
     percentile,
     values,
 )
@@ -90,11 +91,7 @@ def show(rows: Sequence[Row], bytes_per_s: float) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Parse arguments, measure, print."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("bench.generate", __doc__)
     parser.add_argument("--model", type=Path, help="default: the bundled model")
     parser.add_argument(
         "--local", type=values(count), default=[1, 2, 4], help="world sizes (default 1,2,4)"

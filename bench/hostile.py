@@ -13,7 +13,6 @@ right.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -51,7 +50,7 @@ from bench.lib.attackers import (
     setups_with,
     without_certificate,
 )
-from bench.lib.command import end_like_a_command, tell
+from bench.lib.command import end_like_a_command, new_parser, tell
 from bench.lib.record import Record, add_json_option
 from tpirt.engine import Engine, EngineOptions
 from tpirt.errors import ConfigError
@@ -485,11 +484,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 def main(argv: Sequence[str]) -> int:
     """Parse arguments, attack, print the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.hostile",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("bench.hostile", __doc__)
     parser.add_argument("--messages", type=int, default=100_000, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--minutes", type=float, default=60.0, metavar="M", help="end after that")

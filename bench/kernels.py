@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from bench.lib.command import end_like_a_command, values
+from bench.lib.command import end_like_a_command, new_parser, values
 from bench.lib.kernel_calls import Kernel, Weights, between, half_kernels, tile_kernels
 from bench.lib.native_functions import NativeFunctions
 from bench.lib.record import Record, add_json_option
@@ -309,11 +309,7 @@ def _shape(text: str) -> Shape:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.kernels",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("bench.kernels", __doc__)
     parser.add_argument("--threads", type=values(count), default=[1, 2], metavar="N,...")
     parser.add_argument(
         "--shapes", type=values(_shape), default=SHAPES, metavar="NxK,...", help="multiples of 32"

@@ -25,7 +25,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from bench.lib.command import add_rank_options, end_like_a_command, rank_options, tell, values
+from bench.lib.command import (
+    add_rank_options,
+    end_like_a_command,
+    new_parser,
+    rank_options,
+    tell,
+    values,
+)
 from bench.lib.group import Group
 from bench.lib.latency_row import Bench, Row, Setting
 from bench.lib.record import Record, add_json_option
@@ -130,11 +137,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.latency",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("bench.latency", __doc__)
     links = parser.add_argument_group("links", "one way, device to device; see bench.links")
     links.add_argument("--devices", type=values(count), metavar="N,...", help="default 2")
     which = links.add_mutually_exclusive_group()

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from bench.lib.command import end_like_a_command
+from bench.lib.command import end_like_a_command, new_parser
 from bench.lib.record import Record, add_json_option
 from bench.net.network import Network, emulate
 from bench.net.options import (
@@ -115,11 +115,7 @@ def fill_in(word: str, network: Network, device: int) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Parse arguments, make the network, do what was asked."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.links",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("bench.links", __doc__)
     actions = parser.add_subparsers(required=True, dest="action", metavar="ACTION")
     parsers = {}
     for name, text in (

@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from bench.lib.command import end_like_a_command, tell, values
+from bench.lib.command import end_like_a_command, new_parser, tell, values
 from bench.lib.environment import Environment, git_state
 from bench.lib.group import Group, LocalPlace
 from bench.lib.record import Record, add_json_option
@@ -260,11 +260,7 @@ def _vocab_size(model: Path) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.peers",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("bench.peers", __doc__)
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="of tpirt")
     parser.add_argument("--store", type=Path, metavar="DIR", help="of tpirt's slices")
     parser.add_argument("--llama-bench", type=Path, metavar="FILE", help="llama.cpp's program")

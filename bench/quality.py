@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from bench.lib.command import end_like_a_command, run_tpirt, tell
+from bench.lib.command import end_like_a_command, new_parser, run_tpirt, tell
 from bench.lib.record import Record, add_json_option
 from scripts.demo_model.model import DemoConfig, DemoModel
 from scripts.demo_model.tokens import token_id
@@ -325,11 +325,7 @@ def table(measured: Sequence[Row]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Parse arguments, train unless that was done, measure, print."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.quality",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("bench.quality", __doc__)
     parser.add_argument("--dir", type=Path, required=True, help="where the model is, or will be")
     parser.add_argument(
         "--minutes", type=float, default=30.0, help="of training, per thread (default 30)"

@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bench.lib.command import end_like_a_command, run_tpirt, tell
+from bench.lib.command import end_like_a_command, new_parser, run_tpirt, tell
 from bench.lib.disk import every_nth, read_rate
 from bench.lib.group import LimitedRun, run_limited
 from bench.lib.record import Record, add_json_option
@@ -217,11 +217,7 @@ def _bytes(figure: int | None) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Parse arguments, make, measure, print, remove."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.scale70b",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("bench.scale70b", __doc__)
     parser.add_argument("--shape", default="llama-2-70b", help="as of `tpirt synth`")
     parser.add_argument("--quantize", default="int4")
     parser.add_argument("--world-size", type=count, default=8)

@@ -39,6 +39,7 @@ from bench.lib.command import (
     add_engine_options,
     end_like_a_command,
     engine_options,
+    new_parser,
     percentile,
     tell,
     values,
@@ -361,11 +362,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.serving",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("bench.serving", __doc__)
     parser.add_argument("--model", type=Path, metavar="DIR", help="default: the bundled model")
     parser.add_argument("--users", type=values(count), default=[1, 2, 4, 8, 16], metavar="N,...")
     parser.add_argument("--requests", type=count, default=2, metavar="N", help="of each user")

@@ -31,7 +31,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.lib.command import add_engine_options, end_like_a_command, engine_options, tell, values
+from bench.lib.command import (
+    add_engine_options,
+    end_like_a_command,
+    engine_options,
+    new_parser,
+    tell,
+    values,
+)
 from bench.lib.draft_tasks import DRAFT_TASKS, Chat
 from bench.lib.group import Answer, Group, LocalPlace
 from bench.lib.record import Record, add_json_option
@@ -311,11 +318,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.speculation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("bench.speculation", __doc__)
     parser.add_argument("--model", type=Path, metavar="DIR", help="default: the bundled model")
     parser.add_argument(
         "--hit-rates", type=values(_share), metavar="SHARE,...", help="emulate guesses, any model"

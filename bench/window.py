@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.lib.cgroup import disk_cgroup
-from bench.lib.command import end_like_a_command, run_tpirt, tell, values
+from bench.lib.command import end_like_a_command, new_parser, run_tpirt, tell, values
 from bench.lib.group import LimitedRun, run_limited
 from bench.lib.record import Record, add_json_option
 from tpirt.cli.options import count, size
@@ -153,11 +153,7 @@ def show(rows: list[Row], resident_ms: float) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Parse arguments, measure, print."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.window",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("bench.window", __doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--store", type=Path, required=True, help="a folder of its own")
     parser.add_argument("--quantize", default="none")

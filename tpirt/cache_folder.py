@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from tpirt.errors import StoreError
+from tpirt.files import nearest
 
 _ADVICE = "give --store DIR, or set XDG_CACHE_HOME"
 
@@ -32,8 +33,8 @@ def home_cache() -> Path | None:
     folder = Path(home) / ".cache" / "tpirt"
     if not folder.is_absolute():
         return None
-    nearest = next(each for each in (folder, *folder.parents) if os.path.isdir(each))
-    return folder if nearest == folder or os.access(nearest, os.W_OK | os.X_OK) else None
+    there = nearest(folder)
+    return folder if there == folder or os.access(there, os.W_OK | os.X_OK) else None
 
 
 def temporary_folder() -> Path:

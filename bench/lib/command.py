@@ -42,6 +42,15 @@ def end_like_a_command(main: Callable[[], int]) -> int:
         return _INTERRUPTED
 
 
+def new_parser(module: str, about: str | None) -> argparse.ArgumentParser:
+    """The parser of a benchmark that is run as a module; ``about`` is its docstring."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def values(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     """The type of an option that takes several values with commas between them."""
 

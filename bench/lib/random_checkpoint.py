@@ -9,7 +9,6 @@ Llama 2's, of which converters know what to do with it: three control tokens, 25
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-from bench.lib.command import end_like_a_command
+from bench.lib.command import end_like_a_command, new_parser
 from tpirt.config import ModelConfig
 from tpirt.weights.names import expected_tensors
 from tpirt.weights.shapes import Shape, find_shape
@@ -72,11 +71,7 @@ def _tokenizer(vocab_size: int) -> Tokenizer:
 
 def main(argv: Sequence[str]) -> int:
     """Parse arguments, write."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.lib.random_checkpoint",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("bench.lib.random_checkpoint", __doc__)
     parser.add_argument("--shape", default="bench-1.1b", help="or a config.json")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     arguments = parser.parse_args(argv)

@@ -13,6 +13,7 @@ from tpirt.cluster.provision import write_slice
 from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.config import ModelConfig
 from tpirt.errors import CheckpointError, ConfigError, StoreError
+from tpirt.files import nearest
 from tpirt.sharding.format import WeightFormat
 from tpirt.sharding.partition import Partition
 from tpirt.text.byte_level import MIN_VOCAB_SIZE, write_byte_level_tokenizer
@@ -123,11 +124,10 @@ def _check_folder(wanted: SyntheticCheckpoint) -> None:
 
 def _check_room(store: SliceStore, needed: int) -> None:
     """Raise StoreError unless the disk has room for all slices together."""
-    folder = next(p for p in (store.root.absolute(), *store.root.absolute().parents) if p.is_dir())
     try:
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(nearest(store.root)).free
     except OSError as exc:
-        raise StoreError(f"{folder}: cannot be looked at: {exc.strerror}") from exc
+        raise StoreError(f"{store.root}: cannot be looked at: {exc.strerror}") from exc
     if free < needed:
         raise StoreError(
             f"{store.root}: the slices need {needed:,} bytes, the disk has {free:,} free; make "

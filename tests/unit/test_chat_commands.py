@@ -104,7 +104,7 @@ async def test_every_answer_follows_the_settings(chat: Chat) -> None:
     await chat.ask("hi")
     assert chat.session.timing is not None
     assert chat.session.timing.tokens == 2
-    assert "cut at 2 tokens" in chat.err.getvalue()
+    assert "cut at 2 tokens: --max-tokens N" in chat.err.getvalue()  # nobody can type /set
 
 
 async def test_stats_and_peers(chat: Chat) -> None:
@@ -185,6 +185,7 @@ async def test_piped_text_is_one_message(
     engine: Engine,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
     piped: bytes,
     messages: list[str],
 ) -> None:
@@ -199,6 +200,7 @@ async def test_piped_text_is_one_message(
         monkeypatch.setattr(sys, "stdin", stdin)
         await run_chat(engine, ChatOptions(SamplingParams()))
     assert asked == messages
+    assert ("there is nothing to answer" in capsys.readouterr().err) == (not messages)
 
 
 @pytest.mark.parametrize("line", ["/exit", "/quit", "/EXIT"])

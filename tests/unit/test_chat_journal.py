@@ -208,7 +208,7 @@ def test_a_write_that_takes_a_part_is_gone_on_with(
 
 
 def test_a_disk_that_refuses_is_told_once(
-    journal: Journal, notes: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, journal: Journal, notes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
@@ -216,7 +216,8 @@ def test_a_disk_that_refuses_is_told_once(
     monkeypatch.setattr(os, "write", full)
     for _ in range(2):
         hold(journal, None, [], HELLO)
-    assert notes == ["this conversation is not journalled any more: No space left on device"]
+    folder = tmp_path / "talks"
+    assert notes == [f"this conversation is not written to {folder}: No space left on device"]
 
 
 @pytest.mark.parametrize(

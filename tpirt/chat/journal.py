@@ -128,7 +128,7 @@ class Journal:
 
     def _fail(self, exc: OSError) -> None:
         self._failed = True
-        self._note(f"this conversation is not journalled any more: {exc.strerror}")
+        self._note(f"this conversation is not written to {self._folder}: {exc.strerror}")
 
 
 def journal_folder() -> Path | None:

@@ -79,6 +79,8 @@ async def _work_off(session: Session) -> None:
         if message is not None:
             if message.strip():
                 await session.answer(message, Interrupts())
+            elif not session.progress.quiet:
+                session.console.note("standard input is empty: there is nothing to answer")
             return
         if not session.progress.quiet:
             session.console.note("standard input stays open: each line is a message from here on")

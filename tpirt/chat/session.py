@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, aclosing, nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from tpirt.chat.saved import SavedConversation
 from tpirt.chat.status import Timing
 from tpirt.engine import Conversation, Engine
 from tpirt.errors import LogitsError, MemoryLimitError, PeerLostError, RequestError, TpirtError
+from tpirt.terminal import is_terminal
 from tpirt.types import Progress, SamplingParams
 
 _MAKE_ROOM = "/reset begins a new conversation; /save FILE keeps this one."
@@ -188,8 +190,8 @@ class Session:
         if self.talk.used_tokens >= self.engine.context_length:
             return "[the context is full: /reset begins a new conversation]"
         assert self.timing is not None
-        once = self.options.prompt is not None
-        more = "--max-tokens N for more" if once else "/set max_tokens allows more"
+        typed = self.options.prompt is None and is_terminal(sys.stdin)
+        more = "/set max_tokens allows more" if typed else "--max-tokens N for more"
         return f"[cut at {self.timing.tokens} tokens: {more}]"
 
 

@@ -116,6 +116,7 @@ read_host() { # LINE_NUMBER LINE
 number=0
 while IFS= read -r line || [[ -n $line ]]; do
   number=$((number + 1))
+  line=${line#$'\xef\xbb\xbf'} # a byte order mark
   read_host "$number" "${line%$'\r'}"
 done <"$file"
 count=${#targets[@]}

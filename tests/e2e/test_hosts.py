@@ -245,6 +245,7 @@ def test_one_that_fails_stops_all(launch: Launch, host: Host) -> None:
     [
         ([], "there is no host in it"),
         (["# nobody", ""], "there is no host in it"),
+        (["\ufeff# after a byte order mark"], "there is no host in it"),
         (["", "box /srv"], "line 2: expected LISTEN_HOST[:PORT], got '/srv'"),
         (["box 127.0.0.1:65536"], "line 1: expected LISTEN_HOST[:PORT], got '127.0.0.1:65536'"),
         (["box:ssh 127.0.0.1:1"], r"line 1: expected [USER@]HOST[:SSH_PORT], got 'box:ssh'"),

@@ -113,7 +113,7 @@ def test_an_equal_run_leaves_an_edited_file_alone(folder: Path) -> None:
         ("[chat]\npeers = ['a', 'a']\n", "listed twice"),
         ("\n[chats]\n", "line 2: chats: expected only [chat]"),
         ("chat = 3\n", "line 1: chat: expected only [chat]"),
-        ("\xff", "can't decode byte"),
+        ("\xff", "not UTF-8 text (byte 0)"),
     ],
 )
 def test_a_broken_file_is_named_with_what_is_wrong(folder: Path, text: str, why: str) -> None:
@@ -126,6 +126,12 @@ def test_a_broken_file_is_named_with_what_is_wrong(folder: Path, text: str, why:
     assert "--fresh" in str(raised.value)
     assert taken_up("--fresh")[0] == ""
     run("--local", "2")  # a run that names its own replaces it
+    assert taken_up()[0] == "--local 2"
+
+
+def test_a_byte_order_mark_is_skipped(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "tpirt.toml").write_text("\ufeff[chat]\nlocal = 2\n")
     assert taken_up()[0] == "--local 2"
 
 

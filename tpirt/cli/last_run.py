@@ -146,11 +146,13 @@ def _read(path: Path | None, actions: Mapping[str, argparse.Action]) -> dict[str
     try:
         if path is None or not path.exists():
             return {}
-        text = read_regular(path, _MOST_BYTES).decode()
+        text = read_regular(path, _MOST_BYTES).decode("utf-8-sig")
         tables = tomllib.loads(text)
     except OSError as exc:
         raise _broken(path, f"cannot be read: {exc.strerror}") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+    except UnicodeDecodeError as exc:
+        raise _broken(path, f"not UTF-8 text (byte {exc.start})") from exc
+    except tomllib.TOMLDecodeError as exc:
         raise _broken(path, str(exc)) from exc
     found = {}
     for name, value in _table(path, text, tables).items():

@@ -14,27 +14,29 @@ _ADVICE = "give --store DIR, or set XDG_CACHE_HOME"
 
 
 def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/tpirt``, by default ``~/.cache/tpirt``.
-
-    Without a home directory that can be written to (containers, system users), a folder of this
-    user among the temporary files.
+    """:func:`lasting_cache`, else a folder of this user among the temporary files.
 
     Raises:
         StoreError: there is none of these.
     """
-    if given := os.environ.get("XDG_CACHE_HOME"):
-        return Path(given) / "tpirt"
-    return home_cache() or temporary_folder()
+    return lasting_cache() or temporary_folder()
 
 
-def home_cache() -> Path | None:
-    """``~/.cache/tpirt``; None without a home directory that can be written to."""
+def lasting_cache() -> Path | None:
+    """``$XDG_CACHE_HOME/tpirt``, by default ``~/.cache/tpirt``.
+
+    None without a home directory that can be written to (containers, system users).
+    """
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if given.is_absolute():  # others are to be ignored
+        return given / "tpirt"
     home = os.path.expanduser("~")  # unlike pathlib, it does not fail without one
     folder = Path(home) / ".cache" / "tpirt"
     if not folder.is_absolute():
         return None
     there = nearest(folder)
-    return folder if there == folder or os.access(there, os.W_OK | os.X_OK) else None
+    fits = there.is_dir() and (there == folder or os.access(there, os.W_OK | os.X_OK))
+    return folder if fits else None
 
 
 def temporary_folder() -> Path:

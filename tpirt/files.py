@@ -14,8 +14,8 @@ _NOT_FOR_FOLDERS = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF}
 
 
 def nearest(path: Path) -> Path:
-    """The path if it exists, else the first folder above it that does."""
-    return next(each for each in (path, *path.absolute().parents) if os.path.exists(each))
+    """The path if it exists, if only as a link, else the first folder above it that does."""
+    return next(each for each in (path, *path.absolute().parents) if os.path.lexists(each))
 
 
 def open_regular(path: Path) -> int:

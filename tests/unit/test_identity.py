@@ -32,6 +32,8 @@ def test_where_they_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert config_folder() == tmp_path / ".config" / "tpirt"
+    monkeypatch.setenv("XDG_CONFIG_HOME", "relative")
+    assert config_folder() == tmp_path / ".config" / "tpirt"
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
     assert config_folder() == tmp_path / "xdg" / "tpirt"
     monkeypatch.setenv("TPIRT_IDENTITY", str(tmp_path / "own"))

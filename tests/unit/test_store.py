@@ -703,6 +703,9 @@ def test_store_that_is_a_file(tmp_path: Path) -> None:
     for root in (tmp_path / "file", tmp_path / "file" / "folder"):
         with pytest.raises(StoreError, match=r"expected a folder, but .*/file is a file"):
             SliceStore(root)
+    (tmp_path / "link").symlink_to(tmp_path / "unplugged")
+    with pytest.raises(StoreError, match=r"expected a folder, but .*/link links to nowhere"):
+        SliceStore(tmp_path / "link" / "folder")
 
 
 def test_disk_without_hard_links(store: SliceStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -762,9 +765,10 @@ def test_direct_read_that_fails_is_repeated_through_the_page_cache(
 def test_default_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert default_store() == Path("/somewhere/tpirt/slices")
-    monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_store() == tmp_path / ".cache/tpirt/slices"
+    for ignored in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", ignored)
+        assert default_store() == tmp_path / ".cache/tpirt/slices"
 
 
 @pytest.fixture
@@ -796,6 +800,14 @@ def test_place_with_a_home_directory_that_cannot_be_written_to(
     """As a container's ``HOME=/`` for a user other than root."""
     monkeypatch.setenv("HOME", str(tmp_path / "root"))
     monkeypatch.setattr(os, "access", lambda path, _: not tmp_path.is_relative_to(path))
+    assert default_store() == homeless / "slices"
+
+
+def test_place_with_a_home_directory_that_is_none(
+    homeless: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``HOME=/dev/null`` of some system users."""
+    monkeypatch.setenv("HOME", os.devnull)
     assert default_store() == homeless / "slices"
 
 

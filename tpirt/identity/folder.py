@@ -26,7 +26,9 @@ def config_folder(given: str | Path | None = None) -> Path:
     """
     if chosen := given or os.environ.get(VARIABLE):
         return Path(chosen)
-    base = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+    base = os.environ.get("XDG_CONFIG_HOME", "")
+    if not os.path.isabs(base):  # to be ignored
+        base = os.path.expanduser("~/.config")
     if not os.path.isabs(base):
         raise IdentityError(
             "no home directory to keep keys in; give --identity DIR, or set "

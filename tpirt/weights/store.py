@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import xxhash
 
-from tpirt.cache_folder import cache_folder, home_cache
+from tpirt.cache_folder import cache_folder, lasting_cache
 from tpirt.errors import DamagedSliceError, StoreError
 from tpirt.files import nearest, read_regular, write_atomically
 from tpirt.locks import Lock, lock, try_lock
@@ -252,7 +252,7 @@ def store_folder() -> Path:
 def default_store() -> Path:
     """:func:`store_folder`, to be used; warns of a temporary one."""
     folder = store_folder()
-    if not os.environ.get("XDG_CACHE_HOME") and home_cache() is None:
+    if lasting_cache() is None:
         _log.warning(
             "no home directory that can be written to: slices are kept in %s; give --store DIR to "
             "keep them elsewhere",
@@ -275,7 +275,8 @@ class SliceStore:
     def __init__(self, root: Path, limit_bytes: int | None = None):
         there = nearest(root)
         if not there.is_dir():
-            raise StoreError(f"{root}: expected a folder, but {there} is a file; give another one")
+            found = "links to nowhere" if there.is_symlink() else "is a file"
+            raise StoreError(f"{root}: expected a folder, but {there} {found}; give another one")
         self.root = root
         self.limit_bytes = limit_bytes
         self._room = Room(root, limit_bytes, self.bytes_used)

@@ -529,6 +529,21 @@ def test_other_commands(cli: Cli, arguments: tuple[str, ...], expected: str) -> 
     assert expected in result.line
 
 
+def test_current_folder_that_was_removed(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert "current directory was removed; change to another" in cli("info").line
+
+
+def test_name_that_the_system_refuses() -> None:
+    result = run_cli("info", "--model", "a" * 300)
+    assert result.returncode == 2
+    assert result.stderr == f"tpirt: error: {'a' * 300}: File name too long\n"
+
+
 # -- peers -----------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from tpirt.cli.parser import build_parser
 from tpirt.cli.sigint import INTERRUPTED
-from tpirt.errors import TpirtError
+from tpirt.errors import ConfigError, TpirtError
 from tpirt.printable import printable_line
 from tpirt.refusals import refusal
 from tpirt.terminal import clean_output
@@ -51,6 +51,7 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         with _flushed():
             arguments = build_parser().parse_args(argv)
+            _check_current_folder()
             arguments.run(arguments)
     except TpirtError as exc:
         _complain(f"error: {exc}")
@@ -64,12 +65,22 @@ def _run(argv: Sequence[str] | None) -> int:
         if (words := refusal(exc)) is None:
             if not isinstance(exc, OSError):
                 raise  # a bug
-            # Any OSError of another kind is already a TpirtError.
-            words = f"cannot write the output: {exc.strerror}"
+            # Of a file that was asked for, such as one with too long a name; others are already
+            # a TpirtError.
+            subject = "cannot write the output" if exc.filename is None else exc.filename
+            words = f"{subject}: {exc.strerror}"
         _drop_output()
         _complain(f"error: {words}")
         return TpirtError.exit_code
     return 0
+
+
+def _check_current_folder() -> None:
+    """A removed folder is still current, but nothing is in it, and torch's MKL ends the process."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("the current directory was removed; change to another one") from None
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ handshake of its own first, and then has gRPC accept that one certificate's name
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import socket
 import ssl
@@ -91,7 +92,7 @@ async def meet(address: Address, trust: Trust) -> Met:
     identity = await asyncio.to_thread(lambda: trust.identity)
     if trust.insecure:
         if trust.role == MASTER and not on_loopback:
-            _log.warning(insecure_notice(f"peer {address} is used"))
+            _warn_insecure(address)
     elif identity is None and not on_loopback:
         raise IdentityError(_no_identity(address, trust))
     async with asyncio.timeout(CONNECT_S):
@@ -222,6 +223,11 @@ def refusal_to_listen(address: Address) -> str:
         "peer --join ...). Or listen for this device only: --listen 127.0.0.1. Or serve everyone "
         "without encryption: --insecure"
     )
+
+
+@functools.cache  # once, however often a peer that was lost is tried again
+def _warn_insecure(address: Address) -> None:
+    _log.warning(insecure_notice(f"peer {address} is used"))
 
 
 def insecure_notice(what: str) -> str:

@@ -521,7 +521,7 @@ def _check_tensor(info: TensorInfo, shape: tuple[int, ...]) -> None:
             info.name,
             expected="float32, float16 or bfloat16",
             got=dtype_name(info.dtype),
-            advice=QUANTIZED,
+            advice=QUANTIZED if info.dtype.itemsize < 8 else "save the model in float32",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from tpirt.cluster import machine
 from tpirt.cluster.cgroup import MemoryGroup, cpu_quota, memory_group
+from tpirt.errors import ConfigError
 
 MIB = 1 << 20
 V1_UNLIMITED = "9223372036854771712"
@@ -135,6 +137,15 @@ def test_paths_with_spaces_and_groups_outside_the_namespace(tmp_path: Path) -> N
     line = "30 23 0:26 / /sys/my\\040groups rw - cgroup2 cgroup2 rw\n"
     root = tree(tmp_path, "0::/../other\n", line, {"/sys/my groups": used2(600 * MIB, 100 * MIB)})
     assert free(root) == 500 * MIB
+
+
+def test_free_memory_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown() -> None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/proc/meminfo")
+
+    monkeypatch.setattr(psutil, "virtual_memory", unknown)
+    with pytest.raises(ConfigError, match=r"memory is free: .*/proc/meminfo'; mount /proc"):
+        machine.available_bytes()
 
 
 # -- identity --------------------------------------------------------------------------------

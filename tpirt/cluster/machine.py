@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from tpirt.cluster.cgroup import cpu_quota, memory_group
+from tpirt.errors import ConfigError
 from tpirt.ops.cpu import bfloat16_units
 from tpirt.ops.native.bindings import native_kernels
 
@@ -34,7 +35,7 @@ def host_id() -> str:
     except OSError:
         machine = f"{uuid.getnode():x}"
     group = memory_group()
-    if group is None or group.free_bytes >= psutil.virtual_memory().available:
+    if group is None or group.free_bytes >= _free_bytes():
         return machine
     return f"{machine}/{group.name}"
 
@@ -50,9 +51,20 @@ def has_bfloat16() -> bool:
 
 
 def available_bytes() -> int:
-    """Return the free memory of this machine, limited by the cgroups of this process."""
-    free, group = int(psutil.virtual_memory().available), memory_group()
+    """Return the free memory of this machine, limited by the cgroups of this process.
+
+    Raises:
+        ConfigError: the system does not say.
+    """
+    free, group = _free_bytes(), memory_group()
     return free if group is None else min(free, group.free_bytes)
+
+
+def _free_bytes() -> int:
+    try:
+        return int(psutil.virtual_memory().available)
+    except OSError as exc:  # as in a chroot without /proc
+        raise ConfigError(f"cannot tell how much memory is free: {exc}; mount /proc") from exc
 
 
 def machine_cores() -> int:

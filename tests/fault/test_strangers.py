@@ -9,7 +9,7 @@ import socket
 import tracemalloc
 import zlib
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -587,27 +587,30 @@ async def test_the_host_that_has_most_callers_gives_way() -> None:
 
 
 async def test_silent_connections_and_calls_keep_no_master_out(model: Path, tmp_path: Path) -> None:
-    with PeerProcess(tmp_path / "peer") as peer:
+    options = EngineOptions(dtype="float32", threads=1, store=str(tmp_path / "m"))
+    with PeerProcess(tmp_path / "peer") as peer, ExitStack() as connections:
+
+        async def serve() -> None:
+            async with (
+                asyncio.timeout(20),
+                Engine.connect(model, options, peers=[peer.address]) as engine,
+            ):
+                assert len(await tokens(engine)) == PARAMS.max_tokens
+
+        await serve()  # the first session reads code into memory: 70 MiB of torch's CUDA build
         port = int(peer.address.rpartition(":")[2])
         process = psutil.Process(peer.pid)
-        connections = []
         for where in (port, port + 1000):
             for _ in range(200):
                 with suppress(OSError):
-                    connections.append(socket.create_connection(("127.0.0.1", where), timeout=2))
+                    silent = socket.create_connection(("127.0.0.1", where), timeout=2)
+                    connections.enter_context(silent)
         stranger = GrpcPeerClient(peer.address)
         sessions = [await stranger.open_session() for _ in range(6)]
         threads, before = process.num_threads(), process.memory_info().rss
-        options = EngineOptions(dtype="float32", threads=1, store=str(tmp_path / "m"))
-        async with (
-            asyncio.timeout(20),
-            Engine.connect(model, options, peers=[peer.address]) as engine,
-        ):
-            assert len(await tokens(engine)) == PARAMS.max_tokens
+        await serve()
         assert process.memory_info().rss - before < 64 << 20
         assert process.num_threads() <= threads + 16
         for session in sessions:
             await session.aclose()
         await stranger.aclose()
-        for connection in connections:
-            connection.close()

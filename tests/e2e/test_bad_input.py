@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -566,10 +567,23 @@ def test_peer_that_is_not_there(cli: Cli, whole: Path) -> None:
     assert "is `tpirt peer` running there" in result.line
 
 
-def test_peer_whose_name_is_unknown(cli: Cli, whole: Path) -> None:
-    result = generate_with(cli, whole, "no-such-host.invalid:50051")
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "a" * 64])
+def test_peer_whose_name_is_unknown(cli: Cli, whole: Path, host: str) -> None:
+    result = generate_with(cli, whole, host)
     assert result.code == 3
-    assert "no-such-host.invalid:50051" in result.line
+    assert re.search(
+        f"peer {host}:50051: the host name (is unknown|cannot be looked up)", result.line
+    )
+
+
+def test_peer_whose_name_cannot_be_looked_up(
+    cli: Cli, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", offline)
+    assert "cannot be looked up now; is this machine online?" in generate_with(cli, whole, "a").line
 
 
 @pytest.fixture

@@ -250,10 +250,10 @@ def unreachable(address: Address, exc: grpc.aio.AioRpcError, timeout_s: float) -
 
 
 _CAUSES = {  # gRPC's and the system's words for it, ours, and what to do
-    ("Name or service not known", "No address associated", "nodename nor servname"): (
+    ("Name or service not known", "No address", "nodename nor servname", "does not resolve"): (
         "the host name is unknown; check its spelling, or give its IP address"
     ),
-    ("lookup", "resolving"): (
+    ("in name resolution",): (
         "the host name cannot be looked up now; is this machine online? Or give its IP address"
     ),
     ("Connection refused",): (

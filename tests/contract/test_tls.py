@@ -19,7 +19,13 @@ import pytest
 from tpirt.cluster.renewal import Renewal, keep_up, renew
 from tpirt.cluster.worker_links import Switchboard, WorkerLinks
 from tpirt.collectives.links import LinkSet
-from tpirt.errors import IdentityError, PeerError, TpirtError, TransportError
+from tpirt.errors import (
+    IdentityError,
+    PeerError,
+    PeerUnreachableError,
+    TpirtError,
+    TransportError,
+)
 from tpirt.identity.names import MASTER, PEER
 from tpirt.identity.trust import IDENTITY_FILE, Trust
 from tpirt.protocol.messages import JoinLink, RenewRequest, decode, decode_call, encode_call
@@ -275,6 +281,25 @@ async def test_a_peer_that_hangs_up_when_it_starts_is_tried_again(
     await server.start("127.0.0.1", port)
     assert await asking == b"Hello"
     await server.aclose()
+
+
+async def test_a_peer_that_always_hangs_up_may_have_a_wrong_clock(
+    cluster: MadeCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As gRPC does when it sees a certificate that is not valid by its clock."""
+    monkeypatch.setattr("tpirt.transport.grpc._PATIENCE_S", 0.1)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    peer = cluster.peer(tmp_path / "peer")
+    assert peer.identity is not None
+    context.load_cert_chain(peer.identity.path)
+
+    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.transport.abort()
+
+    async with await asyncio.start_server(hang_up, "127.0.0.1", 0, ssl=context) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(PeerUnreachableError, match=r"hung up before .* is its clock right\?"):
+            await ask(f"127.0.0.1:{port}", cluster.master)
 
 
 async def test_calls_and_frames_go_to_the_address_that_was_met(

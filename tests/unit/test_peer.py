@@ -6,6 +6,7 @@ import io
 import logging
 import sys
 import threading
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ import pytest
 from tpirt.cli.main import main
 from tpirt.peer import logs
 from tpirt.peer.logs import logged
-from tpirt.peer.process import _warning, is_loopback
+from tpirt.peer.process import _membership, _warning, is_loopback
+from tpirt.testing.identities import MadeCluster
 from tpirt.transport.address import Address
 
 LOG = logging.getLogger("tpirt.peer")
@@ -87,6 +89,23 @@ def test_command_keeps_its_exit_code_when_standard_error_is_gone(
 ) -> None:
     monkeypatch.setattr(sys, "stderr", Gone())
     assert main(["info", "--model", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("days", "level", "expected"),
+    [
+        (1, logging.INFO, "kitchen serves the master of its cluster"),
+        (-1, logging.WARNING, "by this device's clock"),
+    ],
+)
+def test_certificate_that_is_not_valid_by_the_clock(
+    tmp_path: Path, days: int, level: int, expected: str
+) -> None:
+    identity = MadeCluster(tmp_path / "master").peer(tmp_path, valid=timedelta(days=days)).identity
+    assert identity is not None
+    said, text = _membership(identity.certificate)
+    assert said == level
+    assert expected in text
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -40,6 +42,9 @@ from tpirt.transport.tls import insecure_notice
 from tpirt.units import format_bytes
 from tpirt.version import __version__
 from tpirt.weights.store import SliceStore
+
+if TYPE_CHECKING:
+    from tpirt.identity.certificates import Certificate
 
 _MOST_CONNECTIONS = 1024
 _log = logging.getLogger("tpirt.peer")
@@ -131,10 +136,7 @@ async def _run(options: PeerOptions, stop: asyncio.Event) -> None:
         with contextlib.suppress(OSError):  # nobody reads it
             print(f"{READY_PREFIX}{address} (store {options.store.root})", flush=True)
         if server.is_protected and (identity := options.trust.identity):
-            _log.info(
-                f"{identity.certificate.name} serves the master of its cluster; its certificate is "
-                f"valid until {identity.certificate.expires:%Y-%m-%d}"
-            )
+            _log.log(*_membership(identity.certificate))
         elif warning := _warning(address, server.hosts):
             _log.warning(f"warning: {warning}")
         if options.until_stdin_closes:
@@ -144,6 +146,21 @@ async def _run(options: PeerOptions, stop: asyncio.Event) -> None:
         await worker.leave()
     finally:
         await server.aclose()
+
+
+def _membership(certificate: Certificate) -> tuple[int, str]:
+    """What to say of a peer's certificate, after the level of the log."""
+    until = f"{certificate.expires:%Y-%m-%d}"
+    if certificate.is_valid:
+        text = (
+            f"{certificate.name} serves the master of its cluster; its certificate is valid until"
+        )
+        return logging.INFO, f"{text} {until}"
+    return logging.WARNING, (
+        f"warning: no master can connect: by this device's clock ({datetime.now():%Y-%m-%d %H:%M}) "
+        f"the certificate of {certificate.name}, until {until}, is not valid; set the clock, or "
+        "join again (`tpirt cluster invite`)"
+    )
 
 
 def _announcer(options: PeerOptions, hosts: Sequence[str], port: int) -> Announcer | None:

@@ -275,8 +275,8 @@ class GrpcPeerClient:
         return channel
 
     async def _is_protected(self) -> bool:
-        """Whether what was connected to in the clear wants TLS."""
-        in_the_clear = self._connection is not None and self.certificate is None
+        """Whether what was connected to without an identity wants TLS."""
+        in_the_clear = self._connection is not None and self._trust.identity is None
         return in_the_clear and await speaks_tls(self._met)
 
     def _unprotected(self) -> str:

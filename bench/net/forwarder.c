@@ -3,7 +3,7 @@
  *     forwarder FD...          FD i is the TUN of the device with address 10.0.0.(i + 1)
  *
  * Orders on standard input, one a line, each answered by one line:
- *     links M  {delay_ns jitter_ns ns_per_byte loss reorder} x M  {first second} x N x N
+ *     links M  {delay_ns jitter_ns ns_per_byte loss reorder flip replay} x M  {first second} x N x N
  *         N x N routes, by source and target: the links a packet crosses, -1 for none
  *     stats    packets bytes dropped late_p50_ns late_p99_ns late_max_ns since the last time
  * It ends with its input.
@@ -16,6 +16,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <math.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <sched.h>
 #include <stdint.h>
@@ -39,9 +40,11 @@ enum {
 typedef int64_t ns;
 
 struct link {
-    double delay, jitter, ns_per_byte, loss;
+    double delay, jitter, ns_per_byte, loss, flip, replay;
     int reorder;
     ns free_at; /* when it has sent everything given to it */
+    int kept;   /* bytes of a packet to be replayed */
+    unsigned char *earlier;
 };
 struct packet {
     ns due;         /* when something is to be done with it */
@@ -100,12 +103,32 @@ static struct packet *pop(struct heap *heap) {
     return top;
 }
 
+/* Flip a bit of what a TCP packet carries, or put there what an earlier one carried. The sender's
+ * system leaves the checksum to us, so the receiver's does not look at it. */
+static void tamper(struct link *link, struct packet *packet) {
+    unsigned char *ip = packet->bytes + HEADER, *tcp = ip + 4 * (ip[0] & 15);
+    if (ip[9] != IPPROTO_TCP || tcp + 20 > packet->bytes + packet->length) return;
+    unsigned char *data = tcp + 4 * (tcp[12] >> 4);
+    int size = (int)(packet->bytes + packet->length - data);
+    if (size <= 0) return;
+    if (drand48() < link->flip) data[(int)(drand48() * size)] ^= 1 << (int)(drand48() * 8);
+    if (!link->earlier && !(link->earlier = malloc(1 << 16))) abort();
+    if (link->kept && drand48() < link->replay) {
+        memcpy(data, link->earlier, size < link->kept ? size : link->kept);
+    } else {
+        memcpy(link->earlier, data, size);
+        link->kept = size;
+    }
+}
+
 /* Send a packet whose first bit is there at `first` and whose last bit at `last`; 0: it is lost.
  * Changes both to the times at the link's other end. */
-static int cross(struct link *link, int wire_bytes, ns *first, ns *last) {
+static int cross(struct link *link, struct packet *packet, ns *first, ns *last) {
+    int wire_bytes = packet->wire_bytes;
     ns start = *first > link->free_at ? *first : link->free_at;
     if ((start - *first) > QUEUE_BYTES * link->ns_per_byte && link->ns_per_byte > 0) return 0;
     if (link->loss > 0 && drand48() < link->loss) return 0;
+    if (link->flip > 0 || link->replay > 0) tamper(link, packet);
     link->free_at = start + (ns)(wire_bytes * link->ns_per_byte);
     ns delay = (ns)(link->delay + link->jitter * (2 * drand48() - 1));
     ns end = *last > link->free_at ? *last : link->free_at;
@@ -129,7 +152,7 @@ static void drop(struct packet *packet) {
 
 static void arrive(struct packet *packet) {
     ns first = packet->due, last = packet->last_bit;
-    if (!cross(&links[packet->second], packet->wire_bytes, &first, &last)) {
+    if (!cross(&links[packet->second], packet, &first, &last)) {
         drop(packet);
         return;
     }
@@ -195,7 +218,7 @@ static void take(int source, ns waking) {
             links[first_link].reorder || (packet->second >= 0 && links[packet->second].reorder);
         packet->order = order++;
         ns first = now() - waking, last = first;
-        if (!cross(&links[first_link], packet->wire_bytes, &first, &last)) {
+        if (!cross(&links[first_link], packet, &first, &last)) {
             drop(packet);
         } else if (packet->second < 0) {
             schedule(packet, last, &deliveries);
@@ -215,7 +238,10 @@ static void set_links(char *text) {
         link->ns_per_byte = strtod(text, &text);
         link->loss = strtod(text, &text);
         link->reorder = (int)strtol(text, &text, 10);
+        link->flip = strtod(text, &text);
+        link->replay = strtod(text, &text);
         link->free_at = 0;
+        link->kept = 0;
     }
     least_second_delay = INFINITY;
     memset(arrivals.last, 0, sizeof arrivals.last);

@@ -14,6 +14,7 @@ import math
 import os
 import random
 import select
+import socket
 import struct
 import sys
 import time
@@ -36,7 +37,10 @@ class LinkClock:
     s_per_byte: float
     loss: float
     reorder: bool
+    flip: float = 0.0
+    replay: float = 0.0
     free_at: float = 0.0  # when it has sent everything given to it
+    earlier: bytes = b""  # what a packet carried that crossed it
 
     def is_full(self, at: float) -> bool:
         """Whether all that may wait for it does."""
@@ -45,6 +49,21 @@ class LinkClock:
     def loses(self) -> bool:
         """Whether it loses the packet at hand."""
         return self.loss > 0 and random.random() < self.loss
+
+    def tampered(self, data: bytes) -> bytes:
+        """A packet, of which a bit is flipped or its bytes are an earlier one's, if it is to be."""
+        tcp = _HEADER + 4 * (data[_HEADER] & 15)
+        if not (self.flip or self.replay) or data[_HEADER + 9] != socket.IPPROTO_TCP:
+            return data
+        head, carried = data[: (at := tcp + 4 * (data[tcp + 12] >> 4))], bytearray(data[at:])
+        if carried and random.random() < self.flip:
+            carried[random.randrange(len(carried))] ^= 1 << random.randrange(8)
+        if self.earlier and random.random() < self.replay:
+            earlier = self.earlier[: len(carried)]
+            carried[: len(earlier)] = earlier
+        elif carried:
+            self.earlier = bytes(carried)
+        return head + carried
 
     def cross(self, wire_bytes: float, first: float, last: float) -> tuple[float, float]:
         """When first and last bit leave it that come at ``first`` and ``last``."""
@@ -160,6 +179,7 @@ class Forwarder:
         if link is None or link.is_full(first) or link.loses():
             self._dropped += 1
             return None
+        packet.data = link.tampered(packet.data)
         return link.cross(packet.wire_bytes, first, last)
 
     def _run_due(self) -> None:
@@ -207,6 +227,8 @@ class Forwarder:
                 s_per_byte=float(next(values)) / 1e9,
                 loss=float(next(values)),
                 reorder=next(values) != "0",
+                flip=float(next(values)),
+                replay=float(next(values)),
             )
             for _ in range(int(next(values)))
         ]

@@ -92,6 +92,8 @@ def check_supported(topology: Topology) -> None:
     if topology.pairs:
         raise LinkError("tc netem has no link for a pair of devices")
     for link in topology.all_links():
+        if link.flip_percent or link.replay_percent:
+            raise LinkError("tc netem replays nothing, and TCP finds the bits that it flips")
         if link.reorder or (link.jitter_ms and link.rate_mbit is None):
             raise LinkError(
                 "tc netem keeps the order of packets with a rate, and does not keep it with "

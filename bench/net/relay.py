@@ -143,8 +143,11 @@ class RelayBackend:
         Raises:
             LinkError: they lose packets, or leave out a pair: there are no packets here.
         """
-        if any(link.loss_percent or link.reorder for link in topology.all_links()):
-            raise LinkError(f"{self.name} lose and reorder nothing: that needs namespaces")
+        for link in topology.all_links():
+            if link.loss_percent or link.reorder or link.flip_percent or link.replay_percent:
+                raise LinkError(
+                    f"{self.name} lose, reorder and change nothing: that needs namespaces"
+                )
         if len(list(topology.routes())) < len(self._paths):
             raise LinkError(f"{self.name} join all devices: `none` needs namespaces")
         up, down = map(_clock, topology.up), map(_clock, topology.down)

@@ -2,6 +2,7 @@
 
     1ms/300mbit                          every device's link
     5ms±1ms/320mbit/loss0.1%             with jitter (``+-`` will do) and lost packets
+    1ms/flip1%  1ms/replay1%             packets with a flipped bit, or an earlier one's bytes
     0:5ms/510mbit;1:7ms/320mbit          device by device
     2:up=8ms/20mbit,down=2ms/100mbit     each direction by itself
     0-1:2ms/100mbit  0>1:2ms  1-2:none   a link of their own for two devices, one way, no way
@@ -25,7 +26,7 @@ _EXAMPLE = "such as 1ms/300mbit or 5ms+-1ms/320mbit/loss0.1%"
 _NUMBER = r"(\d+(?:\.\d+)?|\.\d+)"
 _LATENCY = re.compile(rf"{_NUMBER}(us|ms|s)(?:(?:±|\+-){_NUMBER}(us|ms|s))?")
 _RATE = re.compile(rf"{_NUMBER}(k|m|g)bit")
-_LOSS = re.compile(rf"loss{_NUMBER}%")
+_SHARE = re.compile(rf"(loss|flip|replay){_NUMBER}%")
 _MS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 _MBIT = {"k": 1e-3, "m": 1.0, "g": 1e3}
 
@@ -40,28 +41,42 @@ class NoRightsError(LinkError):
 
 @dataclass(frozen=True)
 class Link:
-    """One direction of a link; ``rate_mbit`` None is no bound, jitter is uniform in +-."""
+    """One direction of a link; ``rate_mbit`` None is no bound, jitter is uniform in +-.
+
+    Flipped and replayed bytes are such as TCP's checksum does not find.
+    """
 
     latency_ms: float = 0.0
     jitter_ms: float = 0.0
     rate_mbit: float | None = None
     loss_percent: float = 0.0
     reorder: bool = False
+    flip_percent: float = 0.0
+    replay_percent: float = 0.0
 
     def __str__(self) -> str:
         jitter = f"±{self.jitter_ms:.6g}ms" if self.jitter_ms else ""
         rate = f"/{self.rate_mbit:.6g}mbit" if self.rate_mbit is not None else ""
-        loss = f"/loss{self.loss_percent:.6g}%" if self.loss_percent else ""
-        return f"{self.latency_ms:.6g}ms{jitter}{rate}{loss}" + "/reorder" * self.reorder
+        shares = "".join(
+            f"/{name}{percent:.6g}%"
+            for name in ("loss", "flip", "replay")
+            if (percent := getattr(self, f"{name}_percent"))
+        )
+        return f"{self.latency_ms:.6g}ms{jitter}{rate}{shares}" + "/reorder" * self.reorder
 
     def halved(self) -> Link:
         """One way of two that together delay and lose as this one does."""
-        kept = 1 - self.loss_percent / 100
+
+        def half(percent: float) -> float:
+            return (1 - (1 - percent / 100) ** 0.5) * 100
+
         return replace(
             self,
             latency_ms=self.latency_ms / 2,
             jitter_ms=self.jitter_ms / 2,
-            loss_percent=(1 - kept**0.5) * 100,
+            loss_percent=half(self.loss_percent),
+            flip_percent=half(self.flip_percent),
+            replay_percent=half(self.replay_percent),
         )
 
 
@@ -182,12 +197,13 @@ def _parse_part(part: str, text: str) -> dict[str, float]:
         return _bounded(text, latency_ms=float(match[1]) * _MS[match[2]], jitter_ms=jitter)
     if match := _RATE.fullmatch(part):
         return _bounded(text, rate_mbit=float(match[1]) * _MBIT[match[2]])
-    if match := _LOSS.fullmatch(part):
-        return _bounded(text, loss_percent=float(match[1]))
+    if match := _SHARE.fullmatch(part):
+        return _bounded(text, **{f"{match[1]}_percent": float(match[2])})
     if part == "reorder":
         return {"reorder": 1.0}
     raise LinkError(
-        f"link {text.strip()!r}: {part!r} is no latency, rate, loss or reorder; {_EXAMPLE}"
+        f"link {text.strip()!r}: {part!r} is no latency, rate, loss, flip, replay or reorder; "
+        f"{_EXAMPLE}"
     )
 
 
@@ -196,6 +212,8 @@ _BOUNDS = {
     "jitter_ms": (0.0, 60_000.0, "ms"),
     "rate_mbit": (0.01, 100_000.0, "Mbit/s"),
     "loss_percent": (0.0, 50.0, "%"),
+    "flip_percent": (0.0, 100.0, "%"),
+    "replay_percent": (0.0, 100.0, "%"),
 }
 
 

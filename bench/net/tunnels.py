@@ -154,6 +154,7 @@ def _as_numbers(topology: Topology) -> str:
         ns_per_byte = 8e3 / (link.rate_mbit or math.inf)
         values += [link.latency_ms * 1e6, link.jitter_ms * 1e6, ns_per_byte]
         values += [link.loss_percent / 100, int(link.reorder)]
+        values += [link.flip_percent / 100, link.replay_percent / 100]
     return " ".join(map(str, values + routes))
 
 

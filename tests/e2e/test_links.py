@@ -117,6 +117,38 @@ def test_losses_are_had() -> None:
 
 
 @TUNNELS
+@pytest.mark.parametrize(
+    ("change", "arrived"), [("flip100%", None), ("replay100%", [b"first", b"first"])]
+)
+def test_what_tcp_carries_is_changed(
+    backend: str, change: str, arrived: list[bytes] | None
+) -> None:
+    with emulate(parse_topology(f"1ms;0>1:1ms/{change}", 2), backend=backend) as network:
+        target = network.devices[1]
+        with target.run(lambda: socket.create_server(("", target.port))) as server:
+            near = network.devices[0].run(
+                lambda: socket.create_connection((target.address, target.port), timeout=10)
+            )
+            far, _ = server.accept()
+            with near, far:
+                far.settimeout(10)
+                got = []
+                for word in (b"first", b"later"):
+                    near.sendall(word)
+                    got.append(far.recv(5, socket.MSG_WAITALL))
+                    far.sendall(b"back")
+                    assert near.recv(4, socket.MSG_WAITALL) == b"back"
+    if arrived is not None:
+        assert got == arrived
+    else:
+        differing = [
+            sum((a ^ b).bit_count() for a, b in zip(old, new, strict=True))
+            for old, new in zip((b"first", b"later"), got, strict=True)
+        ]
+        assert differing == [1, 1]
+
+
+@TUNNELS
 @pytest.mark.parametrize("reorder", ["", "/reorder"])
 def test_jitter_reorders_only_when_asked_to(backend: str, reorder: str) -> None:
     with emulate(parse_topology("40ms±4ms" + reorder, 2), backend=backend) as network:
@@ -292,6 +324,7 @@ def test_places_of_a_command() -> None:
         (("run", "--until", "5", "--", "true"), "no such device"),
         (("run", "--link", SLOW, "--", "no-such-program"), "No such file"),
         (("check", "--backend", "relay", "--link", "1ms/loss1%"), "needs namespaces"),
+        (("check", "--backend", "relay", "--link", "1ms/flip1%"), "needs namespaces"),
     ],
 )
 def test_bad_input_is_one_line(arguments: tuple[str, ...], complaint: str) -> None:

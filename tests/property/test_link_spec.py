@@ -12,14 +12,16 @@ from bench.net.spec import Link, LinkError, Topology, parse_link, parse_topology
 
 TENTHS = st.integers(0, 1000).map(lambda n: n / 10)
 LINKS = st.builds(
-    lambda latency, share, rate, loss, reorder: Link(
-        latency, round(latency * share, 3), rate, loss, reorder
+    lambda latency, share, rate, loss, reorder, flip, replay: Link(
+        latency, round(latency * share, 3), rate, loss, reorder, flip, replay
     ),
     TENTHS,
     st.sampled_from([0, 0.1, 1.0]),
     st.none() | st.integers(1, 10_000).map(float),
     st.sampled_from([0.0, 0.1, 12.5]),
     st.booleans(),
+    st.sampled_from([0.0, 0.5]),
+    st.sampled_from([0.0, 100.0]),
 )
 
 
@@ -78,7 +80,10 @@ def test_a_mesh_needs_no_router() -> None:
     ("text", "complaint"),
     [
         ("", "'' is no latency"),
-        ("1ms/300", "'300' is no latency, rate, loss or reorder; such as 1ms/300mbit"),
+        (
+            "1ms/300",
+            "'300' is no latency, rate, loss, flip, replay or reorder; such as",
+        ),
         ("1ms/2ms", "latency is given twice"),
         ("1ms±2ms", "jitter of 2 ms is more than the latency"),
         ("1ms/0mbit", "rate 0 Mbit/s: expected 0.01 to"),

@@ -4,10 +4,13 @@
     python -m bench.chaos --seeds 17:18 --verbose
 
 Every seed is a round: a master connects to three peers, the fourth one is a spare, holds two
-conversations at a time, idles, and asks once more. Meanwhile one to three faults happen. Checked:
-every answer is token for token the one of a single process, whatever failed was resumed, nothing
-took longer than what is waited for by design and ten seconds, and nothing is left over: in the
-master tasks, threads, descriptors and memory, on the peers sessions, threads and descriptors.
+conversations at a time, idles, and asks once more. Where the master is to be killed, it is a
+``tpirt chat``, which is resumed. Meanwhile one to three faults happen.
+All devices have certificates: flipped bits that TCP's checksum does not find are found by TLS and
+sealed frames. Checked: every answer is token for token the one of a single process, whatever failed
+was resumed, nothing took longer than what is waited for by design and ten seconds, and nothing is
+left over: in the master tasks, threads, descriptors and memory, on the peers sessions, threads,
+descriptors and memory.
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ import contextlib
 import json
 import os
 import queue
-import random
 import signal
 import subprocess
 import sys
@@ -32,211 +34,39 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from bench.lib.cgroup import memory_cgroup
+from bench.lib.chaos_faults import (
+    BASE,
+    ENDING,
+    KINDS,
+    PEERS,
+    Fault,
+    Faults,
+    Peer,
+    draw,
+    secured,
+    small_disk,
+)
 from bench.lib.clock import Clock
 from bench.lib.command import end_like_a_command, new_parser, tell
+from bench.lib.jumping_clock import set_offset
 from bench.lib.record import Record, add_json_option
 from bench.net.network import Device, Network, emulate
 from bench.net.spec import parse_topology
 from tpirt.testing.cluster import memory_engine
+from tpirt.testing.identities import MadeCluster
 from tpirt.testing.models import make_model
 from tpirt.types import SamplingParams
 
-PEERS = 4  # the last one is the spare
 TIMEOUT_S = 2.0
 _RETURN_S, _SLACK_S = 5.0, 10.0  # a lost peer's time to come back; what any work may take beyond
-_BASE = "0.2ms/500mbit"
 _TOKENS, _PROMPT, _IDLE_S = 40, 120, 1.5
-_DISK_BYTES = 64 << 20
-_PHASES = ("loading", "prompt", "token", "idle")
-_KINDS = (
-    *("kill", "freeze", "restarts", "cut", "one-way cut", "peers cut", "throttle"),
-    *("bit flip", "truncate", "disk full", "freeze all"),
-)
+_QUESTIONS = ("What is the first one?", "and the second", "the last")
 _MORE_RSS = 96 << 20
 _CLOSING_S = 60.0  # for TCP to give up what a cut link has left half open
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One fault of a round: what, on which peer, from when on, for how long."""
-
-    kind: str
-    peer: int
-    phase: str
-    after_s: float
-    lasts_s: float
-
-
-def draw(seed: int) -> list[Fault]:
-    """The faults of a round."""
-    chance = random.Random(seed)
-    return [
-        Fault(
-            chance.choice(_KINDS),
-            chance.randint(1, PEERS),
-            chance.choice(_PHASES),
-            chance.uniform(0.0, 0.3),
-            chance.uniform(0.2, 6.0),
-        )
-        for _ in range(chance.choice((1, 1, 2, 2, 3)))
-    ]
-
-
-class Peer:
-    """A ``tpirt peer`` on a device; its store is a small disk of its own."""
-
-    def __init__(self, device: Device, folder: Path):
-        self._device = device
-        self.disk = folder
-        self.store = folder / "store"
-        self._log = folder.parent / f"{folder.name}.log"
-        self.process: subprocess.Popen[Any] | None = None
-        self.base: tuple[int, int] | None = None
-
-    def start(self) -> None:
-        """Start it if it is not running."""
-        if self.process is not None and self.process.poll() is None:
-            return
-        command = [sys.executable, "-m", "tpirt", "peer", "--listen", self._device.listen]
-        command += ["--threads", "1", "--store", str(self.store)]
-        with open(self._log, "w", encoding="utf-8") as log:
-            self.process = self._device.popen(command, stdout=log, stderr=log)
-        self.base = None
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send it a signal, if it is running."""
-        assert self.process is not None
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-
-    def kill(self) -> None:
-        """End it at once."""
-        self.signal(signal.SIGKILL)
-        assert self.process is not None
-        self.process.wait()
-
-    @property
-    def log(self) -> str:
-        """What it said since it was started."""
-        return self._log.read_text(encoding="utf-8", errors="replace")
-
-    @property
-    def listens(self) -> bool:
-        """Whether it has begun to listen."""
-        return "listening" in self.log or "store" in self.log
-
-    @property
-    def free(self) -> bool:
-        """Whether it waits for a master."""
-        lines = [line for line in self.log.splitlines() if "serving" in line or "waiting" in line]
-        return not lines or "waiting" in lines[-1]
-
-    def figures(self) -> tuple[int, int]:
-        """Its descriptors and threads."""
-        assert self.process is not None
-        process = psutil.Process(self.process.pid)
-        return process.num_fds(), process.num_threads()
-
-    def files(self) -> list[Path]:
-        """The blocks of its slices, the same ones at every run."""
-        return sorted(path for path in self.store.rglob("*.safetensors") if path.is_file())
-
-
-class Faults:
-    """Makes faults happen, and mends them."""
-
-    def __init__(self, network: Network, peers: Sequence[Peer], master: subprocess.Popen[Any]):
-        self._network = network
-        self._peers = peers
-        self._master = master
-        self._clauses: dict[Fault, str] = {}
-        self._lock = threading.Lock()
-
-    def begin(self, fault: Fault) -> None:
-        """Have it happen."""
-        peer = self._peers[fault.peer - 1]
-        match fault.kind:
-            case "kill":
-                peer.kill()
-            case "freeze":
-                peer.signal(signal.SIGSTOP)
-            case "freeze all":
-                for process in self._everyone():
-                    process.send_signal(signal.SIGSTOP)
-            case "restarts":
-                for _ in range(3):
-                    peer.kill()
-                    peer.start()
-                    time.sleep(fault.lasts_s / 6)
-            case "bit flip" | "truncate":
-                self._damage(fault, peer)
-            case "disk full":
-                with contextlib.suppress(OSError), open(peer.disk / "ballast", "wb") as file:
-                    while True:
-                        file.write(bytes(1 << 20))
-                        file.flush()
-            case _:
-                other = fault.peer % PEERS + 1
-                self._link(
-                    fault,
-                    {
-                        "cut": f"0-{fault.peer}:none",
-                        "one-way cut": f"0>{fault.peer}:none",
-                        "peers cut": f"{fault.peer}-{other}:none",
-                        "throttle": f"{fault.peer}:5ms/1mbit",
-                    }[fault.kind],
-                )
-
-    def end(self, fault: Fault) -> None:
-        """Mend it."""
-        peer = self._peers[fault.peer - 1]
-        match fault.kind:
-            case "kill" | "restarts":
-                peer.start()
-            case "freeze":
-                peer.signal(signal.SIGCONT)
-            case "freeze all":
-                for process in self._everyone():
-                    process.send_signal(signal.SIGCONT)
-            case "disk full":
-                (peer.disk / "ballast").unlink(missing_ok=True)
-            case "bit flip" | "truncate":
-                pass
-            case _:
-                self._link(fault, "")
-
-    def _everyone(self) -> Iterator[subprocess.Popen[Any]]:
-        for process in (self._master, *(peer.process for peer in self._peers)):
-            if process is not None and process.poll() is None:
-                yield process
-
-    def _damage(self, fault: Fault, peer: Peer) -> None:
-        files = peer.files()
-        if not files:
-            return
-        path = files[int(fault.after_s * 1e6) % len(files)]
-        with contextlib.suppress(OSError):
-            path.chmod(0o600)
-            with open(path, "r+b") as file:
-                size = os.fstat(file.fileno()).st_size
-                if fault.kind == "truncate":
-                    file.truncate(size // 2)
-                else:
-                    file.seek(size - 1 - size // 3)
-                    byte = file.read(1)[0]
-                    file.seek(-1, os.SEEK_CUR)
-                    file.write(bytes([byte ^ 4]))
-
-    def _link(self, fault: Fault, clause: str) -> None:
-        with self._lock:
-            if clause:
-                self._clauses[fault] = clause
-            else:
-                self._clauses.pop(fault, None)
-            text = ";".join([_BASE, *self._clauses.values()])
-            self._network.backend.change(parse_topology(text, PEERS + 1))
+_MEMORY_BYTES = 2 << 30  # of a peer, until that is a fault
+CLOCK, IDENTITY = "master.clock", "master.identity"
+_ENGINE, _CHAT = "bench.lib.chaos_master", "bench.lib.chaos_chat"
 
 
 @dataclass
@@ -261,6 +91,49 @@ class Outcome:
     longest_s: float = 0.0
 
 
+class Master:
+    """The process that connects to the peers, and what it tells."""
+
+    def __init__(self, device: Device, folder: Path, module: str):
+        self.module = module
+        self.events: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.base: dict[str, int] | None = None
+        command = [sys.executable, "-m", "bench.lib.jumping_clock", str(folder / CLOCK), module]
+        with open(folder / "master.log", "a", encoding="utf-8") as log:
+            self.process = device.popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=secured(folder / IDENTITY),
+            )
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.events.put(json.loads(line))
+        self.events.put({"event": "ended"})
+
+    def order(self, order: dict[str, Any]) -> None:
+        """Have it begin a round."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+
+    def close(self) -> None:
+        """End it when its round is over."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
+    def kill(self) -> None:
+        """End it, and what it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
 class Chaos:
     """Runs rounds on one network."""
 
@@ -273,34 +146,21 @@ class Chaos:
         self._model = model
         self._verbose = verbose
         self._clock = Clock()
-        self._events: queue.Queue[dict[str, Any]] = queue.Queue()
-        self._base: dict[str, int] | None = None
-        self._master = self._start_master()
-        self._faults = Faults(network, peers, self._master)
+        self._masters: dict[str, Master] = {}
+        set_offset(folder / CLOCK, 0.0)
+        self._faults = Faults(network, peers, folder / CLOCK)
         self._hands = ThreadPoolExecutor(2 * 3)  # a beginning and an end of each fault
 
-    def _start_master(self) -> subprocess.Popen[Any]:
-        master = self._network.devices[0].popen(
-            [sys.executable, "-m", "bench.lib.chaos_master"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=open(self._folder / "master.log", "a"),  # noqa: SIM115
-            text=True,
-        )
-
-        def read() -> None:
-            assert master.stdout is not None
-            for line in master.stdout:
-                self._events.put(json.loads(line))
-            self._events.put({"event": "ended"})
-
-        threading.Thread(target=read, daemon=True).start()
-        return master
+    def _master(self, module: str) -> Master:
+        """The one that is running, or another one."""
+        if module not in self._masters:
+            self._masters[module] = Master(self._network.devices[0], self._folder, module)
+        return self._masters[module]
 
     def close(self) -> None:
-        """End the master."""
-        assert self._master.stdin is not None
-        self._master.stdin.close()
+        """End the masters."""
+        for master in self._masters.values():
+            master.close()
         self._hands.shutdown()
 
     def run(self, seed: int, prompts: list[list[int]], expected: list[list[int]]) -> Outcome:
@@ -310,6 +170,9 @@ class Chaos:
         for peer in self._peers:
             peer.start()
         self._wait(lambda: all(peer.listens for peer in self._peers), 30.0)
+        killed = any(fault.kind == "kill master" for fault in faults)
+        master = self._master(_CHAT if killed else _ENGINE)
+        self._faults.master = master.process
         order = {
             "model": str(self._model),
             "store": str(self._folder / "master"),
@@ -317,20 +180,25 @@ class Chaos:
             "spares": [self._network.devices[PEERS].listen],
             "timeout_s": TIMEOUT_S,
             "prompts": prompts,
+            "questions": _QUESTIONS,
             "tokens": _TOKENS,
             "idle_s": _IDLE_S,
+            "clock": str(self._folder / CLOCK),
+            "folder": str(self._folder),
         }
-        assert self._master.stdin is not None
-        self._master.stdin.write(json.dumps(order) + "\n")
-        self._master.stdin.flush()
         begun_s = self._clock.now_s()
         with self._happening(faults) as reached:
-            over = self._follow(outcome, expected, reached)
+            reached("between")
+            master.order(order)
+            over = self._follow(master, outcome, expected, reached)
         outcome.seconds = self._clock.now_s() - begun_s
         for fault in faults:
             self._faults.end(fault)
-        if over is not None:
-            self._check_left(over, outcome)
+        if over is None:
+            master.kill()
+            del self._masters[master.module]
+        else:
+            self._check_left(master, over, outcome)
         return outcome
 
     @contextmanager
@@ -363,7 +231,11 @@ class Chaos:
                 work.result()
 
     def _follow(
-        self, outcome: Outcome, expected: list[list[int]], reached: Callable[[str], None]
+        self,
+        master: Master,
+        outcome: Outcome,
+        expected: list[list[int]],
+        reached: Callable[[str], None],
     ) -> dict[str, Any] | None:
         """Read the master's events to the round's end; None if there was none."""
         stopped_s = sum(fault.lasts_s for fault in outcome.faults)
@@ -373,11 +245,10 @@ class Chaos:
         last_s = self._clock.now_s()
         while True:
             try:
-                event = self._events.get(timeout=0.5)
+                event = master.events.get(timeout=0.5)
             except queue.Empty:
                 if self._clock.now_s() - last_s > 3 * limit_s:
                     outcome.wrong.append("hangs")
-                    self._restart_master()
                     return None
                 continue
             now = self._clock.now_s()
@@ -399,10 +270,13 @@ class Chaos:
                     outcome.wrong.append("a conversation could not be resumed")
                 case "ended":
                     outcome.wrong.append("the master ended")
-                    self._restart_master()
                     return None
+                case "chat":
+                    self._faults.chat = event["pid"]
+                case "wrong":
+                    outcome.wrong.append(event["what"])
                 case "over":
-                    if answers < len(expected) + 1:
+                    if master.module == _ENGINE and answers < len(expected) + 1:
                         outcome.wrong.append(f"{answers} answers")
                     if outcome.longest_s > limit_s:
                         outcome.wrong.append(f"nothing for {outcome.longest_s:.0f} s")
@@ -410,31 +284,21 @@ class Chaos:
                 case phase:
                     reached(phase)
 
-    def _restart_master(self) -> None:
-        self._master.kill()
-        self._master.wait()
-        self._events = queue.Queue()
-        self._base = None
-        self._master = self._start_master()
-        self._faults = Faults(self._network, self._peers, self._master)
-
-    def _check_left(self, over: dict[str, Any], outcome: Outcome) -> None:
+    def _check_left(self, master: Master, over: dict[str, Any], outcome: Outcome) -> None:
         """Compare what is there with what was there after the first round."""
         figures = {key: over[key] for key in ("tasks", "descriptors", "threads", "rss", "children")}
-        if self._base is None:
-            self._base = figures
+        if master.base is None:
+            master.base = figures
         for key, allowed in (("tasks", 0), ("descriptors", 4), ("threads", 12), ("children", 0)):
-            if figures[key] > self._base[key] + allowed:
-                outcome.wrong.append(f"master: {figures[key]} {key}, {self._base[key]} before")
-        if figures["rss"] > self._base["rss"] + _MORE_RSS:
+            if figures[key] > master.base[key] + allowed:
+                outcome.wrong.append(f"master: {figures[key]} {key}, {master.base[key]} before")
+        if figures["rss"] > master.base["rss"] + _MORE_RSS:
             outcome.wrong.append(f"master: {figures['rss'] >> 20} MiB")
         for number, peer in enumerate(self._peers, start=1):
             if not self._wait(lambda peer=peer: peer.free, TIMEOUT_S + _SLACK_S):
                 outcome.wrong.append(f"peer {number} still serves")
             elif peer.process is None or peer.process.poll() is not None:
-                killed = any(
-                    f.peer == number and f.kind in ("kill", "restarts") for f in outcome.faults
-                )
+                killed = any(f.peer == number and f.kind in ENDING for f in outcome.faults)
                 if not killed:
                     code = peer.process and peer.process.poll()
                     said = peer.log.splitlines()[-3:]
@@ -456,23 +320,8 @@ class Chaos:
 
 def _within(peer: Peer) -> bool:
     assert peer.base is not None
-    descriptors, threads = peer.figures()
-    return descriptors <= peer.base[0] + 6 and threads <= peer.base[1] + 12
-
-
-@contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of a few MiB; an ordinary folder where none may be mounted."""
-    folder.mkdir()
-    mounted = not subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={_DISK_BYTES}", "chaos", str(folder)],
-        capture_output=True,
-    ).returncode
-    try:
-        yield folder
-    finally:
-        if mounted:
-            subprocess.run(["umount", "-l", str(folder)], check=True)
+    more = (now - then for now, then in zip(peer.figures(), peer.base, strict=True))
+    return all(each <= most for each, most in zip(more, (6, 12, _MORE_RSS), strict=True))
 
 
 def answers(model: Path, prompts: Sequence[list[int]]) -> list[list[int]]:
@@ -497,11 +346,11 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
             seen[kind] += bool(outcome.failures)
             if outcome.wrong:
                 wrong[kind].add(outcome.seed)
-    lines = ["fault         rounds  with an error  wrong  seeds"]
-    for kind in _KINDS:
+    lines = ["fault          rounds  with an error  wrong  seeds"]
+    for kind in KINDS:
         seeds = " ".join(map(str, sorted(wrong[kind])))
         lines.append(
-            f"{kind:12s} {rounds[kind]:7d} {seen[kind]:14d} {len(wrong[kind]):6d}  {seeds}"
+            f"{kind:13s} {rounds[kind]:7d} {seen[kind]:14d} {len(wrong[kind]):6d}  {seeds}"
         )
     return lines
 
@@ -523,9 +372,18 @@ def main(argv: Sequence[str]) -> int:
         model = make_model(folder / "model", "llama", intermediate_size=1536, **sizes)
         prompts = [[(7 * i + start) % 250 for i in range(_PROMPT)] for start in (0, 100)]
         expected = answers(model, prompts)
-        network = stack.enter_context(emulate(parse_topology(_BASE, PEERS + 1)))
-        disks = [stack.enter_context(small_disk(folder / f"peer{i}")) for i in range(1, PEERS + 1)]
-        peers = [Peer(*each) for each in zip(network.devices[1:], disks, strict=True)]
+        topology = parse_topology(BASE, PEERS + 1)
+        network = stack.enter_context(emulate(topology, backend="tun"))
+        cluster = MadeCluster(folder / IDENTITY)
+        peers = []
+        for device in network.devices[1:]:
+            name = f"peer{device.index}"
+            disk = stack.enter_context(small_disk(folder / name))
+            memory = stack.enter_context(memory_cgroup(name, _MEMORY_BYTES, tell))
+            identity = folder / f"{name}.identity"
+            cluster.peer(identity, name)
+            peers.append(Peer(device, disk, identity, memory))
+            stack.callback(device.stop)  # before its group is removed
         chaos = Chaos(network, peers, folder, model, arguments.verbose)
         stack.callback(chaos.close)
         until_s = time.monotonic() + 60 * (arguments.minutes or 1e6)

@@ -68,6 +68,7 @@ from tpirt.types import SamplingParams
 BOUNDS = {"rss_bytes": 256 << 20, "honest_s": 1.0, "descriptors": 8, "threads": 16}
 _PROMPT, _PARAMS = list(range(40, 64)), SamplingParams(max_tokens=6)
 _ATTACKERS = 8
+_WAITING = 24  # where most of the time is a wait
 _PERIOD_S = 0.2  # between two of the honest master's questions
 _SETTLE_S = 30.0  # for what the last callers held to be given back
 _START_S = 60.0
@@ -99,21 +100,21 @@ class Row:
 def entries(peer: Identity, master: Identity) -> list[Entry]:
     """All entry points; the shares follow from what a message takes."""
     return [
-        Entry("gRPC port, raw bytes", 23, raw_bytes),
-        Entry("gRPC port, TLS without certificate", 6, without_certificate),
-        Entry("second port", 14, second_port),
-        Entry("join listener", 5, join_listener),
-        Entry("a peer's certificate: HTTP/2", 4, http2_with(peer)),
-        Entry("a peer's certificate: calls", 13, calls_with(peer, *CALLS[:-1], "X", allowed=False)),
-        Entry("a peer's certificate: links", 8, links_with(peer)),
-        Entry("a master's certificate: Link", 2, calls_with(master, "Link", allowed=False)),
+        Entry("gRPC port, raw bytes", 10, raw_bytes, attackers=_WAITING),
+        Entry("gRPC port, TLS without certificate", 10, without_certificate),
+        Entry("second port", 12, second_port, attackers=_WAITING),
+        Entry("join listener", 3, join_listener),
+        Entry("a peer's certificate: HTTP/2", 5, http2_with(peer), attackers=_WAITING),
+        Entry("a peer's certificate: calls", 12, calls_with(peer, *CALLS[:-1], "X", allowed=False)),
+        Entry("a peer's certificate: links", 10, links_with(peer)),
+        Entry("a master's certificate: Link", 5, calls_with(master, "Link", allowed=False)),
         Entry("a master's: Hello", 7, calls_with(master, "Hello", allowed=True)),
         Entry("a master's: Inventory", 6, calls_with(master, "Inventory", allowed=True)),
-        Entry("a master's: Renew", 3, calls_with(master, "Renew", allowed=True)),
+        Entry("a master's: Renew", 5, calls_with(master, "Renew", allowed=True)),
         Entry("a master's: PutUnits", 3, calls_with(master, "PutUnits", allowed=True)),
-        Entry("a master's: Setup", 3, setups_with(master)),
-        Entry("a master's: frames of a session", 1, frames_with(master), attackers=1),
-        Entry("a master's: sealed records", 2, records_with(master)),
+        Entry("a master's: Setup", 4, setups_with(master)),
+        Entry("a master's: frames of a session", 4, frames_with(master), attackers=1),
+        Entry("a master's: sealed records", 4, records_with(master)),
     ]
 
 

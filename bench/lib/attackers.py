@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import socket
 import ssl
 import struct
 from collections import Counter
@@ -43,6 +44,7 @@ from tpirt.protocol.pb import tpirt_pb2 as pb
 from tpirt.transport.address import Address
 from tpirt.transport.frame import Frame, FrameReader, Kind
 from tpirt.transport.grpc_channel import OPTIONS
+from tpirt.transport.sealing import RECORD_BYTES as _RECORD_BYTES
 from tpirt.transport.tickets import connect
 from tpirt.transport.tls import client_credentials
 
@@ -268,7 +270,10 @@ def frames_with(identity: Identity) -> Attack:
 
 
 def records_with(identity: Identity) -> Attack:
-    """Sealed records with changed bytes, on the connection beside a call."""
+    """On the connection beside a call: records with changed bytes, twice, or with changed frames.
+
+    Valid ones may come first, so that there is a session.
+    """
 
     async def attack(target: Target, chance: random.Random, count: int, tally: Tally) -> None:
         loop = asyncio.get_running_loop()
@@ -285,11 +290,15 @@ def records_with(identity: Identity) -> Attack:
                     call.call.cancel()
                     continue
                 assert connection.seal is not None
-                record = _sealed(connection.seal, chance.choice(target.corpus.frames)[: 60 << 10])
-                with connection.socket, contextlib.suppress(OSError):
-                    await loop.sock_sendall(connection.socket, mutated(chance, record))
-                    connection.socket.shutdown(1)
-                    tally.add(await call.end())
+                said = _records(connection.seal, target.corpus.frames, chance)
+                with connection.socket:
+                    with contextlib.suppress(OSError, TimeoutError):
+                        async with asyncio.timeout(_REPLY_S):
+                            await loop.sock_sendall(connection.socket, said)
+                    with contextlib.suppress(OSError):
+                        connection.socket.shutdown(socket.SHUT_WR)
+                    how = await call.end()
+                tally.add(how, wrong=how not in _ENDS)
 
     return attack
 
@@ -539,8 +548,24 @@ def _forged(chance: random.Random, offer: str) -> str:
     return ":".join(parts)
 
 
+def _records(seal: Any, frames: Sequence[bytes], chance: random.Random) -> bytes:
+    """Some valid records, and one that is not."""
+    first = frames[: chance.choice((0, 0, 1, chance.randint(1, len(frames))))]
+    said = b"".join(_sealed(seal, frame) for frame in first)
+    frame = chance.choice(frames)
+    match chance.randrange(3):
+        case 0:
+            return said + mutated(chance, _sealed(seal, frame[:_RECORD_BYTES]))
+        case 1:
+            return said + 2 * _sealed(seal, frame[:_RECORD_BYTES])
+        case _:
+            kind = chance.choice((_message_of(frame), *bodies()))
+            return said + _sealed(seal, mutated_frame(chance, frame, kind))
+
+
 def _sealed(seal: Any, plain: bytes) -> bytes:
-    return bytes(seal.seal(plain))
+    cut = range(0, len(plain), _RECORD_BYTES)
+    return b"".join(bytes(seal.seal(plain[at : at + _RECORD_BYTES])) for at in cut)
 
 
 def _bytes_of(frame: Frame) -> bytes:

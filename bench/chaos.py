@@ -5,7 +5,7 @@
 
 Every seed is a round: a master connects to three peers, the fourth one is a spare, holds two
 conversations at a time, idles, and asks once more. Where the master is to be killed, it is a
-``tpirt chat``, which is resumed. Meanwhile one to three faults happen.
+``tpirt chat``, which is resumed. Meanwhile one to four faults happen.
 All devices have certificates: flipped bits that TCP's checksum does not find are found by TLS and
 sealed frames. Checked: every answer is token for token the one of a single process, whatever failed
 was resumed, nothing took longer than what is waited for by design and ten seconds, and nothing is
@@ -39,6 +39,7 @@ from bench.lib.chaos_faults import (
     BASE,
     ENDING,
     KINDS,
+    MOST,
     PEERS,
     Fault,
     Faults,
@@ -149,7 +150,7 @@ class Chaos:
         self._masters: dict[str, Master] = {}
         set_offset(folder / CLOCK, 0.0)
         self._faults = Faults(network, peers, folder / CLOCK)
-        self._hands = ThreadPoolExecutor(2 * 3)  # a beginning and an end of each fault
+        self._hands = ThreadPoolExecutor(2 * MOST)  # a beginning and an end of each fault
 
     def _master(self, module: str) -> Master:
         """The one that is running, or another one."""

@@ -27,6 +27,7 @@ from bench.net.spec import parse_topology
 from tpirt.identity.trust import INSECURE
 
 PEERS = 4  # the last one is the spare
+MOST = 4  # faults of a round
 BASE = "0.2ms/500mbit"
 PHASES = ("between", "loading", "prompt", "token", "idle")
 LINKS = {
@@ -35,8 +36,8 @@ LINKS = {
     "cut from it": "{peer}>0:none",
     "peers cut": "{peer}-{other}:none",
     "throttle": "{peer}:5ms/1mbit",
-    "wire flips": f"{{peer}}:{BASE}/flip2%",
-    "replay": f"{{peer}}:{BASE}/replay2%",
+    "wire flips": f"{{peer}}:{BASE}/flip5%",
+    "replay": f"{{peer}}:{BASE}/replay5%",
 }
 KINDS = (
     *("kill", "freeze", "freeze all", "restarts", "out of memory", "no memory"),
@@ -78,7 +79,7 @@ def draw(seed: int) -> list[Fault]:
             chance.uniform(0.0, 0.3),
             chance.uniform(0.2, 6.0),
         )
-        for _ in range(chance.choice((1, 1, 2, 2, 3)))
+        for _ in range(chance.choice((1, 2, 2, 3, MOST)))
     ]
 
 

@@ -19,21 +19,30 @@ from tpirt.testing.processes import start_python
 
 # A forked process enters the namespace by itself, which takes a tenth of a cold start.
 _INSIDE = """
-import ctypes, os, sys
-assert ctypes.CDLL(None).setns(os.open(sys.argv[1], os.O_RDONLY), 0) == 0
+import ctypes, os, socket, sys
+libc = ctypes.CDLL(None)
+assert libc.setns(os.open(sys.argv[1], os.O_RDONLY), 0) == 0
+if sys.argv[2]:
+    assert libc.unshare(0x0400_0000) == 0  # CLONE_NEWUTS
+    socket.sethostname(sys.argv[2])
 from tpirt.cli.main import main
-del sys.argv[1]
+del sys.argv[1:3]
 main()
 """
 
 
 class LanDevice:
-    """One device: a namespace, and a home of its own for everything that tpirt keeps."""
+    """One device: a namespace, and a home of its own for everything that tpirt keeps.
+
+    Attributes:
+        host_name: what it is called; by default as this machine.
+    """
 
     def __init__(self, index: int, home: Path, namespace: Namespace):
         self.address = address(index)
         self.home = home
         self.namespace = namespace
+        self.host_name = ""
         self._processes: list[subprocess.Popen[str]] = []
 
     def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
@@ -43,7 +52,7 @@ class LanDevice:
             env.pop(name, None)
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         process: subprocess.Popen[str] = start_python(
-            *("-c", _INSIDE, self.namespace.path, *arguments),
+            *("-c", _INSIDE, self.namespace.path, self.host_name, *arguments),
             **{**pipes, **options},
             env=env,
             text=True,

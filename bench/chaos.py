@@ -66,7 +66,7 @@ _QUESTIONS = ("What is the first one?", "and the second", "the last")
 _MORE_RSS = 96 << 20
 _CLOSING_S = 60.0  # for TCP to give up what a cut link has left half open
 _MEMORY_BYTES = 2 << 30  # of a peer, until that is a fault
-CLOCK, IDENTITY = "master.clock", "master.identity"
+CLOCK, DISK, IDENTITY = "master.clock", "master.disk", "master.identity"
 _ENGINE, _CHAT = "bench.lib.chaos_master", "bench.lib.chaos_chat"
 
 
@@ -149,7 +149,7 @@ class Chaos:
         self._clock = Clock()
         self._masters: dict[str, Master] = {}
         set_offset(folder / CLOCK, 0.0)
-        self._faults = Faults(network, peers, folder / CLOCK)
+        self._faults = Faults(network, peers, folder / DISK, folder / CLOCK)
         self._hands = ThreadPoolExecutor(2 * MOST)  # a beginning and an end of each fault
 
     def _master(self, module: str) -> Master:
@@ -176,7 +176,7 @@ class Chaos:
         self._faults.master = master.process
         order = {
             "model": str(self._model),
-            "store": str(self._folder / "master"),
+            "store": str(self._folder / DISK / "store"),
             "peers": [device.listen for device in self._network.devices[1:PEERS]],
             "spares": [self._network.devices[PEERS].listen],
             "timeout_s": TIMEOUT_S,
@@ -347,11 +347,11 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
             seen[kind] += bool(outcome.failures)
             if outcome.wrong:
                 wrong[kind].add(outcome.seed)
-    lines = ["fault          rounds  with an error  wrong  seeds"]
+    lines = ["fault             rounds  with an error  wrong  seeds"]
     for kind in KINDS:
         seeds = " ".join(map(str, sorted(wrong[kind])))
         lines.append(
-            f"{kind:13s} {rounds[kind]:7d} {seen[kind]:14d} {len(wrong[kind]):6d}  {seeds}"
+            f"{kind:16s} {rounds[kind]:7d} {seen[kind]:14d} {len(wrong[kind]):6d}  {seeds}"
         )
     return lines
 
@@ -376,6 +376,7 @@ def main(argv: Sequence[str]) -> int:
         topology = parse_topology(BASE, PEERS + 1)
         network = stack.enter_context(emulate(topology, backend="tun"))
         cluster = MadeCluster(folder / IDENTITY)
+        stack.enter_context(small_disk(folder / DISK))
         peers = []
         for device in network.devices[1:]:
             name = f"peer{device.index}"

@@ -42,7 +42,8 @@ LINKS = {
 KINDS = (
     *("kill", "freeze", "freeze all", "restarts", "out of memory", "no memory"),
     *LINKS,
-    *("bit flip", "truncate", "disk full", "clock", "master clock", "kill master"),
+    *("bit flip", "truncate", "disk full", "clock"),
+    *("master disk full", "master clock", "kill master"),
 )
 ENDING = ("kill", "restarts", "out of memory", "no memory")  # a peer may end by these
 _JUMPS_S = (-315e6, -86_400.0, -60.0, 60.0, 86_400.0, 315e6)
@@ -161,9 +162,10 @@ class Faults:
         chat: the chat in it that a round may kill.
     """
 
-    def __init__(self, network: Network, peers: Sequence[Peer], clock: Path):
+    def __init__(self, network: Network, peers: Sequence[Peer], disk: Path, clock: Path):
         self._network = network
         self._peers = peers
+        self._disk = disk
         self._clock = clock
         self.master: subprocess.Popen[Any] | None = None
         self.chat: int | None = None
@@ -196,8 +198,8 @@ class Faults:
                 self._limit(peer, _LEFT_BYTES)
             case "bit flip" | "truncate":
                 self._damage(fault, peer)
-            case "disk full":
-                with contextlib.suppress(OSError), open(peer.disk / "ballast", "wb") as file:
+            case "disk full" | "master disk full":
+                with contextlib.suppress(OSError), open(self._ballast(fault), "wb") as file:
                     while True:
                         file.write(bytes(1 << 20))
                         file.flush()
@@ -223,8 +225,8 @@ class Faults:
             case "no memory":
                 self._limit(peer, None)
                 peer.start()
-            case "disk full":
-                (peer.disk / "ballast").unlink(missing_ok=True)
+            case "disk full" | "master disk full":
+                self._ballast(fault).unlink(missing_ok=True)
             case "clock" | "master clock":
                 set_offset(self._wrong_clock(fault), 0.0)
             case "bit flip" | "truncate" | "kill master":
@@ -240,6 +242,10 @@ class Faults:
 
     def _wrong_clock(self, fault: Fault) -> Path:
         return self._clock if fault.kind == "master clock" else self._peers[fault.peer - 1].clock
+
+    def _ballast(self, fault: Fault) -> Path:
+        disk = self._disk if fault.kind == "master disk full" else self._peers[fault.peer - 1].disk
+        return disk / "ballast"
 
     def _exhaust(self, fault: Fault, peer: Peer) -> None:
         """Have the system end it, as the one of its group that may be ended."""

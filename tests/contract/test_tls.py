@@ -420,6 +420,19 @@ async def test_a_certificate_that_ends_soon_is_replaced_and_used_at_once(
     assert member.expires == f"{client.certificate.expires:%Y-%m-%dT%H:%M:%SZ}"
 
 
+async def test_a_device_that_is_not_in_the_register_is_not_said_to_need_a_certificate(
+    cluster: MadeCluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    peer = cluster.peer(tmp_path / "peer")
+    async with renewing(peer) as address:
+        client = GrpcPeerClient(address, cluster.master)
+        await client.call("Hello", b"", TIMEOUT_S)
+        await keep_up(MadeCluster(tmp_path / "other").master, [client])
+        await client.aclose()
+    assert "its address was not noted" in caplog.text
+    assert "was not replaced" not in caplog.text
+
+
 async def test_only_the_certificate_that_was_asked_for_is_taken(
     cluster: MadeCluster, tmp_path: Path
 ) -> None:

@@ -99,4 +99,5 @@ async def _keep_up(trust: Trust, client: PeerClient) -> None:
             until = (await renew(client, trust, member)).expires
             _log.info(f"peer {client.peer_id}: new certificate, until {until:%Y-%m-%d}")
     except TpirtError as exc:
-        _log.warning(f"peer {client.peer_id}: its certificate was not replaced: {exc}")
+        left = "its certificate was not replaced" if shown.is_due else "its address was not noted"
+        _log.warning(f"peer {client.peer_id}: {left}: {exc}")

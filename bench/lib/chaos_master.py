@@ -23,7 +23,7 @@ from tpirt.types import RECONNECTED, RESUMED, Progress, SamplingParams
 
 _MOST_TRIES = 6
 _PAUSE_S = 1.0
-_SETTLE_S = 8
+_SETTLE_S = 20
 
 
 def tell(event: str, **details: Any) -> None:

@@ -30,6 +30,7 @@ from tpirt.identity.names import MASTER, PEER
 from tpirt.identity.trust import IDENTITY_FILE, Trust
 from tpirt.protocol.messages import JoinLink, RenewRequest, decode, decode_call, encode_call
 from tpirt.testing.identities import MadeCluster
+from tpirt.transport import grpc as grpc_transport
 from tpirt.transport import tickets
 from tpirt.transport.address import Endpoint
 from tpirt.transport.base import Channel
@@ -223,6 +224,25 @@ async def test_without_a_certificate_there_is_neither_service_nor_use(tmp_path: 
             pass
     with pytest.raises(IdentityError, match=r"this device has no certificate.*cluster init"):
         await ask("127.0.0.1:1", Trust(MASTER, tmp_path))
+
+
+async def test_a_peer_that_hangs_up_after_the_handshake_is_not_said_to_lack_ours(
+    cluster: MadeCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no place, or is starting; this device does use TLS."""
+    identity = cluster.peer(tmp_path / "peer").identity
+    assert identity is not None
+    monkeypatch.setattr(grpc_transport, "_PATIENCE_S", 0.2)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(identity.path)
+
+    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    async with await asyncio.start_server(hang_up, "127.0.0.1", 0, ssl=context) as server:
+        address = "{}:{}".format(*server.sockets[0].getsockname())
+        with pytest.raises(PeerUnreachableError, match="but hung up before it said anything"):
+            await ask(address, cluster.master)
 
 
 async def test_both_sides_must_be_insecure_or_neither(

@@ -12,6 +12,8 @@ from tpirt.model.products import FEW_ROWS
 _SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 _KEPT = 9  # latest steps of a size; an odd number, so that the median is one of them
 _SURE = 3  # steps of a size, of which the median is taken; of fewer the least: first ones are slow
+_TRIED = 2  # steps of a size, which are unlikely to be both slow by chance
+_STALE = 2048  # steps after which a size is measured afresh: what else a machine does changes
 _ROW_SHARE = 1 / 16  # that a row adds to the time of the first, until it is known
 
 
@@ -20,12 +22,23 @@ class StepCosts:
 
     def __init__(self) -> None:
         self._steps: dict[int, deque[tuple[int, float]]] = {}
+        self._count = 0
+        self._latest: dict[int, int] = {}  # number of the latest step, by size
         self._known: list[tuple[float, float]] = []  # rows and seconds, ascending
+        self._tried: list[int] = []  # sizes, ascending
 
     def learn(self, rows: int, seconds: float) -> None:
         """Account for a step of ``rows`` rows."""
-        self._steps.setdefault(_size(rows), deque(maxlen=_KEPT)).append((rows, seconds))
-        self._known = _ascending([self._steps[size] for size in sorted(self._steps)])
+        self._count += 1
+        size = _size(rows)
+        steps = self._steps.setdefault(size, deque(maxlen=_KEPT))
+        if not self._is_fresh(size):
+            steps.clear()
+        steps.append((rows, seconds))
+        self._latest[size] = self._count
+        sizes = sorted(self._steps)
+        self._known = _ascending([self._steps[size] for size in sizes])
+        self._tried = [size for size in sizes if self._is_fresh(size, _TRIED)]
 
     def seconds(self, rows: int) -> float | None:
         """The expected seconds of a step; None before the first one.
@@ -47,9 +60,19 @@ class StepCosts:
         few = max(low, min(rows, FEW_ROWS))
         return (low_s + row_s * (few - low)) * max(1.0, rows / few)
 
+    def hoped_seconds(self, rows: int) -> float | None:
+        """What a step may take at best: as much as one of the next smaller size that was tried."""
+        index = bisect_right(self._tried, _size(rows))
+        return self.seconds(min(rows, self._tried[index - 1]) if index else rows)
+
     def is_sure(self, rows: int) -> bool:
         """Whether so many steps of about this size are known that the first ones do not matter."""
-        return len(self._steps.get(_size(rows), ())) >= _SURE
+        return self._is_fresh(_size(rows), _SURE)
+
+    def _is_fresh(self, size: int, least: int = 0) -> bool:
+        """Whether a size was measured lately, at least so many times."""
+        fresh = self._count - self._latest.get(size, 0) <= _STALE
+        return fresh and len(self._steps.get(size, ())) >= least
 
     def most_tried(self, limit: int) -> int:
         """The most rows, up to ``limit``, of a size that is known; 0 if none is."""

@@ -2,6 +2,7 @@
 
 A guess is a row of a step. What a step of so many rows takes is learnt from steps
 (:class:`~tpirt.engine.step_costs.StepCosts`), and how often guesses are right from what was drawn.
+What both may be wrong by is bounded by an :class:`~tpirt.engine.drafts.allowance.Allowance`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from tpirt.engine.drafts.allowance import Allowance
 from tpirt.engine.drafts.base import Drafter, Guess
 from tpirt.engine.scheduler import Piece
 from tpirt.engine.sequence import Answer
@@ -25,13 +27,17 @@ _log = logging.getLogger(__name__)
 
 MOST_GUESSES = 16  # for an answer; more are hardly ever all right
 _LEAST_GAIN = 1.05  # expected tokens per second with guesses to those without
-_RETRY_STEPS = 256  # where guesses do not pay, one is tried again after so many steps
-# Where they do, a step without any is measured after so many; twice as many each time, up to the
-# above: the first steps of a group are slow, and they are what guesses are compared with.
-_COMPARE_STEPS = 8
-# Looking for guesses takes 0.2 ms, a tenth of a small model's step: after so many steps that
-# verified none, only each eighth is looked at.
-_REST_STEPS, _LOOK_STEPS = 32, 8
+# A step without guesses is measured now and then, as it is what they are compared with: as often as
+# this costs a hundredth of the time; at first after so many steps, then after twice as many each
+# time, since the first steps of a group are slow.
+_COMPARE_STEPS, _COMPARE_SHARE = 8, 1 / 100
+# Guesses lose at most this share of the time: those of a step are verified if the loss is within it
+# even if all are wrong. What is kept for that, in times of a token, also bounds what is lost when
+# guesses that were often right no longer are.
+_LOSS_SHARE, _MOST_LOST = 1 / 64, 16
+# Looking for guesses takes 0.2 ms, a tenth of a small model's step. While none are verified, it
+# takes at most this share of the time.
+_LOOK_SHARE, _MOST_LOOKING = 1 / 128, 2
 _PRIOR_WEIGHT, _KEPT = 2.0, 0.98  # of a kind's prior, in guesses; of earlier guesses, a guess
 
 
@@ -78,12 +84,16 @@ class _Base(NamedTuple):
         rows, outputs: those of the step, and those whose logits are computed.
         room: how many guesses may be added.
         most: how many of each answer.
+        seconds: that it takes.
+        token_s: that the tokens of its answers would take in a step by themselves.
     """
 
     rows: int
     outputs: int
     room: int
     most: list[int]
+    seconds: float
+    token_s: float
 
 
 class DraftController:
@@ -117,14 +127,17 @@ class DraftController:
         self._exact_rows = exact_rows
         self._most_length = most_length
         self._rates: dict[str, _Rate] = {}
+        self._losses = Allowance(_LOSS_SHARE, _MOST_LOST)
+        self._looks = Allowance(_LOOK_SHARE, _MOST_LOOKING)
+        self._base: _Base | None = None  # of the latest step; None if no answer goes on in it
         self._drafting_s = 0.0  # of the latest step
-        self._idle_steps = 0  # since guesses were last verified
+        self._looking_s = 0.0  # the same, but for what a drafter does once for an answer
+        self._seeing_s = 0.0  # what a drafter took to learn; part of the step
         self._busy_steps = 0  # since a step had no guesses
         self._compare_steps = _COMPARE_STEPS
         self._looking = False  # for guesses, in the latest step
         self._gain: float | None = None  # expected of the latest step
         self._predicted = (0.0, 0.0)  # its tokens and seconds
-        self._token_s = 0.0  # a token takes without guesses, in the latest step
 
     async def extend(
         self, pieces: Items[Piece], most_rows: int, most_guesses: int = MOST_GUESSES
@@ -136,42 +149,50 @@ class DraftController:
             most_rows: of a step.
             most_guesses: for one answer.
         """
-        rows = sum(piece.tokens for piece in pieces)
         drafted = {
             index: answer
             for index, piece in enumerate(pieces)
             if (answer := _drafted(piece)) is not None
         }
-        room = self._room(rows, most_rows)
-        idle = self._idle_steps
-        self._looking = idle < _REST_STEPS or idle % _LOOK_STEPS == 0
-        if not self._looking:
-            self._idle_steps += 1
-        if (
-            not self._looking
-            or self._failure is not None
-            or not drafted
-            or room <= 0
-            or self._costs.seconds(rows) is None
-        ):
+        answers = list(drafted.values())
+        self._base = base = self._base_of(pieces, answers, most_rows, most_guesses)
+        self._drafting_s = self._looking_s = self._seeing_s = 0.0
+        self._looking = base is not None and self._looks_now(base)
+        if base is None or not self._looking:
             self._busy_steps = 0
             return list(pieces)
-        answers = list(drafted.values())
-        most = [min(most_guesses, room, self._most_guesses(answer)) for answer in answers]
-        outputs = sum(piece.num_logits for piece in pieces)
-        base = _Base(rows, outputs, room, most)
         guesses = await self._guess(answers, base)
         spent_s = self._drafting_s
         chosen = self._choose(guesses, base, lambda _: spent_s)
-        busy = any(chosen)
-        self._idle_steps = 0 if busy else self._idle_steps + 1
-        self._busy_steps = self._busy_steps + 1 if busy else 0
+        self._busy_steps = self._busy_steps + 1 if any(chosen) else 0
         extended = list(pieces)
         for index, found, picked in zip(drafted, guesses, chosen, strict=True):
             first = tuple(guess for guess in found if guess.parent < 0)
             verified = _subtree(found, picked)
             extended[index] = replace(pieces[index], guesses=verified, first_guesses=first)
         return extended
+
+    def _base_of(
+        self, pieces: Items[Piece], answers: Items[Answer], most_rows: int, most_guesses: int
+    ) -> _Base | None:
+        """The step without guesses; None if no answer goes on in it, or its time is not known."""
+        rows = sum(piece.tokens for piece in pieces)
+        outputs = sum(piece.num_logits for piece in pieces)
+        step_s = self._seconds(rows, outputs)
+        alone_s = self._seconds(len(answers), len(answers))
+        if not answers or step_s is None or alone_s is None:
+            return None
+        room = self._room(rows, most_rows)
+        most = [min(most_guesses, room, self._most_guesses(answer)) for answer in answers]
+        return _Base(rows, outputs, room, most, step_s, min(step_s, alone_s) / len(answers))
+
+    def _looks_now(self, base: _Base) -> bool:
+        """Whether to look for guesses."""
+        if self._failure is not None or max(base.most) <= 0:
+            return False
+        if base.rows <= self._exact_rows and not self._costs.is_sure(base.rows):
+            return False  # there is nothing to compare with
+        return self._busy_steps > 0 or self._looks.left_s >= 0
 
     def _room(self, rows: int, most_rows: int) -> int:
         """How many guesses a step of ``rows`` rows may verify.
@@ -186,7 +207,6 @@ class DraftController:
 
     async def _guess(self, answers: Items[Answer], base: _Base) -> list[tuple[Guess, ...]]:
         """What the drafter guesses; nothing if it fails, for no answer depends on it."""
-        self._drafting_s = 0.0
         nothing: list[tuple[Guess, ...]] = [() for _ in answers]
         try:
             most = max(base.most)
@@ -206,7 +226,9 @@ class DraftController:
             for answer in answers:
                 if answer.ended:  # and was forgotten before the drafter had seen it
                     self.forget(answer)
-        self._drafting_s = time.perf_counter() - began_s
+        self._drafting_s = self._looking_s = time.perf_counter() - began_s
+        if prospects is not None:
+            self._looking_s = min(self._looking_s, self._drafter.seconds(most))
         return guesses
 
     def _give_up(self, exc: Exception) -> None:
@@ -226,10 +248,12 @@ class DraftController:
     def see(self, piece: Piece, logits: torch.Tensor) -> None:
         """Show the drafter the logits (T, V) after a piece's last id and each guess."""
         if self._failure is None and self._looking:
+            began_s = time.perf_counter()
             try:
                 self._drafter.learn([piece.sequence.ids[-1], *piece.guessed], logits)
             except Exception as exc:
                 self._give_up(exc)
+            self._seeing_s += time.perf_counter() - began_s
 
     def learn(self, piece: Piece, drawn: Items[int]) -> None:
         """Account for the tokens that were drawn for a piece, one after each right guess.
@@ -253,17 +277,33 @@ class DraftController:
             stats.right += len(drawn) - 1
 
     def learn_step(self, pieces: Items[Piece], tokens: int, seconds: float) -> None:
-        """Account for a step that made ``tokens`` tokens."""
-        if not any(piece.guesses for piece in pieces):
+        """Account for a step that made ``tokens`` tokens; its time is known to the costs."""
+        base, guesses = self._base, sum(len(piece.guesses) for piece in pieces)
+        token_s = (self._costs.seconds(1) or 0.0) if base is None else base.token_s
+        self._looks.earn(seconds, token_s)
+        if base is None:
             return
+        self._losses.earn(seconds, token_s)
+        if not guesses:
+            self._looks.save(-self._looking_s - self._seeing_s, token_s)
+            return
+        more_s = self._usual_s(base, guesses, seconds) + self._looking_s - base.seconds
+        self._losses.save(token_s * (tokens - len(base.most)) - more_s, token_s)
         stats = self.stats
         stats.steps += 1
         seconds += self._drafting_s
         stats.seconds += seconds
+        base_s = base.seconds / len(base.most)  # of a token
         predicted, predicted_s = self._predicted
-        stats.saved_s += self._token_s * tokens - seconds
+        stats.saved_s += base_s * tokens - seconds
         stats.predicted_s += predicted_s
-        stats.predicted_saved_s += self._token_s * predicted - predicted_s
+        stats.predicted_saved_s += base_s * predicted - predicted_s
+
+    def _usual_s(self, base: _Base, guesses: int, seconds: float) -> float:
+        """What a step like one that took ``seconds`` takes, where others do not disturb it."""
+        if not self._costs.is_sure(base.rows + guesses):
+            return seconds
+        return self._seconds(base.rows + guesses, base.outputs + guesses) or seconds
 
     def forget(self, answer: Answer) -> None:
         """An answer has ended."""
@@ -315,15 +355,13 @@ class DraftController:
         with the most expected tokens per second are taken. To guess down to a depth takes
         ``drafting_s``.
         """
-        nothing: list[list[int]] = [[] for _ in guesses]
+        chosen: list[list[int]] = [[] for _ in guesses]
         left = list(base.most)
-        if base.rows <= self._exact_rows and not self._costs.is_sure(base.rows):
-            return nothing  # there is nothing to compare with
-        base_s = self._seconds(base, 0)
         expected = float(len(base.most))
-        best_rate = base_rate = expected / (base_s + drafting_s(0))
-        self._token_s = base_s / expected
-        self._predicted = (expected, base_s)
+        base_s = base.seconds + drafting_s(0)
+        best_rate = base_rate = expected / base_s
+        best_gain = 1.0
+        self._predicted = (expected, base.seconds)
         order: list[tuple[int, int]] = []
         best = deepest = 0
         for likely, answer, index, depth in self._likeliest(guesses):
@@ -335,19 +373,23 @@ class DraftController:
             order.append((answer, index))
             expected += likely
             deepest = max(deepest, depth)
-            step_s = self._seconds(base, len(order)) + drafting_s(deepest)
-            if expected / step_s > best_rate:
-                best, best_rate = len(order), expected / step_s
+            guessing_s = drafting_s(deepest)
+            step_s = self._extended_s(base, len(order)) + guessing_s
+            rate = expected / (self._hoped_s(base, len(order)) + guessing_s)
+            best_gain = max(best_gain, rate / base_rate)
+            if rate > best_rate and self._losses.left_s >= step_s - base_s:
+                best, best_rate = len(order), rate
                 self._predicted = (expected, step_s)
-        self._gain = best_rate / base_rate
-        if self._gain < _LEAST_GAIN:
-            best = int(self._idle_steps >= _RETRY_STEPS)
-        elif self._busy_steps >= self._compare_steps:
-            self._compare_steps = min(2 * self._compare_steps, _RETRY_STEPS)
-            best = 0
+        self._gain = best_gain
+        gain = best_rate / base_rate
+        if gain < _LEAST_GAIN:
+            best = int(self._losses.is_full)  # there is so much to lose that one can be tried
+        elif self._busy_steps >= min(self._compare_steps, (1 - 1 / gain) / _COMPARE_SHARE):
+            self._compare_steps *= 2
+            return chosen
         for answer, index in order[:best]:
-            nothing[answer].append(index)
-        return nothing
+            chosen[answer].append(index)
+        return chosen
 
     def _likeliest(self, guesses: Items[Items[Guess]]) -> Iterator[tuple[float, int, int, int]]:
         """How likely each guess is, with its answer, index and depth; the likeliest first."""
@@ -369,10 +411,22 @@ class DraftController:
             yield -unlikely, answer, index, depth
             add(answer, index, -unlikely, depth + 1)
 
-    def _seconds(self, base: _Base, guesses: int) -> float:
-        step_s = self._costs.seconds(base.rows + guesses)
-        assert step_s is not None
-        return step_s + (self._output_costs.seconds(base.outputs + guesses) or 0.0)
+    def _extended_s(self, base: _Base, guesses: int) -> float:
+        """What a step is expected to take with so many guesses."""
+        seconds = self._seconds(base.rows + guesses, base.outputs + guesses)
+        assert seconds is not None
+        return seconds
+
+    def _hoped_s(self, base: _Base, guesses: int) -> float:
+        """What it takes at best: sizes that were hardly tried are to be."""
+        rows, outputs = base.rows + guesses, base.outputs + guesses
+        seconds = self._costs.hoped_seconds(rows)
+        assert seconds is not None
+        return seconds + (self._output_costs.seconds(outputs) or 0.0)
+
+    def _seconds(self, rows: int, outputs: int) -> float | None:
+        step_s = self._costs.seconds(rows)
+        return None if step_s is None else step_s + (self._output_costs.seconds(outputs) or 0.0)
 
     def _share(self, guess: Guess) -> float:
         rate = self._rate(guess)

@@ -14,6 +14,7 @@ from tpirt.engine.drafts.base import Guess
 from tpirt.engine.sampler import Sampler, check_finite
 from tpirt.engine.sequence import Answer
 from tpirt.errors import RequestError
+from tpirt.model.products import FEW_ROWS
 from tpirt.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class ModelDrafter:
         self._engine = engine
         self._guess_s = 0.0  # a token takes
         self._likely: list[float] = []  # the likeliest token, by depth
+        self._lengths: dict[Answer, int] = {}  # when it was last asked
 
     def prospects(self, most: int) -> list[Guess]:
         """See :class:`Drafter`."""
@@ -53,11 +55,10 @@ class ModelDrafter:
 
     async def propose(self, answers: Items[Answer], most: int) -> list[list[Guess]]:
         """See :class:`Drafter`."""
-        began_s = time.perf_counter()
-        found = await asyncio.gather(*(self._continue(answer.ids, most) for answer in answers))
-        if longest := max(map(len, found)):
-            took_s = (time.perf_counter() - began_s) / longest
-            self._guess_s = _smoothed(self._guess_s or took_s, took_s)
+        watchers = await asyncio.gather(*(self._continue(answer, most) for answer in answers))
+        found = [watcher.positions for watcher in watchers]
+        if times := [took_s for watcher in watchers if (took_s := watcher.guess_s) is not None]:
+            self._guess_s = _smoothed(self._guess_s or max(times), max(times))
         for positions in found:
             self._learn([position[0][1] for position in positions])
         return list(map(_tree, found))
@@ -67,14 +68,17 @@ class ModelDrafter:
 
     def forget(self, answer: Answer) -> None:
         """See :class:`Drafter`."""
+        self._lengths.pop(answer, None)
 
-    async def _continue(self, ids: Items[int], most: int) -> list[_Position]:
-        watcher = _Watcher()
+    async def _continue(self, answer: Answer, most: int) -> _Watcher:
+        ids = answer.ids
+        watcher = _Watcher(len(ids) - self._lengths.get(answer, 0) > FEW_ROWS)
         if len(ids) + most <= self._engine.context_length:
+            self._lengths[answer] = len(ids)
             # Too many at once, or ids that it lacks: that answer goes without guesses.
             with suppress(RequestError):
                 await self._engine.draw(ids, watcher, most)
-        return watcher.positions
+        return watcher
 
     def _learn(self, likely: list[float]) -> None:
         for depth, probability in enumerate(likely):
@@ -85,11 +89,22 @@ class ModelDrafter:
 
 
 class _Watcher(Sampler):
-    """Takes the likeliest token, and remembers the next ones."""
+    """Takes the likeliest token, and remembers the next ones.
 
-    def __init__(self) -> None:
+    Args:
+        behind: whether a prompt is computed before the first token.
+    """
+
+    def __init__(self, behind: bool) -> None:
         super().__init__(SamplingParams(temperature=0))
         self.positions: list[_Position] = []
+        self._times_s = [] if behind else [time.perf_counter()]
+
+    @property
+    def guess_s(self) -> float | None:
+        """What a token took; None if that is not known."""
+        times = self._times_s
+        return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
 
     def next(self, logits: torch.Tensor, history: Items[int]) -> int:
         """See :class:`Sampler`."""
@@ -97,6 +112,7 @@ class _Watcher(Sampler):
         found = logits.softmax(-1).topk(min(_BRANCHES, len(logits)))
         tokens = found.indices.tolist()
         self.positions.append(list(zip(tokens, found.values.tolist(), strict=True)))
+        self._times_s.append(time.perf_counter())
         return int(tokens[0])
 
 

@@ -160,7 +160,7 @@ async def test_a_float32_run_rounds_no_inputs(model: Path, tmp_path: Path) -> No
     assert all((each["steps"], each["rest"]) == ([], "dense-float32") for each in entries)
 
 
-@pytest.mark.parametrize("bad", ["not JSON", nightly("unknown kernel"), "other keys"])
+@pytest.mark.parametrize("bad", ["not JSON", nightly("unknown kernel"), "other keys", "few rows"])
 async def test_an_unusable_record_of_kernels_is_replaced(
     model: Path, tmp_path: Path, bad: str
 ) -> None:
@@ -172,10 +172,15 @@ async def test_an_unusable_record_of_kernels_is_replaced(
         "not JSON": "rubbish",
         "unknown kernel": text.replace('"dense-', '"other-'),
         "other keys": text.replace('"out_features"', '"rows"'),
+        "few rows": re.sub(
+            r'"steps": \[[^"]*("[^"]*")?[^"]*\],', '"steps": [[8, "dense-float32"]],', text
+        ),
     }
+    assert spoiled[bad] != text
     noted.write_text(spoiled[bad], encoding="utf-8")
     async with memory_engine(model, quantize="int4", store=tmp_path) as engine:
         assert (await engine.logits(PROMPT)).isfinite().all()
     replaced = noted.read_text(encoding="utf-8")
     assert '"rest": "dense-' in replaced
     assert '"out_features"' in replaced
+    assert "[8," not in replaced

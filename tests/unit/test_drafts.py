@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -14,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.nightly import nightly_but
-from tpirt.engine import Engine, EngineOptions
 from tpirt.engine.drafts.base import Drafter, Guess
 from tpirt.engine.drafts.controller import DraftController
 from tpirt.engine.drafts.model import ModelDrafter
@@ -24,7 +22,6 @@ from tpirt.engine.scheduler import Piece
 from tpirt.engine.sequence import Answer
 from tpirt.engine.step_costs import StepCosts
 from tpirt.testing.drafters import KnownAnswers
-from tpirt.testing.models import make_model
 from tpirt.types import SamplingParams, Token, ignore_progress
 
 
@@ -241,20 +238,6 @@ async def test_an_answer_that_is_left_while_it_is_guessed_is_forgotten() -> None
     controller = controlled(drafter, costs(flat=True))
     await controller.extend([Piece(answer([1]), 1)], 64)
     assert drafter._texts == {}
-
-
-@pytest.mark.parametrize(
-    ("draft", "rows", "is_told"), [("suffix", 1, True), ("suffix", 8, False), ("auto", 1, False)]
-)
-async def test_drafts_that_were_asked_for_and_cannot_be_are_told_at_the_start(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, draft: str, rows: int, is_told: bool
-) -> None:
-    monkeypatch.setattr("tpirt.cluster.rank.same_kernel_rows", lambda *_: rows)
-    options = EngineOptions(dtype="float32", threads=1, store=tmp_path / "store", draft=draft)
-    async with Engine.connect(make_model(tmp_path / "model"), options) as engine:
-        assert ["drafts: off; for these weights" in notice for notice in engine.notices] == (
-            [True] if is_told else []
-        )
 
 
 async def test_no_guess_is_verified_before_a_step_without_is_known() -> None:

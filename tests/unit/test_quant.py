@@ -851,7 +851,7 @@ def test_probe_answers_for_any_shape(spec: Scheme, monkeypatch: pytest.MonkeyPat
         assert choice.rest in {kernel.name for kernel in DENSE}
         assert {name for _, name in choice.steps} <= others
         assert set(choice.timings_ms) == {choice.rest, *others}
-        assert all(set(times) == {1, 4, 8, 32, 128} for times in choice.timings_ms.values())
+        assert all(set(times) == {1, 32, 128} for times in choice.timings_ms.values())
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -892,26 +892,27 @@ def test_the_probe_counts_one_thread_and_leaves_others_theirs(
 
 
 def test_the_threshold_is_where_dense_overtakes() -> None:
-    dense = {1: 10.0, 4: 10.0, 8: 10.0, 32: 11.0, 128: 15.0}
+    dense = {1: 10.0, 32: 11.0, 128: 15.0}
     for times, most in (
-        ({1: 1.0, 4: 2.0, 8: 4.0, 32: 16.0, 128: 64.0}, 16),
-        ({1: 1.0, 4: 1.0, 8: 2.0, 32: 6.0, 128: 24.0}, 64),
-        ({1: 11.0, 4: 2.0, 8: 4.0, 32: 8.0, 128: 12.0}, 0),
-        ({1: 0.1, 4: 0.1, 8: 0.2, 32: 0.3, 128: 1.0}, 1024),
+        ({1: 1.0, 32: 16.0, 128: 64.0}, 16),
+        ({1: 1.0, 32: 6.0, 128: 24.0}, 64),
+        ({1: 11.0, 32: 8.0, 128: 12.0}, 0),
+        ({1: 0.1, 32: 0.3, 128: 1.0}, 1024),
     ):
         choice = choose_by_time({"few": times, "dense": dense}, "dense")
         assert choice == KernelChoice(((most, "few"),) if most else (), "dense")
     assert choose_by_time({"dense": dense}, "dense") == KernelChoice((), "dense")
 
 
-def test_each_kernel_gets_the_rows_where_it_is_fastest() -> None:
+def test_the_kernel_of_one_row_is_that_of_16() -> None:
+    """A row's bits must not depend on guesses beside it, where another one would be quicker."""
     timings = {
-        "a": {1: 1.0, 4: 4.0, 8: 8.0, 32: 32.0, 128: 128.0},
-        "b": {1: 3.0, 4: 3.0, 8: 4.0, 32: 13.0, 128: 49.0},
-        "dense": {1: 20.0, 4: 20.0, 8: 20.0, 32: 20.0, 128: 20.0},
+        "a": {1: 1.0, 32: 32.0, 128: 128.0},
+        "b": {1: 3.0, 32: 13.0, 128: 49.0},
+        "dense": {1: 4.0, 32: 20.0, 128: 20.0},
     }
     choice = choose_by_time(timings, "dense")
-    assert choice == KernelChoice(((1, "a"), (32, "b")), "dense")
+    assert choice == KernelChoice(((16, "a"), (32, "b")), "dense")
     assert choice.timings_ms == timings
 
 

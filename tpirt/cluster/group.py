@@ -218,11 +218,6 @@ class Group:
                 self._check_alive()
             return await self.runtime.logits(hidden)
 
-    @property
-    def exact_rows(self) -> int:
-        """See :class:`~tpirt.cluster.rank.RankRuntime`; of rank 0."""
-        return self.runtime.exact_rows
-
     def kv_need(self, segments: Sequence[Segment]) -> KVNeed:
         """What a step of these segments needs of every rank's KV store."""
         return self.runtime.decoder.kv.need(segments)

@@ -20,7 +20,7 @@ from tpirt.ops.native.library import load
 from tpirt.ops.plain_kernels import PLAIN_KERNELS
 from tpirt.ops.quant import QuantSpec, Scheme
 from tpirt.ops.quant_kernels import KERNELS
-from tpirt.ops.quant_linear import KernelChoice, MatrixShape
+from tpirt.ops.quant_linear import FEW_ROWS, KernelChoice, MatrixShape
 from tpirt.ops.quant_probe import probe_kernels
 from tpirt.sharding.blocks import Block
 
@@ -84,6 +84,8 @@ def _parse(entry: dict[str, Any]) -> tuple[MatrixShape, KernelChoice]:
     """Parse one entry of the file; raises if this machine cannot use it."""
     spec = QuantSpec.parse(entry["quantize"])
     steps = tuple((int(rows), str(name)) for rows, name in entry["steps"])
+    if steps and steps[0][0] < FEW_ROWS:
+        raise ValueError(f"{spec}: another kernel from {steps[0][0] + 1} rows on: an old record")
     timings = {
         name: {int(rows): float(ms) for rows, ms in times.items()}
         for name, times in entry["timings_ms"].items()

@@ -27,8 +27,6 @@ from tpirt.collectives.links import LinkSet
 from tpirt.config import ModelConfig
 from tpirt.errors import MemoryLimitError, TransportError
 from tpirt.model.decoder import Decoder
-from tpirt.model.products import FEW_ROWS
-from tpirt.ops.quant_linear import same_kernel_rows
 from tpirt.planning import Limits, MemoryBudget, more_memory
 from tpirt.refusals import refused_memory
 from tpirt.sharding.blocks import rank_blocks
@@ -48,12 +46,7 @@ def frame_limit(config: ModelConfig, limits: Limits) -> int:
 
 
 class RankRuntime:
-    """Executes the steps of one rank of one session.
-
-    Attributes:
-        exact_rows: up to so many rows, a row has the same bits as in a step by itself; in float32
-            without quantization to within rounding.
-    """
+    """Executes the steps of one rank of one session."""
 
     def __init__(
         self,
@@ -95,7 +88,6 @@ class RankRuntime:
         self._reserved = (limits.chunk_tokens, 0, 1)
         blocks = rank_blocks(config, manifest.shard, form)
         kernels = choose_kernels(stored.path, blocks, form.dtype)
-        self.exact_rows = same_kernel_rows(kernels.values(), FEW_ROWS)
         release_free_memory()  # of trying kernels
         try:
             self.streamer = WeightStreamer(

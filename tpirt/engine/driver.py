@@ -40,6 +40,7 @@ from tpirt.errors import (
     TpirtError,
 )
 from tpirt.ops.buffers import join_rows, split_rows
+from tpirt.ops.quant_linear import FEW_ROWS
 from tpirt.planning import Deployment
 from tpirt.refusals import refused_memory
 from tpirt.types import LOST, RECONNECTED, RESUMED, Progress, ProgressCallback, Recovery
@@ -113,7 +114,7 @@ class Driver:
                 self._costs,
                 self._output_costs,
                 config.vocab_size,
-                connection.group.exact_rows,
+                FEW_ROWS,
                 trained,
             )
         self._waiting: list[_Any] = []
@@ -150,11 +151,6 @@ class Driver:
     def explain_drafts(self) -> str:
         """Say what guesses brought, or why there are none."""
         return "drafts: none asked for" if self._drafts is None else self._drafts.explain()
-
-    @property
-    def draft_obstacle(self) -> str | None:
-        """Why the drafter cannot help a single request; None if it can, or there is none."""
-        return self._drafts.obstacle if self._drafts is not None else None
 
     @property
     def draft_stats(self) -> DraftStats | None:

@@ -67,7 +67,6 @@ class Engine:
         self.config = model.config
         self.tokenizer = model.tokenizer
         self.defaults = model.defaults
-        self._is_draft_asked = options.draft != AUTO_DRAFT
         self._checkpoint = model.checkpoint
         self._embedding = model.embedding
         self._connection = connection
@@ -205,14 +204,9 @@ class Engine:
 
     @property
     def notices(self) -> list[str]:
-        """What differs from what a user expects of peers, links and drafts, a line each."""
+        """What differs from what a user expects of peers and links, a line each."""
         policy = self._group.policy
-        obstacle = self._driver.draft_obstacle if self._is_draft_asked else None
-        return [
-            *other_versions(self.peers),
-            *(policy.notices if policy else []),
-            *filter(None, [obstacle]),
-        ]
+        return [*other_versions(self.peers), *(policy.notices if policy else [])]
 
     def explain(self) -> list[str]:
         """Say which links were measured and how sums go over them, a line each."""

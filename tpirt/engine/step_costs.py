@@ -6,7 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from statistics import median
 
-from tpirt.model.products import FEW_ROWS
+from tpirt.ops.quant_linear import FEW_ROWS
 
 # Rows that are told apart; few of them cost nearly the same, and many in proportion.
 _SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)

@@ -14,10 +14,11 @@ import torch
 from tpirt.batch import Batch, Segment
 from tpirt.config import ModelConfig
 from tpirt.model.kv_store import Cached, KVStore
-from tpirt.model.products import FEW_ROWS, address, plain
+from tpirt.model.products import address, plain
 from tpirt.ops.cpu import bfloat16_units
 from tpirt.ops.native.bindings import Attention, NativeKernels, SequenceRows, available_kernels
 from tpirt.ops.nn import attention, rms_norm
+from tpirt.ops.quant_linear import FEW_ROWS
 from tpirt.ops.rope import rotate
 from tpirt.sharding.partition import Shard
 from tpirt.weights.layout import Weights

@@ -37,10 +37,10 @@ from tpirt.model.attention import Heads, Turn, wanted_rows
 from tpirt.model.kv_store import KVLayout, KVStore
 from tpirt.model.native_blocks import NativeBlocks
 from tpirt.model.pipeline import Pipeline, WeightSource
-from tpirt.model.products import FEW_ROWS, Products
+from tpirt.model.products import Products
 from tpirt.ops.buffers import join_rows, split_rows
 from tpirt.ops.native.bindings import Rounded
-from tpirt.ops.quant_linear import ROWS_UNIT, KernelChoice, MatrixShape
+from tpirt.ops.quant_linear import FEW_ROWS, ROWS_UNIT, KernelChoice, MatrixShape
 from tpirt.ops.rope import RotaryEmbedding
 from tpirt.sharding.blocks import Block
 from tpirt.sharding.partition import Shard, Span

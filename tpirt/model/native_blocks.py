@@ -22,7 +22,7 @@ import torch
 from tpirt.batch import Batch
 from tpirt.config import ModelConfig
 from tpirt.model.attention import Heads, Turn
-from tpirt.model.products import FEW_ROWS, Products, address
+from tpirt.model.products import Products, address
 from tpirt.ops.native.bindings import (
     AttentionBlock,
     HeadBlock,
@@ -33,6 +33,7 @@ from tpirt.ops.native.bindings import (
     Rounded,
     present_kernels,
 )
+from tpirt.ops.quant_linear import FEW_ROWS
 from tpirt.ops.quant_matrix import QuantMatrix
 from tpirt.weights.layout import Weights
 

@@ -26,10 +26,6 @@ from tpirt.ops.quant_linear import (
 from tpirt.sharding.partition import Span
 from tpirt.weights.layout import Weights
 
-# Up to half as many rows take hardly longer than one: the time is that of reading the weights. They
-# are computed block by block in C, on the event loop: switching threads costs more than it saves.
-FEW_ROWS = 16
-
 
 class Products:
     """Products with the weights of a block.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import takewhile
 
 import torch
 
@@ -13,7 +11,20 @@ from tpirt.ops.plain_kernels import PLAIN_KERNELS
 from tpirt.ops.quant_kernels import KERNELS, NATIVE
 from tpirt.ops.quant_matrix import ROWS_UNIT, MatrixShape, QuantMatrix, dequantize
 
-__all__ = ["ROWS_UNIT", "KernelChoice", "MatrixShape", "QuantMatrix", "dequantize", "linear"]
+__all__ = [
+    "FEW_ROWS",
+    "ROWS_UNIT",
+    "KernelChoice",
+    "MatrixShape",
+    "QuantMatrix",
+    "dequantize",
+    "linear",
+]
+
+# Up to so many rows a matrix has one kernel: then a row's bits do not depend on how many there are,
+# and a token is the same with guesses and other requests beside it. Up to half as many rows hardly
+# take longer than one, for the time is that of reading the weights.
+FEW_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -36,16 +47,6 @@ class KernelChoice:
             if rows <= most:
                 return name
         return self.rest
-
-
-def same_kernel_rows(choices: Iterable[KernelChoice], most: int) -> int:
-    """Up to how many rows, at most ``most``, every choice is the kernel for one row."""
-    chosen = list(choices)
-    rows = takewhile(
-        lambda rows: all(choice.kernel(rows) == choice.kernel(1) for choice in chosen),
-        range(1, most + 1),
-    )
-    return max(rows)
 
 
 def kernel_inputs(choice: KernelChoice, rows: int) -> torch.dtype:

@@ -13,14 +13,14 @@ from tpirt.ops.plain_kernels import FEW as PLAIN_FEW
 from tpirt.ops.plain_kernels import MANY as PLAIN_MANY
 from tpirt.ops.quant import QuantSpec, Scheme
 from tpirt.ops.quant_kernels import DENSE, EXACT, NATIVE
-from tpirt.ops.quant_linear import KernelChoice, linear
+from tpirt.ops.quant_linear import FEW_ROWS, KernelChoice, linear
 from tpirt.ops.quant_matrix import QuantMatrix
 from tpirt.ops.quant_regions import matrix_regions, regions_nbytes
 from tpirt.ops.tiles import TILE_ROWS
 
 # Rows of input that the probe measures, and possible thresholds.
-_PROBED_ROWS = (1, 4, 8, 32, 128)
-_THRESHOLDS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_PROBED_ROWS = (1, 32, 128)
+_THRESHOLDS = (FEW_ROWS, 32, 64, 128, 256, 512, 1024)
 # Maximum weights of a probed matrix, and minimum time of a measurement.
 _PROBED_WEIGHTS = 1 << 22
 _PROBE_S = 0.006
@@ -78,6 +78,8 @@ def choose_by_time(
 ) -> KernelChoice:
     """Choose the fastest kernels for few rows, up to where ``dense`` is faster.
 
+    Up to ``FEW_ROWS`` it is the fastest one for one row.
+
     Args:
         timings_ms: by kernel name and rows of input; interpolated linearly.
         dense: the kernel for more rows.
@@ -85,13 +87,14 @@ def choose_by_time(
     """
     others = [name for name in timings_ms if name != dense]
     steps: list[tuple[int, str]] = []
-    for rows in _THRESHOLDS:
+    for most in _THRESHOLDS:
+        rows = 1 if most <= FEW_ROWS else most
         fastest = min(others, key=lambda name: _at(timings_ms[name], rows), default=dense)
         if fastest == dense or _at(timings_ms[fastest], rows) > gain * _at(timings_ms[dense], rows):
             break
         if steps and steps[-1][1] == fastest:
             steps.pop()
-        steps.append((rows, fastest))
+        steps.append((most, fastest))
     return KernelChoice(tuple(steps), dense, timings_ms)
 
 

@@ -312,24 +312,12 @@ class DraftController:
         except Exception as exc:
             self._give_up(exc)
 
-    @property
-    def obstacle(self) -> str | None:
-        """Why the answer to a single request can have no guesses; None if it can."""
-        if self._exact_rows >= 2:
-            return None
-        return (
-            "drafts: off; for these weights the fastest kernel here is another one from "
-            "two rows on, and rounds differently; int8 or int4 may allow them"
-        )
-
     def explain(self) -> str:
         """Say what guesses bring, and why there are none if there are none."""
         stats = self.stats
         if not stats.steps:
             if self._failure is not None:
                 return f"drafts: off; the drafter failed: {self._failure}"
-            if self.obstacle is not None:
-                return self.obstacle
             if self._gain is None or self._gain >= _LEAST_GAIN:
                 return "drafts: none yet"
             return f"drafts: off, {self._gain:.2f} x expected (at least {_LEAST_GAIN} is asked)"

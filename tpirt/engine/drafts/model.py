@@ -14,7 +14,7 @@ from tpirt.engine.drafts.base import Guess
 from tpirt.engine.sampler import Sampler, check_finite
 from tpirt.engine.sequence import Answer
 from tpirt.errors import RequestError
-from tpirt.model.products import FEW_ROWS
+from tpirt.ops.quant_linear import FEW_ROWS
 from tpirt.types import SamplingParams
 
 if TYPE_CHECKING:

@@ -122,6 +122,7 @@ class Intruded:
 
     Attributes:
         ratio: of the running answers' p95 during it to that before, in the same round.
+        ttft_ratio: of the intruder's time to first token to that alone, in the same round.
     """
 
     tokens: int
@@ -134,6 +135,7 @@ class Intruded:
     highest_ratio: float
     ttft_ms: float
     alone_ttft_ms: float
+    ttft_ratio: float
 
 
 async def run_rounds(arguments: argparse.Namespace, engine: Engine) -> Samples:
@@ -255,6 +257,7 @@ def summarize_intrusions(
         rounds = (percentile(getattr(each, name), percent) for each in intrusions)
         return statistics.median(rounds) * 1e3
 
+    waits = [each.ttft_s / alone for each, alone in zip(intrusions, alone_s, strict=True)]
     ratios = [percentile(each.during_s, 95) / percentile(each.before_s, 95) for each in intrusions]
     return Intruded(
         tokens=tokens,
@@ -267,6 +270,7 @@ def summarize_intrusions(
         highest_ratio=max(ratios),
         ttft_ms=statistics.median(each.ttft_s for each in intrusions) * 1e3,
         alone_ttft_ms=statistics.median(alone_s) * 1e3,
+        ttft_ratio=statistics.median(waits),
     )
 
 
@@ -298,7 +302,8 @@ def show_intruded(found: Intruded) -> None:
         f"{found.before_p95_ms:.1f} ms before, {found.during_p95_ms:.1f} ms during it (p95; p50 "
         f"{found.before_p50_ms:.1f} and {found.during_p50_ms:.1f}): {found.ratio:.2f} x "
         f"({found.lowest_ratio:.2f} to {found.highest_ratio:.2f}; aim: {_AIM:g} x); its first "
-        f"token after {found.ttft_ms:.0f} ms, alone after {found.alone_ttft_ms:.0f} ms"
+        f"token after {found.ttft_ms:.0f} ms, alone after {found.alone_ttft_ms:.0f} ms: "
+        f"{found.ttft_ratio:.2f} x"
     )
 
 

@@ -122,9 +122,9 @@ def test_ratios_are_those_of_a_round() -> None:
 
 def test_intrusions_are_compared_round_by_round() -> None:
     rounds = [Intrusion(3.0, [0.1], [0.2]), Intrusion(5.0, [0.2], [0.2])]
-    found = summarize_intrusions(2000, rounds, [1.0, 1.0])
+    found = summarize_intrusions(2000, rounds, [1.0, 2.0])
     assert (found.ratio, found.lowest_ratio, found.highest_ratio) == (1.5, 1.0, 2.0)
-    assert (found.ttft_ms, found.alone_ttft_ms) == (4000, 1000)
+    assert (found.ttft_ms, found.alone_ttft_ms, found.ttft_ratio) == (4000, 1500, 2.75)
 
 
 async def test_events_of_llama_server_count_tokens() -> None:

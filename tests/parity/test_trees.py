@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ from tests.support.nightly import nightly_but
 from tests.support.steps import take_free_rows
 from tpirt.batch import Batch, Segment
 from tpirt.cluster.group import Group
+from tpirt.engine import Engine
 from tpirt.engine.drafts.base import Guess
 from tpirt.engine.driver import Driver
 from tpirt.engine.scheduler import Piece
 from tpirt.engine.sequence import Answer
+from tpirt.engine.step_costs import StepCosts
 from tpirt.errors import MemoryLimitError, TransportError
+from tpirt.planning import Deployment
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.decoders import DecoderGroup, decoder_group
 from tpirt.testing.models import make_model
@@ -238,6 +242,55 @@ async def test_tokens_are_computed_again_if_the_step_that_keeps_them_fails(
     async with memory_engine(model, 2, draft=Bushes(answers), **options) as engine:
         assert (await engine.complete(prompt, params)).token_ids == answers[prompt]
     assert failed > 1
+
+
+@pytest.mark.parametrize("seed", nightly_but({0, 1}, range(8)))
+async def test_conversations_that_are_left_within_a_tree_go_to_disk_and_on(
+    model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seed: int
+) -> None:
+    """Their last tokens lie among wrong guesses, and no step comes that moves them together."""
+    take_free_rows(monkeypatch)
+    multiply_in_c(monkeypatch)
+    choice = random.Random(seed)
+    turns = [
+        (turn % 2, choice.randint(2, 9), choice.sample(range(3, 250), choice.randint(1, 4)))
+        for turn in range(12)
+    ]
+    answers: dict[tuple[int, ...], list[int]] = {}
+
+    async def talk(engine: Engine, *, whole: bool) -> list[list[int]]:
+        texts = [[(first + 7 * at) % 250 + 3 for at in range(70)] for first in (3, 90)]
+        for conversation, read, words in turns:
+            text, tokens = texts[conversation], []
+            params = SamplingParams(max_tokens=30, temperature=1.0, seed=len(text))
+            async with aclosing(engine.generate(text, params)) as answer:
+                async for token in answer:
+                    tokens.append(token.id)
+                    if len(tokens) == read and not whole:
+                        break
+            answers.setdefault(tuple(text), tokens)
+            text += [*tokens[:read], *words]
+        return texts
+
+    options = {"quantize": "int4", "dtype": "bfloat16", "kv": ("auto", "int8")[seed // 2 % 2]}
+    options["store"] = tmp_path
+    world = 1 + seed % 2
+    async with memory_engine(model, world, draft="none", **options) as engine:
+        expected = await talk(engine, whole=True)
+    end, pending = Answer.end, 0
+
+    def ended(answer: Answer, *arguments: Any) -> None:
+        nonlocal pending
+        pending += bool(answer.keep)
+        end(answer, *arguments)
+
+    monkeypatch.setattr(Answer, "end", ended)
+    monkeypatch.setattr(Deployment, "has_room", lambda *_, displacing: displacing)
+    monkeypatch.setattr(StepCosts, "prompt_seconds", lambda *_: float("inf"))
+    async with memory_engine(model, world, draft=Bushes(answers), **options) as engine:
+        assert await talk(engine, whole=False) == expected
+        assert "11 spilled, 10 restored" in engine.explain_cache()
+    assert pending >= 2
 
 
 async def test_a_step_with_an_impossible_tree_is_refused(model: Path) -> None:

@@ -5,6 +5,7 @@
     python -m bench.speculation --model DIR --hit-rates 0,0.8 --link 5ms/300mbit --quantize int4
     python -m bench.speculation --window 2           # streamed
     python -m bench.speculation --model DIR --draft DIR  # with a small model of its tokenizer, too
+    python -m bench.speculation --train-draft DIR  # one for the bundled model, trained once
 
 Without ``--hit-rates`` a trained model answers chats, edits texts and summarises them, with
 ``--draft auto``, ``--draft none`` and a small model, if one is given. With it, any model answers a
@@ -42,6 +43,7 @@ from bench.lib.command import (
 from bench.lib.draft_tasks import DRAFT_TASKS, Chat
 from bench.lib.group import Answer, Group, LocalPlace
 from bench.lib.record import Record, add_json_option
+from bench.lib.trained_draft import trained_draft
 from bench.net.network import emulate
 from bench.net.options import add_backend_option, chosen_topology, show_network
 from tpirt.cli.options import count
@@ -293,9 +295,11 @@ def _store(model: Path | None, folder: Path) -> Path:
 
 def main(argv: Sequence[str]) -> int:
     """Parse arguments, measure, print."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     if arguments.hit_rates is None and arguments.model and is_synthetic(arguments.model):
         raise ConfigError("a model of random weights writes no texts: give --hit-rates")
+    if arguments.train_draft is not None:
+        arguments.draft = trained_draft(arguments.train_draft, arguments.train_minutes)
     tasks: Tasks = DRAFT_TASKS
     if arguments.hit_rates is not None:
         tasks = {f"{arguments.prompt_tokens} ids": [arguments.prompt_tokens]}
@@ -317,13 +321,23 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = new_parser("bench.speculation", __doc__)
     parser.add_argument("--model", type=Path, metavar="DIR", help="default: the bundled model")
     parser.add_argument(
         "--hit-rates", type=values(_share), metavar="SHARE,...", help="emulate guesses, any model"
     )
     parser.add_argument("--draft", type=Path, metavar="DIR", help="a small model that guesses")
+    parser.add_argument(
+        "--train-draft", type=Path, metavar="DIR", help="a small model for the bundled one, kept"
+    )
+    parser.add_argument(
+        "--train-minutes",
+        type=float,
+        default=2.0,
+        metavar="MIN",
+        help="processor time of its training (default 2)",
+    )
     parser.add_argument("--prompt-tokens", type=count, default=64, metavar="N", help="emulated")
     parser.add_argument("--tokens", type=count, default=128, metavar="N", help="of an answer")
     parser.add_argument(
@@ -342,7 +356,10 @@ def _parser() -> argparse.ArgumentParser:
     add_backend_option(links)
     add_engine_options(parser)
     add_json_option(parser)
-    return parser
+    arguments = parser.parse_args(argv)
+    if arguments.train_draft is not None and (arguments.model or arguments.draft):
+        parser.error("--train-draft trains a model for the bundled one: no --model, no --draft")
+    return arguments
 
 
 def _share(text: str) -> float:

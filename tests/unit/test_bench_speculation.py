@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from bench.lib.group import Answer
+from bench.lib.trained_draft import trained_draft
 from bench.speculation import Sample, combine, difference, main, summarize
+from tpirt.engine.model import BUNDLED_MODEL
 from tpirt.testing.models import make_model
 
 BEFORE = {"steps": 2, "guesses": 6, "right": 3, "seconds": 1.0, "hit": {"a": 1}}
@@ -75,6 +77,27 @@ def test_one_command_emulates(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert all(row["same"] for row in result["rows"])
     assert "emulated 1" in table[3]
     assert str(tmp_path) not in last
+
+
+def test_a_draft_of_the_bundled_models_tokenizer_is_trained_once(tmp_path: Path) -> None:
+    folder = trained_draft(tmp_path / "draft", minutes=0.001)
+    weights = folder / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    assert trained_draft(folder, minutes=1000) == folder
+    assert weights.stat().st_mtime_ns == written
+    own, bundled = (
+        json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+        for model in (folder, BUNDLED_MODEL)
+    )
+    assert own == bundled
+
+
+def test_a_draft_is_trained_for_the_bundled_model_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--train-draft", str(tmp_path), "--model", str(tmp_path)])
+    assert "no --model, no --draft" in capsys.readouterr().err
 
 
 @pytest.mark.nightly

@@ -4,7 +4,7 @@
 # Builds the wheels of a release into FOLDER (default: dist), all of them on this machine: with
 # native kernels for Linux on x86-64 and aarch64 (glibc 2.17 or newer) and for macOS 11 or newer on
 # arm64, and one for any other machine, which compiles its kernels at the first start. The compiler
-# is zig's, which pip downloads (about 90 MB, once).
+# is zig's, which pip downloads (about 100 MB, once).
 set -euo pipefail
 # shellcheck source=scripts/_env.sh
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/_env.sh"

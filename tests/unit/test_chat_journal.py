@@ -117,6 +117,9 @@ def test_another_conversation_is_another_file(tmp_path: Path, journal: Journal) 
 
 def test_an_empty_file_is_answered_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").touch()
+    os.mkfifo(tmp_path / "two.jsonl")
+    assert find(tmp_path, "two") == tmp_path / "two.jsonl"  # refused when it is read
+    os.remove(tmp_path / "two.jsonl")
     for name in ("", "one"):
         with pytest.raises(RequestError, match=r"one is empty: .*delete .*one\.jsonl, or .*--list"):
             find(tmp_path, name)

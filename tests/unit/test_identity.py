@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tpirt.cli.main import main
 from tpirt.cluster.membership import create_cluster, issuer
 from tpirt.errors import IdentityError
 from tpirt.identity.authority import Authority
@@ -94,6 +96,17 @@ def test_a_key_that_others_can_read_brings_a_warning(
         assert load(path) is not None
         assert len(caplog.messages) == warnings
     assert f"{path}: other users can read this private key; run: chmod 600 {path}" in caplog.text
+
+
+def test_warnings_of_a_command_begin_with_its_name(
+    cluster: MadeCluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's
+    path = cluster.master.folder / AUTHORITY_FILE
+    path.chmod(0o640)
+    assert main(["cluster", "list", "--identity", str(cluster.folder)]) == 0
+    out, err = capsys.readouterr()
+    assert (out, err[: len(str(path)) + 7]) == ("cluster home\n", f"tpirt: {path}")
 
 
 def test_a_key_must_fit_its_certificate(cluster: MadeCluster, tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def find(folder: Path | None, name: str) -> Path:
     named = [path for path in known if name in ("", path.stem)]
     if not named:
         raise RequestError(f"no conversation {name!r}; {LISTED}")
-    if named[0].stat().st_size == 0:
+    if named[0].is_file() and named[0].stat().st_size == 0:
         raise RequestError(
             f"conversation {named[0].stem} is empty: the disk was full, or the machine stopped, "
             f"before it was written; delete {named[0]}, or go on with another one: {LISTED}"

@@ -142,8 +142,9 @@ def _list(arguments: argparse.Namespace) -> None:
     from tpirt.cluster.membership import authority_of
 
     trust = _trust(arguments)
-    print(f"cluster {authority_of(trust).name}")
-    for each in trust.registry.members():
+    name, members = authority_of(trust).name, trust.registry.members()
+    print(f"cluster {name}")
+    for each in members:
         state = f"revoked {each.revoked[:10]}" if each.revoked else f"{each.days_left} days left"
         print(f"{each.name}  {each.identity}  {state}  {each.address or 'not met yet'}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -24,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 2 for bad input; 3 for a lost or unreachable peer; 130 after Ctrl-C.
     """
     _open_standard_streams()
+    if logging.lastResort is not None:  # shows warnings of commands that show no other records
+        logging.lastResort.setFormatter(logging.Formatter("tpirt: %(message)s"))
     try:
         with clean_output():
             code = _run(argv)

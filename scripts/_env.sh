@@ -102,7 +102,7 @@ _choose_packages() { # run|dev
     packages+=("$tpirt_root")
   else
     packages+=("$tpirt_root[dev]")
-    [[ $size != '250 MB' ]] || size='320 MB'
+    [[ $size != '250 MB' ]] || size='330 MB'
   fi
 }
 

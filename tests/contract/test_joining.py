@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -268,6 +269,16 @@ async def test_what_is_no_code(code: str, tmp_path: Path) -> None:
         await join_cluster(Trust(PEER, tmp_path), f"127.0.0.1:1/{code}", "pi", 1)
     with pytest.raises(IdentityError, match="HOST:PORT/CODE"):
         await join_cluster(Trust(PEER, tmp_path), "127.0.0.1:1", "pi", 1)
+
+
+async def test_a_device_says_where_it_joins(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A name may take seconds to be looked up."""
+    caplog.set_level(logging.INFO, "tpirt.peer")
+    with pytest.raises(PeerUnreachableError, match=r"cannot join at 127\.0\.0\.1:1: "):
+        await join_cluster(Trust(PEER, tmp_path), "127.0.0.1:1/4821-0937", "pi", 1)
+    assert caplog.messages == ["joining at 127.0.0.1:1"]
 
 
 def framed(message: bytes) -> bytes:

@@ -123,9 +123,6 @@ async def join_cluster(trust: Trust, where: str, name: str, port: int) -> None:
             f"{certificate.expires:%Y-%m-%d} ({path})"
         )
 
-    await join(
-        Address.parse(host, default_port=DEFAULT_JOIN_PORT),
-        code,
-        JoinRequest(name, port, request.decode()),
-        keep,
-    )
+    address = Address.parse(host, default_port=DEFAULT_JOIN_PORT)
+    _log.info(f"joining at {address}")
+    await join(address, code, JoinRequest(name, port, request.decode()), keep)

@@ -183,6 +183,21 @@ def test_the_masters_own_certificate_is_replaced_in_time(
     assert after.key != key
 
 
+def test_a_master_that_lost_its_certificate_issues_itself_another(cluster: MadeCluster) -> None:
+    """As after a crash within ``tpirt cluster init``; its authority is what makes it the master."""
+    path = cluster.folder / MASTER / IDENTITY_FILE
+    path.write_text("")
+    with pytest.raises(IdentityError, match=r"damaged.*remove it.*a master issues itself another"):
+        _ = Trust(MASTER, cluster.folder).identity
+    path.unlink()
+    issued = Trust(MASTER, cluster.folder).identity
+    assert issued is not None
+    assert issued.certificate.name == "home"
+    again = Identity.load(path)
+    assert again is not None
+    assert again.subject == issued.subject
+
+
 def test_a_device_is_found_by_name_or_identity(cluster: MadeCluster, tmp_path: Path) -> None:
     cluster.peer(tmp_path / "a", "pi")
     cluster.peer(tmp_path / "b", "pi")

@@ -131,7 +131,10 @@ class Identity:
             certificate = Certificate.read(first + end)
             certificate.check(key, authority)
         except IdentityError as exc:
-            raise IdentityError(f"{path}: {exc}; remove it, and join the cluster again") from exc
+            raise IdentityError(
+                f"{path}: {exc}; remove it, and join the cluster again (a master issues itself "
+                "another)"
+            ) from exc
         return cls(path, key, certificate, authority)
 
     @property

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from tpirt.errors import IdentityError
 from tpirt.identity.folder import config_folder
-from tpirt.identity.names import MASTER
+from tpirt.identity.names import MASTER, random_id
 
 if TYPE_CHECKING:
     from tpirt.identity.certificates import Certificate, Identity
@@ -64,22 +64,29 @@ class Trust:
             path = self.folder / IDENTITY_FILE
         except IdentityError:
             return None
-        if not path.exists():
+        if not path.exists() and not self._is_master:
             return None
         from tpirt.identity.certificates import Identity
 
         identity = Identity.load(path)
-        if identity is None or self.role != MASTER or not identity.certificate.is_due:
+        if not self._is_master or (identity and not identity.certificate.is_due):
             return identity
         try:
-            return self._reissued(identity)
+            return self._issued(path, identity)
         except IdentityError as exc:
+            if identity is None:
+                raise
             until = f"{identity.certificate.expires:%Y-%m-%d}"
             _log.warning(f"this device's certificate, good until {until}, was not replaced: {exc}")
             return identity
 
-    def _reissued(self, identity: Identity) -> Identity:
-        """The master's next identity; the same one where there is no authority to issue it.
+    @property
+    def _is_master(self) -> bool:
+        """Whether the authority of a cluster is here, which issues the master's identity."""
+        return self.role == MASTER and (self.folder / AUTHORITY_FILE).exists()
+
+    def _issued(self, path: Path, before: Identity | None) -> Identity | None:
+        """The master's next identity, or another one if it was lost.
 
         Raises:
             IdentityError: the authority is damaged, or the disk full or read-only.
@@ -87,9 +94,9 @@ class Trust:
         from tpirt.identity.authority import Authority
 
         authority = Authority.load(self.folder / AUTHORITY_FILE)
-        if authority is None:
-            return identity
-        following = authority.issue_own(identity.path, identity.subject.identity)
+        if authority is None:  # removed just now
+            return before
+        following = authority.issue_own(path, before.subject.identity if before else random_id())
         following.save()
         return following
 

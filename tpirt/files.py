@@ -9,6 +9,13 @@ import secrets
 import stat
 from pathlib import Path
 
+_WEB_PAGE = "a web page; download the file again"
+_STAND_INS = {
+    b"version https://git-lfs": "a git-lfs pointer; run `git lfs pull`",
+    b"<!DOCTYPE": _WEB_PAGE,
+    b"<!doctype": _WEB_PAGE,
+    b"<html": _WEB_PAGE,
+}
 _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _NOT_FOR_FOLDERS = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF}
 
@@ -40,6 +47,15 @@ def read_regular(path: Path, most_bytes: int = -1) -> bytes:
     """
     with open(open_regular(path), "rb") as file:
         return file.read(most_bytes)
+
+
+def stand_in(head: bytes) -> str | None:
+    """What a download has left in a file's place, and what to do; None if it is not known.
+
+    Args:
+        head: the file's first bytes.
+    """
+    return next((what for magic, what in _STAND_INS.items() if head.startswith(magic)), None)
 
 
 def sync_file(descriptor: int) -> None:

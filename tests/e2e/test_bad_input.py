@@ -266,6 +266,14 @@ MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("model.safetensors.index.json", "not valid JSON"),
     ),
     "no tokenizer": (remove("tokenizer.json"), ("tokenizer.json", "no such file")),
+    "tokenizer a pointer": (
+        write("tokenizer.json", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        ("tokenizer.json: this is a git-lfs pointer; run `git lfs pull`",),
+    ),
+    "tokenizer config a web page": (
+        write("tokenizer_config.json", "<!doctype html>"),
+        ("tokenizer_config.json: this is a web page; download the file again",),
+    ),
     "tokenizer cut": (truncate("tokenizer.json", 3000), ("tokenizer.json", "truncated")),
     "tokenizer not UTF-8": (write("tokenizer.json", b"\xff\xfe\x00"), ("tokenizer.json",)),
     "tokenizer config cut": (truncate("tokenizer_config.json", 20), ("tokenizer_config.json",)),

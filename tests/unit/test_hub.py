@@ -72,6 +72,13 @@ def test_a_name_that_is_nowhere(cache: Path) -> None:
         find_model("Org/Tiny-1B")
 
 
+def test_the_address_of_its_page(cache: Path) -> None:
+    path = snapshot(cache, "1" * 40)
+    assert find_model("https://huggingface.co/Org/Tiny-1B/tree/main") == path
+    with pytest.raises(CheckpointError, match="hf download Org/Other --local-dir Other"):
+        find_model("https://huggingface.co/Org/Other")
+
+
 def test_names(tmp_path: Path) -> None:
     for folder, name in (
         ("llama", "llama"),

@@ -22,7 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from tpirt.errors import TokenizerError
-from tpirt.files import read_regular
+from tpirt.files import read_regular, stand_in
 from tpirt.types import Message
 
 
@@ -105,11 +105,14 @@ def find_chat_template(path: Path, config: Mapping[str, Any]) -> ChatTemplate | 
 def read_text(file: Path) -> str:
     """Read a UTF-8 file without its byte order mark; TokenizerError naming it where that fails."""
     try:
-        return read_regular(file).decode("utf-8-sig")
+        text = read_regular(file).decode("utf-8-sig")
     except OSError as exc:
         raise TokenizerError(f"{file}: cannot be read: {exc.strerror}") from exc
     except UnicodeDecodeError as exc:
         raise TokenizerError(f"{file}: not UTF-8 text (byte {exc.start})") from exc
+    if other := stand_in(text[:64].encode()):
+        raise TokenizerError(f"{file}: this is {other}")
+    return text
 
 
 def read_json(file: Path) -> dict[str, Any]:

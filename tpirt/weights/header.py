@@ -18,18 +18,15 @@ import torch
 
 from tpirt.dtypes import SAFETENSORS_DTYPES
 from tpirt.errors import CheckpointError
-from tpirt.files import open_regular
+from tpirt.files import open_regular, stand_in
 
 MAX_HEADER_BYTES = 100_000_000
 RECOPY = "copy or download the file again"
 
 # Other files that are often found under a weight file's name, by their first bytes.
 _OTHER_FILES = {
-    b"version https://git-lfs": "a git-lfs pointer, not the weights; run `git lfs pull`",
     b"PK\x03\x04": "a PyTorch .bin file; convert it to safetensors",
     b"GGUF": "a GGUF file; use the original safetensors checkpoint",
-    b"<!DOCTYPE": "a web page, not the weights; download the file again",
-    b"<html": "a web page, not the weights; download the file again",
 }
 
 
@@ -114,9 +111,9 @@ def _read(fd: int, path: Path, count: int, offset: int) -> bytes:
 
 
 def _header_bytes(head: bytes, path: Path, file_bytes: int) -> int:
-    for magic, what in _OTHER_FILES.items():
-        if head.startswith(magic):
-            raise CheckpointError(f"{path}: this is {what}")
+    others = (what for magic, what in _OTHER_FILES.items() if head.startswith(magic))
+    if other := stand_in(head) or next(others, None):
+        raise CheckpointError(f"{path}: this is {other}")
     if len(head) < 8:
         raise checkpoint_error(path, "file too short", expected="8 bytes or more", got=len(head))
     header_bytes = int.from_bytes(head[:8], "little")

@@ -15,18 +15,21 @@ from tpirt.files import read_regular
 FILES = "config.json, *.safetensors, tokenizer.json and the other *.json and *.jinja files"
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_HUB_PAGE = re.compile(rf"https?://(?:huggingface\.co|hf\.co)/({_HUB_NAME.pattern})", re.ASCII)
 
 
 def find_model(model: str | Path) -> Path:
     """Return the directory of a model.
 
     Args:
-        model: a directory, its ``config.json``, or ``ORG/NAME`` of a model in the Hub's cache. A
-            path that exists is never taken for a name.
+        model: a directory, its ``config.json``, or ``ORG/NAME`` of a model in the Hub's cache, also
+            as the address of its page. A path that exists is never taken for a name.
 
     Raises:
         CheckpointError: there is none, or it has another format; the message says how to get one.
     """
+    if page := _HUB_PAGE.match(str(model)):
+        return _cached(page[1])
     path = Path(model)
     if path.name == "config.json" and path.is_file():
         return path.parent

@@ -22,6 +22,7 @@ from tpirt.collectives.links import LinkSet
 from tpirt.errors import (
     IdentityError,
     PeerError,
+    PeerLostError,
     PeerUnreachableError,
     TpirtError,
     TransportError,
@@ -693,8 +694,8 @@ async def test_a_record_that_was_tampered_with_breaks_the_link(
     )
     channel._sendmsg([b"".join(map(bytes, frames[0].parts()))])  # type: ignore[attr-defined]
     error = await asyncio.wait_for(lost, TIMEOUT_S)
-    assert isinstance(error, TransportError)
-    assert "sealed record" in str(error)
+    assert isinstance(error, PeerLostError)
+    assert "connection lost: a sealed record" in str(error)
     assert len(heard) <= 3
     assert b"secret" not in tampering.seen
     await client.aclose()

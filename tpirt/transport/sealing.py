@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from tpirt.errors import TransportError
+from tpirt.errors import PeerLostError, TransportError
 from tpirt.transport.frame import Frame, FrameReader
 from tpirt.transport.stream import Buffer, cut
 from tpirt.transport.tickets import OVERHEAD_BYTES, SECRET_BYTES
@@ -203,7 +203,9 @@ class SealedReader(FrameReader):
         """See :class:`FrameReader`.
 
         Raises:
-            TransportError: also a record that does not verify, or is larger than records are.
+            TransportError: what was sealed is not a frame.
+            PeerLostError: a record does not verify, or is larger than records are. The other side
+                did not send that, so it is not to blame: the connection is lost.
         """
         while (frame := super().next()) is None:
             if not (self._move_on() if self._plain else self._open()):
@@ -214,12 +216,12 @@ class SealedReader(FrameReader):
         """The whole size of the record at the start.
 
         Raises:
-            TransportError: no record has it.
+            PeerLostError: no record has it.
         """
         size: int = _LENGTH.unpack_from(self._memory, self._first)[0]
         if not _TAG_BYTES < size <= RECORD_BYTES + _TAG_BYTES:
-            raise TransportError(
-                f"peer {self._peer_id}: a sealed record of {size} bytes, expected "
+            raise self._lost(
+                f"a sealed record of {size} bytes, expected "
                 f"{_TAG_BYTES + 1} to {RECORD_BYTES + _TAG_BYTES}"
             )
         return _LENGTH.size + size
@@ -237,13 +239,17 @@ class SealedReader(FrameReader):
         try:
             self._seal.open_into(record, plain)
         except TransportError as exc:
-            raise TransportError(f"peer {self._peer_id}: {exc}") from None
+            raise self._lost(str(exc)) from None
         self._first += size
         if fits:
             super().filled(count)
         else:
             self._plain = plain
         return True
+
+    def _lost(self, why: str) -> PeerLostError:
+        words = f"peer {self._peer_id}: connection lost: {why}"
+        return PeerLostError(words, peer_id=self._peer_id)
 
     def _move_on(self) -> bool:
         """Move on what has been opened and did not fit; False if there is no room at all."""

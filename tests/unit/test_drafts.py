@@ -292,6 +292,21 @@ async def test_guesses_cost_3_percent_at_most_and_bring_most_of_what_they_can(
             assert hit_rate < 0.9 or share <= 1.2 * best + 0.1
 
 
+async def test_a_machine_that_stood_still_does_not_end_guesses() -> None:
+    asked = answer([1])
+    known = known_costs({1: 1.0})
+    controller = controlled(Fixed({asked: 0.9}), known)
+    verified = []
+    for _ in range(600):
+        (piece,) = await controller.extend([Piece(asked, 1)], 64)
+        seconds = 1.0 if any(verified) or not piece.guesses else 1000.0
+        known.learn(piece.segment().tokens, seconds)
+        controller.learn(piece, [*piece.guessed, 7])
+        controller.learn_step([piece], 1 + len(piece.guesses), seconds)
+        verified.append(len(piece.guesses))
+    assert max(verified) == 7
+
+
 class Simulation:
     """An answer, and its times: a clock that steps and looking for guesses move on.
 

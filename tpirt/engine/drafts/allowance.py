@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+_MOST_OWED = 4  # times of one token: a machine that stood still is no reason to stop for long
+
 
 class Allowance:
     """Seconds that may be lost: a share of the time, less what was lost, plus what was saved.
 
     A caller that only spends what is left loses no more than the share, and what it was wrong by
-    the last time, whatever its estimates are.
+    the last time, whatever its estimates are. It owes at most 4 tokens' time for that.
 
     Args:
         share: of the time.
@@ -31,5 +33,5 @@ class Allowance:
     def save(self, seconds: float, token_s: float) -> None:
         """Account for what was saved or, below 0, lost."""
         most_s = self._most_tokens * token_s
-        self.left_s = min(self.left_s + seconds, most_s)
+        self.left_s = max(-_MOST_OWED * token_s, min(self.left_s + seconds, most_s))
         self.is_full = self.left_s >= most_s

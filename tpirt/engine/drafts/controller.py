@@ -287,7 +287,8 @@ class DraftController:
         if not guesses:
             self._looks.save(-self._looking_s - self._seeing_s, token_s)
             return
-        more_s = self._usual_s(base, guesses, seconds) + self._looking_s - base.seconds
+        # What such a step takes where others do not disturb it: this one is no reason to stop.
+        more_s = self._extended_s(base, guesses) + self._looking_s - base.seconds
         self._losses.save(token_s * (tokens - len(base.most)) - more_s, token_s)
         stats = self.stats
         stats.steps += 1
@@ -298,12 +299,6 @@ class DraftController:
         stats.saved_s += base_s * tokens - seconds
         stats.predicted_s += predicted_s
         stats.predicted_saved_s += base_s * predicted - predicted_s
-
-    def _usual_s(self, base: _Base, guesses: int, seconds: float) -> float:
-        """What a step like one that took ``seconds`` takes, where others do not disturb it."""
-        if not self._costs.is_sure(base.rows + guesses):
-            return seconds
-        return self._seconds(base.rows + guesses, base.outputs + guesses) or seconds
 
     def forget(self, answer: Answer) -> None:
         """An answer has ended."""
@@ -400,10 +395,11 @@ class DraftController:
             add(answer, index, -unlikely, depth + 1)
 
     def _extended_s(self, base: _Base, guesses: int) -> float:
-        """What a step is expected to take with so many guesses."""
-        seconds = self._seconds(base.rows + guesses, base.outputs + guesses)
+        """What a step is expected to take with so many guesses: not longer than one by one."""
+        rows = base.rows + guesses
+        seconds = self._seconds(rows, base.outputs + guesses)
         assert seconds is not None
-        return seconds
+        return min(seconds, base.seconds * rows / base.rows)
 
     def _hoped_s(self, base: _Base, guesses: int) -> float:
         """What it takes at best: sizes that were hardly tried are to be."""

@@ -23,7 +23,7 @@ from tpirt.types import RECONNECTED, RESUMED, Progress, SamplingParams
 
 _MOST_TRIES = 6
 _PAUSE_S = 1.0
-_SETTLE_S = 20
+_SETTLE_S = 60  # gRPC gives up a handshake that a damaged link has left unfinished
 
 
 def tell(event: str, **details: Any) -> None:
@@ -108,6 +108,7 @@ async def main() -> None:
         for _ in range(_SETTLE_S):  # gRPC closes connections on its own schedule
             if process.num_fds() <= least + 2:
                 break
+            tell("settling")
             await asyncio.sleep(1)
         least = min(least, process.num_fds())
         tell(

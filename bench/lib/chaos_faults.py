@@ -98,11 +98,15 @@ class Peer:
         self._environment = secured(identity)
         self.process: subprocess.Popen[Any] | None = None
         self.base: tuple[int, int, int] | None = None
+        self._starting = threading.Lock()  # several faults may end at once
 
     def start(self) -> None:
         """Start it if it is not running."""
-        if self.process is not None and self.process.poll() is None:
-            return
+        with self._starting:
+            if self.process is None or self.process.poll() is not None:
+                self._start()
+
+    def _start(self) -> None:
         command = [*_elsewhen(1000.0 * self._device.index), sys.executable]
         command += ["-m", "bench.lib.jumping_clock", str(self.clock)]
         command += ["tpirt", "peer", "--listen", self._device.listen, "--no-announce"]

@@ -12,7 +12,6 @@ from pathlib import Path
 _WEB_PAGE = "a web page; download the file again"
 _STAND_INS = {
     b"version https://git-lfs": "a git-lfs pointer; run `git lfs pull`",
-    b"<!DOCTYPE": _WEB_PAGE,
     b"<!doctype": _WEB_PAGE,
     b"<html": _WEB_PAGE,
 }
@@ -55,6 +54,7 @@ def stand_in(head: bytes) -> str | None:
     Args:
         head: the file's first bytes.
     """
+    head = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     return next((what for magic, what in _STAND_INS.items() if head.startswith(magic)), None)
 
 

@@ -113,7 +113,7 @@ def test_what_is_read_is_what_was_written(tmp_path: Path, bits: int | None) -> N
 def test_the_limit_of_the_store_is_kept(tmp_path: Path) -> None:
     files = KVFiles(SliceStore(tmp_path, limit_bytes=1 << 10))
     files.write(1, layers(None, 5, 1))  # 960 bytes
-    with pytest.raises(StoreError, match=r"needs 960 B, the store has .* of its limit"):
+    with pytest.raises(StoreError, match=r"needs 960 B, and .* of the store.s limit of 1 KiB"):
         files.write(2, layers(None, 5, 1))
     files.close()
 

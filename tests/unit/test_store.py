@@ -273,10 +273,56 @@ def test_a_few_unfinished_slices_are_kept_and_can_be_removed(store: SliceStore) 
         with SliceWriter(store, spec(fingerprint=f"{number}" * 32)) as writer:
             writer.put_block(0, torch.zeros(file_bytes(spec().blocks[0]), dtype=torch.uint8))
             writer.put_block(1, torch.zeros(file_bytes(spec().blocks[1]), dtype=torch.uint8))
+    store.index(spec())
     assert len(store.unusable()) == 4
     for each in store.unusable():
         store.remove(each)
     assert list(store.root.iterdir()) == []
+
+
+def begin(store: SliceStore, planned: SliceSpec, blocks: int) -> None:
+    """Write some blocks, and end."""
+    with SliceWriter(store, planned) as writer:
+        for index in range(blocks):
+            size = file_bytes(planned.blocks[index])
+            writer.put_block(index, torch.zeros(size, dtype=torch.uint8))
+        writer._finish_before(blocks)
+
+
+def test_the_longest_of_one_slice_is_kept_for_a_week(store: SliceStore) -> None:
+    for blocks in (1, 3, 2):
+        begin(store, spec(), blocks)
+    store.index(spec())
+    ((folder, manifest),) = unfinished(store.root)
+    assert len(manifest.blocks) == 3
+    then = time.time() - 8 * 86_400
+    os.utime(folder / "record.jsonl", (then, then))
+    store.index(spec())
+    assert list(unfinished(store.root)) == []
+
+
+def test_a_changed_byte_of_an_unfinished_slice_is_found_once(store: SliceStore) -> None:
+    begin(store, spec(), 2)
+    ((folder, manifest),) = unfinished(store.root)
+    with open(folder / manifest.blocks[1].file, "r+b") as file:
+        file.seek(-3, os.SEEK_END)
+        file.write(b"!")
+    with pytest.raises(DamagedSliceError):
+        put(store, kept=store.inventory(spec()))
+    assert [len(each.blocks) for _, each in unfinished(store.root)] in ([], [1])
+    put(store, kept=store.inventory(spec())).verify()
+
+
+def test_what_a_writer_takes_units_from_is_not_removed(store: SliceStore) -> None:
+    begin(store, spec(), 2)
+    with SliceWriter(store, spec(), store.inventory(spec())) as writer:
+        (each,) = store.unusable()
+        with pytest.raises(StoreError, match="uses it"):
+            store.remove(each)
+        put(store)  # the same slice, by another writer
+        fill(writer)
+        writer.commit()
+    assert list(unfinished(store.root)) == []
 
 
 @pytest.mark.parametrize("record", ["", "{}\n", "no JSON\n", "[1]\n{}\n"])

@@ -142,6 +142,9 @@ def _list_conversations() -> None:
     from tpirt.chat.saved import outline
 
     folder = journal_folder()
+    if folder is None:
+        print("conversations are not kept: there is no home directory; set XDG_STATE_HOME")
+        return
     found = journals(folder)
     rows = [("conversation", "last written", "model", "begins with")]
     for path in found[:_MOST_LISTED]:

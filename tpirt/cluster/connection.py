@@ -22,6 +22,7 @@ from tpirt.errors import (
     MemoryLimitError,
     PeerBusyError,
     PeerLostError,
+    StoreError,
     TpirtError,
 )
 from tpirt.planning import Deployment, PeerProfile
@@ -312,7 +313,8 @@ class Connection:
                 self._pace,
             )
         stored = self._store.find(manifests[0].slice_id)
-        assert stored is not None
+        if stored is None:
+            raise StoreError(f"{self._store.root}: the slice was removed meanwhile; start again")
         group = Group(clients, self._master, self._timeout_s, progress, self._tell_broken)
         try:
             await group.form(deployment, manifests, stored, self._store)

@@ -49,6 +49,7 @@ _log = logging.getLogger(__name__)
 # Bytes of a unit per message: a link of 100 kbit/s takes five seconds for one, far less than the
 # silence after which the other side counts as lost.
 CHUNK_BYTES = 64 << 10
+_SLOW_DISK = 10e6  # bytes a second
 _MOST_HOSTS = 4  # that are sent slices at once; each takes memory for a block or two here
 
 
@@ -249,8 +250,9 @@ async def send_slice(
             done += len(chunk.data)
             progress(Progress("sending slice", done, total, detail=f"rank {rank}"))
 
+    kept = spec.nbytes - total  # which the worker reads, and says nothing meanwhile
     try:
-        await client.upload("PutUnits", messages(), timeout_s)
+        await client.upload("PutUnits", messages(), timeout_s + kept / _SLOW_DISK)
     finally:
         await in_thread(chunks.close)
     await in_thread(maker.made, Manifest.of(spec, order.digests), store)
@@ -357,7 +359,7 @@ async def distribute(
 
     ``makers[r]`` makes rank ``r``'s slice in the format of its CPU. Workers on several hosts are
     served at once; those on one host in turn, as their writes would compete for its disk. A
-    cancelled call stops reading before it raises, and leaves no partial slice.
+    cancelled call stops reading before it raises; whole blocks of slices are kept for the next.
 
     Returns:
         The manifest of every rank's slice, by rank, and the bytes of weights that were sent.
@@ -367,7 +369,8 @@ async def distribute(
             others has ended.
     """
     await _stoppable(makers[0].checkpoint.hash_content, progress=progress)
-    await _stoppable(write_slice, makers[0], partition, 0, store, progress=progress)
+    own = await _stoppable(write_slice, makers[0], partition, 0, store, progress=progress)
+    held = await in_thread(own.hold)  # others may write to this store meanwhile
     hosts: dict[str, list[int]] = {}
     for rank, client in enumerate(clients, start=1):
         hosts.setdefault(client.address.rpartition(":")[0], []).append(rank)
@@ -388,6 +391,8 @@ async def distribute(
             tasks = [group.create_task(provide(ranks)) for ranks in hosts.values()]
     except BaseExceptionGroup as exc:
         raise exc.exceptions[0] from None
+    finally:
+        held.release()
     manifests = [
         maker.manifest(shard) for maker, shard in zip(makers, partition.shards, strict=True)
     ]

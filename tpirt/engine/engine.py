@@ -104,8 +104,9 @@ class Engine:
                 the bundled model when absent.
             options: how to run it; defaults when absent.
             local: number of ranks on this machine; ``local - 1`` worker processes are started.
-            peers: running workers instead, as addresses ``host:port`` or clients of another
-                transport than gRPC, which are closed on leaving, also with an error.
+            peers: running workers instead, as addresses ``host:port``, names of the cluster's
+                devices, or clients of another transport than gRPC, which are closed on leaving,
+                also with an error.
             spares: running workers that take the places of peers that are lost, or do not answer.
             progress: called with progress reports, also from other threads; later with what
                 happens while there is no request.
@@ -122,7 +123,8 @@ class Engine:
             PeerError, TransportError: a peer is overloaded, or sent something invalid.
             RequestError: the trace cannot be written.
 
-        Cancelled, it leaves no process, session or file of its own behind.
+        Cancelled, it leaves no process or session of its own behind; whole blocks of slices that
+        were begun stay in the stores for the next start.
 
         Example::
 
@@ -278,8 +280,9 @@ class Engine:
         ``contextlib.aclosing`` to leave early. A prefix that a prompt shares with another or an
         earlier request is not computed again.
 
-        If a peer is lost, or was since the last request, the same peers are connected again and all
-        tokens so far are computed again; ``progress`` tells. A step that fails once more raises.
+        If a peer is lost, or was since the last request, the group is formed again, by the same
+        peers, spares, or another plan, and all tokens so far are computed again; ``progress``
+        tells. It raises if that cannot be, or after more than four losses in a row.
 
         Args:
             prompt: text, messages or ids.

@@ -283,7 +283,7 @@ class GrpcPeerClient:
         return f"peer {self.peer_id}: it uses TLS, and this device does not; " + (
             f"leave out --insecure (and {INSECURE}=1) here"
             if self._trust.insecure
-            else "run `tpirt cluster init` here and invite it (`tpirt cluster invite`)"
+            else "run `tpirt cluster init` and `cluster invite` here, and start it with --join"
         )
 
 

@@ -19,7 +19,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ from tpirt.weights.manifest import (
 )
 from tpirt.weights.reader import buffer_bytes, read_file
 from tpirt.weights.room import Promise, Room
-from tpirt.weights.unfinished import set_aside, unfinished
+from tpirt.weights.unfinished import RECORD, set_aside, tidy_unfinished, unfinished
 from tpirt.weights.unit_bytes import BlockUnits
 
 _PARTIAL, _LOCK = ".partial-", ".lock-"
@@ -61,10 +61,17 @@ _SLICE_ID = re.compile(r"[0-9a-f]{24}")
 
 @dataclass(frozen=True)
 class StoredSlice:
-    """A whole slice on disk."""
+    """A slice on disk, or the whole blocks of an unfinished one.
+
+    Attributes:
+        path: its folder.
+        manifest: of what is whole.
+        record: the file in its folder that says so; whoever reads the slice locks it.
+    """
 
     path: Path
     manifest: Manifest
+    record: str = MANIFEST
 
     def block_path(self, index: int) -> Path:
         """The file of the block with this index."""
@@ -81,7 +88,7 @@ class StoredSlice:
         expected, got = self.manifest.blocks[index].xxh3_128, xxhash.xxh3_128_hexdigest(content)
         if got != expected:
             with contextlib.suppress(OSError):
-                (self.path / MANIFEST).unlink()
+                (self.path / self.record).unlink()
             raise DamagedSliceError(
                 f"{self.block_path(index)}: expected checksum {expected}, got {got}: its bytes "
                 f"have changed since they were written; {self.path} will be recreated"
@@ -93,18 +100,18 @@ class StoredSlice:
         Raises:
             StoreError: it is being removed now.
         """
-        held = lock(self.path / MANIFEST, shared=True)
+        held = lock(self.path / self.record, shared=True)
         if held is None:
             raise StoreError(f"{self.path}: is being removed; start again")
         with contextlib.suppress(OSError):  # not ours, or read-only
-            os.utime(self.path / MANIFEST)
+            os.utime(self.path / self.record)
         return held
 
     @property
     def used_s(self) -> float:
         """When it was used last, in seconds since the epoch."""
         try:
-            return (self.path / MANIFEST).stat().st_mtime
+            return (self.path / self.record).stat().st_mtime
         except OSError:
             return 0.0
 
@@ -147,10 +154,10 @@ class StoredSlice:
 
 @dataclass(frozen=True)
 class UnusableSlice:
-    """A slice whose manifest cannot be read.
+    """A slice that cannot be used as it is.
 
-    ``outdated`` if it has an older format; otherwise it has a newer one, or is damaged. ``fields``
-    are those of its manifest.
+    ``outdated`` if it has an older format; otherwise it has a newer one, is damaged, or unfinished.
+    ``fields`` are those of its manifest.
     """
 
     path: Path
@@ -159,6 +166,7 @@ class UnusableSlice:
     reason: str
     outdated: bool
     fields: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    record: str = MANIFEST
 
     def is_remade_as(self, spec: SliceSpec) -> bool:
         """Whether a slice of ``spec`` takes its place."""
@@ -349,11 +357,11 @@ class SliceStore:
         Raises:
             StoreError: a session uses it; the folder cannot be changed.
         """
-        held = lock(stored.path / MANIFEST)
+        held = lock(stored.path / stored.record)
         if held is None:
             raise StoreError(f"{stored.path}: a running session uses it; end that first")
         try:
-            (stored.path / MANIFEST).unlink(missing_ok=isinstance(stored, UnusableSlice))
+            (stored.path / stored.record).unlink(missing_ok=isinstance(stored, UnusableSlice))
             if stored.path != self.root:
                 shutil.rmtree(stored.path)
             elif isinstance(stored, StoredSlice):
@@ -382,7 +390,7 @@ class SliceStore:
     def index(self, spec: SliceSpec) -> UnitIndex:
         """Index the units that ``spec`` can consist of, also those of unfinished slices."""
         remove_leftovers(self.root)
-        begun = [StoredSlice(*each) for each in unfinished(self.root)]
+        begun = [StoredSlice(*each, RECORD) for each in unfinished(self.root)]
         return UnitIndex([*self.slices(), *begun], spec.space)
 
     def inventory(self, spec: SliceSpec, known: Sequence[bytes] = ()) -> list[bytes]:
@@ -426,12 +434,12 @@ class SliceStore:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / f"{manifest.spec.key}.json", manifest.to_json())
 
-    def promise(self, nbytes: int, kept: Collection[Path] = ()) -> Promise:
-        """Reserve room for a writer; with a limit, slices that were not used for longest go.
+    def promise(self, nbytes: int, *, of_slice: bool = False) -> Promise:
+        """Reserve room for a writer.
 
         Args:
             nbytes: size of what will be written.
-            kept: folders of slices that it needs.
+            of_slice: for which, with a limit, slices go that were not used for longest.
 
         Raises:
             StoreError: not enough room, or too many slices.
@@ -442,9 +450,9 @@ class SliceStore:
             raise StoreError(
                 f"{self.root}: has {count} slices already; remove some with `tpirt store rm`"
             )
-        return self._room.promise(nbytes, lambda excess: self._evict(excess, kept))
+        return self._room.promise(nbytes, self._evict if of_slice else lambda _: None)
 
-    def _evict(self, nbytes: int, kept: Collection[Path]) -> None:
+    def _evict(self, nbytes: int) -> None:
         """Remove what nobody uses, unfinished slices first, until ``nbytes`` are free."""
         wanted = self.bytes_used() - nbytes
         found: list[tuple[StoredSlice | UnusableSlice, str]] = [
@@ -460,10 +468,9 @@ class SliceStore:
             if self.bytes_used() <= wanted:
                 return
             with contextlib.suppress(StoreError):  # in use
-                if each.path not in kept:
-                    self.remove(each)
-                    limit = format_bytes(self.limit_bytes or 0)
-                    _log.info("removed %s (%s): the store's limit is %s", each.path, about, limit)
+                self.remove(each)
+                limit = format_bytes(self.limit_bytes or 0)
+                _log.info("removed %s (%s): the store's limit is %s", each.path, about, limit)
 
     def check_room(self, spec: SliceSpec, held: Sequence[bytes]) -> None:
         """Check that the blocks of a slice's missing units would fit, before any of them comes.
@@ -540,9 +547,17 @@ class Partial:
             path, file = root / f"{_PARTIAL}{unique}", root / f"{_LOCK}{unique}"
             file.touch(exist_ok=False)
             held = lock(file)
-            if held is not None and file.exists():  # not removed as a leftover
-                path.mkdir()
-                return cls(path, held)
+            if held is None:
+                continue
+            try:
+                if file.exists():  # not removed as a leftover
+                    path.mkdir()
+                    return cls(path, held)
+            except BaseException:
+                file.unlink(missing_ok=True)
+                held.release()
+                raise
+            held.release()
 
     def remove(self) -> None:
         """Remove it, if it was not renamed into place, but what is whole of it; idempotent."""
@@ -563,6 +578,7 @@ def remove_leftovers(root: Path) -> None:
     for folder in root.glob(f"{_PARTIAL}*"):
         if not _lock_of(folder).exists():
             _remove_partial(folder)
+    tidy_unfinished(root)
 
 
 def _remove_partial(path: Path) -> None:
@@ -611,7 +627,7 @@ def _unusable(folder: Path, reason: str) -> UnusableSlice | None:
 def _as_unusable(folder: Path, begun: Manifest) -> UnusableSlice:
     done, total, size = len(begun.blocks), len(begun.spec.blocks), format_bytes(begun.nbytes)
     reason = f"unfinished: {done} of {total} blocks, {size}, for the next start"
-    return UnusableSlice(folder, begun.spec.key, begun.model, reason, outdated=False)
+    return UnusableSlice(folder, begun.spec.key, begun.model, reason, outdated=False, record=RECORD)
 
 
 def _check_size(folder: Path, block: BlockFile) -> None:

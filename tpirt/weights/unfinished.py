@@ -17,12 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tpirt.errors import StoreError
-from tpirt.weights.manifest import BlockFile, Manifest, SliceSpec, parse_fields
+from tpirt.files import read_regular
+from tpirt.locks import lock
+from tpirt.weights.manifest import DIGEST_BYTES, BlockFile, Manifest, SliceSpec, parse_fields
 
 PREFIX = ".unfinished-"
-_RECORD = "record.jsonl"
+RECORD = "record.jsonl"
 _MOST = 4  # folders; older ones are removed
 _KEPT_S = 7 * 86_400.0
+_MOST_BYTES = 256 << 20  # of a record
 
 
 def record_block(folder: Path, spec: SliceSpec, block: BlockFile) -> None:
@@ -32,17 +35,17 @@ def record_block(folder: Path, spec: SliceSpec, block: BlockFile) -> None:
         OSError: the record cannot be written.
     """
     lines: list[dict[str, object]] = []
-    if not (folder / _RECORD).exists():
+    if not (folder / RECORD).exists():
         lines.append(spec.fields())
     lines.append({"digests": block.digests.hex(), "xxh3_128": block.xxh3_128})
-    with open(folder / _RECORD, "a", encoding="utf-8") as file:
+    with open(folder / RECORD, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def end_record(folder: Path) -> None:
     """Remove the record: what is in the folder is a slice, or of no use."""
     with contextlib.suppress(OSError):
-        (folder / _RECORD).unlink()
+        (folder / RECORD).unlink()
 
 
 def set_aside(folder: Path) -> bool:
@@ -54,7 +57,6 @@ def set_aside(folder: Path) -> bool:
         os.rename(folder, folder.with_name(PREFIX + folder.name.lstrip(".").partition("-")[2]))
     except OSError:
         return False
-    _remove_old(folder.parent)
     return True
 
 
@@ -66,35 +68,56 @@ def unfinished(root: Path) -> Iterator[tuple[Path, Manifest]]:
             yield folder, manifest
 
 
+def tidy_unfinished(root: Path) -> None:
+    """Remove what is old, and all but the longest of what was to become one slice."""
+    found: dict[str, list[tuple[int, float, Path]]] = {}
+    for folder in root.glob(f"{PREFIX}*"):
+        manifest = _read(folder)
+        with contextlib.suppress(OSError):
+            changed_s = (folder / RECORD).stat().st_mtime
+            if manifest is None or changed_s < time.time() - _KEPT_S:
+                _remove(folder)
+            else:
+                entry = (len(manifest.blocks), changed_s, folder)
+                found.setdefault(manifest.spec.key, []).append(entry)
+    longest = []
+    for entries in found.values():
+        *shorter, best = sorted(entries)
+        longest.append(best)
+        for _, _, folder in shorter:
+            _remove(folder)
+    longest.sort(key=lambda entry: entry[1], reverse=True)
+    for _, _, folder in longest[_MOST:]:
+        _remove(folder)
+
+
 def remove_unfinished(root: Path, key: str) -> None:
     """Remove what was to become the slice with this key: there is one."""
     for folder in root.glob(f"{PREFIX}{key}-*"):
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, unless a writer reads it."""
+    held = lock(folder / RECORD)
+    if held is not None:
         shutil.rmtree(folder, ignore_errors=True)
+        held.release()
 
 
 def _read(folder: Path) -> Manifest | None:
     """What a folder's record says; a last line that was cut does not count."""
     try:
-        text = (folder / _RECORD).read_text(encoding="utf-8")
+        text = read_regular(folder / RECORD, _MOST_BYTES).decode()
         first, *lines = text.split("\n")[:-1]
         spec = SliceSpec.from_fields(parse_fields(first))
         blocks = []
-        for block, line in zip(spec.blocks, lines, strict=False):
+        for block, units, line in zip(spec.blocks, spec.units, lines, strict=False):
             fields = parse_fields(line)
             digests, checksum = bytes.fromhex(fields["digests"]), str(fields["xxh3_128"])
+            if len(digests) != DIGEST_BYTES * len(units):
+                return None
             blocks.append(BlockFile.of(block, digests, checksum))
     except (OSError, StoreError, ValueError, KeyError, TypeError):
         return None
     return Manifest(spec, tuple(blocks))
-
-
-def _remove_old(root: Path) -> None:
-    since_s = time.time() - _KEPT_S
-    found = []
-    for folder in root.glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError):
-            found.append(((folder / _RECORD).stat().st_mtime, folder))
-    found.sort(reverse=True)
-    for number, (changed_s, folder) in enumerate(found):
-        if number >= _MOST or changed_s < since_s:
-            shutil.rmtree(folder, ignore_errors=True)

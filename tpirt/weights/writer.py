@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -89,14 +90,15 @@ class SliceWriter:
         self._incoming: _Incoming | None = None
         try:
             self._root.mkdir(parents=True, exist_ok=True)
-            needed = {place.stored.path for place in self._sources.values()}
-            needed |= {stored.path for stored, _ in self._files.values()}
-            self._promise = store.promise(self._new_bytes, needed)
-            try:
+            with ExitStack() as stack:
+                self._held = stack.enter_context(ExitStack())  # sources: nobody removes them
+                for source in self._sources_in_use():
+                    self._held.callback(source.hold().release)
+                self._promise = store.promise(self._new_bytes, of_slice=True)
+                stack.callback(self._promise.release)
                 self._partial = Partial.create(self._root, spec.key)
-            except BaseException:
-                self._promise.release()
-                raise
+                stack.callback(self._partial.remove)
+                self._stack = stack.pop_all()
         except OSError as exc:
             raise _write_error(self._root, exc) from exc
 
@@ -110,8 +112,7 @@ class SliceWriter:
 
     def close(self) -> None:
         """End; of a slice that was not committed whole blocks are kept. Idempotent."""
-        self._partial.remove()
-        self._promise.release()
+        self._stack.close()
 
     @property
     def new_bytes(self) -> int:
@@ -174,6 +175,7 @@ class SliceWriter:
             StoreError: units are missing, or the disk refused.
         """
         self._finish_before(len(self.spec.blocks))
+        self._held.close()  # one of them may be the damaged slice that this one mends
         manifest = Manifest(self.spec, tuple(self._done))
         target = self._root / manifest.slice_id
         try:
@@ -189,7 +191,8 @@ class SliceWriter:
                 os.rename(self._partial.path, target)
             sync_folder(self._root)
         except OSError as exc:
-            raise _write_error(self._root, exc) from exc
+            raise self._refused(exc) from exc
+        self._stack.close()
         remove_unfinished(self._root, self.spec.key)
         return StoredSlice(target, manifest)
 
@@ -225,6 +228,11 @@ class SliceWriter:
                 )
             sources[number] = place
         return sources
+
+    def _sources_in_use(self) -> list[StoredSlice]:
+        found = [place.stored for place in self._sources.values()]
+        found += [stored for stored, _ in self._files.values()]
+        return list({stored.path: stored for stored in found}.values())
 
     def _kept_of(self, index: int) -> list[bytes]:
         start = self._starts[index]

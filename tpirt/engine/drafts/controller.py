@@ -363,7 +363,8 @@ class DraftController:
             if rate > best_rate and self._losses.left_s >= step_s - base_s:
                 best, best_rate = len(order), rate
                 self._predicted = (expected, step_s)
-        self._gain = best_gain
+        if order:  # else what prospects promise stands
+            self._gain = best_gain
         gain = best_rate / base_rate
         if gain < _LEAST_GAIN:
             best = int(self._losses.is_full)  # there is so much to lose that one can be tried

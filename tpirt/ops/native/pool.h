@@ -13,6 +13,6 @@ pool *pool_new(int threads);
 void pool_free(pool *p);
 int pool_threads(const pool *p);
 
-/* Run work over [0, count) in at most 2^24 pieces of ``step``; returns when all are done.
+/* Run work over [0, count) in fewer than 2^24 - 1024 pieces of ``step``; returns when all are done.
  * Any thread may call it; while another one's call runs, the work is done by the caller alone. */
 void pool_run(pool *p, pool_work *work, void *arg, long count, long step);

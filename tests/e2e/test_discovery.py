@@ -23,6 +23,7 @@ from tpirt.testing.models import make_model
 from tpirt.transport.mdns import SERVICE
 
 NAME = socket.gethostname()
+NOBODY = "no device was found; `tpirt cluster invite` lets one join, `tpirt peer` starts it\n"
 HOSTILE = (b"name=\x1b[31mkitchen\n\r" + b"x" * 200, b"version=\xff\x00", b"protocol")
 
 
@@ -194,7 +195,7 @@ def test_without_a_network(tmp_path: Path) -> None:
     with lan(1, tmp_path) as (device,):
         device.ip("address", "flush", "dev", INTERFACE)
         code, out, err = device.run("peers", "--seconds", "1")
-        assert (code, out) == (0, "no device was found\n")
+        assert (code, out) == (0, NOBODY)
         assert "the network cannot be searched (mDNS): this device has no network" in err
         peer = serve(device, "--insecure")
         assert peer.stderr is not None
@@ -224,7 +225,7 @@ def test_mdns_port_in_use(tmp_path: Path) -> None:
         with owner:
             owner.bind(("", 5353))
             code, out, err = device.run("peers", "--seconds", "1")
-            assert (code, out) == (0, "no device was found\n")
+            assert (code, out) == (0, NOBODY)
             assert err == ("tpirt: the network cannot be searched (mDNS): Address already in use\n")
             peer = serve(device, "--insecure")
             assert peer.stderr is not None

@@ -61,7 +61,17 @@ def test_files_are_private(cluster: MadeCluster, tmp_path: Path) -> None:
     assert {folder.stat().st_mode & 0o777 for folder in folders} == {0o700}
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense", bytes(1000), b"-----BEGIN CERTIFICATE-----"])
+NULL = b'{"format": 1, "members": [{"name": null, "identity": "a", "joined": "", "expires": ""}]}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"nonsense", bytes(1000), b"-----BEGIN CERTIFICATE-----"),
+        pytest.param(b"[" * 100_000, id="nested"),
+        NULL,
+    ],
+)
 def test_damaged_files_are_named(content: bytes, cluster: MadeCluster, tmp_path: Path) -> None:
     for name, load in (
         (IDENTITY_FILE, Identity.load),

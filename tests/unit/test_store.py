@@ -700,6 +700,25 @@ def test_what_was_not_used_for_longest_gives_way_and_never_what_is_used(
     held.release()
 
 
+def test_what_is_broken_is_listed_and_gives_way_first(store: SliceStore) -> None:
+    old, broken = aged(put(store, spec(0, 1)), 5), put(store, spec(0, 1, fingerprint="e" * 32))
+    (broken.path / MANIFEST).unlink()
+    (shown,) = store.unusable()
+    assert (shown.path, shown.reason) == (broken.path, "damaged: its manifest is missing")
+    assert store.matching([broken.path.name]) == [shown]
+    bounded = SliceStore(store.root, store.bytes_used())
+    new = put(bounded, spec(0, 1, fingerprint="d" * 32))
+    assert bounded.slices() == sorted([old, new], key=lambda each: each.path)
+    assert bounded.unusable() == []
+
+
+def test_a_last_use_in_the_future_is_an_old_one(store: SliceStore) -> None:
+    """By a clock that was wrong."""
+    put_before = aged(put(store, spec(0, 1)), -9000)
+    new = put(SliceStore(store.root, store.bytes_used()), spec(0, 1, fingerprint="e" * 32))
+    assert store.slices() == [new] != [put_before]
+
+
 def test_sources_of_a_slice_do_not_give_way_to_it(store: SliceStore) -> None:
     old = aged(put(store, spec(0, 1)), 5)
     bounded = SliceStore(store.root, store.bytes_used())

@@ -20,7 +20,8 @@ from tpirt.errors import LogitsError, MemoryLimitError, PeerLostError, RequestEr
 from tpirt.terminal import is_terminal
 from tpirt.types import Progress, SamplingParams
 
-_MAKE_ROOM = "/reset begins a new conversation; /save FILE keeps this one."
+_ANEW = "/reset begins a new conversation"
+_MAKE_ROOM = f"{_ANEW}; /save FILE keeps this one."
 
 Around = Callable[[], AbstractContextManager[None]]
 
@@ -186,11 +187,16 @@ class Session:
             usable = max(used, self.engine.deployment.usable_context)  # token by token, more fit
             self.console.status(f"{self.timing}, context {used}/{usable}")
 
+    @property
+    def _is_typed(self) -> bool:
+        """Whether somebody types the messages, and can type commands."""
+        return self.options.prompt is None and is_terminal(sys.stdin)
+
     def _why_cut(self) -> str:
         if self.talk.used_tokens >= self.engine.context_length:
-            return "[the context is full: /reset begins a new conversation]"
+            return "[the context is full" + (f": {_ANEW}]" if self._is_typed else "]")
         assert self.timing is not None
-        typed = self.options.prompt is None and is_terminal(sys.stdin)
+        typed = self._is_typed
         more = "/set max_tokens allows more" if typed else "--max-tokens N for more"
         return f"[cut at {self.timing.tokens} tokens: {more}]"
 

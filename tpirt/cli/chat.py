@@ -48,7 +48,9 @@ def add_command(commands: Commands) -> None:
     add_engine_options(parser)
     add_context_option(parser)
     add_draft_option(parser)
-    add_target_options(parser.add_argument_group("targets", "/stats says how many met them"))
+    add_target_options(
+        parser.add_argument_group("targets", "/stats says how many answers were in time")
+    )
     add_sampling_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this prompt once and exit")

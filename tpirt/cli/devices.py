@@ -87,7 +87,7 @@ def _show(
         print(json.dumps([_fields(each) for each in found], indent=2))
         return
     if not found:
-        print("no device was found")
+        print("no device was found; `tpirt cluster invite` lets one join, `tpirt peer` starts it")
         return
     print("\n".join(table([head, *map(row, found)], left=2, columns=width(sys.stdout))))
     for each in found:

@@ -84,12 +84,13 @@ def client_of(peer: str, trust: Trust) -> GrpcPeerClient:
     given = None
     with contextlib.suppress(ConfigError):
         given = Address.parse(peer)
-    for member in _members(trust):
+    members = _members(trust)
+    for member in members:
         if peer == member.identity:
             return GrpcPeerClient(_device(member), trust)
         if given is not None and given.host == member.name:
             return GrpcPeerClient(_device(member, given), trust)
-    return GrpcPeerClient(peer, trust)
+    return GrpcPeerClient(peer, trust, [member.name for member in members])
 
 
 async def survey(

@@ -68,7 +68,7 @@ def _records(path: Path) -> dict[str, Any]:
     """What is recorded, by machine: a store may serve several, or one with other kernels in C."""
     try:
         records = json.loads(read_regular(path))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return records if isinstance(records, dict) else {}
 

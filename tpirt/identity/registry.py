@@ -51,6 +51,14 @@ class Member:
         return max(0, (end - datetime.now(UTC)).days)
 
 
+def _member(entry: dict[str, object], known: set[str]) -> Member:
+    """Parse an entry; what a later version has besides is left out."""
+    texts = {name: value for name, value in entry.items() if name in known}
+    if not all(isinstance(value, str) for value in texts.values()):
+        raise ValueError("expected texts")
+    return Member(**texts)  # type: ignore[arg-type]
+
+
 class Registry:
     """The register in one file."""
 
@@ -70,11 +78,8 @@ class Registry:
             if found["format"] != _FORMAT:
                 raise ValueError
             known = {field.name for field in fields(Member)}
-            return [
-                Member(**{name: str(value) for name, value in each.items() if name in known})
-                for each in found["members"]
-            ]
-        except (ValueError, TypeError, KeyError, AttributeError) as exc:
+            return [_member(each, known) for each in found["members"]]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
             raise IdentityError(
                 f"{self._path}: not a register of members; restore it from a copy"
             ) from exc

@@ -91,10 +91,11 @@ logging.getLogger("asyncio").addFilter(_is_news)
 class GrpcPeerClient:
     """See :class:`tpirt.transport.base.PeerClient`."""
 
-    def __init__(self, peer: str | Device, trust: Trust | None = None):
+    def __init__(self, peer: str | Device, trust: Trust | None = None, known: Sequence[str] = ()):
         """Connect to ``HOST[:PORT]``, or to a device wherever it is, at the first call.
 
-        Without ``trust``, this user's as a master.
+        Without ``trust``, this user's as a master. ``known`` are names of devices that could be
+        meant, should the host be unknown.
 
         Raises:
             ConfigError: not an address.
@@ -109,6 +110,7 @@ class GrpcPeerClient:
         self.address = str(self._address)
         self.certificate: Certificate | None = None
         self._trust = trust or Trust(MASTER)
+        self._known = known
         self._met = self._address  # in digits, once it was met
         self._connection: grpc.aio.Channel | None = None
         self._connecting = asyncio.Lock()
@@ -178,7 +180,7 @@ class GrpcPeerClient:
                 if not refused or loop.time() - started > min(_PATIENCE_S, timeout_s):
                     if refused and await self._is_protected():
                         raise IdentityError(self._unprotected()) from exc
-                    raise unreachable(self._address, exc, timeout_s) from exc
+                    raise unreachable(self._address, exc, timeout_s, self._known) from exc
                 await asyncio.sleep(RETRY_S)
             else:
                 return reply
@@ -245,7 +247,7 @@ class GrpcPeerClient:
         try:
             return await self._channel()
         except grpc.aio.AioRpcError as exc:
-            raise unreachable(self._address, exc, CONNECT_S) from exc
+            raise unreachable(self._address, exc, CONNECT_S, self._known) from exc
 
     async def _open(self, method: str) -> Channel:
         """Make a call, and the connection for its frames if there can be one."""

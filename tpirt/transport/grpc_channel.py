@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -227,8 +227,13 @@ def is_foreign(exc: grpc.aio.AioRpcError) -> bool:
     )
 
 
-def unreachable(address: Address, exc: grpc.aio.AioRpcError, timeout_s: float) -> TpirtError:
-    """Word a request that got no answer: the peer as the user gave it, why, and what to do."""
+def unreachable(
+    address: Address, exc: grpc.aio.AioRpcError, timeout_s: float, known: Sequence[str] = ()
+) -> TpirtError:
+    """Word a request that got no answer: the peer as the user gave it, why, and what to do.
+
+    ``known`` are names that could be meant instead of an unknown host.
+    """
     details = printable_line(exc.details() or "")
     cause = details.rpartition("last error: ")[2]
     if is_foreign(exc):
@@ -245,6 +250,8 @@ def unreachable(address: Address, exc: grpc.aio.AioRpcError, timeout_s: float) -
     for signs, why in _CAUSES.items():
         if any(sign in details for sign in signs):
             words = why.format(port=address.port, patience=f"{CONNECT_S:g} s")
+            if known and "host name" in words:
+                words += f". Devices of the cluster: {', '.join(known)}"
             return PeerUnreachableError(f"peer {address}: {words}")
     return PeerUnreachableError(f"peer {address}: {cause}; is `tpirt peer` running there?")
 

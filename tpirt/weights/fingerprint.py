@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -23,7 +22,7 @@ import xxhash
 
 from tpirt.cache_folder import cache_folder
 from tpirt.errors import StoreError
-from tpirt.files import read_regular
+from tpirt.files import read_regular, write_atomically
 from tpirt.ops.buffers import page_buffer, tensor_bytes
 from tpirt.types import Progress, ProgressCallback
 from tpirt.weights.header import TensorInfo
@@ -133,7 +132,7 @@ def _remembered(path: Path | None, state: dict[str, list[int]]) -> str | None:
         if noted is None or noted["files"] != state:
             return None
         digest = noted["digest"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return digest if isinstance(digest, str) and len(digest) == 64 else None
 
@@ -144,8 +143,4 @@ def _remember(path: Path | None, state: dict[str, list[int]], digest: str) -> No
         return
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=".", delete=False, encoding="utf-8"
-        ) as file:
-            json.dump({"files": state, "digest": digest}, file)
-        os.replace(file.name, path)
+        write_atomically(path, json.dumps({"files": state, "digest": digest}))

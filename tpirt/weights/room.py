@@ -103,7 +103,8 @@ class Room:
             raise StoreError(
                 f"{self._root}: the slice needs {format_bytes(needed)}, and {format_bytes(used)} "
                 f"of the store's limit of {format_bytes(self._limit_bytes)} are in use, or were in "
-                "the last ten minutes; end other sessions, or raise --store-limit"
+                "the last ten minutes; end other sessions, remove slices with `tpirt store rm`, or "
+                "raise --store-limit"
             )
 
     def _too_large(self, needed: int) -> StoreError:

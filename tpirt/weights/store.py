@@ -330,10 +330,11 @@ class SliceStore:
         found = []
         for folder in self._folders():
             try:
-                _read_manifest(folder)
+                manifest, reason = _read_manifest(folder), "damaged: its manifest is missing"
             except StoreError as exc:
-                if (entry := _unusable(folder, str(exc))) is not None:
-                    found.append(entry)
+                manifest, reason = None, str(exc)
+            if manifest is None and (entry := _unusable(folder, reason)) is not None:
+                found.append(entry)
         return found + [_as_unusable(*each) for each in unfinished(self.root)]
 
     def matching(self, ids: Sequence[str]) -> list[StoredSlice | UnusableSlice]:
@@ -453,15 +454,14 @@ class SliceStore:
         return self._room.promise(nbytes, self._evict if of_slice else lambda _: None)
 
     def _evict(self, nbytes: int) -> None:
-        """Remove what nobody uses, unfinished slices first, until ``nbytes`` are free."""
-        wanted = self.bytes_used() - nbytes
+        """Remove what nobody uses until ``nbytes`` are free: first what cannot be used as it is."""
+        wanted, now_s = self.bytes_used() - nbytes, time.time()
         found: list[tuple[StoredSlice | UnusableSlice, str]] = [
-            (_as_unusable(*each), f"{each[1].model}, unfinished") for each in unfinished(self.root)
+            (each, f"{each.model}, {each.reason}") for each in self.unusable()
         ]
-        until_s = time.time() - _RESTS_S
         for stored in sorted(self.slices(), key=lambda stored: stored.used_s):
-            if stored.used_s > until_s:
-                break
+            if now_s - _RESTS_S < stored.used_s <= now_s:  # later: by a clock that was wrong
+                continue
             since = time.strftime("%Y-%m-%d", time.localtime(stored.used_s))
             found.append((stored, f"{stored.manifest.model}, last used on {since}"))
         for each, about in found:

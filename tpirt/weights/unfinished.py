@@ -106,18 +106,21 @@ def _remove(folder: Path) -> None:
 
 
 def _read(folder: Path) -> Manifest | None:
-    """What a folder's record says; a last line that was cut does not count."""
+    """What a folder's record says, up to a line that was cut or damaged."""
     try:
-        text = read_regular(folder / RECORD, _MOST_BYTES).decode()
+        text = read_regular(folder / RECORD, _MOST_BYTES).decode(errors="replace")
         first, *lines = text.split("\n")[:-1]
         spec = SliceSpec.from_fields(parse_fields(first))
-        blocks = []
-        for block, units, line in zip(spec.blocks, spec.units, lines, strict=False):
+    except (OSError, StoreError, ValueError):
+        return None
+    blocks = []
+    for block, units, line in zip(spec.blocks, spec.units, lines, strict=False):
+        try:
             fields = parse_fields(line)
             digests, checksum = bytes.fromhex(fields["digests"]), str(fields["xxh3_128"])
-            if len(digests) != DIGEST_BYTES * len(units):
-                return None
-            blocks.append(BlockFile.of(block, digests, checksum))
-    except (OSError, StoreError, ValueError, KeyError, TypeError):
-        return None
+        except (StoreError, ValueError, KeyError, TypeError):
+            break
+        if len(digests) != DIGEST_BYTES * len(units):
+            break
+        blocks.append(BlockFile.of(block, digests, checksum))
     return Manifest(spec, tuple(blocks))

@@ -237,13 +237,13 @@ def _compiled(
     reasons = []
     for compiler in found:
         _log.info(_NOTICE, compiler.name)
-        progress(Progress(_STAGE, 0, 0))
+        progress(Progress(_STAGE, 0, 0, "seconds"))
         try:
             return compile_library(compiler, stop=stop)
         except CompileError as exc:
             reasons.append(str(exc))
         finally:
-            progress(Progress(_STAGE, 1, 1))
+            progress(Progress(_STAGE, 1, 1, "seconds"))
     raise CompileError(f"{'; '.join(reasons)} ({_ADVICE})")
 
 

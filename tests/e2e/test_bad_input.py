@@ -23,6 +23,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.support.interrupted import INTERRUPTED
+from tests.support.nightly import nightly
 from tpirt.cli.main import main
 from tpirt.testing.models import make_model
 from tpirt.testing.processes import (
@@ -752,7 +753,9 @@ def test_closed_standard_streams(long_answer: list[str], closed: str, code: int)
     assert done.returncode == code
 
 
-@pytest.mark.parametrize("arguments", ["info", "--help", "peer --help", "--version"])
+@pytest.mark.parametrize(
+    "arguments", ["info", nightly("--help"), nightly("peer --help"), "--version"]
+)
 @pytest.mark.parametrize(
     ("output", "reason"), [(">&-", "Bad file descriptor"), ("> /dev/full", "No space left on")]
 )

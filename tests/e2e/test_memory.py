@@ -43,6 +43,7 @@ def test_two_sessions_in_a_row_stay_within_a_tight_limit(tmp_path: Path) -> None
                 assert rank["peak_rss_bytes"] <= parse_bytes(limit), (session, limit)
 
 
+@pytest.mark.nightly
 @cpu_build
 def test_sixteen_prompts_at_once_stay_within_a_tight_limit(tmp_path: Path) -> None:
     """Of all lengths, so that steps have many numbers of rows; some wait for memory."""

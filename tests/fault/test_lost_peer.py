@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.nightly import nightly
 from tests.support.plans import allow_one_plan
 from tpirt.engine import Engine, EngineOptions
 from tpirt.errors import PeerLostError
@@ -252,7 +253,7 @@ async def test_local_workers_end_with_the_engine_whatever_happened(
     assert survivors(workers) == []
 
 
-@pytest.mark.parametrize("stage", ["worker dies", "Ctrl-C", "master dies"])
+@pytest.mark.parametrize("stage", [nightly("worker dies"), "Ctrl-C", "master dies"])
 def test_command_ends_clean_when_it_is_interrupted_while_it_generates(
     model: Path, tmp_path: Path, stage: str
 ) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.nightly import nightly
 from tpirt.cluster import spill_disk
 from tpirt.cluster.group import Group
 from tpirt.engine import Engine, spilling
@@ -72,7 +73,7 @@ def so_far(engine: Engine) -> dict[str, int]:
 
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("kv", ["auto", "int8"])
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("world_size", [nightly(1), 3])
 async def test_tokens_are_those_without_spilling(
     model: Path, store: Path, crowded: None, world_size: int, kv: str, window: int | None
 ) -> None:
@@ -97,7 +98,7 @@ def shorten(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [change_a_byte, shorten, Path.unlink])
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("world_size", [nightly(1), 3])
 async def test_what_cannot_be_read_is_computed_again(
     model: Path, store: Path, crowded: None, world_size: int, damage: Callable[[Path], None]
 ) -> None:

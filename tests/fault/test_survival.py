@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.fault.test_replan import CountingClient, unit_sizes
+from tests.support.nightly import nightly
 from tpirt.engine import Engine, EngineOptions
 from tpirt.errors import ConfigError, PeerLostError, PeerUnreachableError
 from tpirt.testing.cluster import memory_engine
@@ -99,7 +100,7 @@ async def answer(
     return tokens
 
 
-@pytest.mark.parametrize("phase", ["idle", "prompt", "answer"])
+@pytest.mark.parametrize("phase", [nightly("idle"), nightly("prompt"), "answer"])
 async def test_a_spare_takes_the_place_of_a_killed_peer(
     model: Path, peers: Peers, tmp_path: Path, expected: list[int], phase: str
 ) -> None:
@@ -227,7 +228,7 @@ async def test_a_spare_that_cannot_take_the_place_is_left_out(
             assert engine.peers[1].peer_id == full.address
 
 
-@pytest.mark.parametrize("whose", ["master", "peer"])
+@pytest.mark.parametrize("whose", [nightly("master"), "peer"])
 async def test_a_damaged_slice_is_replaced(
     model: Path, peers: Peers, tmp_path: Path, expected: list[int], whose: str
 ) -> None:

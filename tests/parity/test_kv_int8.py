@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.support.kernels import multiply_in_c
+from tests.support.nightly import nightly
 from tpirt.batch import DEFAULT_COLLECTIVE, Segment
 from tpirt.cluster.collective_policy import CollectivePolicy
 from tpirt.dtypes import RUN_DTYPES
@@ -129,7 +130,7 @@ async def test_ranks_agree(model: Path) -> None:
 
 
 @pytest.mark.parametrize("micro_batches", [False, True], ids=["whole", "halves"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [nightly("float32"), "bfloat16"])
 async def test_streamed_equals_resident_bit_for_bit(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, micro_batches: bool
 ) -> None:

@@ -96,7 +96,7 @@ async def test_logits_are_those_of_the_rounded_weights(
     [
         ("int8", "float32", 0),
         nightly("int8", "bfloat16", 0),
-        ("int8", "bfloat16", 1),
+        nightly("int8", "bfloat16", 1),
         nightly("int4", "float32", 0),
         ("int4", "bfloat16", 0),
         nightly("int4", "bfloat16", 1),

@@ -210,6 +210,7 @@ def test_a_peer_dies_during_an_answer(start: Start) -> None:
     leave(chat)
 
 
+@pytest.mark.nightly
 def test_a_peer_dies_and_there_is_no_other_plan(start: Start, tmp_path: Path) -> None:
     store = tmp_path / "store"
     chat = start("--local", "2", "--store", str(store), *ENDLESS)

@@ -197,6 +197,7 @@ async def test_cancel_storm_of_prompts_in_micro_batches(
         await check_answers(engine, expected)
 
 
+@pytest.mark.nightly
 async def test_cancel_storm_over_grpc(
     model: Path, expected: list[list[int]], tmp_path: Path
 ) -> None:

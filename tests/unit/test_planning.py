@@ -573,6 +573,7 @@ def just_enough(path: Path, world_size: int) -> int:
     return PROCESS_BYTES - budgets[0].base_bytes + max(needed)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("world_size", [1, 2])
 async def test_reset_gives_the_memory_of_a_conversation_back(
     deep_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int

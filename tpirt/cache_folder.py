@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from tpirt.errors import StoreError
-from tpirt.files import nearest
+from tpirt.files import can_be_made
 
 _ADVICE = "give --store DIR, or set XDG_CACHE_HOME"
 
@@ -32,11 +32,7 @@ def lasting_cache() -> Path | None:
         return given / "tpirt"
     home = os.path.expanduser("~")  # unlike pathlib, it does not fail without one
     folder = Path(home) / ".cache" / "tpirt"
-    if not folder.is_absolute():
-        return None
-    there = nearest(folder)
-    fits = there.is_dir() and (there == folder or os.access(there, os.W_OK | os.X_OK))
-    return folder if fits else None
+    return folder if folder.is_absolute() and (folder.is_dir() or can_be_made(folder)) else None
 
 
 def temporary_folder() -> Path:

@@ -24,6 +24,12 @@ def nearest(path: Path) -> Path:
     return next(each for each in (path, *path.absolute().parents) if os.path.lexists(each))
 
 
+def can_be_made(folder: Path) -> bool:
+    """Whether something can be made in a folder, which is made first if it is missing."""
+    there = nearest(folder)
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
 def open_regular(path: Path) -> int:
     """Open a regular file for reading and return its descriptor.
 

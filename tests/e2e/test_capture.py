@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests.e2e.test_privacy import SECRET, leaks
 from tests.support.capture import Capture, capturing
-from tests.support.lan import LanDevice, lan
+from tests.support.lan import lan
 from tests.support.nightly import nightly
 from tpirt.testing.models import make_model
 from tpirt.text import Tokenizer
@@ -23,25 +23,6 @@ from tpirt.transport.tickets import PORT_OFFSET
 
 PEER_PORT = 50051
 MASTER_NAME, PEER_NAME = "mastodon-in-the-study", "ocelot-in-the-kitchen"
-
-
-def opened(master: LanDevice, peer: LanDevice) -> str:
-    """Have the peer join a new cluster; returns the code."""
-    master.good("cluster", "init")
-    invitation = master.start("cluster", "invite")
-    assert invitation.stdout is not None
-    where = next(
-        found[1] for line in invitation.stdout if (found := re.search(r"--join (\S+)", line))
-    )
-    serve(peer, "--join", where)
-    assert "has joined" in invitation.communicate(timeout=60)[0]
-    return where.rpartition("/")[2]
-
-
-def serve(peer: LanDevice, *options: str) -> None:
-    process = peer.start("peer", *options)
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith("listening on"), process.communicate()[1]
 
 
 def rows_of(model: Path, ids: list[int]) -> Iterator[bytes]:
@@ -61,9 +42,10 @@ def test_a_capture_shows_nothing_beyond_handshakes_and_announcements(
         master.host_name, peer.host_name = MASTER_NAME, PEER_NAME
         code = ""
         if way == "--insecure":
-            serve(peer, way)
+            peer.serve(way)
         else:
-            code = opened(master, peer)
+            master.good("cluster", "init")
+            code = peer.join(master)
         chat = ["chat", "--model", str(model), "--prompt", SECRET, "--max-tokens", "12"]
         named = peer.address if code == "" else PEER_NAME
         options = [way] if way == "--discover" else ["--peers", named]

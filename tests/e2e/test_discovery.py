@@ -23,6 +23,7 @@ from tpirt.testing.models import make_model
 from tpirt.transport.mdns import SERVICE
 
 NAME = socket.gethostname()
+QUIETLY = ("--threads", "1", "--quiet")
 NOBODY = "no device was found; `tpirt cluster invite` lets one join, `tpirt peer` starts it\n"
 HOSTILE = (b"name=\x1b[31mkitchen\n\r" + b"x" * 200, b"version=\xff\x00", b"protocol")
 
@@ -38,27 +39,13 @@ def devices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[LanDevice
     with lan(4, tmp_path_factory.mktemp("lan")) as (master, *others):
         master.good("cluster", "init", "--name", "home")
         for device in others[:2]:
-            join(master, device)
+            device.join(master, *QUIETLY)
+            device.stop()
         yield [master, *others]
 
 
-def join(master: LanDevice, device: LanDevice) -> None:
-    invitation = master.start("cluster", "invite")
-    assert invitation.stdout is not None
-    where = next(
-        found[1] for line in invitation.stdout if (found := re.search(r"--join (\S+)", line))
-    )
-    serve(device, "--join", where)
-    assert "has joined" in invitation.communicate(timeout=60)[0]
-    device.stop()
-
-
 def serve(device: LanDevice, *options: str) -> subprocess.Popen[str]:
-    peer = device.start("peer", "--threads", "1", "--quiet", *options)
-    assert peer.stdout is not None
-    line = peer.stdout.readline()
-    assert line.startswith("listening on"), (line, peer.communicate()[1])
-    return peer
+    return device.serve(*QUIETLY, *options)
 
 
 def listed(master: LanDevice, *command: str) -> dict[tuple[str, str], dict[str, Any]]:

@@ -29,9 +29,7 @@ def test_a_link_is_down_for_some_seconds(side: str, tmp_path: Path) -> None:
     with lan(3, tmp_path) as (master, *peers):
         expected = [json.loads(line) for line in master.good(*arguments).splitlines()]
         for peer in peers:
-            process = peer.start("peer", "--threads", "1", "--insecure", "--no-announce")
-            assert process.stdout is not None
-            assert process.stdout.readline().startswith("listening on")
+            peer.serve("--threads", "1", "--insecure", "--no-announce")
         addresses = ",".join(f"{peer.address}:50051" for peer in peers)
         device = master if side == "master" else peers[0]
         many = master.start(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -72,6 +73,25 @@ class LanDevice:
         code, out, err = self.run(*arguments, stdin=stdin)
         assert code == 0, err
         return out
+
+    def serve(self, *options: str) -> subprocess.Popen[str]:
+        """Start ``tpirt peer`` on the device; it listens."""
+        peer = self.start("peer", *options)
+        assert peer.stdout is not None
+        line = peer.stdout.readline()
+        assert line.startswith("listening on"), (line, peer.communicate()[1])
+        return peer
+
+    def join(self, master: LanDevice, *options: str) -> str:
+        """Have the device join the cluster of ``master`` and serve; returns the code."""
+        invitation = master.start("cluster", "invite")
+        assert invitation.stdout is not None
+        where = next(
+            found[1] for line in invitation.stdout if (found := re.search(r"--join (\S+)", line))
+        )
+        self.serve(*options, "--join", where)
+        assert "has joined" in invitation.communicate(timeout=60)[0]
+        return where.rpartition("/")[2]
 
     def ip(self, *arguments: str) -> None:
         """Run ``ip`` on the device."""

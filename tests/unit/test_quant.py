@@ -905,7 +905,7 @@ def test_the_threshold_is_where_dense_overtakes() -> None:
 
 
 def test_the_kernel_of_one_row_is_that_of_16() -> None:
-    """A row's bits must not depend on guesses beside it, where another one would be quicker."""
+    """A row's bits must not depend on guesses, even where another one would be quicker."""
     timings = {
         "a": {1: 1.0, 32: 32.0, 128: 128.0},
         "b": {1: 3.0, 32: 13.0, 128: 49.0},

@@ -91,6 +91,13 @@ def put(
         return writer.commit()
 
 
+def begin(store: SliceStore, planned: SliceSpec, blocks: int) -> None:
+    """Write some blocks, and end."""
+    with SliceWriter(store, planned) as writer:
+        for index, block in enumerate(planned.blocks[:blocks]):
+            writer.put_block(index, torch.zeros(file_bytes(block), dtype=torch.uint8))
+
+
 def leftovers(store: SliceStore) -> list[str]:
     """Hidden files, save what is whole of slices that were not finished."""
     hidden = [path.name for path in store.root.iterdir() if path.name.startswith(".")]
@@ -270,23 +277,12 @@ def test_whole_blocks_of_a_writer_that_ends_early_are_taken_over(store: SliceSto
 
 def test_a_few_unfinished_slices_are_kept_and_can_be_removed(store: SliceStore) -> None:
     for number in range(6):
-        with SliceWriter(store, spec(fingerprint=f"{number}" * 32)) as writer:
-            writer.put_block(0, torch.zeros(file_bytes(spec().blocks[0]), dtype=torch.uint8))
-            writer.put_block(1, torch.zeros(file_bytes(spec().blocks[1]), dtype=torch.uint8))
+        begin(store, spec(fingerprint=f"{number}" * 32), 2)
     store.index(spec())
     assert len(store.unusable()) == 4
     for each in store.unusable():
         store.remove(each)
     assert list(store.root.iterdir()) == []
-
-
-def begin(store: SliceStore, planned: SliceSpec, blocks: int) -> None:
-    """Write some blocks, and end."""
-    with SliceWriter(store, planned) as writer:
-        for index in range(blocks):
-            size = file_bytes(planned.blocks[index])
-            writer.put_block(index, torch.zeros(size, dtype=torch.uint8))
-        writer._finish_before(blocks)
 
 
 def test_the_longest_of_one_slice_is_kept_for_a_week(store: SliceStore) -> None:
@@ -685,9 +681,7 @@ def test_what_was_not_used_for_longest_gives_way_and_never_what_is_used(
     used, oldest, older, newest = (
         aged(put(store, spec(0, 1, fingerprint=str(hours) * 32)), hours) for hours in (4, 3, 2, 1)
     )
-    with SliceWriter(store, spec(1, 2)) as begun:  # and something unfinished
-        begun.put_block(0, torch.zeros(file_bytes(begun.spec.blocks[0]), dtype=torch.uint8))
-        begun.put_block(1, torch.zeros(file_bytes(begun.spec.blocks[1]), dtype=torch.uint8))
+    begin(store, spec(1, 2), 2)
     held = aged(used, 4).hold()
     aged(used, 4)
     bounded = SliceStore(store.root, store.bytes_used())

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tpirt.errors import ConfigError, IdentityError
-from tpirt.files import nearest, read_regular
+from tpirt.files import can_be_made, read_regular
 from tpirt.units import parse_bytes
 
 FILE = "tpirt.toml"
@@ -88,7 +88,7 @@ def remember(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
         IdentityError: it cannot be written.
     """
     path = path_of(arguments)
-    if path is None or not _can_be_made(path.parent):
+    if path is None or not can_be_made(path.parent):
         return
     actions = _actions(parser)
     now = {name: getattr(arguments, action.dest) for name, action in actions.items()}
@@ -238,11 +238,6 @@ def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 
 def _is_open(arguments: argparse.Namespace, action: argparse.Action) -> bool:
     return isinstance(getattr(arguments, action.dest), _NotGiven)
-
-
-def _can_be_made(folder: Path) -> bool:
-    there = nearest(folder)
-    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def _line(text: str, name: str) -> int:

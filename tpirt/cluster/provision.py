@@ -225,8 +225,7 @@ async def send_slice(
     order = await _stoppable(plan_order, maker, shard, held, known, progress=progress)
     if not order.lacking:
         manifest = await in_thread(Manifest.of, spec, order.digests)
-        asked = InventoryRequest(slice_id=manifest.slice_id)
-        if (await _inventory(client, asked, timeout_s)).whole:
+        if await _holds(client, manifest, timeout_s):
             await in_thread(maker.made, manifest, store)
             return 0
     total = sum(spec.unit_bytes(number) for number in order.lacking)
@@ -238,7 +237,7 @@ async def send_slice(
         )
     else:
         _log.info("rank %d (%s) makes a new slice of %s (%s) from what its store holds", *about)
-    chunks = _Chunks(await in_thread(lacking_units, maker, shard, order, store))
+    chunks = _Chunks(lacking_units(maker, shard, order, store))
     done = 0
 
     async def messages() -> AsyncIterator[bytes]:
@@ -255,7 +254,7 @@ async def send_slice(
         await client.upload("PutUnits", messages(), timeout_s + kept / _SLOW_DISK)
     finally:
         await in_thread(chunks.close)
-    await in_thread(maker.made, Manifest.of(spec, order.digests), store)
+    await in_thread(lambda: maker.made(Manifest.of(spec, order.digests), store))
     return done
 
 
@@ -271,6 +270,12 @@ async def _ask(
             f"peer {client.peer_id}: reported {len(held)} units, expected {len(spec.places)}"
         )
     return held
+
+
+async def _holds(client: PeerClient, manifest: Manifest, timeout_s: float) -> bool:
+    """Whether a worker holds a slice, all of it."""
+    asked = InventoryRequest(slice_id=manifest.slice_id)
+    return (await _inventory(client, asked, timeout_s)).whole
 
 
 async def _inventory(
@@ -412,11 +417,9 @@ async def _provide(
     """Have a worker keep its slice; returns the bytes that were sent. Raises as `distribute`."""
     try:
         manifest = await in_thread(_known_manifest, maker, partition.shards[rank], store)
-        if manifest is not None:
-            asked = InventoryRequest(slice_id=manifest.slice_id)
-            if (await _inventory(client, asked, timeout_s)).whole:
-                await in_thread(maker.made, manifest, store)
-                return 0
+        if manifest is not None and await _holds(client, manifest, timeout_s):
+            await in_thread(maker.made, manifest, store)
+            return 0
         return await send_slice(maker, partition, rank, store, client, progress, timeout_s, pace)
     except CheckpointError:
         raise  # of this machine

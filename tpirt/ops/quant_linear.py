@@ -22,8 +22,8 @@ __all__ = [
 ]
 
 # Up to so many rows a matrix has one kernel: then a row's bits do not depend on how many there are,
-# and a token is the same with guesses and other requests beside it. Up to half as many rows hardly
-# take longer than one, for the time is that of reading the weights.
+# and a token is the same whatever guesses and requests share its step. Up to half as many rows take
+# hardly longer than one, for the time is that of reading the weights.
 FEW_ROWS = 16
 
 

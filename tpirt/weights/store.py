@@ -66,7 +66,7 @@ class StoredSlice:
     Attributes:
         path: its folder.
         manifest: of what is whole.
-        record: the file in its folder that says so; whoever reads the slice locks it.
+        record: the file in its folder that says so; readers of the slice lock it.
     """
 
     path: Path

@@ -74,6 +74,9 @@ _install() { # run|dev
   note "installing into $tpirt_venv (downloads about $size, once)"
   printf 'unfinished\n' >"$tpirt_stamp"
   [[ -t 2 ]] || packages=(--quiet --progress-bar off "${packages[@]}")
+  # Kernels are compiled while pip downloads; its build takes up what it finds.
+  (cd "$tpirt_root" && exec "$tpirt_venv/bin/python" -m tpirt.ops.native.compiling) </dev/null &>/dev/null &
+  trap "kill $! 2>/dev/null" EXIT
   "$tpirt_venv/bin/python" -m pip install --no-input --disable-pip-version-check "${packages[@]}" \
     </dev/null >&2 || code=$?
   if ((code)); then

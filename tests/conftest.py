@@ -26,8 +26,11 @@ torch.set_num_threads(1)
 # The user who runs the tests may be in a cluster.
 os.environ["TPIRT_IDENTITY"] = os.path.join(os.devnull, "identity")
 
-# Under nohup SIGHUP is ignored, and whatever the tests start would inherit that.
+# Under nohup SIGHUP is ignored, in the background of a script SIGINT, and whatever the tests start
+# would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples on every run: a test that fails sometimes helps nobody.
 settings.register_profile("tpirt", deadline=None, derandomize=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -99,11 +100,23 @@ def test_without_a_compiler_a_wheel_has_the_sources_only(checkout: Path) -> None
 def test_an_editable_installation_has_its_library_beside_the_sources(checkout: Path) -> None:
     build(checkout, "editable")
     (path,) = (checkout / NATIVE).glob("*.native")
+    build(checkout, "editable", compiler=False)  # is content with what is there
     with tarfile.open(build(checkout, "sdist")) as archive:
         names = archive.getnames()
     assert path.exists()
     assert not any(name.endswith(".native") for name in names)
     assert any(name.endswith("native.c") for name in names)
+
+
+@pytest.mark.usefixtures("needs_library")
+def test_a_library_for_another_machine_is_replaced(checkout: Path) -> None:
+    other = b"for another machine"
+    digest = hashlib.sha256(other).hexdigest()[:16]
+    path = checkout / NATIVE / f"kernels-{source_key()}-{digest}.native"
+    path.write_bytes(other)
+    build(checkout, "editable")
+    (replaced,) = (checkout / NATIVE).glob("*.native")
+    assert replaced != path
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ looked at, a damaged one is not loaded, and processes that write at once do not 
 
 A compiler runs under :mod:`guard`: it ends with this process, and Ctrl-C does not reach it.
 
-Only Python's standard library is used: the build backend runs this where nothing is installed.
+Only Python's standard library is used: the build backend runs this where nothing is installed. Run
+as a program, it compiles beside the sources, which the scripts do while pip downloads.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -134,6 +136,20 @@ def compile_library(
         return content
 
 
+def provide_library() -> bool:
+    """Compile beside the sources, unless there is a library; returns whether there is one now."""
+    if any(_loads(path) for path in kept_libraries(SOURCES)):
+        return True
+    drop_libraries(SOURCES)
+    for compiler in compilers():
+        try:
+            keep_library(SOURCES, compile_library(compiler))
+            return True
+        except (CompileError, OSError) as exc:
+            _log.warning("native kernels were not compiled: %s", exc)
+    return False
+
+
 def keep_library(folder: Path, content: bytes) -> Path:
     """Write a library into ``folder`` under its name; returns its path.
 
@@ -195,6 +211,15 @@ def wait_until(
             said = True
         if stop.wait(_LOOK_S):
             raise CancelledCompileError
+    return True
+
+
+def _loads(path: Path) -> bool:
+    """Whether this machine can load a library, which may have been compiled for another."""
+    try:
+        ctypes.CDLL(os.fspath(path))
+    except OSError:
+        return False
     return True
 
 
@@ -283,3 +308,7 @@ def _first_error(output: bytes, code: int) -> str:
     lines = output.decode(errors="replace").splitlines()
     errors = [line.strip() for line in lines if "error" in line.lower()]
     return (errors or lines or [f"exit code {code}"])[0]
+
+
+if __name__ == "__main__":
+    provide_library()

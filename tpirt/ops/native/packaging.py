@@ -34,6 +34,7 @@ from tpirt.ops.native.compiling import (
     drop_libraries,
     keep_library,
     kept_libraries,
+    provide_library,
     zig,
 )
 
@@ -83,7 +84,7 @@ def build_wheel(
 def build_editable(
     wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
 ) -> str:
-    _put_library(None)
+    provide_library()
     built: str = build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
     return built
 

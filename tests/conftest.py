@@ -73,7 +73,7 @@ def _keep_kernels() -> None:
 
 
 # Long ones, in which a marker says what the loop matters for; the nightly run tries both for all.
-_BY_MARK = {"test_tls.py", "test_joining.py"}
+_BY_MARK = {"test_grpc.py", "test_joining.py", "test_tcp.py", "test_tls.py"}
 
 
 def pytest_asyncio_loop_factories(

@@ -71,7 +71,7 @@ def so_far(engine: Engine) -> dict[str, int]:
     return {words: int(count) for count, _, words in (part.partition(" ") for part in parts)}
 
 
-@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("window", [nightly(None), 2])
 @pytest.mark.parametrize("kv", ["auto", "int8"])
 @pytest.mark.parametrize("world_size", [nightly(1), 3])
 async def test_tokens_are_those_without_spilling(

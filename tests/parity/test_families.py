@@ -394,7 +394,7 @@ async def test_micro_batches_of_a_chunk_interleaved(
 
 
 @pytest.mark.usefixtures("micro_batched")
-@pytest.mark.parametrize("name", ["llama-gqa", "llama-biases"])
+@pytest.mark.parametrize("name", [nightly("llama-gqa"), "llama-biases"])
 async def test_micro_batches_if_ranks_cut_their_mlps_differently(
     reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -428,7 +428,7 @@ async def test_micro_batches_give_the_same_tokens(
         assert await run(engine, expected.prompt) == expected.tokens
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "mistral-window"])
+@pytest.mark.parametrize("name", [nightly("llama-gqa"), "mistral-window"])
 @pytest.mark.parametrize("halves", [False, True])
 async def test_results_of_the_last_tokens_alone(
     reference: Callable[[str], Reference], name: str, halves: bool
@@ -543,7 +543,7 @@ def fixed_budget(total: int) -> Callable[..., int]:
 @pytest.mark.parametrize(
     ("world", "algorithm"),
     nightly_but(
-        {(4, Algorithm.ONE_SHOT), (4, Algorithm.TWO_SHOT), (UNEVEN_MANY, Algorithm.STAR)},
+        {(4, Algorithm.TWO_SHOT), (UNEVEN_MANY, Algorithm.STAR)},
         product((2, 4, 5, UNEVEN_MANY), Algorithm),
         lambda case: f"{world_name(case[0])}-{case[1].value}",
     ),

@@ -100,7 +100,7 @@ async def test_logits_are_those_of_the_rounded_weights(
         nightly("int4", "float32", 0),
         ("int4", "bfloat16", 0),
         nightly("int4", "bfloat16", 1),
-        ("nl4", "bfloat16", 0),
+        nightly("nl4", "bfloat16", 0),
     ],
 )
 async def test_streamed_equals_resident_bit_for_bit(

@@ -18,8 +18,6 @@ from tpirt.testing.ranks import Inbox
 from tpirt.transport.frame import Frame, Kind
 from tpirt.transport.memory import memory_pair
 
-pytestmark = pytest.mark.both_loops
-
 SHAPE = (1, 4)
 
 

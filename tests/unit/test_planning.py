@@ -228,11 +228,11 @@ def test_a_higher_limit_never_holds_less(config: ModelConfig) -> None:
 @pytest.mark.parametrize(
     ("world_size", "options"),
     [
-        (1, {}),
+        nightly(1, {}),
         nightly(1, {"dtype": "bfloat16", "chunk_tokens": 40}),
         nightly(2, {"window": 3, "chunk_tokens": 64}),
         (3, {"ratio": [4.0, 1.0, 2.0]}),
-        (4, {"quantize": "int8", "chunk_tokens": 256}),
+        nightly(4, {"quantize": "int8", "chunk_tokens": 256}),
     ],
 )
 async def test_advice_works_at_the_first_try(
@@ -250,7 +250,7 @@ async def test_advice_works_at_the_first_try(
         await engine.complete([7] * 400, SamplingParams(max_tokens=3))
 
 
-@pytest.mark.parametrize("ratio", [None, (1.0, 3.0)])
+@pytest.mark.parametrize("ratio", [nightly(None), (1.0, 3.0)])
 async def test_advice_for_a_long_prompt_works_at_the_first_try(
     long_model: Path, tmp_path: Path, ratio: tuple[float, ...] | None
 ) -> None:
@@ -507,7 +507,7 @@ def test_with_the_smallest_weights_other_peers_are_advised() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("world_size", [nightly(1), 3])
 async def test_ranks_hold_what_the_plan_says(
     model: Path,
     tmp_path: Path,

@@ -5,13 +5,14 @@
     python -m bench.speculation --model DIR --hit-rates 0,0.8 --link 5ms/300mbit --quantize int4
     python -m bench.speculation --window 2           # streamed
     python -m bench.speculation --model DIR --draft DIR  # with a small model of its tokenizer, too
+    python -m bench.speculation --model DIR --draft DIR --hit-rates 0.8 --local 8 --memory 1G
     python -m bench.speculation --train-draft DIR  # one for the bundled model, trained once
 
 Without ``--hit-rates`` a trained model answers chats, edits texts and summarises them, with
 ``--draft auto``, ``--draft none`` and a small model, if one is given. With it, any model answers a
 prompt of arbitrary ids, and guesses are *emulated*: they are the tokens that it generated without
 drafts, each replaced by a wrong one so often that the rest has the hit rate. What guesses would
-cost to make is not in it.
+cost to make is not in it, unless a ``--draft`` makes as many, which are thrown away; any model can.
 
 In a round, the model is connected once in every way, and all answers are generated; the order is
 reversed from round to round. ``gain`` is the time of a token without drafts to that with them, both
@@ -246,9 +247,10 @@ def chosen_ways(arguments: argparse.Namespace) -> list[Way]:
         if arguments.draft is not None:
             ways.append(Way("model", {"draft": str(arguments.draft)}))
         return ways
+    costs = {"draft": str(arguments.draft)} if arguments.draft else {}
     return [
         none,
-        *(Way(f"emulated {rate:g}", {"hit_rate": rate}) for rate in arguments.hit_rates),
+        *(Way(f"emulated {rate:g}", {"hit_rate": rate, **costs}) for rate in arguments.hit_rates),
     ]
 
 

@@ -4,7 +4,8 @@
 
 An order with ``connect`` connects, with a ``model``, ``peers`` or ``local``, and fields of
 ``EngineOptions``; a connection that there was is closed first. With ``hit_rate``, guesses come from
-the answers to earlier ``ask`` orders, and are right that often. An order with ``tokens`` generates
+the answers to earlier ``ask`` orders, and are right that often; with a ``draft`` beside it, that
+small model guesses as often, for nothing but its costs. An order with ``tokens`` generates
 that many after the first: it answers once the first is there, and goes on when another line comes.
 One with ``ask`` answers a prompt at once. Every answer is one JSON line; a failure is
 ``{"error": "..."}``.
@@ -16,16 +17,20 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
 from tpirt import Engine, EngineOptions, Message, SamplingParams
 from tpirt.cli.options import run_async
+from tpirt.engine.drafts.model import ModelDrafter
+from tpirt.engine.options import NO_DRAFT
 from tpirt.engine.token_times import token_times
 from tpirt.errors import TpirtError
 from tpirt.testing.drafters import KnownAnswers
+
+_OF_A_DRAFT = ("quantize", "dtype", "threads")  # options that it shares with the large model
 
 _answers: dict[tuple[int, ...], list[int]] = {}  # by prompt, of all connections
 
@@ -101,16 +106,24 @@ def _draft_stats(engine: Engine) -> dict[str, Any]:
     return asdict(engine.draft_stats) if engine.draft_stats is not None else {}
 
 
-def _connected(
+@asynccontextmanager
+async def _connected(
     model: str | None = None,
     local: int = 1,
     peers: Sequence[str] = (),
     hit_rate: float | None = None,
     **options: Any,
-) -> AbstractAsyncContextManager[Engine]:
-    if hit_rate is not None:
-        options["draft"] = KnownAnswers(_answers, hit_rate)
-    return Engine.connect(model, EngineOptions(**options), local=local, peers=peers)
+) -> AsyncIterator[Engine]:
+    async with AsyncExitStack() as stack:
+        if hit_rate is not None:
+            costs = None
+            if draft := options.pop("draft", None):
+                alone = {name: options[name] for name in _OF_A_DRAFT if name in options}
+                small = Engine.connect(draft, EngineOptions(draft=NO_DRAFT, **alone))
+                costs = ModelDrafter(await stack.enter_async_context(small))
+            options["draft"] = KnownAnswers(_answers, hit_rate, costs=costs)
+        connecting = Engine.connect(model, EngineOptions(**options), local=local, peers=peers)
+        yield await stack.enter_async_context(connecting)
 
 
 async def serve() -> None:

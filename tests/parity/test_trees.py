@@ -119,6 +119,8 @@ async def test_a_chain_written_as_a_tree_has_the_same_bits(model: Path) -> None:
 class Bushes:
     """Trees of 2 to 9 guesses, a path of which is often right; answers are known."""
 
+    held_bytes = 0
+
     def __init__(self, answers: Mapping[tuple[int, ...], Sequence[int]]):
         self._answers = answers
         self._choice = random.Random(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -21,7 +22,9 @@ from tpirt.engine.sampler import Sampler
 from tpirt.engine.scheduler import Piece
 from tpirt.engine.sequence import Answer
 from tpirt.engine.step_costs import StepCosts
+from tpirt.testing.cluster import memory_engine
 from tpirt.testing.drafters import KnownAnswers
+from tpirt.testing.models import make_model
 from tpirt.types import SamplingParams, Token, ignore_progress
 
 
@@ -513,3 +516,22 @@ async def test_a_small_model_that_is_never_right_is_asked_again_when_that_can_be
             controller.learn(piece, [9])
             controller.learn_step([piece], 1, 1.0)
     assert 2 <= drafter.asked <= 3000 / 64 / 0.2
+
+
+async def test_known_answers_have_the_costs_of_a_small_model_and_not_its_guesses(
+    tmp_path: Path,
+) -> None:
+    class Small(Fixed):
+        held_bytes = 12345
+
+        def seconds(self, depth: int) -> float:
+            return 0.1 * depth
+
+    asked = answer([5, 6])
+    small: Any = Small({asked: 1.0})
+    drafter = KnownAnswers({(5, 6): [1, 2, 3]}, 1.0, costs=small)
+    ((first, second),) = await drafter.propose([asked], 2)
+    assert [first.token, second.token] == [1, 2]
+    assert drafter.seconds(3) == small.seconds(3)
+    async with memory_engine(make_model(tmp_path / "model"), 2, draft=drafter) as engine:
+        assert [peer.reserved_bytes for peer in engine.peers] == [small.held_bytes, 0]

@@ -137,13 +137,13 @@ class Engine:
                 if not isinstance(peer, str):
                     stack.push_async_callback(peer.aclose)
             trace = stack.enter_context(trace_file(options))
-            small = await _opened_draft(stack, options, local, peers, progress)
-            reserved = 0 if small is None else small._held_bytes
+            given = await _given_drafter(stack, options, local, peers, progress)
+            reserved = 0 if given is None else given.held_bytes
             connecting = connected(
                 model, options, local, peers, spares, progress, on_plan, reserved
             )
             opened, connection = await stack.enter_async_context(connecting)
-            drafter = _drafter(options, small, opened)
+            drafter = _drafter(options, given, opened)
             engine = cls(opened, connection, options, drafter, progress)
             stack.push_async_callback(engine._driver.aclose)
             if trace is not None:
@@ -193,12 +193,6 @@ class Engine:
         After a ``PeerLostError`` the next request connects again, and it is None if that succeeds.
         """
         return self._connection.broken
-
-    @property
-    def _held_bytes(self) -> int:
-        """Most memory of this process that the model takes."""
-        budget = self.deployment.ranks[0].budget
-        return budget.resident_bytes - budget.process_bytes
 
     @property
     def _group(self) -> Group:
@@ -503,16 +497,18 @@ class Engine:
                 )
 
 
-async def _opened_draft(
+async def _given_drafter(
     stack: AsyncExitStack,
     options: EngineOptions,
     local: int,
     peers: Sequence[str | PeerClient],
     progress: ProgressCallback,
-) -> Engine | None:
-    """The small model that guesses, if one was chosen: whole, in this process."""
+) -> Drafter | None:
+    """The caller's own, or that of a small model, whole, in this process; None if neither."""
     draft = options.draft
-    if not isinstance(draft, (str, Path)) or draft in (AUTO_DRAFT, SUFFIX_DRAFT, NO_DRAFT):
+    if not isinstance(draft, (str, Path)):
+        return draft
+    if draft in (AUTO_DRAFT, SUFFIX_DRAFT, NO_DRAFT):
         return None
     threads = options.threads or default_threads(1 if peers else local)
     chosen = EngineOptions(
@@ -523,18 +519,13 @@ async def _opened_draft(
         store=options.store,
         draft=NO_DRAFT,
     )
-    return await stack.enter_async_context(Engine.connect(draft, chosen, progress=progress))
+    small = Engine.connect(draft, chosen, progress=progress)
+    return ModelDrafter(await stack.enter_async_context(small))
 
 
-def _drafter(options: EngineOptions, small: Engine | None, model: Model) -> Drafter | None:
-    if small is not None:
-        if not small.tokenizer.has_ids_of(model.tokenizer):
-            large = model_name(model.checkpoint.path)
-            raise ConfigError(
-                f"draft {small.name}: its tokenizer is not that of {large}; expected a smaller "
-                "model of the same family"
-            )
-        return ModelDrafter(small)
-    if isinstance(options.draft, (str, Path)):
-        return None if options.draft == NO_DRAFT else SuffixDrafter(model.config.vocab_size)
-    return options.draft
+def _drafter(options: EngineOptions, given: Drafter | None, model: Model) -> Drafter | None:
+    if isinstance(given, ModelDrafter):
+        given.check(model.tokenizer, model_name(model.checkpoint.path))
+    if given is not None or options.draft == NO_DRAFT:
+        return given
+    return SuffixDrafter(model.config.vocab_size)

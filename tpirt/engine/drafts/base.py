@@ -29,6 +29,11 @@ class Guess(NamedTuple):
 class Drafter(Protocol):
     """Guesses how answers go on. It runs on the master: only there are token ids."""
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the master that it takes at most; the plan leaves it free."""
+        ...
+
     def prospects(self, most: int) -> list[Guess] | None:
         """Guesses as they can be expected, without their tokens; None if guessing costs nothing."""
         ...

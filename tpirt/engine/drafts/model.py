@@ -13,12 +13,13 @@ import torch
 from tpirt.engine.drafts.base import Guess
 from tpirt.engine.sampler import Sampler, check_finite
 from tpirt.engine.sequence import Answer
-from tpirt.errors import RequestError
+from tpirt.errors import ConfigError, RequestError
 from tpirt.ops.quant_linear import FEW_ROWS
 from tpirt.types import SamplingParams
 
 if TYPE_CHECKING:
     from tpirt.engine.engine import Engine
+    from tpirt.text.tokenizer import Tokenizer
 
 _PRIOR = 0.7  # of its likeliest token
 _SMOOTHING = 0.2  # weight of the latest time, and of the latest probability
@@ -43,6 +44,20 @@ class ModelDrafter:
         self._guess_s = 0.0  # a token takes
         self._likely: list[float] = []  # the likeliest token, by depth
         self._lengths: dict[Answer, int] = {}  # when it was last asked
+
+    def check(self, tokenizer: Tokenizer, model: str) -> None:
+        """Raise ConfigError if the small model's tokenizer is not that of the large one."""
+        if not self._engine.tokenizer.has_ids_of(tokenizer):
+            raise ConfigError(
+                f"draft {self._engine.name}: its tokenizer is not that of {model}; expected a "
+                "smaller model of the same family"
+            )
+
+    @property
+    def held_bytes(self) -> int:
+        """See :class:`Drafter`."""
+        budget = self._engine.deployment.ranks[0].budget
+        return budget.resident_bytes - budget.process_bytes
 
     def prospects(self, most: int) -> list[Guess]:
         """See :class:`Drafter`."""

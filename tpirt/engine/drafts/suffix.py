@@ -66,6 +66,8 @@ class SuffixIndex:
 class SuffixDrafter:
     """Guesses from each answer's own prompt and text; needs no second model."""
 
+    held_bytes = 0
+
     def __init__(self, vocab_size: int) -> None:
         self._successors = Successors(vocab_size)
         self._texts: dict[Answer, SuffixIndex] = {}

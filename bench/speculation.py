@@ -5,7 +5,8 @@
     python -m bench.speculation --model DIR --hit-rates 0,0.8 --link 5ms/300mbit --quantize int4
     python -m bench.speculation --window 2           # streamed
     python -m bench.speculation --model DIR --draft DIR  # with a small model of its tokenizer, too
-    python -m bench.speculation --model DIR --draft DIR --hit-rates 0.8 --local 8 --memory 1G
+    python -m bench.speculation --model DIR --draft DIR --hit-rates 0.8 --memory 1G \
+        --link 0ms --devices 8 --backend loopback --master-memory 1300M  # it holds the draft, too
     python -m bench.speculation --train-draft DIR  # one for the bundled model, trained once
 
 Without ``--hit-rates`` a trained model answers chats, edits texts and summarises them, with
@@ -47,7 +48,7 @@ from bench.lib.record import Record, add_json_option
 from bench.lib.trained_draft import trained_draft
 from bench.net.network import emulate
 from bench.net.options import add_backend_option, chosen_topology, show_network
-from tpirt.cli.options import count
+from tpirt.cli.options import count, size
 from tpirt.cluster.machine import default_threads
 from tpirt.errors import ConfigError
 from tpirt.weights.synthetic import SLICES, is_synthetic
@@ -273,6 +274,8 @@ def group_of(arguments: argparse.Namespace, folder: Path) -> Iterator[Any]:
     peer = ["--store", str(store), "--threads", str(engine["threads"])]
     if arguments.memory is not None:
         peer += ["--memory", str(arguments.memory)]
+    if arguments.master_memory is not None:
+        engine["memory_bytes"] = arguments.master_memory
     with emulate(topology, backend=arguments.backend) as network:
         show_network(network)
         with Group(network.devices, peer, folder / "peers.log") as group:
@@ -354,6 +357,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     links = parser.add_argument_group("links", "one way, device to device; see bench.links")
     links.add_argument("--link", metavar="SPEC", help="such as 5ms/300mbit (default: no links)")
     links.add_argument("--devices", type=count, metavar="N", help="default 2")
+    links.add_argument(
+        "--master-memory", type=size, metavar="SIZE", help="the master's, if not --memory"
+    )
     links.set_defaults(profile=None)
     add_backend_option(links)
     add_engine_options(parser)

@@ -109,6 +109,38 @@ def test_frames_come_out_as_they_went_in(
     ]
 
 
+@given(st.lists(st.tuples(sizes, sizes), min_size=1, max_size=4), st.integers(1, RECORD_BYTES))
+def test_records_may_be_cut_anywhere(shapes: list[tuple[int, int]], size: int) -> None:
+    """Ours end with a frame; a frame of two records, or a record of two frames, is read as well."""
+    frames = [Frame.of(Kind.MESSAGE, b"m" * message, b"p" * tail) for message, tail in shapes]
+    stream = b"".join(bytes(part) for frame in frames for part in frame.parts())
+    size = max(size, len(stream) // 50)
+    caller, answering = pair("AES-GCM")
+    records = [caller.seal(stream[at : at + size]) for at in range(0, len(stream), size)]
+    got = read(answering, b"".join(records), ())
+    assert [(f.header, f.message, bytes(f.payload)) for f in got] == [
+        (f.header, f.message, bytes(f.payload)) for f in frames
+    ]
+
+
+def test_a_frame_of_one_record_is_opened_into_its_own_memory() -> None:
+    """As a frame in the clear is copied once on its way from the socket, a sealed one is opened."""
+    caller, answering = pair("AES-GCM")
+    data = written(caller, [Frame.of(Kind.PARTIAL, b"m", bytes(range(256)))], ())
+    opened: list[memoryview | bytearray] = []
+    open_into = answering.open_into
+
+    def watched(record: memoryview, plain: memoryview | bytearray) -> None:
+        open_into(record, plain)
+        opened.append(plain)
+
+    answering.open_into = watched  # type: ignore[method-assign]
+    (frame,) = read(answering, data, ())
+    (plain,) = opened
+    plain[-1] = 7
+    assert frame.payload[-1] == 7
+
+
 @given(ciphers, st.data())
 def test_any_change_is_noticed(cipher: str, data: st.DataObject) -> None:
     """A flipped bit, or records that are repeated, reordered or left out."""

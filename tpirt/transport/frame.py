@@ -186,24 +186,26 @@ class FrameReader:
         there = self._stop - self._start
         if there < HEADER_BYTES:
             return None
-        header = self._checked_header()
-        payload_at = self._start + HEADER_BYTES + _padded(header.message_bytes)
-        end = payload_at + header.payload_bytes
+        header = self._checked_header(self._staging, self._start)
+        end = self._start + _frame_bytes(header)
         if end - self._start > _STAGING_BYTES:
             self._begin(header)  # one that does not fit staging cannot be complete in it
             return None
         if end > self._stop:
             return None
-        frame = Frame(
-            bytes(self._staging[self._start : self._start + HEADER_BYTES]),
-            payload=memoryview(bytearray(self._staging[payload_at:end])),
-        )
-        if header.message_bytes:
-            at = self._start + HEADER_BYTES
-            frame.message = bytes(self._staging[at : at + header.message_bytes])
-        frame._header = header
+        memory = bytearray(self._staging[self._start : end])
         self._start = end
-        return frame
+        return _frame_in(memory, header)
+
+    def whole(self, memory: bytearray) -> Frame | None:
+        """Take the next bytes, which have memory of their own, as a frame without a copy.
+
+        Returns None, and takes nothing, if they are not just one frame. Raises as :meth:`next`.
+        """
+        if self._start < self._stop or self._large is not None or len(memory) < HEADER_BYTES:
+            return None
+        header = self._checked_header(memory, 0)
+        return _frame_in(memory, header) if _frame_bytes(header) == len(memory) else None
 
     def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Frame]:
         """Read ``data``, of any length; yield the frames that it completes. Raises as `next`."""
@@ -218,9 +220,9 @@ class FrameReader:
             while (frame := self.next()) is not None:
                 yield frame
 
-    def _checked_header(self) -> Header:
+    def _checked_header(self, memory: bytearray | memoryview, offset: int) -> Header:
         try:
-            header = Header.unpack(self._staging, self._start)
+            header = Header.unpack(memory, offset)
         except TransportError as exc:
             raise TransportError(f"peer {self._peer_id}: {exc}") from None
         size = header.message_bytes + header.payload_bytes
@@ -250,6 +252,19 @@ class FrameReader:
         frame.message = bytes(frame.payload[:size])
         frame.payload = frame.payload[_padded(size) :]
         return frame
+
+
+def _frame_bytes(header: Header) -> int:
+    return HEADER_BYTES + _padded(header.message_bytes) + header.payload_bytes
+
+
+def _frame_in(memory: bytearray, header: Header) -> Frame:
+    """The frame that has all of ``memory``."""
+    end = HEADER_BYTES + header.message_bytes
+    payload = memoryview(memory)[HEADER_BYTES + _padded(header.message_bytes) :]
+    frame = Frame(bytes(memory[:HEADER_BYTES]), bytes(memory[HEADER_BYTES:end]), payload)
+    frame._header = header
+    return frame
 
 
 def _padded(size: int) -> int:

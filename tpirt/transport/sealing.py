@@ -104,7 +104,7 @@ class Seal:
         self._sealed += 1
         return record
 
-    def open_into(self, record: memoryview, plain: memoryview) -> None:
+    def open_into(self, record: memoryview, plain: memoryview | bytearray) -> None:
         """Verify and decrypt the next record.
 
         Raises:
@@ -173,7 +173,7 @@ class SealedReader(FrameReader):
         self._seal = seal
         self._memory = memoryview(bytearray(2 * (RECORD_BYTES + OVERHEAD_BYTES)))
         self._first = self._end = 0  # the bytes that no record has taken yet
-        self._plain = memoryview(b"")  # of a record that does not fit the frame being read
+        self._plain = memoryview(b"")  # of a record that is not just one frame
 
     @property
     def missing(self) -> int:
@@ -208,9 +208,21 @@ class SealedReader(FrameReader):
                 did not send that, so it is not to blame: the connection is lost.
         """
         while (frame := super().next()) is None:
-            if not (self._move_on() if self._plain else self._open()):
+            if self._plain:
+                if not self._move_on():
+                    return None
+            elif (record := self._record()) is None:
                 return None
+            elif (frame := self._open(record)) is not None:
+                return frame
         return frame
+
+    def _record(self) -> memoryview | None:
+        """The record at the start; None if it is not complete."""
+        there = self._end - self._first
+        if there < _LENGTH.size or there < (size := self._size()):
+            return None
+        return self._memory[self._first : self._first + size]
 
     def _size(self) -> int:
         """The whole size of the record at the start.
@@ -226,26 +238,25 @@ class SealedReader(FrameReader):
             )
         return _LENGTH.size + size
 
-    def _open(self) -> bool:
-        """Open the record at the start, into the frame that is being read if it fits there."""
-        there = self._end - self._first
-        if there < _LENGTH.size or there < (size := self._size()):
-            return False
-        record = self._memory[self._first : self._first + size]
-        count = size - OVERHEAD_BYTES
-        space = super().space()
-        fits = len(space) >= count
-        plain = space[:count] if fits else memoryview(bytearray(count))
+    def _open(self, record: memoryview) -> Frame | None:
+        """Open the record at the start; returns its frame if it has just one, which is the rule."""
+        count = len(record) - OVERHEAD_BYTES
+        if count <= len(self._body):  # of a large frame: straight into its memory
+            self._verified(record, self._body[:count])
+            super().filled(count)
+            return None
+        memory = bytearray(count)
+        self._verified(record, memory)
+        if (frame := self.whole(memory)) is None:
+            self._plain = memoryview(memory)
+        return frame
+
+    def _verified(self, record: memoryview, plain: memoryview | bytearray) -> None:
         try:
             self._seal.open_into(record, plain)
         except TransportError as exc:
             raise self._lost(str(exc)) from None
-        self._first += size
-        if fits:
-            super().filled(count)
-        else:
-            self._plain = plain
-        return True
+        self._first += len(record)
 
     def _lost(self, why: str) -> PeerLostError:
         words = f"peer {self._peer_id}: connection lost: {why}"

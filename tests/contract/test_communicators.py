@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -15,7 +16,8 @@ from tpirt.batch import Algorithm, Batch, Collective, CommDtype, Segment
 from tpirt.collectives.base import SingleRankCommunicator
 from tpirt.collectives.context import StepAborted, StepContext
 from tpirt.errors import PeerLostError, TransportError
-from tpirt.protocol.tensors import decode, encode
+from tpirt.ops.buffers import tensor_bytes
+from tpirt.protocol.tensors import decode, encode, values
 from tpirt.testing.faults import Fault, FaultyChannel
 from tpirt.testing.ranks import Pair, Rank, in_memory, linked_ranks, over_sockets
 from tpirt.transport.base import Channel
@@ -143,6 +145,19 @@ async def test_everyone_may_send_more_than_the_way_holds(pair: Pair, algorithm: 
         assert all(bool(total.eq(3).all()) for total in sums)
 
 
+@pytest.mark.parametrize("comm_dtype", [CommDtype.FLOAT32, CommDtype.BFLOAT16])
+async def test_a_sum_may_overflow_without_a_warning(comm_dtype: CommDtype) -> None:
+    values = [torch.tensor([[3e38, math.inf, 1]]), torch.tensor([[3e38, -math.inf, 1]])]
+    async with linked_ranks(in_memory, 2) as ranks:
+        steps = [rank.begin(1, Collective(Algorithm.ONE_SHOT, comm_dtype)) for rank in ranks]
+        sums = await asyncio.gather(
+            *(r.comm.all_reduce(steps[r.rank], 0, values[r.rank]) for r in ranks)
+        )
+    for total in sums:
+        assert total[0].isinf().tolist() == [True, False, False]
+        assert total[0].isnan().tolist() == [False, True, False]
+
+
 @ALGORITHMS
 async def test_a_sum_does_not_change_what_is_still_being_sent(algorithm: Algorithm) -> None:
     """Payloads are not copied: the partial's memory is read until the last byte has left."""
@@ -236,8 +251,12 @@ def test_senders_go_on_with_what_receivers_read(
     payload, own = encode(tensor, comm_dtype)
     assert len(payload) == comm_dtype.nbytes(tensor.numel())
     assert torch.equal(decode(bytes(payload), comm_dtype, shape), own)
-    with pytest.raises(TransportError, match="expected"):
-        decode(bytes(payload) + b"0", comm_dtype, shape)
+    added = values(payload, comm_dtype, shape)  # the same bits, for numpy
+    assert added.tobytes() == bytes(tensor_bytes(own.float()))
+    assert added.shape == shape
+    for decoding in (decode, values):
+        with pytest.raises(TransportError, match="expected"):
+            decoding(bytes(payload) + b"0", comm_dtype, shape)
     again, once_more = encode(own.clone(), comm_dtype)
     if comm_dtype is not CommDtype.INT8:
         assert bytes(again) == bytes(payload)

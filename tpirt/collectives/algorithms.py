@@ -13,13 +13,14 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from tpirt.batch import SCALE_BLOCK, Algorithm, CommDtype
 from tpirt.collectives.context import StepContext
 from tpirt.collectives.links import LinkSet
 from tpirt.ops.buffers import tensor_bytes
-from tpirt.protocol.tensors import encode, rounded, tensor_head
+from tpirt.protocol.tensors import encode, rounded, tensor_head, values
 from tpirt.sharding.partition import Span
 from tpirt.transport.frame import Frame, Kind
 
@@ -162,21 +163,32 @@ class GroupCommunicator:
     # -- common ----------------------------------------------------------------------------
 
     async def _sum(self, job: _Sum, own: torch.Tensor) -> torch.Tensor:
-        """Add ``own`` and the partials of all other ranks, in rank order, in float32."""
-        total: torch.Tensor | None = None
+        """Add ``own`` and the partials of all other ranks, in rank order, in float32.
+
+        Everything that can be is done before the wait; then numpy adds: on cold caches an operation
+        of torch takes some 50 us, one of numpy a fifth of that.
+        """
+        memory = np.empty(own.shape, np.float32)
+        total, mine = torch.from_numpy(memory), own.float().numpy()
+        so_far: np.ndarray | None = None
         for rank in range(self.world_size):
-            value = own if rank == self.rank else await self._receive(job, rank, PARTIAL, own)
-            if total is not None:
-                total.add_(value)
-            elif rank == self.rank:  # its memory may still be being sent
-                total = own.to(torch.float32, copy=True)
-            else:  # a received tensor is this call's own
-                total = value.float()
-        assert total is not None
+            value = mine if rank == self.rank else await self._values(job, rank, own)
+            so_far = value if so_far is None else _add(so_far, value, memory)
         return total
+
+    async def _values(self, job: _Sum, rank: int, own: torch.Tensor) -> np.ndarray:
+        payload = await self._links.payload(job.step, rank, PARTIAL, job.seq, job.dtype, own.shape)
+        return values(payload, job.dtype, own.shape)
 
     async def _receive(self, job: _Sum, rank: int, kind: Kind, like: torch.Tensor) -> torch.Tensor:
         return await self._links.receive(job.step, rank, kind, job.seq, job.dtype, like.shape)
+
+
+def _add(first: np.ndarray, second: np.ndarray, into: np.ndarray) -> np.ndarray:
+    """Add as torch does: a model may overflow, of which numpy would warn the user."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.add(first, second, out=into)
+    return into
 
 
 def _shares(tensor: torch.Tensor, count: int) -> list[torch.Tensor]:

@@ -120,7 +120,19 @@ class LinkSet:
         dtype: CommDtype,
         shape: torch.Size | tuple[int, ...],
     ) -> torch.Tensor:
-        """Wait for one tensor of ``rank``. If cancelled, the next call gets it.
+        """Wait for one tensor of ``rank``. Cancelled or failed, as :meth:`payload`."""
+        return decode(await self.payload(step, rank, kind, seq, dtype, shape), dtype, shape)
+
+    async def payload(
+        self,
+        step: StepContext,
+        rank: int,
+        kind: Kind,
+        seq: int,
+        dtype: CommDtype,
+        shape: torch.Size | tuple[int, ...],
+    ) -> memoryview | bytes:
+        """Wait for the payload of one tensor of ``rank``. If cancelled, the next call gets it.
 
         Raises:
             PeerLostError: the rank is gone or silent.
@@ -129,8 +141,7 @@ class LinkSet:
         """
         step.check()
         head = tensor_head(kind, step.number, seq, dtype, shape)
-        payload = await self._links[rank].expect(seq % 2, head)
-        return decode(payload, dtype, shape)
+        return await self._links[rank].expect(seq % 2, head)
 
     def lost(self) -> tuple[int, TpirtError] | None:
         """A rank whose link is lost, and the reason; None if there is none."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -55,8 +56,8 @@ def hidden_dtype(number: int) -> CommDtype:
 
 
 def rounded(tensor: torch.Tensor, dtype: CommDtype) -> torch.Tensor:
-    """Round a tensor to what its receivers decode; the identity for float32."""
-    return tensor if dtype is CommDtype.FLOAT32 else encode(tensor, dtype)[1]
+    """Round a tensor to what its receivers decode."""
+    return encode(tensor, dtype)[1] if dtype is CommDtype.INT8 else _in(dtype, tensor)
 
 
 def encode(tensor: torch.Tensor, dtype: CommDtype) -> tuple[memoryview, torch.Tensor]:
@@ -67,7 +68,7 @@ def encode(tensor: torch.Tensor, dtype: CommDtype) -> tuple[memoryview, torch.Te
         float32. Without a conversion it is the given tensor, and the payload shares its memory.
     """
     if dtype is not CommDtype.INT8:
-        form = tensor.to(dtype.torch_dtype)
+        form = _in(dtype, tensor)
         return tensor_bytes(form), form
     blocks = _blocks(tensor.float())
     scales = blocks.abs().amax(1) / 127
@@ -98,14 +99,34 @@ def decode(
     if not elements:
         return torch.empty(shape, dtype=dtype.torch_dtype)
     if dtype is not CommDtype.INT8:
-        # frombuffer on a read-only buffer warns.
+        # A tensor of a read-only buffer warns.
         own = isinstance(payload, memoryview) and not payload.readonly
         buffer = payload if own else bytearray(payload)
+        if dtype is CommDtype.FLOAT32:  # numpy's view costs less than torch's
+            return torch.from_numpy(np.frombuffer(buffer, np.float32).reshape(shape))
         return torch.frombuffer(buffer, dtype=dtype.torch_dtype).view(shape)
     data = bytearray(payload)
     codes = torch.frombuffer(data, dtype=torch.int8, count=elements)
     scales = torch.frombuffer(data[elements:], dtype=torch.float32)
     return _scaled(codes, scales).view(shape)
+
+
+def values(
+    payload: memoryview | bytes, dtype: CommDtype, shape: torch.Size | tuple[int, ...]
+) -> np.ndarray:
+    """Decode a payload of :func:`encode` to float32, for numpy to add; raises as :func:`decode`."""
+    if dtype is CommDtype.INT8 or len(payload) != dtype.nbytes(math.prod(shape)):
+        return decode(payload, dtype, shape).numpy()
+    if dtype is CommDtype.FLOAT32:
+        return np.frombuffer(payload, np.float32).reshape(shape)
+    upper = np.frombuffer(payload, np.uint16)  # bfloat16 is the upper half of float32
+    return np.left_shift(upper, 16, dtype=np.uint32).view(np.float32).reshape(shape)
+
+
+def _in(dtype: CommDtype, tensor: torch.Tensor) -> torch.Tensor:
+    """Convert to the dtype; ``to`` takes 40 us on cold caches even if there is nothing to do."""
+    wanted = dtype.torch_dtype
+    return tensor if tensor.dtype is wanted else tensor.to(wanted)
 
 
 def _blocks(tensor: torch.Tensor) -> torch.Tensor:

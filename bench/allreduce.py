@@ -4,9 +4,9 @@
 
 tpirt's algorithms run over tpirt's own transport, between processes in namespaces of their own;
 the same sealed, as between devices of a cluster, and torch.distributed's gloo run beside them over
-the same links. All ranks begin a round together; it
-takes from when the last has begun to when the last has the sum. Each algorithm has the floor of
-its own hops, gloo the least of them.
+the same links. Sealing on loopback is measured for comparison only: tpirt does not encrypt
+loopback. All ranks begin a round together; it takes from when the last has begun to when the last
+has the sum. Each algorithm has the floor of its own hops, gloo the least of them.
 
 The CPU time is that of all ranks together, the kernel's part included, per message sent. Where
 there are more ranks than cores, ``on cores`` is what that time takes on this machine's cores
@@ -267,6 +267,9 @@ def show(rows: Sequence[Row]) -> None:
             f"{row.contender:15} {row.median_ms:11.3f} {row.p95_ms:8.3f} {row.floor_ms:8.3f} "
             f"{_ratio(row):>7} {gloo:>6} {cpu:>12} {row.on_cores_ms:13.3f}"
         )
+
+    if any(SEALED in row.contender and not row.latency_ms for row in rows):
+        print("sealed on loopback: measured for comparison; tpirt does not encrypt loopback")
 
 
 def main(argv: Sequence[str]) -> int:

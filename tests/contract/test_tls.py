@@ -34,7 +34,7 @@ from tpirt.testing.identities import MadeCluster
 from tpirt.transport import grpc as grpc_transport
 from tpirt.transport import tickets
 from tpirt.transport.address import Endpoint
-from tpirt.transport.base import Channel
+from tpirt.transport.base import Carrier, Channel
 from tpirt.transport.frame import Frame, Kind
 from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
 from tpirt.transport.tickets import TcpListener
@@ -572,6 +572,21 @@ async def test_frames_of_a_call_say_that_tls_protects_them(
         await channel.send(Frame.of(Kind.MESSAGE, b"hello"))
         assert (await inbox.next()).message == b"hello"
         assert (channel.carrier.kind, channel.carrier.seal) == ("grpc", "TLS")
+        await client.aclose()
+
+
+async def test_frames_on_loopback_are_in_the_clear(
+    cluster: MadeCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also between two that have certificates: no sum within a device pays for a seal."""
+    monkeypatch.setattr(Endpoint, "is_loopback", True)
+    async with serving(cluster.peer(tmp_path / "peer")) as address:
+        client = GrpcPeerClient(address, cluster.master)
+        channel = await client.open_session()
+        inbox = Inbox(channel)
+        await channel.send(Frame.of(Kind.MESSAGE, b"hello"))
+        assert (await inbox.next()).message == b"hello"
+        assert channel.carrier == Carrier("tcp")
         await client.aclose()
 
 

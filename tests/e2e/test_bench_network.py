@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench.allreduce import Row, show
 from bench.latency import chosen_points
 from bench.net.namespace import Namespace
 from bench.net.spec import LinkError
@@ -59,7 +61,9 @@ def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     ("backend", "contenders"),
     [
         nightly("relay", ["star"]),
-        nightly("auto", [*(each.value for each in Algorithm), "gloo"]),
+        nightly(
+            "auto", [*(each.value + how for each in Algorithm for how in ("", " sealed")), "gloo"]
+        ),
     ],
 )
 def test_allreduce(tmp_path: Path, backend: str, contenders: list[str]) -> None:
@@ -68,7 +72,7 @@ def test_allreduce(tmp_path: Path, backend: str, contenders: list[str]) -> None:
         "allreduce",
         *("--latency", "20", "--rate", "20", "--sizes", "4K", "--devices", "2"),
         *("--rounds", "2", "--seconds", "0.5", "--json", str(out), "--backend", backend),
-        *("--collective", ",".join(name for name in contenders if name != "gloo")),
+        *("--collective", ",".join(each.value for each in Algorithm if each.value in contenders)),
     )
     rows = result(done)["rows"]
     assert [row["contender"] for row in rows] == contenders
@@ -76,6 +80,16 @@ def test_allreduce(tmp_path: Path, backend: str, contenders: list[str]) -> None:
         assert row["median_ms"] >= row["floor_ms"] > 20
     assert json.loads(out.read_text())["rows"] == rows
     assert str(tmp_path) not in out.read_text()
+
+
+def test_sealed_sums_on_loopback_are_a_comparison(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    row = Row(2, 0.0, None, 16 << 10, "star sealed", 20, 0.4, 0.5, 0.0, None, 0.3, 150.0, 0.2, None)
+    show([replace(row, contender="star"), replace(row, latency_ms=1.0)])
+    assert "for comparison" not in capsys.readouterr().out
+    show([row])
+    assert capsys.readouterr().out.endswith("tpirt does not encrypt loopback\n")
 
 
 @pytest.mark.nightly

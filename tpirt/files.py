@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import stat
 from pathlib import Path
 
@@ -28,6 +29,15 @@ def can_be_made(folder: Path) -> bool:
     """Whether something can be made in a folder, which is made first if it is missing."""
     there = nearest(folder)
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
+def free_bytes(path: Path) -> int | None:
+    """Free space of the disk that has the path, or will; None if that cannot be known."""
+    try:
+        usage = shutil.disk_usage(nearest(path))
+    except OSError:  # such as a link to a disk that is not mounted
+        return None
+    return usage.free if usage.total else None  # some file systems say nothing
 
 
 def open_regular(path: Path) -> int:

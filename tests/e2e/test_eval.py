@@ -180,7 +180,7 @@ def test_a_disk_without_room_is_told_of_before_anything_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     full = shutil.disk_usage(temporary)._replace(free=1000)
-    monkeypatch.setattr("tpirt.cli.divergence.shutil.disk_usage", lambda _: full)
+    monkeypatch.setattr("tpirt.files.shutil.disk_usage", lambda _: full)
     assert main(command) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -45,7 +45,7 @@ SHAPE: Mapping[str, Any] = {
 }
 PROMPT = list(b"abcdefgh")
 FORMS = ("none", "int8", "int4")
-Usage = namedtuple("Usage", "free")
+Usage = namedtuple("Usage", "total free")
 
 
 def make(
@@ -173,7 +173,7 @@ def test_what_is_whole_stays_and_what_is_missing_or_damaged_is_made(tmp_path: Pa
 def test_too_small_a_disk_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2000, 1000))
     with pytest.raises(StoreError, match=r"need [\d,]+ bytes, the disk has 1,000 free"):
         make(tmp_path / "deep" / "model")
     assert list(tmp_path.iterdir()) == []

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TextIO
 
-from tpirt.files import nearest
+from tpirt.files import free_bytes
 from tpirt.planning import Deployment, RankPlan, advise
 from tpirt.planning.dtype import AS_ASKED
 from tpirt.printable import printable
@@ -49,8 +48,9 @@ def show_advice(plan: Deployment, store: Path | None, out: TextIO) -> None:
 def _disk(plan: Deployment, store: Path) -> str:
     here = plan.peers[0].host_id
     slices = sum(r.budget.weights_bytes for r in plan.ranks if r.peer.host_id == here)
-    free = format_bytes(shutil.disk_usage(nearest(store)).free)
-    return f"slices take {format_bytes(slices)} of disk in {store}, where {free} are free"
+    free = free_bytes(store)
+    where = f"{store}" if free is None else f"{store}, where {format_bytes(free)} are free"
+    return f"slices take {format_bytes(slices)} of disk in {where}"
 
 
 def _quantized(plan: Deployment) -> str:

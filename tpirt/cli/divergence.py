@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from tpirt.errors import RequestError
+from tpirt.files import free_bytes
 from tpirt.units import format_bytes
 
 
@@ -37,8 +37,8 @@ class Predictions:
         self.folder = Path(tempfile.gettempdir())
         self._row_bytes = 4 * vocabulary
         self.nbytes = tokens * self._row_bytes
-        free = shutil.disk_usage(self.folder).free
-        if free < self.nbytes:
+        free = free_bytes(self.folder)
+        if free is not None and free < self.nbytes:
             raise RequestError(
                 f"{self.folder}: the log-probabilities of {tokens} tokens take "
                 f"{format_bytes(self.nbytes)}, the disk has {format_bytes(free)} free; make room, "

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 import time
 from collections.abc import Sequence
 
-from tpirt.files import nearest
+from tpirt.files import free_bytes
 from tpirt.protocol.messages import StatusReply, StoredModel
 from tpirt.weights.store import SliceStore, StoredSlice
 
@@ -30,17 +28,12 @@ class Condition:
     def report(self) -> StatusReply:
         """Describe the device now; reads the store's manifests."""
         return StatusReply(
-            disk_free_bytes=self._disk_free_bytes(),
+            disk_free_bytes=free_bytes(self._store.root) or 0,
             load=_load(),
             models=_models(self._store.slices())[:_MOST_MODELS],
             last_error=self._error,
             last_error_s=int(time.monotonic() - self._error_s) if self._error else 0,
         )
-
-    def _disk_free_bytes(self) -> int:
-        with contextlib.suppress(OSError):
-            return shutil.disk_usage(nearest(self._store.root)).free
-        return 0
 
 
 def _models(slices: Sequence[StoredSlice]) -> tuple[StoredModel, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import threading
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -13,7 +12,7 @@ from tpirt.cluster.provision import write_slice
 from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.config import ModelConfig
 from tpirt.errors import CheckpointError, ConfigError, StoreError
-from tpirt.files import nearest
+from tpirt.files import free_bytes
 from tpirt.sharding.format import WeightFormat
 from tpirt.sharding.partition import Partition
 from tpirt.text.byte_level import MIN_VOCAB_SIZE, write_byte_level_tokenizer
@@ -124,11 +123,8 @@ def _check_folder(wanted: SyntheticCheckpoint) -> None:
 
 def _check_room(store: SliceStore, needed: int) -> None:
     """Raise StoreError unless the disk has room for all slices together."""
-    try:
-        free = shutil.disk_usage(nearest(store.root)).free
-    except OSError as exc:
-        raise StoreError(f"{store.root}: cannot be looked at: {exc.strerror}") from exc
-    if free < needed:
+    free = free_bytes(store.root)
+    if free is not None and free < needed:
         raise StoreError(
             f"{store.root}: the slices need {needed:,} bytes, the disk has {free:,} free; make "
             "room, or choose another --out or fewer bits (--quantize int4)"

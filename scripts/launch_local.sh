@@ -6,7 +6,7 @@
 # The first start makes .venv and installs what is needed; the next ones start at once.
 #
 #   N              how many peers, the master counted (default: 4)
-#   MODEL_DIR      a checkpoint in Hugging Face layout (default: the small model in tpirt/demo)
+#   MODEL_DIR      a checkpoint in Hugging Face layout (default: the bundled model)
 #   --prompt TEXT  answer this one message, and exit
 #   -- ...         everything after it goes to "tpirt chat" (see: launch_local.sh -- --help)
 set -euo pipefail
@@ -38,9 +38,11 @@ while (($#)); do
 done
 ((${#positional[@]} <= 2)) || refuse "${positional[2]}: expected no more than N and MODEL_DIR"
 count=${positional[0]-4}
-model=${positional[1]-$tpirt_root/tpirt/demo}
 [[ $count =~ ^[1-9][0-9]{0,3}$ ]] || refuse "N: expected a whole number from 1 on, got '$count'"
-[[ -f $model/config.json ]] || refuse "MODEL_DIR: there is no config.json in '$model'"
+if ((${#positional[@]} == 2)); then
+  [[ -f ${positional[1]}/config.json ]] || refuse "MODEL_DIR: there is no config.json in '${positional[1]}'"
+  options=(--model "${positional[1]}" ${options[@]+"${options[@]}"})
+fi
 
 need_tpirt run
-exec "$tpirt_venv/bin/tpirt" chat --local "$count" --model "$model" ${options[@]+"${options[@]}"}
+exec "$tpirt_venv/bin/tpirt" chat --local "$count" ${options[@]+"${options[@]}"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import stat
 import tomllib
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from tpirt.cli import last_run
 from tpirt.cli.chat import add_command
+from tpirt.engine.model import BUNDLED_MODEL
 from tpirt.errors import ConfigError
 
 
@@ -86,6 +88,14 @@ def test_a_first_run_and_one_of_defaults(folder: Path) -> None:
     assert taken_up()[0] == ""
     run("--discover")
     assert taken_up()[0] == "--discover"
+
+
+def test_the_bundled_model_is_not_a_path(folder: Path) -> None:
+    """It is that of the tpirt that runs, wherever this is installed by then."""
+    run("--local", "2", "--model", os.path.relpath(BUNDLED_MODEL))
+    assert "model" not in tomllib.loads((folder / "tpirt.toml").read_text())["chat"]
+    (folder / "tpirt.toml").write_text(f"[chat]\nlocal = 2\nmodel = '{BUNDLED_MODEL}'\n")
+    assert taken_up()[0] == "--local 2"
 
 
 def test_an_equal_run_leaves_an_edited_file_alone(folder: Path) -> None:

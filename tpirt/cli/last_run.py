@@ -63,7 +63,7 @@ def take_up(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> s
     """Fill in what was not given: from the last run, or by default.
 
     Returns:
-        The options of the last run that are used, as they would be typed; empty if none.
+        The options of the last run that are used and not as by default, as they would be typed.
 
     Raises:
         ConfigError: the file has an error; says where.
@@ -78,7 +78,8 @@ def take_up(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> s
             setattr(arguments, action.dest, used[name].parsed)
         elif name not in given:
             setattr(arguments, action.dest, action.default.default)
-    return " ".join(option.typed for option in used.values() if option.typed)
+    chosen = _values({name: option.parsed for name, option in used.items()}, actions)
+    return " ".join(used[name].typed for name in chosen)
 
 
 def remember(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
@@ -205,8 +206,15 @@ def _values(options: Mapping[str, Any], actions: Mapping[str, argparse.Action]) 
     return {
         name: _value(name, parsed)
         for name, parsed in options.items()
-        if parsed != actions[name].default.default
+        if parsed != actions[name].default.default and not _is_bundled(name, parsed)
     }
+
+
+def _is_bundled(name: str, parsed: Any) -> bool:
+    """Whether an option is the path of the bundled model, which is that of one installation."""
+    from tpirt.engine.model import BUNDLED_MODEL
+
+    return name == "model" and Path(parsed).resolve() == BUNDLED_MODEL.resolve()
 
 
 def _value(name: str, parsed: Any) -> Value:

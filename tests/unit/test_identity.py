@@ -16,6 +16,7 @@ import pytest
 from tpirt.cli.main import main
 from tpirt.cluster.membership import create_cluster, issuer
 from tpirt.errors import IdentityError
+from tpirt.identity import registry
 from tpirt.identity.authority import Authority
 from tpirt.identity.certificates import Certificate, Identity, new_request
 from tpirt.identity.folder import config_folder
@@ -89,10 +90,45 @@ def test_what_is_no_file_is_not_waited_for(
     cluster: MadeCluster, make: Callable[[Path], None]
 ) -> None:
     trust = cluster.master
+    (trust.folder / REGISTRY_FILE).unlink()
     make(trust.folder / REGISTRY_FILE)
     for use in (trust.registry.members, lambda: issuer(trust, None, lambda _: None)):
         with pytest.raises(IdentityError, match=r"members\.json: cannot be read: not a regular"):
             use()
+
+
+def test_a_register_that_is_lost_is_missed(
+    cluster: MadeCluster, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A new cluster has an empty one."""
+    listed = "cluster", "list", "--identity", str(cluster.folder)
+    assert main(listed) == 0
+    assert (
+        capsys.readouterr().out
+        == "cluster home\nno device has joined yet; next: tpirt cluster invite\n"
+    )
+    path = cluster.master.folder / REGISTRY_FILE
+    path.unlink()
+    assert main(listed) == 2
+    error = capsys.readouterr().err
+    assert f"{path}: the register of devices is missing" in error
+    assert "restore it from a copy, or invite every device again" in error
+    issuer(cluster.master, None, lambda _: None)
+    assert "devices that joined before are refused" in caplog.text
+    assert cluster.master.registry.members() == []
+
+
+def test_no_code_is_shown_where_the_register_cannot_be_written(
+    cluster: MadeCluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, data: bytes) -> None:
+        raise IdentityError(f"{path}: cannot be written: Read-only file system")
+
+    monkeypatch.setattr(registry, "write_private", fail)
+    invite = "cluster", "invite", "--listen", "127.0.0.1:0", "--identity", str(cluster.folder)
+    assert main(invite) == 2
+    out, err = capsys.readouterr()
+    assert (out, "members.json: cannot be written: Read-only" in err) == ("", True)
 
 
 @pytest.mark.parametrize("name", [IDENTITY_FILE, AUTHORITY_FILE])
@@ -116,7 +152,8 @@ def test_warnings_of_a_command_begin_with_its_name(
     path.chmod(0o640)
     assert main(["cluster", "list", "--identity", str(cluster.folder)]) == 0
     out, err = capsys.readouterr()
-    assert (out, err[: len(str(path)) + 7]) == ("cluster home\n", f"tpirt: {path}")
+    assert out.startswith("cluster home\n")
+    assert err.startswith(f"tpirt: {path}")
 
 
 def test_a_key_must_fit_its_certificate(cluster: MadeCluster, tmp_path: Path) -> None:
@@ -211,23 +248,23 @@ def test_a_master_that_lost_its_certificate_issues_itself_another(cluster: MadeC
 def test_a_device_is_found_by_name_or_identity(cluster: MadeCluster, tmp_path: Path) -> None:
     cluster.peer(tmp_path / "a", "pi")
     cluster.peer(tmp_path / "b", "pi")
-    registry = cluster.master.registry
-    first, second = registry.members()
+    devices = cluster.master.registry
+    first, second = devices.members()
     assert (first.name, second.name) == ("pi", "pi-2")
-    assert registry.find(second.identity) == second
+    assert devices.find(second.identity) == second
     with pytest.raises(IdentityError, match="no device named 'attic'; known: pi, pi-2"):
-        registry.find("attic")
-    registry.met(second.identity, "192.168.1.7:50051")
-    assert registry.find("pi-2").address == "192.168.1.7:50051"
-    assert not registry.find("pi").address
+        devices.find("attic")
+    devices.met(second.identity, "192.168.1.7:50051")
+    assert devices.find("pi-2").address == "192.168.1.7:50051"
+    assert not devices.find("pi").address
 
 
 def test_a_second_revocation_keeps_the_date(cluster: MadeCluster, tmp_path: Path) -> None:
     cluster.peer(tmp_path / "peer")
-    registry = cluster.master.registry
-    registry._change(registry.find("kitchen").identity, lambda each: replace(each, revoked="2020"))
-    assert registry.revoke("kitchen").revoked == "2020"
-    assert registry.find("kitchen").revoked == "2020"
+    devices = cluster.master.registry
+    devices._change(devices.find("kitchen").identity, lambda each: replace(each, revoked="2020"))
+    assert devices.revoke("kitchen").revoked == "2020"
+    assert devices.find("kitchen").revoked == "2020"
 
 
 def test_changes_at_the_same_time_are_all_kept(cluster: MadeCluster, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 from tpirt.cli.options import (
@@ -15,6 +16,7 @@ from tpirt.cli.options import (
     run_async,
 )
 from tpirt.errors import IdentityError, TpirtError
+from tpirt.terminal import table, width
 from tpirt.transport.address import DEFAULT_JOIN_PORT, Address
 
 if TYPE_CHECKING:
@@ -144,9 +146,14 @@ def _list(arguments: argparse.Namespace) -> None:
     trust = _trust(arguments)
     name, members = authority_of(trust).name, trust.registry.members()
     print(f"cluster {name}")
+    if not members:
+        print("no device has joined yet; next: tpirt cluster invite")
+        return
+    rows = [("name", "identity", "certificate", "address")]
     for each in members:
         state = f"revoked {each.revoked[:10]}" if each.revoked else f"{each.days_left} days left"
-        print(f"{each.name}  {each.identity}  {state}  {each.address or 'not met yet'}")
+        rows.append((each.name, each.identity, state, each.address or "not met yet"))
+    print("\n".join(table(rows, left=4, columns=width(sys.stdout))))
 
 
 def _revoke(arguments: argparse.Namespace) -> None:

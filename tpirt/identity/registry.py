@@ -69,10 +69,19 @@ class Registry:
         """All devices, in the order in which they joined.
 
         Raises:
-            IdentityError: the file is damaged.
+            IdentityError: the file is missing or damaged.
         """
+        if (members := self._read()) is None:
+            raise IdentityError(
+                f"{self._path}: the register of devices is missing, so no device is used; restore "
+                "it from a copy, or invite every device again with `tpirt cluster invite`"
+            )
+        return members
+
+    def _read(self) -> list[Member] | None:
+        """All devices; None if there is no file."""
         if (data := read(self._path)) is None:
-            return []
+            return None
         try:
             found = json.loads(data)
             if found["format"] != _FORMAT:
@@ -83,6 +92,19 @@ class Registry:
             raise IdentityError(
                 f"{self._path}: not a register of members; restore it from a copy"
             ) from exc
+
+    def renew(self) -> bool:
+        """Write the register as it is, to know that it can be; an empty one if there is none.
+
+        Returns:
+            Whether there was one.
+
+        Raises:
+            IdentityError: it cannot be read or written.
+        """
+        there = self._path.exists()
+        with self._changing():
+            return there
 
     def find(self, name: str) -> Member:
         """Find a device by its name or identity.
@@ -185,7 +207,7 @@ class Registry:
         """
         held = self._locked()
         try:
-            members = self.members()
+            members = self._read() or []
             yield members
             content = {"format": _FORMAT, "members": [asdict(each) for each in members]}
             write_private(self._path, json.dumps(content, indent=2).encode() + b"\n")

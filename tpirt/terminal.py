@@ -12,8 +12,8 @@ from typing import Any, TextIO, cast
 
 from tpirt.printable import printable
 
-# A figure stays together with its unit: no line ends after a digit.
-_BREAK = re.compile(r"(?<![\d ]) +")
+# What no line ends within: a figure with its unit, and a command in backticks, which is copied.
+_WORD = re.compile(r"(?:`[^`]*`|(?<=\d) +|[^ ])+")
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -51,7 +51,7 @@ def cells(text: str) -> int:
 
 
 def wrap(text: str, columns: int | None, indent: str = "") -> str:
-    """Break lines that are wider than ``columns`` at spaces; words and figures stay whole.
+    """Break lines that are wider than ``columns`` at spaces; figures and commands stay whole.
 
     Args:
         columns: None for no limit.
@@ -68,7 +68,7 @@ def wrap(text: str, columns: int | None, indent: str = "") -> str:
 def _broken(line: str, columns: int, indent: str) -> str:
     text = line.strip()
     lead = line[: line.index(text)]
-    first, *rest = _BREAK.split(text)
+    first, *rest = _WORD.findall(text) or [""]
     return fill([lead + first, *rest], " ", columns, lead + indent)
 
 
@@ -103,7 +103,8 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
 def table(rows: Sequence[Sequence[str]], left: int = 1, columns: int | None = None) -> list[str]:
     """Format a table; its first row has the names of its columns.
 
-    Where it is wider than ``columns``, every row becomes a list of names and values.
+    Where it is wider than ``columns``, every row becomes a list of names and values below its first
+    cell.
     """
     lines = aligned(rows, left)
     if columns is None or max(map(cells, lines)) <= columns:
@@ -112,11 +113,15 @@ def table(rows: Sequence[Sequence[str]], left: int = 1, columns: int | None = No
     records = (
         [f"{name} {cell}" for name, cell in zip(head, row, strict=True) if cell] for row in body
     )
-    return [
-        line
-        for record in records
-        for line in wrap(fill(record, ", ", columns - 1, "  "), columns, "    ").split("\n")
-    ]
+    return [line for record in records for line in _listed(record, columns)]
+
+
+def _listed(record: Sequence[str], columns: int) -> list[str]:
+    first, *rest = record
+    below = fill(
+        (f"  {part}" if at == 0 else part for at, part in enumerate(rest)), ", ", columns - 1, "  "
+    )
+    return wrap(f"{first}\n{below}", columns, "    ").split("\n")
 
 
 def definitions(rows: Sequence[tuple[str, str]], columns: int | None = None) -> list[str]:
@@ -171,6 +176,11 @@ class BestEffortStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def print_command(command: str) -> None:
+    """Print a command to copy, on a line of its own that only the terminal itself breaks."""
+    unfiltered(sys.stdout).write(f"  {printable(command)}\n")
 
 
 def unfiltered(stream: TextIO) -> TextIO:

@@ -16,7 +16,10 @@ import pexpect
 import pytest
 
 from tests.support.models import make_exclaimer
+from tests.support.screen import Screen
 from tests.support.terminal import Terminal
+from tpirt.cli.main import main
+from tpirt.testing.identities import MadeCluster
 from tpirt.testing.processes import PeerProcess, wait_for
 
 CTRL_C, CTRL_D, CTRL_Z = "\x03", "\x04", "\x1a"
@@ -106,6 +109,44 @@ def test_generate_says_how_fast_it_was_on_a_terminal(
         figures = [line for line in lines if line.startswith("TTFT ")]
         assert [line.endswith(" tokens/s") for line in figures] == [True] * (not quiet)
         assert "" not in lines  # no line is left between the answer and what follows
+
+
+def test_tables_and_a_command_to_copy_on_forty_columns(
+    model: Path, environment: dict[str, str], opened: list[pexpect.spawn], tmp_path: Path
+) -> None:
+    """Lines break between cells; the terminal itself breaks the command, so it is copied whole."""
+    keys = tmp_path / "keys"
+    device = MadeCluster(keys).peer(tmp_path / "peer", "kitchen").identity
+    split = "split", "--model", str(model), "--world-size", "1", "--out", str(tmp_path), "--quiet"
+    assert main(split) == 0
+
+    def shown(*arguments: str, until: object = pexpect.EOF) -> Screen:
+        program = Terminal(
+            *("-m", "tpirt", *arguments),
+            **{"env": environment, "encoding": "utf-8", "dimensions": (40, 40), "timeout": 40},
+        )
+        opened.append(program)
+        program.expect(until)
+        screen = Screen(40)
+        screen.write(program.before.replace("\r\n", "\n"))
+        return screen
+
+    assert device is not None
+    lines = shown("cluster", "list", "--identity", str(keys)).text()
+    assert lines[:3] == [
+        "cluster home",
+        "device kitchen",
+        f"  identity {device.certificate.subject.identity},",
+    ]
+    lines = shown("store", "ls", "--store", str(tmp_path / "rank0")).text()
+    assert re.fullmatch("slice [0-9a-f]{12}", lines[0])
+    assert lines[1] == "  model exclaimer, format float32,"
+    where = ("--identity", str(keys), "--listen", "127.0.0.1:0")
+    screen = shown("cluster", "invite", *where, until="instead")
+    (at,) = screen.breaks
+    assert re.fullmatch(
+        r"  tpirt peer --join 127\.0\.0\.1:\d+/\d{4}-\d{4}", "".join(screen.text()[at - 1 : at + 1])
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=str)

@@ -67,7 +67,7 @@ def test_a_local_path_comes_first(cache: Path) -> None:
 
 def test_a_name_that_is_nowhere(cache: Path) -> None:
     (cache / "models--Org--Tiny-1B" / "snapshots" / "1").mkdir(parents=True)  # only begun
-    expected = r"hf download Org/Tiny-1B --local-dir Tiny-1B \(needed are config\.json, .*\)"
+    expected = r"hf download Org/Tiny-1B --local-dir Tiny-1B` \(needed are config\.json, .*\)"
     with pytest.raises(CheckpointError, match=expected):
         find_model("Org/Tiny-1B")
 

@@ -141,7 +141,7 @@ def test_a_key_that_others_can_read_brings_a_warning(
         path.chmod(mode)
         assert load(path) is not None
         assert len(caplog.messages) == warnings
-    assert f"{path}: other users can read this private key; run: chmod 600 {path}" in caplog.text
+    assert f"{path}: other users can read this private key; run `chmod 600 {path}`" in caplog.text
 
 
 def test_warnings_of_a_command_begin_with_its_name(

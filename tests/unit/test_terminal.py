@@ -42,6 +42,18 @@ def test_only_lines_that_are_too_long_are_broken() -> None:
     assert wrap("a " + "x" * 50 + " b", 10, "  ") == "a\n  " + "x" * 50 + "\n  b"
 
 
+def test_a_command_in_a_message_stays_whole() -> None:
+    text = "restore a copy, or invite it again with `tpirt cluster invite`, on the master"
+    assert wrap(text, 20).split("\n") == [
+        "restore a copy, or",
+        "invite it again with",
+        "`tpirt cluster invite`,",
+        "on the master",
+    ]
+    assert wrap("   `a  ` b `c d", 3) == "   `a  `\n   b\n   `c\n   d"
+    assert wrap(" " * 9, 3).strip() == ""
+
+
 def test_columns_are_aligned_by_what_a_terminal_shows() -> None:
     names = ("pi", "\u4e16\u754c", "e\u0301te\u0301", "\U0001f600")
     ends = {cell_len(line) for line in aligned([(name, "12 MiB") for name in names])}
@@ -58,10 +70,11 @@ def test_a_wide_terminal_gets_a_table() -> None:
 def test_a_narrow_terminal_gets_names_and_values(columns: int) -> None:
     lines = table(ROWS, left=2, columns=columns)
     assert all(cell_len(line) <= columns for line in lines)
+    assert [line for line in lines if not line.startswith("  ")] == ["rank 0", "rank 1"]
     text = " ".join(line.strip() for line in lines)
     for row in ROWS[1:]:
-        pairs = ", ".join(f"{name} {cell}" for name, cell in zip(ROWS[0], row, strict=True))
-        assert pairs in text
+        first, *pairs = (f"{name} {cell}" for name, cell in zip(ROWS[0], row, strict=True))
+        assert f"{first} {', '.join(pairs)}" in text
     for figure in ("2.57 MiB", "5.26 GiB", "1.66 MiB", "küche-\u4e16\u754c:50051"):
         assert any(figure in line for line in lines)
 

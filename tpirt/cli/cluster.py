@@ -14,9 +14,10 @@ from tpirt.cli.options import (
     address,
     number,
     run_async,
+    sentence,
 )
 from tpirt.errors import IdentityError, TpirtError
-from tpirt.terminal import table, width
+from tpirt.terminal import print_command, table, width
 from tpirt.transport.address import DEFAULT_JOIN_PORT, Address
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ def add_command(commands: Commands) -> None:
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
 
     def add(name: str, run: object, text: str) -> argparse.ArgumentParser:
-        action: argparse.ArgumentParser = actions.add_parser(name, help=text, description=text)
+        action: argparse.ArgumentParser = actions.add_parser(
+            name, help=text, description=sentence(text)
+        )
         add_identity_option(action)
         action.set_defaults(run=run)
         return action
@@ -110,7 +113,7 @@ async def _invited(arguments: argparse.Namespace) -> None:
     bound = await invitation.listen(arguments.listen)
     print(f"On the device that is to join, within {arguments.minutes:g} minutes:\n")
     for where in _reached_at(bound):
-        print(f"  tpirt peer --join {where}/{code}")
+        print_command(f"tpirt peer --join {where}/{code}")
     print("\n(in a clone of tpirt: scripts/launch_peer.sh instead of tpirt peer)", flush=True)
     await invitation.joined(60 * arguments.minutes)
     print(f"{members[0].name} has joined ({members[0].identity})\nnext: tpirt chat --discover")
@@ -149,7 +152,7 @@ def _list(arguments: argparse.Namespace) -> None:
     if not members:
         print("no device has joined yet; next: tpirt cluster invite")
         return
-    rows = [("name", "identity", "certificate", "address")]
+    rows = [("device", "identity", "certificate", "address")]
     for each in members:
         state = f"revoked {each.revoked[:10]}" if each.revoked else f"{each.days_left} days left"
         rows.append((each.name, each.identity, state, each.address or "not met yet"))

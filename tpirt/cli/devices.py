@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from tpirt.types import ProgressCallback
 
 _TICK_S = 0.2
-_MOST_NAMES = 3  # of models, in a cell
+_HEAD = ("device", "address", "state", "memory", "cores", "disk", "version")
+_MOST_NAMES = 3  # of models, in a line
 
 
 async def surveyed(
@@ -63,13 +64,12 @@ def describe_choice(found: Sequence[Sighting]) -> Iterator[str]:
 
 def show_peers(found: Sequence[Sighting], notes: Sequence[str], *, json_wanted: bool) -> None:
     """Print what is on the network."""
-    head = ("name", "address", "memory", "cores", "disk", "version", "models", "of", "state")
-    _show(found, notes, head, _peer_row, lambda each: iter(()), json_wanted)
+    _show(found, notes, _HEAD, _peer_row, _models, json_wanted)
 
 
 def show_status(found: Sequence[Sighting], notes: Sequence[str], *, json_wanted: bool) -> None:
     """Print how the devices of the cluster are."""
-    head = ("name", "address", "memory", "cores", "load", "disk", "version", "ends", "state")
+    head = (*_HEAD, "load")
     _show(found, notes, head, _status_row, _remarks, json_wanted)
 
 
@@ -89,45 +89,28 @@ def _show(
     if not found:
         print("no device was found; `tpirt cluster invite` lets one join, `tpirt peer` starts it")
         return
-    print("\n".join(table([head, *map(row, found)], left=2, columns=width(sys.stdout))))
+    print("\n".join(table([head, *map(row, found)], left=3, columns=width(sys.stdout))))
     for each in found:
         for remark in [*([each.reason] if each.reason else []), *remarks(each)]:
             print(f"{each.name}: {remark}")
 
 
 def _peer_row(each: Sighting) -> tuple[str, ...]:
-    memory, cores, _, disk = _resources(each)
-    models = [model.name for model in each.status.models] if each.status else []
-    more = f" and {len(models) - _MOST_NAMES} more" if len(models) > _MOST_NAMES else ""
-    names = ", ".join(models[:_MOST_NAMES]) + more
-    return (
-        each.name,
-        each.address,
-        memory,
-        cores,
-        disk,
-        each.version,
-        names,
-        each.cluster,
-        _state(each),
-    )
+    return (each.name, each.address, _state(each), *_resources(each), each.version)
 
 
 def _status_row(each: Sighting) -> tuple[str, ...]:
-    memory, cores, load, disk = _resources(each)
-    ends = each.member.expires[:10] if each.member else ""
-    return (each.name, each.address, memory, cores, load, disk, each.version, ends, _state(each))
+    return (*_peer_row(each), f"{each.status.load:.1f}" if each.status else "")
 
 
-def _resources(each: Sighting) -> tuple[str, str, str, str]:
+def _resources(each: Sighting) -> tuple[str, str, str]:
     if each.hello is None or each.status is None:
-        return "", "", "", ""
+        return "", "", ""
     limit = each.hello.memory_bytes
     free = each.hello.available_bytes
     return (
         format_bytes(min(limit, free) if limit else free),
         str(each.hello.cores),
-        f"{each.status.load:.1f}",
         format_bytes(each.status.disk_free_bytes),
     )
 
@@ -138,7 +121,16 @@ def _state(each: Sighting) -> str:
     return "no answer" if each.cluster == "this cluster" and each.member else "not used"
 
 
+def _models(each: Sighting) -> Iterator[str]:
+    models = [model.name for model in each.status.models] if each.status else []
+    if models:
+        more = f" and {len(models) - _MOST_NAMES} more" if len(models) > _MOST_NAMES else ""
+        yield f"has {', '.join(models[:_MOST_NAMES])}{more}"
+
+
 def _remarks(each: Sighting) -> Iterator[str]:
+    if each.member:
+        yield f"certificate until {each.member.expires[:10]}"
     if each.status is None:
         if each.member and each.member.met:
             yield f"met last on {each.member.met[:16].replace('T', ' at ')} UTC"

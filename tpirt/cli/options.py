@@ -35,10 +35,15 @@ def add_parser(
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=help_text,
-        description=help_text[0].upper() + help_text[1:] + ".",
+        description=sentence(help_text),
         epilog=f"example:\n  {example}",
     )
     return parser
+
+
+def sentence(text: str) -> str:
+    """Make a sentence of a command's line of help."""
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def add_model_option(group: Group) -> None:

@@ -15,6 +15,8 @@ from tpirt.version import __version__
 _NO_COMMAND = re.compile(r"argument (COMMAND|ACTION): invalid choice: '(.*?)'.*from (.*)\)")
 _NO_CHOICE = re.compile(r"argument .*: invalid choice: '(.*?)'.*from (.*)\)")
 
+_NARROW, _SHORT_INDENT = 60, 8  # columns
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser with our help; what it does not know is answered with the nearest."""
@@ -59,6 +61,11 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 class HelpFormatter(argparse.HelpFormatter):
     """Shows a short usage and whole words; where it is narrow, examples continue after a \\."""
 
+    def __init__(self, prog: str, **options: Any):
+        super().__init__(prog, **options)
+        if self._width < _NARROW:  # what an option means gets most of the line
+            self._max_help_position = _SHORT_INDENT
+
     def _format_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any) -> str:
         groups = [group for group in groups if group.required]
         grouped = [action for group in groups for action in group._group_actions]
@@ -68,6 +75,11 @@ class HelpFormatter(argparse.HelpFormatter):
         if actions and not commands:
             text += "[options]"
         return wrap(" ".join(text.split()), self._width, "    ") + "\n\n"
+
+    def _format_action(self, action: argparse.Action) -> str:
+        if action.nargs == argparse.PARSER:  # its commands, without a line for their placeholder
+            return "".join(map(self._format_action, self._iter_indented_subactions(action)))
+        return super()._format_action(action)
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return wrap(text, width).splitlines()

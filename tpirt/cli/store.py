@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tpirt.cli.options import Commands, add_parser
+from tpirt.cli.options import Commands, add_parser, sentence
 from tpirt.errors import StoreError
+from tpirt.terminal import table, width
+from tpirt.units import format_bytes
 
 if TYPE_CHECKING:
     from tpirt.weights.store import SliceStore, StoredSlice, UnusableSlice
+
+
+_HEAD = ("slice", "model", "format", "heads", "columns", "LM head", "size", "not shared")
+_SHORT = 12  # digits of an id that are shown; any prefix that no other id has will do
 
 
 def add_command(commands: Commands) -> None:
@@ -27,13 +34,13 @@ def add_command(commands: Commands) -> None:
         (
             "ls",
             _list,
-            "list slices: id, model, format, shard, size, and size not shared with others",
+            "list slices: id, model, format, shard, size, and what of it no other slice shares",
             None,
         ),
         ("verify", _verify, "read slices and compare checksums", "*"),
         ("rm", _remove, "remove slices", "*"),
     ):
-        action = actions.add_parser(name, help=text, description=text)
+        action = actions.add_parser(name, help=text, description=sentence(text))
         action.add_argument("--store", metavar="DIR", help="default ~/.cache/tpirt/slices")
         if ids is not None:
             action.add_argument(
@@ -53,20 +60,39 @@ def _open(arguments: argparse.Namespace) -> SliceStore:
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    from tpirt.units import format_bytes
-
     store = _open(arguments)
-    slices = store.slices()
+    slices = sorted(store.slices(), key=_place)
     own = store.own_bytes(slices)
-    for stored in slices:
-        manifest, spec = stored.manifest, stored.manifest.spec
-        print(
-            f"{manifest.slice_id}  {manifest.model}  {spec.form_label}  {spec.shard_label}  "
-            f"{format_bytes(manifest.nbytes)}, {format_bytes(own[stored.path])} not shared"
-        )
-    for each in store.unusable():
-        print(f"{each.slice_id}  {each.model}  {each.reason}")
+    if slices:
+        rows = [_row(each, own[each.path]) for each in slices]
+        print("\n".join(table([_HEAD, *rows], left=5, columns=width(sys.stdout))))
+    unusable = store.unusable()
+    for each in unusable:
+        print(f"{each.slice_id[:_SHORT]} ({each.model}): {each.reason}")
+    if unusable:
+        print("`tpirt store rm --unusable` removes what cannot be used")
     print(f"{format_bytes(store.bytes_used())} in {store.root}")
+
+
+def _place(stored: StoredSlice) -> tuple[str, str, int]:
+    """Where a slice is listed: with those of its model and format, in the order of ranks."""
+    spec = stored.manifest.spec
+    return stored.manifest.model, spec.form_label, spec.shard.q_heads.start
+
+
+def _row(stored: StoredSlice, own_bytes: int) -> tuple[str, ...]:
+    manifest, spec = stored.manifest, stored.manifest.spec
+    heads, columns = spec.shard.q_heads, spec.shard.columns
+    return (
+        manifest.slice_id[:_SHORT],
+        manifest.model,
+        spec.form_label,
+        f"{heads.start}-{heads.stop - 1}",
+        f"{columns.start}-{columns.stop - 1}",
+        "yes" if spec.shard.first else "no",
+        format_bytes(manifest.nbytes),
+        format_bytes(own_bytes),
+    )
 
 
 def _verify(arguments: argparse.Namespace) -> None:

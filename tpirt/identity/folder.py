@@ -76,4 +76,4 @@ def read_key(path: Path) -> bytes | None:
 @cache  # once in a process
 def _warn_of_readers(path: Path) -> None:
     command = f"chmod 600 {quote(str(path))}"
-    _log.warning(f"{path}: other users can read this private key; run: {command}")
+    _log.warning(f"{path}: other users can read this private key; run `{command}`")

@@ -63,8 +63,8 @@ def _cached(name: str) -> Path:
         return found[-1]
     raise CheckpointError(
         f"{name}: no such folder, and not in the Hugging Face cache ({_cache()}); download it: "
-        f"hf download {name} --local-dir {name.partition('/')[2]} (needed are {FILES}), then give "
-        "that folder as --model"
+        f"`hf download {name} --local-dir {name.partition('/')[2]}` (needed are {FILES}), then "
+        "give that folder as --model"
     )
 
 

@@ -85,8 +85,6 @@ _install() { # run|dev
       if [[ $before == none ]]; then rm -f "$tpirt_stamp"; else printf '%s\n' "$before" >"$tpirt_stamp"; fi
     fi
     note "the installation failed (pip's exit code $code; its messages are above)"
-    [[ $cpu_torch != missing ]] ||
-      note "torch's CPU build was not found: set PIP_EXTRA_INDEX_URL to a mirror of $cpu_index, or TPIRT_TORCH=cuda (2.8 GB)"
     exit 1
   fi
   { printf '%s\n' "$1"; _installed_from; } >"$tpirt_stamp.new"
@@ -98,7 +96,7 @@ _install() { # run|dev
 
 # Set "packages" to pip's arguments, and "size" to about what it downloads (download_size.sh tells).
 _choose_packages() { # run|dev
-  packages=(--prefer-binary) size='250 MB' cpu_torch=''
+  packages=(--prefer-binary) size='250 MB'
   _choose_torch
   packages+=(-c "$tpirt_root/constraints.txt" -e)
   if [[ $1 == run ]]; then
@@ -113,7 +111,7 @@ _choose_packages() { # run|dev
 # elsewhere PyPI's is the CPU build. The user's own indexes come first: PyTorch's is added only if
 # they lack the build.
 _choose_torch() {
-  local cpu
+  local cpu own
   cpu=$(sed -n 's/^torch==//p' "$tpirt_root/constraints.txt")+cpu
   case $(uname -sm),${TPIRT_TORCH:-cpu} in
     'Linux x86_64,cuda' | 'Linux aarch64,cuda')
@@ -130,22 +128,31 @@ _choose_torch() {
   # An environment that was made with CUDA keeps it.
   ! compgen -G "$tpirt_venv/lib/python*/site-packages/nvidia" >/dev/null || return 0
   packages+=("torch==$cpu")
-  if _pip_finds "$cpu"; then
-    return
-  elif _pip_finds "$cpu" --extra-index-url "$cpu_index"; then
+  own=$(_torch_versions)
+  [[ $own != *" $cpu"* ]] || return 0
+  if [[ $(_torch_versions --extra-index-url "$cpu_index") == *" $cpu"* ]]; then
     packages+=(--extra-index-url "$cpu_index")
   else
-    cpu_torch=missing
-    note "cannot reach $cpu_index, which has torch's CPU build; trying pip's own index alone"
+    _refuse_torch "$cpu" "$own"
   fi
 }
 
-# Whether pip finds this version of torch. Fails soon: pip itself would try each package for long.
-_pip_finds() { # VERSION PIP_OPTION...
-  local found
-  found=$("$tpirt_venv/bin/python" -m pip index versions torch \
-    --no-input --disable-pip-version-check --retries 0 --timeout 5 "${@:2}" 2>/dev/null) || return
-  [[ $found == *" $1"* ]]
+# Say that no index has torch's CPU build, and what to do: pip would only take longer to find out.
+_refuse_torch() { # VERSION VERSIONS_OF_PIPS_OWN_INDEX
+  local tried="which has other builds of torch only"
+  [[ -n $2 ]] || tried="which does not answer, or has no torch"
+  note "cannot install torch's CPU build, torch $1; nothing was installed"
+  note "tried pip's own index, $tried; and $cpu_index, which does not answer, or lacks this version"
+  note "either make $cpu_index reachable (HTTPS_PROXY=..., say), or set PIP_EXTRA_INDEX_URL to a mirror of it"
+  note "or take the build with CUDA from pip's own index: TPIRT_TORCH=cuda (2.8 GB to download)"
+  exit 1
+}
+
+# The versions of torch that pip finds; nothing if it finds none. Fails soon: to install, pip would
+# try each package for long.
+_torch_versions() { # PIP_OPTION...
+  "$tpirt_venv/bin/python" -m pip index versions torch \
+    --no-input --disable-pip-version-check --retries 0 --timeout 5 "$@" 2>/dev/null || :
 }
 
 _make_venv() {

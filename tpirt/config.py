@@ -359,8 +359,8 @@ def _named(source: str) -> Iterator[None]:
 def _read_json_object(file: Path) -> Mapping[str, Any]:
     if not file.parent.is_dir():
         raise CheckpointError(
-            f"{file.parent}: expected a model directory, found no directory; docs/models.md says "
-            "how to get a model"
+            f"{file.parent}: expected a model directory, found no directory; get a model with "
+            "`hf download ORG/NAME --local-dir DIR`"
         )
     try:
         content = json.loads(read_regular(file))

@@ -13,7 +13,7 @@ from typing import Any, TextIO, cast
 from tpirt.printable import printable
 
 # What no line ends within: a figure with its unit, and a command in backticks, which is copied.
-_WORD = re.compile(r"(?:`[^`]*`|(?<=\d) +|[^ ])+")
+_WORD = re.compile(r"(?:`[^`]*`|(?<![^ (])\d[\d.,/-]* +|[^ ])+")
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -178,9 +178,9 @@ class BestEffortStream:
         return getattr(self._stream, name)
 
 
-def print_command(command: str) -> None:
-    """Print a command to copy, on a line of its own that only the terminal itself breaks."""
-    unfiltered(sys.stdout).write(f"  {printable(command)}\n")
+def print_whole(text: str) -> None:
+    """Print what is copied or parsed, such as a command: only the terminal itself breaks lines."""
+    unfiltered(sys.stdout).write(printable(text) + "\n")
 
 
 def unfiltered(stream: TextIO) -> TextIO:

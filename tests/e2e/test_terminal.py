@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import signal
@@ -109,6 +110,14 @@ def test_generate_says_how_fast_it_was_on_a_terminal(
         figures = [line for line in lines if line.startswith("TTFT ")]
         assert [line.endswith(" tokens/s") for line in figures] == [True] * (not quiet)
         assert "" not in lines  # no line is left between the answer and what follows
+    program = Terminal(
+        *("-m", "tpirt", "generate", *arguments, "--prompt", "go", "--quiet", "--json"),
+        **{"env": environment, "encoding": "utf-8", "dimensions": (40, 80), "timeout": 40},
+    )
+    opened.append(program)
+    program.expect(pexpect.EOF)
+    assert json.loads(program.before)["text"] == "!!!!"
+    assert program.before.count("\n") == 1
 
 
 def test_tables_and_a_command_to_copy_on_forty_columns(

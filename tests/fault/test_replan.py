@@ -242,7 +242,7 @@ async def test_new_slices_are_announced_with_the_stores_size_and_what_it_has_ins
     used = format_bytes(sum(path.stat().st_size for path in stores[0].glob("*/*.safetensors")))
     assert mine == (
         "new slice of tiny (float32, heads 0-3, columns 0-79, LM head): "
-        f"adds {used} to {stores[0]}, {used} then"
+        f"adds {used} to {stores[0]}, which then has {used}"
     )
     assert sent.startswith("sending rank 1 (memory:1) a new slice of tiny (float32, heads 4-7")
     caplog.clear()

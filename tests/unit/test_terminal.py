@@ -15,6 +15,7 @@ from tpirt.terminal import (
     aligned,
     clean_output,
     definitions,
+    print_whole,
     table,
     wants_color,
     wrap,
@@ -52,6 +53,11 @@ def test_a_command_in_a_message_stays_whole() -> None:
     ]
     assert wrap("   `a  ` b `c d", 3) == "   `a  `\n   b\n   `c\n   d"
     assert wrap(" " * 9, 3).strip() == ""
+
+
+def test_a_name_that_ends_with_a_digit_is_no_figure() -> None:
+    text = "received /s/86b9b9ba3224add87c9a4a25 (1.48 MiB of 2 MiB)"
+    assert wrap(text, 34) == "received\n/s/86b9b9ba3224add87c9a4a25\n(1.48 MiB of 2 MiB)"
 
 
 def test_columns_are_aligned_by_what_a_terminal_shows() -> None:
@@ -119,5 +125,8 @@ def test_whatever_is_printed_is_clean(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_messages_are_broken_at_spaces_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terminal, "width", lambda _: 20)
     out = io.StringIO()
-    CleanStream(out).write("tpirt: error: needs 1.5 GiB\n")
-    assert out.getvalue() == "tpirt: error: needs\n1.5 GiB\n"
+    monkeypatch.setattr(sys, "stdout", CleanStream(out))
+    sys.stdout.write("tpirt: error: needs 1.5 GiB\n")
+    print_whole('  {"text": "as  it was, \x1b and whole"}')
+    wrapped = "tpirt: error: needs\n1.5 GiB\n"
+    assert out.getvalue() == wrapped + '  {"text": "as  it was,  and whole"}\n'

@@ -17,7 +17,7 @@ from tpirt.cli.options import (
     sentence,
 )
 from tpirt.errors import IdentityError, TpirtError
-from tpirt.terminal import print_command, table, width
+from tpirt.terminal import print_whole, table, width
 from tpirt.transport.address import DEFAULT_JOIN_PORT, Address
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ async def _invited(arguments: argparse.Namespace) -> None:
     bound = await invitation.listen(arguments.listen)
     print(f"On the device that is to join, within {arguments.minutes:g} minutes:\n")
     for where in _reached_at(bound):
-        print_command(f"tpirt peer --join {where}/{code}")
+        print_whole(f"  tpirt peer --join {where}/{code}")
     print("\n(in a clone of tpirt: scripts/launch_peer.sh instead of tpirt peer)", flush=True)
     await invitation.joined(60 * arguments.minutes)
     print(f"{members[0].name} has joined ({members[0].identity})\nnext: tpirt chat --discover")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tpirt.terminal import table, width
+from tpirt.terminal import print_whole, table, width
 from tpirt.types import Progress
 from tpirt.units import format_bytes
 
@@ -84,7 +84,7 @@ def _show(
     for note in notes:
         print(f"tpirt: {note}", file=sys.stderr)
     if json_wanted:
-        print(json.dumps([_fields(each) for each in found], indent=2))
+        print_whole(json.dumps([_fields(each) for each in found], indent=2))
         return
     if not found:
         print("no device was found; `tpirt cluster invite` lets one join, `tpirt peer` starts it")

@@ -21,6 +21,7 @@ from tpirt.cli.options import (
     run_async,
 )
 from tpirt.errors import LogitsError, RequestError
+from tpirt.terminal import print_whole
 from tpirt.types import Progress
 from tpirt.units import format_bytes
 
@@ -185,7 +186,10 @@ def _print(
             f"; KL divergence {divergence.mean:.4g} nats per token (mean), worst token "
             f"{divergence.worst:.4g}, same top token {divergence.same_top:.2%}"
         )
-    print(json.dumps(figures | {"quantize": arguments.quantize}) if arguments.json else line)
+    if arguments.json:
+        print_whole(json.dumps(figures | {"quantize": arguments.quantize}))
+    else:
+        print(line)
 
 
 def _perplexity(mean_loss: float) -> float:

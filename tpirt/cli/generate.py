@@ -27,6 +27,7 @@ from tpirt.cli.options import (
     sampling_params,
 )
 from tpirt.errors import PeerLostError, RequestError, TpirtError, TransportError
+from tpirt.terminal import print_whole
 from tpirt.types import LOST, RECONNECTED, RESUMED, Message, Progress, SamplingParams
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ async def _generate(arguments: argparse.Namespace, prompt: Prompt) -> None:
             prompt = engine.encode(prompt, parse_special=arguments.special_tokens)
             if arguments.json:
                 completion = await engine.complete(prompt, params, progress)
-                print(_json(asdict(completion)))
+                print_whole(_json(asdict(completion)))
                 ids, cut = completion.token_ids, completion.finish_reason == "length"
             else:
                 ids, cut = await _print_answer(engine, prompt, params, progress)
@@ -178,7 +179,8 @@ async def _generate_all(arguments: argparse.Namespace, texts: Sequence[str]) -> 
                     line = await task
                     failed += "error" in line
                     progress.close()
-                    print(_json(line), flush=True)
+                    print_whole(_json(line))
+                    sys.stdout.flush()
             finally:
                 for task in tasks:
                     task.cancel()

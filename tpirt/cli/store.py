@@ -111,7 +111,7 @@ def _verify(arguments: argparse.Namespace) -> None:
                 damaged.append(str(exc))
                 continue
             progress.close()
-            print(f"{stored.manifest.slice_id}  good")
+            print(f"{stored.manifest.slice_id[:_SHORT]}  good")
     if damaged:
         raise StoreError("; ".join(damaged))
 

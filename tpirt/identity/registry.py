@@ -116,8 +116,9 @@ class Registry:
         for each in members:
             if name in (each.name, each.identity):
                 return each
-        names = ", ".join(each.name for each in members) or "no device has joined yet"
-        raise IdentityError(f"no device named {name!r}; known: {names}")
+        names = ", ".join(each.name for each in members)
+        known = f"known: {names}" if names else "no device has joined yet"
+        raise IdentityError(f"no device named {name!r}; {known}")
 
     def check(self, certificate: Certificate) -> Member:
         """Find the device of a certificate.

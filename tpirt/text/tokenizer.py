@@ -347,8 +347,8 @@ def _read_fast(path: Path) -> str:
         if not found:
             raise TokenizerError(f"{file}: no such file; is {path} a complete model directory?")
         raise TokenizerError(
-            f"{file}: no such file (found {', '.join(found)}); most models have one: hf download "
-            f"ORG/NAME tokenizer.json tokenizer_config.json --local-dir {shlex.quote(str(path))}; "
+            f"{file}: no such file (found {', '.join(found)}); most models have one: `hf download "
+            f"ORG/NAME tokenizer.json tokenizer_config.json --local-dir {shlex.quote(str(path))}`; "
             "docs/models.md says how to convert other formats"
         )
     return read_text(file)

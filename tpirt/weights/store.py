@@ -380,7 +380,7 @@ class SliceStore:
         total = format_bytes(self.bytes_used() + new_bytes)
         text = (
             f"new slice of {spec.model} ({spec.label}): adds {format_bytes(new_bytes)} to "
-            f"{self.root}, {total} then{limit}"
+            f"{self.root}, which then has {total}{limit}"
         )
         if others:
             there = ", ".join(f"{each.slice_id} ({each.spec.label})" for each in others[:2])

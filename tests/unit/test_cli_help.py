@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Iterator
+
 import pytest
 
 from tpirt.cli.main import main
+from tpirt.cli.parser import build_parser
 
 COMMANDS = (
     *("chat", "generate", "peer", "peers", "cluster"),
@@ -32,6 +36,18 @@ def test_help_fits_forty_columns(
         assert max(map(len, page.splitlines())) <= columns
         pages.append([word for word in page.split() if word != "\\"])
     assert pages[0] == pages[1] == pages[2]  # no word is cut
+
+
+def test_every_option_is_explained() -> None:
+    def options(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for command in action.choices.values():
+                    yield from options(command)
+            else:
+                yield action
+
+    assert [each.option_strings for each in options(build_parser()) if not each.help] == []
 
 
 @pytest.mark.parametrize("command", ["chat", "generate", "eval"])

@@ -95,7 +95,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
     if arguments.prompt == "":
         raise RequestError("the prompt is empty: give at least one character of text")
     if (last := last_run.take_up(parser, arguments)) and not arguments.quiet:
-        print(f"tpirt: as last time: {last}; --fresh goes without", file=sys.stderr)
+        print(f"tpirt: as last time: {last}; --fresh starts without these options", file=sys.stderr)
     began = partial(last_run.remember, parser, arguments)
     run_async(_chat(arguments, began))
 

@@ -48,9 +48,9 @@ def add_command(commands: Commands) -> None:
         return action
 
     init = add("init", _init, "make a cluster whose master is this device")
-    init.add_argument("--name", help="of the cluster (default: this device's host name)")
+    init.add_argument("--name", help="name of the cluster (default: this device's host name)")
     invite = add("invite", _invite, "show a code by which one device can join, and wait for it")
-    invite.add_argument("--name", help="of the device (default: its host name)")
+    invite.add_argument("--name", help="name of the device (default: its host name)")
     invite.add_argument(
         "--listen",
         type=lambda text: address(text, lowest_port=0, default_port=DEFAULT_JOIN_PORT),

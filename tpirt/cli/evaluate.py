@@ -44,7 +44,7 @@ def add_command(commands: Commands) -> None:
         "tpirt eval --model ~/llama --text wiki.txt --quantize int4 --kl --local 2",
     )
     add_engine_options(parser)
-    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
+    parser.add_argument("--text", required=True, metavar="FILE", help="the text, a UTF-8 file")
     parser.add_argument(
         "--context",
         type=count,

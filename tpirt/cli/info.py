@@ -38,7 +38,9 @@ def add_command(commands: Commands) -> None:
         "tpirt info --model ~/llama --world-size 4 --window 4 --context 4096",
     )
     add_model_option(parser)
-    parser.add_argument("--world-size", type=count, default=1, metavar="N", help="default 1")
+    parser.add_argument(
+        "--world-size", type=count, default=1, metavar="N", help="number of ranks (default 1)"
+    )
     add_ratio_option(parser)
     parser.add_argument(
         "--window",

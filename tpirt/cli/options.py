@@ -264,7 +264,13 @@ def add_context_option(group: Group) -> None:
 
 def add_format_options(group: Group) -> None:
     """Add ``--dtype`` and ``--quantize``."""
-    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="dtype of weights that are not quantized, and of the computation; auto (default): the "
+        "checkpoint's",
+    )
     group.add_argument(
         "--quantize",
         default="none",
@@ -324,11 +330,26 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="most tokens of an answer (default: to the end of the context in a chat, else 256)",
     )
     group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
-    group.add_argument("--top-k", type=int, metavar="K")
-    group.add_argument("--top-p", type=float, metavar="P")
-    group.add_argument("--min-p", type=float, metavar="P")
-    group.add_argument("--repetition-penalty", type=float, metavar="R")
-    group.add_argument("--seed", type=int, metavar="N")
+    group.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens; 0: all")
+    group.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="only the likeliest tokens whose probabilities add up to P; 1: all",
+    )
+    group.add_argument(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="only tokens that are at least P times as likely as the likeliest one; 0: all",
+    )
+    group.add_argument(
+        "--repetition-penalty",
+        type=float,
+        metavar="R",
+        help="above 1, tokens that are there already become less likely; 1: off",
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="equal seeds draw equal tokens")
     group.add_argument(
         "--stop",
         action="append",

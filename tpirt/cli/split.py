@@ -29,7 +29,9 @@ def add_command(commands: Commands) -> None:
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="output folder, with one folder per rank"
     )
-    parser.add_argument("--world-size", type=count, required=True, metavar="N")
+    parser.add_argument(
+        "--world-size", type=count, required=True, metavar="N", help="number of ranks"
+    )
     add_ratio_option(parser)
     add_format_options(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")

@@ -41,7 +41,9 @@ def add_command(commands: Commands) -> None:
         ("rm", _remove, "remove slices", "*"),
     ):
         action = actions.add_parser(name, help=text, description=sentence(text))
-        action.add_argument("--store", metavar="DIR", help="default ~/.cache/tpirt/slices")
+        action.add_argument(
+            "--store", metavar="DIR", help="folder of slices (default ~/.cache/tpirt/slices)"
+        )
         if ids is not None:
             action.add_argument(
                 "ids", nargs=ids, metavar="ID", help="id of a slice, or a prefix of it"

@@ -34,7 +34,9 @@ def add_command(commands: Commands) -> None:
         help=f"{', '.join(SHAPES)}, or a config.json",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the model directory to create")
-    parser.add_argument("--world-size", type=count, required=True, metavar="N")
+    parser.add_argument(
+        "--world-size", type=count, required=True, metavar="N", help="number of ranks"
+    )
     add_ratio_option(parser)
     add_format_options(parser)
     parser.add_argument(

@@ -464,6 +464,13 @@ def test_option_that_makes_no_sense(cli: Cli, whole: Path, option: str) -> None:
     assert {process.pid for process in descendants()} <= before
 
 
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_sampling_options_are_checked_before_a_model_is_looked_for(cli: Cli, command: str) -> None:
+    result = cli(command, "--model", "/nowhere", "--prompt", "a", "--top-p", "3")
+    assert result.code == 2
+    assert "top_p: expected above 0" in result.line
+
+
 def test_memory_that_is_too_little_says_how_much_is_needed(cli: Cli, whole: Path) -> None:
     from tpirt.units import parse_bytes
 

@@ -27,6 +27,7 @@ from tpirt.cli.options import (
 )
 from tpirt.errors import IdentityError, RequestError
 from tpirt.terminal import table, width
+from tpirt.types import SamplingParams
 
 if TYPE_CHECKING:
     from tpirt.chat.journal import Journal
@@ -96,6 +97,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
         raise RequestError("the prompt is empty: give at least one character of text")
     if (last := last_run.take_up(parser, arguments)) and not arguments.quiet:
         print(f"tpirt: as last time: {last}; --fresh starts without these options", file=sys.stderr)
+    sampling_params(arguments, SamplingParams())  # fail before loading
     began = partial(last_run.remember, parser, arguments)
     run_async(_chat(arguments, began))
 

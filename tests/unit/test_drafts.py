@@ -119,6 +119,13 @@ async def test_guesses_are_verified_where_they_pay(
     assert ("off" in controller.explain()) == (verified == 0)
 
 
+@pytest.mark.parametrize(("saved_s", "said"), [(1.26, "1.3 s saved"), (-0.04, "0.0 s lost")])
+def test_time_that_guesses_cost_is_called_lost(saved_s: float, said: str) -> None:
+    controller = controlled(Fixed({}), costs(flat=True))
+    controller.stats.steps, controller.stats.saved_s = 2, saved_s
+    assert controller.explain().endswith(f"1.00 tokens a step, {said}")
+
+
 async def test_rows_are_dealt_to_the_likeliest_guesses_within_the_steps_rows() -> None:
     sure, unsure = answer([1]), answer([2])
     drafter = Fixed({sure: 0.95, unsure: 0.3})

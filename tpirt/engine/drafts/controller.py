@@ -316,9 +316,10 @@ class DraftController:
             if self._gain is None or self._gain >= _LEAST_GAIN:
                 return "drafts: none yet"
             return f"drafts: off, {self._gain:.2f} x expected (at least {_LEAST_GAIN} is asked)"
+        time = f"{abs(stats.saved_s):.1f} s {'saved' if stats.saved_s >= 0 else 'lost'}"
         return (
             f"drafts: {stats.right} of {stats.guesses} guesses right in {stats.steps} steps, "
-            f"{1 + stats.right / stats.steps:.2f} tokens a step, {stats.saved_s:.1f} s saved"
+            f"{1 + stats.right / stats.steps:.2f} tokens a step, {time}"
         )
 
     def _most_guesses(self, answer: Answer) -> int:

@@ -209,6 +209,17 @@ def test_quantization_is_shown_with_its_reason(tmp_path: Path, quantize: str, en
     assert plan_lines(plan(config, [peer], options))[-1].endswith(end)
 
 
+def test_plan_of_resident_peers_by_address_fits_eighty_columns(tmp_path: Path) -> None:
+    config = ModelConfig.from_hf(find_shape("llama-3.1-8b"))
+    peers = [
+        PeerProfile(r, f"192.168.1.10{r}:50051", f"host{r}", int(9.03 * 2**30), None, 1, 1, True)
+        for r in range(2)
+    ]
+    lines = plan_lines(plan(config, peers, PlanOptions(quantize="int4")))
+    assert lines[1].endswith("resident")
+    assert max(map(len, lines[:3])) <= 80
+
+
 def test_plan_of_many_is_cut(tmp_path: Path) -> None:
     lines = plan_lines(load_plan(tmp_path, 11))
     assert len(lines) == 1 + 8 + 1 + 1

@@ -13,7 +13,7 @@ from tpirt.terminal import table, width, wrap
 from tpirt.units import format_bytes
 
 _MOST_LINES = 8
-_HEAD = ("rank", "peer", "heads", "KV heads", "MLP columns", "weights", "limit", "held")
+_HEAD = ("rank", "peer", "heads", "KV heads", "MLP", "weights", "limit", "held")
 
 
 def show_plan(plan: Deployment, out: TextIO) -> None:

@@ -168,7 +168,7 @@ def _listing_nobody(cluster: MadeCluster, tmp_path: Path) -> Path:
     copy = tmp_path / "copy"
     shutil.copytree(cluster.folder, copy)
     (copy / MASTER / "members.json").unlink()
-    Trust(MASTER, copy).registry.renew()
+    Trust(MASTER, copy).registry.rewrite()
     return copy
 
 

@@ -125,8 +125,8 @@ def test_no_code_is_shown_where_the_register_cannot_be_written(
         raise IdentityError(f"{path}: cannot be written: Read-only file system")
 
     monkeypatch.setattr(registry, "write_private", fail)
-    invite = "cluster", "invite", "--listen", "127.0.0.1:0", "--identity", str(cluster.folder)
-    assert main(invite) == 2
+    where = "--listen", "127.0.0.1:0", "--identity", str(cluster.folder)
+    assert main(["cluster", "invite", "--minutes", "0.02", *where]) == 2
     out, err = capsys.readouterr()
     assert (out, "members.json: cannot be written: Read-only" in err) == ("", True)
 

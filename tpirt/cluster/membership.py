@@ -36,7 +36,7 @@ def create_cluster(trust: Trust, name: str) -> Identity:
     authority = Authority.create(name)
     authority.save(path)
     try:
-        trust.registry.renew()
+        trust.registry.rewrite()
         identity = authority.issue_own(trust.folder / IDENTITY_FILE, random_id())
         identity.save()
     except IdentityError:
@@ -69,7 +69,7 @@ def issuer(trust: Trust, name: str | None, joined: Callable[[Member], None]) -> 
         IdentityError: this device is not the master of a cluster, or its files are damaged.
     """
     authority, registry = authority_of(trust), trust.registry
-    if not registry.renew():  # which fails before a device has come
+    if not registry.rewrite():  # which fails before a device has come
         _log.warning(
             "the register of devices was missing, and an empty one was made: devices that joined "
             "before are refused until they are invited again, or a copy is restored"

@@ -93,7 +93,7 @@ class Registry:
                 f"{self._path}: not a register of members; restore it from a copy"
             ) from exc
 
-    def renew(self) -> bool:
+    def rewrite(self) -> bool:
         """Write the register as it is, to know that it can be; an empty one if there is none.
 
         Returns:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -154,6 +154,38 @@ async def test_a_closed_client_connects_again() -> None:
         for _ in range(2):
             assert await client.call("Hello", b"me", TIMEOUT_S) == b"Hello:me"
             await client.aclose()
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """Objects go when nothing refers to them, and at no other time."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def calls() -> list[object]:
+    """What keeps a connection of gRPC's open, even one that was closed."""
+    return [each for each in gc.get_objects() if issubclass(type(each), grpc.aio.Call)]
+
+
+@pytest.mark.usefixtures("no_collection")
+async def test_a_closed_client_keeps_no_connection() -> None:
+    async with peer() as (client, service):
+        channels = [await client.open_session(), await client.open_link()]
+        for channel in channels:
+            channel.start(Heard())
+        channels.append(await client.open_session())  # and one that is never read
+        with pytest.raises(StoreError, match="no room"):
+            await client.upload("PutUnits", chunks_of(b"refuse"), TIMEOUT_S)
+        with pytest.raises(PeerLostError, match="took nothing"):
+            await client.upload("PutUnits", chunks_of(b"hang", *[bytes(MIB)] * 50), 0.1)
+        for _ in channels:
+            service.sessions.get_nowait()
+        await client.aclose()
+        while calls():  # noqa: ASYNC110 - gRPC's own tasks end
+            await asyncio.sleep(0.01)
 
 
 async def test_nobody_there() -> None:

@@ -261,6 +261,27 @@ async def test_masters_store_is_bounded(model: Path, tmp_path: Path) -> None:
             pytest.fail("loaded")
 
 
+class Refusing(CountingClient):
+    """Takes a part of a slice and refuses the rest."""
+
+    chunks: Any = None
+
+    async def upload(self, method: str, chunks: AsyncIterator[bytes], timeout_s: float) -> bytes:
+        self.chunks = chunks
+        await anext(chunks)
+        raise StoreError("no room")
+
+
+async def test_a_slice_that_is_refused_is_let_go(model: Path, tmp_path: Path) -> None:
+    """Its messages refer to the whole engine, and they end only when they are closed."""
+    client = Refusing(tmp_path / "1", 1)
+    options = EngineOptions(dtype="float32", threads=1, store=tmp_path / "0")
+    with pytest.raises(StoreError, match="no room"):
+        async with Engine.connect(model, options, peers=[client]):
+            pass
+    assert client.chunks.ag_frame is None
+
+
 _RATE = 16 << 20
 
 

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import threading
 import zlib
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -240,7 +240,7 @@ async def send_slice(
     chunks = _Chunks(lacking_units(maker, shard, order, store))
     done = 0
 
-    async def messages() -> AsyncIterator[bytes]:
+    async def messages() -> AsyncGenerator[bytes, None]:
         nonlocal done
         yield encode_call(UnitChunk(order=SliceOrder(spec, order.kept).to_json()))
         while (chunk := await in_thread(chunks.next)) is not None:
@@ -251,7 +251,8 @@ async def send_slice(
 
     kept = spec.nbytes - total  # which the worker reads, and says nothing meanwhile
     try:
-        await client.upload("PutUnits", messages(), timeout_s + kept / _SLOW_DISK)
+        async with contextlib.aclosing(messages()) as sending:
+            await client.upload("PutUnits", sending, timeout_s + kept / _SLOW_DISK)
     finally:
         await in_thread(chunks.close)
     await in_thread(lambda: maker.made(Manifest.of(spec, order.digests), store))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 
 from tpirt.cancellation import in_thread
 from tpirt.cluster.machine import available_bytes
@@ -79,8 +80,9 @@ class Uploads:
             )
             (writer,) = opened
             self._log(await in_thread(self._store.growth, order.spec, writer.new_bytes))
-            async for chunk in upload.chunks():
-                await in_thread(writer.write, chunk.unit, chunk.offset, chunk.data)
+            async with aclosing(upload.chunks()) as chunks:
+                async for chunk in chunks:
+                    await in_thread(writer.write, chunk.unit, chunk.offset, chunk.data)
             return await in_thread(writer.commit)
         finally:
             for writer in opened:
@@ -139,7 +141,7 @@ class _Upload:
             raise TransportError("an upload must begin with its order")
         return await in_thread(SliceOrder.from_json, first.order)
 
-    async def chunks(self) -> AsyncIterator[UnitChunk]:
+    async def chunks(self) -> AsyncGenerator[UnitChunk, None]:
         """Read the chunks; their checksums are right."""
         while (data := await self._next()) is not None:
             chunk = decode_call(UnitChunk, data, "caller")

@@ -223,8 +223,9 @@ class GrpcPeerClient:
             raise lost(self.peer_id, details_of(exc)) from exc
         finally:
             answered.cancel()
-            await asyncio.gather(answered, return_exceptions=True)
             call.cancel()
+            # Its end has to be taken note of, or the call keeps itself, and the connection.
+            await asyncio.gather(answered, _end_of(call), return_exceptions=True)
 
     async def open_session(self) -> Channel:
         """See :class:`tpirt.transport.base.PeerClient`."""
@@ -555,6 +556,10 @@ class GrpcPeerServer:
         except TpirtError as exc:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(exc))
             return None
+
+
+async def _end_of(call: grpc.aio.StreamUnaryCall[bytes, bytes]) -> None:
+    await call
 
 
 async def _cipher() -> str:

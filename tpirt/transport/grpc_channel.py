@@ -115,15 +115,21 @@ class GrpcChannel(StreamChannel):
     async def aclose(self) -> None:
         """See :class:`tpirt.transport.base.Channel`."""
         self._give_up(closed(self.peer_id))
-        for task in (self._ahead, self._reading, self._writing):
-            if task is not None:
-                task.cancel()
+        tasks = [task for task in (self._ahead, self._reading, self._writing) if task is not None]
+        for task in tasks:
+            task.cancel()
         cancel = getattr(self._call, "cancel", None)
         if cancel is not None:
             cancel()
+        # gRPC's connection is closed when nothing refers to a call on it any more, and a task that
+        # was cancelled does, by its traceback.
+        self._call = self._ahead = self._reading = self._writing = None
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def stay(self) -> None:
         """Tell the server, with an empty message, that no connection will come for this call."""
+        if self._error is not None:
+            return
         try:
             await own(self._call.write(b""), self.peer_id)
         except (*ERRORS, PeerLostError):
@@ -191,10 +197,14 @@ async def own(operation: Awaitable[_T], peer_id: str) -> _T:
     try:
         return await operation
     except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
+        if _is_cancelled():
             raise
         raise lost(peer_id, "the call was cancelled") from None
+
+
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()  # not in the frame of a traceback that the task itself keeps
+    return task is not None and task.cancelling() > 0
 
 
 def details_of(exc: grpc.aio.AioRpcError) -> str:

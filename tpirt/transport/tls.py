@@ -117,7 +117,7 @@ async def meet(address: Address, trust: Trust) -> Met:
         except IdentityError as exc:
             raise IdentityError(f"peer {address}: {exc}") from exc
         finally:
-            writer.close()
+            writer.transport.abort()  # a goodbye would wait for one, on a link that may be cut
 
 
 async def speaks_tls(address: Address) -> bool:
@@ -128,7 +128,7 @@ async def speaks_tls(address: Address) -> bool:
         async with asyncio.timeout(CONNECT_S):
             connection = await race(await resolve(address), reach)
             _, writer = await _handshake(connection, context, "peer")
-            writer.close()
+            writer.transport.abort()
     except (OSError, TimeoutError):  # an SSLError is an OSError
         return False
     return True

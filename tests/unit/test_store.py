@@ -29,6 +29,7 @@ from tpirt.ops.quant import Int8
 from tpirt.sharding.format import WeightFormat
 from tpirt.sharding.partition import make_partition
 from tpirt.testing.processes import killed_at_exit, run_python, start_python
+from tpirt.weights import unfinished as unfinished_module
 from tpirt.weights import writer as module
 from tpirt.weights.layout import file_bytes
 from tpirt.weights.manifest import (
@@ -283,6 +284,21 @@ def test_a_few_unfinished_slices_are_kept_and_can_be_removed(store: SliceStore) 
     for each in store.unusable():
         store.remove(each)
     assert list(store.root.iterdir()) == []
+
+
+def test_an_index_reads_each_record_once(
+    store: SliceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(store, spec(), 2)
+    read, times = unfinished_module.read_regular, []
+
+    def counted(*arguments: Any) -> bytes:
+        times.append(arguments)
+        return read(*arguments)
+
+    monkeypatch.setattr(unfinished_module, "read_regular", counted)
+    assert any(digest != NO_DIGEST for digest in store.inventory(spec()))
+    assert len(times) == 1
 
 
 def test_the_longest_of_one_slice_is_kept_for_a_week(store: SliceStore) -> None:
@@ -692,6 +708,26 @@ def test_what_was_not_used_for_longest_gives_way_and_never_what_is_used(
     (message,) = [m for m in caplog.messages if "last used on" in m]
     assert message.startswith(f"removed {oldest.path} (m, last used on 20")
     held.release()
+
+
+def test_slices_give_way_without_a_walk_for_each(
+    store: SliceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(4):
+        aged(put(store, spec(1, 2, fingerprint=str(number) * 32)), number + 1)
+    begin(store, spec(0, 2), 2)
+    limit, bytes_used, walks = store.bytes_used(), SliceStore.bytes_used, []
+
+    def counted(self: SliceStore) -> int:
+        walks.append(self)
+        return bytes_used(self)
+
+    monkeypatch.setattr(SliceStore, "bytes_used", counted)
+    bounded = SliceStore(store.root, limit)
+    bounded.promise(2 * nbytes(), of_slice=True)
+    assert len(bounded.slices()) < 3
+    assert bounded.unusable() == []
+    assert len(walks) == 2  # before, and after
 
 
 def test_what_is_broken_is_listed_and_gives_way_first(store: SliceStore) -> None:

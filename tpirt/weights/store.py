@@ -390,8 +390,7 @@ class SliceStore:
 
     def index(self, spec: SliceSpec) -> UnitIndex:
         """Index the units that ``spec`` can consist of, also those of unfinished slices."""
-        remove_leftovers(self.root)
-        begun = [StoredSlice(*each, RECORD) for each in unfinished(self.root)]
+        begun = [StoredSlice(*each, RECORD) for each in remove_leftovers(self.root)]
         return UnitIndex([*self.slices(), *begun], spec.space)
 
     def inventory(self, spec: SliceSpec, known: Sequence[bytes] = ()) -> list[bytes]:
@@ -455,7 +454,7 @@ class SliceStore:
 
     def _evict(self, nbytes: int) -> None:
         """Remove what nobody uses until ``nbytes`` are free: first what cannot be used as it is."""
-        wanted, now_s = self.bytes_used() - nbytes, time.time()
+        left, now_s = nbytes, time.time()
         found: list[tuple[StoredSlice | UnusableSlice, str]] = [
             (each, f"{each.model}, {each.reason}") for each in self.unusable()
         ]
@@ -465,10 +464,12 @@ class SliceStore:
             since = time.strftime("%Y-%m-%d", time.localtime(stored.used_s))
             found.append((stored, f"{stored.manifest.model}, last used on {since}"))
         for each, about in found:
-            if self.bytes_used() <= wanted:
+            if left <= 0:
                 return
+            freed = _own_bytes(each)
             with contextlib.suppress(StoreError):  # in use
                 self.remove(each)
+                left -= freed
                 limit = format_bytes(self.limit_bytes or 0)
                 _log.info("removed %s (%s): the store's limit is %s", each.path, about, limit)
 
@@ -494,15 +495,7 @@ class SliceStore:
 
     def own_bytes(self, slices: Sequence[StoredSlice]) -> dict[Path, int]:
         """Return the bytes that removing each slice would free, by folder."""
-        own = {}
-        for stored in slices:
-            sizes = 0
-            for block in stored.manifest.blocks:
-                with contextlib.suppress(OSError):
-                    found = (stored.path / block.file).stat()
-                    sizes += found.st_size if found.st_nlink == 1 else 0
-            own[stored.path] = sizes
-        return own
+        return {stored.path: _own_bytes(stored) for stored in slices}
 
     def bytes_used(self) -> int:
         """Size of all files in the folder; files with several links count once."""
@@ -565,10 +558,11 @@ class Partial:
         self.lock.release()
 
 
-def remove_leftovers(root: Path) -> None:
+def remove_leftovers(root: Path) -> list[tuple[Path, Manifest]]:
     """Remove partial slices of writers that have ended, on any host, but what is whole of them.
 
-    A folder without a lock is one, too: locks are made before and removed after.
+    Returns the folders that are kept, and what is whole in them. A folder without a lock is a
+    leftover, too: locks are made before and removed after.
     """
     for file in root.glob(f"{_LOCK}*"):
         held = try_lock(file)
@@ -578,7 +572,7 @@ def remove_leftovers(root: Path) -> None:
     for folder in root.glob(f"{_PARTIAL}*"):
         if not _lock_of(folder).exists():
             _remove_partial(folder)
-    tidy_unfinished(root)
+    return tidy_unfinished(root)
 
 
 def _remove_partial(path: Path) -> None:
@@ -590,6 +584,20 @@ def _remove_partial(path: Path) -> None:
 
 def _lock_of(partial: Path) -> Path:
     return partial.with_name(partial.name.replace(_PARTIAL, _LOCK, 1))
+
+
+def _own_bytes(each: StoredSlice | UnusableSlice) -> int:
+    """Bytes that removing a slice frees: of files without a link in another one."""
+    if isinstance(each, StoredSlice):
+        files = [each.path / block.file for block in each.manifest.blocks]
+    else:
+        files = [path for path in each.path.rglob("*") if path.is_file()]
+    total = 0
+    for path in files:
+        with contextlib.suppress(OSError):
+            found = path.stat()
+            total += found.st_size if found.st_nlink == 1 else 0
+    return total
 
 
 def _same_model(manifest: Manifest, spec: SliceSpec) -> bool:

@@ -68,9 +68,12 @@ def unfinished(root: Path) -> Iterator[tuple[Path, Manifest]]:
             yield folder, manifest
 
 
-def tidy_unfinished(root: Path) -> None:
-    """Remove what is old, and all but the longest of what was to become one slice."""
-    found: dict[str, list[tuple[int, float, Path]]] = {}
+def tidy_unfinished(root: Path) -> list[tuple[Path, Manifest]]:
+    """Remove what is old, and all but the longest of what was to become one slice; tell the rest.
+
+    As :func:`unfinished`, without reading the records again, which can be long.
+    """
+    found: dict[str, list[tuple[int, float, Path, Manifest]]] = {}
     for folder in root.glob(f"{PREFIX}*"):
         manifest = _read(folder)
         with contextlib.suppress(OSError):
@@ -78,17 +81,18 @@ def tidy_unfinished(root: Path) -> None:
             if manifest is None or changed_s < time.time() - _KEPT_S:
                 _remove(folder)
             else:
-                entry = (len(manifest.blocks), changed_s, folder)
+                entry = (len(manifest.blocks), changed_s, folder, manifest)
                 found.setdefault(manifest.spec.key, []).append(entry)
     longest = []
     for entries in found.values():
         *shorter, best = sorted(entries)
         longest.append(best)
-        for _, _, folder in shorter:
+        for _, _, folder, _ in shorter:
             _remove(folder)
     longest.sort(key=lambda entry: entry[1], reverse=True)
-    for _, _, folder in longest[_MOST:]:
+    for _, _, folder, _ in longest[_MOST:]:
         _remove(folder)
+    return [(folder, manifest) for _, _, folder, manifest in longest[:_MOST]]
 
 
 def remove_unfinished(root: Path, key: str) -> None:

@@ -99,3 +99,10 @@ class PeerLostError(TpirtError):
         self.rank = rank
         self.peer_id = peer_id
         self.silent_s: float | None = None
+
+
+class DamagedLinkError(PeerLostError, TransportError):
+    """A link brought what its peer did not send, or cannot be proved to have sent.
+
+    The peer is not to blame, and is connected again.
+    """

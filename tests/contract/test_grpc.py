@@ -14,6 +14,7 @@ import grpc.aio
 import pytest
 
 from tpirt.errors import (
+    DamagedLinkError,
     HandshakeError,
     PeerError,
     PeerLostError,
@@ -55,6 +56,8 @@ class Service:
             total += len(chunk)
             if chunk == b"refuse":
                 raise StoreError("no room")
+            if chunk == b"damaged":
+                raise DamagedLinkError("checksum mismatch")
             if chunk == b"hang":
                 await self.held.wait()
         return str(total).encode()
@@ -276,6 +279,14 @@ async def test_a_refused_upload_says_why_however_much_is_to_come() -> None:
         for rest in ([], [bytes(MIB)] * 50):
             with pytest.raises(StoreError, match="no room"):
                 await client.upload("PutUnits", chunks_of(b"refuse", *rest), TIMEOUT_S)
+
+
+async def test_an_upload_that_is_damaged_on_its_way_is_lost() -> None:
+    """It is sent again; one that is refused is not."""
+    async with peer() as (client, _):
+        for rest in ([], [bytes(MIB)] * 50):
+            with pytest.raises(PeerLostError, match=f"{client.address}: connection lost:"):
+                await client.upload("PutUnits", chunks_of(b"damaged", *rest), TIMEOUT_S)
 
 
 async def test_an_upload_without_progress_is_given_up() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 
 from tpirt.batch import SCALE_BLOCK, Batch, Segment
 from tpirt.cluster.worker import Worker
-from tpirt.errors import TpirtError, TransportError
+from tpirt.errors import TpirtError
 from tpirt.protocol.link import Link, message_frame
 from tpirt.protocol.messages import PROTOCOL_VERSION, Abort, Ready, Setup
 from tpirt.testing.cluster import memory_engine, same_channel
@@ -101,7 +100,7 @@ def expected(model: Path, store: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(("algorithm", "side", "kind", "fault", "after"), list(cases()))
-async def test_faulty_message_is_refused_and_its_sender_named_or_connected_again(
+async def test_faulty_message_is_refused_and_its_sender_connected_again(
     model: Path,
     store: Path,
     expected: list[int],
@@ -142,22 +141,14 @@ async def test_faulty_message_is_refused_and_its_sender_named_or_connected_again
             async for token in engine.generate(PROMPT, PARAMS, report):
                 tokens.append(token.id)
 
-        with suppress(TransportError):
-            try:
-                async with asyncio.timeout(2 if fault in MAY_SUCCEED else None):
-                    await request()
-            except TimeoutError:  # both wait for each other, alive; the user may give up
-                tokens = (await engine.complete(PROMPT, PARAMS, report)).token_ids
+        try:
+            async with asyncio.timeout(2 if fault in MAY_SUCCEED else None):
+                await request()
+        except TimeoutError:  # both wait for each other, alive; the user may give up
+            tokens = (await engine.complete(PROMPT, PARAMS, report)).token_ids
         assert faulty_channels[0].fired.is_set()
-        assert tokens == expected[: len(tokens)]
-        if engine.broken is None:
-            assert tokens == expected
-            assert fault in MAY_SUCCEED or RECONNECTED in stages
-            return
-        assert isinstance(engine.broken, TransportError)
-        assert "memory:2" in str(engine.broken)
-        with pytest.raises(TransportError):
-            await engine.complete(PROMPT, PARAMS)
+        assert tokens == expected
+        assert fault in MAY_SUCCEED or RECONNECTED in stages
 
 
 async def test_slow_peer_changes_nothing(model: Path, store: Path, expected: list[int]) -> None:
@@ -247,8 +238,9 @@ GOOD = Segment(slot=0, position=0, tokens=1, num_logits=1, rope_length=1)
     ],
 )
 async def test_worker_refuses_an_invalid_step(
-    model: Path, store: Path, segment: Segment, dtype: int
+    model: Path, store: Path, expected: list[int], segment: Segment, dtype: int
 ) -> None:
+    """In the clear it may have been slipped in: the master connects again."""
     ends: list[Channel] = []
 
     def keep(_: int, channel: Channel) -> Channel:
@@ -262,5 +254,6 @@ async def test_worker_refuses_an_invalid_step(
             Kind.MESSAGE, Batch((segment,)), payload, step=1, dtype=dtype, shape=shape
         )
         await ends[0].send(step)
-        with pytest.raises(TransportError, match="memory:1"):
-            await engine.complete(PROMPT, PARAMS)
+        assert (await engine.complete(PROMPT, PARAMS)).token_ids == expected
+        (recovery,) = engine.recoveries
+        assert recovery.peer_id == "memory:1"

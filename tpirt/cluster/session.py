@@ -274,7 +274,8 @@ class WorkerSession:
             await runtime.run(hidden, step)
         except StepAborted:
             pass
-        except TpirtError as exc:
+        except TpirtError as failure:
+            exc = self.link.doubted(failure) if isinstance(failure, TransportError) else failure
             step.abort(exc)
             if not begun:  # its tensors from other ranks are dropped
                 prepared.links.skip(number)

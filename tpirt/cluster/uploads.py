@@ -13,7 +13,7 @@ from contextlib import aclosing
 
 from tpirt.cancellation import in_thread
 from tpirt.cluster.machine import available_bytes
-from tpirt.errors import PeerError, StoreError, TransportError
+from tpirt.errors import DamagedLinkError, PeerError, StoreError, TransportError
 from tpirt.protocol.messages import UnitChunk, decode_call
 from tpirt.refusals import refused_memory
 from tpirt.units import format_bytes
@@ -49,6 +49,7 @@ class Uploads:
         Whole blocks of one that failed are kept for the next.
 
         Raises:
+            DamagedLinkError: what came is not what its sender took a checksum of.
             PeerError: as many as are taken at a time are under way.
             TransportError: the sender stands still, or sends something else.
             StoreError: no room on the disk or in memory; not a slice.
@@ -146,7 +147,7 @@ class _Upload:
         while (data := await self._next()) is not None:
             chunk = decode_call(UnitChunk, data, "caller")
             if not chunk.data or zlib.crc32(chunk.data) != chunk.crc32:
-                raise TransportError(
+                raise DamagedLinkError(
                     f"slice unit {chunk.unit} at {chunk.offset}: empty, or checksum mismatch"
                 )
             self.received += len(chunk.data)

@@ -131,9 +131,9 @@ class Worker:
         session = WorkerSession(channel)
         try:
             await self._serve(session)
-        except PeerLostError:
-            pass  # the ordinary end: the master left
         except TpirtError as exc:
+            if type(exc) is PeerLostError:
+                return  # the ordinary end: the master left
             self._condition.failed(exc)
             self._log(f"session ended: {exc}")
             raise

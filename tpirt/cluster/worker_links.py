@@ -6,16 +6,19 @@ A link that cannot be had is not an error: the master is told, and sums go throu
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 
 from tpirt.collectives.links import LinkSet
-from tpirt.errors import PeerLostError, TpirtError, TransportError
+from tpirt.errors import DamagedLinkError, PeerLostError, TpirtError, TransportError
 from tpirt.protocol.link import Incoming, Link
 from tpirt.protocol.messages import Joined, JoinLink, LinkState
 from tpirt.transport.backlog import Backlog
 from tpirt.transport.base import Channel, PeerClient
 
 Connect = Callable[[str], PeerClient]
+
+_log = logging.getLogger("tpirt.cluster")
 
 PATIENCE_S = 10.0  # for another worker, which may be slow, to open its link, or to answer
 _MOST_SILENT = 64  # links that have not said yet to which session they belong
@@ -53,6 +56,8 @@ class _Peer:
 
     def on_lost(self, link: Link, exc: TpirtError) -> None:
         """See :class:`tpirt.protocol.link.Handler`: the next use of the link raises it."""
+        if isinstance(exc, DamagedLinkError):
+            _log.warning("link between workers ended: %s", exc)
         self.left.set()
         self._spoken.set()
 

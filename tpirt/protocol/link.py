@@ -18,7 +18,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tpirt.errors import PeerLostError, TpirtError, TransportError
+from tpirt.errors import DamagedLinkError, PeerLostError, TpirtError, TransportError
 from tpirt.protocol.messages import Failure, Probe, decode, encode
 from tpirt.protocol.suspicion import Suspicion
 from tpirt.transport.base import Channel
@@ -154,7 +154,8 @@ class Link:
 
         Raises:
             PeerLostError: the other side is gone or silent.
-            TransportError: another frame came; the link is broken.
+            TransportError: another frame came; the link is broken. In the clear it is a
+                DamagedLinkError.
             Exception: the reason given to :meth:`wake` since the step began.
         """
         inbox = self._inbox[part]
@@ -168,7 +169,7 @@ class Link:
                 raise self._reason
             frame = inbox.popleft()
         elif ahead := next(filter(None, self._ahead), None):
-            raise self._broken(_mismatch(self.peer_id, head, ahead[0]))
+            raise self._invalid(_mismatch(self.peer_id, head, ahead[0]))
         elif self.lost is not None:
             raise self.lost
         else:
@@ -183,7 +184,7 @@ class Link:
             finally:
                 self._waiters[part] = None
         if frame.head != head:
-            raise self._broken(_mismatch(self.peer_id, head, frame))
+            raise self._invalid(_mismatch(self.peer_id, head, frame))
         return frame.payload
 
     # -- messages --------------------------------------------------------------------------
@@ -247,6 +248,16 @@ class Link:
         """Send a message in the background."""
         self._spawn(self._post(message_frame(Kind.MESSAGE, body)))
 
+    def doubted(self, exc: TransportError) -> TransportError:
+        """The error of something invalid that came over this link.
+
+        In the clear nobody can tell what the other side sent from what was damaged, or slipped in,
+        on its way.
+        """
+        if self.channel.carrier.seal:
+            return exc
+        return DamagedLinkError(f"{exc}; it may have been damaged on its way, in the clear")
+
     def give_up(self, exc: TpirtError) -> None:
         """Break the link for a reason on this side."""
         self._broken(exc)
@@ -283,11 +294,14 @@ class Link:
         try:
             self._sort(frame, self._frame_s - before_s)
         except TransportError as exc:
-            self._broken(exc)
+            self._invalid(exc)
 
     def on_lost(self, exc: TpirtError) -> None:
         """See :class:`tpirt.transport.base.Receiver`."""
-        self._broken(exc)
+        if isinstance(exc, TransportError):
+            self._invalid(exc)
+        else:
+            self._broken(exc)
 
     def _sort(self, frame: Frame, gap_s: float) -> None:
         header = frame.header
@@ -403,6 +417,10 @@ class Link:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _invalid(self, exc: TransportError) -> TpirtError:
+        """Break the link for what came over it; returns the first error."""
+        return self._broken(self.doubted(exc))
 
     def _broken(self, exc: TpirtError) -> TpirtError:
         """Break the link; returns the first error."""

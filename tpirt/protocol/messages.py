@@ -199,8 +199,8 @@ class Failure:
         if not (isinstance(kind, type) and issubclass(kind, TpirtError)):
             kind = PeerError
         message = f"peer {peer_id}: {self.message}"
-        if kind is PeerLostError:
-            return PeerLostError(message, rank=self.lost_rank)
+        if issubclass(kind, PeerLostError):
+            return kind(message, rank=self.lost_rank)
         return kind(message)
 
 

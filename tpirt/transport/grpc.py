@@ -33,6 +33,7 @@ import grpc
 import grpc.aio
 
 from tpirt.errors import (
+    DamagedLinkError,
     IdentityError,
     PeerError,
     PeerLostError,
@@ -442,6 +443,8 @@ class GrpcPeerServer:
             async def take() -> bytes:
                 try:
                     return await self._service.receive("PutUnits", chunks)
+                except DamagedLinkError:
+                    raise
                 except TpirtError as exc:
                     await _refuse(chunks, context, exc)
                     raise
@@ -551,10 +554,9 @@ class GrpcPeerServer:
             if self.is_protected and caller(context).role != role:
                 raise IdentityError(f"only a {role} of its cluster may ask for this")
             return await work()
-        except PeerLostError:
-            return None  # the master left: nobody is there to be told
         except TpirtError as exc:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(exc))
+            if type(exc) is not PeerLostError:  # else the master left: nobody is there to be told
+                await context.abort(_status(exc), str(exc))
             return None
 
 
@@ -590,6 +592,12 @@ def _why_not(exc: OSError) -> str:
     if exc.errno == errno.EADDRNOTAVAIL:
         return "the address is not this machine's"
     return (os.strerror(exc.errno) if exc.errno and exc.errno > 0 else str(exc.strerror)).lower()
+
+
+def _status(exc: TpirtError) -> grpc.StatusCode:
+    """How a caller is told: it may try again what was damaged on its way."""
+    damaged = isinstance(exc, DamagedLinkError)
+    return grpc.StatusCode.DATA_LOSS if damaged else grpc.StatusCode.FAILED_PRECONDITION
 
 
 async def _refuse(chunks: AsyncIterator[bytes], context: Any, exc: TpirtError) -> None:

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from tpirt.errors import PeerLostError, TransportError
+from tpirt.errors import DamagedLinkError, TransportError
 from tpirt.transport.frame import Frame, FrameReader
 from tpirt.transport.stream import Buffer, cut
 from tpirt.transport.tickets import OVERHEAD_BYTES, SECRET_BYTES
@@ -204,8 +204,8 @@ class SealedReader(FrameReader):
 
         Raises:
             TransportError: what was sealed is not a frame.
-            PeerLostError: a record does not verify, or is larger than records are. The other side
-                did not send that, so it is not to blame: the connection is lost.
+            DamagedLinkError: a record does not verify, or is larger than records are. The other
+                side did not send that.
         """
         while (frame := super().next()) is None:
             if self._plain:
@@ -228,7 +228,7 @@ class SealedReader(FrameReader):
         """The whole size of the record at the start.
 
         Raises:
-            PeerLostError: no record has it.
+            DamagedLinkError: no record has it.
         """
         size: int = _LENGTH.unpack_from(self._memory, self._first)[0]
         if not _TAG_BYTES < size <= RECORD_BYTES + _TAG_BYTES:
@@ -258,9 +258,9 @@ class SealedReader(FrameReader):
             raise self._lost(str(exc)) from None
         self._first += len(record)
 
-    def _lost(self, why: str) -> PeerLostError:
+    def _lost(self, why: str) -> DamagedLinkError:
         words = f"peer {self._peer_id}: connection lost: {why}"
-        return PeerLostError(words, peer_id=self._peer_id)
+        return DamagedLinkError(words, peer_id=self._peer_id)
 
     def _move_on(self) -> bool:
         """Move on what has been opened and did not fit; False if there is no room at all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -18,7 +19,7 @@ from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.cluster.worker import Worker
 from tpirt.config import ModelConfig
 from tpirt.engine import Engine, EngineOptions
-from tpirt.errors import PeerLostError, StoreError
+from tpirt.errors import PeerLostError, PeerUnreachableError, StoreError
 from tpirt.ops.quant import QuantSpec
 from tpirt.protocol.messages import UnitChunk, decode_call
 from tpirt.sharding.format import WeightFormat
@@ -280,6 +281,55 @@ async def test_a_slice_that_is_refused_is_let_go(model: Path, tmp_path: Path) ->
         async with Engine.connect(model, options, peers=[client]):
             pass
     assert client.chunks.ag_frame is None
+
+
+class Standing(CountingClient):
+    """Takes a part of a slice, and the rest only when it has been asked whether it is there."""
+
+    answers = True
+
+    def __init__(self, store: Path, rank: int):
+        super().__init__(store, rank)
+        self.stands = False
+        self._asked = asyncio.Event()
+
+    async def call(self, method: str, request: bytes, timeout_s: float) -> bytes:
+        if self.stands and method == "Hello":
+            if not self.answers:
+                await asyncio.sleep(timeout_s)
+                raise PeerUnreachableError(f"peer {self.peer_id}: no answer")
+            self._asked.set()
+        return await super().call(method, request, timeout_s)
+
+    async def upload(self, method: str, chunks: AsyncIterator[bytes], timeout_s: float) -> bytes:
+        async def standing() -> AsyncIterator[bytes]:
+            async for data in chunks:
+                yield data
+                self.stands = True
+                await self._asked.wait()
+
+        try:
+            return await super().upload(method, standing(), timeout_s)
+        finally:
+            self.stands = False
+
+
+@pytest.mark.parametrize("answers", [True, False])
+async def test_an_upload_stands_still_for_as_long_as_its_worker_answers(
+    model: Path, tmp_path: Path, answers: bool
+) -> None:
+    """However long it may read what it keeps: a link that is cut is noticed within the timeout."""
+    client = Standing(tmp_path / "1", 1)
+    client.answers = answers
+    options = EngineOptions(dtype="float32", threads=1, store=tmp_path / "0", timeout_s=0.4)
+    async with asyncio.timeout(20):
+        if answers:
+            async with Engine.connect(model, options, peers=[client]) as engine:
+                assert len((await engine.complete(PROMPT, PARAMS)).token_ids) == 6
+        else:
+            with pytest.raises(PeerLostError, match=r"answered nothing for 0\.4 s"):
+                async with Engine.connect(model, options, peers=[client]):
+                    pytest.fail("loaded")
 
 
 _RATE = 16 << 20

@@ -12,14 +12,21 @@ import contextlib
 import logging
 import threading
 import zlib
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from tpirt.cancellation import in_thread
+from tpirt.cluster.roster import ask
 from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.collectives.context import StepAborted
-from tpirt.errors import CheckpointError, PeerLostError, StoreError, TpirtError
+from tpirt.errors import (
+    CheckpointError,
+    PeerLostError,
+    PeerUnreachableError,
+    StoreError,
+    TpirtError,
+)
 from tpirt.protocol.messages import (
     InventoryReply,
     InventoryRequest,
@@ -252,11 +259,41 @@ async def send_slice(
     kept = spec.nbytes - total  # which the worker reads, and says nothing meanwhile
     try:
         async with contextlib.aclosing(messages()) as sending:
-            await client.upload("PutUnits", sending, timeout_s + kept / _SLOW_DISK)
+            upload = client.upload("PutUnits", sending, timeout_s + kept / _SLOW_DISK)
+            await _while_it_answers(client, upload, lambda: done, timeout_s)
     finally:
         await in_thread(chunks.close)
     await in_thread(lambda: maker.made(Manifest.of(spec, order.digests), store))
     return done
+
+
+async def _while_it_answers(
+    client: PeerClient, upload: Awaitable[object], taken: Callable[[], int], silent_s: float
+) -> None:
+    """Await an upload, until its worker takes nothing for ``silent_s`` and does not answer either.
+
+    One that reads what it keeps takes nothing for long, but answers.
+
+    Raises:
+        PeerLostError: it is silent; the upload has ended.
+    """
+    uploading = asyncio.ensure_future(upload)
+    try:
+        while not uploading.done():
+            before = taken()
+            await asyncio.wait({uploading}, timeout=silent_s / 4)
+            if not uploading.done() and taken() == before:
+                try:
+                    await ask(client, 0, silent_s / 2)
+                except PeerUnreachableError:
+                    raise PeerLostError(
+                        f"peer {client.peer_id}: took nothing and answered nothing for "
+                        f"{silent_s:g} s; it hangs, or its link does"
+                    ) from None
+        await uploading
+    finally:
+        uploading.cancel()
+        await asyncio.gather(uploading, return_exceptions=True)
 
 
 async def _ask(

@@ -294,7 +294,7 @@ class Engine:
             LogitsError: the model computed NaN or infinity; the engine lives on.
             PeerLostError: a peer died or fell silent, and could not be connected again; names it.
                 The next request tries again.
-            TransportError: a peer sent something invalid, sealed; names it. The engine is broken then.
+            TransportError: a peer sent something invalid, sealed; names it. The engine is broken.
             TpirtError: a rank failed (its disk); the engine lives on.
         """
         answer = self._answer(self.encode(prompt), params, progress, user, priority)

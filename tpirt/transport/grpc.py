@@ -200,7 +200,7 @@ class GrpcPeerClient:
                     return await own(operation, self.peer_id)
             except TimeoutError:
                 raise PeerLostError(
-                    f"peer {self.peer_id}: took nothing for {timeout_s:g} s; "
+                    f"peer {self.peer_id}: took nothing for {timeout_s:.3g} s; "
                     "it hangs, or its link does",
                     peer_id=self.peer_id,
                 ) from None

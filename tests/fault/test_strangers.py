@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import socket
@@ -38,6 +39,7 @@ from tpirt.protocol.messages import (
     FreeSlot,
     HelloReply,
     HelloRequest,
+    InventoryReply,
     InventoryRequest,
     Ready,
     Setup,
@@ -52,7 +54,7 @@ from tpirt.transport.frame import Frame, FrameReader, Header, Kind
 from tpirt.transport.grpc import GrpcPeerClient
 from tpirt.transport.memory import memory_pair
 from tpirt.types import ProgressCallback, SamplingParams
-from tpirt.weights.manifest import NO_DIGEST, Manifest, SliceOrder, SliceSpec
+from tpirt.weights.manifest import NO_DIGEST, Manifest, SliceOrder, SliceSpec, split_digests
 from tpirt.weights.store import SliceStore
 
 PROMPT = list(range(40, 64))
@@ -374,6 +376,31 @@ async def eventually(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(WAIT_S):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
+
+
+async def test_a_silent_upload_ends_when_somebody_asks_what_is_missing(
+    held: Manifest, worker: Worker, store: SliceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sender is back, whose connection was cut: it sends the rest."""
+    monkeypatch.setattr(uploads, "_GIVES_WAY_S", 0.0)
+    wanted = dataclasses.replace(held.spec, fingerprint="f" * 32)
+    units = sum(block == 0 for block, _ in wanted.places)
+    sent, silent = chunks_of(wanted)[: units + 1], asyncio.Event()
+
+    async def cut() -> AsyncIterator[bytes]:
+        for message in (order_of(held, fingerprint="f" * 32), *sent):
+            yield message
+        silent.set()
+        await asyncio.Event().wait()
+
+    uploading = asyncio.ensure_future(worker.receive("PutUnits", cut()))
+    await silent.wait()
+    order = SliceOrder(wanted, [NO_DIGEST] * len(wanted.places))
+    request = encode_call(InventoryRequest(order=order.to_json()))
+    reply = decode_call(InventoryReply, await worker.answer("Inventory", request), "worker")
+    assert sum(digest != NO_DIGEST for digest in split_digests(reply.held)) == units
+    with pytest.raises(TransportError, match="stands still"):
+        await uploading
 
 
 async def test_uploads_that_stand_still_end_or_give_way(

@@ -60,17 +60,29 @@ class Uploads:
         self._running.append(upload)
         try:
             order = await upload.order()
+            upload.key = order.spec.key
             self._take_memory(upload, order.spec)
             with refused_memory("writing a slice"):
                 stored = await self._write(upload, order)
         finally:
             self._running.remove(upload)
+            upload.ended.set()
         manifest = stored.manifest
         self._log(
             f"received slice {manifest.slice_id} of {manifest.model}: {stored.path} "
             f"({format_bytes(upload.received)} of {format_bytes(manifest.nbytes)} were missing)"
         )
         return upload.received
+
+    async def end_silent(self, key: str) -> None:
+        """End an upload of this slice that is silent: what is whole of it is in the store then.
+
+        Somebody asks what is missing of the slice, perhaps its sender, whose connection was cut.
+        """
+        for upload in list(self._running):
+            if upload.key == key and upload.silence_s >= _GIVES_WAY_S:
+                upload.give_way()
+                await upload.ended.wait()
 
     async def _write(self, upload: _Upload, order: SliceOrder) -> StoredSlice:
         """Write what comes; each call in a thread ends before the writer is closed."""
@@ -117,6 +129,8 @@ class _Upload:
     def __init__(self, messages: AsyncIterator[bytes]):
         self.received = 0
         self.memory_bytes = 0
+        self.key = ""  # of its slice
+        self.ended = asyncio.Event()
         self._messages = aiter(messages)
         self._loop = asyncio.get_running_loop()
         self._waiting: asyncio.Timeout | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import TypeVar
 
@@ -117,7 +117,7 @@ class Worker:
             asked_for = decode_call(RenewRequest, request, "caller")
             return encode_call(await in_thread(self._renewal.answer, asked_for))
         if method == "Status":
-            return encode_call(await self._asked(self._condition.report))
+            return encode_call(await self._asked(lambda: in_thread(self._condition.report)))
         raise TransportError(f"unknown method {method}")
 
     async def receive(self, method: str, chunks: AsyncIterator[bytes]) -> bytes:
@@ -160,27 +160,34 @@ class Worker:
                 session.left.set()
                 self._log("waiting for a master")
 
-    async def _asked(self, answer: Callable[[], _T]) -> _T:
+    async def _asked(self, answer: Callable[[], Awaitable[_T]]) -> _T:
         """Answer a question about the store; a few at a time, for each takes memory."""
         if self._asking >= _MOST_QUESTIONS:
             raise PeerError("it has too many questions to answer; try again later")
         self._asking += 1
         try:
             async with self._questions:
-                return await in_thread(answer)
+                return await answer()
         finally:
             self._asking -= 1
 
-    def _inventory(self, request: bytes) -> InventoryReply:
+    async def _inventory(self, request: bytes) -> InventoryReply:
         asked = decode_call(InventoryRequest, request, "caller")
-        if asked.order:
-            order = SliceOrder.from_json(asked.order)
-            held = self._store.inventory(order.spec, order.digests)
-            # An upload that is refused midway may not hear why: gRPC reports its failed write.
-            self._store.check_room(order.spec, held)
-            return InventoryReply(held=b"".join(held))
+        if not asked.order:
+            return await in_thread(self._whole, asked.slice_id)
+        order = await in_thread(SliceOrder.from_json, asked.order)
+        await self._uploads.end_silent(order.spec.key)
+        return await in_thread(self._held, order)
+
+    def _held(self, order: SliceOrder) -> InventoryReply:
+        held = self._store.inventory(order.spec, order.digests)
+        # An upload that is refused midway may not hear why: gRPC reports its failed write.
+        self._store.check_room(order.spec, held)
+        return InventoryReply(held=b"".join(held))
+
+    def _whole(self, slice_id: str) -> InventoryReply:
         try:
-            return InventoryReply(whole=self._store.find(asked.slice_id) is not None)
+            return InventoryReply(whole=self._store.find(slice_id) is not None)
         except StoreError as exc:  # damaged: the master sends it again
             self._log(str(exc))
             return InventoryReply()

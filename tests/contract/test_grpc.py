@@ -205,6 +205,22 @@ async def test_a_name_that_nobody_knows() -> None:
     await client.aclose()
 
 
+async def test_a_request_ends_that_grpc_cannot_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends none at its deadline that waits for the link to take what was written before."""
+
+    class Stuck:
+        def unary_unary(self, _: str) -> Any:
+            return lambda request, timeout: asyncio.Event().wait()
+
+        async def close(self, grace: None) -> None:
+            pass
+
+    monkeypatch.setattr(GrpcPeerClient, "_connect", lambda _: Stuck())
+    async with peer() as (client, _):
+        with pytest.raises(PeerUnreachableError, match=r"does not answer within 0\.2 s"):
+            await client.call("Hello", b"", 0.2)
+
+
 async def test_a_port_that_accepts_and_says_nothing() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         client = GrpcPeerClient(f"127.0.0.1:{silent.getsockname()[1]}")

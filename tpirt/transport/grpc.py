@@ -65,6 +65,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("tpirt.transport")
 
 _T = TypeVar("_T")
+_UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 _SERVICE = "tpirt.v1.Peer"
 _OFFER = "tpirt-tcp"  # metadata of an answer: where frames may go; see tpirt.transport.tickets
 _CIPHER = "tpirt-cipher"  # metadata of a protected call: what the caller would seal frames with
@@ -140,9 +141,9 @@ class GrpcPeerClient:
         try:
             met = await meet(self._address, self._trust)
         except TimeoutError:
-            raise _unavailable("no SETTINGS within the time") from None
+            raise _failure(_UNAVAILABLE, "no SETTINGS within the time") from None
         except OSError as exc:
-            raise _unavailable(exc.strerror or str(exc)) from exc
+            raise _failure(_UNAVAILABLE, exc.strerror or str(exc)) from exc
         before, shown = self.certificate, met.certificate
         if before is not None and (shown is None or shown.subject != before.subject):
             raise IdentityError(
@@ -172,12 +173,11 @@ class GrpcPeerClient:
             left = timeout_s - (loop.time() - started)
             try:
                 channel = await self._channel()
-                call = channel.unary_unary(f"/{_SERVICE}/{method}")
-                reply: bytes = await call(request, timeout=max(left, RETRY_S))
+                reply = await _answer(channel, method, request, max(left, RETRY_S))
             except grpc.aio.AioRpcError as exc:
                 if exc.code() is grpc.StatusCode.FAILED_PRECONDITION:
                     raise PeerError(f"peer {self.peer_id}: {details_of(exc)}") from exc
-                refused = exc.code() is grpc.StatusCode.UNAVAILABLE and not is_foreign(exc)
+                refused = exc.code() is _UNAVAILABLE and not is_foreign(exc)
                 if not refused or loop.time() - started > min(_PATIENCE_S, timeout_s):
                     if refused and await self._is_protected():
                         raise IdentityError(self._unprotected()) from exc
@@ -570,10 +570,27 @@ async def _cipher() -> str:
     return await asyncio.to_thread(fastest)
 
 
-def _unavailable(details: str) -> grpc.aio.AioRpcError:
+async def _answer(
+    channel: grpc.aio.Channel, method: str, request: bytes, timeout_s: float
+) -> bytes:
+    """Make a request; gRPC's own deadline ends none that waits behind a write on a cut link.
+
+    Raises:
+        AioRpcError: as of gRPC.
+    """
+    call = channel.unary_unary(f"/{_SERVICE}/{method}")
+    try:
+        async with asyncio.timeout(timeout_s):
+            reply: bytes = await call(request, timeout=timeout_s)
+            return reply
+    except TimeoutError:
+        raise _failure(grpc.StatusCode.DEADLINE_EXCEEDED) from None
+
+
+def _failure(code: grpc.StatusCode, details: str = "") -> grpc.aio.AioRpcError:
     """What gRPC would raise."""
     none = grpc.aio.Metadata()
-    return grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, none, none, details)
+    return grpc.aio.AioRpcError(code, none, none, details)
 
 
 def _bind_error(endpoint: Endpoint) -> OSError:

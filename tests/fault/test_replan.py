@@ -287,6 +287,7 @@ class Standing(CountingClient):
     """Takes a part of a slice, and the rest only when it has been asked whether it is there."""
 
     answers = True
+    slow = False  # it takes more while it is asked
 
     def __init__(self, store: Path, rank: int):
         super().__init__(store, rank)
@@ -297,6 +298,9 @@ class Standing(CountingClient):
         if self.stands and method == "Hello":
             if not self.answers:
                 await asyncio.sleep(timeout_s)
+                if self.slow:
+                    self._asked.set()
+                    await asyncio.sleep(0.05)
                 raise PeerUnreachableError(f"peer {self.peer_id}: no answer")
             self._asked.set()
         return await super().call(method, request, timeout_s)
@@ -314,16 +318,16 @@ class Standing(CountingClient):
             self.stands = False
 
 
-@pytest.mark.parametrize("answers", [True, False])
+@pytest.mark.parametrize(("answers", "slow"), [(True, False), (False, True), (False, False)])
 async def test_an_upload_stands_still_for_as_long_as_its_worker_answers(
-    model: Path, tmp_path: Path, answers: bool
+    model: Path, tmp_path: Path, answers: bool, slow: bool
 ) -> None:
-    """However long it may read what it keeps: a link that is cut is noticed within the timeout."""
+    """Or takes something: it may read what it keeps, or its link be slow, but not be cut."""
     client = Standing(tmp_path / "1", 1)
-    client.answers = answers
+    client.answers, client.slow = answers, slow
     options = EngineOptions(dtype="float32", threads=1, store=tmp_path / "0", timeout_s=0.4)
     async with asyncio.timeout(20):
-        if answers:
+        if answers or slow:
             async with Engine.connect(model, options, peers=[client]) as engine:
                 assert len((await engine.complete(PROMPT, PARAMS)).token_ids) == 6
         else:

@@ -272,7 +272,8 @@ async def _while_it_answers(
 ) -> None:
     """Await an upload, until its worker takes nothing for ``silent_s`` and does not answer either.
 
-    One that reads what it keeps takes nothing for long, but answers.
+    One that reads what it keeps takes nothing for long, but answers. On a slow link the answer may
+    be late, for the question waits behind a chunk; then the chunk is taken meanwhile.
 
     Raises:
         PeerLostError: it is silent; the upload has ended.
@@ -281,11 +282,13 @@ async def _while_it_answers(
     try:
         while not uploading.done():
             before = taken()
-            await asyncio.wait({uploading}, timeout=silent_s / 4)
-            if not uploading.done() and taken() == before:
-                try:
-                    await ask(client, 0, silent_s / 2)
-                except PeerUnreachableError:
+            await asyncio.wait({uploading}, timeout=silent_s / 2)
+            if uploading.done() or taken() != before:
+                continue
+            try:
+                await ask(client, 0, silent_s / 2)
+            except PeerUnreachableError:
+                if not uploading.done() and taken() == before:
                     raise PeerLostError(
                         f"peer {client.peer_id}: took nothing and answered nothing for "
                         f"{silent_s:g} s; it hangs, or its link does"

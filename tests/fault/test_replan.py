@@ -292,6 +292,7 @@ class Standing(CountingClient):
     def __init__(self, store: Path, rank: int):
         super().__init__(store, rank)
         self.stands = False
+        self.uploads = 0
         self._asked = asyncio.Event()
 
     async def call(self, method: str, request: bytes, timeout_s: float) -> bytes:
@@ -306,6 +307,8 @@ class Standing(CountingClient):
         return await super().call(method, request, timeout_s)
 
     async def upload(self, method: str, chunks: AsyncIterator[bytes], timeout_s: float) -> bytes:
+        self.uploads += 1
+
         async def standing() -> AsyncIterator[bytes]:
             async for data in chunks:
                 yield data
@@ -330,6 +333,7 @@ async def test_an_upload_stands_still_for_as_long_as_its_worker_answers(
         if answers or slow:
             async with Engine.connect(model, options, peers=[client]) as engine:
                 assert len((await engine.complete(PROMPT, PARAMS)).token_ids) == 6
+            assert client.uploads == 1
         else:
             with pytest.raises(PeerLostError, match=r"answered nothing for 0\.4 s"):
                 async with Engine.connect(model, options, peers=[client]):

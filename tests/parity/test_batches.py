@@ -15,11 +15,13 @@ import pytest
 import torch
 import transformers
 
+from tests.support.kernels import multiply_few_rows_in_c
 from tests.support.nightly import nightly_but
 from tpirt.batch import Segment
 from tpirt.collectives.context import StepContext
 from tpirt.engine import Engine
 from tpirt.model import attention as heads
+from tpirt.testing import decoders
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.decoders import DecoderGroup, decoder_group
 from tpirt.testing.models import make_model
@@ -245,6 +247,39 @@ async def check_greedy(engine: Engine, path: Path, ids: list[int]) -> None:
     for token, values, indices in zip(tokens, best.values, best.indices, strict=True):
         if values[0] - values[1] > 0.5:
             assert token == int(indices[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "micro_batches"),
+    nightly_but(
+        {("llama", 1, False), ("mistral-window", 2, True)},
+        product(("llama", "mistral-window", "qwen3"), (1, 2), (False, True)),
+    ),
+)
+async def test_answers_have_the_bits_that_they_have_alone_while_prompts_are_computed(
+    rounded: Any, monkeypatch: pytest.MonkeyPatch, name: str, world: int, micro_batches: bool
+) -> None:
+    """Torch multiplies a prompt's many rows in bfloat16, and C those of answers and guesses."""
+    multiply_few_rows_in_c(monkeypatch, decoders)
+    begun = [Segment(slot, 0, 12, 0, 12) for slot in range(3)]
+    going = [
+        Segment(0, 12, 1, 1, 13),
+        Segment(1, 12, 5, 5, 17, parents=(1, 2, 1, 3)),
+        Segment(2, 12, 3, 3, 15),
+    ]
+    prompts = [Segment(3, 0, 40, 1, 40), Segment(4, 0, 9, 0, 30)]
+    async with decoder_group(rounded(name), world, dtype=torch.bfloat16) as group:
+        alone, together = [], []
+        for segments in (*((segment,) for segment in going), (*going, *prompts)):
+            for segment in begun:
+                await group.logits(ids_of(segment.slot, 12), [segment])
+            ids = [
+                token for part in segments for token in ids_of(part.slot, part.end)[part.position :]
+            ]
+            halves = micro_batches and len(segments) > 1  # a few rows are never cut in two
+            logits = await group.logits(ids, segments, micro_batches=halves)
+            (alone if len(segments) == 1 else together).append(logits)
+    assert torch.equal(torch.cat(alone), together[0][:-1])
 
 
 # -- how a step ends ---------------------------------------------------------------------------

@@ -635,9 +635,15 @@ def _tell(sequence: _Any, report: Progress) -> None:
 
 
 def _together(
-    drawing: Iterable[tuple[Piece, torch.Tensor]], most: int
+    drawing: Ids[tuple[Piece, torch.Tensor]], most: int
 ) -> Iterator[list[tuple[Piece, torch.Tensor]]]:
-    """Groups of at most ``most`` rows, but at least one piece's."""
+    """Groups of at most ``most`` rows, but at least one piece's.
+
+    Up to ``FEW_ROWS`` rows of answers under way are in a group of no more: then they have the
+    kernel that they have alone, however many prompts end in the same step.
+    """
+    if sum(len(own) for piece, own in drawing if not piece.prefill) <= FEW_ROWS:
+        most = min(most, FEW_ROWS)
     group: list[tuple[Piece, torch.Tensor]] = []
     rows = 0
     for piece, own in drawing:

@@ -28,7 +28,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from tpirt.batch import Batch
+from tpirt.batch import Batch, Segment
 from tpirt.cancellation import finish
 from tpirt.collectives.base import Communicator
 from tpirt.collectives.context import StepContext
@@ -56,13 +56,27 @@ _T = TypeVar("_T")
 
 
 @dataclass(slots=True)
+class _Group:
+    """Rows of a micro-batch that are multiplied together.
+
+    Attributes:
+        count: number of rows; after the last attention, of wanted ones.
+        turn: rotation by the rows' positions.
+    """
+
+    batch: Batch
+    turn: Turn
+    count: int
+
+
+@dataclass(slots=True)
 class _Part:
     """The state of a micro-batch in the layers.
 
     Attributes:
         index: 0 or 1.
         hidden: (T, H) float32, the residual stream; after the last attention only wanted rows.
-        turn: rotation by the rows' positions.
+        groups: its rows, in order.
         pipeline: shared with the other micro-batch.
         alone: whether there is no other micro-batch.
     """
@@ -71,9 +85,13 @@ class _Part:
     step: StepContext
     batch: Batch
     hidden: torch.Tensor
-    turn: Turn
+    groups: list[_Group]
     pipeline: Pipeline
     alone: bool
+
+    def rows(self) -> Sequence[torch.Tensor]:
+        """Views of ``hidden``, by group."""
+        return split_rows(self.hidden, [group.count for group in self.groups])
 
 
 class Decoder:
@@ -113,9 +131,9 @@ class Decoder:
         """Run all layers over the rows of a step's batch.
 
         Each sequence has its own positions, rotation, keys and values and causal mask. Matrix
-        products are over the rows of all sequences, and the number of rows can change the last
-        bits. So equal batches give equal bits; in different batches a sequence's results are equal
-        to within rounding.
+        products are over the rows of several sequences, and a prompt's number of rows can change
+        their last bits. So equal batches give equal bits; in different batches a prompt's results
+        are equal to within rounding. Those of an answer are equal: see :meth:`_groups`.
 
         If the step fails, is aborted or cancelled, each sequence keeps the positions before its
         segment, no block is held and nothing is left running.
@@ -193,16 +211,27 @@ class Decoder:
                 step,
                 batch,
                 rows[index],
-                self._turn(batch),
+                self._groups(batch),
                 pipeline,
                 len(batches) == 1,
             )
             for index, batch in enumerate(batches)
         ]
 
-    def _turn(self, batch: Batch) -> Turn:
+    def _groups(self, batch: Batch) -> list[_Group]:
+        """The rows of answers apart from those of prompts, if all together have another kernel.
+
+        Up to ``FEW_ROWS`` rows of answers have the same kernel in every step, so an answer has the
+        bits that it has alone. The weights are read once more, but from a cache.
+        """
+        answers = sum(segment.tokens for segment in batch.segments if _is_answer(segment))
+        if not 0 < answers <= FEW_ROWS < batch.tokens or self._products.alike(batch.tokens):
+            return [self._group(batch)]
+        return [self._group(group) for _, group, _ in batch.by(_is_answer)]
+
+    def _group(self, batch: Batch) -> _Group:
         cos, sin = self._rotary.tables(batch.segments)
-        return Turn(cos, sin, self._dtype)
+        return _Group(batch, Turn(cos, sin, self._dtype), batch.tokens)
 
     async def _run(self, part: _Part) -> torch.Tensor:
         """Run a micro-batch through all layers; returns its last partial sum."""
@@ -232,7 +261,19 @@ class Decoder:
 
     async def _layer(self, part: _Part, number: int) -> torch.Tensor:
         layer = self._program.layers[number]
-        partial = await self._stage(part, layer.attention, self._attention, part, number)
+        groups = [
+            (rows, group.batch, group.turn, number)
+            for rows, group in zip(part.rows(), part.groups, strict=True)
+        ]
+        done = await self._stage(part, layer.attention, self._attention, groups)
+        if self._heads.is_last(number):
+            # All tokens' keys and values are cached. From here on, only the wanted rows matter:
+            # the residual stream that their sums are added to, the last MLP.
+            part.hidden = join_rows([rows for rows, _ in done])
+            for group, (rows, _) in zip(part.groups, done, strict=True):
+                group.count = len(rows)
+            part.groups = [group for group in part.groups if group.count] or part.groups[:1]
+        partial = join_rows([own for _, own in done])
         if not partial.shape[0]:  # the last layer, and no row is wanted
             return partial
         part.hidden += await self._comm.all_reduce(part.step, part.index, partial)
@@ -255,7 +296,8 @@ class Decoder:
         if number:
             await asyncio.sleep(0)  # an abort is heard between calls
         part.step.check()
-        run = self._native.chain(layers, part.batch, part.turn, number)
+        (group,) = part.groups
+        run = self._native.chain(layers, part.batch, group.turn, number)
         if run is None:
             return None
         part.hidden = part.hidden.contiguous()
@@ -270,16 +312,16 @@ class Decoder:
                 total = await self._resident_mlp(part, blocks)
                 if total is not None:
                     return total
-            x: torch.Tensor | Rounded = part.hidden
-            total = None
+            sums: Sequence[tuple[torch.Tensor | Rounded, torch.Tensor | None]]
+            sums = [(rows, None) for rows in part.rows()]
             for block in blocks:
-                x, total = await self._stage(part, block, self._mlp_piece, x, total)
-            assert total is not None
-            return total
+                sums = await self._stage(part, block, self._mlp_piece, sums)
+            return join_rows([total for _, total in sums if total is not None])
+        whole = [(rows,) for rows in part.rows()]
         if part.alone:
-            return await self._stage(part, blocks[0], self._mlp_whole, part.hidden)
-        begun = await self._stage(part, blocks[0], self._mlp_begin, part.hidden, keep=True)
-        return await self._stage(part, blocks[0], self._mlp_end, *begun)
+            return join_rows(await self._stage(part, blocks[0], self._mlp_whole, whole))
+        begun = await self._stage(part, blocks[0], self._mlp_begin, whole, keep=True)
+        return join_rows(await self._stage(part, blocks[0], self._mlp_end, begun))
 
     async def _resident_mlp(self, part: _Part, blocks: tuple[int, ...]) -> torch.Tensor | None:
         """All blocks of an MLP in one call; None if one is not in memory or that cannot be."""
@@ -299,13 +341,23 @@ class Decoder:
         return taken if len(taken) == len(blocks) else None
 
     async def _stage(
-        self, part: _Part, block: int, compute: Callable[..., _T], *args: Any, keep: bool = False
-    ) -> _T:
-        """Compute with a block on ``part``'s turn; ``keep`` it for the next stage."""
+        self,
+        part: _Part,
+        block: int,
+        compute: Callable[..., _T],
+        groups: Iterable[Sequence[Any]],
+        *,
+        keep: bool = False,
+    ) -> list[_T]:
+        """Compute each group with a block on ``part``'s turn; ``keep`` it for the next stage."""
+
+        def each(weights: Weights) -> list[_T]:
+            return [compute(weights, *group) for group in groups]
+
         weights = await part.pipeline.enter(part.index, block)
-        result = await self._compute(part.hidden.shape[0], block, compute, weights, *args)
+        results = await self._compute(part.hidden.shape[0], block, each, weights)
         part.pipeline.leave(part.index, block, keep=keep)
-        return result
+        return results
 
     async def _compute(
         self,
@@ -324,22 +376,23 @@ class Decoder:
 
     # -- computation -----------------------------------------------------------------------
 
-    def _attention(self, w: Weights, part: _Part, layer: int) -> torch.Tensor:
-        partial = self._native.attention(w, part.hidden, part.batch, part.turn, layer)
+    def _attention(
+        self, w: Weights, hidden: torch.Tensor, batch: Batch, turn: Turn, layer: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows that the sum is added to, in the last layer the wanted ones, and their sum."""
+        partial = self._native.attention(w, hidden, batch, turn, layer)
         if partial is not None:
-            return partial
+            return hidden, partial
         products = self._products
-        x = products.normed(w, part.hidden, "qk_proj")
+        x = products.normed(w, hidden, "qk_proj")
         qk = products.project(x, w, "qk_proj")  # (T, (Q + K) D)
         v = products.project(x, w, "v_proj")  # (T, K D)
         if self._heads.is_last(layer):
-            # All tokens' keys and values are cached. From here on, only the wanted rows matter:
-            # their queries, the residual stream that their sums are added to, the last MLP.
-            part.hidden = wanted_rows(part.hidden, part.batch)
-        out = self._heads.attend(w, qk, v, part.batch, part.turn, layer)  # (T, Q D)
+            hidden = wanted_rows(hidden, batch)
+        out = self._heads.attend(w, qk, v, batch, turn, layer)  # (T, Q D)
         if not out.shape[0]:
-            return part.hidden  # no rows: nothing to sum
-        return products.project(out, w, "o_proj")
+            return hidden, hidden  # no rows: nothing to sum
+        return hidden, products.project(out, w, "o_proj")
 
     def _mlp_whole(self, w: Weights, hidden: torch.Tensor) -> torch.Tensor:
         done = self._native.mlp((w,), hidden, None)
@@ -389,6 +442,11 @@ class Decoder:
             assert isinstance(x, torch.Tensor)
             x = self._products.normed(w, x, "lm_head")
         return x, self._products.project(x, w, "lm_head").float()
+
+
+def _is_answer(segment: Segment) -> bool:
+    """Whether these are the next rows of an answer, with its guesses: all results are wanted."""
+    return segment.num_logits == segment.tokens <= FEW_ROWS
 
 
 def _chains(layers: Sequence[Layer], blocks: Sequence[Block]) -> dict[int, int]:

@@ -82,6 +82,10 @@ class Products:
             return None
         return available_kernels()
 
+    def alike(self, rows: int) -> bool:
+        """Whether so many rows have the same kernels as one."""
+        return all(choice.kernel(rows) == choice.kernel(1) for choice in self._kernels.values())
+
     def _inputs(self, w: Weights, name: str, rows: int) -> torch.dtype:
         choice = self._kernels.get(_shape(w[f"{name}.weight"]))
         return torch.float32 if choice is None else kernel_inputs(choice, rows)

@@ -104,8 +104,8 @@ class DraftController:
         costs: how long steps take.
         output_costs: how long logits and sampling take, by rows whose logits are computed.
         vocab_size: of the model.
-        exact_rows: up to which a row's bits do not depend on the others; guesses add no more rows
-            than that, unless there are more anyway.
+        exact_rows: of answers, up to which a row's bits do not depend on the others; guesses add
+            no more than that, unless there are more anyway.
         most_length: of a sequence with guesses; None for no limit.
     """
 
@@ -182,7 +182,7 @@ class DraftController:
         alone_s = self._seconds(len(answers), len(answers))
         if not answers or step_s is None or alone_s is None:
             return None
-        room = self._room(rows, most_rows)
+        room = self._room(rows, len(answers), most_rows)
         most = [min(most_guesses, room, self._most_guesses(answer)) for answer in answers]
         return _Base(rows, outputs, room, most, step_s, min(step_s, alone_s) / len(answers))
 
@@ -194,14 +194,16 @@ class DraftController:
             return False  # there is nothing to compare with
         return self._busy_steps > 0 or self._looks.left_s >= 0
 
-    def _room(self, rows: int, most_rows: int) -> int:
-        """How many guesses a step of ``rows`` rows may verify.
+    def _room(self, rows: int, answers: int, most_rows: int) -> int:
+        """How many guesses a step of ``rows`` rows, ``answers`` of them of answers, may verify.
 
         Sizes that were not measured are tried in steps of twice as many: what they are expected to
         take is a guess, too.
         """
-        if rows > self._exact_rows:
+        if answers > self._exact_rows:
             return most_rows - rows
+        if rows > self._exact_rows:
+            return min(self._exact_rows - answers, most_rows - rows)
         most = min(self._exact_rows, most_rows)
         return min(most, 2 * self._costs.most_tried(most)) - rows
 

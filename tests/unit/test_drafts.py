@@ -302,6 +302,16 @@ async def test_guesses_cost_3_percent_at_most_and_bring_most_of_what_they_can(
             assert hit_rate < 0.9 or share <= 1.2 * best + 0.1
 
 
+async def test_what_it_takes_to_learn_from_a_step_is_part_of_what_guesses_cost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without, they would bring a fifth; so they are looked for only now and then."""
+    simulation = Simulation(COSTS["6 % a row"], 0.3, look_s=0.1, noise=0.0, learn_s=0.2)
+    monkeypatch.setattr("tpirt.engine.drafts.controller.time", simulation)
+    assert await simulation.run(2000) <= 1.03
+    assert simulation.looks < 2000 / 128 / 0.3 + 50
+
+
 async def test_a_machine_that_stood_still_does_not_end_guesses() -> None:
     asked = answer([1])
     known = known_costs({1: 1.0})
@@ -325,11 +335,23 @@ class Simulation:
         hit_rate: how often a guess is right, if those before it are.
         look_s: what looking for guesses takes.
         noise: of the times; a few steps take three times as long, too.
+        learn_s: what it takes to learn from a step.
+
+    Attributes:
+        looks: how often guesses were looked for.
     """
 
-    def __init__(self, cost: Callable[[int], float], hit_rate: float, look_s: float, noise: float):
+    def __init__(
+        self,
+        cost: Callable[[int], float],
+        hit_rate: float,
+        look_s: float,
+        noise: float,
+        learn_s: float = 0.0,
+    ):
         self._cost, self._hit_rate, self._noise = cost, hit_rate, noise
-        self._look_s = look_s
+        self._look_s, self._learn_s = look_s, learn_s
+        self.looks = 0
         self._now_s = 0.0
         self._random = random.Random(3)
 
@@ -347,8 +369,9 @@ class Simulation:
             seconds = self._cost(rows) * self._slower()
             self._now_s += seconds
             costs.learn(rows, seconds)
+            controller.see(piece, torch.zeros(rows, 8))
             controller.learn(piece, drawn)
-            controller.learn_step([piece], len(drawn), seconds)
+            controller.learn_step([piece], len(drawn), seconds + controller.learning_s)
             made += len(drawn)
         self._random = random.Random(4)
         return self._now_s / sum(self._cost(1) * self._slower() for _ in range(made))
@@ -374,11 +397,12 @@ class Simulation:
         return 0.0
 
     async def propose(self, answers: list[Answer], most: int) -> list[list[Guess]]:
+        self.looks += 1
         self._now_s += self._look_s
         return [[Guess(7, depth - 1, f"{depth}", 0.5) for depth in range(most)] for _ in answers]
 
     def learn(self, ids: list[int], logits: torch.Tensor) -> None:
-        pass
+        self._now_s += self._learn_s
 
     def forget(self, answer: Answer) -> None:
         pass

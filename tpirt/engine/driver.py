@@ -441,10 +441,12 @@ class Driver:
             self._advance(pieces, number)
             tokens = await self._hand_on(pieces, split_rows(out, counts))
             ended_s = time.perf_counter()
-            if len(out):
-                self._output_costs.learn(len(out), ended_s - computed_s)
+            learning_s = 0.0
             if self._drafts is not None:
+                learning_s = self._drafts.learning_s
                 self._drafts.learn_step(pieces, tokens, ended_s - began_s)
+            if len(out):
+                self._output_costs.learn(len(out), ended_s - computed_s - learning_s)
 
     async def _relieve(self, pieces: list[Piece], exc: MemoryLimitError) -> None:
         """Memory was refused: free what can be, or give up the youngest; alone, one fails."""

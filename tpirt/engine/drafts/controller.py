@@ -35,9 +35,10 @@ _COMPARE_STEPS, _COMPARE_SHARE = 8, 1 / 100
 # even if all are wrong. What is kept for that, in times of a token, also bounds what is lost when
 # guesses that were often right no longer are.
 _LOSS_SHARE, _MOST_LOST = 1 / 64, 16
-# Looking for guesses takes 0.2 ms, a tenth of a small model's step. While none are verified, it
-# takes at most this share of the time.
-_LOOK_SHARE, _MOST_LOOKING = 1 / 128, 2
+# To look for guesses, choose among them and learn from a step takes 0.2 ms, a sixth of a small
+# model's step. While this is more than what they save, on average over the latest steps with
+# guesses, it takes at most this share of the time.
+_LOOK_SHARE, _MOST_LOOKING, _LOOKED_STEPS = 1 / 128, 2, 8
 _PRIOR_WEIGHT, _KEPT = 2.0, 0.98  # of a kind's prior, in guesses; of earlier guesses, a guess
 
 
@@ -107,6 +108,10 @@ class DraftController:
         exact_rows: of answers, up to which a row's bits do not depend on the others; guesses add
             no more than that, unless there are more anyway.
         most_length: of a sequence with guesses; None for no limit.
+
+    Attributes:
+        stats: what guesses brought.
+        learning_s: what it took to learn from the latest step; part of the step's time.
     """
 
     def __init__(
@@ -119,6 +124,7 @@ class DraftController:
         most_length: int | None = None,
     ):
         self.stats = DraftStats()
+        self.learning_s = 0.0
         self._drafter = drafter
         self._costs = costs
         self._output_costs = output_costs
@@ -129,10 +135,10 @@ class DraftController:
         self._rates: dict[str, _Rate] = {}
         self._losses = Allowance(_LOSS_SHARE, _MOST_LOST)
         self._looks = Allowance(_LOOK_SHARE, _MOST_LOOKING)
-        self._base: _Base | None = None  # of the latest step; None if no answer goes on in it
+        self._base: _Base | None = None  # of the latest step; None if it had no use
         self._drafting_s = 0.0  # of the latest step
-        self._looking_s = 0.0  # the same, but for what a drafter does once for an answer
-        self._seeing_s = 0.0  # what a drafter took to learn; part of the step
+        self._looking_s = 0.0  # and to choose, but for what a drafter does once for an answer
+        self._worth_s = 0.0  # what a step with guesses saves on average, looking included
         self._busy_steps = 0  # since a step had no guesses
         self._compare_steps = _COMPARE_STEPS
         self._looking = False  # for guesses, in the latest step
@@ -149,6 +155,11 @@ class DraftController:
             most_rows: of a step.
             most_guesses: for one answer.
         """
+        self._base, self._looking = None, False
+        self._drafting_s = self._looking_s = self.learning_s = 0.0
+        if self._failure is not None or (self._worth_s <= 0 and self._looks.left_s < 0):
+            self._busy_steps = 0
+            return list(pieces)
         drafted = {
             index: answer
             for index, piece in enumerate(pieces)
@@ -156,13 +167,12 @@ class DraftController:
         }
         answers = list(drafted.values())
         self._base = base = self._base_of(pieces, answers, most_rows, most_guesses)
-        self._drafting_s = self._looking_s = self._seeing_s = 0.0
-        self._looking = base is not None and self._looks_now(base)
+        self._looking = base is not None and self._can_guess(base)
         if base is None or not self._looking:
             self._busy_steps = 0
             return list(pieces)
         guesses = await self._guess(answers, base)
-        spent_s = self._drafting_s
+        began_s, spent_s = time.perf_counter(), self._drafting_s
         chosen = self._choose(guesses, base, lambda _: spent_s)
         self._busy_steps = self._busy_steps + 1 if any(chosen) else 0
         extended = list(pieces)
@@ -170,6 +180,7 @@ class DraftController:
             first = tuple(guess for guess in found if guess.parent < 0)
             verified = _subtree(found, picked)
             extended[index] = replace(pieces[index], guesses=verified, first_guesses=first)
+        self._looking_s += time.perf_counter() - began_s
         return extended
 
     def _base_of(
@@ -186,13 +197,10 @@ class DraftController:
         most = [min(most_guesses, room, self._most_guesses(answer)) for answer in answers]
         return _Base(rows, outputs, room, most, step_s, min(step_s, alone_s) / len(answers))
 
-    def _looks_now(self, base: _Base) -> bool:
-        """Whether to look for guesses."""
-        if self._failure is not None or max(base.most) <= 0:
-            return False
-        if base.rows <= self._exact_rows and not self._costs.is_sure(base.rows):
-            return False  # there is nothing to compare with
-        return self._busy_steps > 0 or self._looks.left_s >= 0
+    def _can_guess(self, base: _Base) -> bool:
+        """Whether guesses can be of use, and there is something to compare with."""
+        known = base.rows > self._exact_rows or self._costs.is_sure(base.rows)
+        return known and max(base.most) > 0
 
     def _room(self, rows: int, answers: int, most_rows: int) -> int:
         """How many guesses a step of ``rows`` rows, ``answers`` of them of answers, may verify.
@@ -241,6 +249,8 @@ class DraftController:
 
     def _known(self, guesses: Items[Guess]) -> tuple[Guess, ...]:
         """Those of the vocabulary, as long as their parents are."""
+        if all(0 <= guess.token < self._vocab_size for guess in guesses):
+            return tuple(guesses)
         known: list[int] = []
         for index, guess in enumerate(guesses):
             if 0 <= guess.token < self._vocab_size and (guess.parent < 0 or guess.parent in known):
@@ -255,14 +265,16 @@ class DraftController:
                 self._drafter.learn([piece.sequence.ids[-1], *piece.guessed], logits)
             except Exception as exc:
                 self._give_up(exc)
-            self._seeing_s += time.perf_counter() - began_s
+            self.learning_s += time.perf_counter() - began_s
 
     def learn(self, piece: Piece, drawn: Items[int]) -> None:
         """Account for the tokens that were drawn for a piece, one after each right guess.
 
-        Guesses of the next token are compared even if none was verified: that costs nothing.
+        Guesses of the next token are compared even if none was verified: that costs little.
         """
-        stats = self.stats
+        if not self._looking:
+            return
+        began_s, stats = time.perf_counter(), self.stats
         tested, parent = piece.guesses or piece.first_guesses, -1
         for token in drawn:
             before, parent = parent, len(tested)
@@ -277,21 +289,27 @@ class DraftController:
         if piece.guesses:
             stats.guesses += len(piece.guesses)
             stats.right += len(drawn) - 1
+        self.learning_s += time.perf_counter() - began_s
 
     def learn_step(self, pieces: Items[Piece], tokens: int, seconds: float) -> None:
         """Account for a step that made ``tokens`` tokens; its time is known to the costs."""
         base, guesses = self._base, sum(len(piece.guesses) for piece in pieces)
         token_s = (self._costs.seconds(1) or 0.0) if base is None else base.token_s
         self._looks.earn(seconds, token_s)
-        if base is None:
-            return
         self._losses.earn(seconds, token_s)
+        if base is None or not self._looking:
+            return
+        looking_s = self._looking_s + self.learning_s
+        if self._worth_s <= 0:
+            self._looks.save(-looking_s, token_s)
         if not guesses:
-            self._looks.save(-self._looking_s - self._seeing_s, token_s)
+            self._worth_s -= (looking_s + self._worth_s) / _LOOKED_STEPS
             return
         # What such a step takes where others do not disturb it: this one is no reason to stop.
-        more_s = self._extended_s(base, guesses) + self._looking_s - base.seconds
-        self._losses.save(token_s * (tokens - len(base.most)) - more_s, token_s)
+        more_s = self._extended_s(base, guesses) + looking_s - base.seconds
+        saved_s = token_s * (tokens - len(base.most)) - more_s
+        self._worth_s += (saved_s - self._worth_s) / _LOOKED_STEPS
+        self._losses.save(saved_s, token_s)
         stats = self.stats
         stats.steps += 1
         seconds += self._drafting_s

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tests.support.kernels import multiply_few_rows_in_c
 from tests.support.nightly import nightly_but
 from tests.support.steps import take_free_rows
 from tpirt.engine import Engine
 from tpirt.engine.model import BUNDLED_MODEL
 from tpirt.errors import CheckpointError, ConfigError, QueueFullError
+from tpirt.model.decoder import Decoder
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.drafters import KnownAnswers
 from tpirt.testing.models import make_model
@@ -124,6 +127,55 @@ async def test_answers_are_those_given_alone(
             assert min(stats.seconds, stats.predicted_s) > 0
         engine.reset()
         assert engine.cached_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("world_size", "quantize", "draft"),
+    nightly_but(
+        {(2, "none", "suffix")},
+        product((1, 2), ("none", "int4"), ("none", "suffix")),
+    ),
+)
+async def test_sampled_answers_do_not_change_while_prompts_are_computed(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    world_size: int,
+    quantize: str,
+    draft: str,
+) -> None:
+    """Prompts come one by one, and are multiplied by torch; answers go on in C."""
+    multiply_few_rows_in_c(monkeypatch)
+    take_free_rows(monkeypatch)
+    sizes = {"hidden_size": 128, "intermediate_size": 352}  # heads of 16
+    model = make_model(tmp_path / "model", "llama", dtype=torch.bfloat16, **sizes)
+    prompts = [[(7 * n + 3 * i * i) % 250 + 3 for i in range(25 + n)] for n in range(17)]
+    options = {"dtype": "bfloat16", "quantize": quantize, "store": tmp_path / "store"}
+    logits, rows = Decoder.logits, [0]
+
+    async def counted(decoder: Decoder, hidden: torch.Tensor) -> torch.Tensor:
+        rows.append(len(hidden))
+        return await logits(decoder, hidden)
+
+    async def ask(engine: Engine, number: int, begun: asyncio.Event) -> list[int]:
+        params = SamplingParams(max_tokens=24, temperature=1.0, seed=number)
+        tokens = []
+        async for token in engine.generate(prompts[number], params):
+            tokens.append(token.id)
+            begun.set()
+        return tokens
+
+    async with memory_engine(model, world_size, draft="none", **options) as engine:
+        alone = [await ask(engine, number, asyncio.Event()) for number in range(len(prompts))]
+    monkeypatch.setattr(Decoder, "logits", counted)
+    async with memory_engine(model, world_size, draft=draft, **options) as engine:
+        async with asyncio.TaskGroup() as tasks:
+            asked = []
+            for number in range(len(prompts)):
+                begun = asyncio.Event()
+                asked.append(tasks.create_task(ask(engine, number, begun)))
+                await begun.wait()
+        assert [answer.result() for answer in asked] == alone
+    assert max(rows) <= 16
 
 
 async def test_a_prefix_that_several_prompts_have_is_computed_once(

@@ -22,6 +22,7 @@ class StepCosts:
 
     def __init__(self) -> None:
         self._steps: dict[int, deque[tuple[int, float]]] = {}
+        self._medians: dict[int, tuple[float, int, float]] = {}  # seconds, steps, rows, by size
         self._count = 0
         self._latest: dict[int, int] = {}  # number of the latest step, by size
         self._known: list[tuple[float, float]] = []  # rows and seconds, ascending
@@ -37,7 +38,8 @@ class StepCosts:
         steps.append((rows, seconds))
         self._latest[size] = self._count
         sizes = sorted(self._steps)
-        self._known = _ascending([self._steps[size] for size in sizes])
+        self._medians[size] = _median(steps)
+        self._known = _ascending([self._medians[size] for size in sizes])
         self._tried = [size for size in sizes if self._is_fresh(size, _TRIED)]
 
     def seconds(self, rows: int) -> float | None:
@@ -99,16 +101,21 @@ def _size(rows: int) -> int:
     return _SIZES[min(bisect_left(_SIZES, rows), len(_SIZES) - 1)]
 
 
-def _ascending(sizes: list[deque[tuple[int, float]]]) -> list[tuple[float, float]]:
+def _median(steps: deque[tuple[int, float]]) -> tuple[float, int, float]:
+    """Seconds of a size, of how many steps, and their rows."""
+    times = [seconds for _, seconds in steps]
+    own_s = median(times) if len(times) >= _SURE else min(times)
+    return own_s, len(times), median(rows for rows, _ in steps)
+
+
+def _ascending(sizes: list[tuple[float, int, float]]) -> list[tuple[float, float]]:
     """The rows and seconds of each size, none less than those of a smaller one.
 
     Sizes that contradict this share their mean, by number of steps.
     """
     pools: list[tuple[float, int, list[float]]] = []  # seconds, steps, rows of the sizes
-    for steps in sizes:
-        times = [seconds for _, seconds in steps]
-        own_s = median(times) if len(times) >= _SURE else min(times)
-        count, rows = len(times), [median(rows for rows, _ in steps)]
+    for seconds, steps, row in sizes:
+        own_s, count, rows = seconds, steps, [row]
         while pools and pools[-1][0] > own_s:
             other_s, others, other_rows = pools.pop()
             own_s = (own_s * count + other_s * others) / (count + others)

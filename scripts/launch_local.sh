@@ -45,4 +45,4 @@ if ((${#positional[@]} == 2)); then
 fi
 
 need_tpirt run
-exec "$tpirt_venv/bin/tpirt" chat --local "$count" ${options[@]+"${options[@]}"}
+exec "$tpirt_venv/bin/tpirt" chat --fresh --local "$count" ${options[@]+"${options[@]}"}

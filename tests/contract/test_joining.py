@@ -110,6 +110,17 @@ async def test_names_are_told_apart_and_printable(cluster: MadeCluster, tmp_path
     assert len(names[2]) == 64
 
 
+async def test_a_device_that_joins_again_says_who_it_was(
+    cluster: MadeCluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        assert "cluster revoke" not in caplog.text
+        async with inviting(cluster) as invitation:
+            await invitation.join(tmp_path / "peer", name="pi")
+    assert "until now this device was pi in that cluster" in caplog.text
+    assert "`tpirt cluster revoke pi`" in caplog.text
+
+
 async def test_a_caller_of_the_default_listener_is_known_by_its_own_address(
     cluster: MadeCluster, tmp_path: Path
 ) -> None:

@@ -159,8 +159,10 @@ def test_ctrl_c_stops_the_answer_not_the_session(start: Start, tmp_path: Path) -
     assert "+second question" in history.read_text()
 
 
-def test_what_is_pasted_stays_in_one_piece(start: Start, tmp_path: Path) -> None:
-    chat = start("--max-tokens", "7")
+def test_what_is_pasted_stays_in_one_piece_and_is_written_only_where_wanted(
+    start: Start, tmp_path: Path
+) -> None:
+    chat = start("--max-tokens", "7", "--no-journal")
     chat.expect(READY)
     chat.send("\x1b[200~one\r\ntwo\r\x1b[201~three\r")
     chat.expect("cut at 7 tokens")
@@ -169,6 +171,8 @@ def test_what_is_pasted_stays_in_one_piece(start: Start, tmp_path: Path) -> None
     leave(chat)
     messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
     assert messages[0]["content"] == "one\ntwo\nthree"
+    state = [path for path in (tmp_path / "state").rglob("*") if path.is_file()]
+    assert not [path for path in state if b"three" in path.read_bytes()]
 
 
 def test_ctrl_c_during_a_prefill(start: Start, peer: str, tmp_path: Path) -> None:

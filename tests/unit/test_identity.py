@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tpirt.cli.main import main
+from tpirt.cluster.discovery import client_of
 from tpirt.cluster.membership import create_cluster, issuer
 from tpirt.errors import IdentityError
 from tpirt.identity import registry
@@ -257,6 +258,21 @@ def test_a_device_is_found_by_name_or_identity(cluster: MadeCluster, tmp_path: P
     devices.met(second.identity, "192.168.1.7:50051")
     assert devices.find("pi-2").address == "192.168.1.7:50051"
     assert not devices.find("pi").address
+
+
+def test_the_name_of_a_revoked_device_is_free(cluster: MadeCluster, tmp_path: Path) -> None:
+    cluster.peer(tmp_path / "a", "pi")
+    devices = cluster.master.registry
+    with pytest.raises(IdentityError, match=r"pi is the name of a device.*cluster revoke pi"):
+        issuer(cluster.master, "pi", [].append)
+    revoked = devices.revoke("pi")
+    with pytest.raises(IdentityError, match=r"peer pi: its certificate was revoked on .*invite it"):
+        client_of("pi", cluster.master)
+    issuer(cluster.master, "pi", [].append)
+    cluster.peer(tmp_path / "b", "pi")
+    assert devices.find("pi") != revoked
+    assert devices.find(revoked.identity) == revoked
+    assert devices.revoke("pi").identity != revoked.identity
 
 
 def test_a_second_revocation_keeps_the_date(cluster: MadeCluster, tmp_path: Path) -> None:

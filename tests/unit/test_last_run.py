@@ -86,8 +86,10 @@ def test_a_first_run_and_one_of_defaults(folder: Path) -> None:
     assert (arguments.model, arguments.local, arguments.spill) == (None, 1, 4 << 30)
     run()
     assert taken_up()[0] == ""
-    run("--discover")
-    assert taken_up()[0] == "--discover"
+    run("--discover", "--no-journal")
+    assert taken_up()[0] == "--discover --no-journal"
+    run("--fresh", "--local", "2")  # neither uses nor changes it
+    assert taken_up()[0] == "--discover --no-journal"
 
 
 def test_the_bundled_model_is_not_a_path(folder: Path) -> None:

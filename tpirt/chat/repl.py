@@ -38,17 +38,17 @@ async def run_chat(engine: Engine, options: ChatOptions) -> None:
     if options.prompt is not None:
         await session.answer(options.prompt, Interrupts())
     elif is_terminal(sys.stdin):
-        await _talk(session)
+        await _talk(session, remembers=options.journal is not None)
     else:
         await _work_off(session)
 
 
-async def _talk(session: Session) -> None:
+async def _talk(session: Session, *, remembers: bool) -> None:
     """Chat on a terminal."""
     _greet(session)
     interrupts = Interrupts()
     modes = TerminalModes()
-    reader = _terminal_reader()
+    reader = _terminal_reader(remembers)
     session.progress.aside = reader.aside
     around = nullcontext if isinstance(reader, PlainReader) else modes.echo_off
     with interrupts.installed(), modes.guarded(reader):
@@ -97,14 +97,14 @@ async def _handle(session: Session, text: str, interrupts: Interrupts, around: A
         await session.answer(text.removeprefix("/"), interrupts, around)
 
 
-def _terminal_reader() -> Reader:
+def _terminal_reader(remembers: bool) -> Reader:
     streams = (sys.stdout, sys.stderr)
     out = next(filter(is_capable, streams), None)
     if out is None:
         return PlainReader(sys.stdin.fileno(), next(filter(is_terminal, streams), None))
     from tpirt.chat.prompt import PromptReader, history_file
 
-    return PromptReader(out, history_file())
+    return PromptReader(out, history_file() if remembers else None)
 
 
 def _greet(session: Session) -> None:

@@ -38,7 +38,8 @@ class ChatOptions:
         parse_special: read control tokens within messages as control tokens.
         model_name: for the banner; by default the model's type.
         progress: for prefills; by default a new one. Its ``quiet`` applies to the chat, too.
-        journal: has the conversation written down as it goes; None for none.
+        journal: has the conversation written down as it goes; None for none, and no history of what
+            was typed.
         resumed: the conversation to go on with.
     """
 

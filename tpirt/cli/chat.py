@@ -75,13 +75,13 @@ def add_command(commands: Commands) -> None:
     parser.add_argument(
         "--no-journal",
         action="store_true",
-        help="do not write the conversation to this device's disk as it goes",
+        help="write nothing of what is typed and answered to this device's disk",
     )
     parser.add_argument(
         "--fresh",
         action="store_true",
-        help="do not take up the model and options of the last chat, as one without --model, "
-        "--local, --peers and --discover does",
+        help="neither take up nor change the model and options of the last chat, which one "
+        "without --model, --local, --peers and --discover repeats",
     )
     last_run.mark(parser)
     parser.set_defaults(run=partial(_run, parser))

@@ -161,7 +161,10 @@ def _list(arguments: argparse.Namespace) -> None:
 
 def _revoke(arguments: argparse.Namespace) -> None:
     member = _trust(arguments).registry.revoke(arguments.device)
-    print(f"{member.name} ({member.identity}) is refused from now on")
+    print(
+        f"{member.name} ({member.identity}) is refused from now on; a chat that uses it goes on "
+        "until it ends"
+    )
 
 
 def _rotate(arguments: argparse.Namespace) -> None:

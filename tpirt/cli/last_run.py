@@ -32,6 +32,7 @@ _NAMES = (
     *("spares", "ratio", "memory", "window", "spill", "threads", "store", "store-limit"),
     "upload-limit",
     *("dtype", "quantize", "kv", "collective", "comm-dtype", "timeout", "context", "draft"),
+    "no-journal",  # who once wants nothing written down is not asked again
 )
 _PATHS = ("model", "store", "draft")
 _SIZES = ("memory", "spill", "store-limit", "upload-limit")
@@ -83,13 +84,13 @@ def take_up(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> s
 
 
 def remember(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Write the options of this run, if they differ from those in the file.
+    """Write the options of this run, if they differ from those in the file; none with ``--fresh``.
 
     Raises:
         IdentityError: it cannot be written.
     """
     path = path_of(arguments)
-    if path is None or not can_be_made(path.parent):
+    if arguments.fresh or path is None or not can_be_made(path.parent):
         return
     actions = _actions(parser)
     now = {name: getattr(arguments, action.dest) for name, action in actions.items()}

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from tpirt.cancellation import finish
 from tpirt.cluster.roster import ask, busy
 from tpirt.errors import ConfigError, IdentityError, TpirtError
-from tpirt.identity.trust import Trust
+from tpirt.identity.names import PEER
+from tpirt.identity.trust import IDENTITY_FILE, Trust
 from tpirt.protocol.messages import (
     HelloReply,
     StatusReply,
@@ -37,6 +38,7 @@ _PATIENCE_S = 6.0  # for one device to answer
 _NO_IDENTITY = (
     "this device has no certificate; make a cluster with `tpirt cluster init`, and invite it"
 )
+_WORKER = "this device is a worker of a cluster; its master can tell, and use other devices"
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def client_of(peer: str, trust: Trust) -> GrpcPeerClient:
 
     Raises:
         ConfigError: it is not an address, either.
+        IdentityError: it is the name of a device that was revoked.
     """
     from tpirt.transport.grpc import GrpcPeerClient  # 8 MiB, not needed by one rank
 
@@ -90,6 +93,7 @@ def client_of(peer: str, trust: Trust) -> GrpcPeerClient:
             return GrpcPeerClient(_device(member), trust)
         if given is not None and given.host == member.name:
             return GrpcPeerClient(_device(member, given), trust)
+    _refuse_revoked(peer, given, trust)
     return GrpcPeerClient(peer, trust, [member.name for member in members])
 
 
@@ -136,6 +140,17 @@ def _notes(browser: Browser) -> list[str]:
     if browser.left_out:
         notes.append(f"{browser.left_out} more announcements were not looked at")
     return notes
+
+
+def _refuse_revoked(peer: str, given: Address | None, trust: Trust) -> None:
+    if trust.identity is None:
+        return
+    for each in trust.registry.members():
+        if each.revoked and (peer == each.identity or (given and given.host == each.name)):
+            raise IdentityError(
+                f"peer {each.name}: its certificate was revoked on {each.revoked[:10]}; invite it "
+                "again with `tpirt cluster invite`"
+            )
 
 
 def _members(trust: Trust) -> list[Member]:
@@ -194,7 +209,8 @@ def _distrust(cluster: str, trust: Trust) -> str:
     if trust.insecure:
         return "" if cluster == NONE else "it uses certificates; leave out --insecure"
     if trust.identity is None:
-        return _NO_IDENTITY
+        joined = (trust.folder.parent / PEER / IDENTITY_FILE).exists()
+        return _WORKER if joined else _NO_IDENTITY
     if cluster == OURS:
         return "it is not in the register, or was revoked; invite it with `tpirt cluster invite`"
     return f"not trusted: {cluster}; invite it with `tpirt cluster invite`"

@@ -66,7 +66,8 @@ def issuer(trust: Trust, name: str | None, joined: Callable[[Member], None]) -> 
     fails.
 
     Raises:
-        IdentityError: this device is not the master of a cluster, or its files are damaged.
+        IdentityError: this device is not the master of a cluster, or its files are damaged; or
+            another device has this name.
     """
     authority, registry = authority_of(trust), trust.registry
     if not registry.rewrite():  # which fails before a device has come
@@ -74,6 +75,8 @@ def issuer(trust: Trust, name: str | None, joined: Callable[[Member], None]) -> 
             "the register of devices was missing, and an empty one was made: devices that joined "
             "before are refused until they are invited again, or a copy is restored"
         )
+    if name is not None:
+        registry.check_free(name)
 
     def register(request: JoinRequest, host: str) -> tuple[Member, Certificate]:
         def issue(free: str) -> Certificate:
@@ -115,6 +118,7 @@ async def join_cluster(trust: Trust, where: str, name: str, port: int) -> None:
         raise IdentityError(f"{where!r}: expected HOST:PORT/CODE, as `tpirt cluster invite` shows")
     key, request = new_request()
     path = trust.folder / IDENTITY_FILE
+    before = _held(trust)
 
     def keep(reply: JoinReply) -> None:
         certificate = Certificate.read(reply.certificate.encode())
@@ -127,7 +131,20 @@ async def join_cluster(trust: Trust, where: str, name: str, port: int) -> None:
             f"joined cluster {reply.cluster} as {certificate.name}, until "
             f"{certificate.expires:%Y-%m-%d} ({path})"
         )
+        if before is not None and before.subject.cluster == certificate.subject.cluster:
+            _log.warning(
+                f"until now this device was {before.name} in that cluster; on its master "
+                f"`tpirt cluster revoke {before.name}` takes that off the list"
+            )
 
     address = Address.parse(host, default_port=DEFAULT_JOIN_PORT)
     _log.info(f"joining at {address}")
     await join(address, code, JoinRequest(name, port, request.decode()), keep)
+
+
+def _held(trust: Trust) -> Certificate | None:
+    """The certificate that this device has so far, if it can be read."""
+    try:
+        return trust.identity.certificate if trust.identity else None
+    except IdentityError:
+        return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
@@ -107,13 +107,13 @@ class Registry:
             return there
 
     def find(self, name: str) -> Member:
-        """Find a device by its name or identity.
+        """Find a device by its name or identity; a revoked one only if no other has the name.
 
         Raises:
             IdentityError: there is none.
         """
         members = self.members()
-        for each in members:
+        for each in sorted(members, key=lambda each: bool(each.revoked)):
             if name in (each.name, each.identity):
                 return each
         names = ", ".join(each.name for each in members)
@@ -145,12 +145,12 @@ class Registry:
     ) -> tuple[Member, Certificate]:
         """Record a new device, whose certificate is issued under the name that it is given.
 
-        A name that is taken gets a number.
+        A name that is taken gets a number; that of a revoked device is free.
 
         Raises: as ``issue``.
         """
         with self._changing() as members:
-            certificate = issue(_free(name, {each.name for each in members}))
+            certificate = issue(_free(name, _taken(members)))
             member = Member(
                 certificate.name,
                 certificate.subject.identity,
@@ -160,6 +160,14 @@ class Registry:
             )
             members.append(member)
         return member, certificate
+
+    def check_free(self, name: str) -> None:
+        """Raise IdentityError if a device that was not revoked has this name."""
+        if clean_name(name) in _taken(self._read() or []):
+            raise IdentityError(
+                f"{name} is the name of a device of this cluster; choose another one, or give that "
+                f"device up first with `tpirt cluster revoke {name}`"
+            )
 
     def remove(self, identity: str) -> None:
         """Forget a device that did not finish joining."""
@@ -222,6 +230,10 @@ class Registry:
                 raise IdentityError(f"{self._path}: another tpirt has been changing it; try again")
             time.sleep(_RETRY_S)
         return held
+
+
+def _taken(members: Iterable[Member]) -> set[str]:
+    return {each.name for each in members if not each.revoked}
 
 
 def _free(name: str, taken: Container[str]) -> str:

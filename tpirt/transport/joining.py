@@ -142,7 +142,8 @@ class Invitation:
                 request = exchange.confirmed(proof)
             except WrongCodeError:
                 self._tries -= 1
-                _log.warning(f"a device at {host} gave a wrong code; {self._tries} tries are left")
+                left = "1 try is" if self._tries == 1 else f"{self._tries} tries are"
+                _log.warning(f"a device at {host} gave a wrong code; {left} left")
                 try:
                     await _send(connection, WRONG_CODE)
                 finally:

@@ -13,7 +13,9 @@ Without ``--hit-rates`` a trained model answers chats, edits texts and summarise
 ``--draft auto``, ``--draft none`` and a small model, if one is given. With it, any model answers a
 prompt of arbitrary ids, and guesses are *emulated*: they are the tokens that it generated without
 drafts, each replaced by a wrong one so often that the rest has the hit rate. What guesses would
-cost to make is not in it, unless a ``--draft`` makes as many, which are thrown away; any model can.
+cost to make is not in it, unless a ``--draft``, which may be any model, makes as many, which are
+thrown away. Then the hit rate is known beforehand, as it is by a small model's own probabilities;
+else it is learnt.
 
 In a round, the model is connected once in every way, and all answers are generated; the order is
 reversed from round to round. ``gain`` is the time of a token without drafts to that with them, both
@@ -55,6 +57,7 @@ from tpirt.weights.synthetic import SLICES, is_synthetic
 
 NONE = "none"
 _WARM_UP_TOKENS = 8  # by default
+_WITHOUT_TOKENS = 2  # before answers without drafts: there is nothing to learn
 
 Tasks = Mapping[str, Sequence[int | Chat]]  # prompts by kind
 
@@ -177,7 +180,8 @@ def run_rounds(
         for way in ways[:: -1 if number % 2 else 1]:
             tell(f"round {number + 1} of {rounds}: drafts {way.name}")
             group = connected(way)
-            group.answer(next(iter(tasks.values()))[0], warm_up)
+            first = warm_up if way.name != NONE else min(warm_up, _WITHOUT_TOKENS)
+            group.answer(next(iter(tasks.values()))[0], first)
             for text, prompts in tasks.items():
                 sample = combine([group.answer(prompt, tokens) for prompt in prompts])
                 samples.setdefault((text, way.name), []).append(sample)

@@ -5,10 +5,10 @@
 An order with ``connect`` connects, with a ``model``, ``peers`` or ``local``, and fields of
 ``EngineOptions``; a connection that there was is closed first. With ``hit_rate``, guesses come from
 the answers to earlier ``ask`` orders, and are right that often; with a ``draft`` beside it, that
-small model guesses as often, for nothing but its costs. An order with ``tokens`` generates
-that many after the first: it answers once the first is there, and goes on when another line comes.
-One with ``ask`` answers a prompt at once. Every answer is one JSON line; a failure is
-``{"error": "..."}``.
+small model guesses as often, for nothing but its costs, and the rate is known beforehand as it is
+by a small model's own probabilities. An order with ``tokens`` generates that many after the first:
+it answers once the first is there, and goes on when another line comes. One with ``ask`` answers a
+prompt at once. Every answer is one JSON line; a failure is ``{"error": "..."}``.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ async def _connected(
                 alone = {name: options[name] for name in _OF_A_DRAFT if name in options}
                 small = Engine.connect(draft, EngineOptions(draft=NO_DRAFT, **alone))
                 costs = ModelDrafter(await stack.enter_async_context(small))
-            options["draft"] = KnownAnswers(_answers, hit_rate, costs=costs)
+            options["draft"] = KnownAnswers(_answers, hit_rate, told=costs is not None, costs=costs)
         connecting = Engine.connect(model, EngineOptions(**options), local=local, peers=peers)
         yield await stack.enter_async_context(connecting)
 

@@ -39,7 +39,7 @@ class Words:
 
 def answer(ids: list[int]) -> Answer:
     made = Answer(ids, Sampler(SamplingParams()), Words(), ignore_progress)  # type: ignore[arg-type]
-    made.admit(0, len(ids) - 1, None)
+    made.admit(0, len(ids) - 1)
     return made
 
 

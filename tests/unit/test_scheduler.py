@@ -24,7 +24,7 @@ def sequence(
 ) -> Scoring:
     made = Unanswered(range(length), ignore_progress)
     made.user, made.priority, made.arrived_s = user, priority, arrived_s
-    made.admit(id(made), computed, None)
+    made.admit(id(made), computed)
     return made
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tpirt.engine.slots import Place, Sharing, Slots, common_prefix
 
@@ -15,7 +19,8 @@ def filled(slots: Slots, ids: list[int], *, busy: bool = False) -> int:
     slots.take(place, ids)
     slots.extend(place.slot, ids[place.shared :], len(ids))
     if not busy:
-        assert not slots.release(place.slot)
+        slots.release(place.slot)
+    assert not slots.to_free
     return place.slot
 
 
@@ -48,13 +53,126 @@ def test_slots_are_freed_and_forgotten() -> None:
     slots = Slots(Sharing(None))
     idle, busy = filled(slots, TEXT), filled(slots, [9, *TEXT], busy=True)
     assert slots.tokens == 201
-    assert slots.forget() == [idle]
+    slots.forget()
+    assert slots.to_free == [idle]
     assert slots.tokens == 0
     assert slots.find(TEXT, 100).shared == 0
-    assert slots.release(busy)  # is to be freed
+    slots.release(busy)
+    assert slots.to_free == [idle, busy]
     slots.remove(busy)
     slots.remove(idle)
     assert slots.idle == []
+
+
+def test_what_is_still_to_be_copied_is_used() -> None:
+    """Nobody takes it over or frees it."""
+    slots = Slots(Sharing(None))
+    kept = filled(slots, TEXT)
+    waiting = slots.find([*TEXT[:20], 500], 21)
+    slots.take(waiting, TEXT)
+    assert (slots.source(waiting.slot), slots.idle) == (kept, [])
+    assert slots.find(TEXT, 100) == Place(2, 99, kept)
+    assert slots.find(TEXT, 100, copy=False) == Place(2, 0)
+    slots.forget()
+    assert slots.to_free == []
+    slots.extend(waiting.slot, [500], 21)
+    assert slots.to_free == [kept]
+
+
+def test_nothing_is_copied_from_a_place_that_has_no_copy_yet() -> None:
+    slots = Slots(Sharing(64))
+    running = filled(slots, TEXT[:40], busy=True)
+    slots.take(slots.find([*TEXT[:20], 500], 21), TEXT)
+    slots.extend(running, TEXT[40:70], 70)  # is rotated differently now, so it is not shared
+    assert slots.find(TEXT[:30], 30) == Place(2, 0)
+
+
+def test_a_copy_that_was_not_made_is_not_kept() -> None:
+    slots = Slots(Sharing(None))
+    filled(slots, TEXT)
+    waiting = slots.find([*TEXT[:20], 500], 21)
+    slots.take(waiting, TEXT)
+    slots.release(waiting.slot)
+    assert slots.to_free == [waiting.slot]
+
+
+def test_what_may_be_damaged_is_not_copied() -> None:
+    slots = Slots(Sharing(None))
+    damaged = filled(slots, TEXT, busy=True)
+    waiting = slots.find([*TEXT[:20], 500], 21)
+    slots.take(waiting, TEXT)
+    assert slots.discard(damaged) == [waiting.slot]
+    assert slots.source(waiting.slot) is None
+    assert slots.find(TEXT, 100).shared == 0
+
+
+class Ranks:
+    """Sequences in slots, and what every rank has in them."""
+
+    def __init__(self) -> None:
+        self.slots = Slots(Sharing(None))
+        self.held: dict[int, list[int]] = {}
+        self.running: list[tuple[int, list[int], int]] = []  # slot, ids, how many are computed
+
+    def admit(self, number: int) -> None:
+        ids = [*TEXT[: number % 7 * 3], *([number] * (number % 5 + 1))]
+        place = self.slots.find(ids, len(ids), copy=number % 3 > 0)
+        self.slots.take(place, ids)
+        self.running.append((place.slot, ids, place.shared))
+
+    def step(self, number: int) -> None:
+        if self.running:
+            slot, ids, computed = self.running.pop(number % len(self.running))
+            source = self.slots.source(slot)
+            before = self.held.get(slot if source is None else source, [])[:computed]
+            assert before == ids[:computed]
+            self.held[slot] = ids
+            self.slots.extend(slot, ids[computed:], len(ids))
+            self.running.append((slot, [*ids, number], len(ids)))
+
+    def leave(self, number: int) -> None:
+        if self.running:
+            slot, *_ = self.running.pop(number % len(self.running))
+            self.slots.release(slot)
+            self.free(self.slots.to_free)
+
+    def fail(self, number: int) -> None:
+        if self.running:
+            slot, *_ = self.running[number % len(self.running)]
+            lacking = self.slots.discard(slot)
+            self.running = [
+                (s, ids, 0 if s in lacking else computed) for s, ids, computed in self.running
+            ]
+
+    def make_room(self, _: int) -> None:
+        self.free(self.slots.idle[:1])
+
+    def reset(self, _: int) -> None:
+        self.slots.forget()
+        self.free(self.slots.to_free)
+
+    def free(self, slots: list[int]) -> None:
+        for slot in slots:
+            self.slots.remove(slot)
+            self.held.pop(slot, None)
+
+
+EVENTS = st.sampled_from(
+    (*[Ranks.admit, Ranks.step] * 2, Ranks.leave, Ranks.fail, Ranks.make_room, Ranks.reset)
+)
+
+
+@given(st.lists(st.tuples(EVENTS, st.integers(0, 99)), max_size=40))
+def test_every_step_finds_what_it_begins_with(
+    events: list[tuple[Callable[[Ranks, int], None], int]],
+) -> None:
+    ranks = Ranks()
+    for event, number in events:
+        event(ranks, number)
+    while ranks.running:
+        ranks.leave(0)
+    ranks.reset(0)
+    assert not ranks.held
 
 
 def test_the_longest_unused_is_first() -> None:

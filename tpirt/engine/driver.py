@@ -278,7 +278,7 @@ class Driver:
             most = min(MOST_GUESSES, self._deployment.logits_tokens - 1)
             pieces = await self._drafts.extend(pieces, chunk, most)
         if pieces:
-            segments = [piece.segment() for piece in pieces]
+            segments = [piece.segment(self._held(piece.sequence).source) for piece in pieces]
             if await self._make_room(segments):
                 await self._compute(pieces, segments)
             await asyncio.sleep(0)  # readers take their results
@@ -291,13 +291,14 @@ class Driver:
         for sequence in [s for s in self._running if s.ended]:
             self._running.remove(sequence)
             self._most_now = min(self._most, self._most_now + 1)
-            if sequence.slot is not None and self._slots.release(sequence.slot):
-                await self._free(sequence.slot)
+            if sequence.slot is not None:
+                self._slots.release(sequence.slot)
         if self._forget:
-            for slot in self._slots.forget():
-                await self._free(slot)
+            self._slots.forget()
             await self._spiller.clear()
             self._forget = False
+        for slot in self._slots.to_free:
+            await self._free(slot)
         await self._spiller.tidy()
 
     async def _free(self, slot: int) -> None:
@@ -340,10 +341,11 @@ class Driver:
         copy = True
         while not sequence.ended:  # its reader can leave meanwhile
             own = _rest(sequence, place, self._spiller.length(place))
-            need = self._group.kv_need([*map(_rest, self._running), own])
+            others = [_rest(other, self._held(other)) for other in self._running]
+            need = self._group.kv_need([*others, own])
             rows = min(sequence.todo - place.shared, self._deployment.chunk_tokens)
             fits = self._deployment.has_room(need, rows, displacing=False)
-            if not fits and (idle := self._idle(place)):
+            if not fits and (idle := self._idle_but(place)):
                 await self._spiller.spill(idle[0])
             elif not fits and copy and place.source in self._slots.idle:
                 copy = False
@@ -370,7 +372,7 @@ class Driver:
             sequence.end(exc)
             return
         self._slots.take(place, sequence.ids)
-        sequence.admit(place.slot, place.shared, place.source)
+        sequence.admit(place.slot, place.shared)
         self._running.append(sequence)
         self._first_step = self._group.next_step
 
@@ -378,12 +380,14 @@ class Driver:
         ids, length = sequence.ids[: sequence.first_wanted + 1], len(sequence.ids)
         return self._spiller.better(self._slots.find(ids, length, copy=copy), ids, length)
 
-    def _idle(self, place: Place | None = None) -> list[int]:
-        """Slots that may be freed, the longest unused first."""
-        needed = {sequence.source for sequence in self._running}
-        if place is not None:
-            needed |= {place.slot, place.source}
-        return [slot for slot in self._slots.idle if slot not in needed]
+    def _idle_but(self, place: Place) -> list[int]:
+        """Slots that may be freed for a sequence with this place, the longest unused first."""
+        return [slot for slot in self._slots.idle if slot not in (place.slot, place.source)]
+
+    def _held(self, sequence: _Any) -> Place:
+        """Where a running sequence is."""
+        assert sequence.slot is not None
+        return Place(sequence.slot, sequence.computed, self._slots.source(sequence.slot))
 
     async def _make_room(self, segments: list[Segment]) -> bool:
         """Free idle slots that displace weights; returns False if a sequence was given up.
@@ -396,7 +400,7 @@ class Driver:
         if (need.held, need.peak, rows, logits) == self._fitting:
             return True
         fits = self._deployment.has_room
-        while not fits(need, rows, logits, displacing=False) and (idle := self._idle()):
+        while not fits(need, rows, logits, displacing=False) and (idle := self._slots.idle):
             await self._spiller.spill(idle[0])
             need = self._group.kv_need(segments)
         if len(self._running) > 1 and not fits(need, rows, logits, displacing=True):
@@ -450,7 +454,7 @@ class Driver:
 
     async def _relieve(self, pieces: list[Piece], exc: MemoryLimitError) -> None:
         """Memory was refused: free what can be, or give up the youngest; alone, one fails."""
-        if idle := self._idle():
+        if idle := self._slots.idle:
             await self._spiller.spill(idle[0])
         elif len(self._running) > 1:
             await self._give_up(self._running[-1])
@@ -507,12 +511,19 @@ class Driver:
             if self._drafts is not None:
                 self._drafts.learn(piece, drawn)
         except LogitsError as exc:
-            self._slots.discard(answer.slot)  # keys and values may be NaN, too
+            self._discard(answer.slot)  # keys and values may be NaN, too
             answer.end(exc)
         except Exception as exc:  # of its parameters: the others go on
             answer.end(exc)
         self._came_out()
         return len(drawn)
+
+    def _discard(self, slot: int) -> None:
+        """Keep and share nothing of a slot: who was to copy from it computes all ids instead."""
+        lacking = self._slots.discard(slot)
+        for sequence in self._running:
+            if sequence.slot in lacking:
+                sequence.admit(sequence.slot, 0)
 
     # -- losses ------------------------------------------------------------------------------
 
@@ -617,11 +628,8 @@ class _Backoff:
         self._wake()
 
 
-def _rest(sequence: _Any, place: Place | None = None, least: int = 0) -> Segment:
+def _rest(sequence: _Any, place: Place, least: int = 0) -> Segment:
     """All that is still to be computed of a sequence, as a segment; it has ``least`` positions."""
-    if place is None:
-        assert sequence.slot is not None
-        place = Place(sequence.slot, sequence.computed, sequence.source)
     tokens = max(1, len(sequence.ids) - place.shared, least - place.shared)
     return Segment(place.slot, place.shared, tokens, 0, 1, place.source)
 

@@ -69,8 +69,8 @@ class Piece:
         wanted = min(self.tokens, max(0, end - self.sequence.first_wanted))
         return wanted + len(self.guesses)
 
-    def segment(self) -> Segment:
-        """The rows in the step's batch."""
+    def segment(self, source: int | None = None) -> Segment:
+        """The rows in the step's batch; the ids before them are copied from ``source`` first."""
         sequence = self.sequence
         assert sequence.slot is not None
         backs = tuple(index - parent for index, parent in enumerate(self.parents))
@@ -80,7 +80,7 @@ class Piece:
             tokens=self.tokens + len(self.guesses),
             num_logits=self.num_logits,
             rope_length=len(sequence.ids) + len(self.guesses),
-            source=sequence.source,
+            source=source,
             parents=backs if any(back > 1 for back in backs) else (),
             keep=sequence.keep,
         )

@@ -26,9 +26,9 @@ class Sequence(ABC, Generic[_T]):
 
     Attributes:
         ids: those known so far.
-        computed: number of leading ids whose keys and values every rank holds.
+        computed: number of leading ids whose keys and values every rank holds, or copies from
+            another slot in the sequence's first step.
         slot: where they are; None until it is admitted.
-        source: the slot that the first ``computed`` positions are still to be copied from.
         keep: of the last step's tree of guesses, those that are the last computed ids, where others
             lie between them: see :class:`tpirt.batch.Segment`.
         user: on whose behalf it runs; users take turns.
@@ -52,7 +52,6 @@ class Sequence(ABC, Generic[_T]):
         self.ids = list(ids)
         self.computed = 0
         self.slot: int | None = None
-        self.source: int | None = None
         self.keep: tuple[int, ...] = ()
         self.user = user
         self.priority = priority
@@ -99,9 +98,9 @@ class Sequence(ABC, Generic[_T]):
         """Whether nothing more is to be computed."""
         return self._ended
 
-    def admit(self, slot: int, shared: int, source: int | None) -> None:
+    def admit(self, slot: int, shared: int) -> None:
         """Begin in a slot, with the first ``shared`` ids computed."""
-        self.slot, self.source = slot, source
+        self.slot = slot
         self.computed = self._begin = shared
         self._target = len(self.ids)
         self.steps.clear()
@@ -109,7 +108,7 @@ class Sequence(ABC, Generic[_T]):
     def advance(self, tokens: int, step: int) -> None:
         """Account for a step that computed some ids."""
         self.computed += tokens
-        self.source, self.keep = None, ()
+        self.keep = ()
         self.turn = step
         self.steps.append(step)
 
@@ -124,7 +123,7 @@ class Sequence(ABC, Generic[_T]):
         """Begin again from the first id: its keys and values are gone."""
         self.again = self.again or self.computed > 0
         self.keep = ()
-        self.computed, self.slot, self.source, self.turn = 0, None, None, 0
+        self.computed, self.slot, self.turn = 0, None, 0
 
     def fail_step(self) -> None:
         """Account for a step that failed: some ranks may have moved what it was to keep."""

@@ -26,13 +26,27 @@ class Place(NamedTuple):
 
 @dataclass
 class Slot:
-    """Which ids' keys and values a slot has, and whether a sequence uses it."""
+    """Which ids' keys and values a slot has, and whether a sequence uses it.
+
+    Attributes:
+        ids: those that it has, or will have once they are copied.
+        rope_length: the longest that their keys were rotated for.
+        busy: whether a sequence uses it.
+        used: when it was taken or released, as a number that grows.
+        source: the slot that the ids are copied from in the sequence's first step; None afterwards.
+        forget: whether it is freed as soon as it is not needed.
+    """
 
     ids: list[int]
     rope_length: int
     busy: bool
     used: int
+    source: int | None = None
     forget: bool = False
+
+    def empty(self) -> None:
+        """It has nothing, and nothing is to be copied."""
+        self.ids, self.rope_length, self.source = [], 0, None
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,11 @@ class Sharing:
 
 
 class Slots:
-    """The slots in use: by a running sequence, or idle and kept for a later one."""
+    """The slots in use: by a running sequence, or idle and kept for a later one.
+
+    A sequence copies what it shares in its first step, which can be many steps after it was given
+    its place. Until then the source is not idle: nobody takes it over or frees it.
+    """
 
     def __init__(self, sharing: Sharing):
         self._sharing = sharing
@@ -75,9 +93,19 @@ class Slots:
 
     @property
     def idle(self) -> list[int]:
-        """Slots that no sequence uses, the longest unused first."""
-        idle = [number for number, slot in self._slots.items() if not slot.busy]
+        """Slots that no sequence uses or is to copy from, the longest unused first."""
+        needed = {slot.source for slot in self._slots.values()}
+        idle = [n for n, slot in self._slots.items() if not slot.busy and n not in needed]
         return sorted(idle, key=lambda number: self._slots[number].used)
+
+    @property
+    def to_free(self) -> list[int]:
+        """Idle slots that nothing is kept in."""
+        return [n for n in self.idle if self._slots[n].forget or not self._slots[n].ids]
+
+    def source(self, slot: int) -> int | None:
+        """The slot that a sequence's first positions are still to be copied from."""
+        return self._slots[slot].source
 
     def find(self, ids: Ids[int], length: int, *, copy: bool = True) -> Place:
         """Choose a slot for a sequence.
@@ -91,13 +119,14 @@ class Slots:
             copy: whether there is memory for a copy; else an idle slot is taken over.
         """
         best = Place(self.free_number, 0)
+        idle = self.idle
         for number, slot in self._slots.items():
-            if slot.forget:
+            if slot.forget or slot.source is not None:
                 continue
             shared = self._sharing.shared(slot.ids, slot.rope_length, ids, length)
             if shared <= best.shared:
                 continue
-            if not slot.busy and (not copy or len(slot.ids) - shared <= shared):
+            if number in idle and (not copy or len(slot.ids) - shared <= shared):
                 best = Place(number, shared)
             elif copy:
                 best = Place(self.free_number, shared, number)
@@ -107,19 +136,22 @@ class Slots:
         """Give a place to a sequence."""
         origin = self._slots.get(place.slot if place.source is None else place.source)
         rope_length = origin.rope_length if origin is not None and place.shared else 0
-        self._slots[place.slot] = Slot(list(ids[: place.shared]), rope_length, True, self._next())
+        shared = list(ids[: place.shared])
+        self._slots[place.slot] = Slot(shared, rope_length, True, self._next(), place.source)
 
     def extend(self, slot: int, ids: Ids[int], rope_length: int) -> None:
         """Account for a step that computed ``ids`` in a slot."""
         found = self._slots[slot]
+        found.source = None
         found.ids.extend(ids)
         found.rope_length = max(found.rope_length, rope_length)
 
-    def release(self, slot: int) -> bool:
-        """A sequence is done with its slot; returns whether it is to be freed."""
+    def release(self, slot: int) -> None:
+        """A sequence is done with its slot."""
         found = self._slots[slot]
         found.busy, found.used = False, self._next()
-        return found.forget or not found.ids
+        if found.source is not None:
+            found.empty()
 
     def put(self, slot: int, ids: list[int], rope_length: int) -> None:
         """Keep a sequence that was restored."""
@@ -129,15 +161,18 @@ class Slots:
         """A slot is freed; returns what it had."""
         return self._slots.pop(slot)
 
-    def forget(self) -> list[int]:
-        """Keep nothing: returns the slots to free now; busy ones are freed on release."""
+    def forget(self) -> None:
+        """Keep nothing that is not needed by a running sequence."""
         for slot in self._slots.values():
             slot.forget = True
-        return self.idle
 
-    def discard(self, slot: int) -> None:
-        """Free a busy slot on release."""
+    def discard(self, slot: int) -> list[int]:
+        """Keep nothing of a busy slot, nor copy from it; returns the slots that lack a copy now."""
         self._slots[slot].forget = True
+        lacking = [number for number, other in self._slots.items() if other.source == slot]
+        for number in lacking:
+            self._slots[number].empty()
+        return lacking
 
     def clear(self) -> None:
         """All ranks have lost everything."""

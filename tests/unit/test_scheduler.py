@@ -86,6 +86,22 @@ def test_answers_leave_a_row_for_a_prompt() -> None:
     assert plan[-1].sequence is prompt
 
 
+def test_no_more_sequences_than_may_run_are_in_a_step() -> None:
+    """Those that went on when others had taken their places: all take turns."""
+    answers, prompt = [sequence(5, 4) for _ in range(5)], sequence(10)
+    scheduler = Scheduler(StepCosts(), sequences=4)
+    served = []
+    for step in range(1, 4):
+        plan = scheduler.plan([*answers, prompt], 64)
+        assert [piece.tokens for piece in plan] == [1, 1, 1, 10]
+        for piece in plan[:3]:
+            served.append(answers.index(piece.sequence))  # type: ignore[arg-type]
+            piece.sequence.turn = step
+    assert served == [0, 1, 2, 3, 4, 0, 1, 2, 0]
+    assert len(scheduler.plan([sequence(10) for _ in range(6)], 64)) == 4
+    assert len(Scheduler(StepCosts(), sequences=1).plan([*answers, prompt], 64)) == 1
+
+
 def test_paused_sequences_are_left_out() -> None:
     paused, other = sequence(9, 8), sequence(7)
     paused.put(None)  # type: ignore[arg-type]
@@ -171,6 +187,7 @@ def test_goodput_is_the_share_within_both_targets() -> None:
 
 @given(
     st.integers(1, 64),
+    st.integers(1, 24),
     st.lists(st.tuples(st.integers(1, 100), st.integers(0, 99)), max_size=20),
     st.lists(st.tuples(st.integers(1, 600), st.floats(1e-4, 10)), max_size=12),
     st.booleans(),
@@ -178,6 +195,7 @@ def test_goodput_is_the_share_within_both_targets() -> None:
 )
 def test_a_step_is_within_its_bounds(
     chunk: int,
+    most: int,
     states: list[tuple[int, int]],
     steps: list[tuple[int, float]],
     stall_free: bool,
@@ -188,13 +206,15 @@ def test_a_step_is_within_its_bounds(
         known.learn(rows, seconds)
     running = [sequence(length, min(done, length - 1)) for length, done in states]
     targets = Targets(target_s, target_s)
-    plan = Scheduler(known, stall_free=stall_free, targets=targets).plan(running, chunk)
+    scheduler = Scheduler(known, sequences=most, stall_free=stall_free, targets=targets)
+    plan = scheduler.plan(running, chunk)
+    assert len(plan) <= most
     assert sum(piece.tokens for piece in plan) <= chunk
     assert all(1 <= piece.tokens <= piece.sequence.todo for piece in plan)
     assert len({id(piece.sequence) for piece in plan}) == len(plan)
     assert bool(plan) == bool(running)
     answers = sum(s.todo == 1 for s in running)
-    most = max(1, chunk - (answers < len(running)))
+    most = max(1, min(chunk, most) - (answers < len(running)))
     assert sum(piece.sequence.todo == 1 for piece in plan) == min(answers, most)
 
 

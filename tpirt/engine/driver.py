@@ -64,7 +64,8 @@ class Driver:
         connection: the group and its plan, and others after a loss.
         embed: ids to hidden states, (T, H).
         progress: told what happens while there are no sequences.
-        sequences: the most that run at once; others wait.
+        sequences: the most in one step, and the most that run besides those that wait for their
+            readers; others wait.
         waiting: the most that wait.
         spill_bytes: the most that sequences which no request uses take on each rank's disk.
         drafter: guesses tokens; None for none.
@@ -105,7 +106,9 @@ class Driver:
             sharing=sharing,
             wake=self._start,
         )
-        self._scheduler = Scheduler(self._costs, stall_free=stall_free, targets=targets)
+        self._scheduler = Scheduler(
+            self._costs, sequences=sequences, stall_free=stall_free, targets=targets
+        )
         self.goodput = Goodput(targets)
         self._drafts: DraftController | None = None
         if drafter is not None:

@@ -91,13 +91,22 @@ class Scheduler:
 
     Args:
         costs: how long steps take.
+        sequences: the most in one step.
         stall_free: whether a prompt may only slow answers down by a factor of 2 a step; else it is
             computed as fast as it can be.
         targets: for answers; that for the time per token replaces the factor.
     """
 
-    def __init__(self, costs: StepCosts, *, stall_free: bool = True, targets: Targets = NO_TARGETS):
+    def __init__(
+        self,
+        costs: StepCosts,
+        *,
+        sequences: int = 16,
+        stall_free: bool = True,
+        targets: Targets = NO_TARGETS,
+    ):
         self._costs = costs
+        self._sequences = sequences
         self._stall_free = stall_free
         self._targets = targets
 
@@ -141,16 +150,19 @@ class Scheduler:
     def plan(
         self, running: Items[Sequence[Any]], chunk_tokens: int, now_s: float = 0.0
     ) -> list[Piece]:
-        """The next step of at most ``chunk_tokens``; empty if all sequences wait for readers."""
+        """The next step of at most ``chunk_tokens``; empty if all sequences wait for readers.
+
+        More can be ready than a step takes, as readers that stopped can go on all at once.
+        """
         ready = [sequence for sequence in running if not sequence.paused]
         prompts = [sequence for sequence in ready if sequence.todo > 1]  # in order of admission
         prompts.sort(key=lambda sequence: self._late(sequence, chunk_tokens, now_s))
         answers = [sequence for sequence in ready if sequence.todo == 1]
         answers.sort(key=lambda sequence: sequence.turn)  # if not all fit, the others are next
-        most = max(1, chunk_tokens - bool(prompts))
+        most = max(1, min(chunk_tokens, self._sequences) - bool(prompts))
         pieces = [Piece(sequence, 1) for sequence in answers[:most]]
         room = self._room(len(pieces), chunk_tokens)
-        for sequence in prompts:
+        for sequence in prompts[: self._sequences - len(pieces)]:
             tokens = min(sequence.todo, room)
             if tokens:
                 pieces.append(Piece(sequence, tokens))

@@ -1,0 +1,56 @@
+"""Readers that stop, go on and leave, while others' answers are computed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from tpirt.batch import Segment
+from tpirt.cluster.group import Group
+from tpirt.engine import Engine
+from tpirt.testing.cluster import memory_engine
+from tpirt.types import SamplingParams, Token
+
+PROMPTS = [[(first + 7 * i) % 200 + 3 for i in range(10)] for first in range(5)]
+MANY = SamplingParams(max_tokens=60)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many sequences are in each step."""
+    step, counts = Group.step, []
+
+    async def counted(
+        self: Group, hidden: torch.Tensor, segments: Sequence[Segment], prefill: bool
+    ) -> torch.Tensor:
+        counts.append(len(segments))
+        return await step(self, hidden, segments, prefill)
+
+    monkeypatch.setattr(Group, "step", counted)
+    return counts
+
+
+async def ids_of(answer: AsyncGenerator[Token, None]) -> list[int]:
+    return [token.id async for token in answer]
+
+
+async def begun(engine: Engine, prompt: list[int]) -> tuple[int, AsyncGenerator[Token, None]]:
+    """Ask, and read one token."""
+    answer = engine.generate(prompt, MANY)
+    return (await anext(answer)).id, answer
+
+
+async def test_readers_that_go_on_are_in_turn_with_those_that_came_since(
+    model: Path, steps: list[int]
+) -> None:
+    async with memory_engine(model) as engine:
+        alone = [(await engine.complete(prompt, MANY)).token_ids for prompt in PROMPTS]
+    async with memory_engine(model, sequences=2) as engine:
+        answers = [await begun(engine, prompt) for prompt in PROMPTS]  # the first ones pause
+        rest = await asyncio.gather(*(ids_of(answer) for _, answer in answers))
+    assert [[first, *more] for (first, _), more in zip(answers, rest, strict=True)] == alone
+    assert max(steps) == 2

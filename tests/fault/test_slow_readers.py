@@ -12,11 +12,12 @@ import torch
 from tpirt.batch import Segment
 from tpirt.cluster.group import Group
 from tpirt.engine import Engine
+from tpirt.errors import MemoryLimitError
 from tpirt.testing.cluster import memory_engine
 from tpirt.types import SamplingParams, Token
 
-PROMPTS = [[(first + 7 * i) % 200 + 3 for i in range(10)] for first in range(5)]
-MANY = SamplingParams(max_tokens=60)
+PROMPTS = [[(first + 7 * i) % 200 + 3 for i in range(10)] for first in range(4)]
+MANY = SamplingParams(max_tokens=30)
 
 
 @pytest.fixture
@@ -54,3 +55,27 @@ async def test_readers_that_go_on_are_in_turn_with_those_that_came_since(
         rest = await asyncio.gather(*(ids_of(answer) for _, answer in answers))
     assert [[first, *more] for (first, _), more in zip(answers, rest, strict=True)] == alone
     assert max(steps) == 2
+
+
+async def test_one_that_was_given_up_waits_for_those_that_are_read(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that wait for their readers take no part in a step, so their number says nothing."""
+    step = Group.step
+
+    async def refused(
+        self: Group, hidden: torch.Tensor, segments: Sequence[Segment], prefill: bool
+    ) -> torch.Tensor:
+        if len(segments) > 2:
+            raise MemoryLimitError("refused by a test")
+        return await step(self, hidden, segments, prefill)
+
+    monkeypatch.setattr(Group, "step", refused)
+    async with memory_engine(model, sequences=3) as engine:
+        paused = [await begun(engine, prompt) for prompt in PROMPTS[:2]]
+        # The first of three can begin when one has paused, the last one when both have.
+        last = [await begun(engine, prompt) for prompt in PROMPTS[2:]]
+        async with asyncio.timeout(20):
+            await asyncio.gather(*(ids_of(answer) for _, answer in last))
+        for _, answer in paused:
+            await answer.aclose()

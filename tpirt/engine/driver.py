@@ -91,7 +91,7 @@ class Driver:
         self._connection = connection
         self._embed = embed
         self._progress = progress
-        self._most = self._most_now = sequences
+        self._most = self._most_active = sequences
         self._most_waiting = waiting
         config = self._deployment.config
         trained = config.max_position_embeddings if config.rope.kind == "dynamic" else None
@@ -293,7 +293,7 @@ class Driver:
         self._waiting = [sequence for sequence in self._waiting if not sequence.ended]
         for sequence in [s for s in self._running if s.ended]:
             self._running.remove(sequence)
-            self._most_now = min(self._most, self._most_now + 1)
+            self._most_active = min(self._most, self._most_active + 1)
             if sequence.slot is not None:
                 self._slots.release(sequence.slot)
         if self._forget:
@@ -324,10 +324,15 @@ class Driver:
                 return
 
     @property
+    def _active(self) -> int:
+        """How many run; a sequence that waits for its reader takes no place."""
+        return sum(not sequence.paused for sequence in self._running)
+
+    @property
     def _full(self) -> bool:
-        """Whether as many run as may; a sequence that waits for its reader takes no place."""
-        active = sum(not sequence.paused for sequence in self._running)
-        return active >= self._most_now or not self._scheduler.admits(active)
+        """Whether as many run as may."""
+        active = self._active
+        return active >= self._most_active or not self._scheduler.admits(active)
 
     def _soon_shared(self, sequence: _Any, place: Place) -> bool:
         """Whether a running prompt will have computed more of its prefix: it waits for that."""
@@ -417,7 +422,7 @@ class Driver:
         slot = sequence.slot
         self._running.remove(sequence)
         self._waiting.insert(0, sequence)
-        self._most_now = max(1, len(self._running))
+        self._most_active = max(1, self._active)
         sequence.restart()
         assert slot is not None
         await self._free(slot)

@@ -12,11 +12,15 @@ import torch
 from tpirt.batch import Segment
 from tpirt.cluster.group import Group
 from tpirt.engine import Engine
+from tpirt.engine.drafts.controller import DraftController
+from tpirt.engine.scheduler import Piece
 from tpirt.errors import MemoryLimitError
+from tpirt.planning import Deployment
 from tpirt.testing.cluster import memory_engine
 from tpirt.types import SamplingParams, Token
 
 PROMPTS = [[(first + 7 * i) % 200 + 3 for i in range(10)] for first in range(4)]
+PARAMS = SamplingParams(max_tokens=5)
 MANY = SamplingParams(max_tokens=30)
 
 
@@ -79,3 +83,48 @@ async def test_one_that_was_given_up_waits_for_those_that_are_read(
             await asyncio.gather(*(ids_of(answer) for _, answer in last))
         for _, answer in paused:
             await answer.aclose()
+
+
+async def leave(request: asyncio.Task[object]) -> None:
+    request.cancel()
+    await asyncio.wait({request})
+
+
+async def test_no_step_is_run_for_one_that_left_while_guesses_were_made(
+    model: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extend = DraftController.extend
+    async with memory_engine(model, draft="suffix") as engine:
+
+        async def slow(self: DraftController, pieces: Sequence[Piece], *limits: int) -> list[Piece]:
+            extended = await extend(self, pieces, *limits)
+            await leave(asked)
+            return extended
+
+        monkeypatch.setattr(DraftController, "extend", slow)
+        asked = asyncio.create_task(engine.complete(PROMPTS[0], PARAMS))
+        await asyncio.wait({asked})
+        monkeypatch.setattr(DraftController, "extend", extend)
+        await engine.complete(PROMPTS[1], SamplingParams(max_tokens=1))
+    assert len(steps) == 1
+
+
+async def test_no_step_is_run_for_one_that_left_while_room_was_made(
+    model: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spill, before = Group.spill, 0
+
+    async def slow(self: Group, slot: int, handle: int) -> None:
+        nonlocal before
+        await spill(self, slot, handle)
+        before = len(steps)
+        await leave(asked)
+
+    monkeypatch.setattr(Group, "spill", slow)
+    monkeypatch.setattr(Deployment, "has_room", lambda *_, displacing: displacing)
+    async with memory_engine(model) as engine:
+        asked = asyncio.create_task(engine.complete(PROMPTS[0], MANY))
+        await engine.complete(PROMPTS[1] * 4, PARAMS)  # it is spilled while the other goes on
+        await asyncio.wait({asked})
+        await engine.complete(PROMPTS[1], SamplingParams(max_tokens=1))
+    assert len(steps) == before + 1

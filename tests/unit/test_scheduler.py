@@ -110,6 +110,12 @@ def test_paused_sequences_are_left_out() -> None:
     assert Scheduler(StepCosts()).plan([paused], 16) == []
 
 
+def test_sequences_that_have_ended_are_left_out() -> None:
+    ended, other = sequence(9, 8), sequence(7)
+    ended.end()
+    assert [p.sequence for p in Scheduler(StepCosts()).plan([ended, other], 16)] == [other]
+
+
 def test_users_take_turns_in_order_of_priority() -> None:
     a = [sequence(3, user="a") for _ in range(3)]
     b = [sequence(3, user="b") for _ in range(2)]

@@ -430,6 +430,8 @@ class Driver:
     # -- steps -------------------------------------------------------------------------------
 
     async def _compute(self, pieces: list[Piece], segments: list[Segment]) -> None:
+        if all(piece.sequence.ended for piece in pieces):  # left since the step was planned
+            return
         self._pieces = pieces
         self._step_over.clear()
         began_s = time.perf_counter()

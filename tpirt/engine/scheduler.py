@@ -154,7 +154,7 @@ class Scheduler:
 
         More can be ready than a step takes, as readers that stopped can go on all at once.
         """
-        ready = [sequence for sequence in running if not sequence.paused]
+        ready = [s for s in running if not s.paused and not s.ended]
         prompts = [sequence for sequence in ready if sequence.todo > 1]  # in order of admission
         prompts.sort(key=lambda sequence: self._late(sequence, chunk_tokens, now_s))
         answers = [sequence for sequence in ready if sequence.todo == 1]

@@ -110,6 +110,16 @@ def test_paused_sequences_are_left_out() -> None:
     assert Scheduler(StepCosts()).plan([paused], 16) == []
 
 
+def test_the_last_id_of_a_prompt_is_a_prompts_also_once_it_is_computed() -> None:
+    prompt = sequence(5, 4)
+    (piece,) = Scheduler(StepCosts()).plan([prompt], 16)
+    prompt.advance(1, 1)
+    assert piece.prefill
+    prompt.ids.append(7)
+    (piece,) = Scheduler(StepCosts()).plan([prompt], 16)
+    assert not piece.prefill
+
+
 def test_sequences_that_have_ended_are_left_out() -> None:
     ended, other = sequence(9, 8), sequence(7)
     ended.end()

@@ -122,13 +122,13 @@ class Driver:
             )
         self._waiting: list[_Any] = []
         self._running: list[_Any] = []  # admitted, in that order
-        self._pieces: list[Piece] = []  # of the step under way
+        self._served: list[_Any] = []  # by the step, or the reconnect, that is under way
         self._forget = False  # reset() was called, and the memory is not free yet
         self._losses = 0  # of peers, since something came out
         self._recovery: Recovery | None = None  # until something comes out
         self._mended_s = 0.0  # when the last group was formed again
         self._mending = _Backoff(self._start)
-        self._abandoned = False  # the task was cancelled to end a step that nobody wants
+        self._abandoned = False  # the task was cancelled to end what nobody wants
         self._closed = False
         self._first_step = 1
         self._fitting: tuple[int, int, int, int] | None = None  # the last step's memory
@@ -183,7 +183,7 @@ class Driver:
         """Compute a sequence no more.
 
         Waits for the end of a step that no other sequence is in, which ends after the current
-        block; others go on.
+        block, or of a reconnect that no other one waits for; others go on.
         """
         sequence.end()
         if self._drafts is not None and isinstance(sequence, Answer):
@@ -191,8 +191,7 @@ class Driver:
         if sequence in self._waiting:
             self._waiting.remove(sequence)
         self._wake.set()
-        own = [piece.sequence for piece in self._pieces]
-        if sequence in own and all(other.ended for other in own):
+        if sequence in self._served and all(other.ended for other in self._served):
             assert self._task is not None
             if not self._abandoned and not self._task.done():
                 self._abandoned = True
@@ -251,7 +250,7 @@ class Driver:
                     task.uncancel()
                     self._losses = 0
                 finally:
-                    self._pieces, self._abandoned = [], False
+                    self._served, self._abandoned = [], False
                     self._step_over.set()
         except asyncio.CancelledError:
             self._end_all(engine_closed())
@@ -432,7 +431,7 @@ class Driver:
     async def _compute(self, pieces: list[Piece], segments: list[Segment]) -> None:
         if all(piece.sequence.ended for piece in pieces):  # left since the step was planned
             return
-        self._pieces = pieces
+        self._served = [piece.sequence for piece in pieces]
         self._step_over.clear()
         began_s = time.perf_counter()
         group = self._group
@@ -473,12 +472,12 @@ class Driver:
 
     def _advance(self, pieces: list[Piece], step: int) -> None:
         for piece in pieces:
-            sequence, prefill = piece.sequence, piece.prefill
+            sequence = piece.sequence
             assert sequence.slot is not None
             end, kept = sequence.computed + piece.tokens, piece.tokens + len(sequence.keep)
             self._slots.extend(sequence.slot, sequence.ids[end - kept : end], len(sequence.ids))
             sequence.advance(piece.tokens, step)
-            if prefill:
+            if piece.prefill:
                 _tell(sequence, sequence.prompt_progress())
 
     async def _hand_on(self, pieces: list[Piece], hidden: Ids[torch.Tensor]) -> int:
@@ -547,7 +546,7 @@ class Driver:
             self._end_all(broken)
             return
         self._step_over.clear()
-        self._pieces = [Piece(sequence, 1) for sequence in self._waiting]
+        self._served = list(self._waiting)
         try:
             recovery = await self._connection.reconnect(self._report, lambda: bool(self._waiting))
         except TpirtError as exc:

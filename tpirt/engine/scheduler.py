@@ -34,12 +34,20 @@ class Piece:
         tokens: number of ids from ``computed`` on.
         guesses: those that are verified: what may follow the ids.
         first_guesses: those for the next token, verified or not.
+        prefill: whether the ids are a prompt's. The sequence itself says so of the ids after them
+            as soon as these are computed.
     """
 
     sequence: Sequence[Any]
     tokens: int
     guesses: tuple[Guess, ...] = ()
     first_guesses: tuple[Guess, ...] = ()
+    prefill: bool = False
+
+    @classmethod
+    def of(cls, sequence: Sequence[Any], tokens: int) -> Piece:
+        """The next ``tokens`` ids of a sequence."""
+        return cls(sequence, tokens, prefill=tokens > 1 or sequence.prefilling)
 
     @property
     def ids(self) -> list[int]:
@@ -56,11 +64,6 @@ class Piece:
     def parents(self) -> list[int]:
         """The guess that each guess follows, by index; -1: the last id."""
         return [guess.parent for guess in self.guesses]
-
-    @property
-    def prefill(self) -> bool:
-        """Whether these are ids of a prompt, for statistics."""
-        return self.tokens > 1 or self.sequence.prefilling
 
     @property
     def num_logits(self) -> int:
@@ -160,12 +163,12 @@ class Scheduler:
         answers = [sequence for sequence in ready if sequence.todo == 1]
         answers.sort(key=lambda sequence: sequence.turn)  # if not all fit, the others are next
         most = max(1, min(chunk_tokens, self._sequences) - bool(prompts))
-        pieces = [Piece(sequence, 1) for sequence in answers[:most]]
+        pieces = [Piece.of(sequence, 1) for sequence in answers[:most]]
         room = self._room(len(pieces), chunk_tokens)
         for sequence in prompts[: self._sequences - len(pieces)]:
             tokens = min(sequence.todo, room)
             if tokens:
-                pieces.append(Piece(sequence, tokens))
+                pieces.append(Piece.of(sequence, tokens))
             room -= tokens
         return pieces
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import socket
+import threading
 import tracemalloc
 import zlib
 from collections.abc import AsyncIterator, Callable
@@ -56,6 +57,7 @@ from tpirt.transport.memory import memory_pair
 from tpirt.types import ProgressCallback, SamplingParams
 from tpirt.weights.manifest import NO_DIGEST, Manifest, SliceOrder, SliceSpec, split_digests
 from tpirt.weights.store import SliceStore
+from tpirt.weights.writer import SliceWriter
 
 PROMPT = list(range(40, 64))
 PARAMS = SamplingParams(max_tokens=4)
@@ -433,6 +435,73 @@ async def test_uploads_that_stand_still_end_or_give_way(
         task.cancel()
     await asyncio.wait(rest)
     assert partial_folders(store) == []
+
+
+@pytest.mark.parametrize("turns_apart", range(4))
+async def test_one_silent_upload_gives_way_to_one_other(
+    held: Manifest,
+    worker: Worker,
+    store: SliceStore,
+    monkeypatch: pytest.MonkeyPatch,
+    turns_apart: int,
+) -> None:
+    """Also while it ends: others can come a few turns of the event loop after each other."""
+    begun: list[int] = []
+
+    async def idle(number: int) -> bytes:
+        async def order_then_silence() -> AsyncIterator[bytes]:
+            yield order_of(held, fingerprint=str(number))
+            begun.append(number)
+            await asyncio.Event().wait()
+
+        return await worker.receive("PutUnits", order_then_silence())
+
+    first = [asyncio.ensure_future(idle(n)) for n in range(uploads.MOST_UPLOADS)]
+    await eventually(lambda: len(begun) == uploads.MOST_UPLOADS)
+    monkeypatch.setattr(uploads, "_GIVES_WAY_S", 0.0)
+    later = []
+    for number in range(10, 13):
+        later.append(asyncio.ensure_future(idle(number)))
+        for _ in range(turns_apart):
+            await asyncio.sleep(0)
+    await eventually(lambda: len(begun) == uploads.MOST_UPLOADS + len(later))
+    assert len(partial_folders(store)) == uploads.MOST_UPLOADS
+    for task in (*first, *later):
+        task.cancel()
+    ends = await asyncio.gather(*first, *later, return_exceptions=True)
+    assert sum(isinstance(end, TransportError) for end in ends) == len(later)
+
+
+async def test_what_is_missing_is_said_although_a_silent_upload_does_not_end(
+    held: Manifest, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its disk may hang."""
+    close, go_on, silent = SliceWriter.close, threading.Event(), asyncio.Event()
+
+    def hung(self: SliceWriter) -> None:
+        assert go_on.wait(WAIT_S)
+        close(self)
+
+    async def cut() -> AsyncIterator[bytes]:
+        yield order_of(held, fingerprint="f" * 32)
+        silent.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(SliceWriter, "close", hung)
+    monkeypatch.setattr(uploads, "_GIVES_WAY_S", 0.0)
+    monkeypatch.setattr(uploads, "_ENDS_WITHIN_S", 0.05)
+    uploading = asyncio.ensure_future(worker.receive("PutUnits", cut()))
+    await silent.wait()
+    request = encode_call(
+        InventoryRequest(order=decode_call(UnitChunk, await anext(cut()), "caller").order)
+    )
+    try:
+        await asyncio.wait_for(worker.answer("Inventory", request), WAIT_S / 2)
+        assert not uploading.done()
+    finally:
+        go_on.set()
+    with pytest.raises(TransportError, match="stands still"):
+        await uploading
 
 
 async def test_cancelled_uploads_leave_nothing(

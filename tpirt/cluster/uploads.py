@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 from tpirt.cancellation import in_thread
 from tpirt.cluster.machine import available_bytes
@@ -26,6 +26,7 @@ MOST_UPLOADS = 4
 PATIENCE_S = 60.0  # for the next 64 KiB: a link of 9 kbit/s brings as much
 _PROGRESS_BYTES = 64 << 10
 _GIVES_WAY_S = 10.0  # silence after which an upload gives way to another one
+_ENDS_WITHIN_S = 10.0  # where its disk does not hang
 
 
 class Uploads:
@@ -55,7 +56,7 @@ class Uploads:
             StoreError: no room on the disk or in memory; not a slice.
             MemoryLimitError: the system refused memory.
         """
-        self._make_place()
+        await self._make_place()
         upload = _Upload(messages)
         self._running.append(upload)
         try:
@@ -78,11 +79,11 @@ class Uploads:
         """End an upload of this slice that is silent: what is whole of it is in the store then.
 
         Somebody asks what is missing of the slice, perhaps its sender, whose connection was cut.
+        If the disk hangs, what that upload has is missing as well.
         """
         for upload in list(self._running):
             if upload.key == key and upload.silence_s >= _GIVES_WAY_S:
-                upload.give_way()
-                await upload.ended.wait()
+                await _end(upload)
 
     async def _write(self, upload: _Upload, order: SliceOrder) -> StoredSlice:
         """Write what comes; each call in a thread ends before the writer is closed."""
@@ -101,13 +102,12 @@ class Uploads:
             for writer in opened:
                 await in_thread(writer.close)
 
-    def _make_place(self) -> None:
-        if len(self._running) < MOST_UPLOADS:
-            return
-        stillest = max(self._running, key=lambda upload: upload.silence_s)
-        if stillest.silence_s < _GIVES_WAY_S:
-            raise PeerError(f"it receives {MOST_UPLOADS} slices already; try again later")
-        stillest.give_way()
+    async def _make_place(self) -> None:
+        while len(self._running) >= MOST_UPLOADS:  # others may wait for the same place
+            stillest = max(self._running, key=lambda upload: upload.silence_s)
+            if stillest.silence_s < _GIVES_WAY_S:
+                raise PeerError(f"it receives {MOST_UPLOADS} slices already; try again later")
+            await _end(stillest)
 
     def _take_memory(self, upload: _Upload, spec: SliceSpec) -> None:
         """Reserve memory for the largest block, and for its largest unit, which is no larger."""
@@ -121,6 +121,14 @@ class Uploads:
                 f"the slice needs {format_bytes(upload.memory_bytes)} of memory to be written; "
                 f"uploads may take {format_bytes(available)} here"
             )
+
+
+async def _end(upload: _Upload) -> None:
+    """End a silent upload, and wait for that, but not for ever."""
+    upload.give_way()
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_ENDS_WITHIN_S):
+            await upload.ended.wait()
 
 
 class _Upload:
@@ -145,7 +153,7 @@ class _Upload:
 
     def give_way(self) -> None:
         """End the upload now: its sender is silent."""
-        if self._waiting is not None:
+        if self._waiting is not None and not self._waiting.expired():
             self._waiting.reschedule(self._loop.time())
 
     async def order(self) -> SliceOrder:

@@ -194,6 +194,7 @@ class Completion:
     ttft_ms: float
     tpot_ms: float
     world_size: int
+    # Empty if a worker was lost after the last token, before it gave its statistics.
     ranks: list[RankStats] = field(default_factory=list)
     # All steps but the first; with a reconnect, those after it. A step with right guesses made
     # more than one token.

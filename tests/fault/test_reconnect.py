@@ -31,6 +31,7 @@ from tpirt.types import (
     RECONNECTED,
     Progress,
     ProgressCallback,
+    RankStats,
     SamplingParams,
     ignore_progress,
 )
@@ -329,6 +330,23 @@ async def test_several_losses_in_one_answer(
                     peers[0].lose()
         assert tokens == expected[0]
         assert len(peers[0].opened) == 3
+
+
+async def test_an_answer_is_not_lost_with_its_statistics(
+    model: Path, store: Path, expected: list[list[int]]
+) -> None:
+    async with connected(model, store) as (engine, peers):
+        stats = engine._group.stats
+
+        async def lost_meanwhile(since_step: int = 0) -> list[RankStats]:
+            peers[0].lose()
+            return await stats(since_step)
+
+        engine._group.stats = lost_meanwhile  # type: ignore[method-assign]
+        answer = await engine.complete(PROMPT, PARAMS)
+        assert answer.token_ids == expected[0]
+        assert (answer.world_size, answer.ranks, answer.decoded) == (3, [], [])
+        await check(engine, expected)
 
 
 async def test_losses_while_all_logits_are_computed(

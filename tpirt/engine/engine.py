@@ -34,7 +34,7 @@ from tpirt.engine.sequence import Answer, Scoring
 from tpirt.engine.targets import Goodput, Targets
 from tpirt.engine.token_times import token_times
 from tpirt.engine.writer import Writer
-from tpirt.errors import ConfigError, RequestError
+from tpirt.errors import ConfigError, RequestError, TpirtError
 from tpirt.planning import Deployment, PeerProfile
 from tpirt.refusals import refused_memory
 from tpirt.transport.base import PeerClient
@@ -332,7 +332,10 @@ class Engine:
         params: SamplingParams | None = None,
         progress: ProgressCallback = ignore_progress,
     ) -> Completion:
-        """Generate to the end and measure; raises and can be cancelled as :meth:`generate`."""
+        """Generate to the end and measure; raises and can be cancelled as :meth:`generate`.
+
+        ``ranks`` and ``decoded`` are empty if a worker was lost before it gave its statistics.
+        """
         ids = self.encode(prompt)
         started = time.perf_counter()
         times: list[float] = []
@@ -344,7 +347,8 @@ class Engine:
             async for token in answer:
                 times.append(time.perf_counter())
                 tokens.append(token)
-            ranks = await self._stats_of(answer)
+            group = self._group  # another one may follow while statistics are asked for
+            ranks = await _stats_of(answer, group)
         finally:
             await self._driver.leave(answer)
         gaps = max(1, len(times) - 1)
@@ -356,7 +360,7 @@ class Engine:
             finish_reason=tokens[-1].finish_reason or "",
             ttft_ms=(times[0] - started) * 1e3,
             tpot_ms=(times[-1] - times[0]) / gaps * 1e3,
-            world_size=self.world_size,
+            world_size=group.world_size,
             ranks=ranks,
             decoded=token_times(ranks),
             guesses=answer.guesses,
@@ -375,12 +379,6 @@ class Engine:
                 pass
         finally:
             await self._driver.leave(answer)
-
-    async def _stats_of(self, answer: Answer) -> list[RankStats]:
-        """Each rank's figures since the answer's first step, with the steps that it was in."""
-        steps = set(answer.steps)
-        ranks = await self._group.stats(answer.steps[0])
-        return [replace(r, steps=[t for t in r.steps if t.step in steps]) for r in ranks]
 
     async def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Return the logits after each of ``ids``, (T, V) float32.
@@ -495,6 +493,19 @@ class Engine:
                     f"token id {token_id} is outside the model's vocabulary of "
                     f"{self.config.vocab_size}; do tokenizer and model belong together?"
                 )
+
+
+async def _stats_of(answer: Answer, group: Group) -> list[RankStats]:
+    """Each rank's figures since the answer's first step, with the steps that it was in.
+
+    Empty if a rank does not give them: the answer is worth more than its statistics.
+    """
+    steps = set(answer.steps)
+    try:
+        ranks = await group.stats(answer.steps[0])
+    except TpirtError:  # a broken group is reported by its next user
+        return []
+    return [replace(r, steps=[t for t in r.steps if t.step in steps]) for r in ranks]
 
 
 async def _given_drafter(

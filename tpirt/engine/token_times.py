@@ -11,11 +11,13 @@ def token_times(ranks: Sequence[RankStats]) -> list[TokenTimes]:
     """Combine the ranks' step times into one entry per decoded token.
 
     Args:
-        ranks: statistics of all ranks, the master's first.
+        ranks: statistics of all ranks, the master's first; none: no entries.
 
     Returns:
         One entry per decode step that is in the statistics of every rank, in order.
     """
+    if not ranks:
+        return []
     by_rank = [{step.step: step for step in rank.steps if not step.prefill} for rank in ranks]
     return [
         _combine([steps[number] for steps in by_rank])

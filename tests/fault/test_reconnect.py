@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.plans import allow_one_plan
 from tpirt.cluster.worker import Worker
@@ -349,14 +350,34 @@ async def test_an_answer_is_not_lost_with_its_statistics(
         await check(engine, expected)
 
 
+@pytest.mark.parametrize("phase", ["begun", "all hidden states computed"])
+@pytest.mark.parametrize("plan", ["the same", "another"])
 async def test_losses_while_all_logits_are_computed(
-    model: Path, store: Path, expected: list[list[int]]
+    model: Path, store: Path, expected: list[list[int]], phase: str, plan: str
 ) -> None:
     async with connected(model, store) as (engine, peers):
-        loss = await engine.loss(PROMPT)
-        peers[0].lose()
-        assert await engine.loss(PROMPT) == loss
+        before = await engine.logits(PROMPT)
+        parts, begin = [], 0 if phase == "begun" else len(PROMPT) - 16
+        async with aclosing(engine._logits(PROMPT, 4)) as found:
+            async for start, part in found:
+                assert start == sum(map(len, parts))
+                parts.append(part)
+                if start == begin:
+                    if plan == "another":
+                        peers[1].reachable.clear()
+                    peers[1].lose()
+                    await until_closed(engine)
+        assert len(engine.recoveries) == 1
+        assert engine.world_size == (3 if plan == "the same" else 2)
+        torch.testing.assert_close(torch.cat(parts), before, rtol=1e-4, atol=1e-4)
+        peers[1].reachable.set()
         await check(engine, expected)
+
+
+async def until_closed(engine: Engine) -> None:
+    """Wait until the group that lost a peer computes no logits any more."""
+    while not engine._group._closed:  # noqa: ASYNC110 - nothing tells
+        await asyncio.sleep(0.001)
 
 
 async def test_certificates_are_kept_up_in_every_group(

@@ -56,8 +56,8 @@ class Group:
     Steps run one at a time. All other methods may be called concurrently at any time.
 
     If a peer is lost or sends an invalid message, the group is broken: workers are released and
-    every further call raises the same error, except :meth:`logits`, which needs no worker. A group
-    is not repaired: close it and form another one.
+    every further call raises the same error. :meth:`logits` needs no worker, and does so only once
+    the group is closed. A group is not repaired: close it and form another one.
     """
 
     def __init__(
@@ -212,6 +212,7 @@ class Group:
 
         Raises:
             MemoryLimitError: the system refused memory.
+            PeerLostError: the group was broken, and is closed.
         """
         async with self._stepping:
             if self._closed:

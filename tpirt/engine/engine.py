@@ -34,7 +34,7 @@ from tpirt.engine.sequence import Answer, Scoring
 from tpirt.engine.targets import Goodput, Targets
 from tpirt.engine.token_times import token_times
 from tpirt.engine.writer import Writer
-from tpirt.errors import ConfigError, RequestError, TpirtError
+from tpirt.errors import ConfigError, PeerLostError, RequestError, TpirtError
 from tpirt.planning import Deployment, PeerProfile
 from tpirt.refusals import refused_memory
 from tpirt.transport.base import PeerClient
@@ -428,14 +428,31 @@ class Engine:
         """Yield the logits after each id, (T, V) with T at most ``at_once``, and T's first id."""
         ids = list(ids)
         self._check(ids, room=0)
-        scoring = Scoring(ids, ignore_progress)
         start = 0
+        while start < len(ids):
+            async with aclosing(self._logits_from(ids, start, at_once)) as parts:
+                async for logits in parts:
+                    yield start, logits
+                    start += len(logits)
+
+    async def _logits_from(
+        self, ids: list[int], start: int, at_once: int
+    ) -> AsyncGenerator[torch.Tensor, None]:
+        """Yield the logits after each id from ``start`` on.
+
+        Ends early if a peer is lost and the group, which has the LM head, is closed. Another one
+        is formed for the request that computes the rest.
+        """
+        scoring = Scoring(ids, ignore_progress, delivered=start)
         self._driver.add(scoring)
         try:
             async for hidden in scoring:
                 for part in torch.split(hidden, at_once):
-                    yield start, await self._group.logits(part)
-                    start += len(part)
+                    try:
+                        logits = await self._group.logits(part)
+                    except PeerLostError:
+                        return
+                    yield logits
         finally:
             await self._driver.leave(scoring)
 

@@ -261,11 +261,14 @@ class Answer(Sequence[Token]):
 
 
 class Scoring(Sequence[torch.Tensor]):
-    """A text whose hidden states are all wanted. Results are (T, H) float32, in order of ids."""
+    """A text whose hidden states are wanted, all but those of the first ids, ``delivered`` before.
 
-    def __init__(self, ids: Ids[int], progress: ProgressCallback):
+    Results are (T, H) float32, in order of ids.
+    """
+
+    def __init__(self, ids: Ids[int], progress: ProgressCallback, *, delivered: int = 0):
         super().__init__(ids, progress, ahead=1)
-        self._delivered = 0
+        self._delivered = delivered
 
     @property
     def first_wanted(self) -> int:

@@ -169,6 +169,35 @@ async def test_damaged_slices_of_master_and_worker_are_made_anew(
     assert len(whole_slices(tmp_path)) == 2
 
 
+async def test_the_masters_own_disk_is_no_workers_fault(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The master cannot read what it has of a worker's slice: no worker is left out for that."""
+    async with memory_engine(model, 2, store=tmp_path / "master"):
+        pass
+
+    def failing(path: Path, target: memoryview, nbytes: int) -> None:
+        raise StoreError(f"{path}: Input/output error")
+
+    asked: list[int] = []
+
+    class Client(MemoryPeerClient):
+        async def upload(
+            self, method: str, chunks: AsyncIterator[bytes], timeout_s: float
+        ) -> bytes:
+            asked.append(self._rank)
+            return await super().upload(method, chunks, timeout_s)
+
+    monkeypatch.setattr("tpirt.weights.store.read_file", failing)
+    healthy, spare = (Client(worker(tmp_path / f"worker{rank}"), rank) for rank in (1, 2))
+    options = EngineOptions(threads=1, dtype="float32", store=tmp_path / "master")
+    with pytest.raises(StoreError, match=r"master/.*: Input/output error") as caught:
+        async with Engine.connect(model, options, peers=[healthy], spares=[spare]):
+            pass
+    assert caught.value.peer_id == "master"
+    assert asked == [1]
+
+
 async def test_slices_of_the_former_format_are_named_and_made_anew(
     model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

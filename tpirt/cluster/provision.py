@@ -20,13 +20,7 @@ from tpirt.cancellation import in_thread
 from tpirt.cluster.roster import ask
 from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.collectives.context import StepAborted
-from tpirt.errors import (
-    CheckpointError,
-    PeerLostError,
-    PeerUnreachableError,
-    StoreError,
-    TpirtError,
-)
+from tpirt.errors import PeerLostError, PeerUnreachableError, StoreError, TpirtError
 from tpirt.protocol.messages import (
     InventoryReply,
     InventoryRequest,
@@ -247,10 +241,14 @@ async def send_slice(
     chunks = _Chunks(lacking_units(maker, shard, order, store))
     done = 0
 
+    async def next_chunk() -> UnitChunk | None:
+        with _about("master"):  # its own disk failed: the worker that it sends to is well
+            return await in_thread(chunks.next)
+
     async def messages() -> AsyncGenerator[bytes, None]:
         nonlocal done
         yield encode_call(UnitChunk(order=SliceOrder(spec, order.kept).to_json()))
-        while (chunk := await in_thread(chunks.next)) is not None:
+        while (chunk := await next_chunk()) is not None:
             await pace.wait(len(chunk.data))
             yield encode_call(chunk)
             done += len(chunk.data)
@@ -260,7 +258,8 @@ async def send_slice(
     try:
         async with contextlib.aclosing(messages()) as sending:
             upload = client.upload("PutUnits", sending, timeout_s + kept / _SLOW_DISK)
-            await _while_it_answers(client, upload, lambda: done, timeout_s)
+            with _about(client.peer_id):
+                await _while_it_answers(client, upload, lambda: done, timeout_s)
     finally:
         await in_thread(chunks.close)
     await in_thread(lambda: maker.made(Manifest.of(spec, order.digests), store))
@@ -307,9 +306,10 @@ async def _ask(
     reply = await _inventory(client, InventoryRequest(order=order), timeout_s)
     held = split_digests(reply.held)
     if len(held) != len(spec.places):
-        raise StoreError(
-            f"peer {client.peer_id}: reported {len(held)} units, expected {len(spec.places)}"
-        )
+        with _about(client.peer_id):
+            raise StoreError(
+                f"peer {client.peer_id}: reported {len(held)} units, expected {len(spec.places)}"
+            )
     return held
 
 
@@ -322,8 +322,19 @@ async def _holds(client: PeerClient, manifest: Manifest, timeout_s: float) -> bo
 async def _inventory(
     client: PeerClient, request: InventoryRequest, timeout_s: float
 ) -> InventoryReply:
-    answer = await client.call("Inventory", encode_call(request), timeout_s)
-    return decode_call(InventoryReply, answer, client.peer_id)
+    with _about(client.peer_id):
+        answer = await client.call("Inventory", encode_call(request), timeout_s)
+        return decode_call(InventoryReply, answer, client.peer_id)
+
+
+@contextlib.contextmanager
+def _about(peer_id: str) -> Iterator[None]:
+    """Errors that are raised within are about this peer, if not about another one."""
+    try:
+        yield
+    except TpirtError as exc:
+        exc.peer_id = exc.peer_id or peer_id
+        raise
 
 
 class _Chunks:
@@ -462,12 +473,8 @@ async def _provide(
             await in_thread(maker.made, manifest, store)
             return 0
         return await send_slice(maker, partition, rank, store, client, progress, timeout_s, pace)
-    except CheckpointError:
-        raise  # of this machine
-    except TpirtError as exc:
-        exc.peer_id = exc.peer_id or client.peer_id
-        if isinstance(exc, PeerLostError):
-            exc.rank = rank
+    except PeerLostError as exc:
+        exc.rank = rank
         raise
 
 

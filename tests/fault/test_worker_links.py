@@ -6,18 +6,28 @@ import asyncio
 from pathlib import Path
 
 import pytest
+import torch
 
 from tpirt.batch import Batch
 from tpirt.cluster import worker_links as mesh
+from tpirt.cluster.rank import RankRuntime
 from tpirt.cluster.worker_links import Switchboard
-from tpirt.errors import PeerLostError, PeerUnreachableError, TpirtError
+from tpirt.collectives.context import StepContext
+from tpirt.errors import (
+    DamagedLinkError,
+    PeerLostError,
+    PeerUnreachableError,
+    StoreError,
+    TpirtError,
+    TransportError,
+)
 from tpirt.protocol.link import Link
 from tpirt.protocol.messages import Abort, Joined, JoinLink
 from tpirt.testing.cluster import MemoryPeerClient, memory_engine
 from tpirt.testing.ranks import Inbox
 from tpirt.transport.base import Channel
 from tpirt.transport.memory import memory_pair
-from tpirt.types import SamplingParams
+from tpirt.types import LOST, Progress, SamplingParams
 
 PROMPT = list(range(40, 60))
 PARAMS = SamplingParams(max_tokens=5)
@@ -88,9 +98,6 @@ async def test_a_failure_in_one_worker_frees_the_others_in_direct_exchange(
 
     It fails at a decoded token, or at a prompt that goes in halves, which are under way by then.
     """
-    from tpirt.cluster.rank import RankRuntime
-    from tpirt.errors import StoreError
-
     if halves:
         request.getfixturevalue("micro_batched")
     failing = {"left": 1}
@@ -114,6 +121,50 @@ async def test_a_failure_in_one_worker_frees_the_others_in_direct_exchange(
                 await engine.complete(PROMPT, PARAMS)
             again = await engine.complete(PROMPT, PARAMS)
             assert len(again.token_ids) == PARAMS.max_tokens
+
+
+async def report(
+    model: Path, store: Path, monkeypatch: pytest.MonkeyPatch, failure: TpirtError
+) -> str:
+    """What is said of a loss if another worker's link fails so for rank 1, once."""
+    run = RankRuntime.run
+    failures = [failure]
+
+    async def failing(
+        self: RankRuntime, hidden: torch.Tensor, step: StepContext
+    ) -> torch.Tensor | None:
+        if self.comm.rank == 1 and failures:
+            raise failures.pop()
+        return await run(self, hidden, step)
+
+    monkeypatch.setattr(RankRuntime, "run", failing)
+    said: list[str] = []
+
+    def progress(progress: Progress) -> None:
+        if progress.stage == LOST:
+            said.append(progress.detail)
+
+    async with asyncio.timeout(20), memory_engine(model, 3, store=store) as engine:
+        await engine.complete(PROMPT, PARAMS, progress)
+    return said[0]
+
+
+async def test_a_damaged_link_of_two_workers_is_said_once_and_names_the_peer(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged = DamagedLinkError("peer memory:2: garbage; in the clear", rank=2)
+    said = await report(model, tmp_path, monkeypatch, damaged)
+    assert said == "peer memory:2: lost by memory:1: peer memory:2: garbage; in the clear"
+
+
+async def test_a_sealed_link_of_two_workers_is_not_doubted_for_the_masters(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The master's link is in the clear; what came over theirs was sent by the other worker."""
+    wrong = TransportError("peer memory:2: expected nothing, got a partial; refused")
+    with pytest.raises(TransportError, match=r"memory:1: peer memory:2: .* refused$") as caught:
+        await report(model, tmp_path, monkeypatch, wrong)
+    assert not isinstance(caught.value, DamagedLinkError)
 
 
 # -- the switchboard -------------------------------------------------------------------------

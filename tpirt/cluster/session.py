@@ -266,16 +266,13 @@ class WorkerSession:
             step.abort(StepAborted())
         begun = False
         try:
-            runtime.validate(step.batch)
-            with refused_memory(f"rank {runtime.comm.rank}"):
-                hidden = _hidden(incoming, step.batch, runtime.config.hidden_size)
+            hidden = self._requested(runtime, incoming)
             runtime.begin(step)
             begun = True
             await runtime.run(hidden, step)
         except StepAborted:
             pass
-        except TpirtError as failure:
-            exc = self.link.doubted(failure) if isinstance(failure, TransportError) else failure
+        except TpirtError as exc:
             step.abort(exc)
             if not begun:  # its tensors from other ranks are dropped
                 prepared.links.skip(number)
@@ -284,6 +281,20 @@ class WorkerSession:
         finally:
             self._current = None
             self._idle_since_s = _now_s()
+
+    def _requested(self, runtime: RankRuntime, incoming: Incoming) -> torch.Tensor:
+        """Validate a step request; returns its hidden states.
+
+        Raises:
+            TransportError: it is invalid. What is wrong on another link says that link.
+            MemoryLimitError: the system refused memory.
+        """
+        try:
+            runtime.validate(incoming.body)
+            with refused_memory(f"rank {runtime.comm.rank}"):
+                return _hidden(incoming, incoming.body, runtime.config.hidden_size)
+        except TransportError as exc:
+            raise self.link.doubted(exc) from None
 
     async def _acknowledge(self, to: Incoming, work: Coroutine[Any, Any, None]) -> None:
         """Answer a request when its work is done, or has failed."""

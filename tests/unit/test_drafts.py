@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable
 from collections.abc import Sequence as Items
@@ -22,6 +23,7 @@ from tpirt.engine.sampler import Sampler
 from tpirt.engine.scheduler import Piece
 from tpirt.engine.sequence import Answer
 from tpirt.engine.step_costs import StepCosts
+from tpirt.errors import MemoryLimitError, StoreError, TpirtError
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.drafters import KnownAnswers
 from tpirt.testing.models import make_model
@@ -484,6 +486,33 @@ async def test_a_small_models_likely_tokens_are_branches_of_its_own_choice() -> 
     assert drafter.seconds(2) > 0
     (nothing,) = await drafter.propose([answer([3] * 99)], 2)
     assert nothing == []
+
+
+async def test_a_small_models_failure_is_that_of_one_answer_or_ends_all() -> None:
+    class Failing(Small):
+        error: TpirtError = MemoryLimitError("the system refused memory")
+        running = 0
+
+        async def draw(self, ids: list[int], sampler: Sampler, most: int) -> None:
+            self.running += 1
+            try:
+                await asyncio.sleep(0)
+                if ids == [2]:
+                    raise self.error
+                await super().draw(ids, sampler, most)
+                if isinstance(self.error, StoreError):
+                    await asyncio.Event().wait()
+            finally:
+                self.running -= 1
+
+    small = Failing()
+    drafter = ModelDrafter(small)  # type: ignore[arg-type]
+    answers = [answer([1]), answer([2]), answer([3])]
+    assert list(map(bool, await drafter.propose(answers, 2))) == [True, False, True]
+    small.error = StoreError("disk on fire")
+    with pytest.raises(StoreError, match="disk on fire"):
+        await drafter.propose(answers, 2)
+    assert small.running == 0
 
 
 async def test_a_small_models_prompt_is_no_part_of_what_a_guess_takes(

@@ -13,7 +13,7 @@ import torch
 from tpirt.engine.drafts.base import Guess
 from tpirt.engine.sampler import Sampler, check_finite
 from tpirt.engine.sequence import Answer
-from tpirt.errors import ConfigError, RequestError
+from tpirt.errors import ConfigError, MemoryLimitError, RequestError
 from tpirt.ops.quant_linear import FEW_ROWS
 from tpirt.types import SamplingParams
 
@@ -70,7 +70,7 @@ class ModelDrafter:
 
     async def propose(self, answers: Items[Answer], most: int) -> list[list[Guess]]:
         """See :class:`Drafter`."""
-        watchers = await asyncio.gather(*(self._continue(answer, most) for answer in answers))
+        watchers = await self._continue_all(answers, most)
         found = [watcher.positions for watcher in watchers]
         if times := [took_s for watcher in watchers if (took_s := watcher.guess_s) is not None]:
             self._guess_s = _smoothed(self._guess_s or max(times), max(times))
@@ -85,13 +85,23 @@ class ModelDrafter:
         """See :class:`Drafter`."""
         self._lengths.pop(answer, None)
 
+    async def _continue_all(self, answers: Items[Answer], most: int) -> list[_Watcher]:
+        """Continue all answers; if one cannot be, the others end."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._continue(answer, most)) for answer in answers]
+        except BaseExceptionGroup as exc:
+            raise exc.exceptions[0] from None
+        return [task.result() for task in tasks]
+
     async def _continue(self, answer: Answer, most: int) -> _Watcher:
         ids = answer.ids
         watcher = _Watcher(len(ids) - self._lengths.get(answer, 0) > FEW_ROWS)
         if len(ids) + most <= self._engine.context_length:
             self._lengths[answer] = len(ids)
-            # Too many at once, or ids that it lacks: that answer goes without guesses.
-            with suppress(RequestError):
+            # Too many at once, ids that it lacks, or memory is short now: that answer goes without
+            # guesses, or with those that there are.
+            with suppress(RequestError, MemoryLimitError):
                 await self._engine.draw(ids, watcher, most)
         return watcher
 

@@ -8,16 +8,18 @@ import threading
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.nightly import nightly_but
 from tpirt.batch import Algorithm
+from tpirt.cluster.rank import RankRuntime
 from tpirt.engine import Engine
 from tpirt.errors import StoreError
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.slices import counting_slice
-from tpirt.types import SamplingParams
+from tpirt.types import ProgressCallback, SamplingParams
 from tpirt.weights import streamer as module
 from tpirt.weights.streamer import WeightStreamer
 
@@ -169,3 +171,33 @@ async def test_who_waits_for_a_block_is_told_when_the_streamer_closes(
         await asyncio.wait_for(waiting, 5)
     disk.moves.set()
     await closing
+
+
+async def test_memory_is_freed_on_every_rank_while_disks_hang(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To divide memory again, a rank waits for its reads; freeing a sequence does not fail."""
+    runtimes: list[RankRuntime] = []
+    hung = False
+    load, divide = RankRuntime.load, RankRuntime._divide
+
+    async def kept(self: RankRuntime, progress: ProgressCallback) -> None:
+        runtimes.append(self)
+        await load(self, progress)
+
+    async def failing(self: RankRuntime, *arguments: Any) -> None:
+        if hung:
+            raise StoreError("no read has ended")
+        await divide(self, *arguments)
+
+    monkeypatch.setattr(RankRuntime, "load", kept)
+    monkeypatch.setattr(RankRuntime, "_divide", failing)
+    async with asyncio.timeout(20), memory_engine(model, 3, store=tmp_path) as engine:
+        expected = (await engine.complete(PROMPT, PARAMS)).token_ids
+        hung = True
+        engine.reset()
+        while any(runtime.decoder.kv.nbytes for runtime in runtimes):  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        hung = False
+        assert (await engine.complete(PROMPT, PARAMS)).token_ids == expected
+        assert not engine.recoveries

@@ -237,8 +237,8 @@ class Group:
         """
         async with self._stepping:
             await self._settled()
-            await self.runtime.free(slot)
-            await asyncio.gather(*(link.notify(FreeSlot(slot)) for link in self._all_links()))
+            told = [link.notify(FreeSlot(slot)) for link in self._all_links()]
+            await asyncio.gather(self.runtime.free(slot), *told)
 
     async def spill(self, slot: int, handle: int) -> None:
         """Write a sequence to every rank's disk, between steps, and drop it from memory.

@@ -25,7 +25,7 @@ from tpirt.collectives.base import Communicator, SingleRankCommunicator, TimedCo
 from tpirt.collectives.context import StepContext
 from tpirt.collectives.links import LinkSet
 from tpirt.config import ModelConfig
-from tpirt.errors import MemoryLimitError, TransportError
+from tpirt.errors import MemoryLimitError, TpirtError, TransportError
 from tpirt.model.decoder import Decoder
 from tpirt.planning import Limits, MemoryBudget, more_memory
 from tpirt.refusals import refused_memory
@@ -229,10 +229,11 @@ class RankRuntime:
     async def free(self, slot: int) -> None:
         """Drop a sequence's keys and values; their memory goes to the weights.
 
-        If cancelled, the weights may get that memory at the next step only.
+        If cancelled, or a disk hangs, the weights may get that memory at the next step only.
         """
         self.decoder.kv.free(slot)
-        await self._divide(1, self.decoder.kv.nbytes, 0)
+        with contextlib.suppress(TpirtError):  # the next step divides again, and says what fails
+            await self._divide(1, self.decoder.kv.nbytes, 0)
 
     async def spill(self, slot: int, handle: int) -> None:
         """Write a sequence's keys and values to disk, and drop them from memory in any case.

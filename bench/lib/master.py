@@ -142,7 +142,7 @@ async def serve() -> None:
                         {
                             "layers": config.num_hidden_layers,
                             "hidden_size": config.hidden_size,
-                            "embedding_bytes": engine.embed([0]).nbytes,
+                            "embedding_bytes": (await engine.embed([0])).nbytes,
                         }
                     )
                 elif "ask" in order:

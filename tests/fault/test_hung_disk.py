@@ -5,22 +5,24 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.nightly import nightly_but
 from tpirt.batch import Algorithm
 from tpirt.cluster.rank import RankRuntime
-from tpirt.engine import Engine
-from tpirt.errors import StoreError
+from tpirt.engine import Engine, embedding
+from tpirt.errors import CheckpointError, StoreError
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.slices import counting_slice
 from tpirt.types import ProgressCallback, SamplingParams
 from tpirt.weights import streamer as module
+from tpirt.weights.checkpoint import Checkpoint
 from tpirt.weights.streamer import WeightStreamer
 
 PROMPT = [(11 * i) % 250 for i in range(400)]
@@ -136,6 +138,38 @@ async def test_a_request_is_cancelled_while_a_disk_hangs(
             assert len(await asyncio.wait_for(engine.stats(), 5)) == 2
         disk.moves.set()
         assert (await engine.complete(PROMPT, PARAMS)).token_ids == expected
+
+
+async def test_the_models_disk_hangs_while_embeddings_are_read(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event loop, and so the heartbeats, go on; the request can be cancelled, or fails."""
+    moves, waiting = threading.Event(), threading.Event()
+    gather_rows = Checkpoint.gather_rows
+
+    def hanging(self: Checkpoint, name: str, rows: Sequence[int]) -> torch.Tensor:
+        waiting.set()
+        assert moves.wait(30)
+        return gather_rows(self, name, rows)
+
+    monkeypatch.setattr(Checkpoint, "gather_cached_rows", lambda *_: None)
+    monkeypatch.setattr(Checkpoint, "gather_rows", hanging)
+    try:
+        async with asyncio.timeout(20), memory_engine(model, 2, store=tmp_path) as engine:
+            request = asyncio.create_task(engine.complete(PROMPT, PARAMS))
+            assert await asyncio.to_thread(waiting.wait, 10)
+            assert len(await engine.stats()) == 2
+            request.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await request
+            monkeypatch.setattr(embedding, "READ_TIMEOUT_S", 0.05)
+            with pytest.raises(CheckpointError, match=r"embed_tokens.* no read has ended for 0.05"):
+                await engine.complete(PROMPT, PARAMS)
+            moves.set()
+            monkeypatch.setattr(embedding, "READ_TIMEOUT_S", 20.0)
+            await engine.complete(PROMPT, PARAMS)
+    finally:
+        moves.set()
 
 
 async def test_no_read_for_too_long_is_an_error_that_names_the_file(

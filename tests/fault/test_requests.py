@@ -39,7 +39,7 @@ async def test_a_step_that_cannot_be_is_the_callers_error(
     async with memory_engine(model, 2) as engine:
         before = await engine.complete(PROMPT, PARAMS)
         group = engine._group
-        hidden = engine.embed(PROMPT[:2]).float()
+        hidden = (await engine.embed(PROMPT[:2])).float()
         with pytest.raises(RequestError, match=message):
             await group.step(hidden, [Segment(**(GOOD | wrong))], prefill=True)
         assert engine.broken is None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,25 @@ def test_ranges_equal_slices(
         assert torch.equal(block, tensor[slice(*rows), slice(*columns)])
         picked = [pick % len(tensor) for pick in picks if len(tensor)]
         assert torch.equal(checkpoint.gather_rows("t", picked), tensor[picked])
+
+
+def test_rows_are_gathered_without_a_wait_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensor = torch.randn(5, 3)
+    save(tmp_path / "model.safetensors", {"t": tensor})
+    with Checkpoint.open(tmp_path) as checkpoint:
+        cached = checkpoint.gather_cached_rows("t", [4, 0])
+        assert cached is None or torch.equal(cached, tensor[[4, 0]])  # None: on a tmpfs
+
+        def refused(code: int, *_: object) -> int:
+            raise OSError(code, os.strerror(code))
+
+        for code in (errno.EAGAIN, errno.EOPNOTSUPP):
+            monkeypatch.setattr(os, "preadv", partial(refused, code))
+            assert checkpoint.gather_cached_rows("t", [4]) is None
+            with pytest.raises(CheckpointError, match="t cannot be read"):
+                checkpoint.gather_rows("t", [4])
 
 
 def test_wide_columns_at_the_real_thresholds(tmp_path: Path) -> None:

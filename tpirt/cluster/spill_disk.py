@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tpirt.cancellation import finish
+from tpirt.cancellation import begin_in_thread, finish
 from tpirt.errors import StoreError
 from tpirt.model.kv_files import KVFiles
 from tpirt.model.kv_store import Cached
@@ -51,7 +50,7 @@ class SpillDisk:
         """See :meth:`KVFiles.close`; while the disk hangs, that is left until its call ends."""
         if self._is_busy:
             assert self._last is not None
-            self._last.add_done_callback(lambda _: self._begin(self._files.close))
+            self._last.add_done_callback(lambda _: begin_in_thread(self._files.close))
             return
         with contextlib.suppress(StoreError):
             await self._call(self._files.close)
@@ -63,34 +62,10 @@ class SpillDisk:
     async def _call(self, function: Callable[..., None], *args: Any) -> None:
         if self._is_busy:
             raise StoreError(f"{self._path}: its disk hangs; nothing is spilled to it")
-        ended = self._begin(function, *args)
+        ended = self._last = begin_in_thread(function, *args)
         done, _ = await finish(asyncio.wait({ended}, timeout=SPILL_TIMEOUT_S))
         if not done:
             raise StoreError(
                 f"{self._path}: its disk has not answered for {SPILL_TIMEOUT_S:g} s; check it"
             )
         ended.result()
-
-    def _begin(self, function: Callable[..., None], *args: Any) -> asyncio.Future[None]:
-        loop = asyncio.get_running_loop()
-        self._last = ended = loop.create_future()
-        ended.add_done_callback(asyncio.Future.exception)  # retrieved, even if nobody waits
-
-        def run() -> None:
-            error: Exception | None = None
-            try:
-                function(*args)
-            except Exception as exc:
-                error = exc
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-                loop.call_soon_threadsafe(_settle, ended, error)
-
-        threading.Thread(target=run, name="tpirt-spill", daemon=True).start()
-        return ended
-
-
-def _settle(ended: asyncio.Future[None], error: Exception | None) -> None:
-    if error is None:
-        ended.set_result(None)
-    else:
-        ended.set_exception(error)

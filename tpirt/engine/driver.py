@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from collections.abc import Sequence as Ids
 from typing import Any
 
@@ -78,7 +78,7 @@ class Driver:
     def __init__(
         self,
         connection: Connection,
-        embed: Callable[[Ids[int]], torch.Tensor],
+        embed: Callable[[Ids[int]], Awaitable[torch.Tensor]],
         progress: ProgressCallback,
         *,
         sequences: int,
@@ -438,7 +438,7 @@ class Driver:
         ids = [token for piece in pieces for token in (*piece.ids, *piece.guessed)]
         try:
             with refused_memory(f"embeddings of {len(ids)} tokens"):
-                hidden = self._embed(ids)
+                hidden = await self._embed(ids)
             number = group.next_step
             out = await group.step(hidden, segments, any(piece.prefill for piece in pieces))
         except MemoryLimitError as exc:

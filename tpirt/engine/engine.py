@@ -27,6 +27,7 @@ from tpirt.engine.drafts.controller import DraftStats
 from tpirt.engine.drafts.model import ModelDrafter
 from tpirt.engine.drafts.suffix import SuffixDrafter
 from tpirt.engine.driver import Driver
+from tpirt.engine.embedding import embed
 from tpirt.engine.model import Model
 from tpirt.engine.options import AUTO_DRAFT, NO_DRAFT, SUFFIX_DRAFT, EngineOptions
 from tpirt.engine.sampler import Sampler, check_finite, check_params
@@ -456,14 +457,13 @@ class Engine:
         finally:
             await self._driver.leave(scoring)
 
-    def embed(self, ids: Sequence[int]) -> torch.Tensor:
-        """Look ids up: (T, H), what a step begins with; bfloat16 if stored so, else float32.
+    async def embed(self, ids: Sequence[int]) -> torch.Tensor:
+        """Look ids up: (T, H), what a step begins with; see :func:`tpirt.engine.embedding.embed`.
 
         Raises:
-            CheckpointError: no such row; a read failed.
+            CheckpointError: no such row; a read failed, or the disk hangs.
         """
-        rows = self._checkpoint.gather_rows(self._embedding, ids)
-        return rows if rows.dtype is torch.bfloat16 else rows.float()
+        return await embed(self._checkpoint, self._embedding, ids)
 
     async def stats(self) -> list[RankStats]:
         """Each rank's figures since the latest request began, or its reconnect, at any time.

@@ -67,6 +67,7 @@ _QUANTIZED_TENSORS = (
     *(".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv"),
     *(".absmax", ".SCB"),
 )
+_CACHED_ONLY: int = getattr(os, "RWF_NOWAIT", 0)  # of preadv: else EAGAIN; 0: not this system
 _READ_BYTES = 1 << 28  # of one system call (kernels read at most just below 2 GiB)
 
 
@@ -266,6 +267,28 @@ class Checkpoint:
         Raises:
             CheckpointError: no such tensor, not a matrix, no such row; a read failed.
         """
+        try:
+            return self._gather_rows(name, rows)
+        except OSError as exc:
+            raise read_error(self._info(name).path, name, exc) from exc
+
+    def gather_cached_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor | None:
+        """As :meth:`gather_rows`, without waiting for a disk.
+
+        Returns:
+            None if some rows are not in the page cache, or the system does not tell.
+
+        Raises:
+            CheckpointError: no such tensor, not a matrix, no such row.
+        """
+        if not _CACHED_ONLY:
+            return None
+        try:
+            return self._gather_rows(name, rows, _CACHED_ONLY)
+        except OSError:
+            return None
+
+    def _gather_rows(self, name: str, rows: Sequence[int], flags: int = 0) -> torch.Tensor:
         info = self._info(name)
         _check_matrix(info)
         out = torch.empty((len(rows), info.shape[1]), dtype=info.dtype)
@@ -273,7 +296,7 @@ class Checkpoint:
         for index, row in enumerate(rows):
             _check_range(info, 0, row, row + 1)
             target = memory[index * row_bytes : (index + 1) * row_bytes]
-            self._fill(info, row * row_bytes, target)
+            self._read(info, row * row_bytes, target, flags)
         return out
 
     def _fill_segments(
@@ -305,16 +328,20 @@ class Checkpoint:
 
     def _fill(self, info: TensorInfo, start: int, target: memoryview) -> None:
         """Read the tensor's bytes from ``start`` on until ``target`` is full."""
+        try:
+            self._read(info, start, target)
+        except OSError as exc:
+            raise read_error(info.path, info.name, exc) from exc
+
+    def _read(self, info: TensorInfo, start: int, target: memoryview, flags: int = 0) -> None:
+        """As :meth:`_fill`; raises OSError where the system does."""
         fd = self._fds.get(info.path)
         if fd is None:
             raise CheckpointError(f"{info.path}: {info.name}: read after close")
         done = 0
         while done < len(target):
             part = target[done : done + _READ_BYTES]
-            try:
-                count = os.preadv(fd, [part], info.offset + start + done)
-            except OSError as exc:
-                raise read_error(info.path, info.name, exc) from exc
+            count = os.preadv(fd, [part], info.offset + start + done, flags)
             if count == 0:
                 raise checkpoint_error(
                     info.path,

@@ -40,6 +40,9 @@ class ModelSource(Protocol):
     def gather_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
         """Read rows of the embedding by number: (len(rows), H)."""
 
+    def gather_cached_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor | None:
+        """As :meth:`gather_rows`, without waiting for a disk; None if that cannot be."""
+
     def cut(
         self, config: ModelConfig, shard: Shard, blocks: Iterable[Block]
     ) -> Generator[BlockBytes]:

@@ -90,6 +90,8 @@ class SyntheticCheckpoint:
             torch.mul(numbers, _STD / _UNIFORM_16_BITS, out=out[index])
         return out
 
+    gather_cached_rows = gather_rows
+
     def hash_content(self, progress: ProgressCallback = ignore_progress) -> None:
         """Do nothing: the fingerprint follows from configuration and seed."""
 

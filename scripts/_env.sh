@@ -76,7 +76,7 @@ _install() { # run|dev
   [[ -t 2 ]] || packages=(--quiet --progress-bar off "${packages[@]}")
   # Kernels are compiled while pip downloads; its build takes up what it finds.
   (cd "$tpirt_root" && exec "$tpirt_venv/bin/python" -m tpirt.ops.native.compiling) </dev/null &>/dev/null &
-  trap "kill $! 2>/dev/null || :" EXIT
+  trap 'kill $(jobs -pr) 2>/dev/null || :' EXIT # not $!: another process may have that number by then
   "$tpirt_venv/bin/python" -m pip install --no-input --disable-pip-version-check "${packages[@]}" \
     </dev/null >&2 || code=$?
   if ((code)); then

@@ -25,7 +25,7 @@ from tpirt.errors import (
 )
 from tpirt.identity.names import PEER
 from tpirt.identity.trust import Trust
-from tpirt.transport import address, tickets
+from tpirt.transport import address, grpc_channel, tickets
 from tpirt.transport import grpc as transport
 from tpirt.transport.address import Address, Endpoint
 from tpirt.transport.base import Carrier, Channel
@@ -387,6 +387,21 @@ async def test_last_frames_come_before_the_end_that_a_write_shows() -> None:
     with pytest.raises(PeerLostError):
         await channel.send(Frame.of(Kind.MESSAGE))
     assert [type(each) for each in came] == [Frame, PeerLostError]
+    await channel.aclose()
+
+
+async def test_a_peer_that_takes_nothing_of_a_call_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class StuckCall:
+        async def write(self, _: bytes) -> None:
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(grpc_channel, "CONNECT_S", 0.05)
+    channel = GrpcChannel("worker", StuckCall())
+    async with asyncio.timeout(TIMEOUT_S):
+        with pytest.raises(PeerLostError, match=r"worker: took nothing for 0.05 s"):
+            await channel.stay()
     await channel.aclose()
 
 

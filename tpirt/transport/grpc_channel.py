@@ -127,11 +127,22 @@ class GrpcChannel(StreamChannel):
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def stay(self) -> None:
-        """Tell the server, with an empty message, that no connection will come for this call."""
+        """Tell the server, with an empty message, that no connection will come for this call.
+
+        Raises:
+            PeerLostError: it does not take the message within ``CONNECT_S``; the call has ended.
+        """
         if self._error is not None:
             return
         try:
-            await own(self._call.write(b""), self.peer_id)
+            async with asyncio.timeout(CONNECT_S):
+                await own(self._call.write(b""), self.peer_id)
+        except TimeoutError:
+            raise PeerLostError(
+                f"peer {self.peer_id}: took nothing for {CONNECT_S:g} s; it hangs, or its link "
+                "does",
+                peer_id=self.peer_id,
+            ) from None
         except (*ERRORS, PeerLostError):
             pass  # the reader will learn why
 

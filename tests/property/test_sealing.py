@@ -169,7 +169,7 @@ def test_any_change_is_noticed(cipher: str, data: st.DataObject) -> None:
 
 
 @given(ciphers, st.binary(min_size=5, max_size=300))
-def test_bytes_of_a_stranger_are_refused_and_take_no_memory(cipher: str, said: bytes) -> None:
+def test_bytes_of_a_stranger_are_refused(cipher: str, said: bytes) -> None:
     _, answering = pair(cipher)
     reader = SealedReader("peer", answering)
     reader.space()[: len(said)] = said

@@ -1,7 +1,7 @@
 """Uploads of slices into a worker's store.
 
-Any caller may send one, so uploads are bounded: a few at a time, with memory for the largest block
-of each, and an end to those that stand still.
+Any master of the cluster may send one; in the clear, anyone. So uploads are bounded: a few at a
+time, with memory for the largest block of each, and an end to those that stand still.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(slots=True)
-class _Group:
+class _RowGroup:
     """Rows of a micro-batch that are multiplied together.
 
     Attributes:
@@ -85,7 +85,7 @@ class _Part:
     step: StepContext
     batch: Batch
     hidden: torch.Tensor
-    groups: list[_Group]
+    groups: list[_RowGroup]
     pipeline: Pipeline
     alone: bool
 
@@ -218,7 +218,7 @@ class Decoder:
             for index, batch in enumerate(batches)
         ]
 
-    def _groups(self, batch: Batch) -> list[_Group]:
+    def _groups(self, batch: Batch) -> list[_RowGroup]:
         """The rows of answers apart from those of prompts, if all together have another kernel.
 
         Up to ``FEW_ROWS`` rows of answers have the same kernel in every step, so an answer has the
@@ -229,9 +229,9 @@ class Decoder:
             return [self._group(batch)]
         return [self._group(group) for _, group, _ in batch.by(_is_answer)]
 
-    def _group(self, batch: Batch) -> _Group:
+    def _group(self, batch: Batch) -> _RowGroup:
         cos, sin = self._rotary.tables(batch.segments)
-        return _Group(batch, Turn(cos, sin, self._dtype), batch.tokens)
+        return _RowGroup(batch, Turn(cos, sin, self._dtype), batch.tokens)
 
     async def _run(self, part: _Part) -> torch.Tensor:
         """Run a micro-batch through all layers; returns its last partial sum."""

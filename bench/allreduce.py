@@ -148,7 +148,7 @@ def measure(
     forwarded = network.forwarded()
     times = _rounds_s(answers)
     world_size = len(network.devices)
-    wire_bytes = CommDtype(order.comm_dtype).nbytes(order.nbytes // 4)
+    wire_bytes = CommDtype(order.comm_dtype).nbytes(1, order.nbytes // 4)
     hops = {
         algorithm: floor.all_reduce_hops(algorithm, world_size, wire_bytes)
         for algorithm in ([order.algorithm] if order.algorithm else _algorithms())

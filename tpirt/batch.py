@@ -18,7 +18,8 @@ import torch
 
 _K = TypeVar("_K")
 
-# Elements that share a scale in int8. Scales are 3% more bytes and limit the effect of outliers.
+# Elements of a row that share a scale in int8. Scales are 3% more bytes and limit the effect of
+# outliers. A scale never covers two rows: a row's bits would depend on the one beside it.
 SCALE_BLOCK = 128
 
 MOST_TREE_ROWS = 64  # of a segment with a tree; C has room for a path of so many
@@ -41,7 +42,7 @@ class CommDtype(Enum):
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
-    INT8 = "int8"  # codes, then one float32 scale per SCALE_BLOCK elements
+    INT8 = "int8"  # codes, then one float32 scale per SCALE_BLOCK elements of a row
 
     @classmethod
     def keeping(cls, dtype: torch.dtype) -> CommDtype:
@@ -53,11 +54,11 @@ class CommDtype(Enum):
         """The dtype of a received tensor."""
         return torch.bfloat16 if self is CommDtype.BFLOAT16 else torch.float32
 
-    def nbytes(self, elements: int) -> int:
-        """Size of ``elements`` numbers on the wire."""
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Size of so many rows on the wire."""
         if self is CommDtype.INT8:
-            return elements + 4 * math.ceil(elements / SCALE_BLOCK)
-        return elements * (4 if self is CommDtype.FLOAT32 else 2)
+            return rows * (columns + 4 * math.ceil(columns / SCALE_BLOCK))
+        return rows * columns * (4 if self is CommDtype.FLOAT32 else 2)
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,6 +133,32 @@ async def test_all_ranks_and_algorithms_have_the_same_bits_in_every_form(
 
 
 @ALGORITHMS
+@pytest.mark.parametrize("comm_dtype", CommDtype, ids=lambda comm_dtype: comm_dtype.value)
+@pytest.mark.parametrize("columns", [128, 192])
+async def test_a_row_has_the_same_bits_beside_any_others(
+    algorithm: Algorithm, comm_dtype: CommDtype, columns: int
+) -> None:
+    """Rows are other users' and wrong guesses: they must not share a scale."""
+    values = partials(3, (5, columns))
+    parts = [slice(0, 5), *(slice(row, row + 1) for row in range(5)), slice(1, 4)]
+    async with linked_ranks(in_memory, 3) as ranks:
+        sums = []
+        for number, rows in enumerate(parts, start=1):
+            steps = [rank.begin(number, Collective(algorithm, comm_dtype)) for rank in ranks]
+            each = [value[rows].clone() for value in values]
+            sums.append(
+                await asyncio.gather(
+                    *(r.comm.all_reduce(steps[r.rank], 0, each[r.rank]) for r in ranks)
+                )
+            )
+            lasts = [r.comm.reduce(steps[r.rank], each[r.rank]) for r in ranks]
+            sums[-1].append((await asyncio.gather(*lasts))[0])
+    for rows, some in zip(parts, sums, strict=True):
+        for whole, part in zip(sums[0], some, strict=True):
+            assert torch.equal(part, whole[rows])
+
+
+@ALGORITHMS
 async def test_everyone_may_send_more_than_the_way_holds(pair: Pair, algorithm: Algorithm) -> None:
     async def run(rank: Rank) -> torch.Tensor:
         step = rank.begin(1, Collective(algorithm))
@@ -242,14 +268,14 @@ async def test_broadcasts_of_both_parts(
             torch.testing.assert_close(each[2:], [4 * value.float() for value in values])
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 128), (2, 129), (0, 5)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 128), (2, 129), (3, 256), (0, 5), (1, 0)])
 @pytest.mark.parametrize("comm_dtype", CommDtype, ids=lambda comm_dtype: comm_dtype.value)
 def test_senders_go_on_with_what_receivers_read(
     comm_dtype: CommDtype, shape: tuple[int, ...]
 ) -> None:
     tensor = torch.randn(shape) * 100
     payload, own = encode(tensor, comm_dtype)
-    assert len(payload) == comm_dtype.nbytes(tensor.numel())
+    assert len(payload) == comm_dtype.nbytes(*shape)
     assert torch.equal(decode(bytes(payload), comm_dtype, shape), own)
     added = values(payload, comm_dtype, shape)  # the same bits, for numpy
     assert added.tobytes() == bytes(tensor_bytes(own.float()))

@@ -217,4 +217,4 @@ class CollectivePolicy:
         return fastest > _WORTH_HIDING_S
 
     def _nbytes(self, tokens: int) -> int:
-        return self._comm_dtype.nbytes(tokens * self._hidden_size)
+        return self._comm_dtype.nbytes(tokens, self._hidden_size)

@@ -2,7 +2,8 @@
 
 Partials are added in rank order, independent of the order of arrival. All algorithms give the same
 bits: partials are rounded to the comm dtype, and so is their sum (except a step's last sum, which
-only rank 0 gets). So the choice of an algorithm by measurements does not change results.
+only rank 0 gets). So the choice of an algorithm by measurements does not change results. A row is
+rounded by itself: nor do the rows beside it.
 """
 
 from __future__ import annotations
@@ -192,12 +193,18 @@ def _add(first: np.ndarray, second: np.ndarray, into: np.ndarray) -> np.ndarray:
 
 
 def _shares(tensor: torch.Tensor, count: int) -> list[torch.Tensor]:
-    """Cut a flattened tensor into one share per rank, at blocks that share a scale."""
+    """Cut (T, H) into one share per rank, at blocks that share a scale.
+
+    Flattened, if every row begins with a block there; else whole rows.
+    """
+    rows, columns = tensor.shape
+    if rows > 1 and columns % SCALE_BLOCK:
+        return [tensor[span.start : span.stop] for span in _spans(rows, count, 1)]
     flat = tensor.view(-1)
-    return [flat[span.start : span.stop] for span in _spans(len(flat), count)]
+    return [flat[span.start : span.stop] for span in _spans(len(flat), count, SCALE_BLOCK)]
 
 
-def _spans(elements: int, count: int) -> list[Span]:
-    blocks = math.ceil(elements / SCALE_BLOCK)
-    cuts = [min(elements, blocks * r // count * SCALE_BLOCK) for r in range(count + 1)]
+def _spans(length: int, count: int, unit: int) -> list[Span]:
+    units = math.ceil(length / unit)
+    cuts = [min(length, units * r // count * unit) for r in range(count + 1)]
     return [Span(low, high) for low, high in itertools.pairwise(cuts)]

@@ -26,7 +26,7 @@ from tpirt.printable import printable_line
 from tpirt.protocol.pb import tpirt_pb2 as pb
 from tpirt.types import RankStats, StepTimes
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 
 _T = TypeVar("_T")
 

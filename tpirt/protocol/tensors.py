@@ -34,7 +34,7 @@ def tensor_head(
         shape: (rows, columns), or (elements,) for a share of a flattened tensor.
     """
     rows, columns = (1, *shape) if len(shape) == 1 else shape
-    nbytes = dtype.nbytes(rows * columns)
+    nbytes = dtype.nbytes(rows, columns)
     return Header(kind, _NUMBERS[dtype], step, seq, rows, columns, 0, nbytes).pack()
 
 
@@ -71,11 +71,11 @@ def encode(tensor: torch.Tensor, dtype: CommDtype) -> tuple[memoryview, torch.Te
         form = _in(dtype, tensor)
         return tensor_bytes(form), form
     blocks = _blocks(tensor.float())
-    scales = blocks.abs().amax(1) / 127
+    scales = blocks.abs().amax(-1) / 127
     inverse = scales.reciprocal().masked_fill_(scales == 0, 0)
-    codes = (blocks * inverse.unsqueeze(1)).round_().to(torch.int8).view(-1)[: tensor.numel()]
-    payload = torch.cat((codes.view(torch.uint8), scales.view(torch.uint8)))
-    return tensor_bytes(payload), _scaled(codes, scales).view(tensor.shape)
+    codes = _rows((blocks * inverse.unsqueeze(-1)).round_().to(torch.int8), tensor.shape)
+    parts = (part.view(-1).view(torch.uint8) for part in (codes, scales))
+    return tensor_bytes(torch.cat(tuple(parts))), _scaled(codes, scales)
 
 
 def decode(
@@ -90,12 +90,12 @@ def decode(
     Raises:
         TransportError: the payload's length is not that of the shape.
     """
-    elements = math.prod(shape)
-    if len(payload) != dtype.nbytes(elements):
+    if len(payload) != _nbytes(dtype, shape):
         raise TransportError(
-            f"tensor {tuple(shape)} in {dtype.value}: expected {dtype.nbytes(elements)} bytes, "
+            f"tensor {tuple(shape)} in {dtype.value}: expected {_nbytes(dtype, shape)} bytes, "
             f"got {len(payload)}"
         )
+    elements = math.prod(shape)
     if not elements:
         return torch.empty(shape, dtype=dtype.torch_dtype)
     if dtype is not CommDtype.INT8:
@@ -106,16 +106,16 @@ def decode(
             return torch.from_numpy(np.frombuffer(buffer, np.float32).reshape(shape))
         return torch.frombuffer(buffer, dtype=dtype.torch_dtype).view(shape)
     data = bytearray(payload)
-    codes = torch.frombuffer(data, dtype=torch.int8, count=elements)
+    codes = torch.frombuffer(data, dtype=torch.int8, count=elements).view(shape)
     scales = torch.frombuffer(data[elements:], dtype=torch.float32)
-    return _scaled(codes, scales).view(shape)
+    return _scaled(codes, scales.view(*shape[:-1], -1))
 
 
 def values(
     payload: memoryview | bytes, dtype: CommDtype, shape: torch.Size | tuple[int, ...]
 ) -> np.ndarray:
     """Decode a payload of :func:`encode` to float32, for numpy to add; raises as :func:`decode`."""
-    if dtype is CommDtype.INT8 or len(payload) != dtype.nbytes(math.prod(shape)):
+    if dtype is CommDtype.INT8 or len(payload) != _nbytes(dtype, shape):
         return decode(payload, dtype, shape).numpy()
     if dtype is CommDtype.FLOAT32:
         return np.frombuffer(payload, np.float32).reshape(shape)
@@ -129,10 +129,22 @@ def _in(dtype: CommDtype, tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype is wanted else tensor.to(wanted)
 
 
+def _nbytes(dtype: CommDtype, shape: torch.Size | tuple[int, ...]) -> int:
+    return dtype.nbytes(math.prod(shape[:-1]), shape[-1])
+
+
 def _blocks(tensor: torch.Tensor) -> torch.Tensor:
-    flat = tensor.reshape(-1)
-    return F.pad(flat, (0, -len(flat) % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
+    """Cut every row into blocks that share a scale, the last one padded with zeros."""
+    columns = tensor.shape[-1]
+    blocks = math.ceil(columns / SCALE_BLOCK)
+    padded = F.pad(tensor, (0, blocks * SCALE_BLOCK - columns))
+    return padded.unflatten(-1, (blocks, SCALE_BLOCK))
+
+
+def _rows(blocks: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The rows that :func:`_blocks` cut."""
+    return blocks.flatten(-2)[..., : shape[-1]].contiguous()
 
 
 def _scaled(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return (_blocks(codes.float()) * scales.unsqueeze(1)).view(-1)[: len(codes)]
+    return _rows(_blocks(codes.float()) * scales.unsqueeze(-1), codes.shape)

@@ -94,6 +94,8 @@ class Segment:
             them its parent is. Without, each token follows the one before.
         keep: which of the last step's tokens are kept, if that had a tree: they are cached at
             ``position - len(keep)`` plus these, ascending, and are moved together first.
+        prompt: whether the rows are a prompt's, or are scored. The others are an answer's: they
+            have the bits that they have without any prompts.
     """
 
     slot: int
@@ -104,6 +106,7 @@ class Segment:
     source: int | None = None
     parents: tuple[int, ...] = ()
     keep: tuple[int, ...] = ()
+    prompt: bool = False
 
     @property
     def depths(self) -> list[int]:

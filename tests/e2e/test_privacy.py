@@ -389,6 +389,7 @@ ALLOWED = {
         "source",
         "parents",
         "keep",
+        "prompt",
     },
     "Collective": {"algorithm", "comm_dtype", "micro_batches"},
     "Abort": {"step"},

@@ -21,7 +21,7 @@ from tpirt.engine.drafts.model import ModelDrafter
 from tpirt.engine.drafts.suffix import SuffixDrafter, SuffixIndex
 from tpirt.engine.sampler import Sampler
 from tpirt.engine.scheduler import Piece
-from tpirt.engine.sequence import Answer
+from tpirt.engine.sequence import Answer, Scoring
 from tpirt.engine.step_costs import StepCosts
 from tpirt.errors import MemoryLimitError, StoreError, TpirtError
 from tpirt.testing.cluster import memory_engine
@@ -135,6 +135,21 @@ async def test_rows_are_dealt_to_the_likeliest_guesses_within_the_steps_rows() -
     first, second = await controller.extend([Piece(sure, 1), Piece(unsure, 1)], 64)
     assert len(first.guesses) > len(second.guesses)
     assert 2 + len(first.guesses) + len(second.guesses) == 8
+
+
+async def test_beside_prompts_guesses_leave_room_for_all_answers_of_the_step() -> None:
+    """Also for one that its caller has just left: more than 8 rows have other bits."""
+    sure, left = answer([1]), answer([2])
+    prompt, scored = Answer([3] * 20, *(None,) * 3), Scoring([4] * 5, ignore_progress)  # type: ignore[arg-type]
+    left.end()
+    scored.admit(0, 4, None)
+    pieces = [Piece(sure, 1), Piece(left, 1), Piece(scored, 1), Piece(prompt, 20)]
+    costs_of_all = known_costs(dict.fromkeys((*range(1, 9), 23, 64), 1.0))
+    controller = controlled(Fixed({sure: 0.95}), costs_of_all)
+    extended = await controller.extend(pieces, 64)
+    segments = [piece.segment() for piece in extended if piece.sequence.slot is not None]
+    assert [segment.prompt for segment in segments] == [False, False, True]
+    assert sum(segment.tokens for segment in segments if not segment.prompt) == 8
 
 
 async def test_wrong_guesses_turn_themselves_off_and_right_ones_on_again() -> None:

@@ -28,7 +28,7 @@ from tpirt.protocol.messages import (
 )
 
 COUNT = st.integers(0, 2**31 - 1)
-SEGMENTS = st.builds(Segment, COUNT, COUNT, COUNT, COUNT, COUNT)
+SEGMENTS = st.builds(Segment, COUNT, COUNT, COUNT, COUNT, COUNT, prompt=st.booleans())
 COLLECTIVES = st.builds(
     Collective, st.sampled_from(Algorithm), st.sampled_from(CommDtype), st.booleans()
 )

@@ -661,7 +661,7 @@ def _together(
     Up to ``FEW_ROWS`` rows of answers under way are in a group of no more: then they have the
     kernel that they have alone, however many prompts end in the same step.
     """
-    if sum(len(own) for piece, own in drawing if not piece.prefill) <= FEW_ROWS:
+    if sum(len(own) for piece, own in drawing if not piece.prompt) <= FEW_ROWS:
         most = min(most, FEW_ROWS)
     group: list[tuple[Piece, torch.Tensor]] = []
     rows = 0

@@ -15,7 +15,7 @@ from typing import Any
 
 from tpirt.batch import Segment
 from tpirt.engine.drafts.base import Guess
-from tpirt.engine.sequence import Sequence
+from tpirt.engine.sequence import Answer, Sequence
 from tpirt.engine.step_costs import StepCosts
 from tpirt.engine.targets import NO_TARGETS, Targets
 
@@ -34,8 +34,9 @@ class Piece:
         tokens: number of ids from ``computed`` on.
         guesses: those that are verified: what may follow the ids.
         first_guesses: those for the next token, verified or not.
-        prefill: whether the ids are a prompt's. The sequence itself says so of the ids after them
-            as soon as these are computed.
+        prefill: whether the ids are a prompt's, for statistics.
+        prompt: whether they are not the next rows of an answer: see :class:`Segment`. The sequence
+            itself says so of the ids after them as soon as these are computed.
     """
 
     sequence: Sequence[Any]
@@ -43,11 +44,17 @@ class Piece:
     guesses: tuple[Guess, ...] = ()
     first_guesses: tuple[Guess, ...] = ()
     prefill: bool = False
+    prompt: bool = False
 
     @classmethod
     def of(cls, sequence: Sequence[Any], tokens: int) -> Piece:
         """The next ``tokens`` ids of a sequence."""
-        return cls(sequence, tokens, prefill=tokens > 1 or sequence.prefilling)
+        return cls(
+            sequence,
+            tokens,
+            prefill=tokens > 1 or sequence.prefilling,
+            prompt=sequence.todo > 1 or not isinstance(sequence, Answer),
+        )
 
     @property
     def ids(self) -> list[int]:
@@ -86,6 +93,7 @@ class Piece:
             source=source,
             parents=backs if any(back > 1 for back in backs) else (),
             keep=sequence.keep,
+            prompt=self.prompt,
         )
 
 

@@ -28,7 +28,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from tpirt.batch import Batch, Segment
+from tpirt.batch import Batch
 from tpirt.cancellation import finish
 from tpirt.collectives.base import Communicator
 from tpirt.collectives.context import StepContext
@@ -224,10 +224,10 @@ class Decoder:
         Up to ``FEW_ROWS`` rows of answers have the same kernel in every step, so an answer has the
         bits that it has alone. The weights are read once more, but from a cache.
         """
-        answers = sum(segment.tokens for segment in batch.segments if _is_answer(segment))
+        answers = sum(segment.tokens for segment in batch.segments if not segment.prompt)
         if not 0 < answers <= FEW_ROWS < batch.tokens or self._products.alike(batch.tokens):
             return [self._group(batch)]
-        return [self._group(group) for _, group, _ in batch.by(_is_answer)]
+        return [self._group(group) for _, group, _ in batch.by(lambda segment: segment.prompt)]
 
     def _group(self, batch: Batch) -> _RowGroup:
         cos, sin = self._rotary.tables(batch.segments)
@@ -442,11 +442,6 @@ class Decoder:
             assert isinstance(x, torch.Tensor)
             x = self._products.normed(w, x, "lm_head")
         return x, self._products.project(x, w, "lm_head").float()
-
-
-def _is_answer(segment: Segment) -> bool:
-    """Whether these are the next rows of an answer, with its guesses: all results are wanted."""
-    return segment.num_logits == segment.tokens <= FEW_ROWS
 
 
 def _chains(layers: Sequence[Layer], blocks: Sequence[Block]) -> dict[int, int]:

@@ -193,7 +193,8 @@ class DraftController:
         alone_s = self._seconds(len(answers), len(answers))
         if not answers or step_s is None or alone_s is None:
             return None
-        room = self._room(rows, len(answers), most_rows)
+        going = sum(not piece.prompt for piece in pieces)  # some may have ended since
+        room = self._room(rows, going, most_rows)
         most = [min(most_guesses, room, self._most_guesses(answer)) for answer in answers]
         return _Base(rows, outputs, room, most, step_s, min(step_s, alone_s) / len(answers))
 

@@ -294,7 +294,7 @@ class Step(_message.Message):
     def __init__(self, segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., prefill: _Optional[bool] = ..., collective: _Optional[_Union[Collective, _Mapping]] = ...) -> None: ...
 
 class Segment(_message.Message):
-    __slots__ = ("slot", "position", "tokens", "num_logits", "rope_length", "source", "parents", "keep")
+    __slots__ = ("slot", "position", "tokens", "num_logits", "rope_length", "source", "parents", "keep", "prompt")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -303,6 +303,7 @@ class Segment(_message.Message):
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     PARENTS_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
     slot: int
     position: int
     tokens: int
@@ -311,7 +312,8 @@ class Segment(_message.Message):
     source: int
     parents: _containers.RepeatedScalarFieldContainer[int]
     keep: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, slot: _Optional[int] = ..., position: _Optional[int] = ..., tokens: _Optional[int] = ..., num_logits: _Optional[int] = ..., rope_length: _Optional[int] = ..., source: _Optional[int] = ..., parents: _Optional[_Iterable[int]] = ..., keep: _Optional[_Iterable[int]] = ...) -> None: ...
+    prompt: bool
+    def __init__(self, slot: _Optional[int] = ..., position: _Optional[int] = ..., tokens: _Optional[int] = ..., num_logits: _Optional[int] = ..., rope_length: _Optional[int] = ..., source: _Optional[int] = ..., parents: _Optional[_Iterable[int]] = ..., keep: _Optional[_Iterable[int]] = ..., prompt: _Optional[bool] = ...) -> None: ...
 
 class Collective(_message.Message):
     __slots__ = ("algorithm", "comm_dtype", "micro_batches")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 
-from tests.support.kernels import multiply_few_rows_in_c
+from tests.support.kernels import multiply_by_torch, multiply_few_rows_in_c
 from tests.support.nightly import nightly_but
 from tpirt.batch import Segment
 from tpirt.collectives.context import StepContext
@@ -250,17 +250,32 @@ async def check_greedy(engine: Engine, path: Path, ids: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "world", "micro_batches"),
+    ("name", "world", "micro_batches", "multiply"),
     nightly_but(
-        {("llama", 1, False), ("mistral-window", 2, True)},
-        product(("llama", "mistral-window", "qwen3"), (1, 2), (False, True)),
+        {
+            ("llama", 1, False, multiply_few_rows_in_c),
+            ("mistral-window", 2, True, multiply_few_rows_in_c),
+            ("qwen3", 1, False, multiply_by_torch),
+        },
+        product(
+            ("llama", "mistral-window", "qwen3"),
+            (1, 2),
+            (False, True),
+            (multiply_few_rows_in_c, multiply_by_torch),
+        ),
+        lambda case: "-".join([*map(str, case[:3]), case[3].__name__]),
     ),
 )
 async def test_answers_have_the_bits_that_they_have_alone_while_prompts_are_computed(
-    rounded: Any, monkeypatch: pytest.MonkeyPatch, name: str, world: int, micro_batches: bool
+    rounded: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    world: int,
+    micro_batches: bool,
+    multiply: Callable[..., None],
 ) -> None:
-    """Torch multiplies a prompt's many rows in bfloat16, and C those of answers and guesses."""
-    multiply_few_rows_in_c(monkeypatch, decoders)
+    """Torch multiplies a prompt's many rows in bfloat16, and C those of answers, or torch, too."""
+    multiply(monkeypatch, decoders)
     begun = [Segment(slot, 0, 12, 0, 12) for slot in range(3)]
     going = [
         Segment(0, 12, 1, 1, 13),

@@ -30,10 +30,18 @@ def multiply_few_rows_in_c(patch: pytest.MonkeyPatch, chooser: Any = rank) -> No
     """
 
     def choice(shape: MatrixShape) -> KernelChoice:
-        many = DENSE[0].name if isinstance(shape.spec, Scheme) else TorchHalf.name
-        return KernelChoice(((FEW_ROWS, _native(shape)),), many)
+        return KernelChoice(((FEW_ROWS, _native(shape)),), _by_torch(shape).rest)
 
     _choose(patch, choice, chooser)
+
+
+def multiply_by_torch(patch: pytest.MonkeyPatch, chooser: Any = rank) -> None:
+    """Have all products computed by torch in bfloat16, as where the probe finds that faster.
+
+    Args:
+        patch, chooser: see :func:`multiply_few_rows_in_c`.
+    """
+    _choose(patch, _by_torch, chooser)
 
 
 def attend_in_c(patch: pytest.MonkeyPatch) -> None:
@@ -43,6 +51,10 @@ def attend_in_c(patch: pytest.MonkeyPatch) -> None:
 
 def _native(shape: MatrixShape) -> str:
     return NATIVE.name if isinstance(shape.spec, Scheme) else NATIVE_HALF.name
+
+
+def _by_torch(shape: MatrixShape) -> KernelChoice:
+    return KernelChoice((), DENSE[0].name if isinstance(shape.spec, Scheme) else TorchHalf.name)
 
 
 def _choose(

@@ -79,7 +79,7 @@ class Heads:
         Returns:
             (T, Q D); in the last layer of the wanted rows only.
         """
-        runs = batch.by(lambda segment: self._native(qk, segment.tokens, batch))
+        runs = batch.by(lambda segment: self._native(segment.tokens))
         if len(runs) == 1:
             return self._attend_alike(runs[0][0], w, qk, v, batch, turn, layer)
         outs = []
@@ -87,7 +87,7 @@ class Heads:
             own = slice(rows.start, rows.stop)
             turned = Turn(turn.cos[own], turn.sin[own], turn.dtype)
             outs.append(self._attend_alike(native, w, qk[own], v[own], part, turned, layer))
-        return torch.cat([out.to(outs[0].dtype) for out in outs])
+        return torch.cat(outs)  # float32 if one is
 
     def is_last(self, layer: int) -> bool:
         """Whether it is the last layer, where only the wanted rows go on."""
@@ -126,15 +126,9 @@ class Heads:
             and self._config.head_dim % 16 == 0
         )
 
-    def _native(self, qk: torch.Tensor, tokens: int, batch: Batch) -> NativeKernels | None:
-        """For a segment of so many tokens; None if torch attends."""
-        # Torch restores codes at every token, and attends within one sequence after the other: then
-        # converting a few rows is less.
-        many = len(batch.segments) > 1
-        suits = qk.dtype is torch.float32 or self._kv.layout.bits is not None or many
-        if suits and self.suits_native(tokens):
-            return available_kernels()
-        return None
+    def _native(self, tokens: int) -> NativeKernels | None:
+        """For a segment of so many tokens, whatever else is in the step; None if torch attends."""
+        return available_kernels() if self.suits_native(tokens) else None
 
     def arguments(self, w: Weights) -> Attention:
         """What is the same for all layers and rows."""

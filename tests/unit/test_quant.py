@@ -28,7 +28,14 @@ from tpirt.ops.native.bindings import native_kernels
 from tpirt.ops.plain_kernels import PLAIN_KERNELS
 from tpirt.ops.quant import AS_THEY_ARE, Codebook, Int4, Int8, QuantSpec, Scheme
 from tpirt.ops.quant_kernels import DENSE, KERNELS
-from tpirt.ops.quant_linear import ROWS_UNIT, KernelChoice, QuantMatrix, dequantize, linear
+from tpirt.ops.quant_linear import (
+    ROWS_UNIT,
+    KernelChoice,
+    QuantMatrix,
+    dequantize,
+    is_as_among_few,
+    linear,
+)
 from tpirt.ops.quant_probe import choose_by_time, probe_kernels
 from tpirt.ops.quant_regions import matrix_regions, regions_nbytes, view_regions
 from tpirt.ops.quant_rounding import Workspace, int4_tiles, rows_at_once
@@ -754,6 +761,25 @@ def test_the_choice_decides_by_rows() -> None:
     choice = KernelChoice(((4, "native"), (8, "dense-bfloat16")), "dense-float32")
     for rows, same in ((1, NATIVE), (4, NATIVE), (5, BFLOAT16), (8, BFLOAT16), (9, EXACT)):
         assert torch.equal(linear(x[:rows], matrix, choice), linear(x[:rows], matrix, same))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("spec", [AS_THEY_ARE, *SPECS], ids=str)
+def test_a_row_has_the_same_bits_among_as_many_as_are_alike(
+    spec: QuantSpec, count: int, threads: None
+) -> None:
+    """In torch's bfloat16 a long sum depends on the number of rows, at some of these."""
+    torch.set_num_threads(count)
+    w, x = random(32, 2048), random(200, 2048, seed=9)
+    matrix = matrix_of(spec, w) if isinstance(spec, Scheme) else w.bfloat16()
+    name = "dense-bfloat16" if isinstance(spec, Scheme) else "torch-bfloat16"
+    choice = KernelChoice((), name)
+    sizes = (2, 16, 32, 33, 64, 200)
+    alike = [rows for rows in sizes if is_as_among_few(choice, rows)]
+    assert alike == [2, 16, 32]
+    alone = torch.cat([linear(x[row : row + 1], matrix, choice) for row in range(16)])
+    for rows in alike:
+        assert torch.equal(linear(x[:rows], matrix, choice)[:16], alone[:rows])
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

@@ -219,10 +219,10 @@ class Decoder:
         ]
 
     def _groups(self, batch: Batch) -> list[_RowGroup]:
-        """The rows of answers apart from those of prompts, if all together have another kernel.
+        """The rows of answers apart from those of prompts, if all together have other bits.
 
-        Up to ``FEW_ROWS`` rows of answers have the same kernel in every step, so an answer has the
-        bits that it has alone. The weights are read once more, but from a cache.
+        Up to ``FEW_ROWS`` rows of answers have the same bits in every step, so an answer has those
+        that it has alone. The weights are read once more, but from a cache.
         """
         answers = sum(segment.tokens for segment in batch.segments if not segment.prompt)
         if not 0 < answers <= FEW_ROWS < batch.tokens or self._products.alike(batch.tokens):

@@ -20,6 +20,7 @@ from tpirt.ops.quant_linear import (
     KernelChoice,
     MatrixShape,
     QuantMatrix,
+    is_as_among_few,
     kernel_inputs,
     linear,
 )
@@ -83,8 +84,8 @@ class Products:
         return available_kernels()
 
     def alike(self, rows: int) -> bool:
-        """Whether so many rows have the same kernels as one."""
-        return all(choice.kernel(rows) == choice.kernel(1) for choice in self._kernels.values())
+        """Whether each of so many rows has the bits that it has among a few."""
+        return all(is_as_among_few(choice, rows) for choice in self._kernels.values())
 
     def _inputs(self, w: Weights, name: str, rows: int) -> torch.dtype:
         choice = self._kernels.get(_shape(w[f"{name}.weight"]))

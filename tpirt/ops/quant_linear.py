@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tpirt.ops.native.bindings import Rounded
+from tpirt.ops.nn import padded_rows
 from tpirt.ops.plain_kernels import PLAIN_KERNELS
 from tpirt.ops.quant_kernels import KERNELS, NATIVE
 from tpirt.ops.quant_matrix import ROWS_UNIT, MatrixShape, QuantMatrix, dequantize
@@ -18,6 +19,7 @@ __all__ = [
     "MatrixShape",
     "QuantMatrix",
     "dequantize",
+    "is_as_among_few",
     "linear",
 ]
 
@@ -54,6 +56,18 @@ def kernel_inputs(choice: KernelChoice, rows: int) -> torch.dtype:
     name = choice.kernel(rows)
     kernel = KERNELS[name] if name in KERNELS else PLAIN_KERNELS[name]
     return kernel.inputs
+
+
+def is_as_among_few(choice: KernelChoice, rows: int) -> bool:
+    """Whether a row has the bits among ``rows`` rows that it has among a few.
+
+    Those of torch's products in bfloat16 depend on the padded number of rows. Those in float32
+    depend on any number of rows, also on one below ``FEW_ROWS``: nothing makes them alike.
+    """
+    if choice.kernel(rows) != choice.kernel(FEW_ROWS):
+        return False
+    exact = kernel_inputs(choice, rows) is not torch.bfloat16
+    return exact or padded_rows(rows) == padded_rows(FEW_ROWS)
 
 
 def linear(

@@ -138,7 +138,7 @@ def _blocks(tensor: torch.Tensor) -> torch.Tensor:
     columns = tensor.shape[-1]
     blocks = math.ceil(columns / SCALE_BLOCK)
     padded = F.pad(tensor, (0, blocks * SCALE_BLOCK - columns))
-    return padded.unflatten(-1, (blocks, SCALE_BLOCK))
+    return padded.view(*tensor.shape[:-1], blocks, SCALE_BLOCK)
 
 
 def _rows(blocks: torch.Tensor, shape: torch.Size) -> torch.Tensor:

@@ -4,6 +4,8 @@ Only the command line prints: ``str(error)`` as one line; then it exits with ``e
 message has the subject, the expected and the actual value, and advice.
 """
 
+from __future__ import annotations
+
 
 class TpirtError(Exception):
     """Base class of all tpirt errors that are not bugs.
@@ -106,3 +108,8 @@ class DamagedLinkError(PeerLostError, TransportError):
 
     The peer is not to blame, and is connected again.
     """
+
+    @classmethod
+    def of(cls, exc: TransportError) -> DamagedLinkError:
+        """The error of something invalid that came in the clear."""
+        return cls(f"{exc}; it may have been damaged on its way, in the clear")

@@ -16,6 +16,7 @@ import pytest
 from tpirt.errors import (
     DamagedLinkError,
     HandshakeError,
+    IdentityError,
     PeerError,
     PeerLostError,
     PeerUnreachableError,
@@ -48,6 +49,10 @@ class Service:
     async def answer(self, method: str, request: bytes) -> bytes:
         if request == b"full":
             raise StoreError("disk full")
+        if request == b"garbage":
+            raise TransportError("malformed message")
+        if request == b"stranger":
+            raise IdentityError("not of this cluster")
         return method.encode() + b":" + request
 
     async def receive(self, method: str, chunks: AsyncIterator[bytes]) -> bytes:
@@ -97,6 +102,14 @@ async def test_requests_are_answered_and_refused_with_the_peers_words() -> None:
         assert await client.call("Inventory", b"", TIMEOUT_S) == b"Inventory:"
         with pytest.raises(PeerError, match=rf"^peer {client.address}: disk full$"):
             await client.call("Inventory", b"full", TIMEOUT_S)
+
+
+async def test_what_a_peer_got_in_the_clear_may_not_be_what_was_sent() -> None:
+    async with peer() as (client, _):
+        with pytest.raises(DamagedLinkError, match="malformed message; it may have been damaged"):
+            await client.call("Hello", b"garbage", TIMEOUT_S)
+        with pytest.raises(PeerError, match=r"not of this cluster$"):
+            await client.call("Hello", b"stranger", TIMEOUT_S)
 
 
 async def test_a_method_that_the_peer_does_not_know_is_another_service() -> None:

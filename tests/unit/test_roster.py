@@ -14,7 +14,7 @@ from tpirt.cluster import connection, roster
 from tpirt.cluster.roster import hello, other_versions, profiles, this_peer
 from tpirt.cluster.worker import Worker
 from tpirt.engine import Engine, EngineOptions
-from tpirt.errors import HandshakeError, PeerUnreachableError
+from tpirt.errors import DamagedLinkError, HandshakeError, PeerUnreachableError, TransportError
 from tpirt.identity.certificates import Certificate
 from tpirt.planning import PeerProfile
 from tpirt.protocol.messages import PROTOCOL_VERSION, HelloReply, decode_call, encode_call
@@ -51,6 +51,18 @@ class Client:
 
     async def aclose(self) -> None:
         raise AssertionError
+
+
+class Damaging(Client):
+    """Its first answers are damaged."""
+
+    def __init__(self, worker: Worker, damaged: int):
+        super().__init__("w:1", worker)
+        self.left = damaged
+
+    async def call(self, method: str, request: bytes, timeout_s: float) -> bytes:
+        self.left -= 1
+        return b"garbage" if self.left >= 0 else await super().call(method, request, timeout_s)
 
 
 async def profile_peers(clients: list[Client]) -> list[PeerProfile]:
@@ -210,3 +222,17 @@ async def test_a_peer_that_is_slow_at_the_start_is_not_replaced(
     model = make_model(tmp_path / "model")
     async with Engine.connect(model, options, peers=[slow], spares=[spare]) as engine:
         assert engine.peers[1].peer_id == slow.peer_id
+
+
+async def test_an_answer_that_was_damaged_in_the_clear_is_asked_for_again(tmp_path: Path) -> None:
+    one = worker(tmp_path)
+    await hello(Damaging(one, 1), 7)
+    with pytest.raises(DamagedLinkError, match=r"w:1: malformed message: .* in the clear"):
+        await hello(Damaging(one, 2), 7)
+    shown = MadeCluster(tmp_path / "master").peer(tmp_path / "peer").identity
+    assert shown is not None
+    sealed = Damaging(one, 1)
+    sealed.certificate = shown.certificate
+    with pytest.raises(TransportError, match="w:1: malformed message") as caught:
+        await hello(sealed, 7)
+    assert not isinstance(caught.value, DamagedLinkError)

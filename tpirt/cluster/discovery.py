@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from tpirt.cancellation import finish
+from tpirt.cluster import calls
 from tpirt.cluster.roster import ask, busy
 from tpirt.errors import ConfigError, IdentityError, TpirtError
 from tpirt.identity.names import PEER
@@ -19,8 +20,6 @@ from tpirt.protocol.messages import (
     HelloReply,
     StatusReply,
     StatusRequest,
-    decode_call,
-    encode_call,
 )
 from tpirt.transport.address import Address
 from tpirt.transport.finding import Device
@@ -233,8 +232,7 @@ async def _answered(client: GrpcPeerClient, unasked: Sighting) -> Sighting:
     try:
         async with asyncio.timeout(2 * _PATIENCE_S):
             hello = await ask(client, secrets.randbits(63), _PATIENCE_S)
-            answer = await client.call("Status", encode_call(StatusRequest()), _PATIENCE_S)
-            status = decode_call(StatusReply, answer, client.peer_id)
+            status = await calls.ask(client, "Status", StatusRequest(), StatusReply, _PATIENCE_S)
     except TimeoutError:
         return replace(unasked, reason="no answer")
     except TpirtError as exc:

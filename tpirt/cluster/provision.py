@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from tpirt.cancellation import in_thread
+from tpirt.cluster import calls
 from tpirt.cluster.roster import ask
 from tpirt.cluster.slice_maker import SliceMaker
 from tpirt.collectives.context import StepAborted
@@ -25,7 +26,6 @@ from tpirt.protocol.messages import (
     InventoryReply,
     InventoryRequest,
     UnitChunk,
-    decode_call,
     encode_call,
 )
 from tpirt.sharding.partition import Partition, Shard
@@ -323,8 +323,7 @@ async def _inventory(
     client: PeerClient, request: InventoryRequest, timeout_s: float
 ) -> InventoryReply:
     with _about(client.peer_id):
-        answer = await client.call("Inventory", encode_call(request), timeout_s)
-        return decode_call(InventoryReply, answer, client.peer_id)
+        return await calls.ask(client, "Inventory", request, InventoryReply, timeout_s)
 
 
 @contextlib.contextmanager

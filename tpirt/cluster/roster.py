@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+from tpirt.cluster import calls
 from tpirt.cluster.machine import (
     available_bytes,
     base_bytes,
@@ -23,8 +24,6 @@ from tpirt.protocol.messages import (
     PROTOCOL_VERSION,
     HelloReply,
     HelloRequest,
-    decode_call,
-    encode_call,
 )
 from tpirt.transport.base import PeerClient
 from tpirt.types import Progress, ProgressCallback, ignore_progress
@@ -204,9 +203,8 @@ def busy(reply: HelloReply) -> str:
 
 async def ask(client: PeerClient, master: int, timeout_s: float) -> HelloReply:
     """As :func:`hello`, also while it serves another master."""
-    request = encode_call(HelloRequest(PROTOCOL_VERSION, __version__, master))
-    answer = await client.call("Hello", request, timeout_s)
-    reply = decode_call(HelloReply, answer, client.peer_id)
+    question = HelloRequest(PROTOCOL_VERSION, __version__, master)
+    reply = await calls.ask(client, "Hello", question, HelloReply, timeout_s)
     if reply.protocol_version != PROTOCOL_VERSION:
         older = "the peer" if reply.protocol_version < PROTOCOL_VERSION else "this machine"
         raise HandshakeError(

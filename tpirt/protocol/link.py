@@ -254,9 +254,7 @@ class Link:
         In the clear nobody can tell what the other side sent from what was damaged, or slipped in,
         on its way.
         """
-        if self.channel.carrier.seal:
-            return exc
-        return DamagedLinkError(f"{exc}; it may have been damaged on its way, in the clear")
+        return exc if self.channel.carrier.seal else DamagedLinkError.of(exc)
 
     def give_up(self, exc: TpirtError) -> None:
         """Break the link for a reason on this side."""

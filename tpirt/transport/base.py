@@ -141,6 +141,7 @@ class PeerClient(Protocol):
             PeerUnreachableError: no answer within ``timeout_s``.
             HandshakeError: something else than a tpirt peer answers.
             PeerError: the peer could not do it.
+            DamagedLinkError: what the peer got, in the clear, was no request.
         """
 
     async def upload(self, method: str, chunks: AsyncIterator[bytes], timeout_s: float) -> bytes:

@@ -34,6 +34,7 @@ import grpc.aio
 
 from tpirt.errors import (
     DamagedLinkError,
+    HandshakeError,
     IdentityError,
     PeerError,
     PeerLostError,
@@ -177,6 +178,8 @@ class GrpcPeerClient:
             except grpc.aio.AioRpcError as exc:
                 if exc.code() is grpc.StatusCode.FAILED_PRECONDITION:
                     raise PeerError(f"peer {self.peer_id}: {details_of(exc)}") from exc
+                if exc.code() is grpc.StatusCode.DATA_LOSS:
+                    raise DamagedLinkError(f"peer {self.peer_id}: {details_of(exc)}") from exc
                 refused = exc.code() is _UNAVAILABLE and not is_foreign(exc)
                 if not refused or loop.time() - started > min(_PATIENCE_S, timeout_s):
                     if refused and await self._is_protected():
@@ -434,8 +437,7 @@ class GrpcPeerServer:
     def _handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         def answer(method: str) -> grpc.RpcMethodHandler[Any, Any]:
             async def handle(request: bytes, context: Any) -> bytes | None:
-                work = lambda: self._service.answer(method, request)  # noqa: E731
-                return await self._guarded(work, context)
+                return await self._guarded(lambda: self._answer(method, request), context)
 
             return grpc.unary_unary_rpc_method_handler(handle)
 
@@ -466,6 +468,14 @@ class GrpcPeerServer:
             "Session": grpc.stream_stream_rpc_method_handler(session),
             "Link": grpc.stream_stream_rpc_method_handler(link),
         }
+
+    async def _answer(self, method: str, request: bytes) -> bytes:
+        try:
+            return await self._service.answer(method, request)
+        except TransportError as exc:
+            if self.is_protected or isinstance(exc, HandshakeError):
+                raise
+            raise DamagedLinkError.of(exc) from None
 
     async def _stream(
         self,

@@ -112,7 +112,8 @@ class Ranks:
     def __init__(self) -> None:
         self.slots = Slots(Sharing(None))
         self.held: dict[int, list[int]] = {}
-        self.running: list[tuple[int, list[int], int]] = []  # slot, ids, how many are computed
+        # Slot, ids, and how many are computed; the latest are the last.
+        self.running: list[tuple[int, list[int], int]] = []
 
     def admit(self, number: int) -> None:
         ids = [*TEXT[: number % 7 * 3], *([number] * (number % 5 + 1))]
@@ -122,13 +123,14 @@ class Ranks:
 
     def step(self, number: int) -> None:
         if self.running:
-            slot, ids, computed = self.running.pop(number % len(self.running))
+            index = number % len(self.running)
+            slot, ids, computed = self.running[index]
             source = self.slots.source(slot)
             before = self.held.get(slot if source is None else source, [])[:computed]
             assert before == ids[:computed]
             self.held[slot] = ids
             self.slots.extend(slot, ids[computed:], len(ids))
-            self.running.append((slot, [*ids, number], len(ids)))
+            self.running[index] = slot, [*ids, number], len(ids)
 
     def leave(self, number: int) -> None:
         if self.running:
@@ -144,6 +146,11 @@ class Ranks:
                 (s, ids, 0 if s in lacking else computed) for s, ids, computed in self.running
             ]
 
+    def give_up(self, _: int) -> None:
+        if self.running:
+            slot, *_rest = self.running.pop()
+            self.free([slot])
+
     def make_room(self, _: int) -> None:
         self.free(self.slots.idle[:1])
 
@@ -158,7 +165,10 @@ class Ranks:
 
 
 EVENTS = st.sampled_from(
-    (*[Ranks.admit, Ranks.step] * 2, Ranks.leave, Ranks.fail, Ranks.make_room, Ranks.reset)
+    [
+        *(Ranks.admit, Ranks.step, Ranks.admit, Ranks.step),
+        *(Ranks.leave, Ranks.give_up, Ranks.fail, Ranks.make_room, Ranks.reset),
+    ]
 )
 
 

@@ -32,9 +32,12 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The same examples on every run: a test that fails sometimes helps nobody.
+# The same examples on every run: a test that fails sometimes helps nobody. At night others, to find
+# more; a failure says how to repeat it.
 settings.register_profile("tpirt", deadline=None, derandomize=True)
-settings.register_profile(NIGHTLY_PROFILE, settings.get_profile("tpirt"))
+settings.register_profile(
+    NIGHTLY_PROFILE, settings.get_profile("tpirt"), derandomize=False, print_blob=True
+)
 
 # uvloop first: the commands run on it. asyncio's loop is that of a program that embeds the engine.
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {

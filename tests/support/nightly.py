@@ -6,9 +6,9 @@ from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
-NIGHTLY_PROFILE = "nightly"  # of hypothesis; its settings are those of CI
+NIGHTLY_PROFILE = "nightly"  # of hypothesis
 
 
 def nightly(*values: Any) -> Any:
@@ -34,6 +34,16 @@ def nightly_but(
         )
         for case in cases
     ]
+
+
+def named_examples(at_night: int) -> settings:
+    """In CI hypothesis tries the examples that a test names, and at night many more.
+
+    The first ones that it makes up itself are the simplest, which show little.
+    """
+    if settings.get_current_profile_name() == NIGHTLY_PROFILE:
+        return settings(max_examples=at_night)
+    return settings(phases=[Phase.explicit])
 
 
 def examples(in_ci: int, at_night: int) -> int:

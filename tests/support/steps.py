@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import pytest
 
+from tpirt.engine.drafts.allowance import Allowance
 from tpirt.engine.step_costs import StepCosts
 
 
-def take_free_rows(patch: pytest.MonkeyPatch) -> None:
-    """Have all steps expected to take a second, however many rows: then all guesses pay."""
-    patch.setattr(StepCosts, "seconds", lambda *_: 1.0)
+def take_free_rows(patch: pytest.MonkeyPatch, free: int = 1 << 20) -> None:
+    """Have steps expected to take a second: then all guesses pay.
+
+    Args:
+        patch: of the test.
+        free: rows of which that is so; with more, the time grows in proportion.
+    """
+    patch.setattr(StepCosts, "seconds", lambda _, rows: max(1.0, rows / free))
+    patch.setattr(Allowance, "save", lambda *_: None)  # of this machine's time
     patch.setattr(StepCosts, "is_sure", lambda *_: True)
     patch.setattr(StepCosts, "most_tried", lambda _, limit: limit)

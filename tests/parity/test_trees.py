@@ -177,9 +177,9 @@ async def test_sampled_answers_are_those_without_guesses(
     take_free_rows(monkeypatch)
     kept, made = 0, Piece.segment
 
-    def segment(piece: Piece) -> Segment:
+    def segment(piece: Piece, source: int | None = None) -> Segment:
         nonlocal kept
-        found = made(piece)
+        found = made(piece, source)
         kept += len(found.keep)
         return found
 

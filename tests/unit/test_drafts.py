@@ -142,8 +142,8 @@ async def test_beside_prompts_guesses_leave_room_for_all_answers_of_the_step() -
     sure, left = answer([1]), answer([2])
     prompt, scored = Answer([3] * 20, *(None,) * 3), Scoring([4] * 5, ignore_progress)  # type: ignore[arg-type]
     left.end()
-    scored.admit(0, 4, None)
-    pieces = [Piece(sure, 1), Piece(left, 1), Piece(scored, 1), Piece(prompt, 20)]
+    scored.admit(0, 4)
+    pieces = [Piece.of(each, 20 if each is prompt else 1) for each in (sure, left, scored, prompt)]
     costs_of_all = known_costs(dict.fromkeys((*range(1, 9), 23, 64), 1.0))
     controller = controlled(Fixed({sure: 0.95}), costs_of_all)
     extended = await controller.extend(pieces, 64)

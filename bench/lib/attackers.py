@@ -60,7 +60,10 @@ _HUNG = "no answer"
 _EARLY = "refused early"  # while the message was on its way
 _WAITS = "waits for more"  # a frame that is larger than what came of it
 _CIPHER = (("tpirt-cipher", "AES-GCM"),)
-_REFUSALS = {"FAILED_PRECONDITION", "UNIMPLEMENTED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", _EARLY}
+_REFUSALS = {
+    *("FAILED_PRECONDITION", "DATA_LOSS", "UNIMPLEMENTED", "RESOURCE_EXHAUSTED", "UNAVAILABLE"),
+    _EARLY,
+}
 _ENDS = {*_REFUSALS, "OK", _WAITS}  # of a stream; OK if its caller leaves first
 _TLS_RECORDS = (0x15, 0x16)  # alert, handshake: all that a stranger may hear
 _PROOFS = 3  # each attacker: three wrong codes end an invitation, and the next takes a second

@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("tpirt.transport")
 
 _T = TypeVar("_T")
-_UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+_UNAVAILABLE, _CANCELLED = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED
 _SERVICE = "tpirt.v1.Peer"
 _OFFER = "tpirt-tcp"  # metadata of an answer: where frames may go; see tpirt.transport.tickets
 _CIPHER = "tpirt-cipher"  # metadata of a protected call: what the caller would seal frames with
@@ -76,7 +76,7 @@ _OFFER_S = 2.0  # for it to come
 _PATIENCE_S = 3.0  # with a peer that is just being started
 _SPEAK_S = 5.0  # for a caller to connect, or to say that it stays on the call
 _MOST_SILENT = 32  # callers that have done neither: each may send a message of 4 MiB
-_CHECK_S = 0.25  # whether gRPC's server still runs
+_CHECK_S = 0.1  # whether gRPC's server still runs
 _LEAVE_S = 10.0  # for a session to end by itself: threads that read or compute a block
 
 
@@ -180,7 +180,8 @@ class GrpcPeerClient:
                     raise PeerError(f"peer {self.peer_id}: {details_of(exc)}") from exc
                 if exc.code() is grpc.StatusCode.DATA_LOSS:
                     raise DamagedLinkError(f"peer {self.peer_id}: {details_of(exc)}") from exc
-                refused = exc.code() is _UNAVAILABLE and not is_foreign(exc)
+                # A server that is started again cancels what has just come.
+                refused = exc.code() in (_UNAVAILABLE, _CANCELLED) and not is_foreign(exc)
                 if not refused or loop.time() - started > min(_PATIENCE_S, timeout_s):
                     if refused and await self._is_protected():
                         raise IdentityError(self._unprotected()) from exc

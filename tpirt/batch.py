@@ -19,7 +19,7 @@ import torch
 _K = TypeVar("_K")
 
 # Elements of a row that share a scale in int8. Scales are 3% more bytes and limit the effect of
-# outliers. A scale never covers two rows: a row's bits would depend on the one beside it.
+# outliers. A scale never covers two rows: a row's bits would depend on its neighbour's.
 SCALE_BLOCK = 128
 
 MOST_TREE_ROWS = 64  # of a segment with a tree; C has room for a path of so many

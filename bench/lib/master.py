@@ -4,7 +4,7 @@
 
 An order with ``connect`` connects, with a ``model``, ``peers`` or ``local``, and fields of
 ``EngineOptions``; a connection that there was is closed first. With ``hit_rate``, guesses come from
-the answers to earlier ``ask`` orders, and are right that often; with a ``draft`` beside it, that
+the answers to earlier ``ask`` orders, and are right that often; with a ``draft`` as well, that
 small model guesses as often, for nothing but its costs, and the rate is known beforehand as it is
 by a small model's own probabilities. An order with ``tokens`` generates that many after the first:
 it answers once the first is there, and goes on when another line comes. One with ``ask`` answers a

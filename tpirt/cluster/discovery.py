@@ -86,13 +86,14 @@ def client_of(peer: str, trust: Trust) -> GrpcPeerClient:
     given = None
     with contextlib.suppress(ConfigError):
         given = Address.parse(peer)
-    members = _members(trust)
+    registered = _registered(trust)
+    members = [each for each in registered if not each.revoked]
     for member in members:
         if peer == member.identity:
             return GrpcPeerClient(_device(member), trust)
         if given is not None and given.host == member.name:
             return GrpcPeerClient(_device(member, given), trust)
-    _refuse_revoked(peer, given, trust)
+    _refuse_revoked(peer, given, registered)
     return GrpcPeerClient(peer, trust, [member.name for member in members])
 
 
@@ -141,10 +142,8 @@ def _notes(browser: Browser) -> list[str]:
     return notes
 
 
-def _refuse_revoked(peer: str, given: Address | None, trust: Trust) -> None:
-    if trust.identity is None:
-        return
-    for each in trust.registry.members():
+def _refuse_revoked(peer: str, given: Address | None, members: Sequence[Member]) -> None:
+    for each in members:
         if each.revoked and (peer == each.identity or (given and given.host == each.name)):
             raise IdentityError(
                 f"peer {each.name}: its certificate was revoked on {each.revoked[:10]}; invite it "
@@ -152,11 +151,14 @@ def _refuse_revoked(peer: str, given: Address | None, trust: Trust) -> None:
             )
 
 
+def _registered(trust: Trust) -> list[Member]:
+    """The devices that ever joined; none without an identity."""
+    return [] if trust.identity is None else trust.registry.members()
+
+
 def _members(trust: Trust) -> list[Member]:
-    """The devices that joined and were not revoked; none without an identity."""
-    if trust.identity is None:
-        return []
-    return [each for each in trust.registry.members() if not each.revoked]
+    """The devices that joined and were not revoked."""
+    return [each for each in _registered(trust) if not each.revoked]
 
 
 def _device(member: Member, *others: Address) -> Device:

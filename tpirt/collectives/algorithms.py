@@ -3,7 +3,7 @@
 Partials are added in rank order, independent of the order of arrival. All algorithms give the same
 bits: partials are rounded to the comm dtype, and so is their sum (except a step's last sum, which
 only rank 0 gets). So the choice of an algorithm by measurements does not change results. A row is
-rounded by itself: nor do the rows beside it.
+rounded by itself: nor do the other rows of a step.
 """
 
 from __future__ import annotations

@@ -20,7 +20,10 @@ from tests.support.nightly import examples, named_examples
 from tests.support.steps import take_free_rows
 from tpirt.engine import Engine
 from tpirt.engine.model import BUNDLED_MODEL
+from tpirt.engine.step_costs import StepCosts
+from tpirt.model.kv_store import KVNeed
 from tpirt.ops.quant_linear import FEW_ROWS
+from tpirt.planning import Deployment
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.faults import Fault, FaultyChannel
 from tpirt.testing.models import make_model
@@ -92,6 +95,9 @@ SETTINGS = st.fixed_dictionaries(
         "objective": st.sampled_from(("latency", "throughput")),
     }
 )
+# Positions that there is memory for, twice as many where weights are given up for them. A few
+# answers take more: idle slots go to disk, and the youngest sequence begins again.
+MEMORY = st.sampled_from((None, None, 128, 320))
 WORLDS = st.sampled_from((1, 2, 3, 5))
 
 
@@ -187,6 +193,16 @@ async def answers(engine: Engine, schedule: list[Request], temperature: float) -
     return [task.result() for task in asked]
 
 
+def have_memory_for(patch: pytest.MonkeyPatch, positions: int) -> None:
+    """Bound the KV stores, and have what went to disk come back rather than be computed."""
+
+    def has_room(_: Deployment, need: KVNeed, *__: int, displacing: bool) -> bool:
+        return need.held <= positions * (1 + displacing)
+
+    patch.setattr(Deployment, "has_room", has_room)
+    patch.setattr(StepCosts, "prompt_seconds", lambda *_: float("inf"))
+
+
 def came_again(tokens: list[int]) -> bool:
     """Whether a token that an answer goes on from came before: then there are guesses."""
     going_on = tokens[:-1]
@@ -266,6 +282,7 @@ class Models:
         options: dict[str, Any],
         loss: Loss | None = None,
         cached: Sequence[int] = (),
+        memory: int | None = None,
     ) -> None:
         """Compare the answers of a schedule with those alone.
 
@@ -275,6 +292,7 @@ class Models:
             loss: happens in the schedule, which is repeated until then.
             cached: prompts that are computed before it; then only their answers are compared, and
                 nothing is forgotten.
+            memory: positions that there is memory for; None for all.
         """
 
         async def run() -> None:
@@ -306,6 +324,8 @@ class Models:
         alone = self.alone(path, world if temperature else 1, form, temperature, prompts, cached)
         with pytest.MonkeyPatch.context() as patch:
             take_free_rows(patch, FEW_ROWS)
+            if memory is not None:
+                have_memory_for(patch, memory)
             asyncio.run(run())
 
 
@@ -325,14 +345,18 @@ def in_c() -> Any:
 FLOAT32 = {"dtype": "float32"}
 
 
-@given(world=WORLDS, schedule=SCHEDULES, options=SETTINGS)
-@example(world=1, schedule=MIXED, options=settings_of("auto", "latency"))
-@example(world=3, schedule=MIXED, options=settings_of("none", "throughput", window=2))
+@given(world=WORLDS, schedule=SCHEDULES, options=SETTINGS, memory=MEMORY)
+@example(world=1, schedule=MIXED, options=settings_of("auto", "latency"), memory=128)
+@example(world=3, schedule=MIXED, options=settings_of("none", "throughput", window=2), memory=None)
 @named_examples(at_night=150)
 def test_greedy_answers_in_float32(
-    models: Models, world: int, schedule: list[Request], options: dict[str, Any]
+    models: Models,
+    world: int,
+    schedule: list[Request],
+    options: dict[str, Any],
+    memory: int | None,
 ) -> None:
-    models.check(models.path("float32"), world, FLOAT32, 0.0, schedule, options)
+    models.check(models.path("float32"), world, FLOAT32, 0.0, schedule, options, memory=memory)
 
 
 @pytest.mark.nightly
@@ -344,18 +368,20 @@ def test_greedy_answers_of_a_trained_model(
     models.check(Path(BUNDLED_MODEL), world, FLOAT32, 0.0, schedule, options)
 
 
-@given(world=WORLDS, form=IN_C, schedule=SCHEDULES, options=SETTINGS)
+@given(world=WORLDS, form=IN_C, schedule=SCHEDULES, options=SETTINGS, memory=MEMORY)
 @example(
     world=2,
     form=in_bfloat16("none", "auto", "int8"),
     schedule=MIXED,
     options=settings_of("suffix", "latency"),
+    memory=None,
 )
 @example(
     world=1,
     form=in_bfloat16("int4", "int8", "auto"),
     schedule=MIXED,
     options=settings_of("auto", "throughput"),
+    memory=128,
 )
 @named_examples(at_night=150)
 @pytest.mark.usefixtures("in_c")
@@ -365,8 +391,9 @@ def test_sampled_answers_with_kernels_in_c(
     form: dict[str, Any],
     schedule: list[Request],
     options: dict[str, Any],
+    memory: int | None,
 ) -> None:
-    models.check(models.path("bfloat16"), world, form, 1.0, schedule, options)
+    models.check(models.path("bfloat16"), world, form, 1.0, schedule, options, memory=memory)
 
 
 CACHED = tuple(range(0, len(PROMPTS), 2))  # none begins like another
@@ -406,6 +433,7 @@ def test_sampled_answers_beside_prompts_that_have_another_kernel(
     options=SETTINGS,
     rank=st.integers(1, 2),
     after=st.integers(0, MOST_AFTER),
+    memory=MEMORY,
 )
 @example(
     world=3,
@@ -414,6 +442,7 @@ def test_sampled_answers_beside_prompts_that_have_another_kernel(
     options=settings_of("none", "latency"),
     rank=2,
     after=9,
+    memory=128,
 )
 @example(
     world=2,
@@ -422,6 +451,7 @@ def test_sampled_answers_beside_prompts_that_have_another_kernel(
     options=settings_of("auto", "throughput"),
     rank=1,
     after=5,
+    memory=None,
 )
 @named_examples(at_night=60)
 @pytest.mark.usefixtures("in_c")
@@ -433,7 +463,8 @@ def test_answers_with_a_loss_in_the_middle(
     options: dict[str, Any],
     rank: int,
     after: int,
+    memory: int | None,
 ) -> None:
     loss = Loss(min(rank, world - 1), after)
     path, temperature = models.path(form["dtype"]), float(form is not FLOAT32)
-    models.check(path, world, form, temperature, schedule, options, loss=loss)
+    models.check(path, world, form, temperature, schedule, options, loss=loss, memory=memory)

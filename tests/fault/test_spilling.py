@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -97,7 +98,12 @@ def shorten(file: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("damage", [change_a_byte, shorten, Path.unlink])
+def delete_the_folder(file: Path) -> None:
+    """Of all sessions, as who tidies a store by hand."""
+    shutil.rmtree(file.parent.parent)
+
+
+@pytest.mark.parametrize("damage", [change_a_byte, shorten, Path.unlink, delete_the_folder])
 @pytest.mark.parametrize("world_size", [nightly(1), 3])
 async def test_what_cannot_be_read_is_computed_again(
     model: Path, store: Path, crowded: None, world_size: int, damage: Callable[[Path], None]

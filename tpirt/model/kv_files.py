@@ -88,11 +88,16 @@ class KVFiles:
     def close(self) -> None:
         """Delete all sequences."""
         self._tokens.clear()
+        self._remove_folder()
+
+    def _remove_folder(self) -> None:
         if self._folder is not None:
             self._folder.remove()
             self._folder = None
 
     def _created(self) -> Path:
+        if self._folder is not None and not self._folder.path.is_dir():
+            self._remove_folder()  # somebody deleted it; what was in it is computed again
         if self._folder is None:
             self._root.mkdir(mode=0o700, exist_ok=True)
             self._folder = Partial.create(self._root, "session")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.support.nightly import nightly_but
 from tpirt.engine.drafts.base import Drafter, Guess
-from tpirt.engine.drafts.controller import DraftController
+from tpirt.engine.drafts.controller import DraftController, DraftStats
 from tpirt.engine.drafts.model import ModelDrafter
 from tpirt.engine.drafts.suffix import SuffixDrafter, SuffixIndex
 from tpirt.engine.sampler import Sampler
@@ -124,7 +124,7 @@ async def test_guesses_are_verified_where_they_pay(
 @pytest.mark.parametrize(("saved_s", "said"), [(1.26, "1.3 s saved"), (-0.04, "0.0 s lost")])
 def test_time_that_guesses_cost_is_called_lost(saved_s: float, said: str) -> None:
     controller = controlled(Fixed({}), costs(flat=True))
-    controller.stats.steps, controller.stats.saved_s = 2, saved_s
+    controller.stats = DraftStats(steps=2, tokens=2, saved_s=saved_s)
     assert controller.explain().endswith(f"1.00 tokens a step, {said}")
 
 

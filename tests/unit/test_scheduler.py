@@ -79,6 +79,18 @@ def test_more_answers_than_rows_take_turns() -> None:
     assert served == [0, 1, 2, 3, 4, 0]
 
 
+@pytest.mark.parametrize(("sequences", "chunk"), [(1, 8), (16, 1)])
+def test_where_one_fits_an_answer_and_a_prompt_take_turns(sequences: int, chunk: int) -> None:
+    running = [sequence(5, 4), sequence(40)]
+    scheduler = Scheduler(StepCosts(), sequences=sequences)
+    served = []
+    for step in range(1, 5):
+        (piece,) = scheduler.plan(running, chunk)
+        served.append(running.index(piece.sequence))  # type: ignore[arg-type]
+        piece.sequence.turn = step
+    assert served == [0, 1, 0, 1]
+
+
 def test_answers_leave_a_row_for_a_prompt() -> None:
     prompt = sequence(10)
     plan = Scheduler(StepCosts()).plan([*(sequence(5, 4) for _ in range(6)), prompt], 4)

@@ -213,11 +213,16 @@ class Group:
         Raises:
             MemoryLimitError: the system refused memory.
             PeerLostError: the group was broken, and is closed.
+            StoreError: a block cannot be read; if it is damaged, the group is broken.
         """
         async with self._stepping:
             if self._closed:
                 self._check_alive()
-            return await self.runtime.logits(hidden)
+            try:
+                return await self.runtime.logits(hidden)
+            except DamagedSliceError as exc:
+                self._break_damaged(exc)
+                raise
 
     def kv_need(self, segments: Sequence[Segment]) -> KVNeed:
         """What a step of these segments needs of every rank's KV store."""
@@ -476,7 +481,7 @@ class Group:
             if isinstance(exc, (PeerLostError, TransportError)):
                 self._break(exc)
             elif isinstance(exc, DamagedSliceError):
-                self._break(PeerLostError(str(exc), rank=0, peer_id="master"))
+                self._break_damaged(exc)
             self._draining = asyncio.get_running_loop().create_task(self._drain(step.number))
             raise
         assert out is not None
@@ -485,6 +490,10 @@ class Group:
             batch = step.batch
             self._policy.learn(batch.tokens, batch.collective.algorithm, took_s)
         return out
+
+    def _break_damaged(self, exc: DamagedSliceError) -> None:
+        """The master's slice is made anew when another group is formed."""
+        self._break(PeerLostError(str(exc), rank=0, peer_id="master"))
 
     async def _send_step(self, step: StepContext, hidden: torch.Tensor) -> None:
         """Send the step to all workers; rows of micro-batches are broadcast by the decoder."""

@@ -129,6 +129,7 @@ class Driver:
         self._mended_s = 0.0  # when the last group was formed again
         self._mending = _Backoff(self._start)
         self._abandoned = False  # the task was cancelled to end what nobody wants
+        self._reconnecting = False  # for those that wait, also who comes meanwhile
         self._closed = False
         self._first_step = 1
         self._fitting: tuple[int, int, int, int] | None = None  # the last step's memory
@@ -177,6 +178,8 @@ class Driver:
             )
         sequence.on_read(self._wake.set)
         self._waiting.append(sequence)
+        if self._reconnecting:
+            self._served.append(sequence)
         self._start()
 
     async def leave(self, sequence: _Any) -> None:
@@ -284,7 +287,7 @@ class Driver:
             if await self._make_room(segments):
                 await self._compute(pieces, segments)
             await asyncio.sleep(0)  # readers take their results
-        elif self._running:
+        elif self._running or self._waiting:
             await self._wake.wait()
 
     async def _tidy(self) -> None:
@@ -316,6 +319,8 @@ class Driver:
         for sequence in self._scheduler.order(self._waiting, self._running, chunk, now_s):
             if self._full:
                 return
+            if sequence.fed:
+                continue
             place = self._place(sequence, copy=True)
             if self._soon_shared(sequence, place):
                 continue
@@ -361,7 +366,9 @@ class Driver:
                 and self._running
                 and not self._deployment.has_room(need, rows, displacing=True)
             ):
-                return False
+                if (paused := self._paused_but(place)) is None:
+                    return False
+                await self._give_up(paused)
             elif place.handle is None or await self._spiller.restore(place):
                 break
             place = self._place(sequence, copy=copy)
@@ -411,7 +418,7 @@ class Driver:
             await self._spiller.spill(idle[0])
             need = self._group.kv_need(segments)
         if len(self._running) > 1 and not fits(need, rows, logits, displacing=True):
-            await self._give_up(self._running[-1])
+            await self._give_up(self._least_missed)
             return False
         self._fitting = (need.held, need.peak, rows, logits)
         return True
@@ -419,12 +426,25 @@ class Driver:
     async def _give_up(self, sequence: _Any) -> None:
         """Free a running sequence's keys and values; it is computed again when there is room."""
         slot = sequence.slot
+        assert slot is not None
         self._running.remove(sequence)
         self._waiting.insert(0, sequence)
-        self._most_active = max(1, self._active)
+        if not sequence.paused:
+            self._most_active = max(1, self._active)
         sequence.restart()
-        assert slot is not None
+        self._discard(slot)
         await self._free(slot)
+
+    @property
+    def _least_missed(self) -> _Any:
+        """The running sequence to give up: the youngest, of those that wait for readers if any."""
+        return self._paused_but(None) or self._running[-1]
+
+    def _paused_but(self, place: Place | None) -> _Any | None:
+        """The youngest one that waits for its reader; none that ``place`` is or copies from."""
+        kept = () if place is None else (place.slot, place.source)
+        paused = [s for s in self._running if s.paused and s.slot not in kept]
+        return paused[-1] if paused else None
 
     # -- steps -------------------------------------------------------------------------------
 
@@ -462,11 +482,11 @@ class Driver:
                 self._output_costs.learn(len(out), ended_s - computed_s - learning_s)
 
     async def _relieve(self, pieces: list[Piece], exc: MemoryLimitError) -> None:
-        """Memory was refused: free what can be, or give up the youngest; alone, one fails."""
+        """Memory was refused: free what can be, or give one up; alone, one fails."""
         if idle := self._slots.idle:
             await self._spiller.spill(idle[0])
         elif len(self._running) > 1:
-            await self._give_up(self._running[-1])
+            await self._give_up(self._least_missed)
         else:
             _end(pieces, exc)
 
@@ -481,7 +501,10 @@ class Driver:
                 _tell(sequence, sequence.prompt_progress())
 
     async def _hand_on(self, pieces: list[Piece], hidden: Ids[torch.Tensor]) -> int:
-        """Hand hidden states to their sequences; draw for answers. Returns how many tokens."""
+        """Hand hidden states to their sequences; draw for answers.
+
+        Returns how many tokens answers under way got, without the first ones after prompts.
+        """
         drawing: list[tuple[Piece, torch.Tensor]] = []
         for piece, own in zip(pieces, hidden, strict=True):
             if not len(own) or piece.sequence.ended:
@@ -495,12 +518,15 @@ class Driver:
         for chosen in _together(drawing, self._deployment.logits_tokens):
             try:
                 logits = await self._group.logits(join_rows([own for _, own in chosen]))
-            except MemoryLimitError as exc:
-                _end([piece for piece, _ in chosen], exc)
+            except TpirtError as exc:
+                if self._group.broken is None:  # else the next turn connects again
+                    _end([piece for piece, _ in chosen], exc)
                 continue
             counts = [len(own) for _, own in chosen]
             for (piece, _), rows in zip(chosen, split_rows(logits, counts), strict=True):
-                tokens += self._draw(piece, rows)
+                if not piece.sequence.ended:  # it may have been left meanwhile
+                    drawn = self._draw(piece, rows)
+                    tokens += drawn * (not piece.prompt)
         return tokens
 
     def _draw(self, piece: Piece, logits: torch.Tensor) -> int:
@@ -547,12 +573,15 @@ class Driver:
             return
         self._step_over.clear()
         self._served = list(self._waiting)
+        self._reconnecting = True
         try:
             recovery = await self._connection.reconnect(self._report, lambda: bool(self._waiting))
         except TpirtError as exc:
             self._mending.later()
             self._end_all(exc)
             return
+        finally:
+            self._reconnecting = False
         self._mending.later()  # a group can break as soon as it is formed, again and again
         self._fitting = None
         self._first_step = self._group.next_step

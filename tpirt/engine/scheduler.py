@@ -170,7 +170,13 @@ class Scheduler:
         prompts.sort(key=lambda sequence: self._late(sequence, chunk_tokens, now_s))
         answers = [sequence for sequence in ready if sequence.todo == 1]
         answers.sort(key=lambda sequence: sequence.turn)  # if not all fit, the others are next
-        most = max(1, min(chunk_tokens, self._sequences) - bool(prompts))
+        places = min(chunk_tokens, self._sequences)
+        if places == 1 and prompts and answers:  # they take turns
+            if prompts[0].turn < answers[0].turn:
+                answers = []
+            else:
+                prompts = []
+        most = max(1, places - bool(prompts))
         pieces = [Piece.of(sequence, 1) for sequence in answers[:most]]
         room = self._room(len(pieces), chunk_tokens)
         for sequence in prompts[: self._sequences - len(pieces)]:

@@ -94,6 +94,11 @@ class Sequence(ABC, Generic[_T]):
         return len(self._unread) >= self._ahead
 
     @property
+    def fed(self) -> bool:
+        """Whether its reader has enough to read for now: it need not begin again before."""
+        return len(self._unread) > self._ahead // 2
+
+    @property
     def ended(self) -> bool:
         """Whether nothing more is to be computed."""
         return self._ended
@@ -142,7 +147,7 @@ class Sequence(ABC, Generic[_T]):
             self._changed.set()
 
     def on_read(self, callback: Callable[[], None]) -> None:
-        """Have ``callback`` called when a paused sequence's reader has read."""
+        """Have ``callback`` called when the reader has read and more may be wanted soon."""
         self._on_read = callback
 
     def __aiter__(self) -> Sequence[_T]:
@@ -156,9 +161,9 @@ class Sequence(ABC, Generic[_T]):
                 raise StopAsyncIteration
             self._changed.clear()
             await self._changed.wait()
-        paused = self.paused
+        fed = self.fed
         result = self._unread.popleft()
-        if paused:
+        if fed:
             self._on_read()
         return result
 

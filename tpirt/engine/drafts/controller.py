@@ -60,6 +60,7 @@ class DraftStats:
 
     Attributes:
         steps: those with guesses.
+        tokens: that answers under way got in these steps.
         guesses, right: that were verified, and that were right.
         seconds: that these steps took, and making the guesses.
         saved_s: time that their tokens would have taken one by one, minus what they took.
@@ -68,6 +69,7 @@ class DraftStats:
     """
 
     steps: int = 0
+    tokens: int = 0
     guesses: int = 0
     right: int = 0
     seconds: float = 0.0
@@ -293,7 +295,13 @@ class DraftController:
         self.learning_s += time.perf_counter() - began_s
 
     def learn_step(self, pieces: Items[Piece], tokens: int, seconds: float) -> None:
-        """Account for a step that made ``tokens`` tokens; its time is known to the costs."""
+        """Account for a step whose time is known to the costs.
+
+        Args:
+            pieces: of the step.
+            tokens: that answers under way got.
+            seconds: that it took.
+        """
         base, guesses = self._base, sum(len(piece.guesses) for piece in pieces)
         token_s = (self._costs.seconds(1) or 0.0) if base is None else base.token_s
         self._looks.earn(seconds, token_s)
@@ -315,11 +323,13 @@ class DraftController:
         stats.steps += 1
         seconds += self._drafting_s
         stats.seconds += seconds
-        base_s = base.seconds / len(base.most)  # of a token
+        stats.tokens += tokens
         predicted, predicted_s = self._predicted
-        stats.saved_s += base_s * tokens - seconds
+        # Without guesses each of these tokens takes a step's share, without the rows of prompts.
+        rest_s = base.seconds - base.token_s * len(base.most)
+        stats.saved_s += rest_s + base.token_s * tokens - seconds
         stats.predicted_s += predicted_s
-        stats.predicted_saved_s += base_s * predicted - predicted_s
+        stats.predicted_saved_s += rest_s + base.token_s * predicted - predicted_s
 
     def forget(self, answer: Answer) -> None:
         """An answer has ended."""
@@ -337,10 +347,11 @@ class DraftController:
             if self._gain is None or self._gain >= _LEAST_GAIN:
                 return "drafts: none yet"
             return f"drafts: off, {self._gain:.2f} x expected (at least {_LEAST_GAIN} is asked)"
+        failed = "" if self._failure is None else f"; off: the drafter failed: {self._failure}"
         time = f"{abs(stats.saved_s):.1f} s {'saved' if stats.saved_s >= 0 else 'lost'}"
         return (
             f"drafts: {stats.right} of {stats.guesses} guesses right in {stats.steps} steps, "
-            f"{1 + stats.right / stats.steps:.2f} tokens a step, {time}"
+            f"{stats.tokens / stats.steps:.2f} tokens a step, {time}{failed}"
         )
 
     def _most_guesses(self, answer: Answer) -> int:

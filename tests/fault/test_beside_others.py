@@ -1,0 +1,154 @@
+"""What goes wrong with one request, or while its logits are computed, ends nobody else's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tpirt.cluster.connection import Connection
+from tpirt.errors import MemoryLimitError, PeerLostError, StoreError
+from tpirt.model.decoder import Decoder
+from tpirt.planning import Deployment
+from tpirt.testing.cluster import memory_engine
+from tpirt.types import Completion, SamplingParams
+
+PROMPTS = [[first, 6, 7, 8] for first in range(5, 11)]
+LONG = [(7 * i) % 200 + 3 for i in range(40)]
+PARAMS = SamplingParams(max_tokens=12)
+MANY = SamplingParams(max_tokens=100)
+
+
+async def test_a_disk_error_in_the_head_ends_those_whose_logits_were_wanted(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, calls = Decoder.logits, 0
+
+    async def failing(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise StoreError("block head: Input/output error")
+        return await logits(self, hidden)
+
+    monkeypatch.setattr(Decoder, "logits", failing)
+    async with memory_engine(model, sequences=2) as engine:
+        asked = (engine.complete(prompt, PARAMS) for prompt in PROMPTS)
+        done = await asyncio.gather(*asked, return_exceptions=True)
+    assert [type(each) for each in done] == [StoreError] * 2 + [Completion] * 4
+
+
+async def test_a_damaged_block_of_the_head_is_replaced(model: Path, tmp_path: Path) -> None:
+    """As one of a layer is: the group is formed again, and the slice made anew."""
+    store = tmp_path / "store"
+    async with memory_engine(model, window=2, store=store) as engine:
+        expected = (await engine.complete(PROMPTS[0], PARAMS)).token_ids
+    for file in store.rglob("head*"):
+        content = bytearray(file.read_bytes())
+        content[-100] ^= 4
+        file.write_bytes(content)
+    async with memory_engine(model, window=2, store=store) as engine:
+        for recoveries in (1, 0):
+            done = await engine.complete(PROMPTS[0], PARAMS)
+            assert (done.token_ids, len(done.recoveries)) == (expected, recoveries)
+
+
+async def test_who_leaves_while_logits_are_computed_is_not_counted_as_answered(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, calls = Decoder.logits, 0
+
+    async def left(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            leaving.cancel()
+            await asyncio.wait({leaving})
+        return await logits(self, hidden)
+
+    monkeypatch.setattr(Decoder, "logits", left)
+    async with memory_engine(model, ttft_target_s=60.0, tpot_target_s=60.0) as engine:
+        staying = asyncio.create_task(engine.complete(PROMPTS[0], PARAMS))
+        leaving = asyncio.create_task(engine.complete(PROMPTS[1], PARAMS))
+        await asyncio.wait({staying, leaving})
+        assert leaving.cancelled()
+        assert engine.goodput.answers == 1
+
+
+async def test_a_reconnect_goes_on_for_who_came_meanwhile(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = Connection._form_with_patience
+    begun = 0
+    forming, may_go_on = asyncio.Event(), asyncio.Event()
+
+    async def held_up(self: Connection, *args: Any) -> Any:
+        nonlocal begun
+        begun += 1
+        forming.set()
+        await may_go_on.wait()
+        return await form(self, *args)
+
+    async with memory_engine(model, 2) as engine:
+        alone = (await engine.complete(PROMPTS[1], PARAMS)).token_ids
+        monkeypatch.setattr(Connection, "_form_with_patience", held_up)
+        leaving = asyncio.create_task(engine.complete(PROMPTS[0], MANY))
+        await asyncio.sleep(0)  # it is added
+        engine._group._break(PeerLostError("gone", rank=1, peer_id="memory:1"))
+        await forming.wait()
+        second = asyncio.create_task(engine.complete(PROMPTS[1], PARAMS))
+        await asyncio.sleep(0)  # it is added
+        leaving.cancel()
+        await asyncio.wait({leaving})
+        may_go_on.set()
+        assert (await second).token_ids == alone
+        assert begun == 1
+
+
+def refuse_above(patch: pytest.MonkeyPatch, positions: int) -> list[bool]:
+    """The system refuses memory for more positions; returns of each step whether it was."""
+    forward, refused = Decoder.forward, []
+
+    async def refusing(self: Decoder, hidden: torch.Tensor, step: Any) -> Any:
+        ends = {number: slot.length for number, slot in self.kv._slots.items()}
+        ends |= {segment.slot: segment.end for segment in step.batch.segments}
+        refused.append(sum(ends.values()) > positions)
+        if refused[-1]:
+            raise MemoryLimitError("refused")
+        return await forward(self, hidden, step)
+
+    patch.setattr(Decoder, "forward", refusing)
+    return refused
+
+
+def have_room_for(patch: pytest.MonkeyPatch, positions: int) -> list[bool]:
+    """Only so many positions fit."""
+
+    def has_room(_: Deployment, need: Any, *__: int, displacing: bool) -> bool:
+        return bool(need.held <= positions)
+
+    patch.setattr(Deployment, "has_room", has_room)
+    return []
+
+
+@pytest.mark.parametrize("bound", [refuse_above, have_room_for])
+async def test_who_waits_for_a_reader_makes_room(
+    model: Path, monkeypatch: pytest.MonkeyPatch, bound: Any
+) -> None:
+    """A reader that has stopped holds nobody up, and gets the same answer later."""
+    others = [9, *LONG]
+    async with memory_engine(model) as engine:
+        alone = [(await engine.complete(ids, MANY)).token_ids for ids in (LONG, others)]
+    async with memory_engine(model, spill_bytes=0) as engine:
+        refused: Sequence[bool] = bound(monkeypatch, 150)
+        stopped = engine.generate(LONG, MANY)
+        tokens = [(await anext(stopped)).id]
+        async with asyncio.timeout(30):
+            assert (await engine.complete(others, MANY)).token_ids == alone[1]
+            tokens += [token.id async for token in stopped]
+    assert tokens == alone[0]
+    assert sum(refused) < 10

@@ -43,7 +43,7 @@ async def test_a_disk_error_in_the_head_ends_those_whose_logits_were_wanted(
 
 
 async def test_a_damaged_block_of_the_head_is_replaced(model: Path, tmp_path: Path) -> None:
-    """As one of a layer is: the group is formed again, and the slice made anew."""
+    """As one of a layer is: the group is formed again, and the slice made again."""
     store = tmp_path / "store"
     async with memory_engine(model, window=2, store=store) as engine:
         expected = (await engine.complete(PROMPTS[0], PARAMS)).token_ids

@@ -492,7 +492,7 @@ class Group:
         return out
 
     def _break_damaged(self, exc: DamagedSliceError) -> None:
-        """The master's slice is made anew when another group is formed."""
+        """The master's slice is made again when another group is formed."""
         self._break(PeerLostError(str(exc), rank=0, peer_id="master"))
 
     async def _send_step(self, step: StepContext, hidden: torch.Tensor) -> None:

@@ -136,11 +136,11 @@ def have_room_for(patch: pytest.MonkeyPatch, positions: int) -> list[bool]:
 
 
 @pytest.mark.parametrize("bound", [refuse_above, have_room_for])
+@pytest.mark.parametrize("others", [[9, *LONG], [*LONG, 9]], ids=["other ids", "shared ids"])
 async def test_who_waits_for_a_reader_makes_room(
-    model: Path, monkeypatch: pytest.MonkeyPatch, bound: Any
+    model: Path, monkeypatch: pytest.MonkeyPatch, bound: Any, others: list[int]
 ) -> None:
     """A reader that has stopped holds nobody up, and gets the same answer later."""
-    others = [9, *LONG]
     async with memory_engine(model) as engine:
         alone = [(await engine.complete(ids, MANY)).token_ids for ids in (LONG, others)]
     async with memory_engine(model, spill_bytes=0) as engine:

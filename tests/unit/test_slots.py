@@ -101,7 +101,8 @@ def test_what_may_be_damaged_is_not_copied() -> None:
     damaged = filled(slots, TEXT, busy=True)
     waiting = slots.find([*TEXT[:20], 500], 21)
     slots.take(waiting, TEXT)
-    assert slots.discard(damaged) == [waiting.slot]
+    slots.discard(damaged)
+    assert slots.without_copy_of(damaged) == [waiting.slot]
     assert slots.source(waiting.slot) is None
     assert slots.find(TEXT, 100).shared == 0
 
@@ -141,15 +142,21 @@ class Ranks:
     def fail(self, number: int) -> None:
         if self.running:
             slot, *_ = self.running[number % len(self.running)]
-            lacking = self.slots.discard(slot)
-            self.running = [
-                (s, ids, 0 if s in lacking else computed) for s, ids, computed in self.running
-            ]
+            self.slots.discard(slot)
+            self.copy_nothing_from(slot)
 
     def give_up(self, _: int) -> None:
         if self.running:
             slot, *_rest = self.running.pop()
+            self.copy_nothing_from(slot)
+            self.slots.release(slot)
             self.free([slot])
+
+    def copy_nothing_from(self, slot: int) -> None:
+        lacking = self.slots.without_copy_of(slot)
+        self.running = [
+            (s, ids, 0 if s in lacking else computed) for s, ids, computed in self.running
+        ]
 
     def make_room(self, _: int) -> None:
         self.free(self.slots.idle[:1])

@@ -366,7 +366,7 @@ class Driver:
                 and self._running
                 and not self._deployment.has_room(need, rows, displacing=True)
             ):
-                if (paused := self._paused_but(place)) is None:
+                if (paused := self._paused_but(place.source)) is None:
                     return False
                 await self._give_up(paused)
             elif place.handle is None or await self._spiller.restore(place):
@@ -424,7 +424,7 @@ class Driver:
         return True
 
     async def _give_up(self, sequence: _Any) -> None:
-        """Free a running sequence's keys and values; it is computed again when there is room."""
+        """Move a running sequence out of memory; it goes on when there is room."""
         slot = sequence.slot
         assert slot is not None
         self._running.remove(sequence)
@@ -432,19 +432,20 @@ class Driver:
         if not sequence.paused:
             self._most_active = max(1, self._active)
         sequence.restart()
-        self._discard(slot)
-        await self._free(slot)
+        self._copy_nothing_from(slot)
+        self._slots.release(slot)
+        await self._spiller.spill(slot)
 
     @property
     def _least_missed(self) -> _Any:
         """The running sequence to give up: the youngest, of those that wait for readers if any."""
         return self._paused_but(None) or self._running[-1]
 
-    def _paused_but(self, place: Place | None) -> _Any | None:
-        """The youngest one that waits for its reader; none that ``place`` is or copies from."""
-        kept = () if place is None else (place.slot, place.source)
-        paused = [s for s in self._running if s.paused and s.slot not in kept]
-        return paused[-1] if paused else None
+    def _paused_but(self, source: int | None) -> _Any | None:
+        """The youngest one that waits for its reader; that in ``source`` if there is no other."""
+        paused = [sequence for sequence in self._running if sequence.paused]
+        others = [sequence for sequence in paused if sequence.slot != source]
+        return (others or paused or [None])[-1]
 
     # -- steps -------------------------------------------------------------------------------
 
@@ -487,8 +488,18 @@ class Driver:
             await self._spiller.spill(idle[0])
         elif len(self._running) > 1:
             await self._give_up(self._least_missed)
+        elif (source := self._held(self._running[0]).source) is not None:
+            self._take_over(self._running[0], source)
         else:
             _end(pieces, exc)
+
+    def _take_over(self, sequence: _Any, source: int) -> None:
+        """Continue a slot that nobody else uses in place, instead of copying it."""
+        self._slots.without_copy_of(source)
+        self._slots.release(sequence.slot)
+        place = Place(source, sequence.computed)
+        self._slots.take(place, sequence.ids)
+        sequence.admit(source, place.shared)
 
     def _advance(self, pieces: list[Piece], step: int) -> None:
         for piece in pieces:
@@ -554,8 +565,13 @@ class Driver:
         return len(drawn)
 
     def _discard(self, slot: int) -> None:
-        """Keep and share nothing of a slot: who was to copy from it computes all ids instead."""
-        lacking = self._slots.discard(slot)
+        """Keep and share nothing of a busy slot."""
+        self._slots.discard(slot)
+        self._copy_nothing_from(slot)
+
+    def _copy_nothing_from(self, slot: int) -> None:
+        """Who was to copy from a slot computes all ids instead."""
+        lacking = self._slots.without_copy_of(slot)
         for sequence in self._running:
             if sequence.slot in lacking:
                 sequence.admit(sequence.slot, 0)

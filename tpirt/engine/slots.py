@@ -166,9 +166,12 @@ class Slots:
         for slot in self._slots.values():
             slot.forget = True
 
-    def discard(self, slot: int) -> list[int]:
-        """Keep nothing of a busy slot, nor copy from it; returns the slots that lack a copy now."""
+    def discard(self, slot: int) -> None:
+        """Keep nothing of a busy slot."""
         self._slots[slot].forget = True
+
+    def without_copy_of(self, slot: int) -> list[int]:
+        """Copy nothing from a slot; returns those that were to begin with a copy of it."""
         lacking = [number for number, other in self._slots.items() if other.source == slot]
         for number in lacking:
             self._slots[number].empty()

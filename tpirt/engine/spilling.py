@@ -235,8 +235,8 @@ class Spiller:
     async def _spill(self, slot: int) -> None:
         kept = self._slots.remove(slot)
         self._spilled.most_tokens = self._most_bytes // self._token_bytes
-        if not self._spilled.takes(kept.ids):
-            self._dropped += 1
+        if kept.forget or not self._spilled.takes(kept.ids):
+            self._dropped += bool(kept.ids)
             await free(self._group, slot)
             return
         await self._drop(self._spilled.in_the_way(kept.ids))

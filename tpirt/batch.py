@@ -87,7 +87,8 @@ class Segment:
         tokens: number of tokens, at least 1.
         num_logits: number of last tokens whose hidden states are wanted, 0 to ``tokens``. In the
             last layer, the other tokens only need keys and values.
-        rope_length: sequence length for dynamic rope scaling.
+        rope_length: length that dynamic rope scaling rotates the rows for; those beyond it for
+            the length up to each.
         source: another sequence's slot, whose first ``position`` positions are copied first; None
             if the slot has them.
         parents: of the last tokens, if they are a tree of guesses: how many rows before each of

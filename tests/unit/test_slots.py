@@ -205,6 +205,9 @@ def test_dynamically_rotated_keys_are_shared_up_to_the_trained_length() -> None:
     filled(slots, TEXT[:40])
     assert slots.find(TEXT[:50], 50).shared == 40
     assert slots.find(TEXT[:50], 65).shared == 0
+    filled(slots, TEXT[:70])
+    assert slots.find(TEXT[:80], 70).shared == 70
+    assert slots.find(TEXT[:80], 71).shared == 0
 
 
 @pytest.mark.parametrize(

@@ -245,15 +245,18 @@ class Group:
             told = [link.notify(FreeSlot(slot)) for link in self._all_links()]
             await asyncio.gather(self.runtime.free(slot), *told)
 
-    async def spill(self, slot: int, handle: int) -> None:
-        """Write a sequence to every rank's disk, between steps, and drop it from memory.
+    async def spill(self, slot: int, handle: int, tokens: int) -> None:
+        """Write so many of a sequence's positions to every rank's disk; drop it from memory.
+
+        That is done between steps.
 
         If cancelled, some ranks may still be writing; the next step waits for them.
 
         Raises:
             TpirtError: a rank failed (disk) and has nothing on disk; or the group is broken.
         """
-        await self._on_all(lambda: self.runtime.spill(slot, handle), SpillSlot(slot, handle))
+        request = SpillSlot(slot, handle, tokens)
+        await self._on_all(lambda: self.runtime.spill(slot, handle, tokens), request)
 
     async def restore(self, slot: int, handle: int) -> None:
         """Read a spilled sequence into a slot on every rank, and delete it from disk.

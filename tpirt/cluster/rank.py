@@ -235,16 +235,16 @@ class RankRuntime:
         with contextlib.suppress(TpirtError):  # the next step divides again, and says what fails
             await self._divide(1, self.decoder.kv.nbytes, 0)
 
-    async def spill(self, slot: int, handle: int) -> None:
-        """Write a sequence's keys and values to disk, and drop them from memory in any case.
+    async def spill(self, slot: int, handle: int, tokens: int) -> None:
+        """Write a sequence's first positions to disk, and drop it from memory in any case.
 
         Raises:
             StoreError: the disk refused, or hangs; nothing is kept.
-            TransportError: there is no such sequence.
+            TransportError: it has not so many.
         """
         kv = self.decoder.kv
-        if not (tokens := kv.length(slot)):
-            raise TransportError(f"slot {slot}, which is to be spilled, is empty")
+        if not 1 <= tokens <= (held := kv.length(slot)):
+            raise TransportError(f"slot {slot}: {tokens} positions are to be spilled, of {held}")
         try:
             await self._disk.write(handle, kv.views(slot, tokens))
         finally:
@@ -342,7 +342,7 @@ class RankRuntime:
         are given up, or read again, accordingly.
         """
         kv_bytes = self.decoder.kv.bytes_for(batch.segments)
-        longest = max(segment.rope_length for segment in batch.segments)
+        longest = max(max(s.rope_length, s.end) for s in batch.segments)
         await self._divide(batch.tokens, kv_bytes, longest, batch.num_logits)
 
     @contextlib.contextmanager

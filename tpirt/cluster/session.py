@@ -237,8 +237,8 @@ class WorkerSession:
                 await self.link.respond(incoming, StepEnded(number))
             case FreeSlot(slot=slot):
                 await prepared.runtime.free(slot)
-            case SpillSlot(slot=slot, handle=handle):
-                await self._acknowledge(incoming, prepared.runtime.spill(slot, handle))
+            case SpillSlot(slot=slot, handle=handle, tokens=tokens):
+                await self._acknowledge(incoming, prepared.runtime.spill(slot, handle, tokens))
             case RestoreSlot(slot=slot, handle=handle):
                 await self._acknowledge(incoming, prepared.runtime.restore(slot, handle))
             case DropSpilled(handles=handles):

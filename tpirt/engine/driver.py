@@ -27,7 +27,7 @@ from tpirt.engine.drafts.base import Drafter
 from tpirt.engine.drafts.controller import MOST_GUESSES, DraftController, DraftStats
 from tpirt.engine.scheduler import Piece, Scheduler
 from tpirt.engine.sequence import Answer, Scoring, Sequence
-from tpirt.engine.slots import Place, Sharing, Slots, common_prefix
+from tpirt.engine.slots import Place, Sharing, Slots
 from tpirt.engine.spilling import Spiller, free
 from tpirt.engine.step_costs import StepCosts
 from tpirt.engine.targets import Goodput, Targets
@@ -94,16 +94,16 @@ class Driver:
         self._most = self._most_active = sequences
         self._most_waiting = waiting
         config = self._deployment.config
-        trained = config.max_position_embeddings if config.rope.kind == "dynamic" else None
-        sharing = Sharing(trained)
-        self._slots = Slots(sharing)
+        dynamic = config.rope.kind == "dynamic"
+        self._sharing = Sharing(config.max_position_embeddings if dynamic else None)
+        self._slots = Slots(self._sharing)
         self._costs, self._output_costs = StepCosts(), StepCosts()
         self._spiller = Spiller(
             connection,
             self._slots,
             self._costs,
             most_bytes=spill_bytes,
-            sharing=sharing,
+            sharing=self._sharing,
             wake=self._start,
         )
         self._scheduler = Scheduler(
@@ -118,7 +118,6 @@ class Driver:
                 self._output_costs,
                 config.vocab_size,
                 FEW_ROWS,
-                trained,
             )
         self._waiting: list[_Any] = []
         self._running: list[_Any] = []  # admitted, in that order
@@ -342,7 +341,8 @@ class Driver:
         """Whether a running prompt will have computed more of its prefix: it waits for that."""
         for other in self._running:
             if other.todo > 1 and not other.paused:
-                common = common_prefix(other.ids, sequence.ids[: sequence.first_wanted])
+                ids, length = _sharable(sequence), sequence.prompt
+                common = self._sharing.shared(other.ids, other.prompt, ids, length)
                 worth = common >= place.shared + (1 if place.shared else _LEAST_SHARED)
                 if worth and common > other.computed:
                     return True
@@ -379,7 +379,7 @@ class Driver:
     def _begin(self, sequence: _Any, place: Place) -> None:
         self._waiting.remove(sequence)
         if place.handle is None:
-            self._spiller.passed_over(sequence.ids, place)
+            self._spiller.passed_over(_sharable(sequence), sequence.prompt, place)
         try:
             self._deployment.check_context(len(sequence.ids), cached=place.shared)
         except MemoryLimitError as exc:
@@ -391,7 +391,7 @@ class Driver:
         self._first_step = self._group.next_step
 
     def _place(self, sequence: _Any, *, copy: bool) -> Place:
-        ids, length = sequence.ids[: sequence.first_wanted + 1], len(sequence.ids)
+        ids, length = _sharable(sequence), sequence.prompt
         return self._spiller.better(self._slots.find(ids, length, copy=copy), ids, length)
 
     def _idle_but(self, place: Place) -> list[int]:
@@ -445,7 +445,7 @@ class Driver:
         """The youngest one that waits for its reader; that in ``source`` if there is no other."""
         paused = [sequence for sequence in self._running if sequence.paused]
         others = [sequence for sequence in paused if sequence.slot != source]
-        return (others or paused or [None])[-1]
+        return next(reversed(others or paused), None)
 
     # -- steps -------------------------------------------------------------------------------
 
@@ -495,6 +495,7 @@ class Driver:
 
     def _take_over(self, sequence: _Any, source: int) -> None:
         """Continue a slot that nobody else uses in place, instead of copying it."""
+        assert sequence.slot is not None
         self._slots.without_copy_of(source)
         self._slots.release(sequence.slot)
         place = Place(source, sequence.computed)
@@ -506,7 +507,7 @@ class Driver:
             sequence = piece.sequence
             assert sequence.slot is not None
             end, kept = sequence.computed + piece.tokens, piece.tokens + len(sequence.keep)
-            self._slots.extend(sequence.slot, sequence.ids[end - kept : end], len(sequence.ids))
+            self._slots.extend(sequence.slot, sequence.ids[end - kept : end], sequence.prompt)
             sequence.advance(piece.tokens, step)
             if piece.prefill:
                 _tell(sequence, sequence.prompt_progress())
@@ -553,7 +554,7 @@ class Driver:
             if answer.ended:
                 self.goodput.count(answer.ttft_s, answer.tpot_s)
             in_place = len(drawn) - 1 - len(answer.keep)
-            self._slots.extend(answer.slot, drawn[:in_place], len(answer.ids))
+            self._slots.extend(answer.slot, drawn[:in_place], answer.prompt)
             if self._drafts is not None:
                 self._drafts.learn(piece, drawn)
         except LogitsError as exc:
@@ -680,6 +681,11 @@ class _Backoff:
     def _on_time(self) -> None:
         self._timer = None
         self._wake()
+
+
+def _sharable(sequence: _Any) -> list[int]:
+    """The ids before the first one whose hidden state is wanted, and that one."""
+    return list(sequence.ids[: sequence.first_wanted + 1])
 
 
 def _rest(sequence: _Any, place: Place, least: int = 0) -> Segment:

@@ -89,7 +89,7 @@ class Piece:
             position=sequence.computed,
             tokens=self.tokens + len(self.guesses),
             num_logits=self.num_logits,
-            rope_length=len(sequence.ids) + len(self.guesses),
+            rope_length=sequence.prompt,
             source=source,
             parents=backs if any(back > 1 for back in backs) else (),
             keep=sequence.keep,

@@ -26,6 +26,7 @@ class Sequence(ABC, Generic[_T]):
 
     Attributes:
         ids: those known so far.
+        prompt: number of those known at first.
         computed: number of leading ids whose keys and values every rank holds, or copies from
             another slot in the sequence's first step.
         slot: where they are; None until it is admitted.
@@ -50,6 +51,7 @@ class Sequence(ABC, Generic[_T]):
         priority: int = 0,
     ):
         self.ids = list(ids)
+        self.prompt = len(self.ids)
         self.computed = 0
         self.slot: int | None = None
         self.keep: tuple[int, ...] = ()
@@ -172,7 +174,6 @@ class Answer(Sequence[Token]):
     """A prompt and its answer. Results are tokens.
 
     Attributes:
-        prompt: number of the prompt's ids.
         guesses, right_guesses: that were verified, and that were right.
     """
 
@@ -189,7 +190,6 @@ class Answer(Sequence[Token]):
         super().__init__(ids, progress, ahead=16, user=user, priority=priority)
         self._sampler = sampler
         self._writer = writer
-        self.prompt = len(self.ids)
         self.guesses = self.right_guesses = 0
         self._first_s = self._last_s = 0.0
 

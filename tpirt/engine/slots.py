@@ -30,7 +30,7 @@ class Slot:
 
     Attributes:
         ids: those that it has, or will have once they are copied.
-        rope_length: the longest that their keys were rotated for.
+        rope_length: that their keys were rotated for; see :class:`Sharing`.
         busy: whether a sequence uses it.
         used: when it was taken or released, as a number that grows.
         source: the slot that the ids are copied from in the sequence's first step; None afterwards.
@@ -54,22 +54,22 @@ class Sharing:
     """Which keys and values another sequence can use.
 
     Attributes:
-        trained_length: the length beyond which keys are rotated differently at every length, so
-            that they cannot be shared; None if there is none.
+        trained_length: up to which keys are rotated alike, whatever length they are rotated for;
+            None for no limit.
     """
 
     trained_length: int | None
 
-    def shared(self, held: Ids[int], rope_length: int, ids: Ids[int], length: int) -> int:
+    def shared(self, held: Ids[int], held_length: int, ids: Ids[int], length: int) -> int:
         """Number of leading ids that need not be computed.
 
         Args:
             held: ids whose keys and values there are.
-            rope_length: the longest that their keys were rotated for.
+            held_length: that their keys were rotated for.
             ids, length: see :meth:`Slots.find`.
         """
         limit = self.trained_length
-        if limit is not None and max(length, rope_length) > limit:
+        if limit is not None and held_length != length and max(held_length, length) > limit:
             return 0
         return common_prefix(held, ids[:-1])
 
@@ -115,7 +115,7 @@ class Slots:
 
         Args:
             ids: those of the sequence that may be shared, except the last one.
-            length: number of all its ids.
+            length: that its keys are rotated for.
             copy: whether there is memory for a copy; else an idle slot is taken over.
         """
         best = Place(self.free_number, 0)

@@ -30,7 +30,7 @@ class Spilled(NamedTuple):
     Attributes:
         handle: by which the ranks know it; nothing else does.
         ids: whose keys and values are there.
-        rope_length: the longest that its keys were rotated for.
+        rope_length: that its keys were rotated for.
         until_s: when it is to be deleted.
     """
 
@@ -181,9 +181,9 @@ class Spiller:
         """Number of positions that come from disk."""
         return 0 if place.handle is None else len(self._spilled.get(place.handle).ids)
 
-    def passed_over(self, ids: Ids[int], place: Place) -> None:
+    def passed_over(self, ids: Ids[int], length: int, place: Place) -> None:
         """Count a sequence that is computed although it was spilled."""
-        found = self._spilled.find(ids, len(ids))
+        found = self._spilled.find(ids, length)
         self._recomputed += found is not None and found[1] > place.shared
 
     async def spill(self, slot: int) -> None:
@@ -243,7 +243,7 @@ class Spiller:
         handle = secrets.randbits(64)
         began_s = time.perf_counter()
         try:
-            await self._group.spill(slot, handle)
+            await self._group.spill(slot, handle, len(kept.ids))
         except TpirtError:
             self._dropped += 1
             await self._drop([handle])  # other ranks have it

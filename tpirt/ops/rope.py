@@ -80,10 +80,11 @@ class RotaryEmbedding:
         positions = torch.arange(segment.position, segment.end, dtype=torch.float32)
         if segment.parents:
             positions = positions[segment.depths]
-        frequencies = self._frequencies
-        if self._dynamic:
-            frequencies = inverse_frequencies(self._config, segment.rope_length)
-        return torch.outer(positions, frequencies)
+        if not self._dynamic:
+            return torch.outer(positions, self._frequencies)
+        lengths = [max(segment.rope_length, int(position) + 1) for position in positions]
+        known = {length: inverse_frequencies(self._config, length) for length in set(lengths)}
+        return positions[:, None] * torch.stack([known[length] for length in lengths])
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ from tpirt.printable import printable_line
 from tpirt.protocol.pb import tpirt_pb2 as pb
 from tpirt.types import RankStats, StepTimes
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 
 _T = TypeVar("_T")
 
@@ -213,6 +213,7 @@ class FreeSlot:
 class SpillSlot:
     slot: int
     handle: int
+    tokens: int
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,6 @@ class DraftController:
         vocab_size: of the model.
         exact_rows: of answers, up to which a row's bits do not depend on the others; guesses add
             no more than that, unless there are more anyway.
-        most_length: of a sequence with guesses; None for no limit.
 
     Attributes:
         stats: what guesses brought.
@@ -123,7 +122,6 @@ class DraftController:
         output_costs: StepCosts,
         vocab_size: int,
         exact_rows: int,
-        most_length: int | None = None,
     ):
         self.stats = DraftStats()
         self.learning_s = 0.0
@@ -133,7 +131,6 @@ class DraftController:
         self._vocab_size = vocab_size
         self._failure: Exception | None = None  # of the drafter, which is asked no more
         self._exact_rows = exact_rows
-        self._most_length = most_length
         self._rates: dict[str, _Rate] = {}
         self._losses = Allowance(_LOSS_SHARE, _MOST_LOST)
         self._looks = Allowance(_LOOK_SHARE, _MOST_LOOKING)
@@ -355,10 +352,7 @@ class DraftController:
         )
 
     def _most_guesses(self, answer: Answer) -> int:
-        most = answer.most_guesses
-        if self._most_length is not None:
-            most = min(most, self._most_length - len(answer.ids))
-        return max(0, most)
+        return max(0, answer.most_guesses)
 
     # -- the choice --------------------------------------------------------------------------
 

@@ -360,12 +360,14 @@ class FreeSlot(_message.Message):
     def __init__(self, slot: _Optional[int] = ...) -> None: ...
 
 class SpillSlot(_message.Message):
-    __slots__ = ("slot", "handle")
+    __slots__ = ("slot", "handle", "tokens")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     HANDLE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     slot: int
     handle: int
-    def __init__(self, slot: _Optional[int] = ..., handle: _Optional[int] = ...) -> None: ...
+    tokens: int
+    def __init__(self, slot: _Optional[int] = ..., handle: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class RestoreSlot(_message.Message):
     __slots__ = ("slot", "handle")

@@ -24,13 +24,10 @@ from typing import Any
 
 from tpirt import Engine, EngineOptions, Message, SamplingParams
 from tpirt.cli.options import run_async
-from tpirt.engine.drafts.model import ModelDrafter
-from tpirt.engine.options import NO_DRAFT
+from tpirt.engine.drafts.model import ModelDrafter, draft_kv_tokens, draft_options
 from tpirt.engine.token_times import token_times
 from tpirt.errors import TpirtError
 from tpirt.testing.drafters import KnownAnswers
-
-_OF_A_DRAFT = ("quantize", "dtype", "threads")  # options that it shares with the large model
 
 _answers: dict[tuple[int, ...], list[int]] = {}  # by prompt, of all connections
 
@@ -118,9 +115,10 @@ async def _connected(
         if hit_rate is not None:
             costs = None
             if draft := options.pop("draft", None):
-                alone = {name: options[name] for name in _OF_A_DRAFT if name in options}
-                small = Engine.connect(draft, EngineOptions(draft=NO_DRAFT, **alone))
-                costs = ModelDrafter(await stack.enter_async_context(small))
+                beside = EngineOptions(**options)
+                small = Engine.connect(draft, draft_options(beside))
+                running = await stack.enter_async_context(small)
+                costs = ModelDrafter(running, draft_kv_tokens(beside))
             options["draft"] = KnownAnswers(_answers, hit_rate, told=costs is not None, costs=costs)
         connecting = Engine.connect(model, EngineOptions(**options), local=local, peers=peers)
         yield await stack.enter_async_context(connecting)

@@ -229,6 +229,28 @@ async def test_a_small_model_guesses(
         assert engine.explain_drafts().startswith("drafts: ")
 
 
+async def test_a_small_model_keeps_to_its_memory(
+    model: Path, alone: dict[tuple[int, ...], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With more answers, at once and one after another, than it has room for."""
+    take_free_rows(monkeypatch)
+    monkeypatch.setattr("tpirt.engine.drafts.model.ADVISED_CONTEXT", 64)
+    async with connected(model, 1, draft=model) as engine:
+        assert engine._driver._drafts is not None
+        small: Any = engine._driver._drafts._drafter
+        kv = small._engine._group.runtime.decoder.kv
+        for some in (PROMPTS[:1], PROMPTS[1:2], PROMPTS[2:3], PROMPTS[4:]):
+            requests = (engine.complete(prompt, PARAMS) for prompt in some)
+            for prompt, answer in zip(some, await asyncio.gather(*requests), strict=True):
+                assert answer.token_ids == alone[prompt]
+                assert 0 < kv._capacity <= 128
+        assert engine.draft_stats is not None
+        assert engine.draft_stats.right > 0
+        engine.reset()
+        await small._engine.complete([5], SamplingParams(max_tokens=1))
+        assert kv._capacity <= 64
+
+
 async def test_a_draft_of_another_tokenizer_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="its tokenizer is not that of tiny"):
         async with connected(model, 1, draft=BUNDLED_MODEL):

@@ -137,6 +137,9 @@ class Bushes:
     def forget(self, answer: Answer) -> None:
         pass
 
+    def reset(self) -> None:
+        pass
+
     async def propose(self, answers: Sequence[Answer], most: int) -> list[list[Guess]]:
         return [self._bush(answer)[:most] for answer in answers]
 

@@ -196,6 +196,9 @@ class Fixed:
     def forget(self, answer: Answer) -> None:
         pass
 
+    def reset(self) -> None:
+        pass
+
 
 async def test_a_drafter_that_fails_or_knows_no_bounds_harms_nobody(
     caplog: pytest.LogCaptureFixture,
@@ -489,7 +492,7 @@ class Small:
 
 
 async def test_a_small_models_likely_tokens_are_branches_of_its_own_choice() -> None:
-    drafter = ModelDrafter(Small())  # type: ignore[arg-type]
+    drafter = ModelDrafter(Small(), 1000)  # type: ignore[arg-type]
     (found,) = await drafter.propose([answer([3])], 2)
     assert [(guess.token, guess.parent) for guess in found] == [
         *((0, -1), (1, -1), (2, -1)),
@@ -501,6 +504,12 @@ async def test_a_small_models_likely_tokens_are_branches_of_its_own_choice() -> 
     assert drafter.seconds(2) > 0
     (nothing,) = await drafter.propose([answer([3] * 99)], 2)
     assert nothing == []
+
+
+async def test_a_small_model_guesses_for_as_many_answers_as_it_has_memory_for() -> None:
+    drafter = ModelDrafter(Small(), 60)  # type: ignore[arg-type]
+    answers = [answer([3] * length) for length in (30, 40, 20)]
+    assert list(map(bool, await drafter.propose(answers, 2))) == [True, False, True]
 
 
 async def test_a_small_models_failure_is_that_of_one_answer_or_ends_all() -> None:
@@ -521,7 +530,7 @@ async def test_a_small_models_failure_is_that_of_one_answer_or_ends_all() -> Non
                 self.running -= 1
 
     small = Failing()
-    drafter = ModelDrafter(small)  # type: ignore[arg-type]
+    drafter = ModelDrafter(small, 1000)  # type: ignore[arg-type]
     answers = [answer([1]), answer([2]), answer([3])]
     assert list(map(bool, await drafter.propose(answers, 2))) == [True, False, True]
     small.error = StoreError("disk on fire")
@@ -549,7 +558,7 @@ async def test_a_small_models_prompt_is_no_part_of_what_a_guess_takes(
 
     small = Slow()
     monkeypatch.setattr("tpirt.engine.drafts.model.time", small)
-    drafter, asked = ModelDrafter(small), answer([3] * 50)  # type: ignore[arg-type]
+    drafter, asked = ModelDrafter(small, 1000), answer([3] * 50)  # type: ignore[arg-type]
     await drafter.propose([asked], 1)
     assert drafter.seconds(1) == 0  # not known
     asked.ids.append(3)

@@ -20,6 +20,7 @@ from tpirt.collectives.cost_model import Machine
 from tpirt.config import ModelConfig
 from tpirt.engine import Engine, EngineOptions
 from tpirt.errors import ConfigError, MemoryLimitError
+from tpirt.model.kv_store import KVNeed
 from tpirt.planning import PeerProfile, PlanOptions, advise, plan, plan_model
 from tpirt.planning.memory import PROCESS_BYTES, SLACK_BYTES
 from tpirt.testing.cluster import memory_engine
@@ -614,3 +615,26 @@ async def test_reset_gives_the_memory_of_a_conversation_back(
         assert last.token_ids == first.token_ids
     if world_size == 1:  # of several ranks, one reads already while the next one changes
         assert max(Counter(reads[since[0] :]).values()) == 1
+
+
+def test_a_draft_model_is_part_of_the_process(config: ModelConfig) -> None:
+    """Whatever it takes, the limit that is advised is enough for both."""
+    beside = replace(profile(), reserved_bytes=500 * MIB)
+    text = refused(config, [beside], PlanOptions(memory_bytes=MIB))
+    assert "with 500 MiB of a draft model" in text
+    advised = parse_bytes(text.rpartition(" ")[2])
+    alone = refused(config, [profile()], PlanOptions(memory_bytes=MIB))
+    assert advised == parse_bytes(alone.rpartition(" ")[2]) + 500 * MIB
+    plan(config, [beside], PlanOptions(memory_bytes=advised))
+
+
+def test_positions_in_memory_can_have_a_limit(config: ModelConfig) -> None:
+    deployment = plan(config, [profile()], PlanOptions(kv_tokens=128))
+    room = [
+        deployment.has_room(KVNeed(held, held, (1,)), 1, displacing=displacing)
+        for held in (128, 192, 256)
+        for displacing in (False, True)
+    ]
+    assert room == [True, True, True, True, False, False]
+    with pytest.raises(ConfigError, match="kv_tokens"):
+        PlanOptions(kv_tokens=0)

@@ -203,6 +203,8 @@ class Driver:
     def reset(self) -> None:
         """Keep no sequence's keys and values; those of running ones are freed at their end."""
         self._forget = True
+        if self._drafts is not None:
+            self._drafts.reset()
         self._start()
 
     async def aclose(self) -> None:

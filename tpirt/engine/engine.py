@@ -24,7 +24,7 @@ from tpirt.cluster.roster import other_versions
 from tpirt.engine.connect import PlanCallback, connected, trace_file
 from tpirt.engine.drafts.base import Drafter
 from tpirt.engine.drafts.controller import DraftStats
-from tpirt.engine.drafts.model import ModelDrafter
+from tpirt.engine.drafts.model import ModelDrafter, draft_kv_tokens, draft_options
 from tpirt.engine.drafts.suffix import SuffixDrafter
 from tpirt.engine.driver import Driver
 from tpirt.engine.embedding import embed
@@ -539,16 +539,9 @@ async def _given_drafter(
     if draft in (AUTO_DRAFT, SUFFIX_DRAFT, NO_DRAFT):
         return None
     threads = options.threads or default_threads(1 if peers else local)
-    chosen = EngineOptions(
-        quantize=options.quantize,
-        dtype=options.dtype,
-        kv=options.kv,
-        threads=threads,
-        store=options.store,
-        draft=NO_DRAFT,
-    )
+    chosen = draft_options(replace(options, threads=threads))
     small = Engine.connect(draft, chosen, progress=progress)
-    return ModelDrafter(await stack.enter_async_context(small))
+    return ModelDrafter(await stack.enter_async_context(small), draft_kv_tokens(options))
 
 
 def _drafter(options: EngineOptions, given: Drafter | None, model: Model) -> Drafter | None:

@@ -189,10 +189,13 @@ class Deployment:
         )
         for rank in self.ranks:
             budget = rank.budget
+            draft_bytes = budget.limits.reserved_bytes
             parts = (
-                f"{format_bytes(budget.process_bytes)} process, "
+                f"{format_bytes(budget.process_bytes - draft_bytes)} process, "
                 f"{format_bytes(budget.step_bytes())} step"
             )
+            if draft_bytes:
+                parts = f"{format_bytes(draft_bytes)} draft model, {parts}"
             limit = rank.limits.memory_bytes
             if limit is not None:
                 left = format_bytes(budget.left_for_weights() or 0)
@@ -238,7 +241,15 @@ def plan(
             len(peers),
             WeightFormat(dtype.weights),
             peer.base_bytes,
-            Limits(options.window, limit, longest, trace_spans, KV_BITS[options.kv]),
+            Limits(
+                options.window,
+                limit,
+                longest,
+                trace_spans,
+                KV_BITS[options.kv],
+                options.kv_tokens,
+                peer.reserved_bytes,
+            ),
         )
         for peer, shard, limit in zip(
             peers, partition.shards, memory_limits(peers, options.memory_bytes), strict=True
@@ -289,8 +300,7 @@ def memory_limits(peers: Sequence[PeerProfile], asked: int | None) -> list[int |
     """Choose each rank's memory limit.
 
     It is the limit asked for, or else a fair share of the machine's free memory; and never more
-    than the peer's own limit, less what its process holds beside. Ranks on one machine share its
-    free memory.
+    than the peer's own limit. Ranks on one machine share its free memory.
     """
     limits = []
     for peer, free in zip(peers, _free_memory(peers), strict=True):
@@ -298,8 +308,7 @@ def memory_limits(peers: Sequence[PeerProfile], asked: int | None) -> list[int |
         if limit is None and free is not None:
             limit = int(free * _SHARE_OF_FREE_MEMORY)
         bounds = [bound for bound in (limit, peer.memory_bytes) if bound is not None]
-        least = min(bounds, default=None)
-        limits.append(None if least is None else max(1, least - peer.reserved_bytes))
+        limits.append(min(bounds, default=None))
     return limits
 
 

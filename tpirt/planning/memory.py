@@ -84,6 +84,8 @@ class Limits:
         chunk_tokens: maximum tokens of one step.
         trace_spans: maximum spans per lane of a trace; 0 for no trace.
         kv_bits: of a cached key or value, the same on every rank; None for those of the dtype.
+        kv_tokens: maximum positions of all sequences in memory, up to a quarter more as they grow.
+        reserved_bytes: of the process, for what is not the rank's: a draft model.
     """
 
     window_blocks: int | None
@@ -91,6 +93,8 @@ class Limits:
     chunk_tokens: int
     trace_spans: int = 0
     kv_bits: int | None = None
+    kv_tokens: int | None = None
+    reserved_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -147,8 +151,8 @@ class MemoryBudget:
 
     @property
     def process_bytes(self) -> int:
-        """Bytes of the process without a model."""
-        return self.base_bytes + SLACK_BYTES
+        """Bytes of the process without the rank's part of the model."""
+        return self.base_bytes + SLACK_BYTES + self.limits.reserved_bytes
 
     def step_bytes(self, tokens: int | None = None, logits: int = 1) -> int:
         """Bytes reserved for a step of ``tokens`` tokens; by default for the longest step.
@@ -174,8 +178,7 @@ class MemoryBudget:
 
         The KV store grows by a quarter at a time, and copies layer by layer.
         """
-        capacity = round_up(tokens + tokens // 4, 64)
-        cache = self.kv_token_bytes * capacity
+        cache = self.kv_token_bytes * _grown(tokens)
         return cache + cache // self.config.num_hidden_layers + self._kv.piece_bytes(tokens)
 
     def left_for_weights(
@@ -192,9 +195,12 @@ class MemoryBudget:
 
     @property
     def resident_bytes(self) -> int:
-        """Enough memory for all weights, the longest step and ``ADVISED_CONTEXT`` tokens."""
+        """Enough memory for all weights, the longest step, and as many positions as there may be.
+
+        Where their number has no limit, those of a usual conversation.
+        """
         step = self.step_bytes(self.chunk_tokens())
-        kv = self.kv_bytes(self._advised_context)
+        kv = self.kv_bytes(self.limits.kv_tokens or self._advised_context)
         return self.process_bytes + step + kv + self.weights_bytes
 
     @property
@@ -255,6 +261,9 @@ class MemoryBudget:
             logits: those of them whose results are wanted.
             displacing: whether weights may be given up for it, down to two blocks.
         """
+        most = self.limits.kv_tokens
+        if most is not None and need.held > _grown(most):
+            return False
         layers = self.config.num_hidden_layers
         left = self.left_for_weights(tokens, need.nbytes(self._kv, layers), logits)
         if left is None:
@@ -279,10 +288,12 @@ class MemoryBudget:
         """Describe why the rank cannot load with a limit below :attr:`least_bytes`."""
         limit = self.limits.memory_bytes or 0
         weights = least_budget(self.block_bytes, self.limits.window_blocks)
+        draft = self.limits.reserved_bytes
+        beside = f", with {format_bytes(draft)} of a draft model" if draft else ""
         return (
             f"its memory limit of {format_bytes(limit)} is too low: the process needs "
-            f"{format_bytes(self.process_bytes)}, a step of {self.limits.chunk_tokens} tokens "
-            f"{format_bytes(self.step_bytes())}, two weight blocks {format_bytes(weights)}"
+            f"{format_bytes(self.process_bytes)}{beside}, a step of {self.limits.chunk_tokens} "
+            f"tokens {format_bytes(self.step_bytes())}, two weight blocks {format_bytes(weights)}"
         )
 
     def chunk_tokens(self) -> int:
@@ -314,10 +325,16 @@ class MemoryBudget:
     def _chosen_from(self, chunk: int) -> int:
         """The lowest memory limit with which steps of ``chunk`` tokens are chosen."""
         step = activation_bytes(self.config, self.shard, self.world_size, chunk)
-        return max(4 * step, self._least_bytes(chunk, self.kv_bytes(self._advised_context)))
+        quarter = self.limits.reserved_bytes + 4 * step
+        return max(quarter, self._least_bytes(chunk, self.kv_bytes(self._advised_context)))
 
     def _least_bytes(self, chunk: int, kv_bytes: int) -> int:
         """The lowest memory limit with which steps of ``chunk`` tokens work."""
         step = activation_bytes(self.config, self.shard, self.world_size, chunk)
         weights = least_budget(self.block_bytes, self.limits.window_blocks)
         return self.process_bytes + step + kv_bytes + weights
+
+
+def _grown(tokens: int) -> int:
+    """The most positions that there is room for once ``tokens`` were added one by one."""
+    return round_up(tokens + tokens // 4, 64)

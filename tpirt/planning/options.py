@@ -70,6 +70,8 @@ class PlanOptions:
         chunk_tokens: maximum tokens of a prefill step; by default it follows from memory limits.
         context: maximum tokens of a conversation, for which every rank must have the memory; by
             default the model's maximum, as far as the memory lasts.
+        kv_tokens: maximum tokens whose keys and values are in memory at once, of all conversations
+            together; by default the memory limits decide.
 
     Raises:
         ConfigError: an option has an invalid value.
@@ -86,6 +88,7 @@ class PlanOptions:
     comm_dtype: str = AUTO
     chunk_tokens: int | None = None
     context: int | None = None
+    kv_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < MIN_SLOTS:
@@ -97,6 +100,7 @@ class PlanOptions:
         check_range("memory_bytes", self.memory_bytes, 2**63 - 1)
         check_range("chunk_tokens", self.chunk_tokens, 2**31 - 1)
         check_range("context", self.context, 2**31 - 1)
+        check_range("kv_tokens", self.kv_tokens, 2**31 - 1)
         if self.dtype not in (AUTO, *RUN_DTYPES):
             raise ConfigError(f"dtype {self.dtype!r}: expected auto, float32 or bfloat16")
         if self.quantize != AUTO:

@@ -68,6 +68,11 @@ class KnownAnswers:
         if self._costs is not None:
             self._costs.forget(answer)
 
+    def reset(self) -> None:
+        """See :class:`tpirt.engine.drafts.base.Drafter`."""
+        if self._costs is not None:
+            self._costs.reset()
+
     def _guess(self, answer: Answer, most: int) -> list[Guess]:
         known = self._answers.get(tuple(answer.ids[: answer.prompt]), ())
         following = known[answer.sampled : answer.sampled + most]

@@ -56,3 +56,7 @@ class Drafter(Protocol):
     def forget(self, answer: Answer) -> None:
         """An answer has ended."""
         ...
+
+    def reset(self) -> None:
+        """Give back the memory of what is kept of answers that have ended."""
+        ...

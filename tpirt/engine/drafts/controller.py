@@ -335,6 +335,13 @@ class DraftController:
         except Exception as exc:
             self._give_up(exc)
 
+    def reset(self) -> None:
+        """Keep nothing of answers that have ended."""
+        try:
+            self._drafter.reset()
+        except Exception as exc:
+            self._give_up(exc)
+
     def explain(self) -> str:
         """Say what guesses bring, and why there are none if there are none."""
         stats = self.stats

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from tpirt.engine.drafts.base import Guess
+from tpirt.engine.options import NO_DRAFT, EngineOptions
 from tpirt.engine.sampler import Sampler, check_finite
 from tpirt.engine.sequence import Answer
 from tpirt.errors import ConfigError, MemoryLimitError, RequestError
 from tpirt.ops.quant_linear import FEW_ROWS
+from tpirt.planning import ADVISED_CONTEXT
 from tpirt.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -29,18 +31,42 @@ _LEVELS = (0.95, 0.85, 0.7, 0.5, 0.35, 0.2, 0.1, 0.05, 0.0)  # probabilities tha
 _Position = list[tuple[int, float]]  # the likeliest tokens, with their probabilities
 
 
+def draft_kv_tokens(options: EngineOptions) -> int:
+    """How many tokens' keys and values a small model has memory for: those of a conversation."""
+    return options.context or ADVISED_CONTEXT
+
+
+def draft_options(options: EngineOptions) -> EngineOptions:
+    """How a small model is run beside one with ``options``: whole, in this process."""
+    return EngineOptions(
+        quantize=options.quantize,
+        dtype=options.dtype,
+        kv=options.kv,
+        kv_tokens=draft_kv_tokens(options),
+        threads=options.threads,
+        store=options.store,
+        sequences=options.sequences,
+        spill_bytes=0,
+        draft=NO_DRAFT,
+    )
+
+
 class ModelDrafter:
     """Has a small model go on greedily; the next likely tokens at each position are branches.
 
     How often a guess is right is learnt by its probability. Keys and values stay between calls, as
     those of any request: what was rejected is dropped, and only what is new is computed.
 
+    Where memory is too short for all answers, the first ones get guesses.
+
     Args:
         engine: of the small model; its owner closes it.
+        kv_tokens: of all answers together that it has memory for.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, kv_tokens: int):
         self._engine = engine
+        self._kv_tokens = kv_tokens
         self._guess_s = 0.0  # a token takes
         self._likely: list[float] = []  # the likeliest token, by depth
         self._lengths: dict[Answer, int] = {}  # when it was last asked
@@ -70,7 +96,7 @@ class ModelDrafter:
 
     async def propose(self, answers: Items[Answer], most: int) -> list[list[Guess]]:
         """See :class:`Drafter`."""
-        watchers = await self._continue_all(answers, most)
+        watchers = await self._continue_all(answers, self._fitting(answers, most), most)
         found = [watcher.positions for watcher in watchers]
         if times := [took_s for watcher in watchers if (took_s := watcher.guess_s) is not None]:
             self._guess_s = _smoothed(self._guess_s or max(times), max(times))
@@ -85,25 +111,43 @@ class ModelDrafter:
         """See :class:`Drafter`."""
         self._lengths.pop(answer, None)
 
-    async def _continue_all(self, answers: Items[Answer], most: int) -> list[_Watcher]:
-        """Continue all answers; if one cannot be, the others end."""
+    def reset(self) -> None:
+        """See :class:`Drafter`."""
+        self._engine.reset()
+
+    def _fitting(self, answers: Items[Answer], most: int) -> list[bool]:
+        """Which answers there is room for."""
+        room = self._kv_tokens
+        fitting = []
+        for answer in answers:
+            tokens = len(answer.ids) + most
+            fitting.append(tokens <= min(room, self._engine.context_length))
+            room -= tokens * fitting[-1]
+        return fitting
+
+    async def _continue_all(
+        self, answers: Items[Answer], fitting: Items[bool], most: int
+    ) -> list[_Watcher]:
+        """Continue those answers that fit; if one cannot be, the others end."""
+        watchers = [self._watcher(answer) for answer in answers]
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._continue(answer, most)) for answer in answers]
+                for answer, watcher, fits in zip(answers, watchers, fitting, strict=True):
+                    if fits:
+                        group.create_task(self._continue(answer, watcher, most))
         except BaseExceptionGroup as exc:
             raise exc.exceptions[0] from None
-        return [task.result() for task in tasks]
+        return watchers
 
-    async def _continue(self, answer: Answer, most: int) -> _Watcher:
-        ids = answer.ids
-        watcher = _Watcher(len(ids) - self._lengths.get(answer, 0) > FEW_ROWS)
-        if len(ids) + most <= self._engine.context_length:
-            self._lengths[answer] = len(ids)
-            # Too many at once, ids that it lacks, or memory is short now: that answer goes without
-            # guesses, or with those that there are.
-            with suppress(RequestError, MemoryLimitError):
-                await self._engine.draw(ids, watcher, most)
-        return watcher
+    def _watcher(self, answer: Answer) -> _Watcher:
+        return _Watcher(len(answer.ids) - self._lengths.get(answer, 0) > FEW_ROWS)
+
+    async def _continue(self, answer: Answer, watcher: _Watcher, most: int) -> None:
+        self._lengths[answer] = len(answer.ids)
+        # Too many at once, ids that it lacks, or memory is short now: that answer goes without
+        # guesses, or with those that there are.
+        with suppress(RequestError, MemoryLimitError):
+            await self._engine.draw(answer.ids, watcher, most)
 
     def _learn(self, likely: list[float]) -> None:
         for depth, probability in enumerate(likely):

@@ -91,6 +91,9 @@ class SuffixDrafter:
         """See :class:`Drafter`."""
         self._texts.pop(answer, None)
 
+    def reset(self) -> None:
+        """See :class:`Drafter`: nothing is kept."""
+
     def _guess(self, answer: Answer, most: int) -> list[Guess]:
         text = self._texts.setdefault(answer, SuffixIndex())
         text.extend(answer.ids[len(text.ids) :])

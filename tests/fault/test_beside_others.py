@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.steps import have_memory_for
 from tpirt.cluster.connection import Connection
 from tpirt.errors import MemoryLimitError, PeerLostError, StoreError
 from tpirt.model.decoder import Decoder
-from tpirt.planning import Deployment
 from tpirt.testing.cluster import memory_engine
 from tpirt.types import Completion, SamplingParams
 
@@ -127,11 +127,7 @@ def refuse_above(patch: pytest.MonkeyPatch, positions: int) -> list[bool]:
 
 def have_room_for(patch: pytest.MonkeyPatch, positions: int) -> list[bool]:
     """Only so many positions fit."""
-
-    def has_room(_: Deployment, need: Any, *__: int, displacing: bool) -> bool:
-        return bool(need.held <= positions)
-
-    patch.setattr(Deployment, "has_room", has_room)
+    have_memory_for(patch, positions // 2)
     return []
 
 

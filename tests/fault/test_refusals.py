@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tpirt.batch import Segment
 from tpirt.cli.main import main
 from tpirt.engine import Engine
 from tpirt.errors import ConfigError, MemoryLimitError
@@ -80,7 +81,9 @@ def test_kv_store_is_usable_after_memory_was_refused_while_it_shrank(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store = KVStore(2, KVLayout(1, 4, torch.float32))
-    store.reserve(0, 640)
+    whole = Segment(0, 0, 640, 0, 640)
+    store.prepare([whole])
+    store.commit([whole])
     allocate, calls = KVLayout.allocate, 0
 
     def refused(layout: KVLayout, capacity: int) -> Cached:
@@ -92,8 +95,8 @@ def test_kv_store_is_usable_after_memory_was_refused_while_it_shrank(
 
     monkeypatch.setattr(KVLayout, "allocate", refused)
     with pytest.raises(MemoryError):
-        store.truncate(0, 0)
-    store.reserve(0, 640)
+        store.prepare([Segment(0, 0, 1, 0, 1)])
+    store.prepare([whole])
     assert {layer.length for layer in store._slots[0].layers} == {640}
 
 

@@ -114,9 +114,9 @@ async def test_no_step_is_run_for_one_that_left_while_room_was_made(
 ) -> None:
     spill, before = Group.spill, 0
 
-    async def slow(self: Group, slot: int, handle: int) -> None:
+    async def slow(self: Group, slot: int, *args: int) -> None:
         nonlocal before
-        await spill(self, slot, handle)
+        await spill(self, slot, *args)
         before = len(steps)
         await leave(asked)
 

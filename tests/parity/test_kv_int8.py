@@ -153,8 +153,6 @@ async def test_sequences_in_one_step_equal_each_alone(model: Path) -> None:
     async with decoder_group(model, 2, kv_bits=8) as group:
         parts = [Segment(0, 0, 20, 20, 30), Segment(1, 0, 12, 12, 40)]
         begun = await group.logits(first[:20] + second[:12], parts)
-        for rank in group.ranks:
-            rank.decoder.kv.truncate(0, 15)
         parts = [Segment(1, 12, 28, 28, 40), Segment(0, 15, 15, 15, 30)]
         ended = await group.logits(second[12:] + first[15:], parts, micro_batches=True)
     assert error(torch.cat((begun[:15], ended[28:])), await alone(first)) < 5e-4

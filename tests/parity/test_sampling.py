@@ -151,6 +151,13 @@ def test_same_seed_same_tokens_and_no_seed_differs() -> None:
         {"seed": -1},
         {"seed": 1 << 63},
         {"stop": ("a", "")},
+        {"stop": "abc"},
+        {"stop": (1,)},
+        {"max_tokens": 2.5},
+        {"max_tokens": "3"},
+        {"temperature": "1"},
+        {"top_k": None},
+        {"seed": 1.0},
     ],
     ids=str,
 )

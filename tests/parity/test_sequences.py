@@ -251,6 +251,22 @@ async def test_a_small_model_keeps_to_its_memory(
         assert kv._capacity <= 64
 
 
+async def test_first_tokens_of_others_are_no_merit_of_guesses(
+    model: Path, alone: dict[tuple[int, ...], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One answer has guesses; prompts come and go beside it."""
+    take_free_rows(monkeypatch, 64)
+    drafter: Any = KnownAnswers(alone, 1.0, told=True)
+    first = SamplingParams(max_tokens=1)
+    async with memory_engine(model, 1, draft=drafter, sequences=2) as engine:
+        others = (engine.complete(prompt, first) for prompt in PROMPTS[4:12])
+        done, *_ = await asyncio.gather(engine.complete(PROMPTS[3], PARAMS), *others)
+        stats = engine.draft_stats
+        assert stats is not None
+        assert stats.tokens == stats.steps + done.right_guesses
+        assert done.right_guesses > 3
+
+
 async def test_a_draft_of_another_tokenizer_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="its tokenizer is not that of tiny"):
         async with connected(model, 1, draft=BUNDLED_MODEL):

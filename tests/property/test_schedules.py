@@ -17,13 +17,11 @@ from hypothesis import strategies as st
 
 from tests.support.kernels import attend_in_c, multiply_few_rows_in_c, multiply_in_c
 from tests.support.nightly import examples, named_examples
-from tests.support.steps import take_free_rows
+from tests.support.steps import have_memory_for, take_free_rows
 from tpirt.engine import Engine
 from tpirt.engine.model import BUNDLED_MODEL
 from tpirt.engine.step_costs import StepCosts
-from tpirt.model.kv_store import KVNeed
 from tpirt.ops.quant_linear import FEW_ROWS
-from tpirt.planning import Deployment
 from tpirt.testing.cluster import memory_engine
 from tpirt.testing.faults import Fault, FaultyChannel
 from tpirt.testing.models import make_model
@@ -193,16 +191,6 @@ async def answers(engine: Engine, schedule: list[Request], temperature: float) -
     return [task.result() for task in asked]
 
 
-def have_memory_for(patch: pytest.MonkeyPatch, positions: int) -> None:
-    """Bound the KV stores, and have what went to disk come back rather than be computed."""
-
-    def has_room(_: Deployment, need: KVNeed, *__: int, displacing: bool) -> bool:
-        return need.held <= positions * (1 + displacing)
-
-    patch.setattr(Deployment, "has_room", has_room)
-    patch.setattr(StepCosts, "prompt_seconds", lambda *_: float("inf"))
-
-
 def came_again(tokens: list[int]) -> bool:
     """Whether a token that an answer goes on from came before: then there are guesses."""
     going_on = tokens[:-1]
@@ -326,6 +314,8 @@ class Models:
             take_free_rows(patch, FEW_ROWS)
             if memory is not None:
                 have_memory_for(patch, memory)
+                # What went to disk comes back rather than being computed.
+                patch.setattr(StepCosts, "prompt_seconds", lambda *_: float("inf"))
             asyncio.run(run())
 
 

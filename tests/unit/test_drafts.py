@@ -452,6 +452,19 @@ async def test_the_likeliest_successors_are_guessed_where_nothing_matches() -> N
     ]
 
 
+async def test_time_for_a_prompts_rows_is_no_loss_of_guesses() -> None:
+    """A step with a guess and a prompt takes 3 s: 1 s of them is the answer's, 2 s the prompt's."""
+    asked, prompt = answer([1]), Scoring([5] * 40, ignore_progress)
+    prompt.admit(1, 0)
+    known = known_costs({1: 1.0, 2: 1.0, 24: 3.0, 48: 3.0})
+    controller = controlled(Fixed({asked: 1.0}), known)
+    pieces = await controller.extend([Piece(asked, 1), Piece(prompt, 30, prompt=True)], 64, 1)
+    assert [len(piece.guesses) for piece in pieces] == [1, 0]
+    controller.learn_step(pieces, 2, 3.0)
+    assert controller.stats.saved_s == pytest.approx(1.0, abs=0.01)
+    assert controller.stats.predicted_saved_s == pytest.approx(1.0, abs=0.3)
+
+
 async def test_guesses_of_a_tree_are_counted_along_the_path_that_was_drawn() -> None:
     asked = answer([1])
     controller = controlled(Tree(), costs(flat=True))

@@ -136,9 +136,9 @@ def test_memory_is_given_back(kv: KVStore, token_bytes: int) -> None:
     feed(kv, segment(0, 0, 1000))
     feed(kv, segment(1, 0, 200))
     assert kv.nbytes == (1024 + 256) * token_bytes
-    kv.truncate(0, 600)  # more than half is still needed
+    feed(kv, segment(0, 599, 1))  # more than half is still needed
     assert kv.nbytes == (1024 + 256) * token_bytes
-    kv.truncate(0, 150)
+    feed(kv, segment(0, 149, 1))
     assert kv.nbytes == (192 + 256) * token_bytes
     assert torch.equal(held(kv, 0), stored(kv, rows(1, 0, 150, 0)))
     kv.free(1)
@@ -146,18 +146,8 @@ def test_memory_is_given_back(kv: KVStore, token_bytes: int) -> None:
     assert kv.nbytes == 192 * token_bytes
     feed(kv, segment(0, 0, 3))  # a new conversation
     assert kv.nbytes == 64 * token_bytes
-    kv.truncate(0, 0)
+    kv.free(0)
     assert kv.nbytes == 0
-
-
-def test_reserved_room_is_not_moved_again(kv: KVStore, token_bytes: int) -> None:
-    kv.reserve(0, 500)
-    for position in range(0, 500, 50):
-        read = kv.layout.piece_bytes(position + 50)
-        assert kv.bytes_for([segment(0, position, 50)]) == 512 * token_bytes + read
-        assert kv.nbytes == 512 * token_bytes
-        feed(kv, segment(0, position, 50))
-    assert torch.equal(held(kv, 0), stored(kv, rows(1, 0, 500, 0)))
 
 
 def test_growing_by_single_tokens_copies_linearly(kv: KVStore, token_bytes: int) -> None:

@@ -25,6 +25,7 @@ def sequence(
     made = Unanswered(range(length), ignore_progress)
     made.user, made.priority, made.arrived_s = user, priority, arrived_s
     made.admit(id(made), computed)
+    made.begun = False
     return made
 
 
@@ -143,12 +144,25 @@ def test_users_take_turns_in_order_of_priority() -> None:
     b = [sequence(3, user="b") for _ in range(2)]
     urgent = sequence(3, user="a", priority=1)
     again = sequence(3, user="a")
-    again.again = True
+    again.begun = True
     ordered = Scheduler(StepCosts()).order([*a, *b, urgent, again], [], 16)
     assert ordered[:2] == [again, urgent]
     assert ordered[2:] == [b[0], b[1], *a] or ordered[2:4] == [a[0], b[0]]
     running = [sequence(3, user="a") for _ in range(2)]
     assert Scheduler(StepCosts()).order([*a, *b], running, 16) == [b[0], b[1], *a]
+
+
+def test_what_waits_with_a_lower_priority_takes_nobodys_turn() -> None:
+    low = [sequence(3, user="a", priority=-1) for _ in range(3)]
+    first, second = sequence(3, user="a"), sequence(3, user="b")
+    ordered = Scheduler(StepCosts()).order([*low, first, second], [], 16)
+    assert ordered == [first, second, *low]
+
+
+def test_prompts_are_computed_by_priority() -> None:
+    prompts = [sequence(30, priority=priority) for priority in (0, 1, 0)]
+    plan = Scheduler(StepCosts()).plan(prompts, 64)
+    assert [piece.sequence for piece in plan] == [prompts[1], prompts[0], prompts[2]]
 
 
 def test_a_target_per_token_takes_the_place_of_the_factor() -> None:

@@ -107,7 +107,11 @@ class Driver:
             wake=self._start,
         )
         self._scheduler = Scheduler(
-            self._costs, sequences=sequences, stall_free=stall_free, targets=targets
+            self._costs,
+            self._output_costs,
+            sequences=sequences,
+            stall_free=stall_free,
+            targets=targets,
         )
         self.goodput = Goodput(targets)
         self._drafts: DraftController | None = None

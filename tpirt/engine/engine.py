@@ -284,7 +284,8 @@ class Engine:
             params: how to sample; the model's defaults when absent.
             progress: called with progress reports of this request.
             user: on whose behalf; users take turns where requests have to wait.
-            priority: of waiting requests, the higher ones begin first.
+            priority: of waiting requests, the higher ones begin first, and their prompts are
+                computed first.
 
         Raises:
             RequestError: the prompt is empty or longer than the context; the engine is closed.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 
@@ -11,6 +13,17 @@ from tpirt.errors import ConfigError, LogitsError
 from tpirt.types import SamplingParams
 
 _REMOVED = -float("inf")
+_KINDS: tuple[tuple[str, Any, str], ...] = (
+    ("max_tokens", Integral, "a whole number"),
+    ("temperature", Real, "a number"),
+    ("top_k", Integral, "a whole number"),
+    ("top_p", Real, "a number"),
+    ("min_p", Real, "a number"),
+    ("repetition_penalty", Real, "a number"),
+    ("seed", Integral, "a whole number"),
+    ("stop", (tuple, list), "a tuple of texts"),
+)
+_OPTIONAL = ("max_tokens", "seed")
 # Below, sampling is greedy for all logits, and dividing by the temperature may overflow.
 _GREEDY_BELOW = 1e-6
 
@@ -19,8 +32,13 @@ def check_params(params: SamplingParams) -> None:
     """Validate sampling parameters.
 
     Raises:
-        ConfigError: a value is out of range; the message has name, range and value.
+        ConfigError: a value has a wrong type or is out of range; the message has name, range and
+            value.
     """
+    for name, kind, called in _KINDS:
+        value = getattr(params, name)
+        if not isinstance(value, kind) and (value is not None or name not in _OPTIONAL):
+            raise ConfigError(f"{name}: expected {called}, got {value!r}")
     ranges = (
         ("max_tokens", params.max_tokens is None or params.max_tokens >= 1, "at least 1"),
         ("temperature", 0 <= params.temperature < float("inf"), "0 (greedy) or more"),
@@ -33,7 +51,7 @@ def check_params(params: SamplingParams) -> None:
             "above 0; 1 is off",
         ),
         ("seed", params.seed is None or 0 <= params.seed < 1 << 63, "0 to 2^63 - 1"),
-        ("stop", all(params.stop), "non-empty strings"),
+        ("stop", all(text and isinstance(text, str) for text in params.stop), "non-empty strings"),
     )
     for name, ok, expected in ranges:
         if not ok:

@@ -2,7 +2,8 @@
 
 Answers under way come first, one row each, then as much of waiting prompts as the step may take
 (stall-free mixed batches, as in Sarathi-Serve): up to the target for the time per token, if there
-is one. Prompts whose first token can still be in time come before those that are late.
+is one. Of prompts with one priority, those whose first token can still be in time come before those
+that are late.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Piece:
         return cls(
             sequence,
             tokens,
-            prefill=tokens > 1 or sequence.prefilling,
+            prefill=sequence.prefilling,
             prompt=sequence.todo > 1 or not isinstance(sequence, Answer),
         )
 
@@ -101,7 +102,8 @@ class Scheduler:
     """Chooses from sequences; changes none.
 
     Args:
-        costs: how long steps take.
+        costs: how long the layers take, by rows.
+        output_costs: how long logits and sampling take, by answers.
         sequences: the most in one step.
         stall_free: whether a prompt may only slow answers down by a factor of 2 a step; else it is
             computed as fast as it can be.
@@ -111,12 +113,14 @@ class Scheduler:
     def __init__(
         self,
         costs: StepCosts,
+        output_costs: StepCosts | None = None,
         *,
         sequences: int = 16,
         stall_free: bool = True,
         targets: Targets = NO_TARGETS,
     ):
         self._costs = costs
+        self._output_costs = output_costs or StepCosts()
         self._sequences = sequences
         self._stall_free = stall_free
         self._targets = targets
@@ -135,10 +139,10 @@ class Scheduler:
         """
         places = Counter(sequence.user for sequence in running)
         keys = {}
-        ordered = list(waiting)
+        ordered = sorted(waiting, key=lambda s: (not s.begun, -s.priority))
         for arrival, sequence in enumerate(ordered):
             keys[sequence] = (
-                not sequence.again,
+                not sequence.begun,
                 -sequence.priority,
                 self._late(sequence, chunk_tokens, now_s),
                 places[sequence.user],
@@ -153,7 +157,7 @@ class Scheduler:
         Where even one does not, the target is no reason to wait.
         """
         target_s = self._targets.tpot_s
-        alone_s, joint_s = self._costs.seconds(1), self._costs.seconds(running + 1)
+        alone_s, joint_s = self._seconds(1), self._seconds(running + 1)
         if target_s is None or alone_s is None or joint_s is None or alone_s > target_s:
             return True
         return joint_s <= target_s
@@ -167,7 +171,7 @@ class Scheduler:
         """
         ready = [s for s in running if not s.paused and not s.ended]
         prompts = [sequence for sequence in ready if sequence.todo > 1]  # in order of admission
-        prompts.sort(key=lambda sequence: self._late(sequence, chunk_tokens, now_s))
+        prompts.sort(key=lambda s: (-s.priority, self._late(s, chunk_tokens, now_s)))
         answers = [sequence for sequence in ready if sequence.todo == 1]
         answers.sort(key=lambda sequence: sequence.turn)  # if not all fit, the others are next
         places = min(chunk_tokens, self._sequences)
@@ -189,14 +193,22 @@ class Scheduler:
     def _room(self, answers: int, chunk_tokens: int) -> int:
         """How many rows of prompts go with those of ``answers`` answers; at least 1 if any fits."""
         most = chunk_tokens - answers
-        alone_s = self._costs.seconds(answers)
+        alone_s = self._seconds(answers)
         if not answers or not most or alone_s is None:
             return most
         longest_s = self._longest_s(alone_s)
         if longest_s is None:
             return most
-        within = self._costs.rows_within(longest_s, chunk_tokens)
+        within = self._costs.rows_within(longest_s - self._output_s(answers), chunk_tokens)
         return max(1, within - answers)
+
+    def _seconds(self, answers: int) -> float | None:
+        """What a step of so many answers is expected to take; None before the first one."""
+        layers_s = self._costs.seconds(answers)
+        return None if layers_s is None else layers_s + self._output_s(answers)
+
+    def _output_s(self, answers: int) -> float:
+        return self._output_costs.seconds(answers) or 0.0
 
     def _longest_s(self, alone_s: float) -> float | None:
         """The most that a step may take whose answers take ``alone_s``; None for no bound."""

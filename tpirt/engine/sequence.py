@@ -37,6 +37,7 @@ class Sequence(ABC, Generic[_T]):
         arrived_s: when it was made, by ``time.perf_counter``.
         turn: number of the latest step that it was in.
         steps: numbers of all those.
+        begun: whether it has had a slot.
         again: whether it is computed once more, after its keys and values were given up or lost.
         progress: told about its prompt.
     """
@@ -60,7 +61,7 @@ class Sequence(ABC, Generic[_T]):
         self.arrived_s = time.perf_counter()
         self.turn = 0
         self.steps: list[int] = []
-        self.again = False
+        self.begun = self.again = False
         self.progress = progress
         self._ahead = ahead
         self._begin = self._target = 0  # computed and known ids at admission
@@ -107,7 +108,7 @@ class Sequence(ABC, Generic[_T]):
 
     def admit(self, slot: int, shared: int) -> None:
         """Begin in a slot, with the first ``shared`` ids computed."""
-        self.slot = slot
+        self.slot, self.begun = slot, True
         self.computed = self._begin = shared
         self._target = len(self.ids)
         self.steps.clear()

@@ -164,7 +164,8 @@ class KVStore:
     """Keys and values of many sequences, each in a slot.
 
     A slot is created empty on first use. Every layer appends the same tokens in a step; they count
-    only after :meth:`commit`, so after a failed step each sequence has the positions before it.
+    only after :meth:`commit`, so after a failed step each sequence has the positions before it,
+    without what it was to keep of a tree.
     When positions are dropped and a slot has more than twice the needed capacity, its memory is
     returned to the operating system.
     """
@@ -257,18 +258,6 @@ class KVStore:
     def views(self, slot: int, tokens: int) -> list[Cached]:
         """The first ``tokens`` positions of every layer, for which there is room, in place."""
         return [layer.positions(0, tokens) for layer in self._opened(slot).layers]
-
-    def reserve(self, slot: int, tokens: int) -> None:
-        """Make room for ``tokens`` positions in total; existing positions stay."""
-        found = self._opened(slot)
-        self._fit(found, tokens)
-
-    def truncate(self, slot: int, length: int) -> None:
-        """Drop the positions from ``length`` on."""
-        found = self._opened(slot)
-        assert length <= found.length
-        found.length = length
-        self._fit(found, length, shrink=True)
 
     def fork(self, source: int, target: int, length: int, room: int = 0) -> None:
         """Copy the first ``length`` positions of ``source`` to ``target``, replacing it.

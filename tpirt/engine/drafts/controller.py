@@ -378,7 +378,7 @@ class DraftController:
         base_s = base.seconds + drafting_s(0)
         best_rate = base_rate = expected / base_s
         best_gain = 1.0
-        self._predicted = (expected, base.seconds)
+        predicted = [(expected, base.seconds)]
         order: list[tuple[int, int]] = []
         best = deepest = 0
         for likely, answer, index, depth in self._likeliest(guesses):
@@ -396,15 +396,17 @@ class DraftController:
             best_gain = max(best_gain, rate / base_rate)
             if rate > best_rate and self._losses.left_s >= step_s - base_s:
                 best, best_rate = len(order), rate
-                self._predicted = (expected, step_s)
+            predicted.append((expected, step_s))
         if order:  # else what prospects promise stands
             self._gain = best_gain
         gain = best_rate / base_rate
         if gain < _LEAST_GAIN:
-            best = int(self._losses.is_full)  # there is so much to lose that one can be tried
+            # There may be so much to lose that one can be tried.
+            best = int(self._losses.is_full and bool(order))
         elif self._busy_steps >= min(self._compare_steps, (1 - 1 / gain) / _COMPARE_SHARE):
             self._compare_steps *= 2
             return chosen
+        self._predicted = predicted[best]
         for answer, index in order[:best]:
             chosen[answer].append(index)
         return chosen

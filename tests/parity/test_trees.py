@@ -19,7 +19,7 @@ from tpirt.batch import Batch, Segment
 from tpirt.cluster.group import Group
 from tpirt.engine import Engine
 from tpirt.engine.drafts.base import Guess
-from tpirt.engine.driver import Driver
+from tpirt.engine.kv_manager import KVManager
 from tpirt.engine.scheduler import Piece
 from tpirt.engine.sequence import Answer
 from tpirt.engine.step_costs import StepCosts
@@ -239,11 +239,11 @@ async def test_tokens_are_computed_again_if_the_step_that_keeps_them_fails(
             raise MemoryLimitError("refused")
         return out
 
-    async def relieve(*_: Any) -> None:
-        pass
+    async def relieve(_: KVManager) -> bool:
+        return True
 
     monkeypatch.setattr(Group, "step", failing)
-    monkeypatch.setattr(Driver, "_relieve", relieve)
+    monkeypatch.setattr(KVManager, "relieve", relieve)
     async with memory_engine(model, 2, draft=Bushes(answers), **options) as engine:
         assert (await engine.complete(prompt, params)).token_ids == answers[prompt]
     assert failed > 1

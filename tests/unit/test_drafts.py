@@ -520,8 +520,8 @@ async def test_a_small_models_likely_tokens_are_branches_of_its_own_choice() -> 
 
 
 async def test_a_small_model_guesses_for_as_many_answers_as_it_has_memory_for() -> None:
-    drafter = ModelDrafter(Small(), 60)  # type: ignore[arg-type]
-    answers = [answer([3] * length) for length in (30, 40, 20)]
+    drafter = ModelDrafter(Small(), 100)  # type: ignore[arg-type]
+    answers = [answer([3] * length) for length in (40, 60, 40)]
     assert list(map(bool, await drafter.propose(answers, 2))) == [True, False, True]
 
 

@@ -323,3 +323,8 @@ def grown_capacity(current: int, tokens: int, *, shrink: bool = False) -> int:
         return current
     # Grow by at least a quarter, so that all copies together stay linear in the length.
     return max(needed, round_up(current * 5 // 4, _STEP_TOKENS))
+
+
+def most_capacity(tokens: int) -> int:
+    """The largest capacity of a slot that has grown to ``tokens`` positions."""
+    return round_up(tokens + tokens // 4, _STEP_TOKENS)

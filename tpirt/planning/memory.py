@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tpirt.config import ModelConfig
-from tpirt.model.kv_store import KVLayout, KVNeed, grown_capacity
+from tpirt.model.kv_store import KVLayout, KVNeed, grown_capacity, most_capacity
 from tpirt.ops.buffers import round_up
 from tpirt.ops.nn import MASK_ELEMENTS
 from tpirt.ops.quant import QuantSpec
@@ -178,7 +178,7 @@ class MemoryBudget:
 
         The KV store grows by a quarter at a time, and copies layer by layer.
         """
-        cache = self.kv_token_bytes * _grown(tokens)
+        cache = self.kv_token_bytes * most_capacity(tokens)
         return cache + cache // self.config.num_hidden_layers + self._kv.piece_bytes(tokens)
 
     def left_for_weights(
@@ -262,7 +262,7 @@ class MemoryBudget:
             displacing: whether weights may be given up for it, down to two blocks.
         """
         most = self.limits.kv_tokens
-        if most is not None and need.held > _grown(most):
+        if most is not None and need.held > most_capacity(most):
             return False
         layers = self.config.num_hidden_layers
         left = self.left_for_weights(tokens, need.nbytes(self._kv, layers), logits)
@@ -333,8 +333,3 @@ class MemoryBudget:
         step = activation_bytes(self.config, self.shard, self.world_size, chunk)
         weights = least_budget(self.block_bytes, self.limits.window_blocks)
         return self.process_bytes + step + kv_bytes + weights
-
-
-def _grown(tokens: int) -> int:
-    """The most positions that there is room for once ``tokens`` were added one by one."""
-    return round_up(tokens + tokens // 4, 64)

@@ -15,6 +15,7 @@ from tpirt.engine.options import NO_DRAFT, EngineOptions
 from tpirt.engine.sampler import Sampler, check_finite
 from tpirt.engine.sequence import Answer
 from tpirt.errors import ConfigError, MemoryLimitError, RequestError
+from tpirt.model.kv_store import most_capacity
 from tpirt.ops.quant_linear import FEW_ROWS
 from tpirt.planning import ADVISED_CONTEXT
 from tpirt.types import SamplingParams
@@ -117,12 +118,13 @@ class ModelDrafter:
 
     def _fitting(self, answers: Items[Answer], most: int) -> list[bool]:
         """Which answers there is room for."""
-        room = self._kv_tokens
+        room = most_capacity(self._kv_tokens)
         fitting = []
         for answer in answers:
             tokens = len(answer.ids) + most
-            fitting.append(tokens <= min(room, self._engine.context_length))
-            room -= tokens * fitting[-1]
+            needed = most_capacity(tokens)
+            fitting.append(needed <= room and tokens <= self._engine.context_length)
+            room -= needed * fitting[-1]
         return fitting
 
     async def _continue_all(

@@ -12,6 +12,7 @@ import torch
 
 from tests.support.steps import have_memory_for
 from tpirt.cluster.connection import Connection
+from tpirt.engine.scheduler import Scheduler
 from tpirt.errors import MemoryLimitError, PeerLostError, StoreError
 from tpirt.model.decoder import Decoder
 from tpirt.testing.cluster import memory_engine
@@ -148,3 +149,42 @@ async def test_who_waits_for_a_reader_makes_room(
             tokens += [token.id async for token in stopped]
     assert tokens == alone[0]
     assert sum(refused) < 10
+
+
+async def test_after_a_loss_all_run_again_that_there_is_memory_for(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, running, given_up = Scheduler.plan, [0], asyncio.Event()
+
+    def noted(self: Scheduler, sequences: Sequence[Any], *args: Any) -> Any:
+        if len(sequences) < running[-1]:
+            given_up.set()
+        running.append(len(sequences))
+        return plan(self, sequences, *args)
+
+    monkeypatch.setattr(Scheduler, "plan", noted)
+    async with memory_engine(model, 2, spill_bytes=0) as engine:
+        alone = [(await engine.complete(ids, MANY)).token_ids for ids in PROMPTS[:3]]
+        engine.reset()
+        given_up.clear()
+        with monkeypatch.context() as short:
+            have_memory_for(short, 64)
+            answers = [asyncio.create_task(engine.complete(ids, MANY)) for ids in PROMPTS[:3]]
+            await given_up.wait()
+        engine._group._break(PeerLostError("gone", rank=1, peer_id="memory:1"))
+        running[:] = [0]
+        assert [(await answer).token_ids for answer in answers] == alone
+        assert max(running) == 3
+
+
+async def test_what_several_share_is_said_to_be_computed_again_once(model: Path) -> None:
+    async with memory_engine(model, 2, draft="none") as engine:
+        answers = [engine.generate([*LONG, last], MANY) for last in range(3, 6)]
+        for answer in answers:
+            await anext(answer)
+        engine._group._break(PeerLostError("gone", rank=1, peer_id="memory:1"))
+        for answer in answers:
+            async for _ in answer:
+                pass
+    (replayed,) = {recovery.replayed_tokens for recovery in engine.recoveries}
+    assert len(LONG) < replayed < len(LONG) + 3 * 20

@@ -152,6 +152,15 @@ def test_users_take_turns_in_order_of_priority() -> None:
     assert Scheduler(StepCosts()).order([*a, *b], running, 16) == [b[0], b[1], *a]
 
 
+def test_a_kept_conversation_is_not_late() -> None:
+    """Its next message is short, however long all of it is."""
+    scheduler = Scheduler(costs(r1=0.01, r100=1.0), targets=Targets(ttft_s=2.0))
+    kept, fresh = sequence(3000), sequence(100)
+    order = scheduler.order([kept, fresh], [], 100, shared={kept: 2990, fresh: 0}.__getitem__)
+    assert order == [kept, fresh]
+    assert scheduler.order([kept, fresh], [], 100) == [fresh, kept]
+
+
 def test_what_waits_with_a_lower_priority_takes_nobodys_turn() -> None:
     low = [sequence(3, user="a", priority=-1) for _ in range(3)]
     first, second = sequence(3, user="a"), sequence(3, user="b")

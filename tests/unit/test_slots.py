@@ -216,3 +216,9 @@ def test_dynamically_rotated_keys_are_shared_up_to_the_trained_length() -> None:
 )
 def test_common_prefix(one: list[int], other: list[int], length: int) -> None:
     assert common_prefix(one, other) == common_prefix(other, one) == length
+
+
+@given(*[st.lists(st.integers(0, 1), max_size=12)] * 2)
+def test_a_common_prefix_ends_at_the_first_difference(one: list[int], other: list[int]) -> None:
+    differ = (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    assert common_prefix(one, other) == next(differ, min(len(one), len(other)))

@@ -315,7 +315,7 @@ class Driver:
             if self._drafts is not None:
                 learning_s = self._drafts.learning_s
                 self._drafts.learn_step(pieces, tokens, ended_s - began_s)
-            if len(out):
+            if len(out) and not any(isinstance(p.sequence, Scoring) for p in pieces):
                 self._output_costs.learn(len(out), ended_s - computed_s - learning_s)
 
     def _advance(self, pieces: list[Piece], step: int) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 from tpirt.batch import Batch, Segment
 from tpirt.cancellation import finish
@@ -16,15 +17,32 @@ from tpirt.cluster.connection import Connection
 from tpirt.cluster.group import Group
 from tpirt.engine.scheduler import Scheduler
 from tpirt.engine.sequence import Sequence
-from tpirt.engine.slots import Place, Sharing, Slots
+from tpirt.engine.slots import Place, Sharing, Slots, common_prefix
 from tpirt.engine.spilling import Spiller, free
 from tpirt.engine.step_costs import StepCosts
 from tpirt.errors import MemoryLimitError
+from tpirt.model.kv_store import KVNeed
 from tpirt.planning import Deployment
 
 _Any = Sequence[Any]
 
 _LEAST_SHARED = 32  # ids, for which a sequence waits until another one has computed them
+_MOST_HELD_BACK = 16  # of those that wait for others' ids a turn: to compare ids takes time
+
+
+class _Fitting(NamedTuple):
+    """What decides whether there is memory for a step; see :class:`KVNeed`."""
+
+    held: int
+    peak: int
+    ends: list[int]  # in units of 64
+    rows: int
+    logits: int
+
+    @classmethod
+    def of(cls, need: KVNeed, rows: int, logits: int) -> _Fitting:
+        """What a step of ``rows`` rows needs, ``logits`` of which are wanted."""
+        return cls(need.held, need.peak, [end // 64 for end in need.ends], rows, logits)
 
 
 class KVManager:
@@ -75,7 +93,7 @@ class KVManager:
             wake=wake,
         )
         self._forget = False  # reset() was called, and the memory is not free yet
-        self._fitting: tuple[int, int, int, int] | None = None  # the last step's memory
+        self._fitting: _Fitting | None = None  # the last step's memory
 
     @property
     def tokens(self) -> int:
@@ -128,19 +146,20 @@ class KVManager:
 
     def begin_again(self) -> int:
         """All is lost with the group; returns how many tokens have to be computed again."""
-        tokens = sum(sequence.computed for sequence in self.running)
+        lost = [sequence.ids[: sequence.computed] for sequence in self.running]
         for sequence in self.waiting:
-            shared = self._place(sequence, copy=True).shared
+            shared = self._shared(sequence)
             sequence.again = sequence.again or shared > 0
-            tokens += shared
+            lost.append(sequence.ids[:shared])
         self._slots.clear()
         self._spiller.forget()
         self._fitting = None
+        self._most_active = self._most
         self.waiting[:0] = self.running
         self.running.clear()
         for sequence in self.waiting:
             sequence.restart()
-        return tokens
+        return _distinct(lost)
 
     def discard(self, slot: int) -> None:
         """Keep and share nothing of a busy slot."""
@@ -162,13 +181,18 @@ class KVManager:
         if self._full:  # before those that wait are sorted
             return
         chunk, now_s = self._deployment.chunk_tokens, time.perf_counter()
-        for sequence in self._scheduler.order(self.waiting, self.running, chunk, now_s):
+        held_back = 0
+        ordered = self._scheduler.order(self.waiting, self.running, chunk, now_s, self._shared)
+        for sequence in ordered:
             if self._full:
                 return
             if sequence.fed:
                 continue
             place = self._place(sequence, copy=True)
             if self._soon_shared(sequence, place):
+                held_back += 1
+                if held_back == _MOST_HELD_BACK:
+                    return
                 continue
             if not await self._admit(sequence, place):
                 return
@@ -237,6 +261,9 @@ class KVManager:
         self.running.append(sequence)
         self.first_step = self._group.next_step
 
+    def _shared(self, sequence: _Any) -> int:
+        return self._place(sequence, copy=True).shared
+
     def _place(self, sequence: _Any, *, copy: bool) -> Place:
         ids, length = _sharable(sequence), sequence.prompt
         return self._spiller.better(self._slots.find(ids, length, copy=copy), ids, length)
@@ -252,7 +279,7 @@ class KVManager:
         batch = Batch(tuple(segments))
         rows, logits = batch.tokens, batch.num_logits
         need = self._group.kv_need(segments)
-        if (need.held, need.peak, rows, logits) == self._fitting:
+        if _Fitting.of(need, rows, logits) == self._fitting:
             return True
         fits = self._deployment.has_room
         while not fits(need, rows, logits, displacing=False) and (idle := self._slots.idle):
@@ -261,7 +288,7 @@ class KVManager:
         if len(self.running) > 1 and not fits(need, rows, logits, displacing=True):
             await self._give_up(self._least_missed)
             return False
-        self._fitting = (need.held, need.peak, rows, logits)
+        self._fitting = _Fitting.of(need, rows, logits)
         return True
 
     async def relieve(self) -> bool:
@@ -315,6 +342,13 @@ class KVManager:
         paused = [sequence for sequence in self.running if sequence.paused]
         others = [sequence for sequence in paused if sequence.slot != source]
         return next(reversed(others or paused), None)
+
+
+def _distinct(texts: list[list[int]]) -> int:
+    """How many ids of some texts have to be computed, if common prefixes are shared."""
+    texts = sorted(texts)
+    shared = sum(common_prefix(one, other) for one, other in pairwise(texts))
+    return sum(map(len, texts)) - shared
 
 
 def _sharable(sequence: _Any) -> list[int]:

@@ -9,7 +9,7 @@ that are late.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,10 @@ from tpirt.engine.targets import NO_TARGETS, Targets
 _STRETCH = 2.0
 # After so many times its target, a late prompt takes its turn again: it is not put off for ever.
 _PATIENCE = 4.0
+
+
+def _nothing(_: Sequence[Any]) -> int:
+    return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +135,18 @@ class Scheduler:
         running: Iterable[Sequence[Any]],
         chunk_tokens: int,
         now_s: float = 0.0,
+        shared: Callable[[Sequence[Any]], int] = _nothing,
     ) -> list[Sequence[Any]]:
         """The order in which waiting sequences are admitted.
 
         Those that had begun first, then by priority; then those whose first token can be in time;
         users take turns, each user's own in order of arrival.
+
+        Args:
+            waiting, running: the sequences, in order of arrival.
+            chunk_tokens: the most rows of a step.
+            now_s: by ``time.perf_counter``.
+            shared: how many ids of a waiting one need not be computed.
         """
         places = Counter(sequence.user for sequence in running)
         keys = {}
@@ -144,7 +155,7 @@ class Scheduler:
             keys[sequence] = (
                 not sequence.begun,
                 -sequence.priority,
-                self._late(sequence, chunk_tokens, now_s),
+                self._late(sequence, chunk_tokens, now_s, shared),
                 places[sequence.user],
                 arrival,
             )
@@ -217,11 +228,23 @@ class Scheduler:
             return target_s
         return _STRETCH * alone_s if self._stall_free else None
 
-    def _late(self, sequence: Sequence[Any], chunk_tokens: int, now_s: float) -> bool:
+    def _late(
+        self,
+        sequence: Sequence[Any],
+        chunk_tokens: int,
+        now_s: float,
+        shared: Callable[[Sequence[Any]], int] = _nothing,
+    ) -> bool:
         """Whether its first token cannot be in time any more."""
         target_s = self._targets.ttft_s
         if target_s is None or not sequence.unanswered:
             return False
         waited_s = now_s - sequence.arrived_s
-        needed_s = self._costs.prompt_seconds(sequence.todo, chunk_tokens) or 0.0
-        return waited_s + needed_s > target_s and waited_s <= _PATIENCE * target_s
+        if waited_s > _PATIENCE * target_s:
+            return False
+        left_s = target_s - waited_s
+
+        def too_long(ids: int) -> bool:
+            return (self._costs.prompt_seconds(ids, chunk_tokens) or 0.0) > left_s
+
+        return too_long(sequence.todo) and too_long(sequence.todo - shared(sequence))

@@ -193,7 +193,13 @@ class Slots:
 
 def common_prefix(one: Ids[int], other: Ids[int]) -> int:
     """Number of leading ids that both have."""
-    length = min(len(one), len(other))
-    if one[:length] == other[:length]:
-        return length
-    return next(i for i in range(length) if one[i] != other[i])
+    same, longest = 0, min(len(one), len(other))
+    if one[:longest] == other[:longest]:
+        return longest
+    while longest - same > 1:  # slices are compared much faster than ids are one by one
+        middle = (same + longest) // 2
+        if one[same:middle] == other[same:middle]:
+            same = middle
+        else:
+            longest = middle
+    return same

@@ -12,16 +12,24 @@ import torch
 
 from tests.support.steps import have_memory_for
 from tpirt.cluster.connection import Connection
+from tpirt.engine import Engine
 from tpirt.engine.scheduler import Scheduler
 from tpirt.errors import MemoryLimitError, PeerLostError, StoreError
 from tpirt.model.decoder import Decoder
 from tpirt.testing.cluster import memory_engine
-from tpirt.types import Completion, SamplingParams
+from tpirt.types import RECONNECTED, Completion, Progress, SamplingParams
 
 PROMPTS = [[first, 6, 7, 8] for first in range(5, 11)]
 LONG = [(7 * i) % 200 + 3 for i in range(40)]
 PARAMS = SamplingParams(max_tokens=12)
 MANY = SamplingParams(max_tokens=100)
+
+
+def damage_the_head(store: Path) -> None:
+    for file in store.rglob("head*"):
+        content = bytearray(file.read_bytes())
+        content[-100] ^= 4
+        file.write_bytes(content)
 
 
 async def test_a_disk_error_in_the_head_ends_those_whose_logits_were_wanted(
@@ -48,14 +56,102 @@ async def test_a_damaged_block_of_the_head_is_replaced(model: Path, tmp_path: Pa
     store = tmp_path / "store"
     async with memory_engine(model, window=2, store=store) as engine:
         expected = (await engine.complete(PROMPTS[0], PARAMS)).token_ids
-    for file in store.rglob("head*"):
-        content = bytearray(file.read_bytes())
-        content[-100] ^= 4
-        file.write_bytes(content)
+    damage_the_head(store)
     async with memory_engine(model, window=2, store=store) as engine:
         for recoveries in (1, 0):
             done = await engine.complete(PROMPTS[0], PARAMS)
             assert (done.token_ids, len(done.recoveries)) == (expected, recoveries)
+
+
+async def test_memory_refused_for_logits_is_taken_from_kept_conversations(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, calls = Decoder.logits, 0
+
+    async def refusing(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise MemoryLimitError("refused")
+        return await logits(self, hidden)
+
+    async with memory_engine(model, spill_bytes=0) as engine:
+        alone = [(await engine.complete(prompt, PARAMS)).token_ids for prompt in PROMPTS]
+        monkeypatch.setattr(Decoder, "logits", refusing)
+        done = await asyncio.gather(*(engine.complete(prompt, PARAMS) for prompt in PROMPTS))
+        assert [each.token_ids for each in done] == alone
+        assert "1 dropped" in engine.explain_cache()
+
+
+@pytest.mark.parametrize("ask", [Engine.logits, Engine.loss])
+async def test_a_text_is_scored_although_a_block_of_the_head_is_damaged(
+    model: Path, tmp_path: Path, ask: Any
+) -> None:
+    store = tmp_path / "store"
+    async with memory_engine(model, window=2, store=store) as engine:
+        expected = await ask(engine, LONG)
+    damage_the_head(store)
+    async with memory_engine(model, window=2, store=store) as engine:
+        found = await ask(engine, LONG)
+        assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
+        assert len(engine.recoveries) == 1
+
+
+async def test_who_comes_after_a_loss_is_not_told_of_it(model: Path) -> None:
+    """The request that it befell has left before it got anything."""
+    reports: list[Progress] = []
+    async with memory_engine(model, 2) as engine:
+
+        def progress(report: Progress) -> None:
+            if report.stage == RECONNECTED:
+                leaving.cancel()
+
+        leaving = asyncio.create_task(engine.complete(PROMPTS[0], MANY, progress))
+        await asyncio.sleep(0)  # it is added
+        engine._group._break(PeerLostError("gone", rank=1, peer_id="memory:1"))
+        await asyncio.wait({leaving})
+        assert leaving.cancelled()
+        await engine.complete(PROMPTS[1], PARAMS, reports.append)
+        assert {report.stage for report in reports} == {"prefill"}
+        assert [recovery.replaying_ms for recovery in engine.recoveries] == [0.0]
+
+
+async def test_who_has_left_a_step_takes_no_place_in_the_queue(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, calls = Decoder.forward, 0
+    running, may_go_on = asyncio.Event(), asyncio.Event()
+
+    async def held_up(self: Decoder, hidden: torch.Tensor, step: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            running.set()
+            await may_go_on.wait()
+        return await forward(self, hidden, step)
+
+    monkeypatch.setattr(Decoder, "forward", held_up)
+    async with memory_engine(model, sequences=2, waiting=1) as engine:
+        asked = [asyncio.create_task(engine.complete(prompt, PARAMS)) for prompt in PROMPTS[:3]]
+        await running.wait()
+        asked[0].cancel()
+        await asyncio.wait({asked[0]})
+        fourth = asyncio.create_task(engine.complete(PROMPTS[3], PARAMS))
+        await asyncio.sleep(0)  # it is added
+        may_go_on.set()
+        assert [len((await each).token_ids) for each in (*asked[1:], fourth)] == [12] * 3
+
+
+async def test_a_token_is_decoded_whatever_else_its_step_computed(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of others, and the answer itself once more: it had given way."""
+    have_memory_for(monkeypatch, 96)
+    async with memory_engine(model, draft="none", chunk_tokens=16) as engine:
+        asked = (engine.complete([first, *LONG], MANY) for first in range(3, 5))
+        for done in await asyncio.gather(*asked):
+            assert len(done.decoded) in (98, 99)  # one may have been computed again
+            assert sum(t.total_ms for t in done.decoded) / 99 <= done.tpot_ms * 1.1
 
 
 async def test_who_leaves_while_logits_are_computed_is_not_counted_as_answered(
@@ -151,9 +247,11 @@ async def test_who_waits_for_a_reader_makes_room(
     assert sum(refused) < 10
 
 
-async def test_after_a_loss_all_run_again_that_there_is_memory_for(
-    model: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("loss", [False, True])
+async def test_those_that_gave_way_run_again_when_there_is_memory(
+    model: Path, monkeypatch: pytest.MonkeyPatch, loss: bool
 ) -> None:
+    """All of them after a loss; else one by one, as others end."""
     plan, running, given_up = Scheduler.plan, [0], asyncio.Event()
 
     def noted(self: Scheduler, sequences: Sequence[Any], *args: Any) -> Any:
@@ -171,10 +269,11 @@ async def test_after_a_loss_all_run_again_that_there_is_memory_for(
             have_memory_for(short, 64)
             answers = [asyncio.create_task(engine.complete(ids, MANY)) for ids in PROMPTS[:3]]
             await given_up.wait()
-        engine._group._break(PeerLostError("gone", rank=1, peer_id="memory:1"))
+        if loss:
+            engine._group._break(PeerLostError("gone", rank=1, peer_id="memory:1"))
         running[:] = [0]
         assert [(await answer).token_ids for answer in answers] == alone
-        assert max(running) == 3
+        assert max(running) == (3 if loss else 2)
 
 
 async def test_what_several_share_is_said_to_be_computed_again_once(model: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from tests.support.steps import have_memory_for
 from tpirt.engine import Engine
+from tpirt.engine.scheduler import Scheduler
 from tpirt.errors import LogitsError
 from tpirt.model.decoder import Decoder
 from tpirt.testing.cluster import memory_engine
@@ -94,6 +97,9 @@ async def test_nothing_is_copied_of_a_damaged_sequence(
     logits = Decoder.logits
 
     async def damaged(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
+        for layer in self.kv._slots[0].layers:
+            for rows in layer.tensors:
+                rows.fill_(float("nan"))
         return (await logits(self, hidden)).fill_(float("nan"))
 
     with monkeypatch.context() as patch:
@@ -103,3 +109,23 @@ async def test_nothing_is_copied_of_a_damaged_sequence(
                 pass
     assert await scene.second == await alone(model, SECOND)
     assert await scene.long == await alone(model, LONG)
+
+
+async def test_a_source_that_is_given_up_is_computed_by_who_was_to_copy_it(
+    model: Path, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reader stopped, and memory has become short."""
+    plan, all_run = Scheduler.plan, asyncio.Event()
+
+    def noted(self: Scheduler, running: Sequence[Any], *args: Any) -> Any:
+        if len(running) == 3 and running[0].paused:
+            all_run.set()
+        return plan(self, running, *args)
+
+    monkeypatch.setattr(Scheduler, "plan", noted)
+    await all_run.wait()
+    have_memory_for(monkeypatch, 240)
+    assert await scene.second == await alone(model, SECOND)
+    assert await scene.long == await alone(model, LONG)
+    tokens = [token.id async for token in scene.first]
+    assert tokens == (await alone(model, FIRST, MANY))[1:]

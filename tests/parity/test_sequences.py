@@ -18,6 +18,7 @@ from tests.support.nightly import nightly_but
 from tests.support.steps import take_free_rows
 from tpirt.engine import Engine
 from tpirt.engine.model import BUNDLED_MODEL
+from tpirt.engine.sampler import Sampler
 from tpirt.errors import CheckpointError, ConfigError, QueueFullError
 from tpirt.model.decoder import Decoder
 from tpirt.testing.cluster import memory_engine
@@ -292,13 +293,25 @@ async def test_readers_that_stopped_take_nobodys_place(
 
 @pytest.mark.parametrize("raised", [ValueError("mine"), asyncio.CancelledError()])
 async def test_what_a_caller_does_wrong_ends_only_its_own_request(
-    model: Path, alone: dict[tuple[int, ...], list[int]], raised: BaseException
+    model: Path,
+    alone: dict[tuple[int, ...], list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    raised: BaseException,
 ) -> None:
+    draw = Sampler.next
+
+    def drawn(self: Sampler, logits: torch.Tensor, history: list[int]) -> int:
+        if self._temperature == 1:
+            raise ValueError("no such token")
+        return draw(self, logits, history)
+
+    monkeypatch.setattr(Sampler, "next", drawn)
+
     def progress(_: Progress) -> None:
         raise raised
 
     async with connected(model, 1) as engine, asyncio.timeout(20):
-        wrong = SamplingParams(temperature=1, repetition_penalty=1e-39, seed=1)
+        wrong = SamplingParams(temperature=1, seed=1)
         results = await asyncio.gather(
             engine.complete(PROMPTS[3], PARAMS, progress),
             engine.complete(PROMPTS[4], wrong),

@@ -569,16 +569,45 @@ async def test_a_small_models_prompt_is_no_part_of_what_a_guess_takes(
                 self.now_s += 1
                 sampler.next(torch.zeros(4), [])
 
+        def reset(self) -> None:
+            self._computed = 0
+
     small = Slow()
     monkeypatch.setattr("tpirt.engine.drafts.model.time", small)
     drafter, asked = ModelDrafter(small, 1000), answer([3] * 50)  # type: ignore[arg-type]
     await drafter.propose([asked], 1)
-    assert drafter.seconds(1) == 0  # not known
+    assert drafter.seconds(1) == 1
     asked.ids.append(3)
     await drafter.propose([asked], 1)
-    assert drafter.seconds(1) == 1
     await drafter.propose([answer([3] * 50)], 4)
+    drafter.reset()
+    await drafter.propose([asked], 1)
     assert drafter.seconds(1) == 1
+
+
+async def test_one_slow_guess_of_a_small_model_is_no_reason_to_stop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Pausing(Small):
+        now_s, token_s = 0.0, 1.0
+
+        def perf_counter(self) -> float:
+            return self.now_s
+
+        async def draw(self, ids: list[int], sampler: Sampler, most: int) -> None:
+            self.now_s += most * self.token_s
+            await super().draw(ids, sampler, most)
+
+    small = Pausing()
+    monkeypatch.setattr("tpirt.engine.drafts.model.time", small)
+    drafter, asked = ModelDrafter(small, 1000), answer([3])  # type: ignore[arg-type]
+    seconds = []
+    for token_s in (1.0, 1.0, 1.0, 900.0, 1.0, *(2.0 for _ in range(9))):
+        small.token_s = token_s
+        await drafter.propose([asked], 1)
+        seconds.append(drafter.seconds(1))
+    assert max(seconds) <= 2
+    assert seconds[-1] == 2
 
 
 async def test_a_small_model_that_is_never_right_is_asked_again_when_that_can_be_lost(

@@ -17,7 +17,7 @@ async def ask(
     """Ask a peer for a ``reply``; once more if that, or the question, was damaged in the clear.
 
     Raises:
-        PeerUnreachableError: no answer within ``timeout_s``.
+        PeerUnreachableError: no answer within ``timeout_s`` each time.
         PeerError: the peer refuses.
         DamagedLinkError: damaged twice.
         TransportError: no such reply, from a peer that proves who it is.

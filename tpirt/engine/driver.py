@@ -46,7 +46,7 @@ from tpirt.units import format_bytes
 
 _Any = Sequence[Any]
 
-_MOST_LOSSES = 4  # in a row, with nothing in between
+MOST_LOSSES = 4  # in a row, with nothing in between
 _RETRY_S, _LATEST_RETRY_S = 2.0, 60.0  # to form a group again while there are no sequences
 
 
@@ -160,7 +160,7 @@ class Driver:
         """
         if self._closed:
             raise engine_closed()
-        present = len(self._sequences)
+        present = sum(not sequence.ended for sequence in self._sequences)
         if present >= self._most_running + self._most_waiting:
             raise QueueFullError(
                 f"{present} requests are under way, and at most {self._most_running} run and "
@@ -248,7 +248,7 @@ class Driver:
                     task = asyncio.current_task()
                     assert task is not None
                     task.uncancel()
-                    self._losses = 0
+                    self._losses, self._recovery = 0, None
                 finally:
                     self._served, self._abandoned = [], False
                     self._step_over.set()
@@ -267,6 +267,7 @@ class Driver:
             await self._recover(broken)
             return
         if not busy:
+            self._recovery = None
             return
         await self._kv.admit_all()
         chunk = self._deployment.chunk_tokens
@@ -315,8 +316,9 @@ class Driver:
             if self._drafts is not None:
                 learning_s = self._drafts.learning_s
                 self._drafts.learn_step(pieces, tokens, ended_s - began_s)
-            if len(out) and not any(isinstance(p.sequence, Scoring) for p in pieces):
-                self._output_costs.learn(len(out), ended_s - computed_s - learning_s)
+            drawn = zip(pieces, counts, strict=True)
+            if rows := sum(n for piece, n in drawn if isinstance(piece.sequence, Answer)):
+                self._output_costs.learn(rows, ended_s - computed_s - learning_s)
 
     def _advance(self, pieces: list[Piece], step: int) -> None:
         for piece in pieces:
@@ -330,7 +332,7 @@ class Driver:
     async def _hand_on(self, pieces: list[Piece], hidden: Ids[torch.Tensor]) -> int:
         """Hand hidden states to their sequences; draw for answers.
 
-        Returns how many tokens answers under way got, without the first ones after prompts.
+        Returns how many tokens answers under way got, without the first ones after rows of prompts.
         """
         drawing: list[tuple[Piece, torch.Tensor]] = []
         for piece, own in zip(pieces, hidden, strict=True):
@@ -344,7 +346,7 @@ class Driver:
         tokens = 0
         for chosen in _together(drawing, self._deployment.logits_tokens):
             try:
-                logits = await self._group.logits(join_rows([own for _, own in chosen]))
+                logits = await self._logits(join_rows([own for _, own in chosen]))
             except TpirtError as exc:
                 if self._group.broken is None:  # else the next turn connects again
                     _end([piece for piece, _ in chosen], exc)
@@ -355,6 +357,15 @@ class Driver:
                     drawn = self._draw(piece, rows)
                     tokens += drawn * (not piece.prompt)
         return tokens
+
+    async def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See :meth:`Group.logits`; where memory is refused, idle slots are freed."""
+        while True:
+            try:
+                return await self._group.logits(hidden)
+            except MemoryLimitError:
+                if not await self._kv.free_one():
+                    raise
 
     def _draw(self, piece: Piece, logits: torch.Tensor) -> int:
         answer = piece.sequence
@@ -388,7 +399,7 @@ class Driver:
         self._losses += 1
         if self._group.broken_s - self._mended_s > _LATEST_RETRY_S:
             self._mending.reset()
-        if self._losses > _MOST_LOSSES or not isinstance(broken, PeerLostError):
+        if self._losses > MOST_LOSSES or not isinstance(broken, PeerLostError):
             self._end_all(broken)
             return
         self._step_over.clear()

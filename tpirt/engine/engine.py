@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from tpirt.engine.drafts.base import Drafter
 from tpirt.engine.drafts.controller import DraftStats
 from tpirt.engine.drafts.model import ModelDrafter, draft_kv_tokens, draft_options
 from tpirt.engine.drafts.suffix import SuffixDrafter
-from tpirt.engine.driver import Driver
+from tpirt.engine.driver import MOST_LOSSES, Driver
 from tpirt.engine.embedding import embed
 from tpirt.engine.model import Model
 from tpirt.engine.options import AUTO_DRAFT, NO_DRAFT, SUFFIX_DRAFT, EngineOptions
@@ -35,7 +36,7 @@ from tpirt.engine.sequence import Answer, Scoring
 from tpirt.engine.targets import Goodput, Targets
 from tpirt.engine.token_times import token_times
 from tpirt.engine.writer import Writer
-from tpirt.errors import ConfigError, PeerLostError, RequestError, TpirtError
+from tpirt.errors import ConfigError, RequestError, TpirtError
 from tpirt.planning import Deployment, PeerProfile
 from tpirt.refusals import refused_memory
 from tpirt.transport.base import PeerClient
@@ -245,16 +246,11 @@ class Engine:
         """
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        messages = [m for m in prompt if isinstance(m, Message)]
-        if messages and len(messages) == len(prompt):
+        items = _listed(prompt)
+        messages = [m for m in items if isinstance(m, Message)]
+        if messages and len(messages) == len(items):
             return self.tokenizer.encode_chat(messages, parse_special=parse_special)
-        try:
-            return [operator.index(i) for i in prompt]  # type: ignore[arg-type]
-        except TypeError as exc:
-            raise RequestError(
-                "prompt: expected a text, a list of messages or a list of token ids, got a list "
-                f"with something else in it ({exc})"
-            ) from exc
+        return _ids(items)
 
     async def generate(
         self,
@@ -316,7 +312,7 @@ class Engine:
         priority: int = 0,
         sampler: Sampler | None = None,
     ) -> Answer:
-        params = params or self.defaults.sampling
+        params = self.defaults.sampling if params is None else params
         check_params(params)
         if not isinstance(user, str) or not isinstance(priority, int):
             raise ConfigError(
@@ -390,6 +386,7 @@ class Engine:
         Raises:
             RequestError: ``ids`` is empty or longer than the context.
         """
+        ids = _ids(_listed(ids))
         async with aclosing(self._logits(ids, self.deployment.chunk_tokens)) as parts:
             with refused_memory(f"logits of {len(ids)} tokens"):
                 return torch.cat([part async for _, part in parts])
@@ -417,6 +414,7 @@ class Engine:
         T is as small as :meth:`loss` needs it. Raises and can be cancelled as :meth:`loss`.
         Use ``contextlib.aclosing`` to leave early.
         """
+        ids = _ids(_listed(ids))
         async with aclosing(self._logits(ids, self.deployment.logits_tokens)) as parts:
             async for start, logits in parts:
                 check_finite(logits)
@@ -425,25 +423,28 @@ class Engine:
                     yield F.log_softmax(logits[: len(targets)], dim=1), targets
 
     async def _logits(
-        self, ids: Sequence[int], at_once: int
+        self, ids: list[int], at_once: int
     ) -> AsyncGenerator[tuple[int, torch.Tensor], None]:
         """Yield the logits after each id, (T, V) with T at most ``at_once``, and T's first id."""
-        ids = list(ids)
         self._check(ids, room=0)
-        start = 0
+        start = losses = 0
         while start < len(ids):
+            before = start
             async with aclosing(self._logits_from(ids, start, at_once)) as parts:
                 async for logits in parts:
                     yield start, logits
                     start += len(logits)
+            losses = 0 if start > before else losses + 1
+            if losses > MOST_LOSSES and (broken := self.broken) is not None:
+                raise broken
 
     async def _logits_from(
         self, ids: list[int], start: int, at_once: int
     ) -> AsyncGenerator[torch.Tensor, None]:
         """Yield the logits after each id from ``start`` on.
 
-        Ends early if a peer is lost and the group, which has the LM head, is closed. Another one
-        is formed for the request that computes the rest.
+        Ends early if the group, which has the LM head, breaks. Another one is formed for the
+        request that computes the rest.
         """
         scoring = Scoring(ids, ignore_progress, delivered=start)
         self._driver.add(scoring)
@@ -452,7 +453,9 @@ class Engine:
                 for part in torch.split(hidden, at_once):
                     try:
                         logits = await self._group.logits(part)
-                    except PeerLostError:
+                    except TpirtError:
+                        if self._group.broken is None:
+                            raise
                         return
                     yield logits
         finally:
@@ -513,17 +516,41 @@ class Engine:
                 )
 
 
+def _listed(prompt: object) -> list[Any]:
+    try:
+        return list(prompt)  # type: ignore[call-overload,no-any-return]
+    except TypeError as exc:
+        raise _no_prompt(exc) from exc
+
+
+def _ids(items: list[Any]) -> list[int]:
+    try:
+        return [operator.index(item) for item in items]
+    except TypeError as exc:
+        raise _no_prompt(exc) from exc
+
+
+def _no_prompt(exc: TypeError) -> RequestError:
+    return RequestError(
+        f"prompt: expected a text, a list of messages or a list of token ids ({exc})"
+    )
+
+
 async def _stats_of(answer: Answer, group: Group) -> list[RankStats]:
     """Each rank's figures since the answer's first step, with the steps that it was in.
 
+    Those are a prompt's that computed its own, whatever else they did.
     Empty if a rank does not give them: the answer is worth more than its statistics.
     """
-    steps = set(answer.steps)
+    own = answer.steps
     try:
-        ranks = await group.stats(answer.steps[0])
+        ranks = await group.stats(min(own))
     except TpirtError:  # a broken group is reported by its next user
         return []
-    return [replace(r, steps=[t for t in r.steps if t.step in steps]) for r in ranks]
+    return [
+        replace(r, steps=[replace(t, prefill=own[t.step]) for t in r.steps if t.step in own])
+        for r in ranks
+    ]
 
 
 async def _given_drafter(

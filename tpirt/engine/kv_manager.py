@@ -48,7 +48,7 @@ class _Fitting(NamedTuple):
 class KVManager:
     """Admits sequences, and makes room for them in every rank's KV store.
 
-    Only the driver calls it, between steps.
+    What awaits is called by the driver, between steps or before the results of one are used.
 
     Args:
         connection: the group and its plan.
@@ -159,6 +159,7 @@ class KVManager:
         self.running.clear()
         for sequence in self.waiting:
             sequence.restart()
+            sequence.steps.clear()  # another group counts its own
         return _distinct(lost)
 
     def discard(self, slot: int) -> None:
@@ -293,15 +294,21 @@ class KVManager:
 
     async def relieve(self) -> bool:
         """Memory was refused: free what can be, or give one up; returns whether there was any."""
-        if idle := self._slots.idle:
-            await self._spiller.spill(idle[0])
-        elif len(self.running) > 1:
+        if await self.free_one():
+            return True
+        if len(self.running) > 1:
             await self._give_up(self._least_missed)
         elif (source := self.held(self.running[0]).source) is not None:
             self._take_over(self.running[0], source)
         else:
             return False
         return True
+
+    async def free_one(self) -> bool:
+        """Free the idle slot that was unused for longest; returns whether there was any."""
+        if idle := self._slots.idle:
+            await self._spiller.spill(idle[0])
+        return bool(idle)
 
     def _take_over(self, sequence: _Any, source: int) -> None:
         """Continue a slot that nobody else uses in place, instead of copying it."""

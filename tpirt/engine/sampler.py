@@ -13,6 +13,7 @@ from tpirt.errors import ConfigError, LogitsError
 from tpirt.types import SamplingParams
 
 _REMOVED = -float("inf")
+_LARGEST = torch.finfo(torch.float32).max
 _KINDS: tuple[tuple[str, Any, str], ...] = (
     ("max_tokens", Integral, "a whole number"),
     ("temperature", Real, "a number"),
@@ -35,9 +36,13 @@ def check_params(params: SamplingParams) -> None:
         ConfigError: a value has a wrong type or is out of range; the message has name, range and
             value.
     """
+    if not isinstance(params, SamplingParams):
+        raise ConfigError(f"params: expected SamplingParams, got {params!r}")
     for name, kind, called in _KINDS:
         value = getattr(params, name)
-        if not isinstance(value, kind) and (value is not None or name not in _OPTIONAL):
+        if value is None and name in _OPTIONAL:
+            continue
+        if not isinstance(value, kind) or (kind is Real and not _is_float(value)):
             raise ConfigError(f"{name}: expected {called}, got {value!r}")
     ranges = (
         ("max_tokens", params.max_tokens is None or params.max_tokens >= 1, "at least 1"),
@@ -47,15 +52,30 @@ def check_params(params: SamplingParams) -> None:
         ("min_p", 0 <= params.min_p <= 1, "from 0 (off) to 1"),
         (
             "repetition_penalty",
-            0 < params.repetition_penalty < float("inf"),
-            "above 0; 1 is off",
+            1e-3 <= params.repetition_penalty <= 1e3,
+            "from 0.001 to 1000; 1 is off",
         ),
         ("seed", params.seed is None or 0 <= params.seed < 1 << 63, "0 to 2^63 - 1"),
-        ("stop", all(text and isinstance(text, str) for text in params.stop), "non-empty strings"),
+        ("stop", all(map(_is_text, params.stop)), "non-empty texts of valid Unicode"),
     )
     for name, ok, expected in ranges:
         if not ok:
             raise ConfigError(f"{name}: expected {expected}, got {getattr(params, name)!r}")
+
+
+def _is_float(number: Real) -> bool:
+    try:
+        float(number)
+    except OverflowError:
+        return False
+    return True
+
+
+def _is_text(text: object) -> bool:
+    try:
+        return isinstance(text, str) and len(text.encode()) > 0
+    except UnicodeEncodeError:  # a lone surrogate, of bytes that were no UTF-8
+        return False
 
 
 def check_finite(logits: torch.Tensor) -> None:
@@ -77,12 +97,15 @@ class Sampler:
     """Draws tokens; the same seed and logits give the same tokens."""
 
     def __init__(self, params: SamplingParams):
-        self._params = params
+        self._temperature = float(params.temperature)
+        self._penalty = float(params.repetition_penalty)
+        self._top_k = int(params.top_k)
+        self._top_p, self._min_p = float(params.top_p), float(params.min_p)
         self._generator = torch.Generator()
         if params.seed is None:
             self._generator.seed()
         else:
-            self._generator.manual_seed(params.seed)
+            self._generator.manual_seed(int(params.seed))
 
     def next(self, logits: torch.Tensor, history: Sequence[int]) -> int:
         """Sample a token.
@@ -95,19 +118,20 @@ class Sampler:
             LogitsError: a logit is NaN or infinite.
         """
         check_finite(logits)
-        params = self._params
-        if params.repetition_penalty != 1:
-            _penalise(logits, history, params.repetition_penalty)
-        if params.temperature < _GREEDY_BELOW:
+        if self._penalty != 1:
+            _penalise(logits, history, self._penalty)
+        if self._temperature < _GREEDY_BELOW:
             return int(logits.numpy().argmax())  # torch's takes 25 times as long
-        logits /= params.temperature
-        if params.top_k:
-            _keep_top_k(logits, params.top_k)
-        if params.top_p < 1:
-            _keep_top_p(logits, params.top_p)
-        if params.min_p:
+        logits /= self._temperature
+        if self._temperature < 1:
+            logits.clamp_(max=_LARGEST)
+        if self._top_k:
+            _keep_top_k(logits, self._top_k)
+        if self._top_p < 1:
+            _keep_top_p(logits, self._top_p)
+        if self._min_p:
             probabilities = logits.softmax(-1)
-            logits[probabilities < params.min_p * probabilities.max()] = _REMOVED
+            logits[probabilities < self._min_p * probabilities.max()] = _REMOVED
         drawn = torch.multinomial(logits.softmax(-1), 1, generator=self._generator)
         return int(drawn)
 

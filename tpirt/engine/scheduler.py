@@ -107,7 +107,7 @@ class Scheduler:
 
     Args:
         costs: how long the layers take, by rows.
-        output_costs: how long logits and sampling take, by answers.
+        output_costs: how long logits and sampling take, by rows; an answer has one.
         sequences: the most in one step.
         stall_free: whether a prompt may only slow answers down by a factor of 2 a step; else it is
             computed as fast as it can be.

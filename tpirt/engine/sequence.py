@@ -33,12 +33,12 @@ class Sequence(ABC, Generic[_T]):
         keep: of the last step's tree of guesses, those that are the last computed ids, where others
             lie between them: see :class:`tpirt.batch.Segment`.
         user: on whose behalf it runs; users take turns.
-        priority: higher ones are admitted first.
+        priority: higher ones are admitted first, and their prompts are computed first.
         arrived_s: when it was made, by ``time.perf_counter``.
         turn: number of the latest step that it was in.
-        steps: numbers of all those.
+        steps: whether it computed ids known on admission, by the number of each of those steps.
         begun: whether it has had a slot.
-        again: whether it is computed once more, after its keys and values were given up or lost.
+        again: whether what is computed next is computed once more, as it was given up or lost.
         progress: told about its prompt.
     """
 
@@ -60,7 +60,7 @@ class Sequence(ABC, Generic[_T]):
         self.priority = priority
         self.arrived_s = time.perf_counter()
         self.turn = 0
-        self.steps: list[int] = []
+        self.steps: dict[int, bool] = {}
         self.begun = self.again = False
         self.progress = progress
         self._ahead = ahead
@@ -111,14 +111,13 @@ class Sequence(ABC, Generic[_T]):
         self.slot, self.begun = slot, True
         self.computed = self._begin = shared
         self._target = len(self.ids)
-        self.steps.clear()
 
     def advance(self, tokens: int, step: int) -> None:
         """Account for a step that computed some ids."""
+        self.steps[step] = self.prefilling
         self.computed += tokens
         self.keep = ()
         self.turn = step
-        self.steps.append(step)
 
     def prompt_progress(self) -> Progress:
         """How much of the prompt is computed."""
@@ -128,7 +127,7 @@ class Sequence(ABC, Generic[_T]):
         return Progress(stage, done, total, "tokens")
 
     def restart(self) -> None:
-        """Begin again from the first id: its keys and values are gone."""
+        """Begin again: its keys and values are not in memory any more."""
         self.again = self.again or self.computed > 0
         self.keep = ()
         self.computed, self.slot, self.turn = 0, None, 0

@@ -296,7 +296,7 @@ class Decoder:
         if number:
             await asyncio.sleep(0)  # an abort is heard between calls
         part.step.check()
-        (group,) = part.groups
+        (group,) = part.groups  # so few rows are never divided
         run = self._native.chain(layers, part.batch, group.turn, number)
         if run is None:
             return None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Sequence as Items
 from contextlib import suppress
+from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
     from tpirt.text.tokenizer import Tokenizer
 
 _PRIOR = 0.7  # of its likeliest token
-_SMOOTHING = 0.2  # weight of the latest time, and of the latest probability
+_SMOOTHING = 0.2  # weight of the latest probability
+_TIMES = 9  # latest ones, of which the median is taken: one slow guess is no reason to stop
 _BRANCHES = 3  # tokens that are guessed at each position
 _LEVELS = (0.95, 0.85, 0.7, 0.5, 0.35, 0.2, 0.1, 0.05, 0.0)  # probabilities that are told apart
 
@@ -68,7 +71,7 @@ class ModelDrafter:
     def __init__(self, engine: Engine, kv_tokens: int):
         self._engine = engine
         self._kv_tokens = kv_tokens
-        self._guess_s = 0.0  # a token takes
+        self._times_s: deque[float] = deque(maxlen=_TIMES)  # that a token takes
         self._likely: list[float] = []  # the likeliest token, by depth
         self._lengths: dict[Answer, int] = {}  # when it was last asked
 
@@ -93,14 +96,14 @@ class ModelDrafter:
 
     def seconds(self, depth: int) -> float:
         """See :class:`Drafter`."""
-        return self._guess_s * depth
+        return depth * (median(self._times_s) if self._times_s else 0.0)
 
     async def propose(self, answers: Items[Answer], most: int) -> list[list[Guess]]:
         """See :class:`Drafter`."""
         watchers = await self._continue_all(answers, self._fitting(answers, most), most)
-        found = [watcher.positions for watcher in watchers]
+        found = [watcher.positions[:most] for watcher in watchers]
         if times := [took_s for watcher in watchers if (took_s := watcher.guess_s) is not None]:
-            self._guess_s = _smoothed(self._guess_s or max(times), max(times))
+            self._times_s.append(max(times))
         for positions in found:
             self._learn([position[0][1] for position in positions])
         return list(map(_tree, found))
@@ -114,6 +117,7 @@ class ModelDrafter:
 
     def reset(self) -> None:
         """See :class:`Drafter`."""
+        self._lengths.clear()
         self._engine.reset()
 
     def _fitting(self, answers: Items[Answer], most: int) -> list[bool]:
@@ -149,7 +153,7 @@ class ModelDrafter:
         # Too many at once, ids that it lacks, or memory is short now: that answer goes without
         # guesses, or with those that there are.
         with suppress(RequestError, MemoryLimitError):
-            await self._engine.draw(answer.ids, watcher, most)
+            await self._engine.draw(answer.ids, watcher, max(most, watcher.least))
 
     def _learn(self, likely: list[float]) -> None:
         for depth, probability in enumerate(likely):
@@ -169,6 +173,7 @@ class _Watcher(Sampler):
     def __init__(self, behind: bool) -> None:
         super().__init__(SamplingParams(temperature=0))
         self.positions: list[_Position] = []
+        self.least = 2 if behind else 1  # tokens, to know what one takes
         self._times_s = [] if behind else [time.perf_counter()]
 
     @property

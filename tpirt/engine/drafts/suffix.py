@@ -7,7 +7,6 @@ nothing, or are unlikely, there are the likeliest successors of the last token (
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from itertools import islice
 
 import torch
 
@@ -101,7 +100,7 @@ class SuffixDrafter:
         numbers: dict[tuple[int, int], int] = {}  # by parent and token
         for branch, (length, place) in enumerate(text.find()[:_BRANCHES]):
             parent = -1
-            for matched, token in enumerate(islice(text.ids, place, place + most), length):
+            for matched, token in enumerate(text.ids[place : place + most], length):
                 known = numbers.get((parent, token))
                 if known is None:
                     known = numbers[parent, token] = len(guesses)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,22 @@ PARAMS = SamplingParams(max_tokens=12)
 MANY = SamplingParams(max_tokens=100)
 
 
+def before_call(
+    patch: pytest.MonkeyPatch, number: int, method: str, act: Callable[[], Awaitable[None]]
+) -> None:
+    """Have ``act`` called before a method of ``Decoder`` is called for the ``number``-th time."""
+    original, calls = getattr(Decoder, method), 0
+
+    async def counted(self: Decoder, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            await act()
+        return await original(self, *args)
+
+    patch.setattr(Decoder, method, counted)
+
+
 def damage_the_head(store: Path) -> None:
     for file in store.rglob("head*"):
         content = bytearray(file.read_bytes())
@@ -35,16 +51,10 @@ def damage_the_head(store: Path) -> None:
 async def test_a_disk_error_in_the_head_ends_those_whose_logits_were_wanted(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logits, calls = Decoder.logits, 0
+    async def fail() -> None:
+        raise StoreError("block head: Input/output error")
 
-    async def failing(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 5:
-            raise StoreError("block head: Input/output error")
-        return await logits(self, hidden)
-
-    monkeypatch.setattr(Decoder, "logits", failing)
+    before_call(monkeypatch, 5, "logits", fail)
     async with memory_engine(model, sequences=2) as engine:
         asked = (engine.complete(prompt, PARAMS) for prompt in PROMPTS)
         done = await asyncio.gather(*asked, return_exceptions=True)
@@ -66,18 +76,12 @@ async def test_a_damaged_block_of_the_head_is_replaced(model: Path, tmp_path: Pa
 async def test_memory_refused_for_logits_is_taken_from_kept_conversations(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logits, calls = Decoder.logits, 0
-
-    async def refusing(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 5:
-            raise MemoryLimitError("refused")
-        return await logits(self, hidden)
+    async def refuse() -> None:
+        raise MemoryLimitError("refused")
 
     async with memory_engine(model, spill_bytes=0) as engine:
         alone = [(await engine.complete(prompt, PARAMS)).token_ids for prompt in PROMPTS]
-        monkeypatch.setattr(Decoder, "logits", refusing)
+        before_call(monkeypatch, 5, "logits", refuse)
         done = await asyncio.gather(*(engine.complete(prompt, PARAMS) for prompt in PROMPTS))
         assert [each.token_ids for each in done] == alone
         assert "1 dropped" in engine.explain_cache()
@@ -119,18 +123,13 @@ async def test_who_comes_after_a_loss_is_not_told_of_it(model: Path) -> None:
 async def test_who_has_left_a_step_takes_no_place_in_the_queue(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward, calls = Decoder.forward, 0
     running, may_go_on = asyncio.Event(), asyncio.Event()
 
-    async def held_up(self: Decoder, hidden: torch.Tensor, step: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            running.set()
-            await may_go_on.wait()
-        return await forward(self, hidden, step)
+    async def hold_up() -> None:
+        running.set()
+        await may_go_on.wait()
 
-    monkeypatch.setattr(Decoder, "forward", held_up)
+    before_call(monkeypatch, 3, "forward", hold_up)
     async with memory_engine(model, sequences=2, waiting=1) as engine:
         asked = [asyncio.create_task(engine.complete(prompt, PARAMS)) for prompt in PROMPTS[:3]]
         await running.wait()
@@ -157,17 +156,11 @@ async def test_a_token_is_decoded_whatever_else_its_step_computed(
 async def test_who_leaves_while_logits_are_computed_is_not_counted_as_answered(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logits, calls = Decoder.logits, 0
+    async def leave() -> None:
+        leaving.cancel()
+        await asyncio.wait({leaving})
 
-    async def left(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 5:
-            leaving.cancel()
-            await asyncio.wait({leaving})
-        return await logits(self, hidden)
-
-    monkeypatch.setattr(Decoder, "logits", left)
+    before_call(monkeypatch, 5, "logits", leave)
     async with memory_engine(model, ttft_target_s=60.0, tpot_target_s=60.0) as engine:
         staying = asyncio.create_task(engine.complete(PROMPTS[0], PARAMS))
         leaving = asyncio.create_task(engine.complete(PROMPTS[1], PARAMS))

@@ -255,7 +255,7 @@ async def test_a_small_model_keeps_to_its_memory(
 async def test_first_tokens_of_others_are_no_merit_of_guesses(
     model: Path, alone: dict[tuple[int, ...], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One answer has guesses; prompts come and go beside it."""
+    """One answer has guesses; meanwhile prompts come and go."""
     take_free_rows(monkeypatch, 64)
     drafter: Any = KnownAnswers(alone, 1.0, told=True)
     first = SamplingParams(max_tokens=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -386,7 +386,7 @@ class Engine:
         Raises:
             RequestError: ``ids`` is empty or longer than the context.
         """
-        ids = _ids(_listed(ids))
+        ids = _ids(ids)
         async with aclosing(self._logits(ids, self.deployment.chunk_tokens)) as parts:
             with refused_memory(f"logits of {len(ids)} tokens"):
                 return torch.cat([part async for _, part in parts])
@@ -414,7 +414,7 @@ class Engine:
         T is as small as :meth:`loss` needs it. Raises and can be cancelled as :meth:`loss`.
         Use ``contextlib.aclosing`` to leave early.
         """
-        ids = _ids(_listed(ids))
+        ids = _ids(ids)
         async with aclosing(self._logits(ids, self.deployment.logits_tokens)) as parts:
             async for start, logits in parts:
                 check_finite(logits)
@@ -523,7 +523,7 @@ def _listed(prompt: object) -> list[Any]:
         raise _no_prompt(exc) from exc
 
 
-def _ids(items: list[Any]) -> list[int]:
+def _ids(items: Iterable[Any]) -> list[int]:
     try:
         return [operator.index(item) for item in items]
     except TypeError as exc:

@@ -211,9 +211,9 @@ class KVManager:
 
     def _soon_shared(self, sequence: _Any, place: Place) -> bool:
         """Whether a running prompt will have computed more of its prefix: it waits for that."""
+        ids, length = _sharable(sequence), sequence.prompt
         for other in self.running:
             if other.todo > 1 and not other.paused:
-                ids, length = _sharable(sequence), sequence.prompt
                 common = self._sharing.shared(other.ids, other.prompt, ids, length)
                 worth = common >= place.shared + (1 if place.shared else _LEAST_SHARED)
                 if worth and common > other.computed:

@@ -71,7 +71,8 @@ class ModelDrafter:
     def __init__(self, engine: Engine, kv_tokens: int):
         self._engine = engine
         self._kv_tokens = kv_tokens
-        self._times_s: deque[float] = deque(maxlen=_TIMES)  # that a token takes
+        self._times_s: deque[float] = deque(maxlen=_TIMES)  # that a token took
+        self._guess_s = 0.0  # that one takes
         self._likely: list[float] = []  # the likeliest token, by depth
         self._lengths: dict[Answer, int] = {}  # when it was last asked
 
@@ -96,7 +97,7 @@ class ModelDrafter:
 
     def seconds(self, depth: int) -> float:
         """See :class:`Drafter`."""
-        return depth * (median(self._times_s) if self._times_s else 0.0)
+        return self._guess_s * depth
 
     async def propose(self, answers: Items[Answer], most: int) -> list[list[Guess]]:
         """See :class:`Drafter`."""
@@ -104,6 +105,7 @@ class ModelDrafter:
         found = [watcher.positions[:most] for watcher in watchers]
         if times := [took_s for watcher in watchers if (took_s := watcher.guess_s) is not None]:
             self._times_s.append(max(times))
+            self._guess_s = median(self._times_s)
         for positions in found:
             self._learn([position[0][1] for position in positions])
         return list(map(_tree, found))

@@ -1,0 +1,200 @@
+"""Whose keys and values are in memory, with a group that only counts positions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from tpirt.batch import Segment
+from tpirt.engine.kv_manager import KVManager
+from tpirt.engine.scheduler import Scheduler
+from tpirt.engine.sequence import Scoring
+from tpirt.engine.step_costs import StepCosts
+from tpirt.engine.targets import Targets
+from tpirt.errors import PeerError
+from tpirt.model.kv_store import KVNeed
+from tpirt.types import ignore_progress
+
+PREFIX = list(range(100, 200))
+
+
+class Memory:
+    """A group and its plan at once: positions of slots in memory and on disk.
+
+    Attributes:
+        tokens: the most in memory.
+        held: positions of each slot.
+        disk: those of each spilled sequence.
+        spilled: how many sequences have been.
+    """
+
+    chunk_tokens, kv_token_bytes, next_step = 512, 1, 1
+    config = SimpleNamespace(rope=SimpleNamespace(kind="default"), max_position_embeddings=4096)
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+        self.held: dict[int, int] = {}
+        self.disk: dict[int, int] = {}
+        self.spilled = 0
+        self.group = self.deployment = self
+
+    def kv_need(self, segments: Iterable[Segment]) -> KVNeed:
+        after = self.held | {each.slot: each.position + each.tokens for each in segments}
+        return KVNeed(sum(after.values()), 0)
+
+    def has_room(self, need: KVNeed, rows: int, logits: int = 0, *, displacing: bool) -> bool:
+        return need.held <= self.tokens
+
+    def check_context(self, tokens: int, *, cached: int) -> None: ...
+
+    async def spill(self, slot: int, handle: int, tokens: int) -> None:
+        self.disk[handle] = self.held.pop(slot)
+        self.spilled += 1
+
+    async def restore(self, slot: int, handle: int) -> None:
+        self.held[slot] = self.disk.pop(handle)
+
+    async def drop_spilled(self, handles: Iterable[int]) -> None:
+        for handle in handles:
+            self.disk.pop(handle, None)
+
+    async def free(self, slot: int) -> None:
+        self.held.pop(slot, None)
+
+
+class Scene:
+    """A manager, and steps of its running sequences."""
+
+    def __init__(self, tokens: int):
+        self.memory = Memory(tokens)
+        costs = StepCosts()
+        for rows in (1, 512):
+            costs.learn(rows, rows * 1.0)  # a disk is quicker than that
+        self.kv = KVManager(
+            cast(Any, self.memory),
+            Scheduler(costs, StepCosts(), sequences=8, stall_free=False, targets=Targets()),
+            costs,
+            sequences=8,
+            spill_bytes=1000,
+            wake=lambda: None,
+        )
+
+    def ask(self, ids: list[int]) -> Scoring:
+        """Ask for the last id's hidden state."""
+        made = Scoring(ids, ignore_progress, delivered=len(ids) - 1)
+        self.kv.waiting.append(made)
+        return made
+
+    async def begin(self, ids: list[int]) -> Scoring:
+        """Ask, and compute all ids if there is room."""
+        made = self.ask(ids)
+        await self.turn()
+        return made
+
+    async def turn(self) -> None:
+        await self.kv.tidy()
+        await self.kv.admit_all()
+        if not await self.kv.make_room(self.segments):
+            return
+        for each in self.kv.running:
+            assert each.slot is not None
+            new = each.ids[each.computed :]
+            self.memory.held[each.slot] = len(each.ids)
+            self.kv.extend(each, new)
+            each.advance(len(new), 1)
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The next step's."""
+        todo = [each for each in self.kv.running if each.todo]
+        places = [self.kv.held(each) for each in todo]
+        return [
+            Segment(place.slot, place.shared, each.todo, 0, 1, place.source)
+            for place, each in zip(places, todo, strict=True)
+        ]
+
+
+def pause(*sequences: Scoring) -> None:
+    """Their readers have something to read."""
+    for each in sequences:
+        each.put(torch.zeros(1, 1))
+
+
+async def test_of_paused_ones_the_one_that_is_to_be_copied_from_is_the_last_to_give_way() -> None:
+    scene = Scene(400)
+    other = await scene.begin(list(range(150)))
+    source = await scene.begin([*PREFIX, 1, 2])
+    pause(other, source)
+    copied = await scene.begin([*PREFIX, 3, *range(100)])
+    assert scene.kv.running == [source, copied]
+    assert scene.kv.waiting == [other]
+
+
+async def test_what_is_to_be_copied_from_gives_way_if_nothing_else_can() -> None:
+    scene = Scene(250)
+    source = await scene.begin([*PREFIX, 1, 2])
+    pause(source)
+    copied = await scene.begin([*PREFIX, 3, *range(100)])
+    assert scene.kv.running == [copied]
+    assert copied.todo == 0
+
+
+async def test_a_kept_prefix_is_continued_in_place_where_memory_is_short() -> None:
+    """It is neither copied nor freed to make room for who begins with it."""
+    scene = Scene(350)
+    (await scene.begin([*PREFIX, *range(200, 400)])).end()
+    second = await scene.begin([*PREFIX, *range(50, 150)])
+    assert scene.memory.spilled == 0
+    assert (second.slot, second.computed) == (0, 200)
+    assert scene.memory.held == {0: 200}
+
+
+async def test_who_was_given_up_waits_until_its_reader_wants_more() -> None:
+    scene = Scene(200)
+    first = await scene.begin(PREFIX)
+    pause(first)
+    second = await scene.begin(list(range(150)))
+    assert scene.kv.running == [second]
+    second.end()
+    await scene.turn()
+    assert scene.kv.waiting == [first]
+    await anext(first)
+    await scene.turn()
+    assert scene.kv.running == [first]
+
+
+async def test_after_a_loss_memory_is_asked_again() -> None:
+    """The new group may have less, for the same step."""
+    scene = Scene(250)
+    scene.ask(PREFIX)
+    scene.ask(list(range(100)))
+    await scene.turn()
+    scene.kv.begin_again()
+    scene.memory.held.clear()
+    await scene.kv.admit_all()
+    scene.memory.tokens = 150
+    assert not await scene.kv.make_room(scene.segments)
+
+
+async def test_what_cannot_be_read_on_one_rank_is_freed_on_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also if nobody wants its slot any more."""
+    scene = Scene(200)
+    (await scene.begin(PREFIX)).end()
+    await scene.turn()
+    await scene.kv.free_one()
+    again = scene.ask([*PREFIX, 1])
+
+    async def restore(self: Memory, slot: int, handle: int) -> None:
+        self.held[slot] = self.disk.pop(handle)
+        again.end()
+        raise PeerError("one rank cannot read it")
+
+    monkeypatch.setattr(Memory, "restore", restore)
+    await scene.turn()
+    assert (scene.memory.held, scene.memory.disk) == ({}, {})

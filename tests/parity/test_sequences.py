@@ -324,6 +324,8 @@ async def test_what_a_caller_does_wrong_ends_only_its_own_request(
         with pytest.raises(ConfigError, match="priority"):
             async for _ in engine.generate(PROMPTS[1], priority="high"):  # type: ignore[arg-type]
                 pass
+        with pytest.raises(ConfigError, match="user"):
+            await engine.complete(PROMPTS[1], user=7)  # type: ignore[arg-type]
 
 
 async def test_guesses_stay_within_the_chunk(

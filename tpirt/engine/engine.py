@@ -329,8 +329,11 @@ class Engine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         progress: ProgressCallback = ignore_progress,
+        *,
+        user: str = "",
+        priority: int = 0,
     ) -> Completion:
-        """Generate to the end and measure; raises and can be cancelled as :meth:`generate`.
+        """Generate to the end and measure; see :meth:`generate`, also for what it raises.
 
         ``ranks`` and ``decoded`` are empty if a worker was lost before it gave its statistics.
         """
@@ -338,7 +341,7 @@ class Engine:
         started = time.perf_counter()
         times: list[float] = []
         tokens: list[Token] = []
-        answer = self._answer(ids, params, progress)
+        answer = self._answer(ids, params, progress, user, priority)
         earlier = len(self.recoveries)
         self._driver.add(answer)
         try:

@@ -198,3 +198,17 @@ async def test_what_cannot_be_read_on_one_rank_is_freed_on_all(
     monkeypatch.setattr(Memory, "restore", restore)
     await scene.turn()
     assert (scene.memory.held, scene.memory.disk) == ({}, {})
+
+
+@pytest.mark.parametrize(("priority", "begins"), [(0, False), (1, True)])
+async def test_nobody_waits_for_what_one_of_lower_priority_computes(
+    priority: int, begins: bool
+) -> None:
+    """That can take as long as others of more priority come."""
+    scene = Scene(1000)
+    scene.ask([*PREFIX, 1])
+    await scene.kv.admit_all()
+    other = scene.ask([*PREFIX, 2])
+    other.priority = priority
+    await scene.kv.admit_all()
+    assert (other in scene.kv.running) == begins

@@ -210,10 +210,13 @@ class KVManager:
         return active >= self._most_active or not self._scheduler.admits(active)
 
     def _soon_shared(self, sequence: _Any, place: Place) -> bool:
-        """Whether a running prompt will have computed more of its prefix: it waits for that."""
+        """Whether a running prompt will have computed more of its prefix: it waits for that.
+
+        Not for one of lower priority, which may be computed much later.
+        """
         ids, length = _sharable(sequence), sequence.prompt
         for other in self.running:
-            if other.todo > 1 and not other.paused:
+            if other.todo > 1 and not other.paused and other.priority >= sequence.priority:
                 common = self._sharing.shared(other.ids, other.prompt, ids, length)
                 worth = common >= place.shared + (1 if place.shared else _LEAST_SHARED)
                 if worth and common > other.computed:

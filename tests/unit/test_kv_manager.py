@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -212,3 +212,34 @@ async def test_nobody_waits_for_what_one_of_lower_priority_computes(
     other.priority = priority
     await scene.kv.admit_all()
     assert (other in scene.kv.running) == begins
+
+
+async def lose(scene: Scene, asked: Scoring) -> None:
+    scene.kv.begin_again()
+    scene.memory.held.clear()
+    await scene.turn()
+
+
+async def give_up(scene: Scene, asked: Scoring) -> None:
+    pause(asked)
+    (await scene.begin(list(range(150)))).end()
+    assert asked not in scene.kv.running
+    await anext(asked)
+    await scene.turn()
+
+
+@pytest.mark.parametrize("meanwhile", [lose, give_up])
+@pytest.mark.parametrize("reset", [False, True])
+async def test_a_reset_holds_for_who_begins_again(
+    meanwhile: Callable[[Scene, Scoring], Awaitable[None]], reset: bool
+) -> None:
+    scene = Scene(200)
+    asked = await scene.begin(PREFIX)
+    if reset:
+        scene.kv.reset()
+        await scene.turn()
+    await meanwhile(scene, asked)
+    assert asked in scene.kv.running
+    asked.end()
+    await scene.turn()
+    assert (not scene.memory.held) == reset

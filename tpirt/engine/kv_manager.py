@@ -137,6 +137,8 @@ class KVManager:
                 self._slots.release(sequence.slot)
         if self._forget:
             self._slots.forget()
+            for sequence in [*self.running, *self.waiting]:
+                sequence.forget = sequence.begun
             await self._spiller.clear()
             self._forget = False
         for slot in self._slots.to_free:
@@ -260,10 +262,15 @@ class KVManager:
         except MemoryLimitError as exc:
             sequence.end(exc)
             return
-        self._slots.take(place, sequence.ids)
-        sequence.admit(place.slot, place.shared)
+        self._take(sequence, place)
         self.running.append(sequence)
         self.first_step = self._group.next_step
+
+    def _take(self, sequence: _Any, place: Place) -> None:
+        self._slots.take(place, sequence.ids)
+        if sequence.forget:
+            self._slots.discard(place.slot)
+        sequence.admit(place.slot, place.shared)
 
     def _shared(self, sequence: _Any) -> int:
         return self._place(sequence, copy=True).shared
@@ -318,9 +325,7 @@ class KVManager:
         assert sequence.slot is not None
         self._slots.without_copy_of(source)
         self._slots.release(sequence.slot)
-        place = Place(source, sequence.computed)
-        self._slots.take(place, sequence.ids)
-        sequence.admit(source, place.shared)
+        self._take(sequence, Place(source, sequence.computed))
 
     async def _give_up(self, sequence: _Any) -> None:
         """Move a running sequence out of memory; it goes on when there is room."""

@@ -39,6 +39,7 @@ class Sequence(ABC, Generic[_T]):
         steps: whether it computed ids known on admission, by the number of each of those steps.
         begun: whether it has had a slot.
         again: whether what is computed next is computed once more, as it was given up or lost.
+        forget: whether nothing of it is kept when it ends.
         progress: told about its prompt.
     """
 
@@ -61,7 +62,7 @@ class Sequence(ABC, Generic[_T]):
         self.arrived_s = time.perf_counter()
         self.turn = 0
         self.steps: dict[int, bool] = {}
-        self.begun = self.again = False
+        self.begun = self.again = self.forget = False
         self.progress = progress
         self._ahead = ahead
         self._begin = self._target = 0  # computed and known ids at admission

@@ -14,7 +14,7 @@ from tpirt.engine.kv_manager import KVManager
 from tpirt.engine.scheduler import Scheduler
 from tpirt.engine.sequence import Scoring
 from tpirt.engine.step_costs import StepCosts
-from tpirt.engine.targets import Targets
+from tpirt.engine.targets import NO_TARGETS, Targets
 from tpirt.errors import PeerError
 from tpirt.model.kv_store import KVNeed
 from tpirt.types import ignore_progress
@@ -66,26 +66,32 @@ class Memory:
         self.held.pop(slot, None)
 
 
+class Unanswered(Scoring):
+    """A prompt whose first token is to come in time."""
+
+    unanswered = True
+
+
 class Scene:
     """A manager, and steps of its running sequences."""
 
-    def __init__(self, tokens: int):
+    def __init__(self, tokens: int, targets: Targets = NO_TARGETS):
         self.memory = Memory(tokens)
         costs = StepCosts()
         for rows in (1, 512):
             costs.learn(rows, rows * 1.0)  # a disk is quicker than that
         self.kv = KVManager(
             cast(Any, self.memory),
-            Scheduler(costs, StepCosts(), sequences=8, stall_free=False, targets=Targets()),
+            Scheduler(costs, StepCosts(), sequences=8, stall_free=False, targets=targets),
             costs,
             sequences=8,
             spill_bytes=1000,
             wake=lambda: None,
         )
 
-    def ask(self, ids: list[int]) -> Scoring:
+    def ask(self, ids: list[int], kind: type[Scoring] = Scoring) -> Scoring:
         """Ask for the last id's hidden state."""
-        made = Scoring(ids, ignore_progress, delivered=len(ids) - 1)
+        made = kind(ids, ignore_progress, delivered=len(ids) - 1)
         self.kv.waiting.append(made)
         return made
 
@@ -212,6 +218,41 @@ async def test_nobody_waits_for_what_one_of_lower_priority_computes(
     other.priority = priority
     await scene.kv.admit_all()
     assert (other in scene.kv.running) == begins
+
+
+@pytest.mark.parametrize(("target_s", "begins"), [(1000.0, False), (150.0, True), (10.0, False)])
+async def test_one_in_time_does_not_wait_for_what_a_late_one_computes(
+    target_s: float, begins: bool
+) -> None:
+    """An id takes a second: of 110 and 210 ids both are in time, the first or none."""
+    scene = Scene(1000, Targets(ttft_s=target_s))
+    scene.ask([*PREFIX, *range(110)], Unanswered)
+    await scene.kv.admit_all()
+    other = scene.ask([*PREFIX, *range(200, 210)], Unanswered)
+    await scene.kv.admit_all()
+    assert (other in scene.kv.running) == begins
+
+
+async def test_few_ids_are_not_waited_for_whatever_is_kept() -> None:
+    scene = Scene(1000)
+    (await scene.begin([1, *range(10, 20)])).end()
+    scene.ask([1, 5, *PREFIX])
+    await scene.kv.admit_all()
+    other = scene.ask([1, 5, *range(100)])
+    await scene.kv.admit_all()
+    assert other in scene.kv.running
+
+
+async def test_the_last_ids_of_a_prefix_are_waited_for() -> None:
+    """As those before them were."""
+    scene = Scene(1000)
+    first = scene.ask([*PREFIX, 1, 2])
+    await scene.kv.admit_all()
+    scene.kv.extend(first, first.ids[:90])
+    first.advance(90, 1)
+    other = scene.ask([*PREFIX, 3])
+    await scene.kv.admit_all()
+    assert other in scene.kv.waiting
 
 
 async def lose(scene: Scene, asked: Scoring) -> None:

@@ -52,15 +52,21 @@ def test_dynamically_rotated_keys_are_found_up_to_the_trained_length() -> None:
     assert spilled.find(TEXT[:65], 65) is None
 
 
-def test_prefixes_and_the_oldest_make_room() -> None:
-    other = [9] * 60
-    spilled = listed(other, TEXT[:50], most_tokens=200)
+def test_the_oldest_make_room() -> None:
+    spilled = listed([9] * 60, TEXT[:50], most_tokens=200)
     assert spilled.in_the_way([8] * 50) == []
     assert spilled.in_the_way([8] * 100) == [1]
-    assert spilled.in_the_way(TEXT) == [2]
-    assert spilled.in_the_way([*TEXT, *TEXT]) == [2, 1]
+    assert spilled.in_the_way([*TEXT, *TEXT]) == [1, 2]
     assert not spilled.takes(TEXT * 3)
     assert not spilled.takes(TEXT[:5])
+
+
+@pytest.mark.parametrize("tokens", [50, 100, 101])
+def test_a_prefix_is_of_no_more_use_if_the_longer_one_is_found_instead(tokens: int) -> None:
+    longer = [*TEXT, 7][:tokens]
+    superseded = listed([9] * 60, TEXT[:50]).superseded(longer) == [2]
+    assert superseded == (listed(longer).find([*TEXT[:50], 500], 51) is not None)
+    assert superseded == (tokens <= 100)
 
 
 def test_the_overdue_are_told() -> None:

@@ -117,7 +117,8 @@ class Driver:
             )
         self._served: list[_Any] = []  # by the step, or the reconnect, that is under way
         self._losses = 0  # of peers, since something came out
-        self._recovery: Recovery | None = None  # until something comes out
+        # The last one and whom it befell, until one of these gets something.
+        self._resuming: tuple[Recovery, list[_Any]] | None = None
         self._mended_s = 0.0  # when the last group was formed again
         self._mending = _Backoff(self._start)
         self._abandoned = False  # the task was cancelled to end what nobody wants
@@ -248,7 +249,7 @@ class Driver:
                     task = asyncio.current_task()
                     assert task is not None
                     task.uncancel()
-                    self._losses, self._recovery = 0, None
+                    self._losses, self._resuming = 0, None
                 finally:
                     self._served, self._abandoned = [], False
                     self._step_over.set()
@@ -267,7 +268,7 @@ class Driver:
             await self._recover(broken)
             return
         if not busy:
-            self._recovery = None
+            self._resuming = None
             return
         await self._kv.admit_all()
         chunk = self._deployment.chunk_tokens
@@ -340,7 +341,7 @@ class Driver:
                 continue
             if isinstance(piece.sequence, Scoring):
                 piece.sequence.take(own)
-                self._came_out()
+                self._came_out(piece.sequence)
             else:
                 drawing.append((piece, own))
         tokens = 0
@@ -388,7 +389,7 @@ class Driver:
             answer.end(exc)
         except Exception as exc:  # of its parameters: the others go on
             answer.end(exc)
-        self._came_out()
+        self._came_out(answer)
         return len(drawn)
 
     # -- losses ------------------------------------------------------------------------------
@@ -417,7 +418,7 @@ class Driver:
             self._reconnecting = False
         self._mending.later()  # a group can break as soon as it is formed, again and again
         self._kv.first_step = self._group.next_step
-        self._recovery = recovery if self._kv.waiting else None
+        self._resuming = (recovery, list(self._kv.waiting))
         self._mended_s = time.perf_counter()
         recovery.replayed_tokens = tokens
         words = [recovery.change, f"computing {tokens} tokens again" if tokens else ""]
@@ -427,15 +428,17 @@ class Driver:
         if not self._kv.waiting:
             self._losses = 0
 
-    def _came_out(self) -> None:
-        """A request has got something: what was lost is made good."""
+    def _came_out(self, sequence: _Any) -> None:
+        """A request has got something; if it was lost, that is made good."""
         self._losses = 0
         self._mending.reset()
-        if self._recovery is None:
+        if self._resuming is None or sequence not in self._resuming[1]:
             return
-        recovery, self._recovery = self._recovery, None
+        (recovery, sequences), self._resuming = self._resuming, None
         recovery.replaying_ms = (time.perf_counter() - self._mended_s) * 1e3
-        self._report(Progress(RESUMED, 1, 1, "", recovery.explain()))
+        for other in sequences:
+            if other is sequence or not other.ended:
+                _tell(other, Progress(RESUMED, 1, 1, "", recovery.explain()))
 
     def _report(self, report: Progress) -> None:
         sequences = self._sequences

@@ -192,7 +192,7 @@ class KVManager:
             if sequence.fed:
                 continue
             place = self._place(sequence, copy=True)
-            if self._soon_shared(sequence, place):
+            if self._soon_shared(sequence, place, now_s):
                 held_back += 1
                 if held_back == _MOST_HELD_BACK:
                     return
@@ -211,17 +211,19 @@ class KVManager:
         active = self._active
         return active >= self._most_active or not self._scheduler.admits(active)
 
-    def _soon_shared(self, sequence: _Any, place: Place) -> bool:
+    def _soon_shared(self, sequence: _Any, place: Place, now_s: float) -> bool:
         """Whether a running prompt will have computed more of its prefix: it waits for that.
 
-        Not for one of lower priority, which may be computed much later.
+        Not for one that is less urgent, which may be computed much later.
         """
         ids, length = _sharable(sequence), sequence.prompt
+        urgency, chunk = self._scheduler.urgency, self._deployment.chunk_tokens
+        own = urgency(sequence, chunk, now_s, lambda _: place.shared)
         for other in self.running:
-            if other.todo > 1 and not other.paused and other.priority >= sequence.priority:
+            if other.todo > 1 and not other.paused and urgency(other, chunk, now_s) <= own:
                 common = self._sharing.shared(other.ids, other.prompt, ids, length)
-                worth = common >= place.shared + (1 if place.shared else _LEAST_SHARED)
-                if worth and common > other.computed:
+                least = 1 if place.source == other.slot else _LEAST_SHARED
+                if common >= place.shared + least and common > other.computed:
                     return True
         return False
 

@@ -154,13 +154,25 @@ class Scheduler:
         for arrival, sequence in enumerate(ordered):
             keys[sequence] = (
                 not sequence.begun,
-                -sequence.priority,
-                self._late(sequence, chunk_tokens, now_s, shared),
+                self.urgency(sequence, chunk_tokens, now_s, shared),
                 places[sequence.user],
                 arrival,
             )
             places[sequence.user] += 1
         return sorted(ordered, key=keys.__getitem__)
+
+    def urgency(
+        self,
+        sequence: Sequence[Any],
+        chunk_tokens: int,
+        now_s: float = 0.0,
+        shared: Callable[[Sequence[Any]], int] = _nothing,
+    ) -> tuple[int, bool]:
+        """Where a prompt is among others: those with the smallest value are computed first.
+
+        See :meth:`order` for the arguments.
+        """
+        return -sequence.priority, self._late(sequence, chunk_tokens, now_s, shared)
 
     def admits(self, running: int) -> bool:
         """Whether so many answers stay within their time per token with one more.
@@ -182,7 +194,7 @@ class Scheduler:
         """
         ready = [s for s in running if not s.paused and not s.ended]
         prompts = [sequence for sequence in ready if sequence.todo > 1]  # in order of admission
-        prompts.sort(key=lambda s: (-s.priority, self._late(s, chunk_tokens, now_s)))
+        prompts.sort(key=lambda s: self.urgency(s, chunk_tokens, now_s))
         answers = [sequence for sequence in ready if sequence.todo == 1]
         answers.sort(key=lambda sequence: sequence.turn)  # if not all fit, the others are next
         places = min(chunk_tokens, self._sequences)
@@ -233,7 +245,7 @@ class Scheduler:
         sequence: Sequence[Any],
         chunk_tokens: int,
         now_s: float,
-        shared: Callable[[Sequence[Any]], int] = _nothing,
+        shared: Callable[[Sequence[Any]], int],
     ) -> bool:
         """Whether its first token cannot be in time any more."""
         target_s = self._targets.ttft_s

@@ -126,7 +126,7 @@ class Slots:
             shared = self._sharing.shared(slot.ids, slot.rope_length, ids, length)
             if shared <= best.shared:
                 continue
-            if number in idle and (not copy or len(slot.ids) - shared <= shared):
+            if number in idle and (not copy or worth_taking(slot.ids, shared)):
                 best = Place(number, shared)
             elif copy:
                 best = Place(self.free_number, shared, number)
@@ -189,6 +189,11 @@ class Slots:
     def _next(self) -> int:
         self._uses += 1
         return self._uses
+
+
+def worth_taking(held: Ids[int], shared: int) -> bool:
+    """Whether no more is dropped than shared, by who continues ``held`` in its place."""
+    return len(held) - shared <= shared
 
 
 def common_prefix(one: Ids[int], other: Ids[int]) -> int:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from tpirt.cancellation import finish
 from tpirt.cluster.connection import Connection
 from tpirt.cluster.group import Group
-from tpirt.engine.slots import Place, Sharing, Slots, common_prefix
+from tpirt.engine.slots import Place, Sharing, Slots, common_prefix, worth_taking
 from tpirt.engine.step_costs import StepCosts
 from tpirt.errors import TpirtError
 from tpirt.units import format_bytes
@@ -88,14 +88,21 @@ class SpilledSequences:
         for handle in handles:
             self._all.pop(handle, None)
 
+    def superseded(self, ids: Ids[int]) -> list[int]:
+        """What is of no more use once ``ids`` are spilled: prefixes, if ``ids`` serve instead."""
+        return [
+            each.handle
+            for each in self._all.values()
+            if _begins(ids, each.ids) and worth_taking(ids, len(each.ids))
+        ]
+
     def in_the_way(self, ids: Ids[int]) -> list[int]:
-        """What to delete before ``ids`` are spilled: prefixes of them, and the oldest for room."""
-        prefixes = [each for each in self._all.values() if _begins(ids, each.ids)]
-        others = [each for each in self._all.values() if each not in prefixes]
+        """The oldest ones, to delete before ``ids`` are spilled: they take the room."""
+        kept = list(self._all.values())
         room = self.most_tokens - len(ids)
-        while len(others) >= _MOST_SEQUENCES or sum(len(each.ids) for each in others) > room:
-            prefixes.append(others.pop(0))
-        return [each.handle for each in prefixes]
+        while len(kept) >= _MOST_SEQUENCES or sum(len(each.ids) for each in kept) > room:
+            kept.pop(0)
+        return self.handles[: len(self._all) - len(kept)]
 
     def overdue(self, now_s: float) -> list[int]:
         """What has been there for too long."""
@@ -110,7 +117,7 @@ class SpilledSequences:
         best: tuple[Spilled, int] | None = None
         for each in self._all.values():
             shared = self._sharing.shared(each.ids, each.rope_length, ids, length)
-            if shared > (best[1] if best else 0) and len(each.ids) - shared <= shared:
+            if shared > (best[1] if best else 0) and worth_taking(each.ids, shared):
                 best = each, shared
         return best
 
@@ -200,7 +207,9 @@ class Spiller:
     async def tidy(self) -> None:
         """Delete what has been on disk for too long."""
         if self.overdue:
-            await finish(self._drop(self._spilled.overdue(_now_s())))
+            overdue = self._spilled.overdue(_now_s())
+            self._dropped += len(overdue)
+            await finish(self._drop(overdue))
 
     async def clear(self) -> None:
         """Delete everything."""
@@ -239,7 +248,11 @@ class Spiller:
             self._dropped += bool(kept.ids)
             await free(self._group, slot)
             return
-        await self._drop(self._spilled.in_the_way(kept.ids))
+        superseded = self._spilled.superseded(kept.ids)
+        self._spilled.remove(superseded)
+        in_the_way = self._spilled.in_the_way(kept.ids)
+        self._dropped += len(in_the_way)
+        await self._drop([*superseded, *in_the_way])
         handle = secrets.randbits(64)
         began_s = time.perf_counter()
         try:

@@ -17,12 +17,13 @@ from tpirt.engine.scheduler import Scheduler
 from tpirt.errors import MemoryLimitError, PeerLostError, StoreError
 from tpirt.model.decoder import Decoder
 from tpirt.testing.cluster import memory_engine
-from tpirt.types import RECONNECTED, Completion, Progress, SamplingParams
+from tpirt.types import RECONNECTED, RESUMED, Completion, Progress, SamplingParams
 
 PROMPTS = [[first, 6, 7, 8] for first in range(5, 11)]
 LONG = [(7 * i) % 200 + 3 for i in range(40)]
 PARAMS = SamplingParams(max_tokens=12)
 MANY = SamplingParams(max_tokens=100)
+ONE = SamplingParams(max_tokens=1)
 
 
 def before_call(
@@ -197,6 +198,38 @@ async def test_a_reconnect_goes_on_for_who_came_meanwhile(
         may_go_on.set()
         assert (await second).token_ids == alone
         assert begun == 1
+
+
+async def test_who_comes_after_a_loss_is_no_part_of_it(model: Path) -> None:
+    """It is answered first, which does not make good what another request lost."""
+    stages: dict[str, list[str]] = {"lost": [], "later": []}
+    came: list[asyncio.Task[Completion]] = []
+    reconnected = asyncio.Event()
+
+    async with memory_engine(model, 2, chunk_tokens=4) as engine:
+
+        def noted(progress: Progress) -> None:
+            told = stages["lost"]
+            told.append(progress.stage)
+            if len(told) == 3:
+                engine._group._break(PeerLostError("gone", rank=1, peer_id="memory:1"))
+            if progress.stage == RECONNECTED:
+                later = engine.complete(
+                    [5, 6], ONE, lambda p: stages["later"].append(p.stage), priority=1
+                )
+                came.append(asyncio.create_task(later))
+                reconnected.set()
+
+        first = asyncio.create_task(engine.complete(LONG, PARAMS, noted))
+        await reconnected.wait()
+        await came[0]
+        (recovery,) = engine.recoveries
+        assert recovery.replaying_ms == 0
+        assert RESUMED not in stages["lost"]
+        await first
+        assert stages["lost"].count(RESUMED) == 1
+        assert stages["later"] == ["prefill"]
+        assert recovery.replaying_ms > 0
 
 
 def refuse_above(patch: pytest.MonkeyPatch, positions: int) -> list[bool]:

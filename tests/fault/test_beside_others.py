@@ -88,6 +88,28 @@ async def test_memory_refused_for_logits_is_taken_from_kept_conversations(
         assert "1 dropped" in engine.explain_cache()
 
 
+async def test_where_memory_is_refused_for_logits_fewer_are_computed_at_once(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is kept that could be freed. Whose logits alone are too many ends, by itself."""
+    logits, most = Decoder.logits, 1
+
+    async def refusing(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
+        if len(hidden) > most:
+            raise MemoryLimitError("refused")
+        return await logits(self, hidden)
+
+    async with memory_engine(model, draft="none") as engine:
+        alone = [(await engine.complete(prompt, PARAMS)).token_ids for prompt in PROMPTS]
+        engine.reset()
+        monkeypatch.setattr(Decoder, "logits", refusing)
+        done = await asyncio.gather(*(engine.complete(prompt, PARAMS) for prompt in PROMPTS))
+        assert [each.token_ids for each in done] == alone
+        most = 0
+        with pytest.raises(MemoryLimitError, match="refused"):
+            await engine.complete(PROMPTS[0], PARAMS)
+
+
 @pytest.mark.parametrize("ask", [Engine.logits, Engine.loss])
 async def test_a_text_is_scored_although_a_block_of_the_head_is_damaged(
     model: Path, tmp_path: Path, ask: Any

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tpirt.batch import Segment
+from tpirt.engine import spilling
 from tpirt.engine.kv_manager import KVManager
 from tpirt.engine.scheduler import Scheduler
 from tpirt.engine.sequence import Scoring
@@ -114,6 +115,13 @@ class Scene:
             each.advance(len(new), 1)
 
     @property
+    def due_s(self) -> float:
+        """When something on disk is to be deleted, by the loop's clock."""
+        timer = self.kv._spiller._timer
+        assert timer is not None
+        return timer.when()
+
+    @property
     def segments(self) -> list[Segment]:
         """The next step's."""
         todo = [each for each in self.kv.running if each.todo]
@@ -180,6 +188,7 @@ async def test_after_a_loss_memory_is_asked_again() -> None:
     scene.ask(list(range(100)))
     await scene.turn()
     scene.kv.begin_again()
+    assert [each.steps for each in scene.kv.waiting] == [{}, {}]  # of the group that is gone
     scene.memory.held.clear()
     await scene.kv.admit_all()
     scene.memory.tokens = 150
@@ -284,3 +293,20 @@ async def test_a_reset_holds_for_who_begins_again(
     asked.end()
     await scene.turn()
     assert (not scene.memory.held) == reset
+
+
+async def test_what_is_on_disk_has_its_time_also_if_an_older_one_was_restored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scene = Scene(1000)
+    until_s = []
+    for ids in (PREFIX, list(range(100))):
+        (await scene.begin(ids)).end()
+        await scene.turn()
+        await scene.kv.free_one()
+        until_s.append(scene.due_s)
+        monkeypatch.setattr(spilling, "LIFE_S", 2 * spilling.LIFE_S)
+    assert until_s[0] == until_s[1]
+    await scene.begin([*PREFIX, 1])
+    assert len(scene.memory.disk) == 1
+    assert scene.due_s > until_s[0]

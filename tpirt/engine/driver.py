@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from collections.abc import Sequence as Ids
 from typing import Any
@@ -249,7 +250,7 @@ class Driver:
                     task = asyncio.current_task()
                     assert task is not None
                     task.uncancel()
-                    self._losses, self._resuming = 0, None
+                    self._losses = 0
                 finally:
                     self._served, self._abandoned = [], False
                     self._step_over.set()
@@ -345,11 +346,15 @@ class Driver:
             else:
                 drawing.append((piece, own))
         tokens = 0
-        for chosen in _together(drawing, self._deployment.logits_tokens):
+        groups = deque(_together(drawing, self._deployment.logits_tokens))
+        while groups:
+            chosen = groups.popleft()
             try:
                 logits = await self._logits(join_rows([own for _, own in chosen]))
             except TpirtError as exc:
-                if self._group.broken is None:  # else the next turn connects again
+                if isinstance(exc, MemoryLimitError) and (half := len(chosen) // 2):
+                    groups.extendleft((chosen[half:], chosen[:half]))
+                elif self._group.broken is None:  # else the next turn connects again
                     _end([piece for piece, _ in chosen], exc)
                 continue
             counts = [len(own) for _, own in chosen]

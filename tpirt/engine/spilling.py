@@ -270,6 +270,7 @@ class Spiller:
         assert place.handle is not None
         spilled = self._spilled.get(place.handle)
         self._spilled.remove([spilled.handle])
+        self._set_timer()
         began_s = time.perf_counter()
         try:
             await self._group.restore(place.slot, spilled.handle)

@@ -192,6 +192,24 @@ async def test_who_leaves_while_logits_are_computed_is_not_counted_as_answered(
         assert engine.goodput.answers == 1
 
 
+async def test_who_leaves_is_told_no_more(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the step that was under way."""
+    told: list[Progress] = []
+
+    async def leave() -> None:
+        leaving.cancel()
+        await asyncio.wait({leaving})
+        told.clear()
+
+    before_call(monkeypatch, 3, "forward", leave)
+    async with memory_engine(model, chunk_tokens=8) as engine:
+        staying = asyncio.create_task(engine.complete(PROMPTS[0], PARAMS))
+        leaving = asyncio.create_task(engine.complete(LONG, PARAMS, told.append))
+        await asyncio.wait({staying, leaving})
+        assert leaving.cancelled()
+        assert told == []
+
+
 async def test_a_reconnect_goes_on_for_who_came_meanwhile(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

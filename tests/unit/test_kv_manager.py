@@ -131,6 +131,11 @@ class Scene:
             for place, each in zip(places, todo, strict=True)
         ]
 
+    @property
+    def next_ids(self) -> list[Segment]:
+        """One more id of each."""
+        return [Segment(each.slot or 0, each.computed, 1, 0, 1) for each in self.kv.running]
+
 
 def pause(*sequences: Scoring) -> None:
     """Their readers have something to read."""
@@ -155,6 +160,20 @@ async def test_what_is_to_be_copied_from_gives_way_if_nothing_else_can() -> None
     copied = await scene.begin([*PREFIX, 3, *range(100)])
     assert scene.kv.running == [copied]
     assert copied.todo == 0
+
+
+@pytest.mark.parametrize(("priorities", "gone"), [((0, 0, 0), 2), ((0, -9, 0), 1), ((0, 0, 9), 1)])
+async def test_the_youngest_of_the_lowest_priority_gives_way(
+    priorities: tuple[int, ...], gone: int
+) -> None:
+    scene = Scene(1000)
+    asked = [scene.ask(list(range(first, first + 90))) for first in (0, 100, 200)]
+    for sequence, priority in zip(asked, priorities, strict=True):
+        sequence.priority = priority
+    await scene.turn()
+    scene.memory.tokens = 200
+    assert not await scene.kv.make_room(scene.next_ids)
+    assert scene.kv.waiting == [asked[gone]]
 
 
 async def test_a_kept_prefix_is_continued_in_place_where_memory_is_short() -> None:

@@ -328,7 +328,7 @@ class Driver:
             end, kept = sequence.computed + piece.tokens, piece.tokens + len(sequence.keep)
             self._kv.extend(sequence, sequence.ids[end - kept : end])
             sequence.advance(piece.tokens, step)
-            if piece.prefill:
+            if piece.prefill and not sequence.ended:  # it may have been left meanwhile
                 _tell(sequence, sequence.prompt_progress())
 
     async def _hand_on(self, pieces: list[Piece], hidden: Ids[torch.Tensor]) -> int:

@@ -351,14 +351,21 @@ class KVManager:
 
     @property
     def _least_missed(self) -> _Any:
-        """The running sequence to give up: the youngest, of those that wait for readers if any."""
-        return self._paused_but(None) or self.running[-1]
+        """The running sequence to give up: one that waits for its reader if any."""
+        least = self._paused_but(None) or _youngest(self.running)
+        assert least is not None
+        return least
 
     def _paused_but(self, source: int | None) -> _Any | None:
-        """The youngest one that waits for its reader; that in ``source`` if there is no other."""
+        """One that waits for its reader; that in ``source`` if there is no other."""
         paused = [sequence for sequence in self.running if sequence.paused]
         others = [sequence for sequence in paused if sequence.slot != source]
-        return next(reversed(others or paused), None)
+        return _youngest(others or paused)
+
+
+def _youngest(sequences: list[_Any]) -> _Any | None:
+    """Of those with the lowest priority, the one that was admitted last; None if there are none."""
+    return min(reversed(sequences), key=lambda sequence: sequence.priority, default=None)
 
 
 def _distinct(texts: list[list[int]]) -> int:

@@ -585,6 +585,42 @@ async def test_a_small_models_prompt_is_no_part_of_what_a_guess_takes(
     assert drafter.seconds(1) == 1
 
 
+async def test_nor_is_the_prompt_of_another_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows are in the same steps: one with them takes 10 s, others 1 s."""
+
+    class Joint(Small):
+        def __init__(self) -> None:
+            self.now_s = 0.0
+            self.known: set[int] = set()
+            self.active: list[tuple[Sampler, int]] = []
+
+        def perf_counter(self) -> float:
+            return self.now_s
+
+        async def draw(self, ids: list[int], sampler: Sampler, most: int) -> None:
+            self.active.append((sampler, most))
+            await asyncio.sleep(0)  # all have come
+            if self.active[0][0] is sampler:
+                new = set(map(id, both)) - self.known
+                self.known |= new
+                for step in range(max(most for _, most in self.active)):
+                    self.now_s += 10 if new and not step else 1
+                    for other, left in self.active:
+                        if step < left:
+                            other.next(torch.zeros(4), [])
+                self.active.clear()
+
+    small = Joint()
+    monkeypatch.setattr("tpirt.engine.drafts.model.time", small)
+    drafter, asked = ModelDrafter(small, 10_000), answer([3] * 4)  # type: ignore[arg-type]
+    both = [asked]
+    for _ in range(12):
+        await drafter.propose(both, 1)
+        asked.ids.append(3)
+        both = [asked, answer([4] * 50)]
+    assert drafter.seconds(1) == 1
+
+
 async def test_one_slow_guess_of_a_small_model_is_no_reason_to_stop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -7,7 +7,8 @@ import time
 from collections import deque
 from collections.abc import Sequence as Items
 from contextlib import suppress
-from statistics import median
+from itertools import pairwise
+from statistics import mean, median
 from typing import TYPE_CHECKING
 
 import torch
@@ -103,8 +104,8 @@ class ModelDrafter:
         """See :class:`Drafter`."""
         watchers = await self._continue_all(answers, self._fitting(answers, most), most)
         found = [watcher.positions[:most] for watcher in watchers]
-        if times := [took_s for watcher in watchers if (took_s := watcher.guess_s) is not None]:
-            self._times_s.append(max(times))
+        if (took_s := _guess_s(watchers)) is not None:
+            self._times_s.append(took_s)
             self._guess_s = median(self._times_s)
         for positions in found:
             self._learn([position[0][1] for position in positions])
@@ -175,14 +176,14 @@ class _Watcher(Sampler):
     def __init__(self, behind: bool) -> None:
         super().__init__(SamplingParams(temperature=0))
         self.positions: list[_Position] = []
+        self.behind = behind
         self.least = 2 if behind else 1  # tokens, to know what one takes
-        self._times_s = [] if behind else [time.perf_counter()]
+        self._at_s = [] if behind else [time.perf_counter()]
 
     @property
-    def guess_s(self) -> float | None:
-        """What a token took; None if that is not known."""
-        times = self._times_s
-        return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
+    def times_s(self) -> list[float]:
+        """What each token took, without the first one after a prompt."""
+        return [after - before for before, after in pairwise(self._at_s)]
 
     def next(self, logits: torch.Tensor, history: Items[int]) -> int:
         """See :class:`Sampler`."""
@@ -190,8 +191,18 @@ class _Watcher(Sampler):
         found = logits.softmax(-1).topk(min(_BRANCHES, len(logits)))
         tokens = found.indices.tolist()
         self.positions.append(list(zip(tokens, found.values.tolist(), strict=True)))
-        self._times_s.append(time.perf_counter())
+        self._at_s.append(time.perf_counter())
         return int(tokens[0])
+
+
+def _guess_s(watchers: Items[_Watcher]) -> float | None:
+    """What a token of all of them took; None if that is not known."""
+    times = [watcher.times_s for watcher in watchers if watcher.times_s]
+    if not times:
+        return None
+    if any(watcher.behind for watcher in watchers):
+        return min(map(min, times))  # other tokens came from steps that had a prompt's rows, too
+    return max(map(mean, times))
 
 
 def _tree(positions: Items[_Position]) -> list[Guess]:

@@ -600,7 +600,7 @@ async def test_nor_is_the_prompt_of_another_answer(monkeypatch: pytest.MonkeyPat
         async def draw(self, ids: list[int], sampler: Sampler, most: int) -> None:
             self.active.append((sampler, most))
             await asyncio.sleep(0)  # all have come
-            if self.active[0][0] is sampler:
+            if self.active and self.active[0][0] is sampler:
                 new = set(map(id, both)) - self.known
                 self.known |= new
                 for step in range(max(most for _, most in self.active)):

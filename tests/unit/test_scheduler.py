@@ -190,6 +190,21 @@ def test_a_target_per_token_takes_the_place_of_the_factor() -> None:
     assert alone_s < seconds(0.001) <= 2 * alone_s  # missed in any case: as without
 
 
+def test_logits_and_sampling_count_towards_the_target() -> None:
+    known = costs(r1=0.010, r16=0.030, r64=0.080, r512=0.500)
+    outputs = costs(r1=0.040, r16=0.040)
+    running = [*(sequence(9, 8) for _ in range(3)), sequence(2000)]
+
+    def rows(target_s: float, output_costs: StepCosts | None = None) -> int:
+        scheduler = Scheduler(known, output_costs, targets=Targets(tpot_s=target_s))
+        return sum(piece.tokens for piece in scheduler.plan(running, 512))
+
+    assert rows(0.125, outputs) == rows(0.085) < rows(0.125)
+    target = Targets(tpot_s=0.055)
+    assert Scheduler(known, targets=target).admits(7)
+    assert not Scheduler(known, outputs, targets=target).admits(7)
+
+
 def test_no_more_answers_are_admitted_than_stay_within_the_target() -> None:
     known = costs(r1=0.010, r4=0.020, r8=0.050)
     scheduler = Scheduler(known, targets=Targets(tpot_s=0.030))

@@ -419,7 +419,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "--window -3": ("window -3", "at least 2"),
     "--window 99999999999": ("window", "99999999999"),
     "--window x": ("--window", "'x'"),
-    "--memory 1M": ("memory limit of 1 MiB", "raise --memory to at least"),
+    "--memory 1M": ("memory limit of 1 MiB", "raise --memory to"),
     "--memory 0": ("--memory", "'0'"),
     "--memory -5G": ("--memory",),
     "--memory nan": ("--memory", "'nan'"),
@@ -527,7 +527,7 @@ def test_prompts_that_cannot_be_served(
         (("peer", "--listen", "127.0.0.1:99999"), "65535"),
         (("peer", "--listen", "192.0.2.1:5000"), "192.0.2.1:5000"),
         (("peer", "--listen", "127.0.0.1:0", "--memory", "-1"), "--memory"),
-        (("peer", "--listen", "127.0.0.1:0", "--memory", "10M"), "raise --memory to at least"),
+        (("peer", "--listen", "127.0.0.1:0", "--memory", "10M"), "raise --memory to"),
         (
             ("peer", "--listen", "127.0.0.1:0", "--store", "/dev/null/x"),
             "folder, but /dev/null is a file",

@@ -129,6 +129,12 @@ def test_each_line_of_a_file_is_answered_in_order(
     assert alone[0]["in_time"] is None
     assert "TTFT 60000 ms met by 4 of 4, TPOT 0.0001 ms met by 0 of 4; goodput 0.0%" in captured.err
     assert "2 of 6 prompts have no answer" in captured.err
+    assert not {"ranks", "decoded"} & first.keys()
+    file.write_text("Hello")
+    assert main([*command, *options, "--prompts", str(file), "--json"]) == 0
+    (line,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert len(line["decoded"]) == 4
+    assert line["ranks"]
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,15 @@ async def test_a_token_is_decoded_whatever_else_its_step_computed(
             assert sum(t.total_ms for t in done.decoded) / 99 <= done.tpot_ms * 1.1
 
 
+async def test_what_scored_texts_take_is_not_learnt_for_answers(model: Path) -> None:
+    """Their logits are computed elsewhere."""
+    async with memory_engine(model) as engine:
+        await engine.loss(LONG)
+        assert engine._driver._output_costs.seconds(1) is None
+        await engine.complete(PROMPTS[0], PARAMS)
+        assert engine._driver._output_costs.seconds(1) is not None
+
+
 async def test_who_leaves_while_logits_are_computed_is_not_counted_as_answered(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -511,4 +511,4 @@ async def test_workers_own_memory_limit_that_is_too_low_is_named(
             pytest.fail("loaded")
     text = str(caught.value)
     assert text.startswith("rank 1 (memory:1): its memory limit of 50 MiB is too low")
-    assert "raise --memory of memory:1 to at least" in text
+    assert "raise --memory of memory:1 to" in text

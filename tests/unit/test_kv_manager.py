@@ -33,7 +33,7 @@ class Memory:
         spilled: how many sequences have been.
     """
 
-    chunk_tokens, kv_token_bytes, next_step = 512, 1, 1
+    chunk_tokens, next_step = 512, 1
     config = SimpleNamespace(rope=SimpleNamespace(kind="default"), max_position_embeddings=4096)
 
     def __init__(self, tokens: int):
@@ -41,6 +41,7 @@ class Memory:
         self.held: dict[int, int] = {}
         self.disk: dict[int, int] = {}
         self.spilled = 0
+        self.kv_token_bytes = 1
         self.group = self.deployment = self
 
     def kv_need(self, segments: Iterable[Segment]) -> KVNeed:
@@ -200,6 +201,14 @@ async def test_who_was_given_up_waits_until_its_reader_wants_more() -> None:
     assert scene.kv.running == [first]
 
 
+async def test_one_that_waited_for_its_reader_took_no_place_that_others_lose() -> None:
+    scene = Scene(250)
+    pause(await scene.begin(PREFIX))
+    second = await scene.begin(list(range(150)))
+    third = await scene.begin(list(range(300, 390)))
+    assert scene.kv.running == [second, third]
+
+
 async def test_after_a_loss_memory_is_asked_again() -> None:
     """The new group may have less, for the same step."""
     scene = Scene(250)
@@ -329,3 +338,14 @@ async def test_what_is_on_disk_has_its_time_also_if_an_older_one_was_restored(
     await scene.begin([*PREFIX, 1])
     assert len(scene.memory.disk) == 1
     assert scene.due_s > until_s[0]
+
+
+async def test_the_limit_on_disk_is_that_of_the_plan_after_a_loss() -> None:
+    """A token takes more of it on fewer ranks."""
+    scene = Scene(1000)
+    scene.kv.begin_again()
+    scene.memory.kv_token_bytes = 20
+    (await scene.begin(PREFIX)).end()
+    await scene.turn()
+    await scene.kv.free_one()
+    assert (scene.memory.held, scene.memory.disk) == ({}, {})

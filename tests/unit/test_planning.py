@@ -174,7 +174,7 @@ def test_every_limit_that_is_too_low_is_named(config: ModelConfig) -> None:
     peers = [profile(), profile(1, memory_bytes=60 * MIB), profile(2, memory_bytes=900 * MIB)]
     text = refused(config, peers, PlanOptions(memory_bytes=50 * MIB))
     assert text.startswith("rank 0 (pi0): its memory limit of 50 MiB is too low: the process needs")
-    common, own = re.findall(r"raise --memory(?: of (?:\w+))? to at least (\w+)", text)
+    common, own = re.findall(r"raise --memory(?: of (?:\w+))? to (\w+)", text)
     assert "--memory of pi1 to" in text
     assert "pi2" not in text
     peers[1] = profile(1, memory_bytes=parse_bytes(own))
@@ -198,7 +198,7 @@ def test_no_limit_is_advised_that_a_machine_does_not_have(
     peers = [profile(), profile(1, **small), profile(2, memory_bytes=60 * MIB, **small)]
     text = refused(config, peers, PlanOptions(memory_bytes=asked))
     assert "its machine or container has 200 MiB free: end other programs" in text
-    assert "to at least" not in text
+    assert "raise --memory" not in text
 
 
 def test_no_limit_is_advised_for_a_context_that_a_machine_does_not_have(
@@ -209,7 +209,7 @@ def test_no_limit_is_advised_for_a_context_that_a_machine_does_not_have(
     deployment.check_context(500)
     with pytest.raises(MemoryLimitError, match=r"has 414 MiB free: end .* or shorten") as caught:
         deployment.check_context(16_000)
-    assert "to at least" not in str(caught.value)
+    assert "raise --memory" not in str(caught.value)
 
 
 def test_a_higher_limit_never_holds_less(config: ModelConfig) -> None:
@@ -264,7 +264,7 @@ async def test_advice_for_a_long_prompt_works_at_the_first_try(
         with pytest.raises(MemoryLimitError, match="tokens of context need") as caught:
             await engine.complete(prompt, SamplingParams(max_tokens=1))
         await engine.complete(prompt[:500], SamplingParams(max_tokens=1))
-    advised = re.search(r"--memory to at least (\w+)", str(caught.value))
+    advised = re.search(r"--memory to (\w+)", str(caught.value))
     assert advised is not None
     limit = parse_bytes(advised[1])
     async with memory_engine(long_model, 2, memory_bytes=limit, **options) as engine:
@@ -278,7 +278,7 @@ def test_a_context_that_one_peer_cannot_hold_is_refused(long_model: Path) -> Non
     deployment.check_context(500)
     with pytest.raises(MemoryLimitError, match=r"on rank 1 \(pi1\), whose .* is 352 MiB") as caught:
         deployment.check_context(12_000)
-    common, own = map(parse_bytes, re.findall(r"to at least (\w+)", str(caught.value)))
+    common, own = map(parse_bytes, re.findall(r"to (\w+M)", str(caught.value)))
     peers[1] = profile(1, memory_bytes=own)
     plan(config, peers, PlanOptions(memory_bytes=common)).check_context(12_000)
 
@@ -323,7 +323,7 @@ def test_a_context_that_was_asked_for(long_model: Path) -> None:
 def test_memory_for_the_whole_context_is_asked_for_at_once(long_model: Path, limit: int) -> None:
     config = ModelConfig.from_dir(long_model)
     text = refused(config, [profile()], PlanOptions(memory_bytes=limit, context=12_000))
-    advised = re.search(r"--memory to at least (\w+)", text)
+    advised = re.search(r"--memory to (\w+)", text)
     assert advised is not None
     assert limit == 1 or "give a lower --context" in text
     enough = PlanOptions(memory_bytes=parse_bytes(advised[1]), context=12_000)
@@ -502,6 +502,23 @@ def test_with_the_smallest_weights_other_peers_are_advised() -> None:
     options = PlanOptions(memory_bytes=3 << 30, quantize="int4")
     advice = advise(plan(llama("llama-3.1-8b"), [profile()], options))
     assert advice[-1] == "more peers would share the weights; a smaller model would fit"
+
+
+@pytest.mark.parametrize(
+    ("own", "advised"),
+    [(None, r"raise --memory to \d+M"), (3 << 30, r"raise --memory of pi0 to \d+M")],
+)
+def test_a_limit_that_is_lower_than_need_be_is_said(own: int | None, advised: str) -> None:
+    """What is advised keeps all weights in memory."""
+    options = PlanOptions(memory_bytes=3 << 30, quantize="int4")
+    peers = [profile(available_bytes=8 << 30, memory_bytes=own)]
+    advice = advise(plan(llama("llama-3.1-8b"), peers, options))
+    assert re.fullmatch(advised, advice[-1])
+    limit = parse_bytes(advice[-1].rpartition(" ")[2])
+    enough = replace(options, memory_bytes=limit)
+    assert advise(plan(llama("llama-3.1-8b"), [replace(peers[0], memory_bytes=None)], enough)) == []
+    peers = [profile(available_bytes=limit - (1 << 20))]
+    assert "--memory" not in advise(plan(llama("llama-3.1-8b"), peers, options))[-1]
 
 
 # -- the plan shown is the plan made -----------------------------------------------------------

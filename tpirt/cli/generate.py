@@ -63,7 +63,12 @@ def add_command(commands: Commands) -> None:
     parser.add_argument("--chat", action="store_true", help="apply the model's chat template")
     parser.add_argument("--system", metavar="TEXT", help="the system message; implies --chat")
     add_special_tokens_option(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object with figures")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object with figures; with --prompts, each object has those of its "
+        "steps, too",
+    )
     parser.set_defaults(run=_run)
 
 
@@ -166,11 +171,15 @@ async def _generate_all(arguments: argparse.Namespace, texts: Sequence[str]) -> 
                 async with running:
                     try:
                         ids = engine.encode(prompt, parse_special=arguments.special_tokens)
-                        return asdict(await engine.complete(ids, params, tell))
+                        done = asdict(await engine.complete(ids, params, tell))
                     except (PeerLostError, TransportError):
                         raise  # it is not this prompt's fault
                     except TpirtError as exc:
                         return {"error": str(exc)}
+                if not arguments.json:
+                    for steps in ("ranks", "decoded"):  # most of them others' as well
+                        del done[steps]
+                return done
 
             tasks = [asyncio.create_task(answer(text)) for text in texts]
             try:

@@ -318,8 +318,8 @@ class Driver:
             if self._drafts is not None:
                 learning_s = self._drafts.learning_s
                 self._drafts.learn_step(pieces, tokens, ended_s - began_s)
-            drawn = zip(pieces, counts, strict=True)
-            if rows := sum(n for piece, n in drawn if isinstance(piece.sequence, Answer)):
+            wanted = zip(pieces, counts, strict=True)
+            if rows := sum(n for piece, n in wanted if isinstance(piece.sequence, Answer)):
                 self._output_costs.learn(rows, ended_s - computed_s - learning_s)
 
     def _advance(self, pieces: list[Piece], step: int) -> None:

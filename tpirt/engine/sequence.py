@@ -220,7 +220,7 @@ class Answer(Sequence[Token]):
     @property
     def most_guesses(self) -> int:
         """How many guesses can be of use."""
-        return self._writer.left - 1
+        return max(0, self._writer.left - 1)
 
     def draw(
         self, logits: torch.Tensor, guesses: Ids[int] = (), parents: Ids[int] = ()

@@ -163,7 +163,7 @@ class Spiller:
         return until_s is not None and until_s <= _now_s()
 
     def explain(self) -> str:
-        """Say what became of conversations that no request uses."""
+        """Say what became of conversations that no request uses, or whose request gave way."""
         size = format_bytes(self._spilled.tokens * self._token_bytes)
         return (
             f"conversations: {len(self._slots.idle)} kept in memory, {len(self._spilled)} on disk "

@@ -81,9 +81,10 @@ class KVFiles:
     def drop(self, handles: Iterable[int]) -> None:
         """Delete sequences; those that are not there are passed over."""
         for handle in self._tokens.keys() & set(handles):
-            with contextlib.suppress(OSError):
-                self._path(handle).unlink(missing_ok=True)
             del self._tokens[handle]
+            if self._folder is not None:
+                with contextlib.suppress(OSError):
+                    (self._folder.path / _name(handle)).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Delete all sequences."""

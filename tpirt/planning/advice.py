@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from tpirt.ops.quant import QuantSpec
-from tpirt.planning.deployment import Deployment, RankPlan
+from tpirt.planning.deployment import Deployment, RankPlan, free_memory
 from tpirt.planning.dtype import AS_ASKED
-from tpirt.planning.memory import PROCESS_BYTES
+from tpirt.planning.memory import PROCESS_BYTES, more_memory
 from tpirt.planning.quantize import CANDIDATES
 from tpirt.units import format_bytes
+
+_OTHERWISE = "more peers would share the weights; a smaller model would fit"
 
 
 def advise(plan: Deployment) -> list[str]:
@@ -29,7 +31,11 @@ def advise(plan: Deployment) -> list[str]:
         lines.append(
             f"weights in {plan.config.dtype} take twice their size, as float32: {plan.dtype.reason}"
         )
-    return [*lines, _suggestion(plan, rank)] if lines else []
+    if not lines:
+        return []
+    remedies = [_raised(plan, rank), _quantized(plan, rank)]
+    words = [words for words in remedies if words is not None]
+    return [*lines, ", or ".join(words) or _OTHERWISE]
 
 
 def _shortfall(rank: RankPlan) -> int:
@@ -47,7 +53,17 @@ def _doubled(plan: Deployment) -> bool:
     )
 
 
-def _suggestion(plan: Deployment, rank: RankPlan) -> str:
+def _raised(plan: Deployment, rank: RankPlan) -> str | None:
+    """The limit with which no rank reads weights from disk, if the machines have so much."""
+    needed = [each.budget.resident_bytes for each in plan.ranks]
+    free = free_memory(plan.peers)
+    if rank.budget.fits or any(each is None or each < max(needed) for each in free):
+        return None
+    whose = "" if rank.peer.memory_bytes is None else f" of {rank.peer.peer_id}"
+    return more_memory(max(needed), None, whose)
+
+
+def _quantized(plan: Deployment, rank: RankPlan) -> str | None:
     """The first quantization below the present one that fits all ranks, else the smallest."""
     budget = rank.budget
     others = {name: QuantSpec.parse(name) for name in CANDIDATES}
@@ -57,7 +73,7 @@ def _suggestion(plan: Deployment, rank: RankPlan) -> str:
         if budget.quantized(spec).weights_bytes < budget.weights_bytes
     ]
     if not smaller:
-        return "more peers would share the weights; a smaller model would fit"
+        return None
     budgets = [each.budget for each in plan.ranks]
     fitting = (name for name in smaller if all(b.quantized(others[name]).fits for b in budgets))
     name = next(fitting, smaller[-1])

@@ -162,7 +162,7 @@ class Deployment:
         advice = [more_memory(max(enough), free)]
         if free is None:
             advice += [
-                f"that of {peer.peer_id} to at least {format_limit(needed)}"
+                f"that of {peer.peer_id} to {format_limit(needed)}"
                 for peer, needed in zip(self.peers, enough, strict=True)
                 if (peer.memory_bytes or needed) < needed
             ]
@@ -303,7 +303,7 @@ def memory_limits(peers: Sequence[PeerProfile], asked: int | None) -> list[int |
     than the peer's own limit. Ranks on one machine share its free memory.
     """
     limits = []
-    for peer, free in zip(peers, _free_memory(peers), strict=True):
+    for peer, free in zip(peers, free_memory(peers), strict=True):
         limit = asked
         if limit is None and free is not None:
             limit = int(free * _SHARE_OF_FREE_MEMORY)
@@ -312,7 +312,7 @@ def memory_limits(peers: Sequence[PeerProfile], asked: int | None) -> list[int |
     return limits
 
 
-def _free_memory(peers: Sequence[PeerProfile]) -> list[int | None]:
+def free_memory(peers: Sequence[PeerProfile]) -> list[int | None]:
     """Each rank's share of its machine's free memory; None if unknown."""
     sharing = Counter(peer.host_id for peer in peers)
     return [
@@ -323,7 +323,7 @@ def _free_memory(peers: Sequence[PeerProfile]) -> list[int | None]:
 
 def _least_free(peers: Sequence[PeerProfile], needed: Sequence[int]) -> int | None:
     """The least free memory of the ranks that have less than needed; None if all have enough."""
-    pairs = zip(_free_memory(peers), needed, strict=True)
+    pairs = zip(free_memory(peers), needed, strict=True)
     return min((free for free, need in pairs if free is not None and free < need), default=None)
 
 
@@ -351,12 +351,12 @@ def _shortage(
         advice.append(
             more_memory(enough, free)
             if asked is not None or free is not None
-            else "free memory on its machine, raise its container's limit, or set --memory to at "
-            f"least {format_limit(enough)}"
+            else "free memory on its machine, raise its container's limit, or set --memory to "
+            f"{format_limit(enough)}"
         )
     by_peers = _below(budgets, [peer.memory_bytes for peer in peers])
     advice += [
-        more_memory(advised[rank], _free_memory(peers)[rank], f" of {peers[rank].peer_id}")
+        more_memory(advised[rank], free_memory(peers)[rank], f" of {peers[rank].peer_id}")
         for rank in by_peers
     ]
     rank = min(by_master + by_peers)

@@ -67,7 +67,7 @@ def more_memory(enough: int, free: int | None, whose: str = "") -> str:
     """Advise a limit of ``enough`` bytes, or what else helps where only ``free`` can be had."""
     limit = format_limit(enough)
     if free is None or enough <= free:
-        return f"raise --memory{whose} to at least {limit}"
+        return f"raise --memory{whose} to {limit}"
     return (
         f"it needs {limit}, and its machine or container has {format_bytes(free)} free: end other "
         "programs, raise the container's limit, add peers, or use fewer bits (--quantize)"

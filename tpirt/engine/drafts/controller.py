@@ -194,7 +194,7 @@ class DraftController:
             return None
         going = sum(not piece.prompt for piece in pieces)  # some may have ended since
         room = self._room(rows, going, most_rows)
-        most = [min(most_guesses, room, self._most_guesses(answer)) for answer in answers]
+        most = [min(most_guesses, room, answer.most_guesses) for answer in answers]
         return _Base(rows, outputs, room, most, step_s, min(step_s, alone_s) / len(answers))
 
     def _can_guess(self, base: _Base) -> bool:
@@ -357,9 +357,6 @@ class DraftController:
             f"drafts: {stats.right} of {stats.guesses} guesses right in {stats.steps} steps, "
             f"{stats.tokens / stats.steps:.2f} tokens a step, {time}{failed}"
         )
-
-    def _most_guesses(self, answer: Answer) -> int:
-        return max(0, answer.most_guesses)
 
     # -- the choice --------------------------------------------------------------------------
 

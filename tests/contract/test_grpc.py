@@ -25,11 +25,12 @@ from tpirt.errors import (
     TransportError,
 )
 from tpirt.identity.names import PEER
-from tpirt.identity.trust import Trust
+from tpirt.identity.trust import LOCAL, Trust
 from tpirt.transport import address, grpc_channel, tickets
 from tpirt.transport import grpc as transport
 from tpirt.transport.address import Address, Endpoint
 from tpirt.transport.base import Carrier, Channel
+from tpirt.transport.finding import Device, find
 from tpirt.transport.frame import Frame, Kind
 from tpirt.transport.grpc import GrpcPeerClient, GrpcPeerServer
 from tpirt.transport.grpc_channel import GrpcChannel
@@ -517,3 +518,15 @@ async def test_a_caller_that_stays_on_the_call_need_not_speak_soon() -> None:
         for part in Frame.of(Kind.MESSAGE, b"hello").parts():
             await call.write(part)
         assert (await came).message == b"hello"
+
+
+async def test_a_device_has_no_name_where_no_certificates_are_shown() -> None:
+    async def nowhere(identity: str) -> list[Address]:
+        return []
+
+    server = GrpcPeerServer(Service())
+    port = await server.start("127.0.0.1", 0)
+    device = Device("kitchen", "k1", (Address("127.0.0.1", port),), nowhere)
+    with pytest.raises(IdentityError, match=r"peer kitchen: .*shows no certificate, as on this"):
+        await find(device, LOCAL)
+    await server.aclose()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Callable
@@ -83,6 +84,21 @@ def test_a_conversation_that_another_chat_has_is_refused_before_a_model_is_loade
     journal.close()
     assert chat.returncode == 2
     assert "another chat goes on with it" in errors
+
+
+def test_a_model_that_nobody_named_does_not_go_on_with_a_conversation(
+    arguments: list[str], environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Before anything is loaded or sent."""
+    talk(arguments, environment, "--max-tokens", "4", typed="hi\n")
+    (file,) = (tmp_path / "state" / "tpirt" / "conversations").iterdir()
+    before = file.read_bytes()
+    done = start_cli("chat", "--fresh", "--resume", env=environment)
+    with killed_at_exit(done) as chat:
+        _, errors = chat.communicate(timeout=60)
+    assert chat.returncode == 2
+    assert re.search(r"conversation \S+ was with tiny, and this chat is with demo: give", errors)
+    assert file.read_bytes() == before
 
 
 def test_no_journal(arguments: list[str], environment: dict[str, str], tmp_path: Path) -> None:

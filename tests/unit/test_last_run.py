@@ -74,10 +74,24 @@ def test_what_is_given_comes_first(folder: Path) -> None:
     said, arguments = taken_up("--quantize", "none", "--context", "50")
     assert said == "--local 3"
     assert (arguments.local, arguments.quantize, arguments.context) == (3, "none", 50)
-    for options in (("--fresh",), ("--local", "1"), ("--model", "x"), ("--discover",)):
+    for options in (("--fresh",), ("--model", "x")):
         said, arguments = taken_up(*options)
         assert said == ""
         assert arguments.quantize == "none"
+
+
+@pytest.mark.parametrize("options", [("--local", "1"), ("--peers", "b"), ("--discover",)])
+def test_other_devices_take_the_place_of_those_before(
+    folder: Path, options: tuple[str, ...]
+) -> None:
+    """The model and how it runs stay."""
+    run(
+        *("--model", "m", "--peers", "a,b", "--spares", "c", "--ratio", "2,1,1"),
+        *("--quantize", "int4"),
+    )
+    said, arguments = taken_up(*options)
+    assert said == "--model m --quantize int4"
+    assert (arguments.spares, arguments.ratio) == ((), None)
 
 
 def test_a_first_run_and_one_of_defaults(folder: Path) -> None:
@@ -137,8 +151,8 @@ def test_a_broken_file_is_named_with_what_is_wrong(folder: Path, text: str, why:
     assert why in str(raised.value)
     assert "--fresh" in str(raised.value)
     assert taken_up("--fresh")[0] == ""
-    run("--local", "2")  # a run that names its own replaces it
-    assert taken_up()[0] == "--local 2"
+    run("--model", "x", "--local", "2")  # a run that names its own replaces it
+    assert taken_up()[0] == "--model x --local 2"
 
 
 def test_a_byte_order_mark_is_skipped(folder: Path) -> None:

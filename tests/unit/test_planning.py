@@ -521,6 +521,23 @@ def test_a_limit_that_is_lower_than_need_be_is_said(own: int | None, advised: st
     assert "--memory" not in advise(plan(llama("llama-3.1-8b"), peers, options))[-1]
 
 
+@pytest.mark.parametrize("master", [4 << 30, 5 << 30, 2 << 30])
+def test_shares_with_which_all_weights_are_in_memory_are_advised(master: int) -> None:
+    """The least uneven ones; none if memory is too short for all weights."""
+    peers = [profile(memory_bytes=master), *(profile(r, memory_bytes=1500 << 20) for r in (1, 2))]
+    options = PlanOptions(quantize="int4")
+    *_, advice = advise(plan(llama("llama-3.1-8b"), peers, options))
+    if master == 2 << 30:
+        assert "--ratio" not in advice
+        return
+    found = re.fullmatch(r"try --ratio ([\d,]+): all weights in memory", advice)
+    assert found is not None
+    ratio = tuple(map(float, found[1].split(",")))
+    assert ratio[0] <= 4
+    enough = plan(llama("llama-3.1-8b"), peers, replace(options, ratio=ratio))
+    assert advise(enough) == []
+
+
 # -- the plan shown is the plan made -----------------------------------------------------------
 
 

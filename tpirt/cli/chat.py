@@ -81,7 +81,7 @@ def add_command(commands: Commands) -> None:
         "--fresh",
         action="store_true",
         help="neither take up nor change the model and options of the last chat, which one "
-        "without --model, --local, --peers and --discover repeats",
+        "without --model repeats",
     )
     last_run.mark(parser)
     parser.set_defaults(run=partial(_run, parser))
@@ -95,14 +95,17 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
         return
     if arguments.prompt == "":
         raise RequestError("the prompt is empty: give at least one character of text")
+    named = last_run.names_model(arguments)
     if (last := last_run.take_up(parser, arguments)) and not arguments.quiet:
         print(f"tpirt: as last time: {last}; --fresh starts without these options", file=sys.stderr)
     sampling_params(arguments, SamplingParams())  # fail before loading
     began = partial(last_run.remember, parser, arguments)
-    run_async(_chat(arguments, began))
+    run_async(_chat(arguments, began, any_model=named))
 
 
-async def _chat(arguments: argparse.Namespace, began: Callable[[], None]) -> None:
+async def _chat(
+    arguments: argparse.Namespace, began: Callable[[], None], *, any_model: bool
+) -> None:
     from tpirt.chat.progress import ConsoleProgress
     from tpirt.chat.repl import ChatOptions, run_chat
 
@@ -111,6 +114,8 @@ async def _chat(arguments: argparse.Namespace, began: Callable[[], None]) -> Non
         if journal is not None:
             stack.callback(journal.close)
         resumed = _resumed(arguments.resume, journal)  # before a model is loaded for nothing
+        if resumed is not None and not any_model:
+            _check_model(*resumed, arguments.model)
         async with connected(arguments, progress, arguments.context) as engine:
             try:
                 began()
@@ -187,6 +192,19 @@ def _resumed(name: str | None, journal: Journal | None) -> tuple[Path, SavedConv
         return None
     path = find(journal_folder(), name)
     return path, load(path) if journal is None else journal.resume(path)
+
+
+def _check_model(path: Path, talk: SavedConversation, model: str | None) -> None:
+    """Refuse to go on with a model that nobody named."""
+    from tpirt.engine.model import BUNDLED_MODEL
+    from tpirt.weights.hub import find_model, model_name
+
+    name = model_name(BUNDLED_MODEL if model is None else find_model(model))
+    if talk.model and talk.model != name:
+        raise RequestError(
+            f"conversation {path.stem} was with {talk.model}, and this chat is with {name}: give "
+            "--model, for either to go on with it"
+        )
 
 
 def resumption(path: Path, talk: SavedConversation, model: str, asked: str) -> Iterator[str]:

@@ -239,7 +239,8 @@ def _notes(engine: Engine, ids: Sequence[int], cut: bool) -> Iterator[str]:
         if engine.cached_tokens + 1 >= engine.context_length:
             yield f"stopped at the end of the context of {engine.context_length} tokens"
         else:
-            yield f"stopped after {len(ids)} tokens: --max-tokens N for more"
+            tokens = "1 token" if len(ids) == 1 else f"{len(ids)} tokens"
+            yield f"stopped after {tokens}: --max-tokens N for more"
     if not engine.tokenizer.decode(ids).strip() and engine.tokenizer.has_chat_template:
         yield "the model ended its answer at once; --chat applies its chat template"
     if unknown := engine.tokenizer.unknown(ids):

@@ -26,9 +26,9 @@ FILE = "tpirt.toml"
 
 Value = str | int | float | bool | list[str]
 
-_WHERE = ("model", "local", "peers", "discover")  # any of these given: another run
+_PLACES = ("local", "peers", "discover")  # one of these takes the place of the others
 _NAMES = (
-    *_WHERE,
+    *("model", *_PLACES),
     *("spares", "ratio", "memory", "window", "spill", "threads", "store", "store-limit"),
     "upload-limit",
     *("dtype", "quantize", "kv", "collective", "comm-dtype", "timeout", "context", "draft"),
@@ -39,7 +39,7 @@ _SIZES = ("memory", "spill", "store-limit", "upload-limit")
 _LISTS = ("peers", "spares")
 _MOST_BYTES = 64 << 10
 _HEAD = """\
-# The last run of `tpirt chat`. One without --model, --local, --peers and --discover repeats it.
+# The last run of `tpirt chat`. One without --model repeats it, but for the options that are given.
 # Names and values are those of the options; edit them as you like.
 
 [chat]
@@ -71,9 +71,12 @@ def take_up(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> s
     """
     actions = _actions(parser)
     given = [name for name in _NAMES if not _is_open(arguments, actions[name])]
-    fresh = arguments.fresh or any(name in _WHERE for name in given)
-    last = {} if fresh else _read(path_of(arguments), actions)
-    used = {name: value for name, value in last.items() if name not in given}
+    last = {}
+    if not arguments.fresh and "model" not in given:
+        last = _read(path_of(arguments), actions)
+    elsewhere = any(name in _PLACES for name in given)
+    replaced = {*given, *((*_PLACES, "spares", "ratio") if elsewhere else ())}
+    used = {name: value for name, value in last.items() if name not in replaced}
     for name, action in actions.items():
         if name in used:
             setattr(arguments, action.dest, used[name].parsed)
@@ -81,6 +84,11 @@ def take_up(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> s
             setattr(arguments, action.dest, action.default.default)
     chosen = _values({name: option.parsed for name, option in used.items()}, actions)
     return " ".join(used[name].typed for name in chosen)
+
+
+def names_model(arguments: argparse.Namespace) -> bool:
+    """Whether ``--model`` was given; asked before the last run is taken up."""
+    return not isinstance(arguments.model, _NotGiven)
 
 
 def remember(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
@@ -162,7 +170,7 @@ def _read(path: Path | None, actions: Mapping[str, argparse.Action]) -> dict[str
             found[name] = _option(name, value, actions)
         except (ConfigError, argparse.ArgumentTypeError, ValueError) as exc:
             raise _broken(path, f"line {_line(text, name)}: {name}: {exc}") from exc
-    excluded = [name for name in _WHERE[1:] if name in found]
+    excluded = [name for name in _PLACES if name in found]
     if len(excluded) > 1:
         why = f"{excluded[1]}: not together with {excluded[0]}"
         raise _broken(path, f"line {_line(text, excluded[1])}: {why}")

@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1, 0.5)
+    near = difflib.get_close_matches(name, [each for each in known if each != "-h"], 1, 0.5)
     return f"did you mean {near[0]}?" if near else ""
 
 

@@ -40,7 +40,7 @@ from tpirt.errors import (
 )
 from tpirt.ops.buffers import join_rows, split_rows
 from tpirt.ops.quant_linear import FEW_ROWS
-from tpirt.planning import Deployment
+from tpirt.planning import Deployment, advise
 from tpirt.refusals import refused_memory
 from tpirt.types import LOST, RECONNECTED, RESUMED, Progress, ProgressCallback, Recovery
 from tpirt.units import format_bytes
@@ -401,7 +401,7 @@ class Driver:
 
     async def _recover(self, broken: Exception) -> None:
         """Form another group after a loss, and begin all sequences again; else end them."""
-        tokens = self._kv.begin_again()
+        tokens, before = self._kv.begin_again(), self._deployment
         self._losses += 1
         if self._group.broken_s - self._mended_s > _LATEST_RETRY_S:
             self._mending.reset()
@@ -428,6 +428,8 @@ class Driver:
         recovery.replayed_tokens = tokens
         words = [recovery.change, f"computing {tokens} tokens again" if tokens else ""]
         words.append(f"sent {format_bytes(recovery.sent_bytes)}" if recovery.sent_bytes else "")
+        known = advise(before)
+        words += [line for line in advise(self._deployment) if line not in known][:1]
         detail = "; ".join(filter(None, words))
         self._report(Progress(RECONNECTED, recovery.peers, recovery.peers, "peers", detail))
         if not self._kv.waiting:

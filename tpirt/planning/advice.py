@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
+
+from tpirt.errors import PlanError
 from tpirt.ops.quant import QuantSpec
 from tpirt.planning.deployment import Deployment, RankPlan, free_memory
 from tpirt.planning.dtype import AS_ASKED
-from tpirt.planning.memory import PROCESS_BYTES, more_memory
+from tpirt.planning.memory import PROCESS_BYTES, MemoryBudget, more_memory
 from tpirt.planning.quantize import CANDIDATES
+from tpirt.sharding.partition import make_partition
 from tpirt.units import format_bytes
 
+_MOST_UNEVEN = (2, 3, 4, 6, 8, 12, 16)  # times the smallest share
 _OTHERWISE = "more peers would share the weights; a smaller model would fit"
 
 
@@ -33,7 +39,7 @@ def advise(plan: Deployment) -> list[str]:
         )
     if not lines:
         return []
-    remedies = [_raised(plan, rank), _quantized(plan, rank)]
+    remedies = [_raised(plan, rank), _uneven(plan), _quantized(plan, rank)]
     words = [words for words in remedies if words is not None]
     return [*lines, ", or ".join(words) or _OTHERWISE]
 
@@ -61,6 +67,26 @@ def _raised(plan: Deployment, rank: RankPlan) -> str | None:
         return None
     whose = "" if rank.peer.memory_bytes is None else f" of {rank.peer.peer_id}"
     return more_memory(max(needed), None, whose)
+
+
+def _uneven(plan: Deployment) -> str | None:
+    """The least uneven shares with which no rank reads weights from disk, if there are any."""
+    budgets = [each.budget for each in plan.ranks]
+    room = [left for each in budgets if (left := each.left_for_weights(1)) is not None]
+    least = min(room, default=0)
+    if all(each.fits for each in budgets) or len(room) < len(budgets) or least <= 0:
+        return None
+    for most in _MOST_UNEVEN:
+        ratio = [min(most, each // least) for each in room]
+        with suppress(PlanError):  # a rank would have no head
+            if all(each.fits for each in _budgets_by(plan, ratio)):
+                return f"try --ratio {','.join(map(str, ratio))}: all weights in memory"
+    return None
+
+
+def _budgets_by(plan: Deployment, ratio: Sequence[float]) -> list[MemoryBudget]:
+    shards = make_partition(plan.config, len(plan.ranks), ratio).shards
+    return [each.budget.of_shard(shard) for each, shard in zip(plan.ranks, shards, strict=True)]
 
 
 def _quantized(plan: Deployment, rank: RankPlan) -> str | None:

@@ -144,6 +144,11 @@ class MemoryBudget:
             return self
         return self.of(self.config, self.shard, self.world_size, form, self.base_bytes, self.limits)
 
+    def of_shard(self, shard: Shard) -> MemoryBudget:
+        """The budget of the same rank with another shard."""
+        form, limits = self.form, self.limits
+        return self.of(self.config, shard, self.world_size, form, self.base_bytes, limits)
+
     @property
     def weights_bytes(self) -> int:
         """Bytes of all weight blocks."""

@@ -55,7 +55,12 @@ async def find(device: Device, trust: Trust) -> Found:
         try:
             met = await meet(place, trust)
             shown = met.certificate
-            if shown is None or shown.subject.identity != device.identity:
+            if shown is None:
+                raise IdentityError(
+                    f"peer {place}: what answers there shows no certificate, as on this device: "
+                    "give the address instead of the name"
+                )
+            if shown.subject.identity != device.identity:
                 raise IdentityError(f"peer {place}: another device answers there")
         except (OSError, IdentityError) as exc:
             reasons[str(place)] = exc
